@@ -1,0 +1,25 @@
+"""What can be wrong with a user's input, one exception a kind. All are `ValueError`s, so one `except` catches them."""
+
+
+class CuratedDataError(ValueError):
+    """Base of the package's own errors. The message names the thing, its value, and what to do about it."""
+
+
+class PoolError(CuratedDataError):
+    """A pool, a shard or a member cannot be read as asked: missing, truncated, changed, not a tar."""
+
+
+class SampleError(CuratedDataError):
+    """One sample cannot be used: no such member, undecodable bytes. Names shard, key and member."""
+
+
+class EmbedderError(CuratedDataError):
+    """An embedder cannot be found or loaded, or gives outputs of the wrong form."""
+
+
+class ConfigError(CuratedDataError):
+    """A configuration field is unknown, of the wrong type, or contradicts another."""
+
+
+class CacheError(CuratedDataError):
+    """The cache folder cannot be used: not writable, written by another version, or damaged."""
