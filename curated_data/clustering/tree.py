@@ -1,0 +1,260 @@
+"""The tree of clusters that hierarchical k-means builds: plain arrays, level by level, and what follows from them."""
+
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from scipy import sparse
+
+from curated_data.cache import MANIFEST, atomic_path, atomic_save, read_manifest, write_manifest
+from curated_data.errors import CacheError
+
+log = logging.getLogger(__name__)
+
+EXCLUDED = -1
+
+
+class Children(NamedTuple):
+    """The nodes below every cluster of one level, in compressed rows.
+
+    Attributes:
+        nodes: (m,) int64, nodes of the level below (samples for level 1) grouped by cluster, ascending in each.
+        start: (k + 1,) int64; cluster c holds `nodes[start[c] : start[c + 1]]`.
+    """
+
+    nodes: np.ndarray
+    start: np.ndarray
+
+
+class ClusterTree:
+    """Clusters of clusters of samples.
+
+    Level 0 holds the n samples, level l = 1..L holds k_l clusters of the nodes of level l - 1. Everything else (member
+    lists, sizes) is derived when it is first asked for.
+
+    Args:
+        centroids: for each level 1..L, (k_l, d) floating point; kept as float32.
+        parent: for each level l, the cluster at level l of every node of level l - 1, (k_{l-1},) integers, (n,) for
+            level 1; -1 where a sample (or an empty cluster) belongs to none. Kept as int64.
+        distance: (n,) Euclidean distance of each sample to its level-1 centroid, NaN where excluded; what "closest"
+            and "furthest" sampling sort by. Kept as float32.
+
+    Raises:
+        ValueError: levels that are not 1..L in both, or shapes or cluster ids that do not fit together.
+    """
+
+    def __init__(
+        self,
+        centroids: Mapping[int, Any],
+        parent: Mapping[int, Any],
+        distance: Any | None = None,
+    ) -> None:
+        levels = sorted(centroids)
+        if not levels or levels != list(range(1, len(levels) + 1)) or sorted(parent) != levels:
+            raise ValueError(
+                f"centroids and parent need the levels 1..L each, got {sorted(centroids)} and {sorted(parent)}"
+            )
+        self.centroids = {level: _checked_centroids(centroids[level], level) for level in levels}
+        self.parent = {level: _checked_ids(parent[level], level) for level in levels}
+        dimensions = {level: self.centroids[level].shape[1] for level in levels}
+        if len(set(dimensions.values())) > 1:
+            raise ValueError(f"centroids of all levels need the same dimension, got {dimensions} by level")
+        for level in levels:
+            k = len(self.centroids[level])
+            ids = self.parent[level]
+            if len(ids) and (ids.min() < EXCLUDED or ids.max() >= k):
+                raise ValueError(
+                    f"parent[{level}] needs cluster ids in -1..{k - 1}, found {int(ids.min())}..{int(ids.max())}"
+                )
+            if level > 1 and len(ids) != len(self.centroids[level - 1]):
+                raise ValueError(
+                    f"parent[{level}] needs one entry for each of the {len(self.centroids[level - 1])} clusters of "
+                    f"level {level - 1}, got {len(ids)}"
+                )
+        self.distance: np.ndarray | None = None
+        if distance is not None:
+            self.distance = np.asarray(distance, dtype=np.float32)
+            if self.distance.shape != (self.n_samples,):
+                raise ValueError(f"distance needs shape ({self.n_samples},), got {self.distance.shape}")
+        self._children: dict[int, Children] = {}
+        self._sizes: dict[int, np.ndarray] = {}
+
+    @property
+    def n_levels(self) -> int:
+        """How many levels of clusters there are, samples not counted."""
+        return len(self.centroids)
+
+    @property
+    def n_samples(self) -> int:
+        """How many samples the tree was built over, excluded ones included."""
+        return len(self.parent[1])
+
+    @property
+    def n_clusters(self) -> dict[int, int]:
+        """k_l by level."""
+        return {level: len(c) for level, c in self.centroids.items()}
+
+    def children(self, level: int) -> Children:
+        """The nodes of level - 1 in every cluster of a level, as compressed rows."""
+        level = self._checked_level(level)
+        if level not in self._children:
+            self._children[level] = _group(self.parent[level], len(self.centroids[level]))
+        return self._children[level]
+
+    def members(self, level: int, cluster: int) -> np.ndarray:
+        """Ids of the samples below one cluster of any level, ascending, int64."""
+        level = self._checked_level(level)
+        k = len(self.centroids[level])
+        if not 0 <= cluster < k:
+            raise ValueError(f"level {level} has clusters 0..{k - 1}, got {cluster}")
+        nodes = np.array([cluster], dtype=np.int64)
+        for below in range(level, 0, -1):
+            nodes = take_groups(self.children(below), nodes)
+        return np.sort(nodes)
+
+    def sizes(self, level: int) -> np.ndarray:
+        """How many samples each cluster of a level holds, (k_l,) int64."""
+        level = self._checked_level(level)
+        if level not in self._sizes:
+            weights: np.ndarray | None = None
+            for below in range(1, level + 1):
+                ids, k = self.parent[below], len(self.centroids[below])
+                # Shifted by one, so that excluded nodes fall in bin 0, which is dropped.
+                counted = np.bincount(ids + 1, weights=weights, minlength=k + 1)
+                weights = counted[1:].astype(np.float64)  # exact up to 2**53 samples
+            assert weights is not None
+            self._sizes[level] = weights.astype(np.int64)
+        return self._sizes[level].copy()
+
+    def assignment(self, level: int) -> np.ndarray:
+        """The cluster of every sample at a level, (n,) int64; -1 where excluded."""
+        level = self._checked_level(level)
+        ids = self.parent[1].copy()
+        for above in range(2, level + 1):
+            inside = ids >= 0
+            ids[inside] = self.parent[above][ids[inside]]
+        return ids
+
+    def save(self, path: Path | str) -> None:
+        """Write the tree as a folder of `.npy` files and a `manifest.json`; a tree already there is replaced.
+
+        The folder appears whole or not at all.
+
+        Raises:
+            CacheError: `path` cannot be written, or holds something else than a tree.
+        """
+        path = Path(path)
+        if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).exists()):
+            raise CacheError(f"{path}: exists and is no cluster tree; give another path")
+        with atomic_path(path) as temporary:
+            temporary.mkdir()
+            for level in self.centroids:
+                atomic_save(temporary / f"centroids_{level}.npy", self.centroids[level])
+                atomic_save(temporary / f"parent_{level}.npy", self.parent[level])
+            if self.distance is not None:
+                atomic_save(temporary / "distance.npy", self.distance)
+            write_manifest(temporary, "tree", self._manifest())
+            if (path / MANIFEST).exists():
+                read_manifest(path, "tree")  # refuses to replace an artifact of another stage
+                aside = path.parent / f".tmp-{uuid.uuid4().hex[:12]}-{path.name}"
+                os.replace(path, aside)
+                os.replace(temporary, path)
+                shutil.rmtree(aside)
+                temporary.mkdir()  # for `atomic_path`, whose rename onto the full folder then does nothing
+
+    @classmethod
+    def load(cls, path: Path | str, *, memory_map: bool = False) -> Self:
+        """Read a tree that `save` wrote; `memory_map` leaves the sample-sized arrays on disk.
+
+        Raises:
+            CacheError: no tree, a damaged one, or one of another format version.
+        """
+        path = Path(path)
+        manifest = read_manifest(path, "tree")
+        mode = "r" if memory_map else None
+
+        def read(name: str) -> np.ndarray:
+            try:
+                return np.load(path / f"{name}.npy", mmap_mode=mode, allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                raise CacheError(
+                    f"{path / name}.npy: cannot be read ({error}); remove the tree to rebuild it"
+                ) from error
+
+        try:
+            levels = range(1, int(manifest["n_levels"]) + 1)
+            tree = cls(
+                {level: read(f"centroids_{level}") for level in levels},
+                {level: read(f"parent_{level}") for level in levels},
+                read("distance") if manifest["distance"] else None,
+            )
+        except (KeyError, TypeError) as error:
+            raise CacheError(f"{path}: manifest lacks {error}; remove the tree to rebuild it") from error
+        if tree._manifest() != {key: manifest.get(key) for key in tree._manifest()}:
+            raise CacheError(f"{path}: arrays do not match the manifest; remove the tree to rebuild it")
+        return tree
+
+    def __repr__(self) -> str:
+        levels = " < ".join(f"{k}" for k in reversed(self.n_clusters.values()))
+        return f"ClusterTree({levels} < {self.n_samples} samples, d={self.centroids[1].shape[1]})"
+
+    def _manifest(self) -> dict[str, Any]:
+        return {
+            "n_levels": self.n_levels,
+            "n_samples": self.n_samples,
+            "n_clusters": list(self.n_clusters.values()),
+            "dimension": self.centroids[1].shape[1],
+            "distance": self.distance is not None,
+        }
+
+    def _checked_level(self, level: int) -> int:
+        if level not in self.centroids:
+            raise ValueError(f"the tree has levels 1..{self.n_levels}, got {level}")
+        return int(level)
+
+
+def take_groups(children: Children, clusters: np.ndarray) -> np.ndarray:
+    """The nodes of several clusters, one cluster after the other: `concatenate([nodes[start[c]:start[c+1]] ...])`."""
+    first = children.start[clusters]
+    length = children.start[clusters + 1] - first
+    total = int(length.sum())
+    # Position inside its group for every output element, without a loop: a ramp that restarts at each group.
+    shift = np.repeat(first - np.concatenate([[0], np.cumsum(length)[:-1]]), length)
+    return children.nodes[np.arange(total, dtype=np.int64) + shift]
+
+
+def _group(ids: np.ndarray, k: int) -> Children:
+    """Counting sort of nodes by cluster, excluded ones left out: linear in n, where a comparison sort is not."""
+    n = len(ids)
+    kept = np.flatnonzero(ids >= 0)
+    by_column = sparse.csc_array(
+        (np.ones(len(kept), np.int8), ids[kept], np.concatenate([[0], np.cumsum(ids >= 0)])), shape=(k, n)
+    )
+    by_row = by_column.tocsr()
+    return Children(by_row.indices.astype(np.int64), by_row.indptr.astype(np.int64))
+
+
+def _checked_centroids(values: Any, level: int) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating) or 0 in array.shape:
+        raise ValueError(
+            f"centroids[{level}] needs a floating-point array (k, d) with k, d >= 1, got {array.dtype} {array.shape}"
+        )
+    array = array.astype(np.float32, copy=False)
+    if not np.isfinite(array).all():
+        raise ValueError(f"centroids[{level}] has non-finite values")
+    return array
+
+
+def _checked_ids(values: Any, level: int) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"parent[{level}] needs a one-dimensional integer array, got {array.dtype} {array.shape}"
+        )
+    return array.astype(np.int64, copy=False)
