@@ -1,8 +1,9 @@
 """Artifacts named by what determined them, published whole or not at all.
 
-An artifact is a file or a folder under the cache root whose name holds a fingerprint of everything that went into it.
-Nothing under its final name is ever half-written: builders write to a temporary name beside it, flush to disk, and
-rename. Locks are `flock`s, which the kernel drops when their holder dies, so a killed run never blocks the next.
+An artifact is a file or a folder under the cache root whose name holds a fingerprint of everything that went
+into it. Nothing under its final name is ever half-written: builders write to a temporary name beside it,
+flush to disk, and rename. Locks are `flock`s, which the kernel drops when their holder dies, so a killed run
+never blocks the next.
 """
 
 import contextlib
@@ -35,8 +36,8 @@ def fingerprint(**parts: Any) -> str:
     """A 20-digit hexadecimal name for a set of inputs; equal inputs give equal names, on any machine.
 
     Args:
-        parts: named inputs: numbers, strings, booleans, None, paths, numpy arrays, bytes, and lists, tuples or mappings
-            of these.
+        parts: named inputs: numbers, strings, booleans, None, paths, numpy arrays, bytes, and lists, tuples
+            or mappings of these.
 
     Raises:
         TypeError: an input of another type, whose identity cannot be told from its value.
@@ -48,11 +49,12 @@ def fingerprint(**parts: Any) -> str:
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path` to write a file or a folder to; it takes the final name when the block ends.
+    """A temporary path beside `path` to write a file or a folder to; it takes the final name when the block
+    ends.
 
-    The content is flushed to disk before the rename, and the folder's entry after it. If the block raises, the
-    temporary is removed and nothing changes. An existing file is replaced; an existing folder, made by a process that
-    was faster, is kept and ours is dropped: both were built from the same fingerprint.
+    The content is flushed to disk before the rename, and the folder's entry after it. If the block raises,
+    the temporary is removed and nothing changes. An existing file is replaced; an existing folder, made by a
+    process that was faster, is kept and ours is dropped: both were built from the same fingerprint.
     """
     path = Path(path)
     with _writable(path.parent):
@@ -96,14 +98,18 @@ def read_json(path: Path | str) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise CacheError(f"{path}: not a readable JSON object ({error}); remove its folder to rebuild it") from error
+        raise CacheError(
+            f"{path}: not a readable JSON object ({error}); remove its folder to rebuild it"
+        ) from error
     if not isinstance(content, dict):
         raise CacheError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
 
 
 def write_manifest(folder: Path, stage: str, content: Mapping[str, Any]) -> None:
-    """Write an artifact folder's `manifest.json`: its stage, the cache's format version, and what the stage says."""
+    """Write an artifact folder's `manifest.json`: its stage, the cache's format version, and what the stage
+    says.
+    """
     atomic_write_json(folder / MANIFEST, {"stage": stage, "format": FORMAT_VERSION, **content})
 
 
@@ -116,8 +122,8 @@ def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT_VERSION:
         raise CacheError(
-            f"{folder}: written in cache format {manifest.get('format')!r}, this version reads {FORMAT_VERSION}; "
-            "give another cache_dir, or remove this one to rebuild it"
+            f"{folder}: written in cache format {manifest.get('format')!r}, this version reads "
+            f"{FORMAT_VERSION}; give another cache_dir, or remove this one to rebuild it"
         )
     if manifest.get("stage") != stage:
         raise CacheError(f"{folder}: is an artifact of {manifest.get('stage')!r}, expected {stage!r}")
@@ -128,8 +134,9 @@ def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
 def locked(path: Path | str, *, wait: bool = True) -> Iterator[bool]:
     """Hold an exclusive lock on a file beside `path`, across processes; yields whether it is held.
 
-    With `wait=False` it yields False at once where another process holds it: that process is at work, take another
-    piece. The lock file stays behind on purpose: removing it would race with a process that has just opened it.
+    With `wait=False` it yields False at once where another process holds it: that process is at work, take
+    another piece. The lock file stays behind on purpose: removing it would race with a process that has just
+    opened it.
     """
     lock = Path(path).parent / ".locks" / f"{Path(path).name}.lock"
     with _writable(lock.parent):
@@ -139,7 +146,9 @@ def locked(path: Path | str, *, wait: bool = True) -> Iterator[bool]:
         held = _try_lock(handle)
         if not held and wait:
             log.info("waiting for %s, which builds %s", _holder(lock), Path(path).name)
-            while not held:  # polling, so that Ctrl-C works and network file systems that lose wake-ups do no harm
+            while (
+                not held
+            ):  # polling, so that Ctrl-C works and network file systems that lose wake-ups do no harm
                 time.sleep(0.2)
                 held = _try_lock(handle)
         if held:
@@ -151,7 +160,8 @@ def locked(path: Path | str, *, wait: bool = True) -> Iterator[bool]:
 
 
 def build_once(folder: Path | str, build: Callable[[Path], None]) -> tuple[Path, bool]:
-    """Return an artifact folder and whether it was there already; else one process builds it, the others wait.
+    """Return an artifact folder and whether it was there already; else one process builds it, the others
+    wait.
 
     Args:
         folder: the final name; its last component holds the fingerprint.
@@ -170,7 +180,8 @@ def build_once(folder: Path | str, build: Callable[[Path], None]) -> tuple[Path,
 
 
 def open_cache(root: Path | str) -> Path:
-    """Make or check a cache root: writable, and of this format version. Sweeps temporaries of runs killed long ago.
+    """Make or check a cache root: writable, and of this format version. Sweeps temporaries of runs killed
+    long ago.
 
     Raises:
         CacheError: it cannot be written, or another format version wrote it.
@@ -233,19 +244,26 @@ def _writable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR):
+        if error.errno not in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.ENOTDIR,
+        ):
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CacheError(f"{path}: no space left ({error}); free some, or give another cache_dir") from error
+            raise CacheError(
+                f"{path}: no space left ({error}); free some, or give another cache_dir"
+            ) from error
         raise CacheError(f"{path}: cannot be written ({error}); give a cache_dir that can be") from error
 
 
 def _flush(path: Path) -> None:
     if path.is_dir():
         for entry in sorted(path.rglob("*")):
-            if entry.is_file():
-                _flush_entry(entry)
-            elif entry.is_dir():
+            if entry.is_file() or entry.is_dir():
                 _flush_entry(entry)
     _flush_entry(path)
 

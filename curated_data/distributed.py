@@ -1,4 +1,6 @@
-"""The few collective calls that the package needs, over `torch.distributed`; on one process they do nothing."""
+"""The few collective calls that the package needs, over `torch.distributed`; on one process they do
+nothing.
+"""
 
 import numpy as np
 import torch
@@ -27,11 +29,15 @@ def barrier() -> None:
 
 
 def all_reduce(array: np.ndarray, op: str = "sum") -> np.ndarray:
-    """The elementwise `sum`, `min` or `max` of every rank's array, on every rank; shapes and dtypes must agree."""
+    """The elementwise `sum`, `min` or `max` of every rank's array, on every rank; shapes and dtypes must
+    agree.
+    """
     if not is_distributed():
         return array
     tensor = _to_backend(array)
-    dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op])
+    dist.all_reduce(
+        tensor, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op]
+    )
     return tensor.cpu().numpy()
 
 

@@ -1,4 +1,6 @@
-"""What can be wrong with a user's input, one exception a kind. All are `ValueError`s, so one `except` catches them."""
+"""What can be wrong with a user's input, one exception a kind. All are `ValueError`s, so one `except` catches
+them.
+"""
 
 
 class CuratedDataError(ValueError):

