@@ -1,0 +1,223 @@
+"""A balanced selection from a cluster tree: hierarchical and flat sampling (arXiv 2405.15613).
+
+A node that is to give t samples spreads them over its children by *water-filling*: every child gives the same
+number, the cut, except those too small for it, which give all they have. Here a whole level is filled at
+once, on arrays, so the cost is a few sorts of the pool whatever the number of clusters.
+"""
+
+import logging
+from typing import Literal
+
+import numpy as np
+
+from curated_data.clustering.tree import ClusterTree
+
+log = logging.getLogger(__name__)
+
+Strategy = Literal["random", "closest", "furthest"]
+
+
+def hierarchical_sample(
+    tree: ClusterTree,
+    target_size: int,
+    *,
+    strategy: Strategy = "random",
+    max_repeats: int = 1,
+    seed: int = 0,
+    embeddings: np.ndarray | None = None,
+) -> np.ndarray:
+    """Select samples top down: each level's clusters share their parent's number by water-filling.
+
+    Args:
+        tree: a cluster tree over n samples; those it excludes (parent -1) are never selected.
+        target_size: how many ids to return. Where the tree can give less, all it can give is returned, and a
+            warning logged.
+        strategy: which members a lowest cluster gives: `random`, or the `closest` to or `furthest` from its
+            centroid.
+        max_repeats: how often a sample may be selected. A cluster that is asked for more than it holds is
+            taken whole as often as that fits, then the rest by the strategy (the paper's multiplier).
+        seed: of the draws; equal arguments give equal ids.
+        embeddings: (n, d) the clustered rows; only needed by `closest` and `furthest` where `tree.distance`
+            is absent.
+
+    Returns:
+        int64 ids, ascending, repeats side by side; exactly
+        min(target_size, max_repeats * samples in the tree).
+
+    Raises:
+        ValueError: an argument is out of range, or distances are needed and cannot be had.
+    """
+    _check(target_size, strategy, max_repeats)
+    sizes = {level: tree.sizes(level) for level in tree.centroids}
+    target_size = _attainable(target_size, int(sizes[tree.n_levels].sum()), max_repeats)
+    # No more repeats than that are of use, and the products below stay within int64.
+    max_repeats = max(min(max_repeats, target_size), 1)
+    rng = np.random.default_rng(seed)
+
+    quota = np.array([target_size], np.int64)  # of the root, then of each level's clusters
+    for level in range(tree.n_levels, 0, -1):
+        parent = tree.parent[level + 1] if level < tree.n_levels else np.zeros(len(sizes[level]), np.int64)
+        quota = water_fill(quota, sizes[level] * max_repeats, parent, rng)
+    distance = None if strategy == "random" else _distances(tree, 1, embeddings)
+    return _draw(tree.parent[1], quota, sizes[1], strategy, distance, rng)
+
+
+def flat_sample(
+    tree: ClusterTree,
+    target_size: int,
+    *,
+    level: int | None = None,
+    strategy: Strategy = "random",
+    max_repeats: int = 1,
+    seed: int = 0,
+    embeddings: np.ndarray | None = None,
+) -> np.ndarray:
+    """Select the same number of samples from every cluster of one level; clusters too small for it give all.
+
+    Args:
+        level: whose clusters share the target; None for the lowest, 1. Distances of `closest` and `furthest`
+            are to the centroids of this level; `tree.distance` serves level 1 only, others need `embeddings`.
+
+    The other arguments, the result and the errors are those of `hierarchical_sample`.
+    """
+    _check(target_size, strategy, max_repeats)
+    level = 1 if level is None else level
+    if not 1 <= level <= tree.n_levels:
+        raise ValueError(f"level={level}: the tree has levels 1 to {tree.n_levels}")
+    sizes = tree.sizes(level)
+    target_size = _attainable(target_size, int(sizes.sum()), max_repeats)
+    max_repeats = max(min(max_repeats, target_size), 1)
+    rng = np.random.default_rng(seed)
+
+    quota = water_fill(np.array([target_size]), sizes * max_repeats, np.zeros(len(sizes), np.int64), rng)
+    distance = None if strategy == "random" else _distances(tree, level, embeddings)
+    return _draw(tree.assignment(level), quota, sizes, strategy, distance, rng)
+
+
+def water_fill(
+    target: np.ndarray, capacity: np.ndarray, parent: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Share every node's target among its children as evenly as their capacities allow.
+
+    For a node with target t the cut c is the largest integer with sum(min(c, capacity)) <= t over its
+    children; each child gets min(c, capacity), and what is then left of t goes, one each, to random children
+    above the cut.
+
+    Args:
+        target: (k,) int64, how much each node gives in all.
+        capacity: (m,) int64, what each child can give at most.
+        parent: (m,) the node each child belongs to, -1 for none.
+        rng: draws who gets the remainders.
+
+    Returns:
+        (m,) int64 each child's share: 0 without a parent; a node's shares sum to
+        min(target, its children's capacity).
+    """
+    share = np.zeros(len(capacity), np.int64)
+    order = np.lexsort((capacity, parent))
+    order = order[np.searchsorted(parent[order], 0) :]
+    group = parent[order]
+    wanted = target[group]
+    height = np.minimum(capacity[order], wanted)  # a child never gives more than its parent is asked for
+
+    count = np.bincount(group, minlength=len(target))
+    start = _exclusive_cumsum(count)
+    above = (start + count)[group] - np.arange(len(group))  # children at least as high, itself included
+    below = _exclusive_cumsum(height)
+    below -= below[start[group]]  # what lower children of the same parent hold in all
+    # Children ascend within their parent, so the level of water that just covers a child does too: those that
+    # are covered are the first ones.
+    covered = below + height * above <= wanted
+    n_open = count - np.bincount(group[covered], minlength=len(target))
+    left = target - _sum_by(group[covered], height[covered], len(target))
+    cut, remainder = np.divmod(np.where(n_open > 0, left, 0), np.maximum(n_open, 1))
+
+    height = np.where(covered, height, cut[group])
+    drawn = np.flatnonzero(~covered)
+    drawn = drawn[np.lexsort((rng.random(len(drawn)), group[drawn]))]
+    place = np.arange(len(drawn)) - _exclusive_cumsum(n_open)[group[drawn]]
+    height[drawn[place < remainder[group[drawn]]]] += 1
+    share[order] = height
+    return share
+
+
+def _draw(
+    cluster: np.ndarray,
+    quota: np.ndarray,
+    sizes: np.ndarray,
+    strategy: Strategy,
+    distance: np.ndarray | None,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """The ids that give each cluster its quota: whole copies of the cluster, then the rest by the strategy.
+
+    cluster: (n,) of each sample, -1 for none; quota, sizes: (k,).
+    """
+    whole, rest = np.divmod(quota, np.maximum(sizes, 1))
+    copies = np.where(cluster >= 0, whole[cluster], 0)  # an index of -1 reads some number, and drops it
+    ids = np.flatnonzero((cluster >= 0) & (rest[cluster] > 0))  # members of clusters that are taken in part
+    # Put the samples in order of preference, then group them by cluster without disturbing that order.
+    if distance is None:
+        ids = rng.permutation(ids)
+    else:
+        key = distance[ids] if strategy == "closest" else -distance[ids]
+        ids = ids[np.argsort(key, kind="stable")]
+    ids = ids[np.argsort(cluster[ids], kind="stable")]
+    group = cluster[ids]
+    count = np.bincount(group, minlength=len(quota))
+    place = np.arange(len(ids)) - _exclusive_cumsum(count)[group]
+    copies[ids[place < rest[group]]] += 1
+    return np.repeat(np.arange(len(cluster), dtype=np.int64), copies)
+
+
+def _distances(
+    tree: ClusterTree, level: int, embeddings: np.ndarray | None, block: int = 65_536
+) -> np.ndarray:
+    """(n,) float32 distance of each sample to its centroid of `level`, or its square: they order alike."""
+    if embeddings is None:
+        if level == 1 and tree.distance is not None:
+            return tree.distance
+        raise ValueError(
+            f"this strategy needs distances to the centroids of level {level}, which the tree does not hold: "
+            "give embeddings=, or use strategy='random'"
+        )
+    cluster = tree.assignment(level)
+    if len(embeddings) != len(cluster):
+        raise ValueError(f"embeddings have {len(embeddings)} rows, the tree {len(cluster)} samples")
+    centroids = np.asarray(tree.centroids[level], np.float32)
+    distance = np.full(len(cluster), np.inf, np.float32)
+    for first in range(0, len(cluster), block):
+        part = np.s_[first : first + block]
+        held = cluster[part] >= 0
+        rows = np.asarray(embeddings[part])[held].astype(np.float32) - centroids[cluster[part][held]]
+        distance[part][held] = np.einsum("nd,nd->n", rows, rows)
+    return distance
+
+
+def _attainable(target_size: int, n_samples: int, max_repeats: int) -> int:
+    capacity = n_samples * max_repeats
+    if target_size > capacity:
+        log.warning(
+            "target_size=%d is more than the tree gives: %d samples, each at most %d times; selecting all %d",
+            target_size, n_samples, max_repeats, capacity,
+        )  # fmt: skip
+    return min(target_size, capacity)
+
+
+def _check(target_size: int, strategy: str, max_repeats: int) -> None:
+    for name, value, lowest in (("target_size", target_size, 0), ("max_repeats", max_repeats, 1)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < lowest:
+            raise ValueError(f"{name}={value!r}: give an integer of at least {lowest}")
+    if strategy not in ("random", "closest", "furthest"):
+        raise ValueError(f"strategy={strategy!r}: give 'random', 'closest' or 'furthest'")
+
+
+def _exclusive_cumsum(values: np.ndarray) -> np.ndarray:
+    return np.cumsum(values) - values
+
+
+def _sum_by(group: np.ndarray, values: np.ndarray, n_groups: int) -> np.ndarray:
+    """(n_groups,) int64 sums of `values` by group, exact where float64 weights would round."""
+    total = np.zeros(n_groups, np.int64)
+    np.add.at(total, group, values)
+    return total
