@@ -2,9 +2,15 @@
 nothing.
 """
 
+import time
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from curated_data.cache import MANIFEST, build_once
 
 
 def is_distributed() -> bool:
@@ -63,6 +69,46 @@ def broadcast(array: np.ndarray, source: int = 0) -> np.ndarray:
     tensor = _to_backend(array)
     dist.broadcast(tensor, source)
     return tensor.cpu().numpy()
+
+
+def build_together(folder: Path, build: Callable[[Path | None], None]) -> tuple[Path, bool]:
+    """`build_once` for an artifact that all ranks build with collective calls of their own.
+
+    No rank waits in a collective for the lock, which an unrelated run may hold for hours: rank zero waits for
+    it, and the others watch for a file that says whether to begin.
+
+    Args:
+        folder: the artifact's final name, on a file system that all ranks see.
+        build: called on every rank at once; rank zero gets the temporary folder to write to, the others None.
+
+    Returns:
+        The folder, and whether it was there already.
+    """
+    if not is_distributed():
+        return build_once(folder, build)
+    complete = folder / MANIFEST
+    found, run = broadcast(np.array([complete.exists(), np.random.SeedSequence().entropy % 2**62], np.int64))
+    if found:
+        return folder, True
+    begin = folder.parent / ".locks" / f"{folder.name}.begin-{run}"
+    if rank() == 0:
+
+        def build_as_first(temporary: Path) -> None:
+            begin.touch()
+            build(temporary)
+
+        try:
+            return build_once(folder, build_as_first)
+        finally:
+            begin.unlink(missing_ok=True)
+    while not begin.exists() and not complete.exists():
+        time.sleep(0.05)
+    built_by_others = not begin.exists()
+    if not built_by_others:
+        build(None)
+        while not complete.exists():  # rank zero is writing it
+            time.sleep(0.05)
+    return folder, built_by_others
 
 
 def _to_backend(array: np.ndarray) -> torch.Tensor:

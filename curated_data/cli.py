@@ -1,0 +1,246 @@
+"""`curated-data import | index | embed | curate | export | report | inspect`: the walk, a stage a command."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from curated_data.errors import ConfigError, CuratedDataError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 2 after printing what was wrong with the input."""
+    parsed = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING if parsed.quiet else logging.INFO, format="%(message)s")
+    try:
+        parsed.run(parsed)
+    except (CuratedDataError, ValueError, FileNotFoundError) as error:
+        if parsed.traceback:
+            raise
+        print(f"curated-data {parsed.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="curated-data",
+        description="Balanced subsets of long-tailed pools of WebDataset shards, by hierarchical k-means.",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="log warnings alone")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error was found")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("import", help="turn a folder of class folders of images into shards")
+    command.add_argument("folder", help="like ImageFolder's: one sub-folder a class")
+    command.add_argument("out", help="where the shards go")
+    command.add_argument(
+        "--max-samples", type=int, default=10_000, help="samples a shard (default: %(default)s)"
+    )
+    command.set_defaults(run=_import)
+
+    command = _pool_command(commands, "index", "find where every sample of a pool lies", _index)
+
+    command = _pool_command(commands, "embed", "embed every sample of a pool", _embed)
+    _embedder_option(command)
+
+    command = _pool_command(
+        commands, "curate", "select a balanced subset: index, embed, cluster, sample", _curate
+    )
+    _curation_options(command)
+    command.add_argument("--ids", metavar="FILE", help="also write the selected ids to this .npy file")
+    command.add_argument("--dry-run", action="store_true", help="check settings, count the pool, and stop")
+
+    command = _pool_command(commands, "export", "write the selection as new shards", _export)
+    _curation_options(command)
+    command.add_argument("--out", required=True, help="where the shards go")
+    command.add_argument(
+        "--max-samples", type=int, default=10_000, help="samples a shard (default: %(default)s)"
+    )
+    command.add_argument(
+        "--order", choices=("pool", "shuffled"), default="shuffled", help="(default: %(default)s)"
+    )
+
+    command = _pool_command(commands, "report", "write one HTML page about a curation", _report)
+    _curation_options(command)
+    command.add_argument("--out", default="report.html", help="(default: %(default)s)")
+
+    command = commands.add_parser("inspect", help="show what a cache holds, and what determined it")
+    command.add_argument("cache_dir", metavar="CACHE")
+    command.add_argument("--json", action="store_true", help="print everything as JSON")
+    command.set_defaults(run=_inspect)
+    return parser
+
+
+def _pool_command(commands: Any, name: str, what: str, run: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=what)
+    command.add_argument(
+        "pool", nargs="+", help="shards: 'pool-{000..099}.tar', a glob in quotes, paths, or URLs"
+    )
+    command.add_argument(
+        "--cache-dir", default=".curated_data", metavar="FOLDER", help="(default: %(default)s)"
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _embedder_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--embedder",
+        default="hub:dinov2_vitl14_reg",
+        metavar="NAME",
+        help="torchvision:MODEL, timm:MODEL, hub:ENTRY, checkpoint:FILE, … (default: %(default)s)",
+    )
+    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: %(default)s)")
+
+
+def _curation_options(command: argparse.ArgumentParser) -> None:
+    _embedder_option(command)
+    command.add_argument("--config", metavar="YAML", help="fields of CurationConfig")
+    command.add_argument("--target-size", type=int, metavar="N", help="samples to select")
+    command.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other field, as in --set strategy=closest 'levels=[{n_clusters: 1000}, {n_clusters: 100}]'",
+    )
+
+
+def _config(parsed: argparse.Namespace) -> Any:
+    from curated_data.config import load_config, read_yaml
+
+    config = OmegaConf.create(read_yaml(Path(parsed.config))) if parsed.config else OmegaConf.create({})
+    for item in parsed.set:
+        if "=" not in item:
+            raise ConfigError(f"--set {item}: expected FIELD=VALUE")
+    config = OmegaConf.merge(config, OmegaConf.from_dotlist(parsed.set))
+    if parsed.target_size is not None:
+        config.target_size = parsed.target_size
+    return load_config(config)
+
+
+def _import(parsed: argparse.Namespace) -> None:
+    from curated_data.pool.writer import import_folder
+
+    shards = import_folder(parsed.folder, parsed.out, max_samples=parsed.max_samples)
+    print(f"{len(shards)} shards in {parsed.out}")
+
+
+def _pool(parsed: argparse.Namespace) -> Any:
+    from curated_data.cache import open_cache
+    from curated_data.pool import ShardPool
+
+    return ShardPool(parsed.pool, cache_dir=open_cache(parsed.cache_dir))
+
+
+def _index(parsed: argparse.Namespace) -> None:
+    pool = _pool(parsed)
+    print(f"{len(pool):,} samples in {len(pool.urls):,} shards")
+
+
+def _embed(parsed: argparse.Namespace) -> None:
+    from curated_data.cache import open_cache
+    from curated_data.embedding import embed_pool, resolve_embedder
+
+    store = embed_pool(
+        _pool(parsed), resolve_embedder(parsed.embedder), open_cache(parsed.cache_dir), device=parsed.device
+    )
+    print(
+        f"{len(store):,} embeddings of length {store.shape[1]} in {store.folder}, {len(store.failures):,} failed"
+    )
+
+
+def _run_curation(parsed: argparse.Namespace) -> tuple[Any, Any]:
+    from curated_data.pipeline import curate
+
+    config = _config(parsed)
+    pool = _pool(parsed)
+    curation = curate(
+        pool, config, embedder=parsed.embedder, cache_dir=parsed.cache_dir, device=parsed.device
+    )
+    return pool, curation
+
+
+def _curate(parsed: argparse.Namespace) -> None:
+    if parsed.dry_run:
+        config, pool = _config(parsed), _pool(parsed)
+        print(f"{len(pool):,} samples in {len(pool.urls):,} shards; would select {config.target_size:,}")
+        return
+    _, curation = _run_curation(parsed)
+    report = curation.report
+    table = Table(title=f"{report['selected']:,} of {report['samples']:,} samples selected")
+    for name in ("level", "clusters", "covered", "perplexity, pool", "perplexity, selection"):
+        table.add_column(name, justify="right")
+    for number, level in enumerate(report["levels"], 1):
+        table.add_row(
+            str(number),
+            f"{level['n_clusters']:,}",
+            f"{level['clusters_covered']:,}",
+            f"{level['perplexity_pool']:,.1f}",
+            f"{level['perplexity_selection']:,.1f}",
+        )
+    Console().print(table)
+    if report["failed"]:
+        print(f"{report['failed']:,} samples could not be embedded: see {curation.folders['embeddings']}")
+    print(f"ids: {curation.folders['selection'] / 'ids.npy'}")
+    if parsed.ids:
+        from curated_data.cache import atomic_save
+
+        atomic_save(parsed.ids, curation.ids)
+        print(f"ids: {parsed.ids}")
+
+
+def _export(parsed: argparse.Namespace) -> None:
+    from curated_data.export import export
+
+    pool, curation = _run_curation(parsed)
+    shards = export(
+        pool, curation.ids, parsed.out, tree=curation.tree, order=parsed.order, max_samples=parsed.max_samples
+    )
+    print(f"{len(curation.ids):,} samples in {len(shards):,} shards in {parsed.out}")
+
+
+def _report(parsed: argparse.Namespace) -> None:
+    from curated_data.report.page import write_report
+
+    pool, curation = _run_curation(parsed)
+    print(write_report(curation, pool, parsed.out))
+
+
+def _inspect(parsed: argparse.Namespace) -> None:
+    from curated_data.inspect import age, inspect_cache
+
+    artifacts = inspect_cache(parsed.cache_dir)
+    if parsed.json:
+        print(json.dumps([vars(artifact) for artifact in artifacts], indent=2))
+        return
+    table = Table(title=str(parsed.cache_dir))
+    for name in ("stage", "artifact", "MB", "age"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("what it is, and what determined it", overflow="fold")
+    for artifact in artifacts:
+        details = ", ".join(f"{name}: {_short(value)}" for name, value in artifact.details.items())
+        table.add_row(
+            artifact.stage,
+            artifact.name,
+            f"{artifact.size / 1e6:,.1f}",
+            age(artifact.modified),
+            details if artifact.complete else "incomplete: being written, or left by a run that was stopped",
+        )
+    Console().print(table)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{name}={_short(item)}" for name, item in value.items()) + ")"
+    if isinstance(value, list):
+        return "[" + ", ".join(_short(item) for item in value[:6]) + (", …]" if len(value) > 6 else "]")
+    return str(value)

@@ -1,0 +1,88 @@
+"""What a cache folder holds, and why: each artifact with its size, age and the inputs that named it."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from curated_data.cache import FORMAT_VERSION, MANIFEST, read_json
+from curated_data.errors import CacheError
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One artifact of a cache.
+
+    Attributes:
+        stage: the room of the cache it lies in: index, embeddings, tree, selection, …
+        name: its fingerprint.
+        size: of its files, in bytes.
+        modified: seconds since the epoch.
+        details: what its manifest says: the inputs and settings that determined it, and what was found.
+        complete: False for one that no manifest declares whole: a run is writing it, or was killed.
+    """
+
+    stage: str
+    name: str
+    size: int
+    modified: float
+    details: dict[str, Any]
+    complete: bool
+
+
+def inspect_cache(cache_dir: str | Path) -> list[Artifact]:
+    """The artifacts of a cache, in the order of the walk, newest first in each stage.
+
+    Raises:
+        CacheError: the folder is no cache, or one of another format version.
+    """
+    root = Path(cache_dir).expanduser()
+    marker = root / "cache.json"
+    if not marker.exists():
+        raise CacheError(f"{root}: no cache here (it has no cache.json); give the cache_dir of a curation")
+    written = read_json(marker).get("format")
+    if written != FORMAT_VERSION:
+        raise CacheError(f"{root}: written in cache format {written!r}, this version reads {FORMAT_VERSION}")
+    stages = ["index", "pool", "embeddings", "near_duplicates", "tree", "selection"]
+    others = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found: list[Artifact] = []
+    for stage in [*stages, *(name for name in others if name not in stages)]:
+        folders = [path for path in (root / stage).glob("*") if path.is_dir() and path.name[0] != "."]
+        artifacts = [_artifact(stage, folder) for folder in folders]
+        found += sorted(artifacts, key=lambda artifact: -artifact.modified)
+    return found
+
+
+def _artifact(stage: str, folder: Path) -> Artifact:
+    files = [path for path in folder.rglob("*") if path.is_file() and ".locks" not in path.parts]
+    manifest = folder / MANIFEST
+    if stage == "embeddings":
+        shards = [path for path in files if path.suffix == ".json"]
+        details = [read_json(path) for path in shards]
+        content: dict[str, Any] = {
+            "embedder": next((item.get("embedder") for item in details), None),
+            "shards": len(shards),
+            "samples": sum(item["samples"] for item in details),
+            "failed": sum(len(item["failures"]) for item in details),
+        }
+        complete = True  # shard by shard; which shards a pool needs is the pool's matter
+    else:
+        complete = manifest.exists()
+        content = read_json(manifest) if complete else {}
+    return Artifact(
+        stage=stage,
+        name=folder.name,
+        size=sum(path.stat().st_size for path in files),
+        modified=max((path.stat().st_mtime for path in files), default=folder.stat().st_mtime),
+        details={name: value for name, value in content.items() if name not in ("stage", "format")},
+        complete=complete,
+    )
+
+
+def age(seconds_since_epoch: float) -> str:
+    """How long ago, in the largest unit that fits."""
+    seconds = max(time.time() - seconds_since_epoch, 0)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,295 @@
+"""The walk from a pool to a selection, stage by stage: index, embed, drop near-duplicates, cluster, sample.
+
+The only place that knows the order. Each stage's artifact is named by a fingerprint of what determined it, so
+a second call is a look-up, and a change redoes what depends on it and nothing else.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from curated_data.cache import build_once, fingerprint, locked, open_cache, write_manifest
+from curated_data.clustering.hierarchy import Level, auto_levels, hierarchical_kmeans
+from curated_data.clustering.tree import ClusterTree
+from curated_data.config import CurationConfig, load_config
+from curated_data.distributed import build_together, is_distributed, rank
+from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
+from curated_data.embedding.extract import Decoders
+from curated_data.errors import ConfigError, PoolError
+from curated_data.pool import ShardPool
+from curated_data.report.metrics import gini, perplexity
+from curated_data.selection.near_duplicates import near_duplicates
+from curated_data.selection.sampling import flat_sample, hierarchical_sample
+
+log = logging.getLogger(__name__)
+
+VERSIONS = {"near_duplicates": 1, "tree": 1, "selection": 1}
+"""Raised when a stage computes something else from the same inputs: its older artifacts are then stale."""
+
+
+@dataclass(frozen=True)
+class Curation:
+    """What a curation gives.
+
+    Attributes:
+        ids: (m,) int64, the selected samples, ascending, repeats side by side where `max_repeats` > 1.
+        tree: the clusters; its level 0 is the pool.
+        embeddings: of the whole pool.
+        report: what each stage found, as plain numbers and strings.
+        config: the settings, with derived levels filled in.
+        folders: where each stage's artifact lies in the cache.
+    """
+
+    ids: np.ndarray
+    tree: ClusterTree
+    embeddings: EmbeddingStore
+    report: dict[str, Any]
+    config: CurationConfig
+    folders: dict[str, Path]
+
+
+def curate(
+    pool: ShardPool | str | Path | list[str],
+    config: CurationConfig | Mapping[str, Any] | DictConfig | str | Path,
+    *,
+    embedder: str | nn.Module | Callable[[Tensor], Tensor] | Embedder,
+    cache_dir: str | Path,
+    device: str | torch.device = "auto",
+    decoders: Decoders | None = None,
+) -> Curation:
+    """Select a balanced subset of a pool by hierarchical k-means with resampling (arXiv 2405.15613).
+
+    In a process group every rank calls it, takes its share of each stage, and returns the same result.
+
+    Args:
+        pool: the shards, or anything that `ShardPool` takes.
+        config: a `CurationConfig`, its fields as a mapping, or a YAML file of them.
+        embedder: a name, a network, a function or an embedder, see `resolve_embedder`.
+        cache_dir: a folder that keeps every stage's artifact; several runs may share it. Ranks need it in
+            common.
+        device: for embedding and clustering; "auto" takes the current CUDA device, else the CPU.
+        decoders: of pool members by extension, see `decode_sample`.
+
+    Raises:
+        ConfigError: a setting that is unknown, out of range, or asks for more clusters than the pool has
+            samples.
+        PoolError: no shard matches, or one cannot be read.
+        EmbedderError: the embedder cannot be found or does not fit the pool.
+        CacheError: the cache cannot be written or is of another version.
+    """
+    config = load_config(config)
+    root = open_cache(cache_dir)
+    pool = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
+    seconds: dict[str, float] = {}
+    cached: dict[str, bool] = {}
+
+    with _timed(seconds, "index"):
+        n_samples = len(pool)
+    if not n_samples:
+        raise PoolError(
+            f"the pool has no samples: {len(pool.urls)} shards, the first {pool.urls[0]}, all empty"
+        )
+    log.info("pool: %d samples in %d shards", n_samples, len(pool.urls))
+    _check_levels(config.levels, n_samples)
+
+    with _timed(seconds, "embed"):
+        embedder = resolve_embedder(embedder)
+        settings = dataclasses.asdict(config.embedding)
+        store = embed_pool(pool, embedder, root, device=device, decoders=decoders, **settings)
+    valid = store.valid
+    folders = {"embeddings": store.folder}
+
+    origin = {"pool": pool.fingerprint, "embeddings": store.fingerprint}
+    if config.near_duplicates.enabled:
+        with _timed(seconds, "near_duplicates"):
+            folder, cached["near_duplicates"] = _near_duplicates(root, store, valid, config, origin)
+        folders["near_duplicates"] = folder
+        valid &= np.load(folder / "keep.npy", allow_pickle=False)
+        origin["near_duplicates"] = folder.name
+    n_valid = int(valid.sum())
+    if not n_valid:
+        first = store.failures[0]
+        raise PoolError(
+            f"none of the pool's {n_samples} samples could be embedded; the first: {first['shard']}, key "
+            f"{first['key']!r}: {first['reason']}"
+        )
+    config = dataclasses.replace(config, levels=config.levels or auto_levels(n_valid))
+    _check_levels(config.levels, n_valid)
+
+    with _timed(seconds, "cluster"):
+        folders["tree"], cached["tree"] = _tree(root, store, valid, config, origin, device)
+        tree = ClusterTree.load(folders["tree"] / "tree")
+    with _timed(seconds, "sample"):
+        folders["selection"], cached["selection"] = _selection(root, tree, config, folders["tree"].name)
+        ids = np.load(folders["selection"] / "ids.npy", allow_pickle=False)
+    report = _report(pool, store, valid, tree, ids, config) | {"cached": cached, "seconds": seconds}
+    log.info(
+        "selection: %d of %d samples%s",
+        len(ids),
+        n_samples,
+        " (found in the cache)" if all(cached.values()) else "",
+    )
+    return Curation(ids, tree, store, report, config, folders)
+
+
+def _near_duplicates(
+    root: Path, store: EmbeddingStore, valid: np.ndarray, config: CurationConfig, origin: dict[str, str]
+) -> tuple[Path, bool]:
+    settings = dataclasses.asdict(config.near_duplicates)
+    name = fingerprint(origin=origin, settings=settings, version=VERSIONS["near_duplicates"])
+
+    def build(folder: Path) -> None:
+        found = near_duplicates(
+            _embeddings(store, config),
+            valid=valid,
+            threshold=config.near_duplicates.threshold,
+            n_neighbours=config.near_duplicates.n_neighbours,
+        )
+        np.save(folder / "keep.npy", found.keep)
+        np.save(folder / "group.npy", found.group)
+        removed = int((valid & ~found.keep).sum())
+        write_manifest(
+            folder, "near_duplicates", {"inputs": origin, "settings": settings, "removed": removed}
+        )
+        log.info("near-duplicates: %d samples removed", removed)
+
+    return build_once(root / "near_duplicates" / name, build)
+
+
+def _tree(
+    root: Path,
+    store: EmbeddingStore,
+    valid: np.ndarray,
+    config: CurationConfig,
+    origin: dict[str, str],
+    device: str | torch.device,
+) -> tuple[Path, bool]:
+    """The cluster tree's folder. In a process group all ranks build it together."""
+    names = ("resample", "metric", "init", "n_init", "n_iter", "tol", "seed")
+    settings: dict[str, Any] = {name: getattr(config, name) for name in names}
+    levels = [dataclasses.asdict(level) for level in config.levels or ()]
+    name = fingerprint(origin=origin, settings=settings, levels=levels, version=VERSIONS["tree"])
+    folder = root / "tree" / name
+    checkpoint = root / "checkpoints" / f"tree-{name}"
+
+    def cluster() -> ClusterTree:
+        return hierarchical_kmeans(
+            _embeddings(store, config),
+            config.levels,
+            valid=valid,
+            device=device,
+            checkpoint=checkpoint,
+            **settings,
+        )
+
+    def build(temporary: Path | None) -> None:
+        tree = cluster()
+        if temporary is not None:
+            tree.save(temporary / "tree")
+            write_manifest(
+                temporary, "clustering", {"inputs": origin, "settings": settings | {"levels": levels}}
+            )
+
+    _, cached = build_together(folder, build)
+    if rank() == 0:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return folder, cached
+
+
+def _selection(root: Path, tree: ClusterTree, config: CurationConfig, tree_name: str) -> tuple[Path, bool]:
+    names = ("target_size", "strategy", "sampling", "max_repeats", "seed")
+    settings = {name: getattr(config, name) for name in names}
+    name = fingerprint(tree=tree_name, settings=settings, version=VERSIONS["selection"])
+
+    def build(folder: Path) -> None:
+        sample = {"hierarchical": hierarchical_sample, "flat": flat_sample}[config.sampling]
+        ids = sample(
+            tree,
+            config.target_size,
+            strategy=config.strategy,
+            max_repeats=config.max_repeats,
+            seed=config.seed,
+        )
+        np.save(folder / "ids.npy", ids)
+        write_manifest(
+            folder, "selection", {"inputs": {"tree": tree_name}, "settings": settings, "size": len(ids)}
+        )
+
+    return build_once(root / "selection" / name, build)
+
+
+def _embeddings(store: EmbeddingStore, config: CurationConfig) -> np.ndarray:
+    """The rows as the clustering takes them: in memory where they fit, else one memory map that ranks
+    share.
+    """
+    size = store.shape[0] * store.shape[1] * 4
+    if size <= config.max_memory_gb * 1e9 and not is_distributed():
+        return store.as_array(np.float32)
+    path = store.folder / f"all-{store.fingerprint}.npy"
+    with locked(path):
+        return store.mapped(path)
+
+
+def _check_levels(levels: list[Level] | None, n_samples: int) -> None:
+    """Refuse before anything long starts what the clustering would refuse after it."""
+    asked = levels[0].n_clusters * levels[0].n_splits if levels else 0
+    if asked > n_samples:
+        raise ConfigError(
+            f"levels[0].n_clusters: {asked} clusters of {n_samples} samples; ask for fewer, or leave "
+            "`levels` out to have them derived"
+        )
+
+
+def _report(
+    pool: ShardPool,
+    store: EmbeddingStore,
+    valid: np.ndarray,
+    tree: ClusterTree,
+    ids: np.ndarray,
+    config: CurationConfig,
+) -> dict[str, Any]:
+    """What went in and out, in numbers that need no second look at the images."""
+    unique = np.unique(ids)
+    levels = []
+    for level in range(1, tree.n_levels + 1):
+        sizes = tree.sizes(level)
+        assignment = tree.assignment(level)[ids]
+        selected = np.bincount(assignment, minlength=len(sizes))
+        levels.append(
+            {
+                "n_clusters": len(sizes),
+                "perplexity_pool": perplexity(sizes),
+                "perplexity_selection": perplexity(selected),
+                "gini_pool": gini(sizes),
+                "gini_selection": gini(selected),
+                "clusters_covered": int((selected > 0).sum()),
+            }
+        )
+    return {
+        "shards": len(pool.urls),
+        "samples": len(pool),
+        "failed": len(store.failures),
+        "near_duplicates": int(len(pool) - len(store.failures) - valid.sum()),
+        "target_size": config.target_size,
+        "selected": len(ids),
+        "selected_once_or_more": len(unique),
+        "levels": levels,
+    }
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[stage] = round(time.monotonic() - started, 3)
