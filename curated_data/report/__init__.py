@@ -1,0 +1,1 @@
+"""What a curation did: balance figures, plots, and one HTML page."""

@@ -1,0 +1,269 @@
+"""How balanced a selection is, and how well it covers its pool: figures that need no training.
+
+Balance over clusters (perplexity, Gini, share covered), over classes where labels exist (entropy, head to
+tail ratio), over space (Kullback-Leibler divergence from the uniform density in low dimension), and coverage:
+how far the samples left out are from the nearest one kept.
+"""
+
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+
+from curated_data.clustering.tree import ClusterTree
+from curated_data.embedding.store import EmbeddingStore
+
+
+def perplexity(counts: np.ndarray) -> float:
+    """exp of the Shannon entropy of counts: the number of equally large clusters that would be as spread out.
+
+    Args:
+        counts: (k,) not negative, such as cluster sizes; all zero gives 0.
+    """
+    return float(np.exp(entropy(counts))) if np.any(counts) else 0.0
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Shannon entropy, in nats, of the shares of `counts` (k,) in their sum; 0 where there is nothing."""
+    counts = _checked_counts(counts)
+    shares = counts[counts > 0] / max(counts.sum(), 1)
+    return float(max(-(shares * np.log(shares)).sum(), 0.0))
+
+
+def gini(counts: np.ndarray) -> float:
+    """Gini coefficient of counts (k,): 0 where all are equal, 1 - 1/k where one holds everything.
+
+    Half the mean absolute difference between two counts, over their mean.
+    """
+    counts = np.sort(_checked_counts(counts))
+    if not counts.any():
+        return 0.0
+    place = np.arange(1, len(counts) + 1)
+    return float((2 * place - len(counts) - 1) @ counts / (len(counts) * counts.sum()))
+
+
+def head_to_tail(counts: np.ndarray) -> float:
+    """Largest count over the smallest one; infinite where one is missing."""
+    counts = _checked_counts(counts)
+    if not counts.any():
+        return float("nan")
+    return float(counts.max() / counts.min()) if counts.min() else float("inf")
+
+
+@dataclass(frozen=True)
+class LevelBalance:
+    """One level of a cluster tree: what its clusters hold of the pool, and of a selection.
+
+    Attributes:
+        level: from 1, the lowest.
+        n_clusters: that hold at least one sample of the pool; the Gini coefficients and perplexities are over
+            these.
+        n_empty: that hold none.
+        size_min, size_median, size_max: samples of the pool in a cluster.
+        perplexity, gini: of the pool's cluster sizes.
+        selected_perplexity, selected_gini: of the numbers selected from each, repeats counted.
+        covered: share of the clusters that gave at least one sample.
+    """
+
+    level: int
+    n_clusters: int
+    n_empty: int
+    size_min: int
+    size_median: float
+    size_max: int
+    perplexity: float
+    gini: float
+    selected_perplexity: float
+    selected_gini: float
+    covered: float
+
+
+def cluster_balance(tree: ClusterTree, ids: np.ndarray) -> list[LevelBalance]:
+    """The balance of the pool's cluster sizes and of a selection's, at each level from the lowest up.
+
+    Args:
+        tree: over n samples.
+        ids: (m,) selected samples, with repeats where there are any.
+    """
+    return [
+        _level_balance(level, tree.sizes(level), selected)
+        for level, selected in selected_sizes(tree, ids).items()
+    ]
+
+
+def selected_sizes(tree: ClusterTree, ids: np.ndarray) -> dict[int, np.ndarray]:
+    """For each level, (k_l,) how many of the selected ids each cluster gave, repeats counted."""
+    node = _checked_ids(ids, tree.n_samples)
+    sizes = {}
+    for level in range(1, tree.n_levels + 1):
+        node = tree.parent[level][node]
+        node = node[node >= 0]
+        sizes[level] = np.bincount(node, minlength=len(tree.centroids[level]))
+    return sizes
+
+
+@dataclass(frozen=True)
+class ClassBalance:
+    """Classes of a pool before and after selection; samples without a label (-1) count in neither.
+
+    Attributes:
+        before, after: (n_classes,) int64 samples of each class in the pool and in the selection.
+        entropy_before, entropy_after: in nats; log(n_classes) is the most there can be.
+        ratio_before, ratio_after: largest class over smallest, infinite where one is missing.
+    """
+
+    before: np.ndarray
+    after: np.ndarray
+    entropy_before: float
+    entropy_after: float
+    ratio_before: float
+    ratio_after: float
+
+
+def class_balance(labels: np.ndarray, ids: np.ndarray) -> ClassBalance | None:
+    """Class counts of a pool and of a selection; None where no sample has a label.
+
+    Args:
+        labels: (n,) integer class of each sample, -1 for none. Classes are those that occur in the pool: a
+            class number that nothing has is dropped from the arrays' end only.
+        ids: (m,) selected samples.
+    """
+    labels = np.asarray(labels)
+    chosen = labels[_checked_ids(ids, len(labels))]
+    if not (labels >= 0).any():
+        return None
+    before = np.bincount(labels[labels >= 0])
+    after = np.bincount(chosen[chosen >= 0], minlength=len(before))
+    occurs = before > 0
+    return ClassBalance(
+        before,
+        after,
+        entropy_before=entropy(before),
+        entropy_after=entropy(after),
+        ratio_before=head_to_tail(before[occurs]),
+        ratio_after=head_to_tail(after[occurs]),
+    )
+
+
+def coverage_distance(
+    embeddings: np.ndarray | EmbeddingStore,
+    ids: np.ndarray,
+    *,
+    queries: np.ndarray | None = None,
+    metric: str = "l2",
+    block: int = 16_384,
+) -> np.ndarray:
+    """How far samples of the pool are from the nearest selected one; the largest value is the coverage
+    radius.
+
+    An exact search, in blocks: memory is that of the selected rows and one block. For a pool of 1e8 give a
+        random
+    subset as `queries`, ten thousand tell the quantiles well.
+
+    Args:
+        embeddings: (n, d) array, memory map or store.
+        ids: (m,) selected samples, at least one, whose rows are finite.
+        queries: (q,) the samples to measure; None for all n.
+        metric: `l2` for the Euclidean distance, `cosine` for 1 - cosine similarity.
+
+    Returns:
+        (q,) float32; NaN where the sample's own row is not finite.
+    """
+    if metric not in ("l2", "cosine"):
+        raise ValueError(f"metric={metric!r}: give 'l2' or 'cosine'")
+    ids = np.unique(_checked_ids(ids, len(embeddings)))
+    if not len(ids):
+        raise ValueError("the coverage of an empty selection is not defined: give at least one id")
+    queries = np.arange(len(embeddings)) if queries is None else _checked_ids(queries, len(embeddings))
+    kept = _rows(embeddings, ids, metric)
+    index = faiss.IndexFlatIP(kept.shape[1]) if metric == "cosine" else faiss.IndexFlatL2(kept.shape[1])
+    index.add(kept)
+    distance = np.full(len(queries), np.nan, np.float32)
+    for first in range(0, len(queries), block):
+        rows = _rows(embeddings, queries[first : first + block], metric)
+        finite = np.flatnonzero(np.isfinite(rows).all(axis=1))
+        nearest = index.search(rows[finite], 1)[1][:, 0]
+        # The search finds who is nearest by |x|² - 2xy + |y|², which cancels; the distance itself is taken
+        # anew.
+        squared = ((rows[finite] - kept[nearest]) ** 2).sum(axis=1)
+        distance[first + finite] = squared / 2 if metric == "cosine" else np.sqrt(squared)
+    return distance
+
+
+def kl_to_uniform(
+    points: np.ndarray, low: float, high: float, *, bandwidth: float = 0.5, step: float = 0.1
+) -> float:
+    """KL(density of points || uniform on the box [low, high]^d), the paper's measure of flatness in low
+    dimension.
+
+    The density is a Gaussian kernel estimate at the centres of a grid over the box, normalised to sum to one
+        there:
+    mass outside the box does not count.
+
+    Args:
+        points: (n, d), d of 1 to 3.
+        bandwidth: standard deviation of the kernel, in the units of `points`.
+        step: of the grid; the box's side is divided into as many cells as come nearest.
+    """
+    points = np.asarray(points, np.float64)
+    if points.ndim != 2 or not 1 <= points.shape[1] <= 3 or not len(points):
+        raise ValueError(f"points have shape {points.shape}: give (n, d) with n at least 1 and d of 1 to 3")
+    n_cells = max(round((high - low) / step), 1)
+    grid = low + (np.arange(n_cells) + 0.5) * (high - low) / n_cells
+    axes = "abc"[: points.shape[1]]
+    density = np.zeros((n_cells,) * points.shape[1])
+    for first in range(0, len(points), 4096):
+        # The kernel is a product over dimensions, so the sum over points is a product of matrices.
+        kernels = np.exp(-0.5 * ((points[first : first + 4096, :, None] - grid) / bandwidth) ** 2)
+        terms = ",".join(f"n{axis}" for axis in axes)
+        density += np.einsum(f"{terms}->{axes}", *kernels.transpose(1, 0, 2), optimize=True)
+    if not density.any():
+        raise ValueError(f"no point is anywhere near the box [{low}, {high}]")
+    shares = density[density > 0] / density.sum()
+    return float((shares * np.log(shares * density.size)).sum())
+
+
+def _level_balance(level: int, sizes: np.ndarray, selected: np.ndarray) -> LevelBalance:
+    held = sizes > 0
+    sizes, selected = sizes[held], selected[held]
+    some = len(sizes) > 0
+    return LevelBalance(
+        level=level,
+        n_clusters=len(sizes),
+        n_empty=int((~held).sum()),
+        size_min=int(sizes.min()) if some else 0,
+        size_median=float(np.median(sizes)) if some else 0.0,
+        size_max=int(sizes.max()) if some else 0,
+        perplexity=perplexity(sizes),
+        gini=gini(sizes),
+        selected_perplexity=perplexity(selected),
+        selected_gini=gini(selected),
+        covered=float((selected > 0).mean()) if some else 0.0,
+    )
+
+
+def _rows(embeddings: np.ndarray | EmbeddingStore, ids: np.ndarray, metric: str) -> np.ndarray:
+    rows = embeddings.rows(ids) if isinstance(embeddings, EmbeddingStore) else embeddings[ids]
+    rows = np.ascontiguousarray(rows, np.float32)
+    if metric == "cosine":
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        rows = rows / np.maximum(norms, np.finfo(np.float32).tiny)
+    return rows
+
+
+def _checked_counts(counts: np.ndarray) -> np.ndarray:
+    counts = np.asarray(counts, np.float64)
+    if counts.ndim != 1 or (counts < 0).any() or not np.isfinite(counts).all():
+        raise ValueError(
+            f"counts need to be one-dimensional, finite and not negative, got shape {counts.shape}"
+        )
+    return counts
+
+
+def _checked_ids(ids: np.ndarray, n: int) -> np.ndarray:
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise ValueError(f"ids need to be one-dimensional integers, got {ids.dtype} {ids.shape}")
+    if ids.size and (ids.min() < 0 or ids.max() >= n):
+        raise ValueError(f"ids need to be in 0..{n - 1}, found {ids.min()}..{ids.max()}")
+    return ids.astype(np.int64, copy=False)
