@@ -6,12 +6,15 @@ how far the samples left out are from the nearest one kept.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import faiss
 import numpy as np
 
 from curated_data.clustering.tree import ClusterTree
-from curated_data.embedding.store import EmbeddingStore
+
+if TYPE_CHECKING:
+    from curated_data.embedding import EmbeddingStore
 
 
 def perplexity(counts: np.ndarray) -> float:
@@ -146,7 +149,7 @@ def class_balance(labels: np.ndarray, ids: np.ndarray) -> ClassBalance | None:
 
 
 def coverage_distance(
-    embeddings: np.ndarray | EmbeddingStore,
+    embeddings: "np.ndarray | EmbeddingStore",
     ids: np.ndarray,
     *,
     queries: np.ndarray | None = None,
@@ -242,8 +245,8 @@ def _level_balance(level: int, sizes: np.ndarray, selected: np.ndarray) -> Level
     )
 
 
-def _rows(embeddings: np.ndarray | EmbeddingStore, ids: np.ndarray, metric: str) -> np.ndarray:
-    rows = embeddings.rows(ids) if isinstance(embeddings, EmbeddingStore) else embeddings[ids]
+def _rows(embeddings: "np.ndarray | EmbeddingStore", ids: np.ndarray, metric: str) -> np.ndarray:
+    rows = embeddings.rows(ids) if hasattr(embeddings, "rows") else embeddings[ids]
     rows = np.ascontiguousarray(rows, np.float32)
     if metric == "cosine":
         norms = np.linalg.norm(rows, axis=1, keepdims=True)

@@ -1,0 +1,142 @@
+"""Near-duplicate groups against scikit-learn's DBSCAN with one point a core, and hand-made pools."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.cluster import DBSCAN
+from sklearn.metrics.pairwise import cosine_similarity
+
+from curated_data.selection.near_duplicates import (
+    exact_groups,
+    match_held_out,
+    near_duplicates,
+)
+
+
+def copies(n_originals: int, n_copies: int, dimension: int = 8, noise: float = 0.05, seed: int = 0):
+    """Random directions, each followed by noisy copies, at random scales, in random order."""
+    rng = np.random.default_rng(seed)
+    x = np.repeat(rng.normal(size=(n_originals, dimension)), n_copies, axis=0)
+    x += noise * rng.normal(size=x.shape)
+    x *= rng.uniform(0.5, 2, (len(x), 1))
+    return x[rng.permutation(len(x))].astype(np.float32)
+
+
+def groups_by_dbscan(x: np.ndarray, threshold: float) -> np.ndarray:
+    label = DBSCAN(eps=1 - threshold, min_samples=1, metric="cosine").fit(x).labels_
+    smallest = {c: i for i, c in reversed(list(enumerate(label)))}
+    return np.array([smallest[c] for c in label])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n_originals=st.integers(1, 40),
+    n_copies=st.integers(1, 4),
+    noise=st.sampled_from([0.02, 0.1, 0.3]),
+    cell_size=st.sampled_from([10, 37, 10_000]),
+    seed=st.integers(0, 99),
+)
+def test_groups_are_those_of_dbscan_however_the_pool_is_cut(n_originals, n_copies, noise, cell_size, seed):
+    x = copies(n_originals, n_copies, noise=noise, seed=seed)
+    threshold = 0.9503  # of no pair to seven digits, so that rounding decides nothing
+    found = near_duplicates(
+        x, threshold=threshold, n_neighbours=len(x), cell_size=cell_size, n_probes=len(x), seed=seed
+    )
+    assert np.array_equal(found.group, groups_by_dbscan(x, threshold))
+    similarity = cosine_similarity(x)
+    expected = np.argwhere(np.triu(similarity >= threshold, 1))
+    assert np.array_equal(found.pairs, expected)
+    np.testing.assert_allclose(found.similarity, similarity[tuple(expected.T)], atol=1e-5)
+    assert found.keep.sum() == len(np.unique(found.group))  # one of each group
+    assert len(np.unique(found.group[found.keep])) == found.keep.sum()
+
+
+def test_few_probes_find_nearly_all():
+    x = copies(1500, 2, dimension=32, noise=0.1)
+    whole = near_duplicates(x, threshold=0.95)
+    cut = near_duplicates(x, threshold=0.95, cell_size=300, n_probes=2)
+    assert len(whole.pairs) > 1000
+    both = {tuple(p) for p in whole.pairs.tolist()} & {tuple(p) for p in cut.pairs.tolist()}
+    assert len(both) == len(cut.pairs)  # finds nothing that is not there
+    assert len(both) >= 0.98 * len(whole.pairs)
+    again = near_duplicates(x, threshold=0.95, cell_size=300, n_probes=2)
+    assert np.array_equal(again.keep, cut.keep)
+
+
+def test_the_member_nearest_the_mean_is_kept():
+    x = copies(30, 5, noise=0.1)
+    found = near_duplicates(x, threshold=0.8)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    for group in np.unique(found.group):
+        members = np.flatnonzero(found.group == group)
+        mean = unit[members].mean(axis=0)
+        assert members[np.argmax(unit[members] @ mean)] == members[found.keep[members]].item()
+
+
+def test_the_preferred_member_is_kept_and_ties_keep_the_first():
+    x = np.ones((4, 3), np.float32)
+    assert near_duplicates(x).keep.tolist() == [True, False, False, False]
+    assert near_duplicates(x, prefer=np.array([1, 5, 9, 9])).keep.tolist() == [False, False, True, False]
+    assert near_duplicates(x, threshold=1.0).group.tolist() == [0, 0, 0, 0]
+
+
+def test_many_identical_samples_are_one_group_with_short_lists():
+    x = np.concatenate([np.tile([[1.0, 2, 3]], (3000, 1)), copies(50, 1, 3, 0)]).astype(np.float16)
+    found = near_duplicates(x, threshold=0.9999, n_neighbours=4, cell_size=500)
+    assert (found.group[:3000] == 0).all()
+    assert found.keep[:3000].sum() == 1
+
+
+def test_samples_that_are_not_valid_take_no_part():
+    x = np.ones((4, 3), np.float32)
+    x[1] = np.nan
+    found = near_duplicates(x, valid=np.array([False, False, True, True]))
+    assert found.group.tolist() == [-1, -1, 2, 2]
+    assert found.keep.tolist() == [False, False, True, False]
+    with pytest.raises(ValueError, match="sample 1 is not finite"):
+        near_duplicates(x)
+    nothing = near_duplicates(x, valid=np.zeros(4, bool))
+    assert not nothing.keep.any()
+    assert nothing.pairs.shape == (0, 2)
+
+
+def test_held_out_images_leave_the_pool_and_another_copy_may_stay():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(6, 16)).astype(np.float32)
+    x[1] = x[0]
+    x[2] = x[0] + 0.2 * x[3]  # a copy of 0 in the pool, not near enough to what is held out
+    held_out = np.stack([rng.normal(size=16), x[0] - 0.2 * x[3]])
+    cosine = cosine_similarity(x, held_out)
+    threshold = (min(cosine[0, 1], cosine_similarity(x)[0, 2]) + cosine[2, 1]) / 2
+    assert cosine_similarity(x)[0, 2] > threshold
+    found = near_duplicates(x, held_out=held_out, threshold=float(threshold))
+    assert found.held_out_match.tolist() == [1, 1, -1, -1, -1, -1]
+    assert found.keep.tolist() == [False, False, True, True, True, True]
+    assert match_held_out(x, np.empty((0, 16)), threshold=0.9).tolist() == [-1] * 6
+
+
+def test_known_copies_are_joined():
+    x = np.eye(5, dtype=np.float32)
+    found = near_duplicates(x, same=np.array([0, 1, 1, 3, 0]), prefer=np.array([0, 0, 1, 0, 1]))
+    assert found.group.tolist() == [0, 1, 1, 3, 0]
+    assert found.keep.tolist() == [False, False, True, True, True]
+
+
+def test_exact_groups_by_digest():
+    digest = np.array([[0, 0], [5, 1], [5, 2], [5, 1], [0, 0]], np.uint64)
+    assert exact_groups(digest).tolist() == [0, 1, 2, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"threshold": 1.5}, "threshold=1.5"),
+        ({"n_neighbours": 0}, "n_neighbours=0"),
+        ({"valid": np.ones(3, bool)}, "valid needs shape"),
+        ({"prefer": np.ones((4, 1))}, "prefer needs shape"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        near_duplicates(np.ones((4, 2), np.float32), **arguments)
