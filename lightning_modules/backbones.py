@@ -1,0 +1,420 @@
+"""Feature networks: any classification network of timm or torchvision, its classifier removed, and narrow ResNets.
+
+`build_backbone("timm:vit_small_patch16_224", image_size=96, patch_size=8)` gives a `Backbone`: images (B, 3, S, S) in,
+features (B, dimension) out.
+"""
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+log = logging.getLogger(__name__)
+
+# Blocks a stage. ResNet-10 has half the blocks of ResNet-18: for small images on small machines.
+RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+    "resnet10": (BasicBlock, (1, 1, 1, 1)),
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
+
+
+def build_backbone(
+    name: str,
+    *,
+    image_size: int | None = None,
+    small_images: bool = False,
+    pretrained: bool | str | Path = False,
+    frozen_blocks: int = 0,
+    **options: Any,
+) -> "Backbone":
+    """Build a feature network by name.
+
+    Args:
+        name: `timm:<model>`, `torchvision:<model>`, or a plain name: `resnet10/18/34/50` are this module's ResNets
+            (torchvision's parameter names; they take `width`), others are looked up in torchvision, then in timm.
+        image_size: side of the images in pixels; transformers need it where it is not their default.
+        small_images: ResNets alone: 3x3 first convolution with stride 1 and no max-pool, for images of about 32 pixels.
+        pretrained: False; True for the library's own weights from its hub; or a file (.pth, .pt, .ckpt, .safetensors).
+        frozen_blocks: the stem and so many first blocks keep their weights and their normalisation statistics;
+            -1 freezes everything.
+        options: passed to the network's constructor: `width`, `patch_size`, `depth`, `reg_tokens`, `drop_path_rate`, ...
+
+    Raises:
+        ValueError: unknown name, an image size that the network cannot take, a stem that cannot be replaced, weights
+            that cannot be found or do not fit, or more frozen blocks than there are.
+    """
+    source, _, model = name.rpartition(":")
+    if source not in ("", "timm", "torchvision"):
+        raise ValueError(f"backbone {name!r}: unknown source {source!r}; use 'timm:' or 'torchvision:'")
+    from_hub = pretrained is True
+    if not source and model in RESNETS and not from_hub:
+        net: nn.Module = ResNet(model, small_images=small_images, **options)
+    else:
+        source = source or ("torchvision" if model in torchvision.models.list_models() else "timm")
+        build = _build_torchvision if source == "torchvision" else _build_timm
+        net = build(model, image_size, from_hub, options)
+        if small_images:
+            _use_small_stem(net, name)
+    backbone = Backbone(net, name=name, image_size=image_size or _default_image_size(net))
+    if pretrained and not from_hub:
+        load_weights(backbone, pretrained)
+    backbone.freeze(frozen_blocks)
+    return backbone
+
+
+class Backbone(nn.Module):
+    """A network without its classifier: images (B, 3, H, W) to features (B, `dimension`).
+
+    Attributes:
+        net: the network as its library built it.
+        dimension: the number of features.
+        image_size: the side of the images that it was built for, in pixels.
+        patch_size: a transformer's patch side in pixels; None for other networks.
+    """
+
+    def __init__(self, net: nn.Module, *, name: str, image_size: int) -> None:
+        super().__init__()
+        self.net = net
+        self.name = name
+        self.image_size = image_size
+        self.patch_size = _patch_size(net)
+        self._frozen: list[nn.Module] = []
+        # Channels last is what convolution kernels want: 1.5 to 2 times the speed, on CPUs and on tensor cores.
+        self._channels_last = self.patch_size is None
+        if self._channels_last:
+            self.net.to(memory_format=torch.channels_last)
+        if self.patch_size is not None and image_size % self.patch_size:
+            raise ValueError(
+                f"backbone {name!r}: image_size {image_size} is no multiple of its patch size {self.patch_size}; "
+                f"use {image_size - image_size % self.patch_size or self.patch_size}, or another patch_size"
+            )
+        self.dimension = self._probe_dimension()
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self._channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.net(images)
+
+    def tokens(self, images: Tensor, n_last_blocks: int = 1) -> list[tuple[Tensor, Tensor]]:
+        """A transformer's outputs for linear probes and dense tasks.
+
+        Args:
+            images: (B, 3, H, W).
+            n_last_blocks: from how many of the last blocks.
+
+        Returns:
+            For each block, the last one last: class token (B, d) and patch tokens (B, h * w, d), both after the final norm.
+
+        Raises:
+            ValueError: the backbone is no timm vision transformer with a class token.
+        """
+        if not hasattr(self.net, "get_intermediate_layers") or getattr(self.net, "cls_token", None) is None:
+            raise ValueError(
+                f"backbone {self.name!r}: token outputs need a timm vision transformer with a class token"
+            )
+        outputs = self.net.get_intermediate_layers(
+            images, n=n_last_blocks, return_prefix_tokens=True, norm=True
+        )
+        return [(prefix[:, 0], patches) for patches, prefix in outputs]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated units in order: residual blocks, transformer blocks, or else the network's stages."""
+        return _blocks(self.net)
+
+    def freeze(self, n_blocks: int) -> None:
+        """Stop training of the stem and the first `n_blocks` blocks (-1: of everything), normalisation included."""
+        if n_blocks == 0:
+            return
+        blocks = self.blocks
+        if not -1 <= n_blocks <= len(blocks):
+            raise ValueError(
+                f"frozen_blocks {n_blocks}: backbone {self.name!r} has {len(blocks)} blocks (-1: freeze all)"
+            )
+        if n_blocks == -1:
+            self._frozen = [self.net]
+            self.net.requires_grad_(False)
+        else:
+            # Registration order is execution order up to the blocks: what comes first is the stem.
+            inside = {id(p) for block in blocks[:n_blocks] for p in block.parameters()}
+            last = max(i for i, p in enumerate(self.net.parameters()) if id(p) in inside)
+            for parameter in list(self.net.parameters())[: last + 1]:
+                parameter.requires_grad_(False)
+            leaves = [m for m in self.net.modules() if not any(m.children())]
+            end = max(
+                i for i, m in enumerate(leaves) if any(m is leaf for leaf in blocks[n_blocks - 1].modules())
+            )
+            self._frozen = leaves[: end + 1]
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        super().train(mode)
+        for module in self._frozen:  # frozen BatchNorm keeps its statistics, frozen dropout drops nothing
+            module.eval()
+        return self
+
+    @torch.no_grad()
+    def _probe_dimension(self) -> int:
+        was_training = self.training
+        self.eval()
+        parameter = next(self.net.parameters())
+        image = torch.zeros(
+            1, 3, self.image_size, self.image_size, device=parameter.device, dtype=parameter.dtype
+        )
+        try:
+            features = self(image)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ValueError(
+                f"backbone {self.name!r} cannot take images of {self.image_size} x {self.image_size}: {error}"
+            ) from error
+        finally:
+            self.train(was_training)
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            raise ValueError(f"backbone {self.name!r} gives no (B, d) features; use a classification network")
+        return features.shape[1]
+
+
+class ResNet(nn.Module):
+    """A ResNet without classifier, of any width; torchvision's parameter names, so its weights fit at width 64.
+
+    Args:
+        depth: a key of `RESNETS`.
+        width: channels of the first stage; each later stage doubles them.
+        small_images: 3x3 first convolution with stride 1 and no max-pool (He et al. 2016, section 4.2).
+    """
+
+    def __init__(self, depth: str = "resnet18", *, width: int = 64, small_images: bool = False) -> None:
+        super().__init__()
+        block, n_blocks = RESNETS[depth]
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        if small_images:
+            _use_small_stem(self, depth)
+        channels = width
+        for stage, n in enumerate(n_blocks):
+            inner = width * 2**stage
+            layers = []
+            for i in range(n):
+                stride = 2 if i == 0 and stage > 0 else 1
+                outer = inner * block.expansion
+                shortcut = None
+                if stride != 1 or channels != outer:
+                    shortcut = nn.Sequential(
+                        nn.Conv2d(channels, outer, 1, stride, bias=False), nn.BatchNorm2d(outer)
+                    )
+                layers.append(block(channels, inner, stride, shortcut))
+                channels = outer
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.avgpool(x).flatten(1)
+
+
+def load_weights(backbone: Backbone, path: str | Path) -> None:
+    """Load a file of weights into a backbone; classifier weights and common prefixes in it are put aside.
+
+    Raises:
+        ValueError: no such file, not a file of tensors, or weights of another network (names some of them).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"pretrained {str(path)!r}: no such file; give a .pth, .pt, .ckpt or .safetensors file"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a truncated zip, a pickle, a text file: torch raises many kinds
+        raise ValueError(
+            f"pretrained {str(path)!r}: not a file of tensors that can be read safely ({error})"
+        ) from error
+    state = _state_dict_of(content)
+    if not state:
+        raise ValueError(f"pretrained {str(path)!r}: holds no state dict")
+    expected = backbone.net.state_dict()
+    state = _strip_prefixes(state, expected)
+    if isinstance(
+        backbone.net, VisionTransformer
+    ):  # resamples position embeddings to another grid, renames DINOv2's own
+        state = checkpoint_filter_fn(state, backbone.net)
+    missing = [key for key in expected if key not in state]
+    wrong = [k for k in expected if k in state and state[k].shape != expected[k].shape]
+    if missing or wrong:
+        shown = [
+            *missing[:3],
+            *(f"{k} {tuple(state[k].shape)} != {tuple(expected[k].shape)}" for k in wrong[:3]),
+        ]
+        raise ValueError(
+            f"pretrained {str(path)!r} does not fit backbone {backbone.name!r}: {len(missing)} weights missing, "
+            f"{len(wrong)} of another shape, for example {shown}"
+        )
+    backbone.net.load_state_dict({key: state[key] for key in expected})
+    log.info("backbone %s: weights of %s", backbone.name, path)
+
+
+def _build_timm(model: str, image_size: int | None, from_hub: bool, options: Mapping[str, Any]) -> nn.Module:
+    base = model.split(".")[0]
+    if not timm.is_model(base):
+        raise ValueError(f"timm has no model {model!r}{_nearest(base, timm.list_models())}")
+    options = dict(options)
+    default = timm.get_pretrained_cfg(base, allow_unregistered=False)
+    if image_size is not None and default is not None and default.fixed_input_size:
+        options.setdefault("img_size", image_size)
+    try:
+        return timm.create_model(model, pretrained=from_hub, num_classes=0, **options)
+    except TypeError as error:
+        raise ValueError(f"timm:{model}: an option does not fit: {error}") from error
+    except Exception as error:
+        if not from_hub:
+            raise ValueError(f"timm:{model}: cannot be built with {options}: {error}") from error
+        raise ValueError(_hub_help(f"timm:{model}", error, default.hf_hub_id or default.url)) from error
+
+
+def _build_torchvision(
+    model: str, image_size: int | None, from_hub: bool, options: Mapping[str, Any]
+) -> nn.Module:
+    known = torchvision.models.list_models(module=torchvision.models)
+    if model not in known:
+        raise ValueError(f"torchvision has no classification model {model!r}{_nearest(model, known)}")
+    options = dict(options)
+    if image_size is not None and model.startswith("vit_"):
+        options.setdefault("image_size", image_size)
+    if image_size is not None and model.startswith("maxvit"):
+        options.setdefault("input_size", (image_size, image_size))
+    if model in ("inception_v3", "googlenet"):
+        # Auxiliary classifiers are no part of the features; pretrained weights insist on building them first.
+        options = {"aux_logits": from_hub, "transform_input": False, **options}
+        if not from_hub:
+            options.setdefault("init_weights", True)
+    weights = torchvision.models.get_model_weights(model).DEFAULT if from_hub else None
+    try:
+        net = torchvision.models.get_model(model, weights=weights, **options)
+    except TypeError as error:
+        raise ValueError(f"torchvision:{model}: an option does not fit: {error}") from error
+    except Exception as error:
+        if not from_hub:
+            raise ValueError(f"torchvision:{model}: cannot be built with {options}: {error}") from error
+        raise ValueError(_hub_help(f"torchvision:{model}", error, weights.url)) from error
+    if getattr(net, "aux_logits", False):
+        net.aux_logits = False
+        for auxiliary in ("AuxLogits", "aux1", "aux2"):
+            if hasattr(net, auxiliary):
+                setattr(net, auxiliary, None)
+    # The classifier is the last linear layer in every torchvision network, or a 1x1 convolution where there is none.
+    layers = list(net.named_modules())
+    linear = [n for n, m in layers if isinstance(m, nn.Linear)] or [
+        n for n, m in layers if isinstance(m, nn.Conv2d)
+    ]
+    parent, _, attribute = linear[-1].rpartition(".")
+    setattr(net.get_submodule(parent), attribute, nn.Identity())
+    return net
+
+
+def _use_small_stem(net: nn.Module, name: str) -> None:
+    """Put a 3x3 convolution of stride 1 for a ResNet's first convolution and max-pool."""
+    first = getattr(net, "conv1", None)
+    if not isinstance(first, nn.Conv2d) or not hasattr(net, "maxpool"):
+        raise ValueError(
+            f"small_images: backbone {name!r} has no ResNet stem (conv1, maxpool) to replace; "
+            "use a ResNet, or a transformer with a small patch_size"
+        )
+    net.conv1 = nn.Conv2d(
+        first.in_channels, first.out_channels, 3, stride=1, padding=1, bias=first.bias is not None
+    )
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    net.maxpool = nn.Identity()
+
+
+def _blocks(net: nn.Module) -> list[nn.Module]:
+    stages = [
+        getattr(net, f"layer{i}")
+        for i in range(1, 9)
+        if isinstance(getattr(net, f"layer{i}", None), nn.Module)
+    ]
+    if stages:
+        return [block for stage in stages for block in stage.children()]
+    for path in ("blocks", "encoder.layers", "stages", "layers", "features"):
+        try:
+            found = list(net.get_submodule(path).children())
+        except AttributeError:
+            continue
+        # timm's EfficientNets nest blocks in stages: count the inner ones
+        if found and all(isinstance(child, nn.Sequential) for child in found) and path == "blocks":
+            return [block for stage in found for block in stage.children()]
+        return found
+    return list(net.children())
+
+
+def _patch_size(net: nn.Module) -> int | None:
+    """A plain vision transformer's patch side; None for networks that take (nearly) any size."""
+    size = getattr(getattr(net, "patch_embed", None), "patch_size", None) if hasattr(net, "blocks") else None
+    if size is None and hasattr(net, "conv_proj") and hasattr(net, "encoder"):  # torchvision's
+        size = net.patch_size
+    if isinstance(size, Sequence):
+        size = size[0]
+    return size
+
+
+def _default_image_size(net: nn.Module) -> int:
+    embed = getattr(net, "patch_embed", None)
+    size = getattr(embed, "img_size", None) or getattr(net, "image_size", None)
+    if size is None:
+        size = (getattr(net, "default_cfg", None) or {}).get("input_size", (3, 224, 224))[-1]
+    return size[0] if isinstance(size, Sequence) else size
+
+
+def _state_dict_of(content: Any) -> dict[str, Tensor]:
+    """The tensors of a state dict, or of the one inside a checkpoint of Lightning, timm, torchvision or DINO."""
+    if not isinstance(content, Mapping):
+        return {}
+    for key in ("state_dict", "model", "teacher", "model_state_dict"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    return {k: v for k, v in content.items() if isinstance(v, Tensor)}
+
+
+def _strip_prefixes(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the leading components that make most names fit."""
+    best, best_hits = state, sum(key in state for key in expected)
+    prefixes = {key[: -len(name)] for name in list(expected)[:3] for key in state if key.endswith("." + name)}
+    for prefix in sorted(prefixes):
+        stripped = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        hits = sum(key in stripped for key in expected)
+        if hits > best_hits:
+            best, best_hits = stripped, hits
+    return best
+
+
+def _hub_help(name: str, error: Exception, where: str | None) -> str:
+    return (
+        f"{name}: pretrained weights cannot be fetched ({type(error).__name__}: {error}). "
+        f"On a machine with network, fetch {where or 'the weights'}, and give pretrained='/path/to/the/file'"
+    )
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {', '.join(close)}?" if close else ""

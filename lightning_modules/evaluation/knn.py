@@ -1,0 +1,165 @@
+"""Weighted k-nearest-neighbour classification of frozen features, DINO's protocol: cosine, votes exp(similarity / 0.07)."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_modules.distributed import all_gather_rows, all_reduce, rank, world_size
+
+Array = np.ndarray | Tensor
+
+
+@dataclass(frozen=True)
+class KNNResult:
+    """Accuracies in 0..1 for each k.
+
+    Attributes:
+        accuracy: share of test samples classified right.
+        class_accuracy: mean over the classes of the test set of their accuracies: each class counts alike.
+        per_class: for each k, the accuracy of each label of the test set.
+        n_train, n_test: samples used.
+    """
+
+    accuracy: dict[int, float]
+    class_accuracy: dict[int, float]
+    per_class: dict[int, dict[int, float]]
+    n_train: int
+    n_test: int
+
+    @property
+    def best(self) -> float:
+        """The highest accuracy over all k."""
+        return max(self.accuracy.values())
+
+    def table(self) -> str:
+        """A Markdown table, one row a k."""
+        rows = [f"| {k} | {100 * self.accuracy[k]:.2f} | {100 * self.class_accuracy[k]:.2f} |" for k in self.accuracy]
+        return "\n".join(["| k | accuracy % | class average % |", "|---|---|---|", *rows])
+
+    def to_json(self, path: str | Path) -> None:
+        """Write all figures as JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write one row a k: k, accuracy, class_accuracy."""
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["k", "accuracy", "class_accuracy"])
+            writer.writerows([k, self.accuracy[k], self.class_accuracy[k]] for k in self.accuracy)
+
+
+def knn(
+    train_features: Array,
+    train_labels: Array,
+    test_features: Array,
+    test_labels: Array,
+    *,
+    k: int | Sequence[int] = (10, 20, 100, 200),
+    temperature: float | None = 0.07,
+    metric: str = "cosine",
+    block_size: int = 1024,
+    device: str | torch.device = "cpu",
+) -> KNNResult:
+    """Classify test features by the labels of their nearest train features.
+
+    A neighbour at cosine s votes for its class with weight exp(s / temperature) (Wu et al. 2018, arXiv 1805.01978). Under
+    `torch.distributed` every rank gives its own share of both sets, of any length; the bank stays sharded, queries travel,
+    and all ranks get the result of the joined sets.
+
+    Args:
+        train_features: (n, d), any float type; train_labels: (n,) integers >= 0.
+        test_features: (m, d); test_labels: (m,).
+        k: numbers of neighbours.
+        temperature: None gives every neighbour one vote.
+        metric: "cosine", or "euclidean" (then every neighbour has one vote, `temperature` does not apply).
+        block_size: test features compared at once; memory is block_size x n.
+        device: where to compare.
+
+    Raises:
+        ValueError: shapes that do not match, non-finite features, negative labels, or k larger than the train set.
+    """
+    ks = [k] if isinstance(k, int) else sorted(set(k))
+    bank, bank_labels = _checked("train", train_features, train_labels, device)
+    queries, query_labels = _checked("test", test_features, test_labels, device)
+    counts = all_reduce(torch.tensor([len(bank), len(queries)], device=device)).tolist()
+    if bank.shape[1] != queries.shape[1]:
+        raise ValueError(f"train features have {bank.shape[1]} dimensions, test features {queries.shape[1]}")
+    if not counts[0] or not counts[1]:
+        raise ValueError(f"no samples: {counts[0]} train, {counts[1]} test")
+    if not ks or ks[0] < 1 or ks[-1] > counts[0]:
+        raise ValueError(f"k must lie in 1..{counts[0]} (the train set's size), got {ks}")
+    if metric not in ("cosine", "euclidean"):
+        raise ValueError(f"metric {metric!r}: expected 'cosine' or 'euclidean'")
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"temperature must be positive or None, got {temperature}")
+    if metric == "cosine":
+        bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    else:
+        temperature = None
+
+    n_classes = 1 + int(torch.cat([all_gather_rows(bank_labels), all_gather_rows(query_labels)]).max())
+    right = torch.zeros(len(ks), n_classes, dtype=torch.int64, device=device)
+    longest = int(all_gather_rows(torch.tensor([len(queries)], device=device)).max())
+    for start in range(0, longest, block_size):  # the same number of blocks on every rank: each is a collective
+        block = queries[start : start + block_size]
+        similarity, labels = _nearest(block, bank, bank_labels, ks[-1], metric)
+        weights = torch.ones_like(similarity) if temperature is None else ((similarity - 1) / temperature).exp()
+        truth = query_labels[start : start + block_size]
+        for i, n in enumerate(ks):
+            votes = weights.new_zeros(len(block), n_classes).scatter_add_(1, labels[:, :n], weights[:, :n])
+            hit = votes.argmax(1) == truth
+            right[i] += torch.bincount(truth[hit], minlength=n_classes)
+    right = all_reduce(right).cpu()
+    total = all_reduce(torch.bincount(query_labels, minlength=n_classes)).cpu()
+    present = total.nonzero().flatten()
+    shares = right[:, present].double() / total[present]
+    return KNNResult(
+        accuracy={n: float(right[i].sum() / total.sum()) for i, n in enumerate(ks)},
+        class_accuracy={n: float(shares[i].mean()) for i, n in enumerate(ks)},
+        per_class={n: dict(zip(present.tolist(), shares[i].tolist())) for i, n in enumerate(ks)},
+        n_train=counts[0],
+        n_test=counts[1],
+    )
+
+
+def _nearest(block: Tensor, bank: Tensor, bank_labels: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
+    """Similarities and labels (b, k), nearest first, of the k nearest of all ranks' banks for this rank's block."""
+    asked = all_gather_rows(block)
+    if metric == "cosine":
+        similarity = asked @ bank.T
+    else:
+        similarity = -torch.cdist(asked, bank, compute_mode="donot_use_mm_for_euclid_dist")
+    values, rows = similarity.topk(min(k, len(bank)), dim=1)
+    labels = bank_labels[rows]
+    if world_size() == 1:
+        return values, labels
+    lengths = all_gather_rows(torch.tensor([len(block)], device=block.device)).tolist()
+    own = slice(sum(lengths[: rank()]), sum(lengths[: rank() + 1]))
+    # Shards may hold fewer than k rows, so candidates travel as columns, of which each rank may have its own number.
+    values = all_gather_rows(values.T.contiguous()).T[own]
+    labels = all_gather_rows(labels.T.contiguous()).T[own]
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], labels.gather(1, order[:, :k])
+
+
+def _checked(name: str, features: Array, labels: Array, device: str | torch.device) -> tuple[Tensor, Tensor]:
+    features = torch.as_tensor(features).to(device, torch.float32)
+    labels = torch.as_tensor(labels).to(device, torch.int64)
+    if features.ndim != 2 or labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"{name}: expected features (n, d) and labels (n,), got {tuple(features.shape)} and {tuple(labels.shape)}"
+        )
+    finite = torch.isfinite(features).all(1)
+    if not finite.all():
+        rows = (~finite).nonzero().flatten().tolist()
+        raise ValueError(f"{name}: {len(rows)} rows of features are not finite, the first at {rows[:5]}")
+    if len(labels) and int(labels.min()) < 0:
+        raise ValueError(f"{name}: labels must be >= 0 (found {int(labels.min())}): leave unlabelled samples out")
+    return features, labels

@@ -1,0 +1,164 @@
+"""Callbacks that probe the backbone while it trains, without touching what it learns."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from lightning_modules.distributed import all_reduce, rank, world_size
+from lightning_modules.evaluation.knn import knn
+
+log = logging.getLogger(__name__)
+
+Source = DataLoader | Dataset | Callable[[], DataLoader | Dataset]
+
+
+class OnlineKNN(L.Callback):
+    """k-NN accuracy of the module's `embed` every few epochs, logged as `knn/<k>` and `knn/class_average_<k>`.
+
+    Each rank embeds its share of both sets. Features are taken in evaluation mode, without gradient, and every submodule's
+    mode is put back, so BatchNorm statistics, frozen parts and random numbers of the training are what they would be
+    without the callback. If a probe fails on any rank, all ranks skip it, the run goes on, and the reason is logged.
+
+    Args:
+        train, test: labelled sets, or functions that give them when the fit starts: a map-style dataset of
+            {"image": (3, S, S), "label": int} (as `eval_transform` makes images) or of pairs, or a `DataLoader` over one, whose
+            batch size, workers and collation are kept. Samples with label -1 are left out.
+        every_n_epochs: 1 probes after each epoch; the last epoch of a run is always probed.
+        k: numbers of neighbours.
+        temperature: of the votes.
+    """
+
+    def __init__(
+        self,
+        train: Source,
+        test: Source,
+        *,
+        every_n_epochs: int = 1,
+        k: int | Sequence[int] = 20,
+        temperature: float = 0.07,
+        batch_size: int = 256,
+        num_workers: int = 0,
+    ) -> None:
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
+        self.train, self.test = train, test
+        self.every_n_epochs = every_n_epochs
+        self.k = [k] if isinstance(k, int) else list(k)
+        self.temperature = temperature
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.history: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        if trainer.sanity_checking or (epoch % self.every_n_epochs and epoch != trainer.max_epochs):
+            return
+        scores = self._probe(trainer, pl_module)
+        if scores is not None:
+            self.history.append({"epoch": epoch, **scores})
+            pl_module.log_dict(scores, rank_zero_only=True, batch_size=1)
+            log.info("epoch %d: %s", epoch, ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+
+    def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float] | None:
+        sets: list[tuple[Tensor, Tensor]] = []
+        error: Exception | None = None
+        try:
+            with evaluation_mode(pl_module), trainer.precision_plugin.forward_context():
+                sets = [
+                    embed_share(pl_module, source() if callable(source) else source, self.batch_size, self.num_workers)
+                    for source in (self.train, self.test)
+                ]
+                self._check(sets)
+        except Exception as caught:  # whatever goes wrong in a probe must not end a training of days
+            error = caught
+        # The ranks agree before the first collective of the comparison, or one would wait for another for ever.
+        failed = int(all_reduce(torch.tensor([int(error is not None)], device=pl_module.device)))
+        if error is not None:
+            log.warning("k-NN probe failed on rank %d, training goes on: %s: %s", rank(), type(error).__name__, error)
+        if failed:
+            return None
+        (train_features, train_labels), (test_features, test_labels) = sets
+        try:  # what is checked here is the same on every rank, so all raise or none
+            result = knn(
+                train_features,
+                train_labels,
+                test_features,
+                test_labels,
+                k=self.k,
+                temperature=self.temperature,
+                device=pl_module.device,
+            )
+        except Exception as caught:
+            log.warning("k-NN probe failed, training goes on: %s: %s", type(caught).__name__, caught)
+            return None
+        return {f"knn/{k}": result.accuracy[k] for k in self.k} | {
+            f"knn/class_average_{k}": result.class_accuracy[k] for k in self.k
+        }
+
+    @staticmethod
+    def _check(sets: list[tuple[Tensor, Tensor]]) -> None:
+        for features, _ in sets:
+            if not torch.isfinite(features).all():
+                raise ValueError("the module's features are not finite")
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; each submodule's mode and torch's random state are put back at the end."""
+    modes = [(m, m.training) for m in module.modules()]
+    devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
+    module.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode  # not .train(mode): it would reach into children that are frozen
+
+
+def embed_share(
+    module: L.LightningModule, source: DataLoader | Dataset, batch_size: int = 256, num_workers: int = 0
+) -> tuple[Tensor, Tensor]:
+    """This rank's share of a labelled set's features (n, d) and labels (n,), by `module.embed`.
+
+    Samples r, r + world, r + 2 world, ... belong to rank r.
+
+    Raises:
+        TypeError: no map-style dataset, or samples without image and label.
+    """
+    collate = None
+    if isinstance(source, DataLoader):
+        batch_size = source.batch_size or getattr(source.batch_sampler, "batch_size", None) or batch_size
+        num_workers, collate, source = source.num_workers, source.collate_fn, source.dataset
+    if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
+        raise TypeError(f"a probe needs a map-style dataset, which ranks can share out; got {type(source).__name__}")
+    share = Subset(source, range(rank(), len(source), world_size()))
+    # A generator of its own: a loader draws its workers' seed from the global one otherwise.
+    loader = DataLoader(
+        share, batch_size=batch_size, num_workers=num_workers, collate_fn=collate, generator=torch.Generator()
+    )
+    features, labels = [], []
+    for batch in loader:
+        images, targets = _image_and_label(batch)
+        known = targets >= 0
+        embedded = module.embed(images.to(module.device))
+        features.append(embedded.float()[known.to(embedded.device)])
+        labels.append(targets[known])
+    if not features:
+        return torch.zeros(0, getattr(module, "embedding_dimension", 0)), torch.zeros(0, dtype=torch.int64)
+    return torch.cat(features), torch.cat(labels)
+
+
+def _image_and_label(batch: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, Mapping) and "image" in batch and "label" in batch:
+        return batch["image"], torch.as_tensor(batch["label"])
+    if isinstance(batch, Sequence) and len(batch) == 2:
+        return batch[0], torch.as_tensor(batch[1])
+    found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+    raise TypeError(f"a probe needs batches of 'image' and 'label', got {found}")

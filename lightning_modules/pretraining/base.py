@@ -1,0 +1,233 @@
+"""What every pretraining module shares: a backbone, checked batches, rates by the step, checkpoints that name their class."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_modules.backbones import build_backbone
+from lightning_modules.distributed import rank, world_size
+from lightning_modules.schedules import scaled_learning_rate, warmup_cosine
+from lightning_modules.views import EvalTransform, eval_transform
+
+log = logging.getLogger(__name__)
+
+
+class PretrainingModule(L.LightningModule):
+    """A backbone that learns from batches {"views": [(B, 3, S, S), ...], "sample_id": (B,)}.
+
+    A subclass gives `loss(batch)`, `views()`, and `configure_optimizers`; its `__init__` calls `save_hyperparameters()` with
+    plain values only, so that its checkpoints load with `weights_only=True`.
+
+    The learning rate is a pure function of the optimiser step, set before each batch: base rate, scaled to the global batch
+    (per-rank batch x ranks x accumulated batches), linear warm-up, cosine to `final_learning_rate`. A parameter
+    group's `lr_scale` multiplies it.
+    """
+
+    n_views: int | None = 2  # how many views a batch must hold; None: any number
+
+    def __init__(
+        self,
+        backbone: str,
+        *,
+        image_size: int,
+        small_images: bool,
+        pretrained: bool | str,
+        frozen_blocks: int,
+        backbone_options: Mapping[str, Any] | None,
+        learning_rate: float,
+        warmup_epochs: float,
+        final_learning_rate: float = 0.0,
+        learning_rate_scaling: str = "linear",
+        reference_batch_size: int = 256,
+    ) -> None:
+        super().__init__()
+        if not learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {learning_rate}: nothing would be learnt")
+        if warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs must not be negative, got {warmup_epochs}")
+        scaled_learning_rate(learning_rate, 1, rule=learning_rate_scaling)  # raises on an unknown rule
+        self.image_size = image_size
+        self.learning_rate = learning_rate
+        self.final_learning_rate = final_learning_rate
+        self.warmup_epochs = warmup_epochs
+        self.learning_rate_scaling = learning_rate_scaling
+        self.reference_batch_size = reference_batch_size
+        self.global_batch_size: int | None = None  # known from the first batch on, then kept through resumes
+        self._n_steps: int | None = None
+        self.backbone = build_backbone(
+            backbone,
+            image_size=image_size,
+            small_images=small_images,
+            pretrained=pretrained,
+            frozen_blocks=frozen_blocks,
+            **(backbone_options or {}),
+        )
+
+    @property
+    def embedding_dimension(self) -> int:
+        """The number of features that `embed` gives."""
+        return self.backbone.dimension
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Features (B, embedding_dimension) of images (B, 3, S, S) as `eval_transform()` makes them."""
+        return self.backbone(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.embed(images)
+
+    def eval_transform(self) -> EvalTransform:
+        """The deterministic transform uint8 (3, H, W) -> float (3, S, S) that `embed` expects."""
+        return eval_transform(self.image_size)
+
+    def views(self) -> Callable[[Tensor], list[Tensor]]:
+        """The augmentation uint8 (3, H, W) -> list of float (3, S, S) that the module trains on."""
+        raise NotImplementedError
+
+    def loss(self, batch: Mapping[str, Any]) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch on this rank, and parts of it to be logged."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        check_views(batch, self.n_views)
+        result = self.loss(batch)
+        loss, parts = result if isinstance(result, tuple) else (result, {})
+        if not torch.isfinite(loss):
+            raise RuntimeError(self._explain_non_finite(batch, loss))
+        n = len(batch["views"][0])
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=n)
+        for name, value in parts.items():
+            self.log(name, value.detach(), batch_size=n)
+        return loss
+
+    def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        check_views(batch, self.n_views)
+        if self.global_batch_size is None:
+            self.global_batch_size = (
+                len(batch["views"][0]) * world_size() * int(self.trainer.accumulate_grad_batches)
+            )
+            log.info(
+                "global batch %d, peak learning rate %g", self.global_batch_size, self.peak_learning_rate
+            )
+        self.set_rates(self.global_step)
+
+    def set_rates(self, step: int) -> None:
+        """Set what depends on the optimiser step: here the learning rate of every parameter group."""
+        rate = self.learning_rate_at(step)
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        if self.trainer.is_global_zero:
+            self.log("learning_rate", rate, rank_zero_only=True, batch_size=1)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The base rate scaled to the global batch."""
+        assert self.global_batch_size is not None, "known from the first batch on"
+        return scaled_learning_rate(
+            self.learning_rate,
+            self.global_batch_size,
+            reference=self.reference_batch_size,
+            rule=self.learning_rate_scaling,
+        )
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of an optimiser step of the run."""
+        peak = self.peak_learning_rate
+        final = self.final_learning_rate * peak / self.learning_rate
+        return warmup_cosine(step, total=self.n_steps, peak=peak, final=final, warmup=self.warmup_steps)
+
+    @property
+    def n_steps(self) -> int:
+        """Optimiser steps of the whole run.
+
+        Raises:
+            ValueError: the Trainer has neither `max_epochs` nor `max_steps`, so no schedule can end.
+        """
+        if self._n_steps is None:
+            total = self.trainer.estimated_stepping_batches
+            if total == float("inf"):
+                raise ValueError(
+                    "the learning rate's schedule needs an end: give the Trainer max_epochs or max_steps"
+                )
+            self._n_steps = int(total)
+        return self._n_steps
+
+    def epochs_to_steps(self, epochs: float) -> int:
+        """Optimiser steps in so many epochs."""
+        batches = self.trainer.num_training_batches
+        return round(epochs * batches / self.trainer.accumulate_grad_batches)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the warm-up: of a run shorter than twice the warm-up, half the run."""
+        return min(self.epochs_to_steps(self.warmup_epochs), self.n_steps // 2)
+
+    def on_fit_start(self) -> None:
+        self._n_steps = None  # another fit may be longer
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["module_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
+        checkpoint["global_batch_size"] = self.global_batch_size
+        # The weights are in the checkpoint: who loads it needs no hub and no file.
+        if checkpoint.get("hyper_parameters", {}).get("pretrained"):
+            checkpoint["hyper_parameters"]["pretrained"] = False
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.global_batch_size = checkpoint.get("global_batch_size")
+
+    def optimizer(self) -> Optimizer:
+        """The Trainer's only optimiser, unwrapped."""
+        return self.optimizers(use_pl_optimizer=False)
+
+    def _explain_non_finite(self, batch: Mapping[str, Any], loss: Tensor) -> str:
+        """Why training stops: which samples are not finite, or that none is."""
+        bad = torch.zeros(len(batch["views"][0]), dtype=torch.bool)
+        for view in batch["views"]:
+            bad |= ~torch.isfinite(view).flatten(1).all(1).cpu()
+        where = f"step {self.global_step}, rank {rank()}: the loss is {float(loss)}"
+        if not bad.any():
+            return (
+                f"{where}, though this rank's images are finite: another rank's are not, or the learning rate or the "
+                "precision is at fault; resume from the last checkpoint with a smaller learning rate or bf16-mixed"
+            )
+        ids = batch.get("sample_id")
+        chosen = torch.nonzero(bad).flatten()
+        names = (ids.cpu()[chosen] if ids is not None else chosen).tolist()
+        kind = "sample ids" if ids is not None else "positions in the batch"
+        return f"{where}; images with NaN or infinite values, {kind}: {names[:20]} ({len(names)} in all)"
+
+
+def check_views(batch: Mapping[str, Any], n_views: int | None) -> None:
+    """Raise a clear error unless the batch holds the views that the module trains on.
+
+    Raises:
+        TypeError: the batch is no mapping with a list of image tensors under "views".
+        ValueError: another number of views, views of different batch sizes, or (where `n_views` is given) of different
+            image sizes, or a batch of one.
+    """
+    views = batch.get("views") if isinstance(batch, Mapping) else None
+    if (
+        not isinstance(views, Sequence)
+        or not views
+        or not all(isinstance(v, Tensor) and v.ndim == 4 for v in views)
+    ):
+        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise TypeError(
+            "a training batch is a dict with 'views', a list of tensors (B, 3, S, S): give module.views() to the loader; "
+            f"got {found}"
+        )
+    shapes = [tuple(view.shape) for view in views]
+    if n_views is not None and len(views) != n_views:
+        raise ValueError(
+            f"expected {n_views} views of each sample, got {len(views)}; give module.views() to the loader"
+        )
+    if len({shape[0] for shape in shapes}) != 1 or (n_views is not None and len(set(shapes)) != 1):
+        raise ValueError(f"the views of a batch differ in size: {shapes}")
+    if shapes[0][0] < 2:
+        raise ValueError(
+            "a batch of 1 sample cannot be trained on; raise batch_size, or drop the last incomplete batch"
+        )
