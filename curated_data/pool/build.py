@@ -1,0 +1,176 @@
+"""Indexing a pool's shards: one task a shard, in parallel, shared with other processes that want the same."""
+
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from curated_data.cache import MANIFEST, build_once, fingerprint, locked, open_cache
+from curated_data.distributed import world_size
+from curated_data.errors import PoolError
+from curated_data.pool.index import (
+    PoolIndex,
+    ShardIndex,
+    concatenate,
+    index_shard,
+    load_pool_index,
+    save_shard_index,
+    write_pool_index,
+)
+from curated_data.pool.storage import ShardFile, check_unchanged
+from curated_data.pool.tar import local_source
+from curated_data.pool.urls import is_remote
+from curated_data.progress import progress
+
+log = logging.getLogger(__name__)
+
+_WORTH_PROCESSES = 256 << 20  # bytes of shards below which starting processes takes longer than it saves
+
+
+def build_in_memory(
+    shards: Sequence[ShardFile], opener: Callable | None, num_workers: int | None
+) -> PoolIndex:
+    """Index every shard and keep the arrays in memory."""
+    started = time.monotonic()
+    task = partial(_index, opener=opener)
+    found = dict(_each(task, shards, range(len(shards)), num_workers))
+    pool = concatenate([found[number] for number in range(len(shards))])
+    _report(pool, len(shards), len(shards), time.monotonic() - started)
+    return pool
+
+
+def build_in_cache(
+    shards: Sequence[ShardFile], opener: Callable | None, num_workers: int | None, cache_dir: str | Path
+) -> tuple[PoolIndex, Path]:
+    """Open the pool's index in the cache, after indexing the shards that are new to it; and where it lies.
+
+    Any number of processes may call this at once, related or not: each takes shards that no other holds, and
+    waits at the end for those that others still work on.
+    """
+    root = open_cache(cache_dir)
+    prints = [shard.fingerprint for shard in shards]
+    folder = root / "pool" / pool_fingerprint(prints)
+    if (folder / MANIFEST).exists():
+        return load_pool_index(folder), folder
+    started = time.monotonic()
+    folders = [root / "index" / name for name in prints]
+    missing = [number for number, path in enumerate(folders) if not (path / MANIFEST).exists()]
+    task = partial(_index_to_cache, opener=opener, root=root)
+    for _ in _each(task, shards, missing, num_workers):
+        pass
+    for number in missing:  # what others held while we passed by: theirs by now, or ours if they died
+        if not (folders[number] / MANIFEST).exists():
+            _index_to_cache(shards[number], opener=opener, root=root, wait=True)
+    _, found = build_once(folder, lambda temporary: write_pool_index(temporary, folders))
+    pool = load_pool_index(folder)
+    if not found:
+        _report(pool, len(shards), len(missing), time.monotonic() - started)
+    return pool, folder
+
+
+def pool_fingerprint(shard_fingerprints: Sequence[str]) -> str:
+    """The name of a pool: of its shards, in their order."""
+    return fingerprint(stage="pool", shards=list(shard_fingerprints))
+
+
+def _index(shard: ShardFile, *, opener: Callable | None) -> ShardIndex:
+    if is_remote(shard.url):
+        return index_shard(opener(shard))
+    try:
+        handle = os.open(shard.url, os.O_RDONLY)
+    except OSError as error:
+        raise PoolError(f"{shard.url}: cannot be opened ({error.strerror})") from error
+    try:
+        check_unchanged(shard, os.fstat(handle))
+        index = index_shard(local_source(shard.url, handle))
+        check_unchanged(shard, os.fstat(handle))  # it may have grown or been written over meanwhile
+        return index
+    finally:
+        os.close(handle)
+
+
+def _index_to_cache(shard: ShardFile, *, opener: Callable | None, root: Path, wait: bool = False) -> None:
+    folder = root / "index" / shard.fingerprint
+    with locked(folder, wait=wait) as held:
+        if held and not (folder / MANIFEST).exists():
+            save_shard_index(folder, _index(shard, opener=opener), url=shard.url)
+
+
+def _each(
+    task: Callable[[ShardFile], ShardIndex | None],
+    shards: Sequence[ShardFile],
+    numbers: Iterable[int],
+    num_workers: int | None,
+) -> Iterator[tuple[int, ShardIndex | None]]:
+    """Run a task for each numbered shard, in parallel where that pays; yields results as they come."""
+    numbers = list(numbers)
+    remote = any(is_remote(shards[number].url) for number in numbers)
+    workers = min(len(numbers), _workers(num_workers, remote))
+    large = num_workers is not None or sum(shards[number].size for number in numbers) >= _WORTH_PROCESSES
+    with progress("index shards", len(numbers)) as advance:
+        if workers <= 1 or not (remote or large) or multiprocessing.current_process().daemon:
+            for number in numbers:
+                yield number, task(shards[number])
+                advance()
+            return
+        with _executor(workers, remote) as executor:
+            tasks = {executor.submit(task, shards[number]): number for number in numbers}
+            try:
+                for done in as_completed(tasks):
+                    yield tasks[done], done.result()
+                    advance()
+            except BrokenProcessPool as error:
+                raise RuntimeError(
+                    "an indexing process was killed (out of memory?); run again to go on"
+                ) from error
+            finally:
+                executor.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _executor(workers: int, remote: bool) -> Iterator[Executor]:
+    """Threads where the network is what we wait for; else forked processes, as a DataLoader's workers are.
+
+    Forked, not spawned: a spawned process runs the user's script again up to its main guard, and many have
+    none.
+    """
+    if remote:
+        executor: Executor = ThreadPoolExecutor(workers)
+    else:
+        executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
+    with executor:
+        yield executor
+
+
+def _workers(num_workers: int | None, remote: bool) -> int:
+    if num_workers is not None:
+        return max(1, num_workers)
+    if remote:
+        return 16
+    return max(1, len(os.sched_getaffinity(0)) // world_size())
+
+
+def _report(pool: PoolIndex, n_shards: int, n_indexed: int, seconds: float) -> None:
+    log.info(
+        "indexed %d of %d shards in %.1f s: the pool has %d samples, extensions %s",
+        n_indexed,
+        n_shards,
+        seconds,
+        len(pool),
+        ", ".join(pool.extensions[:12]) + (", ..." if len(pool.extensions) > 12 else ""),
+    )
+    if pool.n_duplicate_keys:
+        log.warning(
+            "%d of %d samples have a key that an earlier one has too, for example %r; samples are told "
+            "apart by their "
+            "ids, so only what joins by key is affected",
+            pool.n_duplicate_keys,
+            len(pool),
+            pool.duplicate_example,
+        )

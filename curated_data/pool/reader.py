@@ -1,0 +1,197 @@
+"""Positioned reads of members: whole batches, neighbours in one read, a bounded number of open files."""
+
+import os
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from curated_data.errors import PoolError
+from curated_data.pool.storage import ShardFile, check_unchanged, vanished
+
+LOCAL_GAP = 4 << 10  # bytes worth reading over rather than asking again: about what one more call costs
+
+
+@dataclass
+class ReadCounters:
+    """What was asked for and what it took, in this process.
+
+    Attributes:
+        bytes_needed: of the members asked for, each once a batch.
+        bytes_read: of all reads, gaps between neighbours and whole downloaded shards included.
+        n_reads: read calls or requests.
+        n_members: members asked for.
+    """
+
+    bytes_needed: int = 0
+    bytes_read: int = 0
+    n_reads: int = 0
+    n_members: int = 0
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Reads that cover a batch of members.
+
+    Attributes:
+        order: (m,) the members sorted by shard and offset.
+        first: (r + 1,) run i covers `order[first[i] : first[i + 1]]`.
+        shard, start, stop: (r,) what each run reads.
+    """
+
+    order: np.ndarray
+    first: np.ndarray
+    shard: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+
+def plan_runs(
+    shard: np.ndarray, offset: np.ndarray, size: np.ndarray, gap: int, longest: int = 64 << 20
+) -> Runs:
+    """Join members of one shard that lie at most `gap` bytes apart to one read, up to `longest` bytes.
+
+    Args:
+        shard, offset, size: (m,) integers; members may repeat, but not overlap otherwise.
+        gap: bytes between neighbours that are read over.
+        longest: a run is cut where it would grow beyond this, so that a batch never asks for a shard in one
+            piece.
+    """
+    order = np.lexsort((offset, shard))
+    sorted_shard, start = shard[order], offset[order]
+    stop = start + size[order]
+    breaks = np.ones(len(order), bool)
+    if len(order) > 1:
+        far = start[1:] - stop[:-1] > gap
+        breaks[1:] = far | (sorted_shard[1:] != sorted_shard[:-1])
+        piece = (start - start[0]) // longest
+        breaks[1:] |= piece[1:] != piece[:-1]
+    first = np.flatnonzero(breaks)
+    last = np.append(first[1:], len(order))
+    stops = np.maximum.reduceat(stop, first) if len(first) else stop
+    return Runs(order, np.append(first, len(order)), sorted_shard[first], start[first], stops[: len(last)])
+
+
+class LocalReader:
+    """Reads members of local shards with `os.pread`.
+
+    Keeps at most `max_open` files open, the least recently used closed first. May be used from several
+    threads, and after a fork (a positioned read shares no file position); it pickles without its handles.
+    """
+
+    def __init__(self, shards: Sequence[ShardFile], *, max_open: int | None = None, gap: int = LOCAL_GAP):
+        self.shards = shards
+        self.gap = gap
+        self.max_open = max_open or _handles_allowed()
+        self.counters = ReadCounters()
+        self._open: OrderedDict[int, tuple[int, bool]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+
+    def read(self, shard: np.ndarray, offset: np.ndarray, size: np.ndarray) -> list[bytes]:
+        """The bytes of each member, in the order asked.
+
+        Args:
+            shard, offset, size: (m,) int64.
+
+        Raises:
+            PoolError: a shard vanished or changed since it was indexed.
+        """
+        if self._process != os.getpid():  # forked, perhaps while another thread held the lock
+            self._lock, self._process, self.counters = threading.Lock(), os.getpid(), ReadCounters()
+        runs = plan_runs(shard, offset, size, self.gap)
+        found: list[bytes] = [b""] * len(shard)
+        order = runs.order.tolist()
+        first = runs.first.tolist()
+        begins = offset[runs.order].tolist()
+        sizes = size[runs.order].tolist()
+        current, handle, total = -1, -1, 0
+        with self._lock:
+            for number, (at, start, stop) in enumerate(
+                zip(runs.shard.tolist(), runs.start.tolist(), runs.stop.tolist())
+            ):
+                if at != current:
+                    handle, current = self._handle(at), at
+                length = stop - start
+                data = os.pread(handle, length, start)
+                if len(data) != length:
+                    data = self._rest(at, handle, data, start, length)
+                total += length
+                low, high = first[number], first[number + 1]
+                if high - low == 1:
+                    found[order[low]] = data
+                else:
+                    for place in range(low, high):
+                        begin = begins[place] - start
+                        found[order[place]] = data[begin : begin + sizes[place]]
+            counters = self.counters
+            counters.bytes_needed += int(size.sum())
+            counters.bytes_read += total
+            counters.n_reads += len(runs.shard)
+            counters.n_members += len(shard)
+        return found
+
+    def close(self) -> None:
+        """Close all files; the next read opens what it needs."""
+        while self._open:
+            os.close(self._open.popitem()[1][0])
+
+    def __getstate__(self) -> dict:
+        return {"shards": self.shards, "gap": self.gap, "max_open": self.max_open}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["shards"], max_open=state["max_open"], gap=state["gap"])
+
+    def __del__(self) -> None:
+        if getattr(self, "_open", None):
+            self.close()
+
+    def _handle(self, number: int) -> int:
+        """An open file of the shard, checked to be in the state that was indexed."""
+        shard = self.shards[number]
+        entry = self._open.get(number)
+        if entry is None:
+            try:
+                handle = os.open(shard.url, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise vanished(shard, error) from error
+            status = os.fstat(handle)
+            linked = status.st_nlink > 0  # some network file systems never say
+            try:
+                check_unchanged(shard, status)
+            except PoolError:
+                os.close(handle)
+                raise
+            while len(self._open) >= self.max_open:
+                os.close(self._open.popitem(last=False)[1][0])
+            self._open[number] = handle, linked
+            return handle
+        handle, linked = entry
+        self._open.move_to_end(number)
+        check_unchanged(shard, os.fstat(handle), linked)
+        return handle
+
+    def _rest(self, number: int, handle: int, data: bytes, start: int, length: int) -> bytes:
+        """A read that came short: go on until it is whole, or the file ends."""
+        pieces = [data]
+        have = len(data)
+        while have < length and data:
+            data = os.pread(handle, length - have, start + have)
+            pieces.append(data)
+            have += len(data)
+        if have < length:
+            shard = self.shards[number]
+            raise PoolError(
+                f"{shard.url}: truncated since it was indexed: {have} of {length} bytes at offset {start}; "
+                "copy it again"
+            )
+        return b"".join(pieces)
+
+
+def _handles_allowed() -> int:
+    """A quarter of what the process may open, 512 at most: shards of a batch, not of a pool."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 512 if limit == resource.RLIM_INFINITY else max(16, min(512, limit // 4))

@@ -1,0 +1,261 @@
+"""A pool of tar shards as one long list of samples, readable in any order."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from curated_data.errors import PoolError, SampleError
+from curated_data.pool.build import build_in_cache, build_in_memory, pool_fingerprint
+from curated_data.pool.decode import IMAGE_EXTENSIONS
+from curated_data.pool.index import PoolIndex, load_pool_index
+from curated_data.pool.reader import LocalReader, ReadCounters
+from curated_data.pool.storage import ShardFile, stat_shards
+from curated_data.pool.urls import expand_urls
+
+_BLOCK = 65_536  # samples whose labels are read at once
+
+
+class ShardPool:
+    """The samples of some tar shards, numbered in shard order, then tar order.
+
+    A sample is what webdataset makes of it: neighbouring members whose names agree up to the first dot of the
+    base name. The shards are indexed on first need, from their headers; with a `cache_dir` the index is kept
+    there, so that only shards that are new or changed are indexed again. The pool pickles small: workers open
+    the index themselves.
+
+    Args:
+        urls: a path or fsspec URL with braces (`pool-{000000..000099}.tar`) or a glob, or a list of these.
+        cache_dir: where the index is kept; None keeps it in memory.
+        num_workers: processes (threads for remote shards) that index; None takes one a core.
+        image_extensions: extensions that are images, the preferred first.
+        storage_options: what fsspec needs to reach remote shards, e.g. an endpoint.
+
+    Raises:
+        PoolError: an empty list, a pattern without a match, a missing shard, a shard given twice; on
+            indexing, a shard that is no tar, truncated, damaged or compressed, and a pool without a sample.
+
+    Example:
+        >>> pool = ShardPool("pool-{000..099}.tar", cache_dir="cache")  # doctest: +SKIP
+        >>> pool.read([5, 0], ["jpg"])[0]["jpg"][:2]  # doctest: +SKIP
+        b'\\xff\\xd8'
+    """
+
+    def __init__(
+        self,
+        urls: str | Path | Sequence[str | Path],
+        *,
+        cache_dir: str | Path | None = None,
+        num_workers: int | None = None,
+        image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
+        storage_options: Mapping[str, Any] | None = None,
+    ):
+        self.storage_options = dict(storage_options or {})
+        self.urls = expand_urls(urls, self.storage_options)
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.num_workers = num_workers
+        self.image_extensions = tuple(extension.lower() for extension in image_extensions)
+        self._index: PoolIndex | None = None
+        self._index_folder: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.index())
+
+    def __repr__(self) -> str:
+        size = f", {len(self._index)} samples" if self._index is not None else ""
+        more = f" and {len(self.urls) - 1} more" if len(self.urls) > 1 else ""
+        return f"ShardPool({self.urls[0]!r}{more}{size})"
+
+    @cached_property
+    def shards(self) -> list[ShardFile]:
+        """Each shard in the state it had when the pool first looked."""
+        return stat_shards(self.urls, self.storage_options)
+
+    @cached_property
+    def shard_fingerprints(self) -> list[str]:
+        """The name of each shard in its state: what artifacts of one shard are kept under."""
+        return [shard.fingerprint for shard in self.shards]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The name of the pool: of its shards' fingerprints, in their order."""
+        return pool_fingerprint(self.shard_fingerprints)
+
+    def index(self) -> PoolIndex:
+        """The pool's index; built on the first call, or found in the cache."""
+        if self._index is None:
+            if self._index_folder is not None:
+                self._index = load_pool_index(self._index_folder)
+            elif self.cache_dir is not None:
+                self._index, self._index_folder = build_in_cache(
+                    self.shards, None, self.num_workers, self.cache_dir
+                )
+            else:
+                self._index = build_in_memory(self.shards, None, self.num_workers)
+            if len(self._index) == 0:
+                self._index, shown = None, ", ".join(self.urls[:3])
+                raise PoolError(
+                    f"the pool is empty: no sample in {len(self.urls)} shard(s) ({shown}); a sample is a "
+                    "file "
+                    "with an extension, as key.jpg"
+                )
+        return self._index
+
+    def with_cache(self, cache_dir: str | Path | None) -> Self:
+        """The same pool with its index kept under another cache, or in memory."""
+        pool = object.__new__(type(self))
+        pool.__dict__.update(self.__dict__)
+        pool.__dict__.pop("_reader", None)
+        pool.cache_dir = None if cache_dir is None else Path(cache_dir)
+        if pool.cache_dir != self.cache_dir:
+            pool._index = pool._index_folder = None
+        return pool
+
+    def shard_of(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The shard of each sample, (n,) int64 into `urls`."""
+        return self.index().shard_of(self._checked(ids))
+
+    def shard_ranges(self) -> np.ndarray:
+        """(n_shards + 1,) int64: the first id of each shard, then the number of samples."""
+        return self.index().shard_start
+
+    def keys(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """The samples' keys: their members' name up to the first dot of the base name."""
+        return self.index().keys(self._checked(ids))
+
+    def sizes(self, ids: Sequence[int] | np.ndarray, extensions: Sequence[str] | None = None) -> np.ndarray:
+        """Bytes of each sample's members, (n,) int64: all of them, or those with one of the extensions."""
+        ids = self._checked(ids)
+        members = self._members(ids, extensions)
+        return np.bincount(members.owner, members.size, minlength=len(ids)).astype(np.int64)
+
+    def read(
+        self, ids: Sequence[int] | np.ndarray, extensions: Sequence[str] | None = None
+    ) -> list[dict[str, Any]]:
+        """The samples with these ids, in the order asked; an id may occur more than once.
+
+        Args:
+            ids: (n,) integers, 0 to `len(pool) - 1`.
+            extensions: read only members with one of these; a sample that has none of them comes with
+                `__members__`, the extensions that it has, in their place.
+
+        Returns:
+            As webdataset gives them: `__key__`, `__url__`, and the bytes of each member under its extension.
+
+        Raises:
+            PoolError: an id outside the pool, extensions that no sample has, a shard that vanished or
+                changed.
+        """
+        ids = self._checked(ids)
+        index = self.index()
+        unique, place = np.unique(ids, return_inverse=True)
+        shard = index.shard_of(unique)
+        members = self._members(unique, extensions)
+        data = self._reader.read(shard[members.owner], members.offset, members.size)
+        urls, names = self.urls, index.extensions
+        samples: list[dict[str, Any]] = [
+            {"__key__": key, "__url__": urls[number]}
+            for key, number in zip(index.keys(unique), shard.tolist())
+        ]
+        for owner, extension, content in zip(members.owner.tolist(), members.extension.tolist(), data):
+            samples[owner][names[extension]] = content
+        if extensions is not None:
+            for row in np.flatnonzero(np.bincount(members.owner, minlength=len(unique)) == 0).tolist():
+                start, stop = index.member_start[unique[row] : unique[row] + 2]
+                samples[row]["__members__"] = [names[number] for number in index.member_extension[start:stop]]
+        if len(unique) == len(ids):
+            return [samples[row] for row in place.tolist()]
+        return [dict(samples[row]) for row in place.tolist()]  # no two entries share a dict
+
+    def labels(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The class of each sample, (n,) int64, from its `.cls` member; -1 where it has none.
+
+        Raises:
+            SampleError: a `.cls` that is no integer in ASCII digits.
+        """
+        ids = self._checked(ids)
+        labels = np.full(len(ids), -1, np.int64)
+        if "cls" not in self.index().extensions:
+            return labels
+        for first in range(0, len(ids), _BLOCK):
+            block, place = np.unique(ids[first : first + _BLOCK], return_inverse=True)
+            members = self._members(block, ["cls"])
+            data = self._reader.read(
+                self.index().shard_of(block)[members.owner], members.offset, members.size
+            )
+            found = np.full(len(block), -1, np.int64)
+            for owner, content in zip(members.owner.tolist(), data):
+                try:
+                    found[owner] = int(content.decode("ascii"))
+                except (ValueError, OverflowError):
+                    url = self.urls[int(self.shard_of(block[owner : owner + 1])[0])]
+                    raise SampleError(
+                        f"{url}: sample {self.keys(block[owner : owner + 1])[0]!r}: its .cls is no integer: "
+                        f"{content[:40]!r}"
+                    ) from None
+            labels[first : first + _BLOCK] = found[place]
+        return labels
+
+    @property
+    def counters(self) -> ReadCounters:
+        """Bytes needed and bytes read by this process."""
+        return self._reader.counters
+
+    def close(self) -> None:
+        """Close the shards that are open; the pool stays usable."""
+        self._reader.close()
+
+    @cached_property
+    def _reader(self) -> LocalReader:
+        return LocalReader(self.shards)
+
+    def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        ids = np.asarray(ids)
+        if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+            raise PoolError(f"ids must be a list of integers, not {ids.dtype} of shape {ids.shape}")
+        ids = ids.astype(np.int64, copy=False)
+        n = len(self.index())
+        if len(ids) and (ids.min() < 0 or ids.max() >= n):
+            outside = ids[(ids < 0) | (ids >= n)]
+            raise PoolError(f"id {outside[0]} is outside the pool: it has samples 0 to {n - 1}")
+        return ids
+
+    def _members(self, ids: np.ndarray, extensions: Sequence[str] | None) -> "_Members":
+        """The members of some samples, or those of them with one of the extensions."""
+        index = self.index()
+        start = index.member_start[ids]
+        count = index.member_start[ids + 1] - start
+        owner = np.repeat(np.arange(len(ids)), count)
+        rows = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count) + start[owner]
+        extension = index.member_extension[rows]
+        if extensions is not None:
+            extensions = [extensions] if isinstance(extensions, str) else list(extensions)
+            wanted = {name.lower().removeprefix(".") for name in extensions}
+            is_wanted = np.array([name in wanted for name in index.extensions])
+            if not is_wanted.any():
+                raise PoolError(
+                    "no sample of the pool has a member with extension "
+                    f"{' or '.join(map(repr, extensions))}; "
+                    f"there are {', '.join(map(repr, index.extensions[:20]))}"
+                )
+            keep = is_wanted[extension]
+            owner, rows, extension = owner[keep], rows[keep], extension[keep]
+        return _Members(owner, extension, index.member_offset[rows], index.member_size[rows])
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__ | {"_index": None if self._index_folder is not None else self._index}
+        state.pop("_reader", None)
+        return state
+
+
+@dataclass(frozen=True)
+class _Members:
+    """Members of a batch of samples: whose they are, their extension's number, and where they lie."""
+
+    owner: np.ndarray
+    extension: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray

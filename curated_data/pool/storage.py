@@ -1,0 +1,99 @@
+"""Where a shard's bytes are, and what tells one state of it from another."""
+
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from curated_data.cache import fingerprint
+from curated_data.errors import PoolError
+from curated_data.pool.index import CODE_VERSION
+from curated_data.pool.urls import is_remote, missing_shard
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One shard in one state.
+
+    Attributes:
+        url: a local path or a remote URL.
+        size: bytes.
+        version: `mtime_ns` of a local file; ETag, or what the store has in its place, of a remote one.
+    """
+
+    url: str
+    size: int
+    version: str
+
+    @property
+    def fingerprint(self) -> str:
+        """The name of everything that is derived from this shard alone: 20 hexadecimal digits."""
+        place = self.url if is_remote(self.url) else os.path.abspath(self.url)
+        return fingerprint(
+            stage="shard", code=CODE_VERSION, place=place, size=self.size, version=self.version
+        )
+
+
+def stat_shards(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[ShardFile]:
+    """The present state of each shard.
+
+    Raises:
+        PoolError: a shard is missing, no file, or cannot be reached.
+    """
+    if not any(is_remote(url) for url in urls):
+        return [_stat_local(url) for url in urls]
+    from curated_data.pool.remote import stat_remote
+
+    def stat_any(url: str) -> ShardFile:
+        return stat_remote(url, storage_options) if is_remote(url) else _stat_local(url)
+
+    with ThreadPoolExecutor(32) as threads:
+        return list(threads.map(stat_any, urls))
+
+
+def check_unchanged(shard: ShardFile, status: os.stat_result, was_linked: bool = False) -> None:
+    """Compare an open local shard with what was indexed.
+
+    Raises:
+        PoolError: it was changed, replaced, or removed since.
+    """
+    if status.st_size != shard.size or _version(status) != shard.version:
+        raise PoolError(
+            f"{shard.url}: changed since it was indexed: {shard.size} bytes then, {status.st_size} now, "
+            "modified "
+            f"{_seconds(status.st_mtime_ns - int(shard.version))}; make the pool anew to index it again"
+        )
+    if was_linked and status.st_nlink == 0:
+        raise PoolError(f"{shard.url}: was removed or replaced since it was indexed; make the pool anew")
+
+
+def vanished(shard: ShardFile, error: OSError) -> PoolError:
+    """The error for an indexed local shard that cannot be opened."""
+    if isinstance(error, FileNotFoundError):
+        return PoolError(
+            f"{shard.url}: vanished since it was indexed; put it back, or make the pool without it"
+        )
+    return PoolError(f"{shard.url}: cannot be opened ({error.strerror})")
+
+
+def _stat_local(path: str) -> ShardFile:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise missing_shard(path) from None
+    except OSError as error:
+        raise PoolError(f"{path}: cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise PoolError(f"{path}: is no regular file, so it cannot be read at offsets")
+    return ShardFile(path, status.st_size, _version(status))
+
+
+def _version(status: os.stat_result) -> str:
+    return str(status.st_mtime_ns)
+
+
+def _seconds(nanoseconds: int) -> str:
+    seconds = nanoseconds / 1e9
+    return f"{abs(seconds):.3g} s {'later' if seconds >= 0 else 'earlier'}"

@@ -1,0 +1,132 @@
+"""From what a user writes, a pattern or a list, to the shards of a pool in their order."""
+
+import difflib
+import glob
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import braceexpand
+import fsspec
+
+from curated_data.errors import PoolError
+
+
+def is_remote(url: str) -> bool:
+    """Whether a shard is read through fsspec rather than as a file of this machine."""
+    return "://" in url or "::" in url
+
+
+def expand_urls(
+    urls: str | Path | Sequence[str | Path], storage_options: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Expand brace patterns and globs; what comes from a glob is sorted, all else stays in the order given.
+
+    Args:
+        urls: a path or fsspec URL, with braces (`pool-{000..099}.tar`) or `*`, `?`, `[...]` and `**` (remote:
+            `*` alone), or a list of these. A file whose name happens to hold such characters is taken as it
+            is.
+        storage_options: for fsspec, where a remote pattern must be listed.
+
+    Raises:
+        PoolError: an empty list, a pattern without a match (with the nearest thing there), a folder, a shard
+            twice.
+    """
+    patterns = [urls] if isinstance(urls, str | Path) else list(urls)
+    if not patterns:
+        raise PoolError("the pool is empty: the list of shards has no entry")
+    expanded: list[str] = []
+    for pattern in patterns:
+        if not isinstance(pattern, str | Path):
+            raise PoolError(
+                f"a shard is named by a path or URL, not by {pattern!r} ({type(pattern).__name__})"
+            )
+        expanded.extend(_expand(os.fspath(pattern), storage_options or {}))
+    seen: set[str] = set()
+    for url in expanded:
+        place = url if is_remote(url) else os.path.abspath(url)
+        if place in seen:
+            raise PoolError(f"{url}: is given twice in the pool's {len(expanded)} shards; name each once")
+        seen.add(place)
+    return expanded
+
+
+def missing_shard(path: str, note: str = "") -> PoolError:
+    """The error for a local shard or pattern that is not there, with the nearest thing that is."""
+    parent, name = os.path.split(os.path.abspath(path))
+    if not os.path.isdir(parent):
+        while parent and not os.path.isdir(parent):
+            parent, name = os.path.split(parent)
+        return PoolError(
+            f"no shard matches {path!r}{note}: folder {parent!r} has no {name!r}{_nearest(parent, name)}"
+        )
+    return PoolError(f"no shard matches {path!r}{note}{_nearest(parent, name)}")
+
+
+def _expand(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
+    if pattern.startswith("pipe:"):
+        raise PoolError(
+            f"{pattern!r}: a pipe has no offsets to read samples at; read it in sequence with "
+            "curated_data.pool.sequential.SequentialPool, or store the shards as files"
+        )
+    if pattern.startswith(("file://", "local://")):
+        pattern = pattern.split("://", 1)[1]
+    remote = is_remote(pattern)
+    if not remote:
+        pattern = os.path.expanduser(pattern)
+        if os.path.isfile(pattern):
+            return [pattern]
+        if os.path.isdir(pattern):
+            raise PoolError(
+                f"{pattern!r} is a folder; give its shards, for example {os.path.join(pattern, '*.tar')!r}"
+            )
+    try:
+        pieces = list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise PoolError(f"{pattern!r}: cannot expand its braces ({error})") from error
+    found: list[str] = []
+    for piece in pieces:
+        if remote and "*" in piece:
+            found.extend(_glob_remote(piece, storage_options))
+        elif not remote and not os.path.isfile(piece) and glob.has_magic(piece):
+            matches = sorted(path for path in glob.glob(piece, recursive=True) if os.path.isfile(path))
+            if not matches:
+                raise missing_shard(piece)
+            found.extend(matches)
+        else:
+            found.append(piece)
+    if not remote:
+        missing = [path for path in found if not os.path.isfile(path)]
+        if missing:
+            of = (
+                f" ({len(missing)} of the {len(found)} shards of {pattern!r} are missing)"
+                if len(found) > 1
+                else ""
+            )
+            raise missing_shard(missing[0], of)
+    return found
+
+
+def _glob_remote(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
+    try:
+        filesystem, path = fsspec.core.url_to_fs(pattern, **storage_options)
+        matches = sorted(filesystem.glob(path))
+    except (ImportError, OSError, ValueError) as error:
+        raise PoolError(f"{pattern!r}: cannot be listed ({type(error).__name__}: {error})") from error
+    if not matches:
+        raise PoolError(
+            f"no shard matches {pattern!r}; check the bucket or host, the folder, and the pattern"
+        )
+    return [filesystem.unstrip_protocol(path) for path in matches]
+
+
+def _nearest(folder: str, name: str) -> str:
+    try:
+        entries = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
+    except OSError:
+        return ""
+    if not entries:
+        return f"; {folder!r} is empty"
+    close = difflib.get_close_matches(name, entries, 1, cutoff=0.0)
+    return f"; the nearest of the {len(entries)} entries of {folder!r} is {close[0]!r}"
