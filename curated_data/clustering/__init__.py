@@ -1,6 +1,7 @@
 """k-means, hierarchical k-means with resampling, and the tree they build."""
 
-from curated_data.clustering.hierarchy import Level
+from curated_data.clustering.hierarchy import Level, choose_levels, hierarchical_kmeans
+from curated_data.clustering.kmeans import KMeansResult, kmeans
 from curated_data.clustering.tree import ClusterTree
 
-__all__ = ["ClusterTree", "Level"]
+__all__ = ["ClusterTree", "KMeansResult", "Level", "choose_levels", "hierarchical_kmeans", "kmeans"]

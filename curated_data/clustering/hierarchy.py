@@ -1,6 +1,29 @@
 """Hierarchical k-means with resampling: balanced clusters of a long-tailed pool (arXiv 2405.15613)."""
 
-from dataclasses import dataclass
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from curated_data import distributed
+from curated_data.cache import fingerprint
+from curated_data.clustering.checkpoint import Checkpoint
+from curated_data.clustering.kmeans import INITS, METRICS, Fit, fit_rows, prepare, uncentred
+from curated_data.clustering.nearest import nearest, squared_distances
+from curated_data.clustering.rows import Rows, rank_range, read_rows
+from curated_data.clustering.splits import split_level
+from curated_data.clustering.tree import ClusterTree
+from curated_data.progress import progress
+
+log = logging.getLogger(__name__)
+
+RESAMPLES = ("closest", "random")
 
 
 @dataclass
@@ -9,13 +32,13 @@ class Level:
 
     Attributes:
         n_clusters: k_l, the clusters of this level; with `n_splits` the groups of the first pass.
-        n_resamples: how many times the level is re-clustered on a balanced sample of its own clusters, *after* the
-            first k-means, which is not counted. (The paper's configuration file counts it: its "10 steps" are 9 here;
-            its in-memory function counts as we do.)
-        sample_size: r_l, how many members nearest to each centroid (or random ones) a resampling takes; about half
-            the average cluster size is the paper's rule, and what None stands for. 1 means no resampling.
+        n_resamples: how many times the level is clustered anew on a balanced sample of its own clusters, *after*
+            the first k-means, which is not counted. (The paper's configuration file counts it: its "10 steps" are
+            9 here; its in-memory function counts as we do.)
+        sample_size: r_l, how many members nearest to each centroid (or random ones) a resampling takes; None
+            stands for the paper's rule, half the average cluster size. 1 means no resampling.
         n_splits: s > 1 clusters in two passes: k-means into `n_clusters` groups, then each group apart into s, so
-            k_l * s clusters in all. A level has splits or resampling, not both.
+            at most k_l * s clusters in all. A level has splits or resampling, not both.
     """
 
     n_clusters: int
@@ -37,3 +60,293 @@ class Level:
                 f"a level has splits or resampling, not both: n_splits={self.n_splits}, "
                 f"n_resamples={self.n_resamples}; set one of them back"
             )
+
+
+def hierarchical_kmeans(
+    x: Any,
+    levels: Sequence[Level] | str,
+    *,
+    resample: str = "closest",
+    init: str = "k-means++",
+    metric: str = "l2",
+    n_iter: int = 50,
+    tol: float = 1e-4,
+    n_init: int = 1,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    checkpoint: Path | str | None = None,
+    valid: np.ndarray | None = None,
+    nonfinite: str = "exclude",
+    seeding_rows: int | None = None,
+    max_memory: int | None = None,
+    target_size: int | None = None,
+) -> ClusterTree:
+    """Cluster rows, then the centroids, and so on, resampling each level towards a uniform density.
+
+    Level l takes the centroids of level l - 1 (level 1 the rows) to k_l clusters. Each of its resamplings keeps from
+    every cluster the r_l members nearest to the centroid, runs k-means from a fresh seeding on those alone, and gives
+    every point of the level its nearest new centroid.
+
+    Under an initialised `torch.distributed` group every rank calls this with the same arguments, `x` whole on each
+    (most cheaply one memory map); each works on its slice, and all return the whole tree.
+
+    Args:
+        x: (n, d) numpy array, memory map or tensor, any float dtype.
+        levels: settings bottom up, or "auto" for `choose_levels(n, target_size)`.
+        resample: take a cluster's "closest" members to a resampling, or "random" ones.
+        init, metric, n_iter, tol, n_init, device, valid, nonfinite, seeding_rows, max_memory: as in `kmeans`.
+        seed: same seed, same tree.
+        checkpoint: a folder of this run's own. Each finished k-means is kept there, and a run that was killed goes on
+            from the last one and ends with the same tree. The folder stays; remove it when the tree is saved.
+        target_size: the size of selection in mind; for `levels="auto"` alone.
+
+    Returns:
+        A tree with `distance` filled. Rows that are not valid, and clusters that stayed empty because rows repeat,
+        have parent -1.
+
+    Raises:
+        ValueError: settings out of range or that contradict the data.
+        CacheError: (a ValueError) the checkpoint is of another run, or damaged.
+    """
+    for name, value, allowed in (
+        ("resample", resample, RESAMPLES),
+        ("init", init, INITS),
+        ("metric", metric, METRICS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} needs one of {allowed}, got {value!r}")
+    rows = prepare(x, metric=metric, device=device, valid=valid, nonfinite=nonfinite, max_memory=max_memory)
+    if isinstance(levels, str):
+        if levels != "auto":
+            raise ValueError(f'levels needs a sequence of Level or "auto", got {levels!r}')
+        levels = choose_levels(len(rows), target_size)
+    levels = _checked(levels, len(rows))
+    settings = {
+        "resample": resample, "init": init, "metric": metric, "n_iter": n_iter, "tol": tol, "n_init": n_init,
+        "seed": seed, "seeding_rows": seeding_rows,
+    }  # fmt: skip
+    run = "" if checkpoint is None else _run_fingerprint(x, rows, levels, settings)
+    saved = Checkpoint(checkpoint, run)
+    run_kmeans = _Runner(n_iter, tol, init, n_init, seeding_rows)
+
+    centroids: dict[int, np.ndarray] = {}
+    parent: dict[int, np.ndarray] = {}
+    distance: np.ndarray | None = None
+    source, n = rows, len(x)
+    with progress("clustering", sum(1 + level.n_resamples for level in levels), "k-means") as advance:
+        for number, level in enumerate(levels, 1):
+            name = f"level-{number}"
+            done = saved.load(name)
+            if done is None:
+                done = _cluster_level(source, level, number, resample, seed, run_kmeans, saved, advance)
+                if distributed.rank() == 0:
+                    saved.save(name, done)
+                for piece in saved.names():
+                    if piece.startswith(f"{name}."):
+                        saved.drop(piece)
+            else:
+                advance(1 + level.n_resamples)
+            centroids[number] = done["centroids"]
+            parent[number] = np.full(n, -1, np.int64)
+            kept = slice(None) if source.ids is None else source.ids
+            parent[number][kept] = done["assignment"]
+            if number == 1:
+                distance = np.full(n, np.nan, np.float32)
+                distance[kept] = np.sqrt(done["squared"])
+            filled = np.bincount(done["assignment"], minlength=len(done["centroids"])) > 0
+            n = len(filled)
+            if number < len(levels):
+                source = prepare(
+                    centroids[number], metric=metric, device=device, valid=filled, nonfinite="raise",
+                    max_memory=max_memory,
+                )  # fmt: skip
+    return ClusterTree(centroids, parent, distance)
+
+
+def choose_levels(n: int, target_size: int | None = None) -> list[Level]:
+    """Settings for n rows, by the paper's proportions: what `levels="auto"` stands for.
+
+    The published setting takes 743M images to 10M clusters, then 500k, 50k, 10k. Three rules reproduce its shape at
+    any n and are what we hold to:
+
+    * Level 1 is fine enough that no concept of interest hides inside one cluster, yet leaves about 20 rows to choose
+      among in each: k_1 = n / 20, but at least twice the target, where n allows 4 rows a cluster, so that the
+      selection is balanced by the tree and not by chance inside its leaves; at most 10M.
+    * Each further level is a tenth of the one below, while at least 10 clusters would remain, and at most three more:
+      every level flattens the density, and by the third little is left to gain.
+    * Ten resamplings a level, with half the average cluster size, as published; none where the level has more than a
+      million clusters: splits of 100 instead.
+
+    Args:
+        n: rows to cluster.
+        target_size: how many are to be selected, if known.
+    """
+    if n < 1:
+        raise ValueError(f"n needs to be at least 1, got {n}")
+    if target_size is not None and target_size < 1:
+        raise ValueError(f"target_size needs to be at least 1, got {target_size}")
+    k = max(1, n // 20)
+    if target_size is not None:
+        k = max(k, min(2 * target_size, n // 4, 100 * k))
+    k = min(k, 10_000_000)
+    levels, below = [], n
+    while k >= 1 and len(levels) < 4:
+        if k > 1_000_000:
+            levels.append(Level(k // 100, n_splits=100))
+        else:
+            levels.append(Level(k, n_resamples=10, sample_size=max(2, round(below / k / 2))))
+        below, k = k, k // 10
+        if k < 10:
+            break
+    return levels
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """k-means with this run's settings."""
+
+    n_iter: int
+    tol: float
+    init: str
+    n_init: int
+    seeding_rows: int | None
+
+    def __call__(
+        self, rows: Rows, k: int, seeds: np.random.SeedSequence, note: Callable[[str], None] | None = None, *,
+        alone: bool = False,
+    ) -> Fit:  # fmt: skip
+        return fit_rows(
+            rows, k, n_iter=self.n_iter, tol=self.tol, init=self.init, seeds=seeds, n_init=self.n_init,
+            seeding_rows=self.seeding_rows, alone=alone, note=note,
+        )  # fmt: skip
+
+
+def _cluster_level(
+    rows: Rows,
+    level: Level,
+    number: int,
+    resample: str,
+    seed: int,
+    run_kmeans: _Runner,
+    saved: Checkpoint,
+    advance: Callable[..., None],
+) -> dict[str, np.ndarray]:
+    """One level: (k, d) centroids, (n,) assignment and (n,) squared distance of its usable rows."""
+    began = time.monotonic()
+    k, n_repaired = level.n_clusters, 0
+    if level.n_splits > 1:
+        centroids, assignment, squared = split_level(
+            rows, level.n_clusters, level.n_splits, np.random.SeedSequence((seed, number)), run_kmeans, saved,
+            f"level-{number}",
+        )  # fmt: skip
+        advance()
+    else:
+        r = level.sample_size or max(2, round(len(rows) / k / 2))
+        n_steps = level.n_resamples if r > 1 else 0
+        names = [f"level-{number}.step-{step}" for step in range(n_steps + 1)]
+        there = [i for i, name in enumerate(names) if name in set(saved.names())]
+        first, state = (there[-1], saved.load(names[there[-1]])) if there else (-1, None)
+        advance(first + 1)
+        for step in range(first + 1, n_steps + 1):
+            seeds = np.random.SeedSequence((seed, number, step))
+
+            def note(text: str, step: int = step) -> None:
+                advance(0, note=f"level {number}, step {step}/{n_steps}: {text}")
+
+            if state is None:
+                fit = run_kmeans(rows, k, seeds, note)
+                found = fit.centroids, fit.assignment, fit.squared
+            else:
+                rng = np.random.default_rng(np.random.SeedSequence((seed, number, step, 1)))
+                picked = _balanced_sample(state["assignment"], state["squared"], k, r, resample, rng)
+                fit = run_kmeans(rows.subset(picked), k, seeds, note)
+                found = _extend(rows, picked, fit)
+            n_repaired += fit.n_repaired
+            state = dict(
+                zip(("centroids", "assignment", "squared"), (found[0].cpu().numpy(), *found[1:]), strict=True)
+            )
+            if distributed.rank() == 0:
+                saved.save(names[step], state)
+                if step:
+                    saved.drop(names[step - 1])
+            advance()
+        assert state is not None
+        centroids, assignment, squared = (state[key] for key in ("centroids", "assignment", "squared"))
+        centroids = uncentred(torch.from_numpy(centroids), rows)
+    _log_level(number, len(rows), assignment, len(centroids), n_repaired, squared, time.monotonic() - began)
+    return {"centroids": centroids, "assignment": assignment, "squared": squared.astype(np.float32)}
+
+
+def _balanced_sample(
+    assignment: np.ndarray, squared: np.ndarray, k: int, r: int, resample: str, rng: np.random.Generator
+) -> np.ndarray:
+    """Positions of the r closest (or r random) rows of every cluster, ascending; at least k in all."""
+    n = len(assignment)
+    key = squared if resample == "closest" else rng.random(n)
+    order = np.lexsort((key, assignment))
+    start = np.concatenate([[0], np.cumsum(np.bincount(assignment, minlength=k))])
+    place = np.arange(n) - start[assignment[order]]
+    taken = order[place < r]
+    if len(taken) < k:  # clusters that stayed empty, of repeated rows: the next in line make up the number
+        rest = order[place >= r][np.argsort(place[place >= r], kind="stable")]
+        taken = np.concatenate([taken, rest[: k - len(taken)]])
+    return np.sort(taken)
+
+
+def _extend(rows: Rows, picked: np.ndarray, fit: Fit) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    """A fit on some rows carried to all: what it assigned stays, the others get their nearest centroid."""
+    assignment, squared = np.empty(len(rows), np.int64), np.empty(len(rows))
+    assignment[picked], squared[picked] = fit.assignment, fit.squared
+    rest = np.setdiff1d(np.arange(len(rows)), picked, assume_unique=True)
+    first, last = rank_range(len(rest), distributed.rank(), distributed.world_size())
+    mine = rows.subset(rest[first:last])
+    own = nearest(mine, fit.centroids)
+    assignment[rest] = np.concatenate(distributed.all_gather(own))
+    squared[rest] = np.concatenate(distributed.all_gather(squared_distances(mine, fit.centroids, own)))
+    return fit.centroids, assignment, squared
+
+
+def _checked(levels: Sequence[Any], n: int) -> list[Level]:
+    if not len(levels):
+        raise ValueError("levels needs at least one Level")
+    below, found = n, []
+    for number, level in enumerate(levels, 1):
+        if not isinstance(level, Level):
+            if not isinstance(level, Mapping):
+                raise ValueError(f"levels needs Level objects, got {type(level).__name__} at level {number}")
+            level = Level(**level)
+        what = "usable rows" if number == 1 else f"clusters of level {number - 1}"
+        if level.n_clusters > below:
+            raise ValueError(
+                f"level {number} asks for {level.n_clusters} clusters of {below} {what}; levels go from fine to coarse"
+            )
+        found.append(level)
+        below = min(below, level.n_clusters * level.n_splits)
+    return found
+
+
+def _run_fingerprint(x: Any, rows: Rows, levels: list[Level], settings: dict[str, Any]) -> str:
+    """Identity of data and settings; of the data its shape, which rows are used, and a spread of 4096 rows."""
+    n = len(x)
+    spread = np.unique(np.linspace(0, n - 1, 4096).astype(np.int64))
+    sample = read_rows(x, spread).cpu().numpy()
+    mean = np.zeros(0) if rows.mean is None else rows.mean  # over all the data
+    ids = np.zeros(0, np.int64) if rows.ids is None else rows.ids
+    return fingerprint(
+        shape=list(x.shape), dtype=str(x.dtype), sample=sample, mean=mean, ids=ids,
+        levels=[asdict(level) for level in levels], settings=settings, version=1,
+    )  # fmt: skip
+
+
+def _log_level(
+    number: int, n: int, assignment: np.ndarray, k: int, n_repaired: int, squared: np.ndarray, seconds: float
+) -> None:
+    sizes = np.bincount(assignment, minlength=k)
+    share = sizes[sizes > 0] / n
+    perplexity = math.exp(float(-(share * np.log(share)).sum()))
+    log.info(
+        "level %d: %d clusters of %d rows, sizes %d/%d/%d (min/median/max), perplexity %.0f, %d empty, %d repaired, "
+        "inertia %.6g, %.1f s",
+        number, k, n, sizes.min(), np.median(sizes), sizes.max(), perplexity, (sizes == 0).sum(), n_repaired,
+        squared.sum(), seconds,
+    )  # fmt: skip

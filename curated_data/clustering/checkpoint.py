@@ -1,0 +1,142 @@
+"""Where a long clustering stands, on disk: finished pieces, each written whole or not at all."""
+
+import json
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from curated_data import distributed
+from curated_data.cache import MANIFEST, atomic_path, read_manifest, write_manifest
+from curated_data.errors import CacheError
+
+Arrays = dict[str, np.ndarray]
+
+
+class Checkpoint:
+    """Finished pieces of one run, by name, in a folder; without a folder, none are kept.
+
+    In a process group rank zero alone looks and reads, and tells the others: they might look a moment later.
+
+    Args:
+        folder: where to keep them; made if missing. None keeps nothing.
+        run: the fingerprint of data and settings. A folder of another run is refused.
+
+    Raises:
+        CacheError: the folder holds something else, or another run's pieces; on every rank.
+    """
+
+    def __init__(self, folder: Path | str | None, run: str) -> None:
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None:
+            self._on_rank_zero(lambda: _open(Path(folder), run))
+
+    def save(self, name: str, arrays: Arrays) -> None:
+        """Write one piece, from this rank."""
+        if self.folder is None:
+            return
+        with atomic_path(self.folder / name) as temporary:
+            temporary.mkdir()
+            for key, array in arrays.items():
+                np.save(temporary / f"{key}.npy", array, allow_pickle=False)
+            write_manifest(temporary, "clustering-piece", {"crc32": {k: _crc(a) for k, a in arrays.items()}})
+
+    def load(self, name: str) -> Arrays | None:
+        """Read one piece; None where it is not there yet.
+
+        Raises:
+            CacheError: it is damaged; on every rank.
+        """
+        if self.folder is None:
+            return None
+        folder, arrays = self.folder / name, {}
+
+        def read() -> list[tuple[str, str, list[int]]] | None:
+            if not folder.exists():
+                return None
+            arrays.update(_read(folder))
+            return [(key, array.dtype.str, list(array.shape)) for key, array in arrays.items()]
+
+        described = self._on_rank_zero(read)
+        if described is None:
+            return None
+        return {
+            key: distributed.broadcast(arrays.get(key, np.zeros(shape, np.dtype(dtype))))
+            for key, dtype, shape in described
+        }
+
+    def names(self) -> list[str]:
+        """The pieces that are there."""
+        if self.folder is None:
+            return []
+        folder = self.folder
+        return self._on_rank_zero(lambda: sorted(p.parent.name for p in folder.glob(f"[!.]*/{MANIFEST}")))
+
+    def drop(self, name: str) -> None:
+        """Remove a piece that another now replaces."""
+        if self.folder is None or distributed.rank() != 0 or not (self.folder / name).exists():
+            return
+        aside = self.folder / f".tmp-dropped-{name}"  # a kill half-way leaves no half piece under the name
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.folder / name).rename(aside)
+        shutil.rmtree(aside)
+
+    def _on_rank_zero(self, look: Any) -> Any:
+        """`look()` on rank zero; its JSON-like answer, or its error, on every rank."""
+        if not distributed.is_distributed():
+            return look()
+        said = b""
+        if distributed.rank() == 0:
+            try:
+                said = json.dumps({"answer": look()}).encode()
+            except CacheError as error:
+                said = json.dumps({"error": str(error)}).encode()
+        length = int(distributed.broadcast(np.array([len(said)]))[0])
+        heard = distributed.broadcast(
+            np.frombuffer(said, np.uint8) if distributed.rank() == 0 else np.zeros(length, np.uint8)
+        )
+        message = json.loads(heard.tobytes())
+        if "error" in message:
+            raise CacheError(message["error"])
+        return message["answer"]
+
+
+def _open(folder: Path, run: str) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise CacheError(f"{folder}: is a file; give a folder for the checkpoint")
+    if not (folder / MANIFEST).exists():
+        strange = [p.name for p in folder.glob("*") if not p.name.startswith(".")]
+        if strange:
+            raise CacheError(f"{folder}: holds {strange[0]!r} but no checkpoint; give an empty folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_manifest(folder, "clustering-checkpoint", {"run": run})
+    found = read_manifest(folder, "clustering-checkpoint").get("run")
+    if found != run:
+        raise CacheError(
+            f"{folder}: belongs to another run ({found}, this one is {run}): the data or a setting changed; "
+            "give another checkpoint folder, or remove this one to start over"
+        )
+    for leftover in folder.glob(".tmp-*"):  # of a killed run; this folder has one user at a time
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def _read(folder: Path) -> Arrays:
+    arrays = {}
+    for key, crc in read_manifest(folder, "clustering-piece")["crc32"].items():
+        try:
+            arrays[key] = np.load(folder / f"{key}.npy", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise CacheError(
+                f"{folder / key}.npy: cannot be read ({error}); remove {folder} to redo it"
+            ) from error
+        if _crc(arrays[key]) != crc:
+            raise CacheError(
+                f"{folder / key}.npy: damaged (its checksum differs); remove {folder} to redo it"
+            )
+    return arrays
+
+
+def _crc(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
