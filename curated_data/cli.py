@@ -179,13 +179,13 @@ def _curate(parsed: argparse.Namespace) -> None:
     table = Table(title=f"{report['selected']:,} of {report['samples']:,} samples selected")
     for name in ("level", "clusters", "covered", "perplexity, pool", "perplexity, selection"):
         table.add_column(name, justify="right")
-    for number, level in enumerate(report["levels"], 1):
+    for level in report["levels"]:
         table.add_row(
-            str(number),
+            str(level["level"]),
             f"{level['n_clusters']:,}",
-            f"{level['clusters_covered']:,}",
-            f"{level['perplexity_pool']:,.1f}",
-            f"{level['perplexity_selection']:,.1f}",
+            f"{level['covered']:.1%}",
+            f"{level['perplexity']:,.1f}",
+            f"{level['selected_perplexity']:,.1f}",
         )
     Console().print(table)
     if report["failed"]:

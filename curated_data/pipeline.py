@@ -28,7 +28,7 @@ from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve
 from curated_data.embedding.extract import Decoders
 from curated_data.errors import ConfigError, PoolError
 from curated_data.pool import ShardPool
-from curated_data.report.metrics import gini, perplexity
+from curated_data.report.metrics import cluster_balance
 from curated_data.selection.near_duplicates import near_duplicates
 from curated_data.selection.sampling import flat_sample, hierarchical_sample
 
@@ -260,22 +260,6 @@ def _report(
     config: CurationConfig,
 ) -> dict[str, Any]:
     """What went in and out, in numbers that need no second look at the images."""
-    unique = np.unique(ids)
-    levels = []
-    for level in range(1, tree.n_levels + 1):
-        sizes = tree.sizes(level)
-        assignment = tree.assignment(level)[ids]
-        selected = np.bincount(assignment, minlength=len(sizes))
-        levels.append(
-            {
-                "n_clusters": len(sizes),
-                "perplexity_pool": perplexity(sizes),
-                "perplexity_selection": perplexity(selected),
-                "gini_pool": gini(sizes),
-                "gini_selection": gini(selected),
-                "clusters_covered": int((selected > 0).sum()),
-            }
-        )
     return {
         "shards": len(pool.urls),
         "samples": len(pool),
@@ -283,8 +267,8 @@ def _report(
         "near_duplicates": int(len(pool) - len(store.failures) - valid.sum()),
         "target_size": config.target_size,
         "selected": len(ids),
-        "selected_once_or_more": len(unique),
-        "levels": levels,
+        "distinct": len(np.unique(ids)),
+        "levels": [dataclasses.asdict(level) for level in cluster_balance(tree, ids)],
     }
 
 

@@ -140,6 +140,7 @@ class _Loader:
             self.dataset,
             sampler=_Once(cuts),
             batch_size=None,
+            collate_fn=_unchanged,
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
         )
@@ -184,6 +185,11 @@ class _Preprocessed(Dataset):
                 f"preprocess gave inputs of different shapes, as {sorted(shapes)[:2]}: it must fix the size"
             )
         return ids, torch.stack(inputs) if inputs else None, reasons
+
+
+def _unchanged(batch: Any) -> Any:
+    """As a collate function: the default one would turn the ids into a tensor."""
+    return batch
 
 
 def _embed_shards(

@@ -95,15 +95,17 @@ def read_members(source: Source) -> Iterator[Members]:
                     if not shared:
                         headers.append(header)
                         starts.append(position)
+                        name = header[:100].partition(b"\0")[0]
+                        if kind == 0 and name.endswith(b"/"):  # a folder, in old archives
+                            position += BLOCK
+                            continue
                         if size < 0 or position + BLOCK + size > source.size:
                             raise _truncated(source, header, position, size)
-                        name = header[:100].partition(b"\0")[0]
                         if header[345]:
                             name = header[345:500].partition(b"\0")[0] + b"/" + name
-                        if not (kind == 0 and name.endswith(b"/")):
-                            names.append(name)
-                            offsets.append(position + BLOCK)
-                            sizes.append(size)
+                        names.append(name)
+                        offsets.append(position + BLOCK)
+                        sizes.append(size)
                         position += BLOCK + (size + 511 & -512)
                         continue
                 found, position = _read_odd(source, window, position, shared, headers, starts)

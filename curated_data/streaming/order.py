@@ -1,0 +1,279 @@
+"""The order of training: which sample stands at which place of which global batch.
+
+An epoch's order is a pure function of the selection, the seed, the epoch and the shuffle settings; a global
+batch is a slice of it, and rank r of w takes every w-th sample of that slice. Nothing depends on workers,
+ranks, or on where a run was interrupted. Any place of the order is computed by itself, without a permutation
+in memory: at 1e8 samples an epoch starts at once, in its middle too.
+"""
+
+from typing import Literal, get_args
+
+import numpy as np
+
+from curated_data.cache import fingerprint
+from curated_data.errors import ConfigError
+
+Shuffle = Literal["full", "block", "none"]
+LastBatch = Literal["drop", "pad", "short"]
+
+_ROUNDS = 8
+_MASK = (1 << 64) - 1
+_ORDER, _SHARDS, _STRATA, _SPARES, _VIEWS = range(5)  # one stream of random numbers a purpose
+
+
+class EpochOrder:
+    """The global batches of every epoch over a selection.
+
+    Args:
+        selection: (n,) int64 sample ids; an id that is repeated is drawn as often. A number n stands for
+            range(n), the whole of a pool.
+        seed: of the shuffling.
+        batch_size: samples of a global batch, all ranks together.
+        shuffle: "full": a permutation of the selection; "block": shards in random order, `shards_per_window`
+            of them mixed at a time, so that a pool on a disk or a network is read a few shards at a time;
+            "none": as given.
+        last_batch: what becomes of the samples that do not fill a global batch: "drop" leaves them out of
+            this epoch (others in every epoch, where shuffled), "pad" fills up with samples from the epoch's
+            start, marked as padding, "short" gives a smaller batch.
+        shard_starts: (n_shards + 1,) int64, the first id of each shard; "block" needs it.
+        shards_per_window: how many shards "block" mixes.
+        strata: (n,) integers, a stratum (say, the cluster at some level) of each selected sample. Every run
+            of consecutive samples, so every global batch, then holds the strata in the proportions of the
+            whole, up to rounding. Takes "full", and 40 bytes a sample while an epoch is laid out.
+
+    Raises:
+        ConfigError: settings that contradict each other, or a selection too small for one batch.
+    """
+
+    def __init__(
+        self,
+        selection: np.ndarray | int,
+        *,
+        seed: int,
+        batch_size: int,
+        shuffle: Shuffle = "full",
+        last_batch: LastBatch = "drop",
+        shard_starts: np.ndarray | None = None,
+        shards_per_window: int = 8,
+        strata: np.ndarray | None = None,
+    ) -> None:
+        _validate(selection, batch_size, shuffle, last_batch, shard_starts, shards_per_window, strata)
+        self.n_samples = selection if isinstance(selection, int) else len(selection)
+        if shuffle == "block" and not isinstance(selection, int) and np.any(selection[1:] < selection[:-1]):
+            selection = np.sort(selection)
+        self.selection = selection
+        self.seed = seed
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.last_batch = last_batch
+        self.shards_per_window = shards_per_window
+        self.strata = None if strata is None else np.asarray(strata)
+        self._shard_first = None  # (n_shards + 1,) places in the sorted selection
+        if shuffle == "block":
+            starts = np.asarray(shard_starts)
+            self._shard_first = starts if isinstance(selection, int) else np.searchsorted(selection, starts)
+        self._layout: tuple[int, np.ndarray] | None = None  # (epoch, what that epoch's order is read from)
+        self._fingerprint: str | None = None
+
+    @property
+    def n_batches(self) -> int:
+        """Global batches of an epoch."""
+        if self.last_batch == "drop":
+            return self.n_samples // self.batch_size
+        return -(-self.n_samples // self.batch_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names all that determines the order but the batch size."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(
+                selection=self.selection,
+                seed=self.seed,
+                shuffle=self.shuffle,
+                shards=self._shard_first,
+                shards_per_window=self.shards_per_window if self.shuffle == "block" else None,
+                strata=self.strata,
+            )
+        return self._fingerprint
+
+    def ids(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """(stop - start,) sample ids at places `start` to `stop` of an epoch; 0 <= start <= stop <= n_samples."""
+        if self.strata is not None:
+            return self._selected(self._stratified_layout(epoch)[start:stop])
+        if self.shuffle == "block":
+            return self._selected(self._block_places(epoch, start, stop))
+        places = np.arange(start, stop)
+        if self.shuffle == "full":
+            places = permuted(places, self.n_samples, _key(self.seed, _ORDER, epoch))
+        return self._selected(places)
+
+    def batches(self, epoch: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Consecutive global batches `first` to `last` (exclusive) of an epoch, laid end to end.
+
+        Returns:
+            positions: (m,) int64, places in the epoch's order. A place at or beyond `n_samples` is padding.
+            ids: (m,) int64 sample ids; padding repeats the epoch from its start.
+        """
+        start, stop = first * self.batch_size, last * self.batch_size
+        if self.last_batch != "pad":
+            stop = min(stop, self.n_samples)
+        parts = [self.ids(epoch, min(start, self.n_samples), min(stop, self.n_samples))]
+        missing = stop - max(start, self.n_samples)
+        while missing > 0:  # a selection smaller than the batch goes round more than once
+            parts.append(self.ids(epoch, 0, min(missing, self.n_samples)))
+            missing -= len(parts[-1])
+        return np.arange(start, stop), np.concatenate(parts)
+
+    def spares(self, epoch: int, positions: np.ndarray, n_spares: int) -> np.ndarray:
+        """(m, n_spares) ids to try in turn where the sample of a position cannot be read."""
+        lanes = _key(self.seed, _SPARES, epoch) ^ np.arange(1, n_spares + 1, dtype=np.uint64)
+        drawn = _mix(_mix(positions.astype(np.uint64))[:, None] ^ _mix(lanes))
+        return self._selected((drawn % np.uint64(self.n_samples)).astype(np.int64))
+
+    def _selected(self, places: np.ndarray) -> np.ndarray:
+        return places if isinstance(self.selection, int) else np.asarray(self.selection[places], np.int64)
+
+    def _block_places(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Places in the sorted selection: window after window, each a permutation of a few whole shards."""
+        first = self._shard_first
+        order = self._cached(epoch, lambda: self._shard_order(epoch))
+        ends = np.cumsum((first[1:] - first[:-1])[order])
+        window_ends = ends[self.shards_per_window - 1 :: self.shards_per_window]
+        if not len(window_ends) or window_ends[-1] != ends[-1]:
+            window_ends = np.append(window_ends, ends[-1])
+        places = np.empty(stop - start, np.int64)
+        for window in range(np.searchsorted(window_ends, start, side="right"), len(window_ends)):
+            window_start = int(window_ends[window - 1]) if window else 0
+            if window_start >= stop:
+                break
+            low, high = max(start, window_start), min(stop, int(window_ends[window]))
+            key = _key(self.seed, _ORDER, epoch, window)
+            within = permuted(
+                np.arange(low, high) - window_start, int(window_ends[window]) - window_start, key
+            )
+            shard = np.searchsorted(
+                ends, within + window_start, side="right"
+            )  # place of the shard in `order`
+            shard_start = np.where(shard > 0, ends[shard - 1], 0)
+            places[low - start : high - start] = first[order[shard]] + within + window_start - shard_start
+        return places
+
+    def _shard_order(self, epoch: int) -> np.ndarray:
+        filled = np.flatnonzero(np.diff(self._shard_first))
+        return filled[permuted(np.arange(len(filled)), len(filled), _key(self.seed, _SHARDS, epoch))]
+
+    def _stratified_layout(self, epoch: int) -> np.ndarray:
+        return self._cached(epoch, lambda: _spread(self.strata, _key(self.seed, _STRATA, epoch)))
+
+    def _cached(self, epoch: int, build) -> np.ndarray:
+        if self._layout is None or self._layout[0] != epoch:
+            self._layout = (epoch, build())
+        return self._layout[1]
+
+
+def permuted(places: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Where a pseudo-random permutation of range(n) puts each of `places`; any place by itself, nothing
+    stored.
+
+    A Feistel network on pairs (left, right) of Z_a x Z_b with a * b just over n, applied again to what falls
+    outside range(n) (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+
+    Args:
+        places: (m,) integers in range(n).
+        n: the length of the permutation.
+        key: which permutation; 64 bits.
+    """
+    if n < 2:
+        return np.zeros(len(places), np.int64)
+    side = int(np.ceil(np.sqrt(n)))
+    height, width = np.uint64(side), np.uint64(-(-n // side))
+    keys = _mix(np.uint64(key) ^ np.arange(1, _ROUNDS + 1, dtype=np.uint64))
+    images = places.astype(np.uint64)
+    outside = slice(None)
+    while True:
+        left, right = np.divmod(images[outside], width)
+        for i in range(0, _ROUNDS, 2):
+            left = (left + _mix(right ^ keys[i]) % height) % height
+            right = (right + _mix(left ^ keys[i + 1]) % width) % width
+        images[outside] = left * width + right
+        outside = np.flatnonzero(images >= np.uint64(n))
+        if not len(outside):
+            return images.astype(np.int64)
+
+
+def view_seeds(seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:
+    """(m,) uint64 seeds of the views of the samples at these places of an epoch."""
+    return _mix(_mix(positions.astype(np.uint64)) ^ np.uint64(_key(seed, _VIEWS, epoch)))
+
+
+def _spread(strata: np.ndarray, key: int) -> np.ndarray:
+    """A random order where each stratum recurs at even distances: its j-th of m stands near (j + u) / m."""
+    n = len(strata)
+    priority = permuted(np.arange(n), n, key)
+    by_stratum = np.lexsort((priority, strata))
+    _, starts, sizes = np.unique(strata[by_stratum], return_index=True, return_counts=True)
+    rank = np.arange(n) - np.repeat(starts, sizes)
+    phase = _mix(np.arange(len(sizes), dtype=np.uint64) ^ np.uint64(key)) / 2.0**64
+    place = (rank + np.repeat(phase, sizes)) / np.repeat(sizes, sizes)
+    return by_stratum[np.lexsort((priority[by_stratum], place))]
+
+
+def _key(*parts: int) -> int:
+    """64 bits from a few integers."""
+    state = 0
+    for part in parts:
+        state = int(_mix(np.array([state ^ (part & _MASK)], np.uint64))[0])
+    return state
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Steele, Lea and Flood's SplitMix64 step: a bijection of 64-bit words that leaves no pattern behind."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _validate(
+    selection: np.ndarray | int,
+    batch_size: int,
+    shuffle: str,
+    last_batch: str,
+    shard_starts: np.ndarray | None,
+    shards_per_window: int,
+    strata: np.ndarray | None,
+) -> None:
+    if isinstance(selection, int):
+        n_samples = selection
+    elif isinstance(selection, np.ndarray) and selection.ndim == 1 and selection.dtype.kind in "iu":
+        n_samples = len(selection)
+    else:
+        found = (
+            f"{selection.dtype} {selection.shape}"
+            if isinstance(selection, np.ndarray)
+            else repr(selection)[:80]
+        )
+        raise ConfigError(f"selection: expected a one-dimensional array of integer ids, found {found}")
+    if not n_samples:
+        raise ConfigError("selection: holds no sample; check the curation's target_size and the pool")
+    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise ConfigError(f"batch_size: expected a positive integer, found {batch_size!r}")
+    if shuffle not in get_args(Shuffle):
+        raise ConfigError(f"shuffle: expected one of {', '.join(get_args(Shuffle))}, found {shuffle!r}")
+    if last_batch not in get_args(LastBatch):
+        raise ConfigError(
+            f"last_batch: expected one of {', '.join(get_args(LastBatch))}, found {last_batch!r}"
+        )
+    if last_batch == "drop" and n_samples < batch_size:
+        raise ConfigError(
+            f"selection: its {n_samples} samples do not fill one global batch of {batch_size}; "
+            'lower batch_size, or pass last_batch="pad"'
+        )
+    if shuffle == "block" and shard_starts is None:
+        raise ConfigError('shuffle="block" needs shard_starts, the first id of each shard')
+    if shards_per_window < 1:
+        raise ConfigError(f"shards_per_window: expected a positive integer, found {shards_per_window!r}")
+    if strata is not None and shuffle != "full":
+        raise ConfigError(f'stratified batches are shuffled: they take shuffle="full", found {shuffle!r}')
+    if strata is not None and len(strata) != n_samples:
+        raise ConfigError(f"strata: {len(strata)} of them for {n_samples} selected samples")

