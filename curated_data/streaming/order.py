@@ -97,7 +97,7 @@ class EpochOrder:
         return self._fingerprint
 
     def ids(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """(stop - start,) sample ids at places `start` to `stop` of an epoch; 0 <= start <= stop <= n_samples."""
+        """(stop - start,) sample ids at places `start` to `stop` of an epoch, none beyond `n_samples`."""
         if self.strata is not None:
             return self._selected(self._stratified_layout(epoch)[start:stop])
         if self.shuffle == "block":

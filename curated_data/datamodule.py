@@ -1,0 +1,439 @@
+"""The DataModule: curate a pool, or find it curated, and stream the selection to every rank of a Trainer."""
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as TF
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from curated_data.config import CurationConfig, load_config
+from curated_data.distributed import rank, world_size
+from curated_data.errors import ConfigError
+from curated_data.pool import ShardPool
+from curated_data.streaming.dataset import OnError, PoolDataset, StreamLoader, StreamStatistics, collate
+from curated_data.streaming.order import EpochOrder, LastBatch, Shuffle
+from curated_data.streaming.sampler import GlobalBatchSampler
+from curated_data.streaming.training import TrainingStream
+
+if TYPE_CHECKING:
+    from curated_data.pipeline import Curation
+
+log = logging.getLogger(__name__)
+
+Pool = ShardPool | str | Path | Sequence[str | Path]
+
+
+class CuratedDataModule(pl.LightningDataModule):
+    """Selected samples of a pool of tar shards, as batches for a Trainer.
+
+    `setup("fit")` runs the curation, or looks it up in the cache; `train_dataloader` streams the selection. A
+    batch is a dict: `views` (list of tensors (B, C, H, W)) or `image` (B, C, H, W), `sample_id` (B,) int64,
+    and `label` (B,) int64, `caption`, `metadata` (lists of B) where the pool has them. Where a loader may
+    fill up a batch (validation, prediction, `last_batch="pad"`), `padding` (B,) bool marks the samples to
+    leave out.
+
+    The order of global batches depends on the selection, the seed, the epoch and the global batch size alone,
+    and the place in it is kept in checkpoints: training resumes at the very next sample, on any number of
+    ranks and workers as long as `batch_size` times ranks stays the same.
+
+    Args:
+        pool: the shards: a path or URL with braces or a glob, a list of these, or a `ShardPool`.
+        curation: what to select, a `CurationConfig` or a mapping of its fields; None takes the whole pool, or
+            `selection`.
+        embedder: what places samples near each other, as in `curate`; needed for a curation.
+        views: from a decoded image, uint8 (3, H, W), to a list of tensors or to one. None takes `views()` of
+            the module that is trained, where it has such a method, else one image: resized, cropped at the
+            centre, in 0..1.
+        batch_size: samples a rank takes a step.
+        num_workers: processes that read, decode and augment; None takes the cores that this rank may use, 16
+            at most.
+        seed: of order and views.
+        cache_dir: the folder that keeps index, embeddings and the curation's artifacts; needed for a
+            curation. Ranks need it in common.
+        selection: ids, or a `.npy` file of them, to stream instead of what a curation selects.
+        val_pool: labelled shards for validation; each sample is given once, none is dropped.
+        eval_transform: as `views`, for validation and prediction. None takes `eval_transform()` of the
+            module, where it has such a method, else the resized and cropped image.
+        eval_batch_size: as `batch_size`; None takes that.
+        shuffle: "full", "block" (a few shards at a time, for pools on disks or networks) or "none", see
+            `EpochOrder`.
+        last_batch: what becomes of samples that do not fill the last global batch: "drop", or "pad" and mark.
+        stratify_level: give every global batch the clusters of this level of the tree in the selection's
+            proportions.
+        decoders: by extension, see `decode_sample`.
+        min_size: decode larger JPEGs at a reduced scale with both sides at least this long, in pixels.
+        image_size: side of the default image, in pixels.
+        on_error: what to do about a sample that cannot be decoded: "raise", or "skip" (another takes its
+            place).
+        max_skipped: the share of samples that may be skipped before it is an error after all.
+        pin_memory, persistent_workers, prefetch_factor: as of torch's `DataLoader`; None: pinned where there
+            is a CUDA device, training workers kept from epoch to epoch, torch's own prefetching.
+        worker_timeout: seconds without a batch from the workers after which it is an error; 0 waits for ever.
+
+    Attributes:
+        curation: what `curate` returned; None before `setup`, and without a curation.
+        selection: (n,) int64 ids that the next epoch streams; None before `setup`, and where that is the
+            whole pool.
+        statistics: what this process streamed, skipped and read for training.
+
+    Raises:
+        ConfigError: arguments that contradict each other or are out of range.
+        PoolError: no shard matches.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        curation: CurationConfig | Mapping[str, Any] | None = None,
+        *,
+        embedder: str | nn.Module | Callable[[Tensor], Tensor] | Any | None = None,
+        views: Callable[[Tensor], Any] | None = None,
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        seed: int = 0,
+        cache_dir: str | Path | None = None,
+        selection: str | Path | np.ndarray | None = None,
+        val_pool: Pool | None = None,
+        eval_transform: Callable[[Tensor], Any] | None = None,
+        eval_batch_size: int | None = None,
+        shuffle: Shuffle = "full",
+        last_batch: LastBatch = "drop",
+        stratify_level: int | None = None,
+        decoders: Mapping[str, Callable[[bytes], Any]] | None = None,
+        min_size: int | None = None,
+        image_size: int = 224,
+        on_error: OnError = "raise",
+        max_skipped: float = 0.01,
+        pin_memory: bool | None = None,
+        persistent_workers: bool | None = None,
+        prefetch_factor: int | None = None,
+        worker_timeout: float = 1800.0,
+    ) -> None:
+        super().__init__()
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.pool = _open_pool(pool, cache_dir)
+        self.val_pool = None if val_pool is None else _open_pool(val_pool, cache_dir)
+        self.curation_config = None if curation is None else load_config(curation)
+        self.embedder = embedder
+        self.views = views
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.eval_transform = eval_transform
+        self.eval_batch_size = eval_batch_size
+        self.shuffle = shuffle
+        self.last_batch = last_batch
+        self.stratify_level = stratify_level
+        self.decoders = decoders
+        self.min_size = min_size
+        self.image_size = image_size
+        self.on_error = on_error
+        self.max_skipped = max_skipped
+        self.pin_memory = pin_memory
+        self.persistent_workers = persistent_workers
+        self.prefetch_factor = prefetch_factor
+        self.worker_timeout = worker_timeout
+        self.curation: Curation | None = None
+        self.statistics = StreamStatistics(max_skipped)
+        self._given_selection = selection
+        self._check_arguments()
+        self._stream = TrainingStream(self._n_trained, self.cache_dir)
+        self._is_set_up = False
+        self._reload_every: int | None = None
+
+    @property
+    def selection(self) -> np.ndarray | None:
+        return self._stream.selection
+
+    def setup(self, stage: str | None = None) -> None:
+        """Index the pools; for "fit" (or None) curate, or find the curation in the cache. A second call is a
+        look-up.
+
+        Every rank calls it and takes its share. It is no `prepare_data`, which one rank runs while the others
+        wait.
+        """
+        if stage in (None, "fit"):
+            self._select()
+        if stage in (None, "fit", "validate") and self.val_pool is not None:
+            self.val_pool.index()
+        if stage == "predict":
+            self.pool.index()
+
+    def set_selection(self, ids: np.ndarray) -> None:
+        """Stream another selection from the next epoch on; to be called on every rank with the same ids.
+
+        Within `Trainer.fit` the loader is made anew for that epoch, so its length may change. Checkpoints
+        name the selection by its place in the cache, or hold it where there is no `cache_dir`.
+
+        Args:
+            ids: (n,) integers, with repeats where samples should be seen as often.
+        """
+        self._stream.replace(self._checked_selection(np.asarray(ids), "ids"))
+        self._follow_selection()
+
+    def train_dataloader(self) -> DataLoader:
+        if not self._is_set_up:
+            self._select()
+        overfits = bool(self._trainer_asks("overfit_batches"))
+        shuffle = "none" if overfits else self.shuffle
+        settings = (
+            self.batch_size,
+            self._ranks()[1],
+            self.seed,
+            shuffle,
+            self.last_batch,
+            self.stratify_level,
+        )
+        order = self._stream.prepare(self.trainer, settings, lambda ids: self._training_order(ids, shuffle))
+        self._follow_selection()
+        dataset = self._dataset(
+            self.pool, self.views or self._from_module("views") or CenterCrop(self.image_size)
+        )
+        dataset.statistics = self.statistics
+        keep = self.persistent_workers
+        if keep is None:  # kept workers, pinned memory and a reload leak file handles (Lightning #18487)
+            keep = not (self._pins() and self._trainer_asks("reload_dataloaders_every_n_epochs"))
+        return self._loader(
+            dataset,
+            order,
+            self.batch_size,
+            keep_workers=keep,
+            position=None if overfits else self._stream.position,
+            endless=self.trainer is not None and not overfits,
+        )
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """The whole of `val_pool` in its order, each sample once; an empty list where there is none."""
+        return [] if self.val_pool is None else self._evaluation_loader(self.val_pool)
+
+    def predict_dataloader(self) -> DataLoader:
+        """The whole pool in its order, each sample once."""
+        return self._evaluation_loader(self.pool)
+
+    def teardown(self, stage: str | None = None) -> None:
+        for pool in (self.pool, self.val_pool):
+            if pool is not None:
+                pool.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream: what was trained on, not what workers have fetched ahead."""
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            CacheError: a re-curated selection is no longer in the cache.
+        """
+        if (
+            self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        ):  # not where weights are validated
+            self._stream.load_state_dict(state_dict, self.trainer)
+            self._follow_selection()
+
+    def _select(self) -> None:
+        if self._is_set_up:
+            return
+        if self.curation_config is not None:
+            from curated_data.pipeline import curate
+
+            self.curation = curate(
+                self.pool,
+                self.curation_config,
+                embedder=self.embedder,
+                cache_dir=self.cache_dir,
+                decoders=self.decoders,
+            )
+            self._stream.start_with(self.curation.ids)
+        elif self._given_selection is not None:
+            ids = _load_ids(self._given_selection)
+            self._stream.start_with(self._checked_selection(ids, "selection"))
+        else:
+            self.pool.index()
+        self._is_set_up = True
+
+    def _training_order(self, ids: np.ndarray | None, shuffle: Shuffle) -> EpochOrder:
+        strata = None
+        if self.stratify_level is not None and shuffle == "full":
+            strata = self.curation.tree.assignment(self.stratify_level)[ids]
+        order = EpochOrder(
+            len(self.pool) if ids is None else ids,
+            seed=self.seed,
+            batch_size=self.batch_size * self._ranks()[1],
+            shuffle=shuffle,
+            last_batch=self.last_batch,
+            shard_starts=self.pool.shard_ranges() if shuffle == "block" else None,
+            strata=strata,
+        )
+        log.info(
+            "stream: %d samples, %d global batches of %d", order.n_samples, order.n_batches, order.batch_size
+        )
+        return order
+
+    def _n_trained(self) -> int:
+        """Batches whose optimizer step is done; without a Trainer, batches handed out."""
+        if self.trainer is None:
+            return self.statistics.n_batches
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    def _follow_selection(self) -> None:
+        """While a selection waits for an epoch, have the Trainer ask for a new loader when that begins."""
+        if self.trainer is None:
+            return
+        if self._stream.waiting and self._reload_every is None:
+            self._reload_every = self.trainer.reload_dataloaders_every_n_epochs
+            self.trainer.reload_dataloaders_every_n_epochs = 1
+        elif not self._stream.waiting and self._reload_every is not None:
+            self.trainer.reload_dataloaders_every_n_epochs, self._reload_every = self._reload_every, None
+
+    def _evaluation_loader(self, pool: ShardPool) -> DataLoader:
+        transform = self.eval_transform or self._from_module("eval_transform") or CenterCrop(self.image_size)
+        size = self.eval_batch_size or self.batch_size
+        order = EpochOrder(
+            len(pool), seed=self.seed, batch_size=size * self._ranks()[1], shuffle="none", last_batch="short"
+        )
+        return self._loader(self._dataset(pool, transform), order, size, keep_workers=False)
+
+    def _dataset(self, pool: ShardPool, views: Callable[[Tensor], Any]) -> PoolDataset:
+        return PoolDataset(
+            pool,
+            views,
+            seed=self.seed,
+            decoders=self.decoders,
+            min_size=self.min_size,
+            on_error=self.on_error,
+            max_skipped=self.max_skipped,
+        )
+
+    def _loader(
+        self, dataset: PoolDataset, order: EpochOrder, batch_size: int, *, keep_workers: bool, **sampling: Any
+    ) -> DataLoader:
+        number, n_ranks = self._ranks()
+        sampler = GlobalBatchSampler(
+            None,
+            batch_size,
+            order.last_batch == "drop",
+            order=order,
+            rank=number,
+            world_size=n_ranks,
+            **sampling,
+        )
+        n_workers = self._n_workers()
+        return StreamLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=n_workers,
+            pin_memory=self._pins(),
+            persistent_workers=keep_workers and n_workers > 0,
+            prefetch_factor=self.prefetch_factor if n_workers else None,
+            timeout=self.worker_timeout if n_workers else 0,
+            # The workers' base seed comes out of this generator, not out of the global one.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def _from_module(self, name: str) -> Callable[[Tensor], Any] | None:
+        module = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
+        factory = getattr(module, name, None)
+        return factory() if callable(factory) else None
+
+    def _trainer_asks(self, name: str) -> Any:
+        return 0 if self.trainer is None else getattr(self.trainer, name)
+
+    def _ranks(self) -> tuple[int, int]:
+        """This process's rank and how many there are."""
+        if self.trainer is None:
+            return rank(), world_size()
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def _n_workers(self) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        n_local = 1 if self.trainer is None else self.trainer.num_devices
+        return max(1, min(16, len(os.sched_getaffinity(0)) // n_local))
+
+    def _pins(self) -> bool:
+        return torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
+
+    def _checked_selection(self, ids: np.ndarray, name: str) -> np.ndarray:
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids):
+            raise ConfigError(
+                f"{name}: expected one or more integer ids, found {ids.dtype} of shape {ids.shape}"
+            )
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= len(self.pool):
+            raise ConfigError(
+                f"{name}: id {low if low < 0 else high} is not in the pool, whose ids go from 0 to "
+                f"{len(self.pool) - 1}; was it made for another pool?"
+            )
+        return ids.astype(np.int64, copy=False)
+
+    def _check_arguments(self) -> None:
+        if self.curation_config is not None:
+            if self._given_selection is not None:
+                raise ConfigError("selection: given together with curation, which makes one; drop either")
+            if self.embedder is None:
+                raise ConfigError(
+                    "embedder: a curation needs one, say 'hub:dinov2_vitl14_reg' or a module of yours"
+                )
+            if self.cache_dir is None:
+                raise ConfigError(
+                    "cache_dir: a curation needs a folder for its artifacts, shared by all ranks"
+                )
+        elif self.stratify_level is not None:
+            raise ConfigError("stratify_level: needs a curation, whose tree has the clusters")
+        for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0), ("image_size", 1)):
+            value = getattr(self, name)
+            optional = name in ("eval_batch_size", "num_workers")
+            if not (optional and value is None) and not (isinstance(value, int) and value >= least):
+                raise ConfigError(f"{name}: expected an integer of at least {least}, found {value!r}")
+        for name in ("views", "eval_transform"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise ConfigError(f"{name}: expected a function of an image, found {value!r}")
+        if not 0 <= self.max_skipped <= 1:
+            raise ConfigError(f"max_skipped: expected a share in 0..1, found {self.max_skipped!r}")
+        EpochOrder(
+            1,
+            seed=0,
+            batch_size=1,
+            shuffle=self.shuffle,
+            last_batch=self.last_batch,
+            shard_starts=np.zeros(2),
+        )
+        PoolDataset(self.pool, on_error=self.on_error)
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """Resize the shorter side, crop the centre: uint8 (C, H, W) to float32 (C, size, size) in 0..1."""
+
+    size: int
+
+    def __call__(self, image: Tensor) -> Tensor:
+        resized = TF.resize(image, [self.size], antialias=True)
+        return TF.to_dtype(TF.center_crop(resized, [self.size, self.size]), torch.float32, scale=True)
+
+
+def _open_pool(pool: Pool, cache_dir: str | Path | None) -> ShardPool:
+    if not isinstance(pool, ShardPool):
+        return ShardPool(pool, cache_dir=cache_dir)
+    return pool if cache_dir is None or pool.cache_dir is not None else pool.with_cache(cache_dir)
+
+
+def _load_ids(selection: str | Path | np.ndarray) -> np.ndarray:
+    if not isinstance(selection, str | Path):
+        return np.asarray(selection)
+    try:
+        return np.load(selection, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"selection: {selection} cannot be read as a .npy file of ids ({error})") from error

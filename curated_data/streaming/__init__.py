@@ -1,0 +1,20 @@
+"""From a selection to batches: an epoch's order, its cut into global batches, reading, augmenting."""
+
+from curated_data.streaming.dataset import BatchReport, PoolDataset, StreamLoader, StreamStatistics, collate
+from curated_data.streaming.order import EpochOrder, permuted
+from curated_data.streaming.sampler import BatchRequest, GlobalBatchSampler
+from curated_data.streaming.training import StreamPosition, TrainingStream
+
+__all__ = [
+    "BatchReport",
+    "BatchRequest",
+    "EpochOrder",
+    "GlobalBatchSampler",
+    "PoolDataset",
+    "StreamLoader",
+    "StreamPosition",
+    "StreamStatistics",
+    "TrainingStream",
+    "collate",
+    "permuted",
+]

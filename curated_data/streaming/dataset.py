@@ -1,0 +1,324 @@
+"""A pool as a map-style dataset that makes whole batches, and the loader that keeps its accounts."""
+
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from curated_data.errors import ConfigError, SampleError
+from curated_data.pool import ShardPool
+from curated_data.pool.decode import decode_sample
+from curated_data.streaming.order import view_seeds
+
+log = logging.getLogger(__name__)
+
+OnError = Literal["raise", "skip"]
+_MODALITIES = ("image", "array", "text")
+_SHARE_COUNTS_FROM = 1000  # samples; before, a few bad ones would be a large share
+
+
+class Skipped(NamedTuple):
+    """A sample that was not used, and why."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+class BatchReport(NamedTuple):
+    """What making one batch took; travels from the worker beside the batch."""
+
+    n_samples: int
+    bytes_read: int
+    bytes_needed: int
+    skipped: list[Skipped]
+
+
+class LoadedSamples(list):
+    """The samples of a batch before collation, and the report on them."""
+
+    report: BatchReport
+
+
+class PoolDataset(Dataset):
+    """All samples of a pool by id; `__getitems__` makes a whole batch.
+
+    The randomness of a sample's views is seeded by (seed, epoch, position in the epoch), whichever process
+    makes them; the global generators of torch, numpy and Python are as before when it returns.
+
+    Args:
+        pool: where the bytes are.
+        views: from a decoded sample (an image is a uint8 tensor (3, H, W)) to a list of tensors or to one;
+            None gives the sample as decoded.
+        seed: of the views.
+        decode: False gives the members' bytes undecoded, under "members".
+        decoders, min_size: own decoders by extension, and reduced decoding, see `decode_sample`.
+        on_error: what becomes of a sample that cannot be decoded: "raise", or "skip", which takes one of the
+            request's spares in its place, or, where there are none, fills up with padding.
+        max_skipped: the largest share of samples that may be skipped, counted over the samples that this
+            process was given so far (over 1,000 at least).
+    """
+
+    def __init__(
+        self,
+        pool: ShardPool,
+        views: Callable[[Any], Tensor | Sequence[Tensor]] | None = None,
+        *,
+        seed: int = 0,
+        decode: bool = True,
+        decoders: Mapping[str, Callable[[bytes], Any]] | None = None,
+        min_size: int | None = None,
+        on_error: OnError = "raise",
+        max_skipped: float = 0.01,
+    ) -> None:
+        if on_error not in get_args(OnError):
+            raise ConfigError(f"on_error: expected one of {', '.join(get_args(OnError))}, found {on_error!r}")
+        self.pool = pool
+        self.views = views
+        self.seed = seed
+        self.decode = decode
+        self.decoders = decoders
+        self.min_size = min_size
+        self.on_error = on_error
+        self.statistics = StreamStatistics(max_skipped)
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+    def __getitem__(self, sample_id: int) -> dict[str, Any]:
+        return self.__getitems__([sample_id])[0]
+
+    def __getitems__(self, ids: Sequence[int]) -> LoadedSamples:
+        """The samples of a `BatchRequest`, or of plain ids, whose views then are those of epoch 0.
+
+        Raises:
+            PoolError: a shard vanished, shrank or changed since it was indexed, whatever `on_error` says.
+            SampleError: a sample cannot be decoded.
+        """
+        positions = getattr(ids, "positions", None)
+        seeds = view_seeds(
+            self.seed, getattr(ids, "epoch", 0), np.asarray(ids if positions is None else positions, np.int64)
+        ).tolist()
+        padding = getattr(ids, "padding", None)
+        skipped: list[Skipped] = []
+        counters = self.pool.counters
+        read_before, needed_before = counters.bytes_read, counters.bytes_needed
+        loaded = LoadedSamples()
+        with _generators_kept():
+            for place, (members, seed) in enumerate(zip(self.pool.read(ids), seeds, strict=True)):
+                sample = self._load(ids[place], members, seed, skipped)
+                if sample is None:
+                    sample = self._spare(ids, place, seed, skipped)
+                loaded.append(sample)
+        self._fill(loaded, skipped)
+        if padding is not None:
+            for sample, padded in zip(loaded, padding.tolist(), strict=True):
+                sample.setdefault("padding", padded)
+        counters = self.pool.counters
+        loaded.report = BatchReport(
+            len(loaded), counters.bytes_read - read_before, counters.bytes_needed - needed_before, skipped
+        )
+        return loaded
+
+    def _load(
+        self, sample_id: int, members: dict[str, Any], seed: int, skipped: list[Skipped]
+    ) -> dict[str, Any] | None:
+        """One sample, decoded and augmented; None where it is skipped."""
+        if not self.decode:
+            return {"sample_id": sample_id, "members": members}
+        try:
+            sample = decode_sample(
+                members,
+                decoders=self.decoders,
+                image_extensions=self.pool.image_extensions,
+                min_size=self.min_size,
+            )
+            if self.views is not None:
+                _seed_generators(seed)
+                self._augment(sample)
+        except SampleError as error:
+            if self.on_error == "raise":
+                raise
+            skipped.append(Skipped(members["__url__"], members["__key__"], str(error)))
+            return None
+        except Exception as error:
+            error.add_note(
+                f"in the views of sample {sample_id}: {members['__url__']}, key {members['__key__']!r}"
+            )
+            raise
+        return {"sample_id": sample_id} | {name: sample[name] for name in _BATCH_FIELDS if name in sample}
+
+    def _augment(self, sample: dict[str, Any]) -> None:
+        """Replace the decoded image, array or text by its views."""
+        name = next((name for name in _MODALITIES if name in sample), None)
+        if name is None:
+            raise SampleError(f"nothing to make views of: the sample has only {', '.join(sorted(sample))}")
+        views = self.views(sample.pop(name))
+        if isinstance(views, Tensor):
+            sample["image"] = views
+        else:
+            sample["views"] = list(views)
+
+    def _spare(
+        self, ids: Sequence[int], place: int, seed: int, skipped: list[Skipped]
+    ) -> dict[str, Any] | None:
+        spares = getattr(ids, "spares", None)
+        if spares is None:
+            return None
+        for spare in spares[place].tolist():
+            sample = self._load(spare, self.pool.read([spare])[0], seed, skipped)
+            if sample is not None:
+                return sample
+        last = skipped[-1]
+        raise SampleError(
+            f"sample {ids[place]} and the {spares.shape[1]} drawn to replace it cannot be decoded; the last: "
+            f"{last.shard}, key {last.key!r}: {last.reason}"
+        )
+
+    def _fill(self, loaded: list[dict[str, Any] | None], skipped: list[Skipped]) -> None:
+        """Where nothing may be replaced, as in validation, a skipped place holds padding."""
+        good = next((sample for sample in loaded if sample is not None), None)
+        if good is None:
+            raise SampleError(f"no sample of a batch can be decoded; the first: {skipped[0].reason}")
+        for place, sample in enumerate(loaded):
+            if sample is None:
+                loaded[place] = good | {"padding": True}
+
+
+_BATCH_FIELDS = ("views", *_MODALITIES, "label", "caption", "metadata")
+
+
+@dataclass
+class StreamStatistics:
+    """What a loader of this process has been through.
+
+    Attributes:
+        max_skipped: the share of skipped samples above which `add` raises.
+        n_samples, n_batches: given out.
+        n_skipped: samples that could not be decoded.
+        bytes_read, bytes_needed: what was read of the shards, gaps between samples included, and what was
+            asked for.
+        skipped_by_shard: how many of `n_skipped`, by shard.
+    """
+
+    max_skipped: float = 0.01
+    n_samples: int = 0
+    n_batches: int = 0
+    n_skipped: int = 0
+    bytes_read: int = 0
+    bytes_needed: int = 0
+    skipped_by_shard: dict[str, int] = field(default_factory=dict)
+
+    def add(self, report: BatchReport) -> None:
+        """Count a batch; log the first sample skipped in each shard.
+
+        Raises:
+            SampleError: more were skipped than `max_skipped` allows.
+        """
+        self.n_samples += report.n_samples
+        self.n_batches += 1
+        self.n_skipped += len(report.skipped)
+        self.bytes_read += report.bytes_read
+        self.bytes_needed += report.bytes_needed
+        for shard, key, reason in report.skipped:
+            if shard not in self.skipped_by_shard:
+                log.warning(
+                    "skipped a sample, more of its shard go unsaid: %s, key %r: %s",
+                    shard,
+                    key,
+                    reason,
+                )
+            self.skipped_by_shard[shard] = self.skipped_by_shard.get(shard, 0) + 1
+        if self.n_skipped > self.max_skipped * max(self.n_samples, _SHARE_COUNTS_FROM):
+            shard, count = max(self.skipped_by_shard.items(), key=lambda item: item[1])
+            raise SampleError(
+                f"{self.n_skipped} of {self.n_samples} samples could not be decoded, more than max_skipped="
+                f"{self.max_skipped:g} allows; most of them ({count}) in {shard}; the last: "
+                f"{report.skipped[-1].reason}"
+            )
+
+    def summary(self) -> str:
+        """One line for the log."""
+        read = f"read {self.bytes_read / 1e6:,.1f} MB for {self.bytes_needed / 1e6:,.1f} MB needed"
+        if not self.n_skipped:
+            return f"{self.n_samples} samples, {read}"
+        shards = len(self.skipped_by_shard)
+        return f"{self.n_samples} samples, {self.n_skipped} skipped in {shards} shards, {read}"
+
+
+class StreamLoader(DataLoader):
+    """A `DataLoader` of a `PoolDataset` that keeps the dataset's statistics as batches are handed out."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self._count(super().__iter__())  # not one generator: the iterator, and its workers, begin now
+
+    def _count(self, batches: Iterator[tuple[dict[str, Any], BatchReport]]) -> Iterator[dict[str, Any]]:
+        statistics, last = self.dataset.statistics, len(self)
+        for number, (batch, report) in enumerate(batches, 1):
+            statistics.add(report)
+            if number == last:  # here, for nothing runs after the last batch was taken
+                log.info("stream: %s", statistics.summary())
+            yield batch
+
+
+def collate(samples: LoadedSamples) -> tuple[dict[str, Any], BatchReport]:
+    """Stack samples to a batch: tensors and numbers to tensors, captions, metadata and raw members to lists.
+
+    Raises:
+        ConfigError: views of different shapes.
+    """
+    names = dict.fromkeys(name for sample in samples for name in sample)
+    batch: dict[str, Any] = {}
+    for name in names:
+        values = [sample.get(name, _MISSING.get(name)) for sample in samples]
+        if name == "views":
+            batch[name] = [_stack(name, view) for view in zip(*values, strict=True)]
+        elif isinstance(values[0], Tensor | np.ndarray):
+            batch[name] = _stack(name, values)
+        elif name in ("sample_id", "label"):
+            batch[name] = torch.tensor(values, dtype=torch.int64)
+        elif name == "padding":
+            batch[name] = torch.tensor(values, dtype=torch.bool)
+        else:
+            batch[name] = values
+    return batch, samples.report
+
+
+_MISSING = {"label": -1, "caption": "", "padding": False}
+
+
+def _stack(name: str, tensors: Sequence[Tensor | np.ndarray]) -> Tensor:
+    tensors = [torch.as_tensor(tensor) for tensor in tensors]
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) > 1:
+        raise ConfigError(
+            f"{name}: cannot be stacked to a batch, shapes differ: {sorted(shapes)[:4]}; resize or crop"
+        )
+    return default_collate(tensors)  # into shared memory, where this is a worker
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Leave the global random generators as they were found."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])  # noqa: NPY002
+
+
+def _seed_generators(seed: int) -> None:
+    torch.default_generator.manual_seed(
+        seed
+    )  # the CPU's alone; torch.manual_seed would reach for devices too
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002

@@ -1,0 +1,118 @@
+"""Global batches cut for one rank."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import BatchSampler
+
+from curated_data.streaming.order import EpochOrder
+from curated_data.streaming.training import StreamPosition
+
+_AHEAD = 1 << 13  # samples laid out at once: numpy's overhead a call is spread over them
+_SPARES = 3
+
+
+class BatchRequest(list):
+    """The ids of one rank's batch, as any map-style dataset takes them, and what else `PoolDataset` wants to
+    know.
+
+    Attributes:
+        epoch: whose order they come from; with the positions it seeds the views.
+        positions: (b,) int64 places in that order.
+        spares: (b, s) int64 ids to try in turn where a sample cannot be read; None: there are none.
+        padding: (b,) bool, samples that only fill up the batch; None: batches of this loader are never
+            padded.
+    """
+
+    def __init__(
+        self,
+        ids: Iterable[int],
+        epoch: int,
+        positions: np.ndarray,
+        spares: np.ndarray | None = None,
+        padding: np.ndarray | None = None,
+    ) -> None:
+        super().__init__(ids)
+        self.epoch = epoch
+        self.positions = positions
+        self.spares = spares
+        self.padding = padding
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BatchRequest, (list(self), self.epoch, self.positions, self.spares, self.padding)
+
+
+class GlobalBatchSampler(BatchSampler):
+    """One rank's slice [rank::world_size] of each global batch; the same number of batches on every rank.
+
+    Lightning puts a `DistributedSampler` into any `BatchSampler` that it finds in a distributed run, and for
+    prediction builds it once more; it is a `BatchSampler` that takes both and goes on cutting its own order.
+
+    Args:
+        sampler, batch_size, drop_last: as of `BatchSampler`, for those who rebuild it; only `batch_size` has
+            a meaning, the samples of this rank's batch.
+        order: the global batches.
+        rank, world_size: this process among all that train together.
+        position: where to begin, if not at the beginning; None: always epoch 0 from its beginning.
+        endless: go on into the next epoch until `len` batches are given, for a loop that counts and stops by
+            itself; else end with the epoch.
+    """
+
+    def __init__(
+        self,
+        sampler: Any,
+        batch_size: int,
+        drop_last: bool,
+        *,
+        order: EpochOrder,
+        rank: int,
+        world_size: int,
+        position: StreamPosition | None = None,
+        endless: bool = False,
+    ) -> None:
+        # Not super().__init__: there is no sampler of single samples here.
+        self.sampler = range(order.n_samples)
+        self.batch_size = batch_size
+        self.drop_last = order.last_batch == "drop"
+        self.order = order
+        self.rank = rank
+        self.world_size = world_size
+        self.position = position
+        self.endless = endless
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, also where one is resumed in its middle."""
+        return self.order.n_batches
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        # Taken now, not at the first batch: a training loop makes the iterator when it begins to count.
+        n = self.order.n_batches
+        epoch, batch = (0, 0) if self.position is None else self.position.begin(n)
+        return self._requests(epoch, batch, n if self.endless else n - batch)
+
+    def _requests(self, epoch: int, batch: int, count: int) -> Iterator[BatchRequest]:
+        n, at_once = self.order.n_batches, max(1, _AHEAD // self.order.batch_size)
+        stop = batch + count
+        while batch < stop:
+            first = batch % n
+            last = min(first + at_once, n, first + stop - batch)
+            yield from self._cut(epoch + batch // n, first, last)
+            batch += last - first
+
+    def _cut(self, epoch: int, first: int, last: int) -> Iterator[BatchRequest]:
+        order, size = self.order, self.order.batch_size
+        positions, ids = order.batches(epoch, first, last)
+        spares = None if self.position is None else order.spares(epoch, positions, _SPARES)
+        for low in range(0, len(ids), size):
+            high = min(low + size, len(ids))
+            mine = np.arange(low + self.rank, high, self.world_size)
+            padding = None
+            if order.last_batch != "drop":
+                padding = positions[mine] >= order.n_samples
+                if len(mine) < -(-(high - low) // self.world_size):
+                    # A short batch that the ranks cannot share evenly: all take as many, the last of it once
+                    # more.
+                    mine, padding = np.append(mine, high - 1), np.append(padding, True)
+            mine_spares = None if spares is None else spares[mine]
+            yield BatchRequest(ids[mine].tolist(), epoch, positions[mine], mine_spares, padding)

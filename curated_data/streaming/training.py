@@ -1,0 +1,212 @@
+"""What a training run streams: the selection, its order, the place in it; and how checkpoints hold them."""
+
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curated_data.cache import atomic_save, fingerprint, open_cache
+from curated_data.errors import CacheError, ConfigError
+from curated_data.streaming.order import EpochOrder
+
+
+class StreamPosition:
+    """Where a training run stands: how many global batches of which epoch it has trained on.
+
+    The stream is the epochs of an `EpochOrder`, one after another. The position is the place where the loader
+    last began to be read, and the number of batches trained on since. A training loop that begins anew after
+    batches were trained on is given what follows them, wherever it cuts its own epochs: at the end of ours,
+    at `limit_train_batches`, or where `max_steps` or a signal stopped it.
+
+    Args:
+        n_trained: tells how many batches the training loop has trained on in all, ever rising.
+    """
+
+    def __init__(self, n_trained: Callable[[], int]) -> None:
+        self.n_trained = n_trained
+        self.restart()
+
+    def restart(self, epoch: int = 0, batch: int = 0, n_trained: int | None = None) -> None:
+        """Stand at `batch` of `epoch`; `n_trained` is the loop's count there, None: what it is now."""
+        self._epoch, self._batch = epoch, batch
+        self._base = self.n_trained() if n_trained is None else n_trained
+
+    def now(self, n_batches: int) -> tuple[int, int]:
+        """The epoch and the batch in it that come next, in epochs of `n_batches`."""
+        # Fewer than at the base: a checkpoint is being restored, the data module before the loop.
+        done = self._batch + max(0, self.n_trained() - self._base)
+        return self._epoch + done // n_batches, done % n_batches
+
+    @property
+    def moved(self) -> bool:
+        """Whether batches were trained on since the loader last began to be read."""
+        return self.n_trained() > self._base
+
+    def begin(self, n_batches: int) -> tuple[int, int]:
+        """`now`, taken as the place where the loader begins to be read."""
+        epoch, batch = self.now(n_batches)
+        self.restart(epoch, batch, self._count())
+        return epoch, batch
+
+    def skip_to_epoch(self, n_batches: int) -> None:
+        """Stand at the beginning of an epoch: of the next one, unless no batch of this one is done."""
+        epoch, batch = self.now(n_batches)
+        self.restart(epoch + (batch > 0), 0, self._count())
+
+    def _count(self) -> int:
+        return max(self._base, self.n_trained())
+
+
+class TrainingStream:
+    """The selection that is trained on and the one that comes next, the order, and the position.
+
+    Args:
+        n_trained: see `StreamPosition`.
+        cache_dir: where selections lie that checkpoints name; None: checkpoints hold them.
+
+    Attributes:
+        order: of the loader that was made last; None before the first.
+    """
+
+    def __init__(self, n_trained: Callable[[], int], cache_dir: Path | None) -> None:
+        self.position = StreamPosition(n_trained)
+        self.cache_dir = cache_dir
+        self.order: EpochOrder | None = None
+        self._settings: Hashable = None  # that the order was made with
+        self._selected: np.ndarray | None = None
+        self._name: str | Tensor | None = None  # how checkpoints name it; None: whoever resumes has it
+        self._next: tuple[np.ndarray, str | Tensor] | None = None
+        self._owner: object = None
+        self._loaded: dict[str, Any] | None = None
+
+    @property
+    def selection(self) -> np.ndarray | None:
+        """The ids that the next epoch streams; None: the whole pool."""
+        return self._selected if self._next is None else self._next[0]
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a new selection waits for an epoch to begin."""
+        return self._next is not None
+
+    def start_with(self, ids: np.ndarray | None) -> None:
+        """Stream what a resumed run selects by itself; a checkpoint's or `replace`'s goes before."""
+        if self._name is None:
+            self._selected = ids
+
+    def replace(self, ids: np.ndarray) -> None:
+        """Stream another selection from the next epoch on."""
+        name: str | Tensor = torch.from_numpy(ids.copy())
+        if self.cache_dir is not None:
+            name = fingerprint(selection=ids)
+            if not self._path(name).exists():
+                atomic_save(self._path(name), ids)
+        if self.order is None:
+            self._selected, self._name = ids, name
+        else:
+            self._next = ids, name
+
+    def prepare(
+        self, owner: object, settings: Hashable, build: Callable[[np.ndarray | None], EpochOrder]
+    ) -> EpochOrder:
+        """The order for a loader about to be made.
+
+        Args:
+            owner: whose batches the position counts: a Trainer, or None. A new one starts the stream from the
+                beginning, unless a state was loaded for it.
+            settings: what `build` depends on besides the selection; the same order is kept while they agree.
+            build: makes the order of a selection.
+
+        Raises:
+            ConfigError: an epoch would be resumed in its middle in another order than it was begun.
+        """
+        self._attach(owner)
+        if self._next is not None and self.order is not None:
+            n_batches = self.order.n_batches
+            resumes_inside = self.position.now(n_batches)[1] > 0 and not self.position.moved
+            if not resumes_inside:
+                self.position.skip_to_epoch(n_batches)
+                (self._selected, self._name), self._next = self._next, None
+                self.order = None
+        if self.order is None or self._settings != settings:
+            self.order, self._settings = build(self._selected), settings
+        self._check_resumed(self.order)
+        return self.order
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream: what was trained on, not what was fetched ahead."""
+        if self.order is None:
+            return {}
+        epoch, batch = self.position.now(self.order.n_batches)
+        return {
+            "epoch": epoch,
+            "batch": batch,
+            "global_batch_size": self.order.batch_size,
+            "order": self.order.fingerprint,
+            "n_trained": self.position.n_trained(),
+            "selection": self._name,
+            "next_selection": None if self._next is None else self._next[1],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], owner: object) -> None:
+        """Go on where `state_dict` was taken; `owner` as of `prepare`.
+
+        Raises:
+            CacheError: a selection that `replace` was given is no longer in the cache.
+        """
+        if not state:
+            return
+        if state["selection"] is not None:
+            self._selected, self._name = self._find(state["selection"]), state["selection"]
+        self._next = None
+        if state["next_selection"] is not None:
+            self._next = self._find(state["next_selection"]), state["next_selection"]
+        self.order = None
+        self._loaded = state
+        self._owner = owner if owner is not None else _NOBODY
+        # A Trainer restores its loops, and with them the count, after this, and may ask for a loader before.
+        self.position.restart(state["epoch"], state["batch"], None if owner is None else state["n_trained"])
+
+    def _attach(self, owner: object) -> None:
+        if self._owner is owner:
+            return
+        loaded = self._loaded if self._owner is _NOBODY and self._loaded else {"epoch": 0, "batch": 0}
+        self.position.restart(loaded["epoch"], loaded["batch"])
+        self._owner = owner
+
+    def _check_resumed(self, order: EpochOrder) -> None:
+        loaded = self._loaded
+        if loaded is None or loaded["batch"] == 0 or self.position.moved:
+            return
+        place = f"the checkpoint was written after batch {loaded['batch']} of epoch {loaded['epoch']}"
+        if loaded["global_batch_size"] != order.batch_size:
+            raise ConfigError(
+                f"batch_size: {place} with {loaded['global_batch_size']} samples a global batch "
+                f"(batch_size x ranks), now there are {order.batch_size}; keep the product, or resume from the end "
+                "of an epoch"
+            )
+        if loaded["order"] != order.fingerprint:
+            raise ConfigError(
+                f"resume: {place} of another order; use the selection, seed, shuffle and stratify_level of "
+                "that run, or resume from the end of an epoch"
+            )
+
+    def _path(self, name: str) -> Path:
+        return open_cache(self.cache_dir) / "streaming" / f"{name}.npy"
+
+    def _find(self, name: str | Tensor) -> np.ndarray:
+        if isinstance(name, Tensor):
+            return name.numpy()
+        path = None if self.cache_dir is None else self._path(name)
+        if path is None or not path.exists():
+            raise CacheError(
+                f"the checkpoint was trained on a selection given to set_selection, and {path or 'its cache'} "
+                "is not there; pass the cache_dir of that run"
+            )
+        return np.load(path, allow_pickle=False)
+
+
+_NOBODY = object()
