@@ -1,14 +1,20 @@
 """Near-duplicate groups against scikit-learn's DBSCAN with one point a core, and hand-made pools."""
 
+import io
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.cluster import DBSCAN
 from sklearn.metrics.pairwise import cosine_similarity
 
+from curated_data.errors import PoolError
+from curated_data.pool import ShardPool, ShardWriter
 from curated_data.selection.near_duplicates import (
     exact_groups,
+    image_contents,
     match_held_out,
     near_duplicates,
 )
@@ -140,3 +146,29 @@ def test_exact_groups_by_digest():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         near_duplicates(np.ones((4, 2), np.float32), **arguments)
+
+
+def test_image_contents_digest_bytes_and_read_sizes(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def png(width: int, height: int, colour: int) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(np.full((height, width), colour, np.uint8)).save(file, "PNG")
+        return file.getvalue()
+
+    images = [png(4, 3, 9), png(5, 5, 9), png(4, 3, 9), b"broken", b"broken", rng.bytes(20)]
+    with ShardWriter(tmp_path / "pool-%06d.tar", max_samples=4) as writer:
+        for i, data in enumerate(images):
+            writer.write({"__key__": f"s{i}", "png": data})
+        writer.write({"__key__": "no-image", "txt": "words"})
+        writer.write({"__key__": "no-image-2", "txt": "words"})
+    contents = image_contents(ShardPool(str(tmp_path / "pool-*.tar")), batch_size=3)
+    assert exact_groups(contents.digest).tolist() == [0, 1, 0, 3, 3, 5, 6, 7]
+    assert contents.n_pixels.tolist() == [12, 25, 12, 0, 0, 0, 0, 0]
+
+
+def test_image_contents_of_a_pool_without_images(tmp_path):
+    with ShardWriter(tmp_path / "pool-%06d.tar") as writer:
+        writer.write({"__key__": "a", "txt": "words"})
+    with pytest.raises(PoolError, match="no images, its members are txt"):
+        image_contents(ShardPool(str(tmp_path / "pool-*.tar")))
