@@ -1,0 +1,313 @@
+"""One partial-transport problem in its K + 1 column potentials: accelerated scaling, then Newton's method.
+
+With v the potentials, the rows of the plan are Q_i = softmax((v - [C_i, 0]) / ε) / N, the last column being
+the virtual one that takes the slack. What is left to solve is K + 1 equations,
+
+    g(v)_j = sum_i Q_ij - β_j exp(-v_j / γ) = 0,   β = ρ/K   (real),        g(v)_0 = sum_i Q_i0 - (1 - ρ) = 0,
+
+the gradient of a convex function. The scaling (Sinkhorn) map takes hundreds to thousands of passes over the
+cost; with the best common shift of all potentials, known in closed form, and Anderson acceleration over the
+last ten steps it takes ten to twenty. A pass is two products with the row softmax at some earlier potentials,
+which is made again before the potentials have moved so far that a float could not hold their ratio: nothing
+overflows, and no pass takes an exponential. Where ε is so small that this does not converge, Newton's method
+does, if need be from the solution at a larger ε.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_ANDERSON_DEPTH = 10
+_STALLED = 25  # accelerated scaling goes on while its error halves within so many passes
+_SCALING_STEPS = 4
+_ANNEALING_STEPS = 8  # from 256 ε down, where Newton alone fails
+# Below this error float32 gives way to float64: for the sums in a pass, or for all that Newton's method does.
+_SWITCH_TO_DOUBLE = 1e-4
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Potentials of one problem.
+
+    Attributes:
+        potentials: (K + 1,) float64, the virtual column's last, -inf where ρ = 1.
+        marginal_error: sum of absolute violations of the column marginals, relative to ρ.
+        n_iter: passes over the cost that it took.
+        plan: computes the plan, (N, K) in the cost's dtype.
+    """
+
+    potentials: Tensor
+    marginal_error: float
+    n_iter: int
+    plan: Callable[[], Tensor]
+
+
+def solve_semidual(
+    cost: Tensor, rho: float, epsilon: float, gamma: float, max_iter: int, tol: float, start: Tensor | None
+) -> Solution:
+    """Solve one P²OT problem for a cost (N, K), from potentials of a similar one if there are any."""
+    problem = _Problem(cost, rho, epsilon, gamma, max_iter)
+    v = _with_virtual(problem, 0.0) if start is None else _warm_start(start, problem)
+    kernel = _Kernel(problem, v)
+    best = _anderson(problem, kernel, v, tol)
+    if best.error <= tol or problem.exhausted:
+        return Solution(best.v, best.error, problem.passes, lambda: kernel.plan(best.v))
+    newton = _newton(problem, best.v, tol, give_up=True)
+    passes = problem.passes
+    if newton.error > tol and passes < max_iter:
+        # Newton's region of convergence is as wide as ε: start from a larger one, follow it down.
+        v = None
+        for power in range(_ANNEALING_STEPS, 0, -1):
+            smoother = _Problem(cost, rho, epsilon * 2**power, gamma, min(50, max_iter - passes))
+            if smoother.max_iter > 1:
+                v = _newton(smoother, v, 1e-2, give_up=False).v
+                passes += smoother.passes
+        problem.passes = passes
+        if passes < max_iter:
+            newton = min(newton, _newton(problem, v, tol, give_up=False), key=lambda p: p.error)
+    final = newton.v
+    return Solution(
+        final, newton.error, problem.passes, lambda: _Kernel(problem, final, torch.float64).plan(final)
+    )
+
+
+def _anderson(problem: "_Problem", kernel: "_Kernel", v: Tensor, tol: float) -> "_Point":
+    """Scaling steps, extrapolated by the last steps' least-squares combination (Anderson's type II)."""
+    precise = problem.cost.dtype == torch.float64
+    best, steps, residuals, errors = None, [], [], []
+    while not problem.exhausted:
+        point = problem.point(v, kernel.columns(v, precise))
+        problem.passes += 1
+        if best is None or point.error < best.error:
+            best = point
+        if point.error <= tol and (precise or tol > 1e-5):
+            return point
+        errors.append(best.error)
+        stalled = len(errors) > _STALLED and errors[-1] > 0.5 * errors[-1 - _STALLED]
+        if stalled or not point.error < 100 * best.error:  # diverging, or not a number
+            break
+        if not precise and point.error < max(_SWITCH_TO_DOUBLE, tol):
+            precise = True
+            if point.error <= tol:  # to be confirmed
+                continue
+        residual = problem.scaling_step(v, point.columns) - torch.where(problem.used, v, 0)
+        steps = [*steps, torch.where(problem.used, v, 0)][-_ANDERSON_DEPTH - 1 :]
+        residuals = [*residuals, residual][-_ANDERSON_DEPTH - 1 :]
+        v = torch.where(problem.used, v + residual, v)
+        if len(steps) > 1:
+            moved = torch.stack(steps, 1).diff(dim=1)
+            turned = torch.stack(residuals, 1).diff(dim=1)
+            normal = turned.T @ turned
+            normal.diagonal().add_(1e-10 * normal.diagonal().max().clamp_min(1e-300))
+            v = v - (moved + turned) @ torch.linalg.solve(normal, turned.T @ residual)
+    return best
+
+
+class _Kernel:
+    """Row softmax at a centre; the plan at other potentials follows from it by scaling."""
+
+    def __init__(self, problem: "_Problem", center: Tensor, dtype: torch.dtype | None = None) -> None:
+        self.problem = problem
+        self.dtype = dtype or problem.cost.dtype
+        self._recenter(center)
+
+    def columns(self, v: Tensor, precise: bool) -> Tensor:
+        """Column sums of the plan (K + 1,)."""
+        scale = self._scale(v)
+        factor = scale if precise else scale.to(self.rows.dtype)
+        columns = torch.zeros_like(scale)
+        for block in _row_blocks(self.rows):
+            rows = block.double() if precise else block
+            columns += rows.T @ (rows @ factor).reciprocal()
+        return columns * scale / len(self.rows)
+
+    def plan(self, v: Tensor) -> Tensor:
+        """The plan (N, K) in the cost's dtype."""
+        scale = self._scale(v)
+        plan = torch.empty_like(self.problem.cost)
+        start = 0
+        for block in _row_blocks(self.rows):
+            rows = block.double() * scale
+            plan[start : start + len(rows)] = rows[:, :-1] / (rows.sum(1, keepdim=True) * len(plan))
+            start += len(rows)
+        return plan
+
+    def _scale(self, v: Tensor) -> Tensor:
+        shift = torch.where(self.problem.used, v - self.center, 0) / self.problem.epsilon
+        if float(shift.abs().max()) > 30:
+            self._recenter(v)
+            shift = torch.zeros_like(shift)
+        return shift.exp()
+
+    def _recenter(self, v: Tensor) -> None:
+        self.center = v
+        blocks = _row_blocks(self.problem.cost)
+        self.rows = torch.cat([_row_softmax(block, v, self.problem.epsilon, self.dtype) for block in blocks])
+
+
+def _newton(problem: "_Problem", start: Tensor | None, tol: float, give_up: bool) -> "_Point":
+    """The best point found; `give_up` ends where steps fail, otherwise scaling steps lead on from there."""
+    if start is None:
+        point = problem.scaled(_with_virtual(problem, 0.0), precise=False)
+    else:
+        point = problem.at(_warm_start(start, problem), precise=False, with_gram=True)
+    factor, fresh, precise = problem.hessian_factor(point), True, False
+    best = point
+    while not problem.exhausted and not (point.error <= tol and (precise or tol > 1e-5)):
+        precise = precise or point.error < _SWITCH_TO_DOUBLE
+        # The Newton direction is one of descent for |g|, whose fall is therefore the test of a step. In
+        # float64 the last float32 factor gives two digits a step, and a pass without a new one costs a third.
+        direction = -torch.cholesky_solve(point.gradient.to(factor.dtype)[:, None], factor)[:, 0].double()
+        step = 1.0
+        trial = problem.at(point.v + direction, precise, with_gram=not precise)
+        while not trial.norm <= (1 - 1e-4 * step) * point.norm and step > 0.1 and not problem.exhausted:
+            step /= 2
+            trial = problem.at(point.v + step * direction, precise, with_gram=not precise)
+        if trial.norm < point.norm:
+            slow, point, fresh = trial.norm > 0.1 * point.norm, trial, False
+            if point.gram is None and slow:
+                point = problem.at(point.v, precise, with_gram=True)
+        elif precise and fresh:
+            if give_up:
+                return best
+            point = problem.scaled(point.v, precise)
+        else:  # rounding or an old factor may be all that is in the way
+            precise = True
+            point = problem.at(point.v, precise, with_gram=True)
+        if point.gram is not None:
+            factor, fresh = problem.hessian_factor(point), True
+        best = min(best, point, key=lambda p: p.error)
+    return best
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Potentials and what one pass over the cost tells of them."""
+
+    v: Tensor
+    columns: Tensor  # column sums of the plan
+    gradient: Tensor
+    error: float  # |g|_1 / ρ
+    norm: float  # |g|_2
+    gram: Tensor | None  # of the rows' softmax: what a Hessian needs
+
+
+class _Problem:
+    """g(v) = 0 for one cost, and a count of the passes over it."""
+
+    def __init__(self, cost: Tensor, rho: float, epsilon: float, gamma: float, max_iter: int) -> None:
+        k = cost.shape[1]
+        self.cost, self.rho, self.epsilon, self.gamma, self.max_iter = cost, rho, epsilon, gamma, max_iter
+        self.beta = torch.full((k + 1,), rho / k, dtype=torch.float64, device=cost.device)
+        self.beta[k] = 1 - rho
+        self.softness = torch.full_like(self.beta, 1 / gamma)  # zero for a hard marginal
+        self.softness[k] = 0
+        self.used = self.beta > 0  # ρ = 1 leaves the virtual column out
+        self.passes = 0
+
+    @property
+    def exhausted(self) -> bool:
+        return self.passes >= self.max_iter
+
+    def targets(self, v: Tensor) -> Tensor:
+        return self.beta * torch.exp(-torch.where(self.used, v, 0) * self.softness)
+
+    def point(self, v: Tensor, columns: Tensor, gram: Tensor | None = None) -> _Point:
+        gradient = torch.where(self.used, columns - self.targets(v), 0)
+        error, norm = torch.stack([gradient.abs().sum() / self.rho, gradient.norm()]).tolist()
+        return _Point(v, columns, gradient, error, norm, gram)
+
+    def at(self, v: Tensor, precise: bool, with_gram: bool) -> _Point:
+        self.passes += 1
+        return self.point(v, *_column_sums(self.cost, v, self.epsilon, precise, with_gram))
+
+    def scaling_step(self, v: Tensor, columns: Tensor) -> Tensor:
+        """One step of the generalised Sinkhorn map in v, then the best shift of all potentials."""
+        change = self.epsilon * (self.targets(v).log() - columns.clamp_min(1e-300).log())
+        v = torch.where(self.used, v + change / (1 + self.epsilon * self.softness), 0)
+        if math.isinf(self.gamma):
+            return v
+        # The shift t at which the real targets add up to ρ: exp(-t / γ) times their sum.
+        return v + self.gamma * torch.log(self.targets(v)[:-1].sum() / self.rho)
+
+    def scaled(self, v: Tensor, precise: bool) -> _Point:
+        """The point some scaling steps further."""
+        for _ in range(min(_SCALING_STEPS, self.max_iter - self.passes - 1)):
+            v = self.scaling_step(v, self.at(v, precise, with_gram=False).columns)
+        return self.at(_with_virtual(self, v[:-1]), precise, with_gram=True)
+
+    def hessian_factor(self, point: _Point) -> Tensor:
+        """Cholesky factor of g's Jacobian (diag(c) - SᵀS / N) / ε + diag(target / γ)."""
+        hessian = point.gram * (-1 / (len(self.cost) * self.epsilon))
+        diagonal = (
+            point.columns / self.epsilon + self.targets(point.v) * self.softness + (~self.used).double()
+        )
+        hessian.diagonal().add_(diagonal.to(hessian.dtype))
+        scale = diagonal.mean().to(hessian.dtype)
+        if math.isinf(self.gamma):  # adding a constant to all potentials changes nothing: a null direction
+            hessian += scale * (self.used[:, None] & self.used[None, :])
+        damping = 1e-7 * scale
+        for _ in range(14):
+            factor, failed = torch.linalg.cholesky_ex(hessian)
+            if not int(failed):
+                return factor
+            hessian.diagonal().add_(damping)
+            damping *= 10
+        raise ValueError("the transport problem is degenerate: is epsilon too small for these costs?")
+
+
+def _with_virtual(problem: _Problem, real: Tensor | float) -> Tensor:
+    """Real potentials with the virtual one at which the virtual column holds its mass, by bisection."""
+    cost, rho, epsilon = problem.cost, problem.rho, problem.epsilon
+    v = torch.full_like(problem.beta, -math.inf)
+    v[:-1] = real
+    if rho < 1:
+        rows = ((v[:-1] / epsilon).to(cost.dtype) - cost / epsilon).logsumexp(1).double()
+        low, high = rows.min() - 50, rows.max() + 50
+        for _ in range(50):
+            middle = (low + high) / 2
+            above = torch.sigmoid(middle - rows).mean() > 1 - rho
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        v[-1] = middle * epsilon
+    return v
+
+
+def _warm_start(start: Tensor, problem: _Problem) -> Tensor:
+    """A start as another ρ may have left it: without a virtual column at ρ = 1, with one below."""
+    start = start.to(problem.cost.device)
+    if problem.rho == 1 or not math.isfinite(float(start[-1])):
+        return _with_virtual(problem, start[:-1])
+    return start
+
+
+def _row_blocks(matrix: Tensor) -> list[Tensor]:
+    """Views of rows: small enough for the caches of a CPU, large enough to fill a GPU."""
+    entries = 2**18 if matrix.device.type == "cpu" else 2**26
+    return list(matrix.split(max(1, entries // matrix.shape[1])))
+
+
+def _row_softmax(cost: Tensor, v: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+    """softmax((v - [C, 0]) / ε), (n, K + 1)."""
+    k = cost.shape[1]
+    scores = torch.empty(len(cost), k + 1, dtype=dtype, device=cost.device)
+    torch.sub((v[:k] / epsilon).to(dtype), cost.to(dtype), alpha=1 / epsilon, out=scores[:, :k])
+    scores[:, k] = (v[k] / epsilon).to(dtype)
+    return scores.softmax(1)
+
+
+def _column_sums(
+    cost: Tensor, v: Tensor, epsilon: float, precise: bool, with_gram: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Column sums of the plan (K + 1,) and, for a Hessian, the Gram matrix of the rows' softmax."""
+    dtype = torch.float64 if precise else torch.float32
+    columns = torch.zeros(len(v), dtype=torch.float64, device=cost.device)
+    gram = torch.zeros(len(v), len(v), dtype=dtype, device=cost.device) if with_gram else None
+    for block in _row_blocks(cost):
+        rows = _row_softmax(block, v, epsilon, dtype)
+        columns += rows.sum(0)
+        if gram is not None:
+            gram.addmm_(rows.T, rows)
+    return columns / len(cost), gram
