@@ -30,11 +30,11 @@ def gather(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def all_reduce(x: Tensor) -> Tensor:
-    """The sum over ranks, without gradient."""
+def all_reduce(x: Tensor, op: str = "sum") -> Tensor:
+    """The elementwise "sum" or "max" over ranks, without gradient."""
     if world_size() > 1:
         x = x.clone()
-        dist.all_reduce(x)
+        dist.all_reduce(x, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
     return x
 
 

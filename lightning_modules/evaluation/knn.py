@@ -40,7 +40,10 @@ class KNNResult:
 
     def table(self) -> str:
         """A Markdown table, one row a k."""
-        rows = [f"| {k} | {100 * self.accuracy[k]:.2f} | {100 * self.class_accuracy[k]:.2f} |" for k in self.accuracy]
+        rows = [
+            f"| {k} | {100 * self.accuracy[k]:.2f} | {100 * self.class_accuracy[k]:.2f} |"
+            for k in self.accuracy
+        ]
         return "\n".join(["| k | accuracy % | class average % |", "|---|---|---|", *rows])
 
     def to_json(self, path: str | Path) -> None:
@@ -107,10 +110,14 @@ def knn(
     n_classes = 1 + int(torch.cat([all_gather_rows(bank_labels), all_gather_rows(query_labels)]).max())
     right = torch.zeros(len(ks), n_classes, dtype=torch.int64, device=device)
     longest = int(all_gather_rows(torch.tensor([len(queries)], device=device)).max())
-    for start in range(0, longest, block_size):  # the same number of blocks on every rank: each is a collective
+    for start in range(
+        0, longest, block_size
+    ):  # the same number of blocks on every rank: each is a collective
         block = queries[start : start + block_size]
         similarity, labels = _nearest(block, bank, bank_labels, ks[-1], metric)
-        weights = torch.ones_like(similarity) if temperature is None else ((similarity - 1) / temperature).exp()
+        weights = (
+            torch.ones_like(similarity) if temperature is None else ((similarity - 1) / temperature).exp()
+        )
         truth = query_labels[start : start + block_size]
         for i, n in enumerate(ks):
             votes = weights.new_zeros(len(block), n_classes).scatter_add_(1, labels[:, :n], weights[:, :n])
@@ -161,5 +168,7 @@ def _checked(name: str, features: Array, labels: Array, device: str | torch.devi
         rows = (~finite).nonzero().flatten().tolist()
         raise ValueError(f"{name}: {len(rows)} rows of features are not finite, the first at {rows[:5]}")
     if len(labels) and int(labels.min()) < 0:
-        raise ValueError(f"{name}: labels must be >= 0 (found {int(labels.min())}): leave unlabelled samples out")
+        raise ValueError(
+            f"{name}: labels must be >= 0 (found {int(labels.min())}): leave unlabelled samples out"
+        )
     return features, labels

@@ -63,7 +63,9 @@ class OnlineKNN(L.Callback):
         if scores is not None:
             self.history.append({"epoch": epoch, **scores})
             pl_module.log_dict(scores, rank_zero_only=True, batch_size=1)
-            log.info("epoch %d: %s", epoch, ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+            log.info(
+                "epoch %d: %s", epoch, ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            )
 
     def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float] | None:
         sets: list[tuple[Tensor, Tensor]] = []
@@ -71,7 +73,9 @@ class OnlineKNN(L.Callback):
         try:
             with evaluation_mode(pl_module), trainer.precision_plugin.forward_context():
                 sets = [
-                    embed_share(pl_module, source() if callable(source) else source, self.batch_size, self.num_workers)
+                    embed_share(
+                        pl_module, source() if callable(source) else source, self.batch_size, self.num_workers
+                    )
                     for source in (self.train, self.test)
                 ]
                 self._check(sets)
@@ -80,7 +84,9 @@ class OnlineKNN(L.Callback):
         # The ranks agree before the first collective of the comparison, or one would wait for another for ever.
         failed = int(all_reduce(torch.tensor([int(error is not None)], device=pl_module.device)))
         if error is not None:
-            log.warning("k-NN probe failed on rank %d, training goes on: %s: %s", rank(), type(error).__name__, error)
+            log.warning(
+                "k-NN probe failed on rank %d, training goes on: %s: %s", rank(), type(error).__name__, error
+            )
         if failed:
             return None
         (train_features, train_labels), (test_features, test_labels) = sets
@@ -137,7 +143,9 @@ def embed_share(
         batch_size = source.batch_size or getattr(source.batch_sampler, "batch_size", None) or batch_size
         num_workers, collate, source = source.num_workers, source.collate_fn, source.dataset
     if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
-        raise TypeError(f"a probe needs a map-style dataset, which ranks can share out; got {type(source).__name__}")
+        raise TypeError(
+            f"a probe needs a map-style dataset, which ranks can share out; got {type(source).__name__}"
+        )
     share = Subset(source, range(rank(), len(source), world_size()))
     # A generator of its own: a loader draws its workers' seed from the global one otherwise.
     loader = DataLoader(

@@ -1,13 +1,13 @@
 """What every pretraining module shares: a backbone, checked batches, rates by the step, checkpoints that name their class."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_modules.backbones import build_backbone
 from lightning_modules.distributed import rank, world_size
@@ -58,6 +58,7 @@ class PretrainingModule(L.LightningModule):
         self.learning_rate_scaling = learning_rate_scaling
         self.reference_batch_size = reference_batch_size
         self.global_batch_size: int | None = None  # known from the first batch on, then kept through resumes
+        self.draw = 0  # counts batches: what random draws of a step depend on besides the seed and the sample
         self._n_steps: int | None = None
         self.backbone = build_backbone(
             backbone,
@@ -94,6 +95,7 @@ class PretrainingModule(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         check_views(batch, self.n_views)
+        self.draw = (self.current_epoch << 32) + batch_idx
         result = self.loss(batch)
         loss, parts = result if isinstance(result, tuple) else (result, {})
         if not torch.isfinite(loss):
@@ -120,8 +122,7 @@ class PretrainingModule(L.LightningModule):
         rate = self.learning_rate_at(step)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
-        if self.trainer.is_global_zero:
-            self.log("learning_rate", rate, rank_zero_only=True, batch_size=1)
+        self.log("learning_rate", rate, rank_zero_only=True, batch_size=1)
 
     @property
     def peak_learning_rate(self) -> float:
@@ -158,8 +159,8 @@ class PretrainingModule(L.LightningModule):
 
     def epochs_to_steps(self, epochs: float) -> int:
         """Optimiser steps in so many epochs."""
-        batches = self.trainer.num_training_batches
-        return round(epochs * batches / self.trainer.accumulate_grad_batches)
+        steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        return round(epochs * steps)
 
     @property
     def warmup_steps(self) -> int:
@@ -179,9 +180,13 @@ class PretrainingModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.global_batch_size = checkpoint.get("global_batch_size")
 
-    def optimizer(self) -> Optimizer:
-        """The Trainer's only optimiser, unwrapped."""
-        return self.optimizers(use_pl_optimizer=False)
+    @staticmethod
+    def sample_ids(batch: Mapping[str, Any]) -> Tensor:
+        """The batch's sample ids; without any, places in the global batch."""
+        if "sample_id" in batch:
+            return batch["sample_id"]
+        first = batch["views"][0]
+        return torch.arange(len(first), device=first.device) + rank() * len(first)
 
     def _explain_non_finite(self, batch: Mapping[str, Any], loss: Tensor) -> str:
         """Why training stops: which samples are not finite, or that none is."""
@@ -227,7 +232,7 @@ def check_views(batch: Mapping[str, Any], n_views: int | None) -> None:
         )
     if len({shape[0] for shape in shapes}) != 1 or (n_views is not None and len(set(shapes)) != 1):
         raise ValueError(f"the views of a batch differ in size: {shapes}")
-    if shapes[0][0] < 2:
+    if shapes[0][0] < 2 and n_views != 1:
         raise ValueError(
             "a batch of 1 sample cannot be trained on; raise batch_size, or drop the last incomplete batch"
         )

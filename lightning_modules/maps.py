@@ -1,0 +1,231 @@
+"""Two-dimensional maps of features: t-SimCNE's loss on cached embeddings, the figure, and the table of coordinates."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lightning_modules.heads import mlp
+from lightning_modules.losses import cauchy_contrast
+from lightning_modules.randomness import seeded
+from lightning_modules.schedules import warmup_cosine
+
+log = logging.getLogger(__name__)
+
+
+def embed_2d(
+    features: np.ndarray | Tensor,
+    *,
+    epochs: int = 40,
+    seed: int = 0,
+    n_neighbors: int = 15,
+    max_train: int = 20_000,
+    batch_size: int = 1024,
+    hidden_dimension: int = 256,
+    learning_rate: float = 2e-3,
+    device: str | torch.device = "cpu",
+) -> np.ndarray:
+    """A map of features in minutes: a small network trained with t-SimCNE's loss, neighbours in place of views.
+
+    Without images there is no augmentation; the positive pair of a sample is one of its nearest neighbours by cosine
+    (InfoNC-t-SNE, arXiv 2206.01816, in its parametric form). The network is trained on at most `max_train` samples and
+    maps all of them, so any number of rows, a memory map included, costs one pass more.
+
+    Args:
+        features: (n, d).
+        epochs: passes over the training samples.
+        seed: same seed, same map, on one machine.
+        n_neighbors: k of the neighbour graph.
+
+    Returns:
+        (n, 2) float32, centred.
+
+    Raises:
+        ValueError: fewer than three samples, or features that are not finite.
+    """
+    n = len(features)
+    if n < 3 or features.ndim != 2:
+        raise ValueError(f"a map needs features (n, d) of at least 3 samples, got {tuple(features.shape)}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(n, generator=generator)[:max_train].sort().values.numpy()
+    train = _rows(features, chosen)
+    if not torch.isfinite(train).all():
+        raise ValueError("features are not finite: leave excluded samples out of the map")
+    mean, scale = train.mean(0), (train - train.mean(0)).square().sum(1).mean().sqrt().clamp_min(1e-12)
+    neighbors = torch.from_numpy(_neighbor_graph(train.numpy(), min(n_neighbors, len(train) - 1)))
+    dimension = train.shape[1]
+    train = ((train - mean) / scale * dimension**0.5).to(device)
+
+    with seeded(seed, torch.device(device)):
+        network = mlp([dimension, hidden_dimension, hidden_dimension, 2]).to(device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    # At least a few batches an epoch, however small the set: the map's detail comes from the number of steps.
+    batch_size = max(min(batch_size, len(train) // 8), 2)
+    n_batches = len(train) // batch_size
+    with torch.enable_grad():
+        for epoch in range(epochs):
+            order = torch.randperm(len(train), generator=generator)
+            partner = torch.randint(neighbors.shape[1], (len(train),), generator=generator)
+            for i in range(n_batches):
+                rows = order[i * batch_size : (i + 1) * batch_size]
+                pairs = torch.cat([rows, neighbors[rows, partner[rows]]]).to(device)
+                a, b = network(train[pairs]).chunk(2)
+                loss = cauchy_contrast(a, b, all_ranks=False)
+                rate = warmup_cosine(
+                    epoch * n_batches + i, total=epochs * n_batches, peak=learning_rate, warmup=n_batches
+                )
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    log.info(
+        "map of %d samples: loss %.3f after %d epochs on %d of them",
+        n,
+        float(loss.detach()),
+        epochs,
+        len(train),
+    )
+
+    coordinates = np.empty((n, 2), np.float32)
+    with torch.no_grad():
+        for start in range(0, n, 65536):
+            block = _rows(features, np.arange(start, min(start + 65536, n)))
+            block = ((block - mean) / scale * dimension**0.5).to(device)
+            coordinates[start : start + len(block)] = network(block).cpu().numpy()
+    return coordinates - coordinates[chosen].mean(0)
+
+
+def draw_map(
+    coordinates: np.ndarray,
+    *,
+    labels: np.ndarray | None = None,
+    names: Sequence[str] | None = None,
+    selected: np.ndarray | None = None,
+    outliers: np.ndarray | None = None,
+    thumbnail: Callable[[int], np.ndarray] | None = None,
+    title: str = "",
+) -> Figure:
+    """The figure of a map: points coloured by label or cluster, thumbnails where there is room.
+
+    Args:
+        coordinates: (n, 2).
+        labels: (n,) integers, for example classes or clusters; -1 is drawn grey.
+        names: of the labels.
+        selected: (n,) boolean: samples left out are drawn small and pale.
+        outliers: (n,) boolean: marked with a cross; by default the most isolated one in a thousand points.
+        thumbnail: gives the image (H, W, 3) uint8 of a row; drawn in cells of the map that hold few points.
+
+    Raises:
+        ValueError: arrays of different lengths.
+    """
+    n = len(coordinates)
+    for name, array in (("labels", labels), ("selected", selected), ("outliers", outliers)):
+        if array is not None and len(array) != n:
+            raise ValueError(f"{name}: {len(array)} values for {n} points")
+    figure = Figure(figsize=(9, 8), dpi=120)
+    axes = figure.add_axes((0.02, 0.02, 0.8, 0.92))
+    size = float(np.clip(40_000 / n, 0.5, 14))
+    chosen = np.ones(n, bool) if selected is None else np.asarray(selected, bool)
+    labels = np.zeros(n, np.int64) if labels is None else np.asarray(labels)
+    import matplotlib
+
+    colors = matplotlib.colormaps["tab10" if labels.max() < 10 else "gist_ncar"]
+    values = np.unique(labels)
+    for i, value in enumerate(values):
+        color = "lightgrey" if value < 0 else colors(int(value) if labels.max() < 10 else i / len(values))
+        name = names[value] if names is not None and value >= 0 else "none" if value < 0 else str(value)
+        for subset, factor, alpha in (
+            ((labels == value) & ~chosen, 0.4, 0.2),
+            ((labels == value) & chosen, 1, 0.8),
+        ):
+            axes.scatter(*coordinates[subset].T, s=size * factor, color=color, alpha=alpha, linewidths=0)
+        if len(values) <= 30:
+            axes.scatter([], [], s=20, color=color, label=name)
+    marked = isolated(coordinates) if outliers is None else np.asarray(outliers, bool)
+    axes.scatter(*coordinates[marked].T, s=30, marker="x", color="black", linewidths=0.7, label="outlier")
+    if thumbnail is not None:
+        _draw_thumbnails(axes, coordinates, thumbnail)
+    axes.set(xticks=[], yticks=[], title=title)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+    return figure
+
+
+def save_coordinates(
+    path: str | Path,
+    coordinates: np.ndarray,
+    *,
+    ids: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+) -> None:
+    """Write the map as CSV: id, x, y, and the label where given."""
+    n = len(coordinates)
+    columns = [np.arange(n) if ids is None else ids, coordinates[:, 0], coordinates[:, 1]]
+    header, formats = "id,x,y", ["%d", "%.6g", "%.6g"]
+    if labels is not None:
+        columns.append(labels)
+        header, formats = header + ",label", [*formats, "%d"]
+    np.savetxt(path, np.column_stack(columns), fmt=formats, delimiter=",", header=header, comments="")
+
+
+def isolated(coordinates: np.ndarray, *, share: float = 1e-3, n_neighbors: int = 5) -> np.ndarray:
+    """The (n,) mask of the `share` of points that are farthest from their n-th neighbour on the map."""
+    points = np.ascontiguousarray(coordinates, np.float32)
+    index = faiss.IndexFlatL2(2)
+    index.add(points)
+    distance = index.search(points, min(n_neighbors + 1, len(points)))[0][:, -1]
+    mask = np.zeros(len(points), bool)
+    mask[np.argsort(distance)[len(points) - int(share * len(points)) :]] = True
+    return mask
+
+
+def _rows(features: np.ndarray | Tensor, rows: np.ndarray) -> Tensor:
+    block = features[rows] if isinstance(features, np.ndarray) else features[torch.from_numpy(rows)].cpu()
+    return torch.as_tensor(np.asarray(block, dtype=np.float32))
+
+
+def _neighbor_graph(x: np.ndarray, k: int) -> np.ndarray:
+    """The k nearest others of each row by cosine, (n, k) int64."""
+    x = x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
+    index = faiss.IndexFlatIP(x.shape[1])
+    index.add(x)
+    found = index.search(x, k + 1)[1]
+    # A row finds itself first, unless copies of it come before: drop itself where it stands, else the last.
+    itself = found == np.arange(len(x))[:, None]
+    itself[~itself.any(1), -1] = True
+    return found[~itself].reshape(len(x), k).astype(np.int64)
+
+
+def _draw_thumbnails(
+    axes, coordinates: np.ndarray, thumbnail: Callable[[int], np.ndarray], cells: int = 24
+) -> None:  # noqa: ANN001
+    """One image in each occupied cell of a grid that has the fewest points around: room without hiding much."""
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+
+    low, high = np.percentile(coordinates, [0.5, 99.5], axis=0)
+    cell = ((coordinates - low) / np.maximum(high - low, 1e-9) * cells).astype(np.int64)
+    inside = ((cell >= 0) & (cell < cells)).all(1)
+    key = cell[:, 0] * cells + cell[:, 1]
+    rows = np.flatnonzero(inside)
+    occupied, first, counts = np.unique(key[rows], return_index=True, return_counts=True)
+    taken: set[tuple[int, int]] = set()
+    for i in np.argsort(counts, kind="stable"):
+        x, y = divmod(int(occupied[i]), cells)
+        if any((x + dx, y + dy) in taken for dx in (-1, 0, 1) for dy in (-1, 0, 1)):
+            continue
+        taken.add((x, y))
+        row = int(rows[first[i]])
+        image = thumbnail(row)
+        box = OffsetImage(image, zoom=20 / max(image.shape[:2]))
+        axes.add_artist(AnnotationBbox(box, coordinates[row], frameon=True, pad=0.05))
+
+
+__all__ = ["draw_map", "embed_2d", "isolated", "save_coordinates"]
