@@ -25,10 +25,9 @@ _SHARE_COUNTS_FROM = 1000  # samples; before, a few bad ones would be a large sh
 
 
 class Skipped(NamedTuple):
-    """A sample that was not used, and why."""
+    """A sample that was not used, and why; the reason names its shard, key and member."""
 
     shard: str
-    key: str
     reason: str
 
 
@@ -142,25 +141,26 @@ class PoolDataset(Dataset):
             )
             if self.views is not None:
                 _seed_generators(seed)
-                self._augment(sample)
+                self._augment(sample, f"{members['__url__']}: sample {members['__key__']!r}")
         except SampleError as error:
             if self.on_error == "raise":
                 raise
-            skipped.append(Skipped(members["__url__"], members["__key__"], str(error)))
+            skipped.append(Skipped(members["__url__"], str(error)))
             return None
-        except Exception as error:
-            error.add_note(
-                f"in the views of sample {sample_id}: {members['__url__']}, key {members['__key__']!r}"
-            )
-            raise
         return {"sample_id": sample_id} | {name: sample[name] for name in _BATCH_FIELDS if name in sample}
 
-    def _augment(self, sample: dict[str, Any]) -> None:
+    def _augment(self, sample: dict[str, Any], place: str) -> None:
         """Replace the decoded image, array or text by its views."""
         name = next((name for name in _MODALITIES if name in sample), None)
         if name is None:
-            raise SampleError(f"nothing to make views of: the sample has only {', '.join(sorted(sample))}")
-        views = self.views(sample.pop(name))
+            raise SampleError(f"{place}: nothing to make views of, it holds only {', '.join(sorted(sample))}")
+        try:
+            views = self.views(sample.pop(name))
+        except SampleError as error:  # the views' way to say that a sample will not do
+            raise SampleError(f"{place}: {error}") from error
+        except Exception as error:  # a fault of theirs, whatever `on_error` says
+            error.add_note(f"in the views of {place}")
+            raise
         if isinstance(views, Tensor):
             sample["image"] = views
         else:
@@ -179,7 +179,7 @@ class PoolDataset(Dataset):
         last = skipped[-1]
         raise SampleError(
             f"sample {ids[place]} and the {spares.shape[1]} drawn to replace it cannot be decoded; the last: "
-            f"{last.shard}, key {last.key!r}: {last.reason}"
+            f"{last.reason}"
         )
 
     def _fill(self, loaded: list[dict[str, Any] | None], skipped: list[Skipped]) -> None:
@@ -227,14 +227,9 @@ class StreamStatistics:
         self.n_skipped += len(report.skipped)
         self.bytes_read += report.bytes_read
         self.bytes_needed += report.bytes_needed
-        for shard, key, reason in report.skipped:
+        for shard, reason in report.skipped:
             if shard not in self.skipped_by_shard:
-                log.warning(
-                    "skipped a sample, more of its shard go unsaid: %s, key %r: %s",
-                    shard,
-                    key,
-                    reason,
-                )
+                log.warning("skipped a sample, more of its shard go unsaid: %s", reason)
             self.skipped_by_shard[shard] = self.skipped_by_shard.get(shard, 0) + 1
         if self.n_skipped > self.max_skipped * max(self.n_samples, _SHARE_COUNTS_FROM):
             shard, count = max(self.skipped_by_shard.items(), key=lambda item: item[1])

@@ -10,7 +10,7 @@ from curated_data.streaming.order import EpochOrder
 from curated_data.streaming.training import StreamPosition
 
 _AHEAD = 1 << 13  # samples laid out at once: numpy's overhead a call is spread over them
-_SPARES = 3
+_SPARES = 6
 
 
 class BatchRequest(list):

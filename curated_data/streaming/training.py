@@ -185,7 +185,7 @@ class TrainingStream:
         if loaded["global_batch_size"] != order.batch_size:
             raise ConfigError(
                 f"batch_size: {place} with {loaded['global_batch_size']} samples a global batch "
-                f"(batch_size x ranks), now there are {order.batch_size}; keep the product, or resume from the end "
+                f"(batch_size x ranks), now there are {order.batch_size}; keep it, or resume from the end "
                 "of an epoch"
             )
         if loaded["order"] != order.fingerprint:
@@ -203,8 +203,8 @@ class TrainingStream:
         path = None if self.cache_dir is None else self._path(name)
         if path is None or not path.exists():
             raise CacheError(
-                f"the checkpoint was trained on a selection given to set_selection, and {path or 'its cache'} "
-                "is not there; pass the cache_dir of that run"
+                f"the checkpoint was trained on a selection given to set_selection, and "
+                f"{path or 'its cache'} is not there; pass the cache_dir of that run"
             )
         return np.load(path, allow_pickle=False)
 
