@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from curated_data import distributed
-from curated_data.clustering.nearest import Centroids, squared_distances, step
+from curated_data.clustering.nearest import Centroids, nearest, squared_distances, step
 from curated_data.clustering.rows import (
     BLOCK,
     Rows,
@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 METRICS = ("l2", "cosine")
 INITS = ("k-means++", "random")
+
+_MANY = 1024  # from so many clusters on, the first iterations look at a part of the centroids
+_CANDIDATES = 256  # so many
 
 
 @dataclass(frozen=True)
@@ -279,20 +282,55 @@ class _Lloyd:
         self.n_repaired = 0
 
     def run(self, n_iter: int, tol: float, note: Callable[[str], None]) -> Fit:
-        inertia = self._assign(np.ones(self.k, bool))
-        done = 0
-        for done in range(1, n_iter + 1):
+        done, inertia = self._approach(n_iter, tol, note) if self.k >= _MANY else (0, np.inf)
+        before, inertia = inertia, self._assign(np.ones(self.k, bool))
+        while done < n_iter and (before - inertia > tol * before or before == np.inf):
             moved = self._update()
             if not moved.any():
                 break
+            done += 1
             before, inertia = inertia, self._assign(moved)
             note(f"iteration {done}, inertia {inertia:.5g}")
-            if before - inertia <= tol * before:
-                break
         squared = squared_distances(self.rows, self.centroids, self.assignment)
         assignment = np.concatenate(self._gather(self.assignment))
         squared = np.concatenate(self._gather(squared))
         return Fit(self.centroids, assignment, squared, float(squared.sum()), done, self.n_repaired)
+
+    def _approach(self, n_iter: int, tol: float, note: Callable[[str], None]) -> tuple[int, float]:
+        """Iterations that compare each row with the centroids around its neighbourhood alone.
+
+        Neighbourhoods are cells around a few centres, found once; each looks at its `_CANDIDATES` nearest centroids.
+        Returns how many iterations were made, and the inertia so far; the exact ones that follow mend what it missed.
+        """
+        centres = _coarse(self.centroids)
+        cell_of = nearest(self.rows, centres)
+        order = np.argsort(cell_of, kind="stable")
+        edges = np.concatenate([[0], np.cumsum(np.bincount(cell_of, minlength=len(centres)))])
+        cells = [(c, a, b) for c, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True)) if b > a]
+        sorted_rows = self.rows.subset(order)
+        seen = np.full((len(centres), min(_CANDIDATES, self.k)), -1)
+        moved, inertia, done = np.ones(self.k, bool), np.inf, 0
+        while True:
+            gaps = torch.addmm(self.centroids.square().sum(1), centres, self.centroids.T, alpha=-2)
+            near = gaps.topk(seen.shape[1], largest=False).indices.sort(1).values.cpu().numpy()
+            stale = moved[near].any(1) | (near != seen).any(1)
+            seen = near
+            before = self.assignment.copy()
+
+            def look(c: int, a: int, b: int, near: np.ndarray = near) -> None:
+                ids = near[c]
+                some = Centroids(self.centroids[torch.from_numpy(ids).to(self.centroids.device)], padded=True)
+                index, best = some.two_nearest(sorted_rows.block(a, b))[:2]
+                self.assignment[order[a:b]], self.own[order[a:b]] = ids[index], best
+
+            parallel_map(look, [cell for cell in cells if stale[cell[0]]])
+            self._move_sums(before)
+            last, inertia = inertia, self._inertia()
+            if done + 1 >= n_iter or last - inertia <= tol * last < np.inf:
+                return done, inertia
+            moved = self._update()
+            done += 1
+            note(f"iteration {done}, inertia {inertia:.5g}")
 
     def _assign(self, moved: np.ndarray) -> float:
         """Give every row its nearest centroid, after some moved; returns the inertia."""
@@ -310,8 +348,10 @@ class _Lloyd:
             column[ids] = np.arange(len(ids))
             parallel_map(lambda a, b: self._look_at_moved(a, b, some, ids, column, everything), pieces)
         self._move_sums(before)
-        inertia = np.array([(self.own.astype(np.float64) + self.norms).sum()])
-        return float(self._sum(inertia)[0])
+        return self._inertia()
+
+    def _inertia(self) -> float:
+        return float(self._sum(np.array([(self.own.astype(np.float64) + self.norms).sum()]))[0])
 
     def _look_at_all(self, at: np.ndarray, rows: torch.Tensor, ready: Centroids) -> None:
         self.assignment[at], self.own[at], self.other[at] = ready.two_nearest(rows)
@@ -402,3 +442,15 @@ def _add_segments(sums: np.ndarray, rows: Rows, at: np.ndarray, clusters: np.nda
 
     for ids, partial in parallel_map(one, list(blocks(len(at)))):
         sums[ids] += sign * partial
+
+
+def _coarse(centroids: torch.Tensor) -> torch.Tensor:
+    """About k / 32 centres for neighbourhoods: a rough k-means of the centroids, the same on every rank."""
+    centres = centroids[:: 32]
+    for _ in range(3):
+        parts = [(centroids[a:b] @ centres.T * -2 + centres.square().sum(1)).argmin(1) for a, b in blocks(len(centroids))]
+        index = torch.cat(parts)
+        sums = torch.zeros_like(centres).index_add_(0, index, centroids)
+        counts = torch.bincount(index, minlength=len(centres))[:, None]
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    return centres
