@@ -1,0 +1,75 @@
+"""Why a sample was selected, or was not: for any sample of a pool, from the tree alone."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from curated_data.pipeline import Curation
+
+
+def explain(curation: "Curation", sample: int) -> list[str]:
+    """The sample's way through the curation, in sentences, from the top of the tree down.
+
+    Args:
+        curation: what `curate` returned.
+        sample: an id of the pool.
+
+    Raises:
+        ValueError: no such sample.
+    """
+    tree, ids = curation.tree, curation.ids
+    if not 0 <= sample < tree.n_samples:
+        raise ValueError(f"sample {sample}: the pool has ids 0 to {tree.n_samples - 1}")
+    failure = next((f for f in curation.embeddings.failures if f["id"] == sample), None)
+    if failure is not None:
+        return [f"Sample {sample} took no part: {failure['reason']}."]
+    if tree.parent[1][sample] < 0:
+        return [f"Sample {sample} took no part: {_kept_copy(curation, sample)}."]
+
+    path = []
+    node = sample
+    for level in range(1, tree.n_levels + 1):
+        node = int(tree.parent[level][node])
+        if node < 0:
+            break
+        path.append((level, node))
+    lines = []
+    share = len(ids)
+    for level, cluster in reversed(path):
+        members = tree.members(level, cluster)
+        given = int(np.isin(ids, members).sum())
+        if level == tree.n_levels:
+            siblings = int((tree.sizes(level) > 0).sum())
+        else:
+            same_parent = tree.parent[level + 1] == tree.parent[level + 1][cluster]
+            siblings = int((same_parent & (tree.sizes(level) > 0)).sum())
+        lines.append(
+            f"Level {level}: cluster {cluster}, one of {siblings} that share {share:,}, holds {len(members):,} "
+            f"samples and gave {given:,}."
+        )
+        share = given
+    times = int((ids == sample).sum())
+    outcome = {0: "was not selected", 1: "was selected"}.get(times, f"was selected {times} times")
+    strategy = getattr(curation.config, "strategy", "random")
+    how = "drawn at random" if strategy == "random" else f"the {strategy}"
+    if share >= len(members):
+        how = "all of them"
+    place = ""
+    if tree.distance is not None:
+        rank = int((tree.distance[members] < tree.distance[sample]).sum()) + 1
+        place = f" It is number {rank:,} of {len(members):,} by distance to the centroid."
+    lines.append(f"Sample {sample} {outcome}: its cluster gave {share:,} of {len(members):,}, {how}.{place}")
+    return lines
+
+
+def _kept_copy(curation: "Curation", sample: int) -> str:
+    folder = curation.folders.get("near_duplicates")
+    if folder is None:
+        return "the clustering excluded it"
+    group = np.load(folder / "group.npy", mmap_mode="r", allow_pickle=False)
+    keep = np.load(folder / "keep.npy", mmap_mode="r", allow_pickle=False)
+    kept = np.flatnonzero((group == group[sample]) & keep)
+    if group[sample] < 0 or not len(kept):
+        return "it was left out before the clustering"
+    return f"it is a near-duplicate of sample {kept[0]}, which stayed"

@@ -1,0 +1,179 @@
+"""The report page: its numbers against the metrics, and the page itself in a headless browser."""
+
+import base64
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from curated_data.report import metrics
+from curated_data.report.explain import explain
+from curated_data.report.page import write_report
+from curated_data.selection.near_duplicates import near_duplicates
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Rows(np.ndarray):
+    """Embeddings with the failures that a store would tell of."""
+
+    failures = ({"id": 7, "shard": "pool-000000.tar", "key": "img<007>", "reason": "not an <image>"},)
+
+
+@pytest.fixture(scope="module")
+def curation(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("near_duplicates")
+    found = near_duplicates(small.x, threshold=0.9999, valid=small.tree.parent[1] >= 0)
+    np.save(folder / "keep.npy", found.keep)
+    np.save(folder / "group.npy", found.group)
+    return SimpleNamespace(
+        ids=small.ids,
+        tree=small.tree,
+        embeddings=small.x.view(Rows),
+        report={"seconds": {"embed": 1.25}},
+        config={"target_size": 60, "strategy": "random", "levels": [{"n_clusters": 12}, {"n_clusters": 4}]},
+        folders={"near_duplicates": folder},
+    )
+
+
+@pytest.fixture(scope="module")
+def page(small, curation, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    names = ["red", "green", "</script><b>blue"]
+    return write_report(curation, small.pool, path, class_names=names, title="A <b>pool</b>", n_coverage=100)
+
+
+def content(page) -> dict:
+    text = re.search(r'<script id="data" type="application/json">(.*?)</script>', page.read_text()).group(1)
+    return json.loads(text)
+
+
+def unpack(text: str, dtype) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype)
+
+
+def test_numbers_are_those_of_the_metrics(page, small, curation):
+    data = content(page)
+    assert data["pool"] == {"samples": 200, "shards": 3, "first": "pool-000000.tar"}
+    assert data["selected"] == data["unique"] == 60
+    for level, expected in zip(data["levels"], metrics.cluster_balance(small.tree, small.ids)):
+        assert level["selected_perplexity"] == pytest.approx(expected.selected_perplexity)
+        assert level["covered"] == expected.covered
+        assert level["curves"]["pool"][1] == sorted(small.tree.sizes(level["level"]), reverse=True)
+    assert data["classes"]["before"] == [140, 50, 10]
+    assert data["classes"]["after"] == np.bincount(small.labels[small.ids], minlength=3).tolist()
+    assert ["levels[1].n_clusters", "4"] in data["settings"]
+    assert data["failures"]["examples"] == [[7, "pool-000000.tar", "img<007>", "not an <image>"]]
+    keep = np.load(curation.folders["near_duplicates"] / "keep.npy")
+    assert data["duplicates"]["removed"] == 199 - keep.sum()
+
+
+def test_every_sample_of_the_map_leads_to_its_clusters(page, small):
+    data = content(page)
+    table = [{k: unpack(v, "<i4") for k, v in level.items()} for level in data["clusters"]]
+    leaf = unpack(data["map"]["leaf"], "<i4")
+    assert leaf[7] == -1
+    held = np.flatnonzero(leaf >= 0)
+    assert len(held) == 199
+    assert (table[0]["id"][leaf[held]] == small.tree.parent[1][held]).all()
+    top = table[1]["id"][table[0]["parent"][leaf[held]]]
+    assert (top == small.tree.assignment(2)[held]).all()
+    assert (table[0]["size"] == small.tree.sizes(1)[table[0]["id"]]).all()
+    assert table[1]["given"].sum() == len(small.ids)
+    count = unpack(data["map"]["count"], "<u2")
+    assert (np.flatnonzero(count) == small.ids).all()
+    rank = unpack(data["map"]["rank"], "<i4")
+    members = small.tree.members(1, 3)
+    assert (members[np.argsort(rank[members])] == members[np.argsort(small.tree.distance[members])]).all()
+
+
+def test_tiles_are_the_samples_images(page, small):
+    data = content(page)
+    sheet = Image.open(io.BytesIO(base64.b64decode(data["tiles"]["image"].split(",")[1])))
+    size, columns = data["tiles"]["size"], data["tiles"]["columns"]
+    for sheet_row in data["sheets"][:4]:
+        for i, tile in zip(*sheet_row["kept"]):
+            x, y = (tile % columns + 0.5) * size, (tile // columns + 0.5) * size
+            shown = np.array(sheet.getpixel((int(x), int(y))), int)
+            assert np.abs(shown - small.colours[i]).max() < 12  # JPEG
+
+
+def test_a_large_pool_is_shown_in_part(small, curation, tmp_path):
+    path = write_report(curation, small.pool, tmp_path / "report.html", n_map_points=50, n_map_images=5)
+    data = content(path)
+    ids = unpack(data["map"]["id"], "<i4")
+    assert len(ids) == 50
+    assert (np.diff(ids) > 0).all()
+    assert np.isin(ids, small.ids).sum() == 25
+    assert not data["map"]["whole"]
+
+
+def test_same_curation_same_bytes(small, curation, tmp_path):
+    coordinates = small.x[:, :2]
+    pages = [
+        write_report(curation, small.pool, tmp_path / n, coordinates=coordinates)
+        for n in ("a.html", "b.html")
+    ]
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+
+
+def test_arrays_of_another_pool_are_refused(small, curation, tmp_path):
+    with pytest.raises(ValueError, match=r"coordinates need shape \(200, 2\)"):
+        write_report(curation, small.pool, tmp_path / "r.html", coordinates=np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="labels need shape"):
+        write_report(curation, small.pool, tmp_path / "r.html", labels=np.zeros(3, int))
+    with pytest.raises(ValueError, match="1 class_names"):
+        write_report(curation, small.pool, tmp_path / "r.html", class_names=["a"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_on_the_page_points_outside_of_it(page):
+    text = page.read_text()
+    assert set(re.findall(r"https?://[^\s\"']+", text)) == {
+        "http://www.w3.org/2000/svg"
+    }  # a name, not an address
+    assert not re.search(r"<(link|img|iframe|script)[^>]*(src|href)=", text)
+    assert "<b>pool</b>" not in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_the_page_runs_in_a_browser_without_an_error(page, small, tmp_path):
+    chosen = int(small.ids[5])
+    result = subprocess.run(
+        [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+            "--no-first-run", f"--user-data-dir={tmp_path}", "--virtual-time-budget=2000",
+            "--enable-logging=stderr", "--dump-dom", f"{page.as_uri()}#sample={chosen}",
+        ],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in result.stderr  # neither errors nor refused loads
+    opening = re.search(r"<html[^>]*>", result.stdout).group()
+    assert 'data-ready="yes"' in opening
+    assert "data-error" not in opening
+    assert f'data-sample="{chosen}"' in opening
+    shown = html.unescape(re.sub(r"<script.*?</script>", "", result.stdout, flags=re.S))
+    assert "A <b>pool</b>" in shown
+    assert "60 samples selected from 200 in 3 shards" in shown
+    assert f"Sample {chosen}, key <b>img<{chosen:03d}></b>" in shown
+    assert "not an <image>" in shown
+    assert "</script><b>blue" in shown
+    assert shown.count("<svg") == small.tree.n_levels + 1
+
+
+def test_explain_follows_the_tree(small, curation):
+    kept, dropped = int(small.ids[0]), int(np.setdiff1d(np.arange(8, 200), small.ids)[0])
+    lines = explain(curation, kept)
+    assert lines[0].startswith(f"Level 2: cluster {small.tree.assignment(2)[kept]}, one of 4 that share 60,")
+    assert f"Sample {kept} was selected" in lines[-1]
+    assert f"Sample {dropped} was not selected" in explain(curation, dropped)[-1]
+    assert explain(curation, 7) == ["Sample 7 took no part: not an <image>."]
+    with pytest.raises(ValueError, match="ids 0 to 199"):
+        explain(curation, 200)
