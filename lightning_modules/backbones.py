@@ -89,10 +89,9 @@ class Backbone(nn.Module):
         self.image_size = image_size
         self.patch_size = _patch_size(net)
         self._frozen: list[nn.Module] = []
-        # Channels last is what convolution kernels want: 1.5 to 2 times the speed, on CPUs and on tensor cores.
+        # Convolutions run up to 1.5 times faster on channels-last images. The weights stay contiguous: kernels
+        # reorder them on the fly, and state dicts remain what every other tool expects.
         self._channels_last = self.patch_size is None
-        if self._channels_last:
-            self.net.to(memory_format=torch.channels_last)
         if self.patch_size is not None and image_size % self.patch_size:
             raise ValueError(
                 f"backbone {name!r}: image_size {image_size} is no multiple of its patch size {self.patch_size}; "

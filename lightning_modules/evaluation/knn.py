@@ -1,23 +1,20 @@
 """Weighted k-nearest-neighbour classification of frozen features, DINO's protocol: cosine, votes exp(similarity / 0.07)."""
 
-import csv
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.distributed import all_gather_rows, all_reduce, rank, world_size
-
-Array = np.ndarray | Tensor
+from lightning_modules.evaluation.inputs import Array, checked_features, checked_labels
+from lightning_modules.evaluation.result import Result
 
 
 @dataclass(frozen=True)
-class KNNResult:
+class KNNResult(Result):
     """Accuracies in 0..1 for each k.
 
     Attributes:
@@ -38,24 +35,11 @@ class KNNResult:
         """The highest accuracy over all k."""
         return max(self.accuracy.values())
 
-    def table(self) -> str:
-        """A Markdown table, one row a k."""
-        rows = [
-            f"| {k} | {100 * self.accuracy[k]:.2f} | {100 * self.class_accuracy[k]:.2f} |"
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {"k": k, "accuracy": self.accuracy[k], "class_accuracy": self.class_accuracy[k]}
             for k in self.accuracy
         ]
-        return "\n".join(["| k | accuracy % | class average % |", "|---|---|---|", *rows])
-
-    def to_json(self, path: str | Path) -> None:
-        """Write all figures as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-    def to_csv(self, path: str | Path) -> None:
-        """Write one row a k: k, accuracy, class_accuracy."""
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["k", "accuracy", "class_accuracy"])
-            writer.writerows([k, self.accuracy[k], self.class_accuracy[k]] for k in self.accuracy)
 
 
 def knn(
@@ -89,8 +73,10 @@ def knn(
         ValueError: shapes that do not match, non-finite features, negative labels, or k larger than the train set.
     """
     ks = [k] if isinstance(k, int) else sorted(set(k))
-    bank, bank_labels = _checked("train", train_features, train_labels, device)
-    queries, query_labels = _checked("test", test_features, test_labels, device)
+    bank = checked_features("train", train_features, device)
+    bank_labels = checked_labels("train", train_labels, len(bank), device)
+    queries = checked_features("test", test_features, device)
+    query_labels = checked_labels("test", test_labels, len(queries), device)
     counts = all_reduce(torch.tensor([len(bank), len(queries)], device=device)).tolist()
     if bank.shape[1] != queries.shape[1]:
         raise ValueError(f"train features have {bank.shape[1]} dimensions, test features {queries.shape[1]}")
@@ -154,21 +140,3 @@ def _nearest(block: Tensor, bank: Tensor, bank_labels: Tensor, k: int, metric: s
     labels = all_gather_rows(labels.T.contiguous()).T[own]
     values, order = values.sort(dim=1, descending=True, stable=True)
     return values[:, :k], labels.gather(1, order[:, :k])
-
-
-def _checked(name: str, features: Array, labels: Array, device: str | torch.device) -> tuple[Tensor, Tensor]:
-    features = torch.as_tensor(features).to(device, torch.float32)
-    labels = torch.as_tensor(labels).to(device, torch.int64)
-    if features.ndim != 2 or labels.shape != features.shape[:1]:
-        raise ValueError(
-            f"{name}: expected features (n, d) and labels (n,), got {tuple(features.shape)} and {tuple(labels.shape)}"
-        )
-    finite = torch.isfinite(features).all(1)
-    if not finite.all():
-        rows = (~finite).nonzero().flatten().tolist()
-        raise ValueError(f"{name}: {len(rows)} rows of features are not finite, the first at {rows[:5]}")
-    if len(labels) and int(labels.min()) < 0:
-        raise ValueError(
-            f"{name}: labels must be >= 0 (found {int(labels.min())}): leave unlabelled samples out"
-        )
-    return features, labels

@@ -164,9 +164,13 @@ def embed_share(
 
 
 def _image_and_label(batch: Any) -> tuple[Tensor, Tensor]:
+    """Images and labels of a batch; a label of -1 stands for none, as for padding that a loader marks."""
     if isinstance(batch, Mapping) and "image" in batch and "label" in batch:
-        return batch["image"], torch.as_tensor(batch["label"])
+        labels = torch.as_tensor(batch["label"])
+        return batch["image"], labels.masked_fill(batch["padding"], -1) if "padding" in batch else labels
     if isinstance(batch, Sequence) and len(batch) == 2:
+        if isinstance(batch[0], Mapping):  # a batch, and what a loader notes beside it
+            return _image_and_label(batch[0])
         return batch[0], torch.as_tensor(batch[1])
     found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
     raise TypeError(f"a probe needs batches of 'image' and 'label', got {found}")

@@ -1,0 +1,61 @@
+"""Run a function on two processes joined by gloo."""
+
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def on_two_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(rank, *arguments)` on two forked processes; their results in rank order.
+
+    Forked, because importing torch and lightning again costs seconds. One thread each: OpenMP does not survive a fork.
+    """
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        ends = [context.Pipe(duplex=False) for _ in range(2)]
+        processes = [
+            context.Process(target=_work, args=(rank, folder, ends[rank][1], function, arguments), daemon=True)
+            for rank in range(2)
+        ]
+        for process in processes:
+            process.start()
+        results = []
+        for (receive, _), process in zip(ends, processes):
+            if not receive.poll(120):
+                process.kill()
+                raise TimeoutError("a rank gave no result in 120 s")
+            results.append(receive.recv())
+        for process in processes:
+            process.join(10)
+    for result in results:
+        if isinstance(result, str) and result.startswith("Traceback"):
+            raise AssertionError(result)
+    return results
+
+
+def _work(rank: int, folder: str, end: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+        result = function(rank, *arguments)
+        dist.barrier()
+        dist.destroy_process_group()
+    except Exception:
+        result = traceback.format_exc()
+    # Arrays travel by value: a tensor's shared memory would go with its process.
+    end.send(_by_value(result))
+
+
+def _by_value(result: Any) -> Any:
+    if isinstance(result, torch.Tensor):
+        return result.detach().numpy().copy()
+    if isinstance(result, dict):
+        return {key: _by_value(value) for key, value in result.items()}
+    if isinstance(result, list | tuple):
+        return [_by_value(value) for value in result]
+    return result
