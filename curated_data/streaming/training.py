@@ -129,6 +129,7 @@ class TrainingStream:
             resumes_inside = self.position.now(n_batches)[1] > 0 and not self.position.moved
             if not resumes_inside:
                 self.position.skip_to_epoch(n_batches)
+                self._loaded = None
                 (self._selected, self._name), self._next = self._next, None
                 self.order = None
         if self.order is None or self._settings != settings:
@@ -178,8 +179,10 @@ class TrainingStream:
         self._owner = owner
 
     def _check_resumed(self, order: EpochOrder) -> None:
+        if self.position.moved:
+            self._loaded = None
         loaded = self._loaded
-        if loaded is None or loaded["batch"] == 0 or self.position.moved:
+        if loaded is None or loaded["batch"] == 0:
             return
         place = f"the checkpoint was written after batch {loaded['batch']} of epoch {loaded['epoch']}"
         if loaded["global_batch_size"] != order.batch_size:
