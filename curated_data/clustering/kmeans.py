@@ -91,8 +91,9 @@ def kmeans(
         valid: (n,) bool, rows to use; None for all.
         nonfinite: what to do with NaN or infinite rows (and zero rows under cosine): "exclude" them with a warning, or
             "raise".
-        max_memory: bytes for rows held as float32; larger inputs are read in blocks at every pass. None means a
-            quarter of the machine's memory.
+        max_memory: bytes for rows held as float32, three arrays of them at most; where one would take more than
+            a third, rows are read in blocks from `x` at every pass. None means a quarter of the machine's memory.
+            What is kept per row besides, 40 bytes or so, and 12 bytes a centroid's dimension, are not counted.
 
     Raises:
         ValueError: arguments out of range, more clusters than valid rows, or non-finite rows under "raise".
@@ -282,7 +283,9 @@ class _Lloyd:
         self.n_repaired = 0
 
     def run(self, n_iter: int, tol: float, note: Callable[[str], None]) -> Fit:
-        done, inertia = self._approach(n_iter, tol, note) if self.k >= _MANY else (0, np.inf)
+        done, inertia = 0, np.inf
+        if self.k >= _MANY and self.rows.held:  # rows on disk are better read in order
+            done, inertia = self._approach(n_iter, tol, note)
         before, inertia = inertia, self._assign(np.ones(self.k, bool))
         while done < n_iter and (before - inertia > tol * before or before == np.inf):
             moved = self._update()

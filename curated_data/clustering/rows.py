@@ -1,6 +1,7 @@
 """The rows of an input array as float32 tensors, whatever holds them: numpy, a memory map, or a tensor."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -48,6 +49,11 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.source) if self.ids is None else len(self.ids)
+
+    @property
+    def held(self) -> bool:
+        """Whether the rows lie converted in memory."""
+        return self._held is not None
 
     @property
     def dimension(self) -> int:
@@ -146,10 +152,8 @@ def _pool(pid: int, workers: int) -> ThreadPoolExecutor:
     pool = ThreadPoolExecutor(
         workers, "curated-data-kmeans", initializer=torch.set_num_threads, initargs=(1,)
     )
-    # torch's setting is each thread's own, but the default for later threads is shared: start all workers, each held
-    # until the last is there, then put the default back.
-    import threading
-
+    # torch's setting is each thread's own, but the default for later threads is shared: start all workers, each
+    # held until the last is there, then put the default back.
     together = threading.Barrier(workers)
     list(pool.map(lambda _: together.wait(), range(workers)))
     torch.set_num_threads(workers)
@@ -157,9 +161,12 @@ def _pool(pid: int, workers: int) -> ThreadPoolExecutor:
 
 
 def memory_budget(max_memory: int | None) -> int:
-    """Bytes for held rows: as set, else a quarter of the machine's memory."""
+    """Bytes for one array of held rows: a third of what is set, or of a quarter of the machine's memory.
+
+    A third, for up to three are held: a level's rows, those of a resampling, and these in the order of their cells.
+    """
     if max_memory is None:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 12
     if max_memory <= 0:
         raise ValueError(f"max_memory needs a positive number of bytes, got {max_memory}")
-    return int(max_memory)
+    return int(max_memory) // 3
