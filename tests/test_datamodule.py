@@ -319,18 +319,17 @@ def test_a_new_selection_is_streamed_from_the_next_epoch_and_survives_a_resume(
     expected += [new.batches(2, batch, batch + 1)[1].tolist() for batch in range(6)]
     expected += [new.batches(3, batch, batch + 1)[1].tolist() for batch in range(6)]
     cache = {"cache_dir": tmp_path / "cache" if cached else None}
-    kept = ModelCheckpoint(tmp_path / "kept", save_top_k=-1, every_n_train_steps=1)
+    within = ModelCheckpoint(tmp_path / "within", filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    ends = ModelCheckpoint(tmp_path / "ends", filename="{step}", save_top_k=-1, save_on_train_epoch_end=True)
     module = Listing()
-    run = trainer(folder, 1, max_epochs=4, callbacks=[Replacing(ids, 1, at_batch), kept])
+    run = trainer(folder, 1, max_epochs=4, callbacks=[Replacing(ids, 1, at_batch), within, ends])
     run.fit(module, data(folder, 1, num_workers=1, **cache))
     assert module.trained == expected
     assert run.reload_dataloaders_every_n_epochs == 0
-    for path in (tmp_path / "kept").glob("*.ckpt"):
-        step = int(path.stem.split("step=")[1])
-        if step not in (9, 10, 11, 14):
-            continue
+    for name, step in (("within", 9), ("ends", 10), ("within", 11), ("within", 14), ("ends", 16)):
+        path = tmp_path / name / f"step={step}.ckpt"
         resumed = Listing()
-        callback = [Replacing(ids, 1)] if at_batch is None and step <= 10 else []
+        callback = [Replacing(ids, 1)] if at_batch is None and step == 9 else []
         trainer(folder, 1, max_epochs=4, callbacks=callback).fit(
             resumed, data(folder, 1, **cache), ckpt_path=str(path)
         )

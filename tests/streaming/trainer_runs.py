@@ -2,7 +2,7 @@
 
     python -m tests.streaming.trainer_runs FOLDER
 
-trains on a small pool in FOLDER, where <run>-<rank>.jsonl then has a line for every batch that a rank was given.
+trains on a small pool in FOLDER, where <run>-<rank>.jsonl then has a line for every batch a rank was given.
 """
 
 import io
