@@ -142,6 +142,7 @@ def locked(path: Path | str, *, wait: bool = True) -> Iterator[bool]:
     with _writable(lock.parent):
         lock.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    held = False
     try:
         held = _try_lock(handle)
         if not held and wait:
@@ -156,6 +157,8 @@ def locked(path: Path | str, *, wait: bool = True) -> Iterator[bool]:
             os.pwrite(handle, f"{socket.gethostname()} pid {os.getpid()}".encode(), 0)
         yield held
     finally:
+        if held:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it to children forked meanwhile
         os.close(handle)
 
 

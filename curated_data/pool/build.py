@@ -153,7 +153,8 @@ def _workers(num_workers: int | None, remote: bool) -> int:
         return max(1, num_workers)
     if remote:
         return 16
-    return max(1, len(os.sched_getaffinity(0)) // world_size())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // world_size())
 
 
 def _report(pool: PoolIndex, n_shards: int, n_indexed: int, seconds: float) -> None:

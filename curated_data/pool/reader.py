@@ -13,6 +13,7 @@ from curated_data.errors import PoolError
 from curated_data.pool.storage import ShardFile, check_unchanged, vanished
 
 LOCAL_GAP = 4 << 10  # bytes worth reading over rather than asking again: about what one more call costs
+_CAN_ADVISE = hasattr(os, "posix_fadvise")
 
 
 @dataclass
@@ -67,7 +68,7 @@ def plan_runs(
     if len(order) > 1:
         far = start[1:] - stop[:-1] > gap
         breaks[1:] = far | (sorted_shard[1:] != sorted_shard[:-1])
-        piece = (start - start[0]) // longest
+        piece = start // longest
         breaks[1:] |= piece[1:] != piece[:-1]
     first = np.flatnonzero(breaks)
     last = np.append(first[1:], len(order))
@@ -88,6 +89,7 @@ class LocalReader:
         self.max_open = max_open or _handles_allowed()
         self.counters = ReadCounters()
         self._open: OrderedDict[int, tuple[int, bool]] = OrderedDict()
+        _keep_freed_memory()
         self._lock = threading.Lock()
         self._process = os.getpid()
 
@@ -104,33 +106,28 @@ class LocalReader:
             self._lock, self._process, self.counters = threading.Lock(), os.getpid(), ReadCounters()
         runs = plan_runs(shard, offset, size, self.gap)
         found: list[bytes] = [b""] * len(shard)
-        order = runs.order.tolist()
-        first = runs.first.tolist()
-        begins = offset[runs.order].tolist()
-        sizes = size[runs.order].tolist()
-        current, handle, total = -1, -1, 0
+        order, first = runs.order.tolist(), runs.first.tolist()
+        begins, sizes = offset[runs.order].tolist(), size[runs.order].tolist()
+        spans = list(zip(runs.shard.tolist(), runs.start.tolist(), (runs.stop - runs.start).tolist()))
         with self._lock:
-            for number, (at, start, stop) in enumerate(
-                zip(runs.shard.tolist(), runs.start.tolist(), runs.stop.tolist())
-            ):
-                if at != current:
-                    handle, current = self._handle(at), at
-                length = stop - start
-                data = os.pread(handle, length, start)
-                if len(data) != length:
-                    data = self._rest(at, handle, data, start, length)
-                total += length
-                low, high = first[number], first[number + 1]
-                if high - low == 1:
-                    found[order[low]] = data
-                else:
+            for block in range(0, len(spans), self.max_open):  # so that all its files can be open at once
+                handles = self._announce(spans[block : block + self.max_open])
+                for number, handle in enumerate(handles, block):
+                    _, start, length = spans[number]
+                    data = os.pread(handle, length, start)
+                    if len(data) != length:
+                        data = self._rest(spans[number], handle, data)
+                    low, high = first[number], first[number + 1]
+                    if high - low == 1:
+                        found[order[low]] = data
+                        continue
                     for place in range(low, high):
                         begin = begins[place] - start
                         found[order[place]] = data[begin : begin + sizes[place]]
             counters = self.counters
             counters.bytes_needed += int(size.sum())
-            counters.bytes_read += total
-            counters.n_reads += len(runs.shard)
+            counters.bytes_read += int((runs.stop - runs.start).sum())
+            counters.n_reads += len(spans)
             counters.n_members += len(shard)
         return found
 
@@ -148,6 +145,21 @@ class LocalReader:
     def __del__(self) -> None:
         if getattr(self, "_open", None):
             self.close()
+
+    def _announce(self, spans: list[tuple[int, int, int]]) -> list[int]:
+        """The open file of each read to come, after telling the kernel of it.
+
+        A disk then works on all of a batch at once, which is 3 to 5 times as fast as one read after the other
+        when nothing is cached, and costs 1 µs a read when everything is.
+        """
+        handles, current, handle = [], -1, -1
+        for number, start, length in spans:
+            if number != current:
+                handle, current = self._handle(number), number
+            handles.append(handle)
+            if _CAN_ADVISE:
+                os.posix_fadvise(handle, start, length, os.POSIX_FADV_WILLNEED)
+        return handles
 
     def _handle(self, number: int) -> int:
         """An open file of the shard, checked to be in the state that was indexed."""
@@ -174,8 +186,9 @@ class LocalReader:
         check_unchanged(shard, os.fstat(handle), linked)
         return handle
 
-    def _rest(self, number: int, handle: int, data: bytes, start: int, length: int) -> bytes:
+    def _rest(self, span: tuple[int, int, int], handle: int, data: bytes) -> bytes:
         """A read that came short: go on until it is whole, or the file ends."""
+        number, start, length = span
         pieces = [data]
         have = len(data)
         while have < length and data:
@@ -183,12 +196,23 @@ class LocalReader:
             pieces.append(data)
             have += len(data)
         if have < length:
-            shard = self.shards[number]
             raise PoolError(
-                f"{shard.url}: truncated since it was indexed: {have} of {length} bytes at offset {start}; "
-                "copy it again"
+                f"{self.shards[number].url}: truncated since it was indexed: {have} of {length} bytes at "
+                "offset "
+                f"{start}; copy it again"
             )
         return b"".join(pieces)
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc keep what a batch frees for the next batch.
+
+    glibc gives free memory above a threshold of 128 KiB back to the kernel, which hands it out again page by
+    page: three quarters of the time of reading a batch from the page cache. The threshold follows the largest
+    block that was ever freed (mallopt(3), M_MMAP_THRESHOLD), so one block, never touched and freed at once,
+    raises it to 32 MiB unless the user has set it. Elsewhere this does nothing.
+    """
+    bytearray(16 << 20)
 
 
 def _handles_allowed() -> int:
