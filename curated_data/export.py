@@ -1,0 +1,113 @@
+"""Write a selection as new shards, with a way back to the pool and to the clusters."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+
+from curated_data.cache import atomic_save, atomic_write_json
+from curated_data.clustering.tree import ClusterTree
+from curated_data.errors import ConfigError
+from curated_data.pool import ShardPool, ShardWriter
+from curated_data.progress import progress
+from curated_data.streaming.order import EpochOrder
+
+log = logging.getLogger(__name__)
+
+Order = Literal["shuffled", "pool", "given"]
+_BLOCK = 256  # samples read at once
+
+
+def export(
+    pool: ShardPool,
+    ids: np.ndarray | Sequence[int],
+    out: str | Path,
+    *,
+    tree: ClusterTree | None = None,
+    order: Order = "shuffled",
+    seed: int = 0,
+    max_samples: int = 10_000,
+    max_bytes: int = 1 << 30,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Copy the selected samples of a pool to new shards; members keep their bytes, samples their keys.
+
+    A key that a shard holds already (a sample selected more than once, or another of that name) gets `~2`,
+    `~3`, ... at its end. Beside the shards lie `ids.npy` (n,) int64: which sample of the pool each exported
+    sample is, in their order; with a tree `clusters.npy` (n, n_levels) int32, its cluster at levels 1, 2, ...;
+    and `manifest.json`: the pool, the settings, and for every shard the number of its first sample. The same
+    arguments give the same bytes; a run that was killed is started over by the next.
+
+    Args:
+        pool: where the samples are.
+        ids: (n,) integers; repeats are written as often.
+        out: a folder, or a pattern as `ShardWriter` takes it.
+        tree: the cluster tree of the pool.
+        order: "shuffled", "pool" (ascending ids, the fastest to read), or "given" (as `ids`).
+        seed: of the shuffling.
+        max_samples, max_bytes: per shard.
+        overwrite: replace the shards of an earlier export.
+
+    Returns:
+        The shards.
+
+    Raises:
+        ConfigError: no ids, or an unknown order.
+        PoolError: an id outside the pool, a shard that changed, or `out` holds shards already.
+    """
+    if order not in get_args(Order):
+        raise ConfigError(f"order: expected one of {', '.join(get_args(Order))}, found {order!r}")
+    ids = np.asarray(ids)
+    shuffled = EpochOrder(ids, seed=seed, batch_size=1, shuffle="full" if order == "shuffled" else "none")
+    ids = np.sort(ids) if order == "pool" else shuffled.ids(0, 0, len(ids))
+    first_of_shard: list[int] = []
+    with (
+        ShardWriter(out, max_samples=max_samples, max_bytes=max_bytes, overwrite=overwrite) as writer,
+        progress("export", len(ids), "samples") as advance,
+    ):
+        folder = writer.folder
+        for name in ("manifest.json", "ids.npy", "clusters.npy"):  # of an earlier export, no longer true
+            (folder / name).unlink(missing_ok=True)
+        keys: set[str] = set()
+        for start in range(0, len(ids), _BLOCK):
+            samples = pool.read(ids[start : start + _BLOCK])
+            for number, sample in enumerate(samples, start):
+                sample["__key__"] = key = _free(sample["__key__"], keys)
+                writer.write(sample)
+                if len(writer.shards) > len(first_of_shard):
+                    first_of_shard.append(number)
+                    keys.clear()
+                keys.add(key)
+            advance(len(samples))
+    atomic_save(folder / "ids.npy", ids.astype(np.int64, copy=False))
+    if tree is not None:
+        clusters = [tree.assignment(level)[ids] for level in range(1, tree.n_levels + 1)]
+        atomic_save(folder / "clusters.npy", np.stack(clusters, axis=1).astype(np.int32))
+    atomic_write_json(
+        folder / "manifest.json",
+        {
+            "pool": {"fingerprint": pool.fingerprint, "shards": pool.urls},
+            "order": order,
+            "seed": seed if order == "shuffled" else None,
+            "samples": len(ids),
+            "levels": 0 if tree is None else tree.n_levels,
+            "shards": [
+                {"name": path.name, "first": first}
+                for path, first in zip(writer.shards, first_of_shard, strict=True)
+            ],
+        },
+    )
+    log.info("exported %d samples to %d shards in %s", len(ids), len(writer.shards), folder)
+    return writer.shards
+
+
+def _free(key: str, taken: set[str]) -> str:
+    """The key, or with the first number from 2 on that makes it new."""
+    if key not in taken:
+        return key
+    number = 2
+    while f"{key}~{number}" in taken:
+        number += 1
+    return f"{key}~{number}"
