@@ -1,0 +1,63 @@
+"""Balanced subsets of long-tailed pools of tar shards, streamed into Lightning.
+
+The public names load on first use, so that a loader worker or a short command does not pay for importing Lightning.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from curated_data.callbacks import RecurationCallback
+    from curated_data.clustering.hierarchy import Level, hierarchical_kmeans
+    from curated_data.clustering.kmeans import kmeans
+    from curated_data.clustering.tree import ClusterTree
+    from curated_data.config import CurationConfig
+    from curated_data.datamodule import CuratedDataModule
+    from curated_data.pipeline import Curation, curate
+    from curated_data.pool.shards import ShardPool
+    from curated_data.pool.writer import ShardWriter
+    from curated_data.selection.sampling import flat_sample, hierarchical_sample
+
+__all__ = [
+    "ClusterTree",
+    "CuratedDataModule",
+    "Curation",
+    "CurationConfig",
+    "Level",
+    "RecurationCallback",
+    "ShardPool",
+    "ShardWriter",
+    "curate",
+    "flat_sample",
+    "hierarchical_kmeans",
+    "hierarchical_sample",
+    "kmeans",
+]
+
+_HOMES = {
+    "ClusterTree": "clustering.tree",
+    "CuratedDataModule": "datamodule",
+    "Curation": "pipeline",
+    "CurationConfig": "config",
+    "Level": "clustering.hierarchy",
+    "RecurationCallback": "callbacks",
+    "ShardPool": "pool.shards",
+    "ShardWriter": "pool.writer",
+    "curate": "pipeline",
+    "flat_sample": "selection.sampling",
+    "hierarchical_kmeans": "clustering.hierarchy",
+    "hierarchical_sample": "selection.sampling",
+    "kmeans": "clustering.kmeans",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'curated_data' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"curated_data.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

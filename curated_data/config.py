@@ -61,7 +61,8 @@ class CurationConfig:
             alone.
         max_repeats: how often one sample may be selected.
         resample: which members a resampling step takes of each cluster: "closest" or "random".
-        metric: "l2" or "cosine".
+        metric: "cosine" or "l2". Features of a trained network carry their meaning in their direction; by
+            "l2" the few of large norm take clusters of their own and unbalance the selection.
         init: of k-means: "k-means++" (greedy), or "random", which the paper's method does not survive.
         n_init: k-means runs a level, of which the best is kept.
         n_iter: most Lloyd iterations of a k-means.
@@ -78,7 +79,7 @@ class CurationConfig:
     sampling: str = "hierarchical"
     max_repeats: int = 1
     resample: str = "closest"
-    metric: str = "l2"
+    metric: str = "cosine"
     init: str = "k-means++"
     n_init: int = 1
     n_iter: int = 50

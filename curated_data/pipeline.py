@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from curated_data.cache import build_once, fingerprint, locked, open_cache, write_manifest
-from curated_data.clustering.hierarchy import Level, auto_levels, hierarchical_kmeans
+from curated_data.clustering.hierarchy import Level, choose_levels, hierarchical_kmeans
 from curated_data.clustering.tree import ClusterTree
 from curated_data.config import CurationConfig, load_config
 from curated_data.distributed import build_together, is_distributed, rank
@@ -96,10 +96,6 @@ def curate(
 
     with _timed(seconds, "index"):
         n_samples = len(pool)
-    if not n_samples:
-        raise PoolError(
-            f"the pool has no samples: {len(pool.urls)} shards, the first {pool.urls[0]}, all empty"
-        )
     log.info("pool: %d samples in %d shards", n_samples, len(pool.urls))
     _check_levels(config.levels, n_samples)
 
@@ -124,7 +120,7 @@ def curate(
             f"none of the pool's {n_samples} samples could be embedded; the first: {first['shard']}, key "
             f"{first['key']!r}: {first['reason']}"
         )
-    config = dataclasses.replace(config, levels=config.levels or auto_levels(n_valid))
+    config = dataclasses.replace(config, levels=config.levels or choose_levels(n_valid))
     _check_levels(config.levels, n_valid)
 
     with _timed(seconds, "cluster"):

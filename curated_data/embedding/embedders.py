@@ -15,9 +15,10 @@ package, extra `demo` |
 tests).
 """
 
+import contextlib
 import importlib
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -70,7 +71,6 @@ class ModuleEmbedder(nn.Module):
         self.network = network
         self.preprocess = preprocess
         self.name = name
-        self.eval().requires_grad_(False)
         self.dimension = _probe_dimension(self, name) if dimension is None else dimension
 
     @property
@@ -80,8 +80,22 @@ class ModuleEmbedder(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: Tensor) -> Tensor:
-        """(B, ...) to (B, d)."""
-        return self.network(batch).flatten(1)
+        """(B, ...) to (B, d), in evaluation mode; a network in training is left as it was."""
+        with evaluating(self):
+            return self.network(batch).flatten(1)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A module in evaluation mode for the block; each of its parts then gets its own mode back."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 class ImagePreprocess:

@@ -167,6 +167,18 @@ def test_modules_and_functions_given_in_code(image):
         embedder.preprocess("a text")
 
 
+def test_a_network_in_training_is_left_as_it_was(image):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1))
+    network[2].eval()
+    embedder = resolve_embedder(network)
+    statistics = network[1].running_mean.clone()
+    batch = torch.rand(4, 3, 9, 9)
+    assert torch.equal(embedder(batch), embedder(batch))
+    assert [part.training for part in network] == [True, True, False, True]
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert torch.equal(network[1].running_mean, statistics)
+
+
 def test_fingerprints_follow_weights_code_settings_and_globals():
     def build(width=4, seed=0):
         torch.manual_seed(seed)

@@ -1,0 +1,291 @@
+"""Re-curation: select the training data anew with the features of the model that is being trained."""
+
+import dataclasses
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from curated_data.cache import open_cache
+from curated_data.datamodule import CuratedDataModule
+from curated_data.distributed import all_reduce, is_distributed, rank
+from curated_data.embedding import Embedder, resolve_embedder
+from curated_data.errors import ConfigError
+from curated_data.pipeline import Curation, curate
+
+log = logging.getLogger(__name__)
+
+
+class RecurationCallback(pl.Callback):
+    """Embeds the pool again with the model in training, rebuilds the tree, and draws a new selection.
+
+    The stream goes on with the new selection at the next epoch, in the same process, on all ranks. The tree
+    is seeded afresh: warm starts harm the method. Every rank takes its share of the embedding; training waits
+    meanwhile. A run that is killed during or after a re-curation resumes to the same selection and sample.
+
+    Logged each time, as `recuration/…`: `jaccard` with the last selection, `new` (share of samples that were
+    not in it), `perplexity` of the lowest clusters in the pool, `selected_perplexity`, `size`, `minutes`.
+
+    Args:
+        every_n_epochs: re-curate at the end of every n-th epoch.
+        every_n_steps: at the end of the first epoch by which n optimizer steps were made since the last time.
+        monitor: at the end of an epoch by which this logged metric has not improved for `patience` epochs.
+        mode: "min" or "max", the better direction of the metric.
+        patience: see `monitor`.
+        start_epoch: not before this epoch has ended, counted from 0.
+        most: re-curate at most so often.
+        embedder: what to embed with, from the module in training; None takes the module's `embed` and
+            `eval_transform`, which for methods with an EMA teacher embed with the teacher.
+        on_failure: "keep" the old selection and say so, or "stop" the run with the error.
+        keep_artifacts: keep the embeddings and trees of earlier re-curations in the cache. The selections
+            stay in any case: checkpoints name them.
+
+    Raises:
+        ConfigError: no trigger or several, values out of range, or a Trainer without a `CuratedDataModule`
+            that curates.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int | None = None,
+        *,
+        every_n_steps: int | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        patience: int = 3,
+        start_epoch: int = 0,
+        most: int | None = None,
+        embedder: Callable[[pl.LightningModule], str | nn.Module | Embedder] | None = None,
+        on_failure: Literal["keep", "stop"] = "stop",
+        keep_artifacts: bool = False,
+    ) -> None:
+        triggers = {"every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps, "monitor": monitor}
+        given = {name: value for name, value in triggers.items() if value is not None}
+        if len(given) != 1:
+            raise ConfigError(f"RecurationCallback: give one of {', '.join(triggers)}, got {given or 'none'}")
+        for name, value, least in (
+            ("every_n_epochs", every_n_epochs, 1),
+            ("every_n_steps", every_n_steps, 1),
+            ("patience", patience, 1),
+            ("start_epoch", start_epoch, 0),
+            ("most", most, 0),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"RecurationCallback.{name}: expected at least {least}, got {value}")
+        for name, value, choices in (
+            ("mode", mode, ("min", "max")),
+            ("on_failure", on_failure, ("keep", "stop")),
+        ):
+            if value not in choices:
+                raise ConfigError(
+                    f"RecurationCallback.{name}: expected one of {', '.join(choices)}, got {value!r}"
+                )
+        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
+        self.monitor, self.mode, self.patience = monitor, mode, patience
+        self.start_epoch, self.most = start_epoch, most
+        self.embedder = embedder
+        self.on_failure = on_failure
+        self.keep_artifacts = keep_artifacts
+        self.n_recurations = 0
+        self._last_step = 0
+        self._best: float | None = None
+        self._epochs_without_gain = 0
+        self._unfinished: dict[str, int] | None = None  # an epoch whose batches are done but whose end is not
+        self._artifacts: list[str] = []  # of the last re-curation, relative to the cache
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        data = _datamodule(trainer)
+        if data.curation_config is None:
+            raise ConfigError("RecurationCallback: the CuratedDataModule has no `curation`; give it one")
+        if self.embedder is None:
+            missing = [name for name in ("embed", "eval_transform") if not hasattr(pl_module, name)]
+            if missing:
+                raise ConfigError(
+                    f"RecurationCallback: {type(pl_module).__name__} has no {' and no '.join(missing)}; give "
+                    "`embedder`, a function from the module to what embeds"
+                )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A checkpoint written after an epoch's last batch: Lightning resumes with the next epoch and never
+        # ends this one, so its re-curation is made up for here, before the loader is built.
+        if self._unfinished is not None:
+            epoch, step = self._unfinished["epoch"], self._unfinished["step"]
+            figures = self._end_epoch(trainer, pl_module, epoch, step)
+            for logger in trainer.loggers if figures else ():
+                logger.log_metrics(figures, step=step)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._unfinished = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        figures = self._end_epoch(trainer, pl_module, trainer.current_epoch, trainer.global_step)
+        if figures:
+            pl_module.log_dict(figures, rank_zero_only=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "n_recurations": self.n_recurations,
+            "last_step": self._last_step,
+            "best": self._best,
+            "epochs_without_gain": self._epochs_without_gain,
+            "unfinished": self._unfinished,
+            "artifacts": self._artifacts,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.n_recurations = state_dict["n_recurations"]
+        self._last_step = state_dict["last_step"]
+        self._best = state_dict["best"]
+        self._epochs_without_gain = state_dict["epochs_without_gain"]
+        self._unfinished = state_dict["unfinished"]
+        self._artifacts = state_dict["artifacts"]
+
+    def _end_epoch(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, step: int
+    ) -> dict[str, float]:
+        """Re-curate if it is time; the figures to log, none where nothing was done."""
+        self._unfinished = None
+        if not self._is_due(trainer, epoch, step):
+            return {}
+        started = time.monotonic()
+        data = _datamodule(trainer)
+        old = data.selection
+        curation = self._recurate(trainer, pl_module, data, epoch)
+        if curation is None:
+            return {}
+        data.curation = curation
+        data.set_selection(curation.ids)
+        self.n_recurations += 1
+        self._last_step = step
+        self._epochs_without_gain = 0
+        figures = _compare(old, curation) | {"minutes": (time.monotonic() - started) / 60}
+        log.info(
+            "re-curation %d after epoch %d: %d samples, Jaccard %.3f with the last, %.1f %% new, %.1f min",
+            self.n_recurations,
+            epoch,
+            figures["size"],
+            figures["jaccard"],
+            100 * figures["new"],
+            figures["minutes"],
+        )
+        return {f"recuration/{name}": float(value) for name, value in figures.items()}
+
+    def _is_due(self, trainer: pl.Trainer, epoch: int, step: int) -> bool:
+        stalled = self._has_stalled(trainer)  # counts every epoch, due or not
+        if epoch < self.start_epoch or (self.most is not None and self.n_recurations >= self.most):
+            return False
+        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch + 1:
+            return False  # nothing will be trained on it
+        if self.every_n_epochs is not None:
+            return (epoch + 1) % self.every_n_epochs == 0
+        if self.every_n_steps is not None:
+            return step - self._last_step >= self.every_n_steps
+        return stalled
+
+    def _has_stalled(self, trainer: pl.Trainer) -> bool:
+        if (
+            self.monitor is None or not trainer.callback_metrics
+        ):  # none at all: resuming, nothing is logged yet
+            return False
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics)) or "none"
+            raise ConfigError(f"RecurationCallback.monitor: nothing logs {self.monitor!r}; logged: {known}")
+        value = float(trainer.callback_metrics[self.monitor])
+        better = self._best is None or (value < self._best if self.mode == "min" else value > self._best)
+        if better:
+            self._best, self._epochs_without_gain = value, 0
+        else:
+            self._epochs_without_gain += 1
+        return self._epochs_without_gain >= self.patience
+
+    def _recurate(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, data: CuratedDataModule, epoch: int
+    ) -> Curation | None:
+        """A curation with the module's features; None where it failed and the old selection is kept."""
+        config = dataclasses.replace(
+            data.curation_config, seed=data.curation_config.seed + self.n_recurations + 1
+        )
+        failure: Exception | None = None
+        curation: Curation | None = None
+        try:
+            _agree_on_buffers(pl_module)
+            embedder = resolve_embedder(self.embedder(pl_module) if self.embedder else pl_module)
+            curation = curate(
+                data.pool,
+                config,
+                embedder=embedder,
+                cache_dir=data.cache_dir,
+                device=trainer.strategy.root_device,
+                decoders=data.decoders,
+            )
+        except Exception as error:  # whatever went wrong, on_failure says what becomes of the run
+            failure = error
+        # All ranks keep the old selection, or none.
+        failed_somewhere = bool(all_reduce(np.array([failure is not None], np.int64), "max")[0])
+        if not failed_somewhere and curation is not None:
+            if not self.keep_artifacts:
+                self._drop_earlier(data, curation)
+            return curation
+        if self.on_failure == "stop":
+            raise failure or RuntimeError("re-curation failed on another rank; its log says why")
+        reason = f"{type(failure).__name__}: {failure}" if failure else "it failed on another rank"
+        log.warning("re-curation after epoch %d failed, the old selection stays: %s", epoch, reason)
+        return None
+
+    def _drop_earlier(self, data: CuratedDataModule, curation: Curation) -> None:
+        root = open_cache(data.cache_dir)
+        named = ("embeddings", "near_duplicates", "tree")
+        new = [str(curation.folders[name].relative_to(root)) for name in named if name in curation.folders]
+        if rank() == 0:
+            for name in set(self._artifacts) - set(new):
+                shutil.rmtree(root / name, ignore_errors=True)
+        self._artifacts = new
+
+
+def _datamodule(trainer: pl.Trainer) -> CuratedDataModule:
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, CuratedDataModule):
+        kind = "none" if data is None else type(data).__name__
+        raise ConfigError(
+            f"RecurationCallback: needs `trainer.fit(module, datamodule=CuratedDataModule(...))`, got {kind}"
+        )
+    return data
+
+
+def _agree_on_buffers(module: nn.Module) -> None:
+    """Give every rank rank zero's buffers, as DDP does before its next forward pass anyway.
+
+    Normalisation statistics differ by rank after a step; embeddings, and the fingerprint of the weights, must
+    not.
+    """
+    if not is_distributed():
+        return
+    with torch.no_grad():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def _compare(old: np.ndarray | None, curation: Curation) -> dict[str, float]:
+    new = np.unique(curation.ids)
+    before = np.arange(len(curation.embeddings)) if old is None else np.unique(old)
+    shared = len(np.intersect1d(before, new, assume_unique=True))
+    lowest = curation.report["levels"][0]
+    return {
+        "jaccard": shared / max(len(before) + len(new) - shared, 1),
+        "new": 1 - shared / max(len(new), 1),
+        "perplexity": lowest["perplexity"],
+        "selected_perplexity": lowest["selected_perplexity"],
+        "size": len(curation.ids),
+    }

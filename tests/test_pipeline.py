@@ -1,0 +1,188 @@
+"""The walk from pool to selection: what is redone when, who may run at once, and what stops it."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from curated_data import ClusterTree, CurationConfig, Level, ShardPool, curate
+from curated_data.errors import CacheError, ConfigError, PoolError
+from tests.processes import run_ranks
+
+LEVELS = [{"n_clusters": 12, "n_resamples": 2, "sample_size": 3}, {"n_clusters": 4}]
+CONFIG = {
+    "target_size": 20,
+    "levels": LEVELS,
+    "embedding": {"num_workers": 0, "dtype": "float32", "batch_size": 16},
+}
+
+
+def run(pool, cache, **changes):
+    return curate(pool, {**CONFIG, **changes}, embedder="pixels:4", cache_dir=cache)
+
+
+def test_a_second_call_is_a_look_up_and_changes_redo_what_depends_on_them(write_pool, tmp_path):
+    shards, cache = write_pool([30, 25]), tmp_path / "cache"
+    first = run(shards, cache)
+    assert first.report["cached"] == {"tree": False, "selection": False}
+    assert len(first.ids) == len(set(first.ids)) == 20
+    assert first.ids.dtype == np.int64
+
+    again = run(shards, cache)
+    assert again.report["cached"] == {"tree": True, "selection": True}
+    np.testing.assert_array_equal(again.ids, first.ids)
+
+    larger = run(shards, cache, target_size=40)
+    assert larger.report["cached"] == {"tree": True, "selection": False}
+    assert len(larger.ids) == 40
+
+    coarser = run(shards, cache, levels=LEVELS[:1])
+    assert coarser.report["cached"] == {"tree": False, "selection": False}
+    assert coarser.folders["embeddings"] == first.folders["embeddings"]
+
+    other_seed = run(shards, cache, seed=1)
+    assert other_seed.report["cached"] == {"tree": False, "selection": False}
+    assert not np.array_equal(other_seed.ids, first.ids)
+
+    repeats = run(shards, cache, target_size=100, max_repeats=2)
+    assert len(repeats.ids) == 100
+    assert np.unique(repeats.ids, return_counts=True)[1].max() == 2
+
+
+def test_a_grown_pool_embeds_only_its_new_shard(write_pool, tmp_path):
+    shards, cache = write_pool([20, 20, 20]), tmp_path / "cache"
+    first = run(shards[:2], cache)
+    before = {path.name: path.stat().st_mtime_ns for path in first.folders["embeddings"].glob("*.npy")}
+    grown = run(shards, cache)
+    after = {path.name: path.stat().st_mtime_ns for path in grown.folders["embeddings"].glob("*.npy")}
+    assert len(before) == 2
+    assert len(after) == 3
+    assert before.items() <= after.items()
+    assert grown.report["samples"] == 60
+    assert not grown.report["cached"]["tree"]
+
+
+def test_the_artifacts_are_what_the_functions_give(write_pool, tmp_path):
+    from curated_data import hierarchical_kmeans, hierarchical_sample
+
+    found = run(write_pool([30, 25]), tmp_path / "cache")
+    levels = [Level(**level) for level in LEVELS]
+    tree = hierarchical_kmeans(np.asarray(found.embeddings), levels, metric="cosine")
+    for level in (1, 2):
+        np.testing.assert_array_equal(tree.parent[level], found.tree.parent[level])
+        np.testing.assert_allclose(tree.centroids[level], found.tree.centroids[level], rtol=1e-6)
+    np.testing.assert_array_equal(hierarchical_sample(tree, 20), found.ids)
+    loaded = ClusterTree.load(found.folders["tree"] / "tree")
+    np.testing.assert_array_equal(loaded.parent[1], found.tree.parent[1])
+
+
+def test_undecodable_samples_and_copies_are_never_selected(write_pool, tmp_path):
+    from tests.conftest import png
+
+    same = png(np.full((8, 8, 3), (250, 3, 3), np.uint8))
+    bad = {(0, 3): b"broken", (1, 4): b""} | {(1, place): same for place in (10, 11, 12)}
+    found = run(
+        write_pool([20, 20], bad=bad), tmp_path / "cache", target_size=40,
+        near_duplicates={"enabled": True, "threshold": 0.999},
+    )  # fmt: skip
+    assert found.report["failed"] == 2
+    assert {failure["id"] for failure in found.embeddings.failures} == {3, 24}
+    assert found.report["near_duplicates"] == 2
+    assert len(found.ids) == 36
+    assert not {3, 24} & set(found.ids)
+    assert len({30, 31, 32} & set(found.ids)) == 1
+    assert found.report["cached"] == {"near_duplicates": False, "tree": False, "selection": False}
+
+
+def test_derived_levels_and_every_form_of_pool(write_pool, tmp_path):
+    shards = write_pool([90, 60])
+    forms = [shards, str(tmp_path / "pool-{000..001}.tar"), str(tmp_path / "pool-*.tar"), ShardPool(shards)]
+    config = CurationConfig(target_size=30, embedding={"num_workers": 0})
+    found = [curate(form, config, embedder="pixels:4", cache_dir=tmp_path / "cache") for form in forms]
+    assert all(np.array_equal(curation.ids, found[0].ids) for curation in found)
+    assert found[0].config.levels
+    assert found[0].tree.n_levels == len(found[0].config.levels)
+    assert found[-1].report["cached"] == {"tree": True, "selection": True}
+
+
+def test_what_cannot_be_curated(write_pool, tmp_path):
+    shards, cache = write_pool([6, 5]), tmp_path / "cache"
+    with pytest.raises(ConfigError, match=r"levels\[0\].n_clusters: 12 clusters of 11 samples"):
+        run(shards, cache)
+    assert not (cache / "embeddings").exists()  # found out before anything long started
+    with pytest.raises(PoolError, match="the pool is empty"):
+        run(write_pool([0], name="empty"), cache)
+    with pytest.raises(PoolError, match="nothing-"):
+        run(str(tmp_path / "nothing-*.tar"), cache)
+    broken = write_pool([3], name="broken", bad={(0, place): b"?" for place in range(3)})
+    with pytest.raises(
+        PoolError, match=r"none of the pool's 3 samples could be embedded; the first: .*broken"
+    ):
+        run(broken, cache, levels=[{"n_clusters": 1}])
+    few = write_pool([14], name="few", bad={(0, place): b"?" for place in range(4)})
+    with pytest.raises(ConfigError, match=r"12 clusters of 10 samples"):
+        run(few, cache)
+    all_of_them = run(shards, cache, levels=[{"n_clusters": 3}], target_size=1000)
+    np.testing.assert_array_equal(all_of_them.ids, np.arange(11))
+
+
+def test_a_cache_of_another_version_is_refused(write_pool, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "cache.json").write_text('{"format": 0}')
+    with pytest.raises(CacheError, match="written in cache format 0"):
+        run(write_pool([30]), tmp_path / "cache")
+
+
+def _curate_and_save(shards, cache, out, barrier=None):
+    torch.set_num_threads(1)
+    if barrier:
+        barrier.wait()
+    np.save(out, run(shards, cache).ids)
+
+
+def test_killed_and_simultaneous_runs_end_in_the_same_selection(write_pool, tmp_path):
+    shards = write_pool([30, 30, 30])
+    alone = run(shards, tmp_path / "alone").ids
+    context = multiprocessing.get_context("fork")
+    cache = tmp_path / "shared"
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        process = context.Process(target=_curate_and_save, args=(shards, cache, tmp_path / "killed.npy"))
+        process.start()
+        time.sleep(rng.uniform(0.0, 0.6))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    barrier = context.Barrier(2)
+    outs = [tmp_path / "0.npy", tmp_path / "1.npy"]
+    processes = [context.Process(target=_curate_and_save, args=(shards, cache, out, barrier)) for out in outs]
+    for process in processes:
+        process.start()
+    for process, out in zip(processes, outs, strict=True):
+        process.join()
+        assert process.exitcode == 0
+        np.testing.assert_array_equal(np.load(out), alone)
+
+
+def _curate_on_ranks(rank, shards, folder):
+    found = run(shards, folder / "cache")
+    np.savez(
+        folder / f"rank-{rank}.npz",
+        ids=found.ids,
+        parent=found.tree.parent[1],
+        rows=np.asarray(found.embeddings),
+    )
+
+
+def test_two_ranks_find_what_one_process_finds(write_pool, tmp_path):
+    shards = write_pool([40, 30, 20])
+    alone = run(shards, tmp_path / "alone")
+    run_ranks(_curate_on_ranks, 2, shards, tmp_path)
+    for rank in (0, 1):
+        with np.load(tmp_path / f"rank-{rank}.npz") as saved:
+            np.testing.assert_array_equal(saved["rows"], np.asarray(alone.embeddings))
+            np.testing.assert_array_equal(saved["parent"], alone.tree.parent[1])
+            np.testing.assert_array_equal(saved["ids"], alone.ids)

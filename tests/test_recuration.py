@@ -1,0 +1,224 @@
+"""Re-curation in training: a new selection by the model's own features, the same after a stop and on two
+ranks.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from curated_data import CuratedDataModule, RecurationCallback
+from curated_data.errors import ConfigError
+
+SIZES = [30, 20, 14]
+
+
+class TinyModule(lightning.LightningModule):
+    """A linear map of 8 x 8 images, with BatchNorm, trained to spread its features; notes which samples it
+    saw.
+    """
+
+    def __init__(self, record: str | None = None):
+        super().__init__()
+        self.network = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.BatchNorm1d(6))
+        self.record = record
+        self.embedding_dimension = 6
+
+    def embed(self, images):
+        return self.network(images)
+
+    def eval_transform(self):
+        return to_float
+
+    def training_step(self, batch, index):
+        if self.record:
+            with open(f"{self.record}-{self.global_rank}.jsonl", "a") as file:
+                file.write(json.dumps([self.current_epoch, batch["sample_id"].tolist()]) + "\n")
+        features = self.network(batch["image"])
+        loss = -features.var(0).log().mean()
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def to_float(image):
+    """uint8 to 0..1."""
+    return image.float() / 255
+
+
+def datamodule(shards, cache, **changes):
+    settings = {
+        "embedder": "pixels:8",
+        "views": to_float,
+        "batch_size": 8,
+        "num_workers": 0,
+        "cache_dir": cache,
+        "last_batch": "drop",
+    }
+    curation = {
+        "target_size": 32,
+        "levels": [{"n_clusters": 10}, {"n_clusters": 3}],
+        "embedding": {"num_workers": 0, "dtype": "float32"},
+    }
+    return CuratedDataModule(shards, curation, **(settings | changes))
+
+
+def fit(shards, cache, record, *, epochs, callbacks, ckpt_path=None, **options):
+    lightning.seed_everything(0, verbose=False)
+    settings = {"devices": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
+                "enable_model_summary": False, "enable_checkpointing": False}  # fmt: skip
+    settings |= options
+    trainer = lightning.Trainer(max_epochs=epochs, callbacks=callbacks, **settings)
+    data = datamodule(shards, cache)
+    trainer.fit(TinyModule(record and str(record)), data, ckpt_path=ckpt_path)
+    return trainer, data
+
+
+def seen(record, rank=0):
+    lines = Path(f"{record}-{rank}.jsonl").read_text().splitlines()
+    return [(epoch, ids) for epoch, ids in map(json.loads, lines)]
+
+
+def by_epoch(batches):
+    found: dict[int, list[int]] = {}
+    for epoch, ids in batches:
+        found.setdefault(epoch, []).extend(ids)
+    return found
+
+
+def test_each_epoch_streams_the_latest_selection(write_pool, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    callback = RecurationCallback(every_n_epochs=1)
+    trainer, data = fit(write_pool(SIZES), tmp_path / "cache", tmp_path / "a", epochs=3, callbacks=[callback])
+    epochs = by_epoch(seen(tmp_path / "a"))
+    assert sorted(epochs) == [0, 1, 2]
+    assert all(len(ids) == len(set(ids)) == 32 for ids in epochs.values())
+    assert len({tuple(sorted(ids)) for ids in epochs.values()}) == 3
+    assert sorted(epochs[2]) == sorted(data.selection)
+    assert callback.n_recurations == 2  # none after the last epoch: nothing would be trained on it
+    assert "re-curation 2 after epoch 1: 32 samples, Jaccard" in caplog.text
+    before, after = set(epochs[1]), set(epochs[2])
+    assert float(trainer.callback_metrics["recuration/jaccard"]) == pytest.approx(
+        len(before & after) / len(before | after)
+    )
+    assert trainer.global_step == 12
+    # Of the re-curations, only the last one's embeddings stay, beside the first curation's.
+    assert len(list((tmp_path / "cache" / "embeddings").iterdir())) == 2
+
+
+def test_a_stop_and_a_resume_change_nothing(write_pool, tmp_path):
+    shards = write_pool(SIZES)
+    fit(
+        shards,
+        tmp_path / "c1",
+        tmp_path / "whole",
+        epochs=4,
+        callbacks=[RecurationCallback(every_n_epochs=1)],
+    )
+    whole = seen(tmp_path / "whole")
+    steps_an_epoch = len(whole) // 4
+    for stop in (steps_an_epoch, 2 * steps_an_epoch, 2 * steps_an_epoch + 1, 3 * steps_an_epoch + 2):
+        record, cache = tmp_path / f"stopped-{stop}", tmp_path / f"c-{stop}"
+        saving = lightning.pytorch.callbacks.ModelCheckpoint(
+            tmp_path / f"ckpt-{stop}", every_n_train_steps=1, save_top_k=-1, filename="{step}"
+        )
+        callbacks = [RecurationCallback(every_n_epochs=1), saving]
+        fit(shards, cache, record, epochs=4, callbacks=callbacks, max_steps=stop, enable_checkpointing=True)
+        assert seen(record) == whole[:stop]
+        path = tmp_path / f"ckpt-{stop}" / f"step={stop}.ckpt"
+        fit(shards, cache, record, epochs=4, callbacks=[RecurationCallback(every_n_epochs=1)], ckpt_path=path)
+        assert seen(record) == whole, f"stopped after step {stop}"
+
+
+def test_two_ranks_agree_with_each_other(write_pool, tmp_path):
+    shards = write_pool(SIZES)
+    callbacks = [RecurationCallback(every_n_epochs=1)]
+    ranks = {"devices": 2, "strategy": "ddp_fork"}
+    fit(shards, tmp_path / "cache", tmp_path / "ddp", epochs=3, callbacks=callbacks, **ranks)
+    ranks = [by_epoch(seen(tmp_path / "ddp", rank)) for rank in (0, 1)]
+    selections = set()
+    for epoch in range(3):
+        joined = ranks[0][epoch] + ranks[1][epoch]
+        assert len(joined) == len(set(joined)) == 32
+        selections.add(tuple(sorted(joined)))
+    assert len(selections) == 3
+
+
+class Unreadable:
+    """An embedder that works once, as on a machine that then loses its disk."""
+
+    dimension = 3
+    fingerprint = "unreadable"
+
+    def preprocess(self, image):
+        return to_float(image)
+
+    def __call__(self, batch):
+        raise OSError("the disk is gone")
+
+
+def test_a_failure_keeps_the_selection_or_stops(write_pool, tmp_path, caplog):
+    shards = write_pool(SIZES)
+    keep = RecurationCallback(every_n_epochs=1, embedder=lambda module: Unreadable(), on_failure="keep")
+    fit(shards, tmp_path / "cache", tmp_path / "kept", epochs=3, callbacks=[keep])
+    epochs = by_epoch(seen(tmp_path / "kept"))
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert "the old selection stays: OSError: the disk is gone" in caplog.text
+    stop = RecurationCallback(every_n_epochs=1, embedder=lambda module: Unreadable())
+    with pytest.raises(OSError, match="the disk is gone"):
+        fit(shards, tmp_path / "cache", None, epochs=3, callbacks=[stop])
+
+
+def test_triggers(write_pool, tmp_path):
+    shards = write_pool(SIZES)
+    cases = [
+        (RecurationCallback(every_n_epochs=2), 2),
+        (RecurationCallback(every_n_epochs=1, start_epoch=2), 2),
+        (RecurationCallback(every_n_epochs=1, most=1), 1),
+        (RecurationCallback(every_n_steps=8), 2),
+        (
+            RecurationCallback(monitor="loss", mode="max", patience=1),
+            4,
+        ),  # the loss falls, so it never improves
+    ]
+    for callback, expected in cases:
+        fit(shards, tmp_path / "cache", None, epochs=5, callbacks=[callback])
+        if callback.monitor:
+            assert 1 <= callback.n_recurations <= expected
+        else:
+            assert callback.n_recurations == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give one of every_n_epochs, every_n_steps, monitor"),
+        ({"every_n_epochs": 1, "every_n_steps": 5}, "give one of"),
+        ({"every_n_epochs": 0}, "every_n_epochs: expected at least 1, got 0"),
+        (
+            {"every_n_epochs": 1, "on_failure": "ignore"},
+            "on_failure: expected one of keep, stop, got 'ignore'",
+        ),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        RecurationCallback(**arguments)
+
+
+def test_what_it_needs_of_the_trainer(write_pool, tmp_path):
+    shards = write_pool(SIZES)
+    with pytest.raises(ConfigError, match="nothing logs 'val'; logged: loss"):
+        fit(shards, tmp_path / "c", None, epochs=2, callbacks=[RecurationCallback(monitor="val")])
+    trainer = lightning.Trainer(max_epochs=1, callbacks=[RecurationCallback(1)], logger=False,
+                                enable_checkpointing=False, accelerator="cpu")  # fmt: skip
+    bare = CuratedDataModule(shards, selection=np.arange(16), views=to_float, batch_size=8, num_workers=0)
+    with pytest.raises(ConfigError, match="has no `curation`"):
+        trainer.fit(TinyModule(), bare)
