@@ -118,7 +118,8 @@ def read_rows(source: Any, which: slice | np.ndarray) -> torch.Tensor:
     if isinstance(source, torch.Tensor):
         index = which if isinstance(which, slice) else torch.from_numpy(which).to(source.device)
         return source[index].detach().float()
-    return torch.from_numpy(np.ascontiguousarray(source[which], dtype=np.float32))
+    rows = np.ascontiguousarray(source[which], dtype=np.float32)
+    return torch.from_numpy(rows if rows.flags.writeable else rows.copy())  # torch knows no read-only arrays
 
 
 def blocks(n: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:

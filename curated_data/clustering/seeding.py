@@ -21,8 +21,8 @@ import torch
 
 from curated_data.clustering.rows import Rows, parallel_map
 
-CELL = 128  # rows in a cell
 PROBES = 16  # cells that a candidate is compared with
+CELL = 128  # rows in a cell; down to a quarter where there are few, so that cells stay many more than probes
 _ROUND_BYTES = 128 << 20  # of scores kept in a round
 _TINY = 3e-6  # D² below this share of |x|² is rounding: the row repeats a centre
 
@@ -51,10 +51,11 @@ def seed_rows(
 
 
 def greedy_kmeans_plus_plus(
-    x: torch.Tensor, k: int, generator: np.random.Generator, *, cell: int = CELL, probes: int = PROBES
+    x: torch.Tensor, k: int, generator: np.random.Generator, *, cell: int | None = None, probes: int = PROBES
 ) -> np.ndarray:
     """k different rows of x (n, d) float32, chosen by greedy k-means++."""
     trials = 2 + int(math.log(k))
+    cell = cell or min(max(len(x) // (12 * PROBES), CELL // 4), CELL)
     n_first = len(x) // (2 * cell)
     if n_first < 2 * probes or k <= 2 * n_first:
         return plain_greedy(x, k, generator, trials)

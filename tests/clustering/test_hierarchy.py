@@ -1,0 +1,226 @@
+"""Hierarchical k-means: the paper's figures on its 2-D data, the reference's defects, splits, and hard input."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from curated_data.clustering import ClusterTree, Level, choose_levels, hierarchical_kmeans, kmeans
+from curated_data.clustering.hierarchy import _balanced_sample
+from tests.oracles.clustering import clouds, kl_to_uniform, squared_distances, two_dimensional
+
+
+def check(x, tree, valid=None):
+    """What holds for any tree of l2 clusters: every node lies with its nearest centroid of the level above."""
+    nodes, used = np.asarray(x, np.float64), valid
+    for level in range(1, tree.n_levels + 1):
+        used = np.ones(len(nodes), bool) if used is None else used
+        assert (tree.parent[level] >= 0).tolist() == used.tolist()
+        gaps = squared_distances(nodes[used], tree.centroids[level])
+        own = gaps[np.arange(used.sum()), tree.parent[level][used]]
+        assert (own - gaps.min(1)).max() <= 1e-4 * max(gaps.max(), 1e-9)
+        if level == 1:
+            np.testing.assert_allclose(tree.distance[used], np.sqrt(own), atol=1e-3 * np.sqrt(gaps.max() + 1e-9))
+            assert np.isnan(tree.distance[~used]).all()
+        nodes = tree.centroids[level].astype(np.float64)
+        used = np.bincount(tree.parent[level][used], minlength=len(nodes)) > 0
+    assert tree.sizes(tree.n_levels).sum() == (len(x) if valid is None else valid.sum())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_levels_flatten_the_density_as_in_the_paper(seed):
+    x = two_dimensional(seed)
+    one = kl_to_uniform(kmeans(x, 300, seed=seed).centroids)
+    two = hierarchical_kmeans(x, [Level(1500), Level(300)], seed=seed)
+    three = hierarchical_kmeans(x, [Level(3000), Level(1000), Level(300)], seed=seed)
+    assert 0.30 < one < 0.42
+    assert 0.10 < kl_to_uniform(two.centroids[2]) < 0.17
+    assert kl_to_uniform(three.centroids[3]) < 0.12
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow),
+                                  pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])  # fmt: skip
+def test_resampling_flattens_further(seed):
+    x = two_dimensional(seed)
+    plain = hierarchical_kmeans(x, [Level(3000), Level(1000), Level(300)], seed=seed)
+    resampled = hierarchical_kmeans(x, [Level(k, 10, 2) for k in (3000, 1000, 300)], seed=seed)
+    assert kl_to_uniform(resampled.centroids[3]) < 0.06
+    assert kl_to_uniform(resampled.centroids[3]) < kl_to_uniform(plain.centroids[3])
+
+
+@pytest.mark.parametrize("resample", ["closest", "random"])
+def test_tree_is_what_it_says(resample):
+    x = clouds(3000, 8, 60, seed=0)
+    levels = [Level(200, n_resamples=2, sample_size=5), Level(40, n_resamples=1, sample_size=3), Level(8)]
+    tree = hierarchical_kmeans(x, levels, resample=resample, seed=1)
+    assert isinstance(tree, ClusterTree)
+    assert tree.n_clusters == {1: 200, 2: 40, 3: 8}
+    check(x, tree)
+
+
+def test_seeds_reproduce_and_differ():
+    x = clouds(1500, 4, 30, seed=0)
+    levels = [Level(100, 2, 4), Level(10, 1, 4)]
+    first, second, other = (hierarchical_kmeans(x, levels, seed=s, resample="random") for s in (7, 7, 8))
+    for level in (1, 2):
+        np.testing.assert_array_equal(first.parent[level], second.parent[level])
+        np.testing.assert_array_equal(first.centroids[level], second.centroids[level])
+    np.testing.assert_array_equal(first.distance, second.distance)
+    assert not np.array_equal(first.parent[1], other.parent[1])
+
+
+def test_balanced_sample_takes_the_closest_of_each_cluster():
+    rng = np.random.default_rng(0)
+    assignment, squared = rng.integers(0, 20, 500), rng.random(500)
+    assignment[assignment == 3] = 4  # an empty cluster
+    picked = _balanced_sample(assignment, squared, 20, 7, "closest", rng)
+    expected = [m for c in range(20) for m in sorted(np.flatnonzero(assignment == c), key=squared.__getitem__)[:7]]
+    assert picked.tolist() == sorted(expected)
+    random = _balanced_sample(assignment, squared, 20, 7, "random", rng)
+    assert np.bincount(assignment[random], minlength=20).tolist() == np.minimum(np.bincount(assignment), 7).tolist()
+    assert len(np.unique(random)) == len(random)
+    assert len(_balanced_sample(assignment, squared, 60, 2, "closest", rng)) == 60  # k of them at the least
+
+
+def test_cosine_tree():
+    x = clouds(1000, 6, 20, seed=0) * np.random.default_rng(0).uniform(0.1, 10, (1000, 1)).astype(np.float32)
+    tree = hierarchical_kmeans(x, [Level(60, 1, 5), Level(9, 1, 3)], metric="cosine")
+    for level in (1, 2):
+        np.testing.assert_allclose(np.linalg.norm(tree.centroids[level], axis=1), 1, atol=1e-5)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    gaps = squared_distances(unit, tree.centroids[1])
+    assert (gaps[np.arange(1000), tree.parent[1]] - gaps.min(1)).max() < 1e-5
+
+
+def test_excluded_rows_have_no_parent():
+    x = clouds(800, 4, 10, seed=0)
+    x[[5, 600]] = np.nan
+    valid = np.ones(800, bool)
+    valid[:3] = False
+    tree = hierarchical_kmeans(x, [Level(50, 1, 4), Level(5)], valid=valid)
+    assert np.flatnonzero(tree.parent[1] < 0).tolist() == [0, 1, 2, 5, 600]
+    valid[[5, 600]] = False
+    check(x, tree, valid)
+    with pytest.raises(ValueError, match="non-finite rows: 5, 600"):
+        hierarchical_kmeans(x, [Level(50)], nonfinite="raise")
+
+
+def test_splits_make_groups_times_splits_clusters():
+    x = clouds(4000, 6, 100, seed=0)
+    tree = hierarchical_kmeans(x, [Level(12, n_splits=10), Level(10)], seed=3)
+    assert tree.n_clusters[1] <= 120
+    assert tree.n_clusters[1] > 100
+    assert (tree.sizes(1) > 0).all()  # empty ones are dropped
+    # Each cluster's centroid is the mean of its members, apart from what the last assignment moved.
+    means = np.stack([x[tree.members(1, c)].mean(0) for c in range(tree.n_clusters[1])])
+    assert np.abs(means - tree.centroids[1]).mean() < 0.01
+    whole = kmeans(x, tree.n_clusters[1], seed=3).inertia
+    assert np.square(tree.distance).sum() < 1.3 * whole
+    # A group with fewer rows than splits gives one cluster a row.
+    sparse = hierarchical_kmeans(clouds(60, 3, 30, seed=1), [Level(10, n_splits=20)])
+    assert sparse.n_clusters[1] == 60
+
+
+def test_repeated_rows_leave_empty_clusters_without_parent():
+    """Fewer distinct rows than clusters: the reference fails on the empty ones at the next level."""
+    x = np.repeat(np.random.default_rng(0).normal(size=(20, 3)), 10, axis=0)
+    tree = hierarchical_kmeans(x, [Level(40, 2, 3), Level(5, 1, 2)])
+    assert (tree.sizes(1) == 0).sum() == 20
+    assert (tree.parent[2] < 0).sum() == 20
+    check(x, tree)
+    constant = hierarchical_kmeans(np.ones((30, 4), np.float16), [Level(5, 1, 3), Level(1)])
+    assert constant.sizes(2).tolist() == [30]
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_equal_sized_clusters_and_as_many_clusters_as_points(d):
+    x = np.repeat(np.arange(12) * 10.0, 8)[:, None] + np.random.default_rng(0).normal(size=(96, d)) * 0.1
+    tree = hierarchical_kmeans(x, [Level(12, 2, 4), Level(12), Level(1)], seed=1)
+    assert tree.sizes(1).tolist() == [8] * 12
+    assert tree.sizes(2).tolist() == [8] * 12
+    check(x, tree)
+
+
+def test_one_huge_cluster():
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(size=(3000, 4)) * 0.01, rng.normal(size=(200, 4))])
+    tree = hierarchical_kmeans(x, [Level(300, 3, 5), Level(30, 2, 5)])
+    check(x, tree)
+
+
+def test_sample_size_of_one_means_no_resampling():
+    x = clouds(500, 3, 10, seed=0)
+    one, none = (hierarchical_kmeans(x, [level], seed=2) for level in (Level(30, 5, 1), Level(30)))
+    np.testing.assert_array_equal(one.parent[1], none.parent[1])
+
+
+@pytest.mark.parametrize(
+    ("levels", "arguments", "message"),
+    [
+        ([], {}, "at least one Level"),
+        ([5], {}, "needs Level objects, got int at level 1"),
+        ("best", {}, 'sequence of Level or "auto"'),
+        ([Level(500)], {}, "level 1 asks for 500 clusters of 200 usable rows"),
+        ([Level(10), Level(11)], {}, "level 2 asks for 11 clusters of 10 clusters of level 1"),
+        ([Level(10)], {"resample": "far"}, "resample needs one of"),
+        ([Level(10)], {"init": "x"}, "init needs one of"),
+        ([Level(10)], {"metric": "x"}, "metric needs one of"),
+    ],
+)
+def test_wrong_settings_get_one_clear_error(levels, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        hierarchical_kmeans(clouds(200, 3, 5, seed=0), levels, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_clusters": 0}, "Level.n_clusters"),
+        ({"n_clusters": 5, "n_resamples": -1}, "Level.n_resamples"),
+        ({"n_clusters": 5, "sample_size": 0}, "Level.sample_size"),
+        ({"n_clusters": 5, "n_splits": 0}, "Level.n_splits"),
+        ({"n_clusters": 5, "n_splits": 2, "n_resamples": 1}, "not both"),
+    ],
+)
+def test_wrong_levels_get_one_clear_error(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Level(**arguments)
+
+
+def test_levels_may_be_mappings():
+    x = clouds(200, 3, 5, seed=0)
+    given = hierarchical_kmeans(x, [{"n_clusters": 10, "n_resamples": 1, "sample_size": 5}])
+    np.testing.assert_array_equal(given.parent[1], hierarchical_kmeans(x, [Level(10, 1, 5)]).parent[1])
+
+
+@pytest.mark.parametrize("n", [1, 5, 50, 1000, 123_456, 10**6, 10**8, 743_000_000])
+@pytest.mark.parametrize("target", [None, 1, 1000, 10**7])
+def test_automatic_levels_can_be_clustered(n, target):
+    levels = choose_levels(n, target)
+    assert 1 <= len(levels) <= 4
+    below = n
+    for level in levels:
+        total = level.n_clusters * level.n_splits
+        assert 1 <= total <= below
+        assert not (level.n_splits > 1 and level.n_resamples)
+        if level.n_resamples:
+            assert 2 <= level.sample_size <= max(2, below // total)
+        below = total
+
+
+def test_automatic_levels_have_the_published_shape():
+    levels = choose_levels(743_000_000, 142_000_000)
+    assert levels[0] == Level(100_000, n_splits=100)
+    assert [level.n_clusters for level in levels[1:]] == [1_000_000, 100_000, 10_000]
+    tree = hierarchical_kmeans(clouds(2000, 4, 30, seed=0), "auto", target_size=100)
+    assert tree.n_clusters == {1: 200, 2: 20}
+
+
+def test_one_log_line_a_level(caplog):
+    with caplog.at_level(logging.INFO, "curated_data.clustering"):
+        hierarchical_kmeans(clouds(500, 3, 10, seed=0), [Level(50, 1, 3), Level(5)])
+    lines = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
+    assert len(lines) == 2
+    assert "level 1: 50 clusters of 500 rows, sizes " in lines[0]
+    assert "perplexity" in lines[0]
+    assert "0 empty" in lines[0]
