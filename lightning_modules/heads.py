@@ -1,5 +1,7 @@
 """Projection heads: small networks between the features and a loss, thrown away after training."""
 
+import itertools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ def mlp(
         batch_norm: after every linear layer but the last, which then needs no bias of the others.
     """
     layers: list[nn.Module] = []
-    for i, (inputs, outputs) in enumerate(zip(dimensions, dimensions[1:])):
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(dimensions)):
         last = i == len(dimensions) - 2
         layers.append(nn.Linear(inputs, outputs, bias=last or not batch_norm))
         if not last:
@@ -48,7 +50,9 @@ class PrototypeHead(nn.Module):
         self.prototypes = nn.Linear(bottleneck, n_prototypes, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                # The original's 0.02 at its width of 2048; kept fixed in a narrow head it would make the bottleneck so
+                # small that its normalisation blows gradients up a thousandfold.
+                nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

@@ -95,6 +95,11 @@ class PretrainingModule(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         check_views(batch, self.n_views)
+        size = tuple(batch["views"][0].shape[-2:])
+        if self.backbone.patch_size is not None and size != (self.image_size, self.image_size):
+            raise ValueError(
+                f"the backbone takes images of {self.image_size} x {self.image_size}, the views are {size}"
+            )
         self.draw = (self.current_epoch << 32) + batch_idx
         result = self.loss(batch)
         loss, parts = result if isinstance(result, tuple) else (result, {})
@@ -193,7 +198,7 @@ class PretrainingModule(L.LightningModule):
         bad = torch.zeros(len(batch["views"][0]), dtype=torch.bool)
         for view in batch["views"]:
             bad |= ~torch.isfinite(view).flatten(1).all(1).cpu()
-        where = f"step {self.global_step}, rank {rank()}: the loss is {float(loss)}"
+        where = f"step {self.global_step}, rank {rank()}: the loss is {float(loss.detach())}"
         if not bad.any():
             return (
                 f"{where}, though this rank's images are finite: another rank's are not, or the learning rate or the "

@@ -152,6 +152,7 @@ class DINOv2(PretrainingModule):
         self.register_buffer("dino_center", torch.zeros(n_prototypes))
         self.register_buffer("ibot_center", torch.zeros(ibot_prototypes or n_prototypes))
         self.views()
+        self.train()
 
     @property
     def teacher_parts(self) -> tuple[nn.Module, ...]:
