@@ -36,8 +36,8 @@ def export(
 
     A key that a shard holds already (a sample selected more than once, or another of that name) gets `~2`,
     `~3`, ... at its end. Beside the shards lie `ids.npy` (n,) int64: which sample of the pool each exported
-    sample is, in their order; with a tree `clusters.npy` (n, n_levels) int32, its cluster at levels 1, 2, ...;
-    and `manifest.json`: the pool, the settings, and for every shard the number of its first sample. The same
+    sample is, in their order; with a tree `clusters.npy` (n, n_levels): its cluster at levels 1, 2, ...; and
+    `manifest.json`: the pool, the settings, and for every shard the number of its first sample. The same
     arguments give the same bytes; a run that was killed is started over by the next.
 
     Args:
