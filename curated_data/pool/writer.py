@@ -131,7 +131,7 @@ class ShardWriter:
             self._shard.__exit__(kind, error, trace)
 
     def _start(self, overwrite: bool) -> None:
-        existing = self._existing()
+        existing = self._existing()  # with what a killed run was about to publish
         if existing and not overwrite and not self._marker.exists():
             raise PoolError(
                 f"{existing[0]}: {len(existing)} shard(s) of {self.name!r} are there already; give another "
@@ -147,7 +147,7 @@ class ShardWriter:
         if not self.folder.is_dir():
             return []
         before, after = _NUMBER.split(self.name)[0], _NUMBER.split(self.name)[2]
-        number = re.compile(re.escape(before) + r"\d+" + re.escape(after))
+        number = re.compile(r"(\.tmp-\w{12}-)?" + re.escape(before) + r"\d+" + re.escape(after))
         return sorted(path for path in self.folder.iterdir() if number.fullmatch(path.name))
 
     def _open(self) -> None:
@@ -296,7 +296,7 @@ def _walk(
             stem, _, extension = name.rpartition(".")
             if stems[stem] > 1:
                 stem = name
-            if "." in stem or stem.startswith("__"):
+            if "." in stem or "%2E" in stem or "%25" in stem:  # so that no two stems are spelled alike
                 stem = stem.replace("%", "%25").replace(".", "%2E")
             found.append((Path(place, name), stem, extension.lower()))
         yield found, sum(not name.startswith(".") for name in names) - len(images)
