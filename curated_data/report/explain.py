@@ -45,8 +45,8 @@ def explain(curation: "Curation", sample: int) -> list[str]:
             same_parent = tree.parent[level + 1] == tree.parent[level + 1][cluster]
             siblings = int((same_parent & (tree.sizes(level) > 0)).sum())
         lines.append(
-            f"Level {level}: cluster {cluster}, one of {siblings} that share {share:,}, holds {len(members):,} "
-            f"samples and gave {given:,}."
+            f"Level {level}: cluster {cluster}, one of {siblings} that share {share:,}, holds "
+            f"{len(members):,} samples and gave {given:,}."
         )
         share = given
     times = int((ids == sample).sum())

@@ -1,0 +1,320 @@
+"""A labelled dataset from captions alone: the construction of ImageNot (arXiv 2404.02112) and LAIONet before
+it.
+
+A sample gets a class's label if its caption holds one of the class's names as a whole word, holds no other
+class's, and is near the class's "name: definition" in a text embedder. No image is looked at: that
+independence is the point.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+
+from curated_data.cache import atomic_path, read_manifest, write_manifest
+from curated_data.errors import CacheError, ConfigError, PoolError, SampleError
+from curated_data.pool.writer import ShardWriter
+from curated_data.progress import progress
+from curated_data.selection.names import CaptionClass, NameMatcher, read_classes
+from curated_data.selection.text import TextEmbedder, resolve_text_embedder
+
+if TYPE_CHECKING:
+    from curated_data.pool import ShardPool
+
+log = logging.getLogger(__name__)
+
+
+class CaptionBlock(NamedTuple):
+    """Some samples' captions, and their metadata where filters ask for it.
+
+    Attributes:
+        ids: (b,) int64.
+        captions: b strings.
+        metadata: b mappings, or None.
+    """
+
+    ids: np.ndarray
+    captions: Sequence[str]
+    metadata: Sequence[Mapping[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class CaptionLabels:
+    """A labelled selection.
+
+    Attributes:
+        ids: (m,) int64 samples, ascending.
+        labels: (m,) int64 into `classes`.
+        similarity: (m,) float32 cosine of caption and class.
+        classes: those that are left, in the order they were given.
+        report: how many captions went each way, and which classes and names were dropped, and why.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    similarity: np.ndarray
+    classes: list[CaptionClass]
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write it as a folder of arrays; `ids.npy` is a selection that `CuratedDataModule` takes."""
+        with atomic_path(path) as folder:
+            folder.mkdir()
+            for name in ("ids", "labels", "similarity"):
+                np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
+            (folder / "classes.json").write_text(json.dumps([asdict(c) for c in self.classes], indent=1))
+            write_manifest(folder, "captions", {"report": self.report})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            CacheError: no such folder, or a damaged one.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder, "captions")
+        try:
+            arrays = [
+                np.load(folder / f"{n}.npy", allow_pickle=False) for n in ("ids", "labels", "similarity")
+            ]
+        except (OSError, ValueError, EOFError) as error:
+            raise CacheError(
+                f"{folder}: an array cannot be read ({error}); remove it and label again"
+            ) from error
+        return cls(*arrays, read_classes(folder / "classes.json"), manifest["report"])
+
+
+def label_captions(
+    blocks: Iterable[CaptionBlock],
+    classes: Sequence[CaptionClass],
+    *,
+    embedder: str | TextEmbedder,
+    threshold: float | None = None,
+    per_class: int | None = None,
+    min_per_class: int | None = None,
+    avoid: Collection[str] = (),
+    filters: Mapping[str, Callable[[Any], bool] | Collection[Any]] | None = None,
+    image_text: str | None = None,
+) -> CaptionLabels:
+    """Choose and label samples by their captions.
+
+    Args:
+        blocks: of captions, in memory one at a time.
+        classes: what to look for.
+        embedder: `minilm`, `sentence-transformers:NAME`, or a function of a list of strings to (n, d).
+        threshold: cosine that caption and "name: definition" must reach; LAIONet took 0.82 with CLIP B/32's
+            text tower, 0.58 with all-mpnet-base-v2. None for no threshold.
+        per_class: keep this many of each class, the most similar. None keeps all.
+        min_per_class: a class that ends with fewer is dropped; None takes `per_class`, so that all classes
+            are equally large, or 1.
+        avoid: ids of classes that must not be used, such as ImageNet's; those among `classes` are dropped,
+            and their names still count as other classes' names.
+        filters: by metadata column: the values to keep, or a function that says so. A missing column is None.
+        image_text: metadata column with text recognised in the image; samples where it holds the class's name
+            are dropped.
+
+    Raises:
+        ConfigError: neither threshold nor per_class, classes that do not fit together, or an unknown
+            embedder.
+    """
+    if threshold is None and per_class is None:
+        raise ConfigError(
+            "give threshold, per_class or both: without either every caption with a name would stay"
+        )
+    if not classes:
+        raise ConfigError("no classes to look for: give at least one")
+    matcher = NameMatcher(classes)
+    embed = resolve_text_embedder(embedder)
+    class_rows = _unit(embed([c.text for c in classes]))
+    usable = np.array([c.id not in set(avoid) for c in classes])
+    counts: Counter[str] = Counter()
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for block in blocks:
+        label = matcher.match(block.captions)
+        counts["captions"] += len(label)
+        counts["no name"] += int((label == NameMatcher.NONE).sum())
+        counts["several classes"] += int((label == NameMatcher.SEVERAL).sum())
+        place = np.flatnonzero(label >= 0)
+        counts["classes to avoid"] += int((~usable[label[place]]).sum())
+        place = place[usable[label[place]]]
+        if filters or image_text:
+            place = _filtered(block, place, label, matcher, filters or {}, image_text, counts)
+        if len(place):
+            rows = _unit(embed([block.captions[i] for i in place]))
+            similarity = np.einsum("nd,nd->n", rows, class_rows[label[place]]).astype(np.float32)
+            found.append((np.asarray(block.ids)[place], label[place], similarity))
+    ids, labels, similarity = (np.concatenate(parts) for parts in zip(*found)) if found else _nothing()
+    return _chosen(
+        ids, labels, similarity, classes, threshold, per_class, min_per_class, avoid, matcher, counts
+    )
+
+
+def label_pool(
+    pool: "ShardPool",
+    classes: Sequence[CaptionClass],
+    *,
+    caption: str = "txt",
+    metadata: str = "json",
+    block_size: int = 8192,
+    **settings: Any,
+) -> CaptionLabels:
+    """`label_captions` over the samples of a pool.
+
+    Args:
+        caption: extension of the captions' members; samples without one have no caption.
+        metadata: extension of the JSON members that `filters` and `image_text` look into.
+        block_size: captions in memory at a time.
+        settings: of `label_captions`.
+
+    Raises:
+        PoolError: no sample has a caption.
+        SampleError: metadata that is no JSON object; names shard and key.
+    """
+    present = pool.index().extensions
+    if caption not in present:
+        raise PoolError(
+            f"no sample of the pool has a .{caption} member, only {', '.join(present)}: give caption="
+        )
+    wanted = [caption, metadata] if settings.get("filters") or settings.get("image_text") else [caption]
+
+    def blocks() -> Iterator[CaptionBlock]:
+        with progress("matching captions", len(pool), "captions") as advance:
+            for first in range(0, len(pool), block_size):
+                ids = np.arange(first, min(first + block_size, len(pool)))
+                samples = pool.read(ids, [e for e in wanted if e in present])
+                captions = [sample.get(caption, b"").decode("utf-8", "replace") for sample in samples]
+                content = [_metadata(sample, metadata) for sample in samples] if len(wanted) > 1 else None
+                yield CaptionBlock(ids, captions, content)
+                advance(len(ids))
+
+    return label_captions(blocks(), classes, **settings)
+
+
+def export_labelled(
+    pool: "ShardPool", found: CaptionLabels, pattern: str | Path, *, block_size: int = 512
+) -> list[str]:
+    """Write the labelled samples as shards of their own, the label as `.cls`: a pool like any other.
+
+    Args:
+        pattern: of the shards to write, such as `out/train-%06d.tar`; `classes.json` is put beside them.
+
+    Returns:
+        The shards' paths.
+    """
+    with ShardWriter(pattern) as writer:
+        for first in range(0, len(found.ids), block_size):
+            part = slice(first, first + block_size)
+            for sample, label in zip(pool.read(found.ids[part]), found.labels[part].tolist(), strict=True):
+                members = {name: value for name, value in sample.items() if not name.startswith("__")}
+                writer.write({"__key__": sample["__key__"], **members, "cls": label})
+    folder = Path(pattern).parent
+    with atomic_path(folder / "classes.json") as temporary:
+        temporary.write_text(json.dumps([c.names[0] for c in found.classes], indent=1))
+    return [str(path) for path in writer.shards]
+
+
+def _chosen(
+    ids: np.ndarray,
+    labels: np.ndarray,
+    similarity: np.ndarray,
+    classes: Sequence[CaptionClass],
+    threshold: float | None,
+    per_class: int | None,
+    min_per_class: int | None,
+    avoid: Collection[str],
+    matcher: NameMatcher,
+    counts: Counter[str],
+) -> CaptionLabels:
+    """Apply the threshold, the number of each class and the minimum, and number the classes that are left."""
+    if threshold is not None:
+        near = similarity >= threshold
+        counts["under the threshold"] = int((~near).sum())
+        ids, labels, similarity = ids[near], labels[near], similarity[near]
+    order = np.lexsort((ids, -similarity, labels))  # by class, the most similar first
+    ids, labels, similarity = ids[order], labels[order], similarity[order]
+    size = np.bincount(labels, minlength=len(classes))
+    least = min_per_class if min_per_class is not None else per_class or 1
+    keep = size[labels] >= least
+    counts["in classes too small"] = int((~keep).sum())
+    if per_class is not None:
+        start = np.cumsum(size) - size
+        beyond = np.arange(len(ids)) - start[labels] >= per_class
+        counts["beyond the number of a class"] = int((keep & beyond).sum())
+        keep &= ~beyond
+    kept = np.flatnonzero(size >= max(least, 1))
+    number = np.full(len(classes), -1, np.int64)
+    number[kept] = np.arange(len(kept))
+    ids, labels, similarity = ids[keep], number[labels[keep]], similarity[keep]
+    order = np.argsort(ids, kind="stable")
+    counts["selected"] = len(ids)
+    overlap = sorted(c.id for c in classes if c.id in set(avoid))
+    small = [i for i in range(len(classes)) if size[i] < max(least, 1) and classes[i].id not in overlap]
+    report = {
+        "counts": dict(counts),
+        "min_per_class": least,
+        "classes_avoided": overlap,
+        "classes_dropped": {classes[i].id: int(size[i]) for i in small},
+        "classes_without_a_name_of_their_own": [classes[i].id for i in matcher.nameless],
+        "ambiguous_names": matcher.ambiguous,
+    }
+    log.info(
+        "captions: %d of %d labelled, %d of %d classes left (%d too small, %d to avoid); %s",
+        len(ids), counts["captions"], len(kept), len(classes), len(small), len(overlap),
+        ", ".join(f"{n} {what}" for what, n in counts.items() if what not in ("captions", "selected")),
+    )  # fmt: skip
+    return CaptionLabels(ids[order], labels[order], similarity[order], [classes[i] for i in kept], report)
+
+
+def _filtered(
+    block: CaptionBlock,
+    place: np.ndarray,
+    label: np.ndarray,
+    matcher: NameMatcher,
+    filters: Mapping[str, Callable[[Any], bool] | Collection[Any]],
+    image_text: str | None,
+    counts: Counter[str],
+) -> np.ndarray:
+    """Places in the block that pass the metadata filters and whose image shows no name of the class."""
+    if block.metadata is None:
+        raise ConfigError("filters and image_text need metadata, the captions came without any")
+    tests = {
+        column: rule if callable(rule) else frozenset([rule] if isinstance(rule, str) else rule).__contains__
+        for column, rule in filters.items()
+    }
+    passed = []
+    for i in place.tolist():
+        content = block.metadata[i]
+        if not all(test(content.get(column)) for column, test in tests.items()):
+            counts["filtered"] += 1
+        elif image_text and matcher.holds(str(content.get(image_text) or ""), int(label[i])):
+            counts["name in the image"] += 1
+        else:
+            passed.append(i)
+    return np.array(passed, np.int64)
+
+
+def _metadata(sample: Mapping[str, Any], extension: str) -> Mapping[str, Any]:
+    try:
+        content = json.loads(sample.get(extension, b"{}"))
+    except ValueError as error:
+        raise SampleError(
+            f"{sample['__url__']}: key {sample['__key__']!r}: .{extension} is no JSON ({error})"
+        ) from error
+    if not isinstance(content, dict):
+        raise SampleError(f"{sample['__url__']}: key {sample['__key__']!r}: .{extension} is no JSON object")
+    return content
+
+
+def _unit(rows: Any) -> np.ndarray:
+    rows = np.asarray(rows, np.float32)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def _nothing() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)

