@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from curated_data.errors import ConfigError, CuratedDataError
@@ -187,7 +188,7 @@ def _curate(parsed: argparse.Namespace) -> None:
             f"{level['perplexity']:,.1f}",
             f"{level['selected_perplexity']:,.1f}",
         )
-    Console().print(table)
+    _print(table)
     if report["failed"]:
         print(f"{report['failed']:,} samples could not be embedded: see {curation.folders['embeddings']}")
     print(f"ids: {curation.folders['selection'] / 'ids.npy'}")
@@ -233,9 +234,13 @@ def _inspect(parsed: argparse.Namespace) -> None:
             artifact.name,
             f"{artifact.size / 1e6:,.1f}",
             age(artifact.modified),
-            details if artifact.complete else "incomplete: being written, or left by a run that was stopped",
+            escape(details) if artifact.complete else "incomplete: being written, or its run was stopped",
         )
-    Console().print(table)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def _short(value: Any) -> str:

@@ -88,9 +88,7 @@ def run(options: argparse.Namespace) -> None:
     cache = open_cache(out / "cache")
     data = choose_data(options)
     pool = ShardPool(data.pool, cache_dir=cache)
-    config = CurationConfig(
-        target_size=data.target_size, levels=data.levels, metric="cosine", seed=options.seed
-    )
+    config = CurationConfig(target_size=data.target_size, seed=options.seed)
     curation = curate(pool, config, embedder=options.embedder, cache_dir=cache)
     labels = pool.labels(np.arange(len(pool)))
 
@@ -127,9 +125,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--data", default="fashion", help="fashion, cifar10, or a folder of shards (default: fashion)"
-    )
+    parser.add_argument("--data", default="fashion", help="fashion, cifar10, or a folder of shards")
     parser.add_argument("--pool", nargs="+", help="shards of your own, instead of --data")
     parser.add_argument("--test", nargs="+", default=[], help="labelled shards to evaluate on, with --pool")
     parser.add_argument("--embedder", default="efficientnet_lite0:64", help="(default: %(default)s)")

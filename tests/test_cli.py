@@ -1,0 +1,92 @@
+"""The command line, on real shards: each command does what it says, and bad input ends in one line."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from curated_data import ShardPool
+from curated_data.cli import main
+
+CURATION = [
+    "--embedder",
+    "pixels:4",
+    "--target-size",
+    "15",
+    "--set",
+    "levels=[{n_clusters: 8},{n_clusters: 3}]",
+]
+
+
+def test_the_walk_by_commands(write_pool, tmp_path, capsys):
+    shards, cache = write_pool([30, 25]), str(tmp_path / "cache")
+    place = ["--cache-dir", cache]
+    assert main(["index", *shards, *place]) == 0
+    assert "55 samples in 2 shards" in capsys.readouterr().out
+    assert main(["embed", *shards, *place, "--embedder", "pixels:4"]) == 0
+    assert "55 embeddings of length 48" in capsys.readouterr().out
+    assert main(["curate", *shards, *place, *CURATION, "--dry-run"]) == 0
+    assert "would select 15" in capsys.readouterr().out
+    assert main(["curate", *shards, *place, *CURATION, "--ids", str(tmp_path / "ids.npy")]) == 0
+    out = capsys.readouterr().out
+    assert "15 of 55 samples selected" in out
+    ids = np.load(tmp_path / "ids.npy")
+    assert len(ids) == 15
+
+    assert main(["export", *shards, *place, *CURATION, "--out", str(tmp_path / "selected")]) == 0
+    assert "15 samples in 1 shards" in capsys.readouterr().out
+    exported = ShardPool(str(tmp_path / "selected" / "*.tar"))
+    keys = exported.keys(np.arange(len(exported)))
+    assert sorted(keys) == sorted(ShardPool(shards).keys(ids))
+
+    assert main(["inspect", cache]) == 0
+    shown = capsys.readouterr().out
+    for stage in ("index", "embeddings", "tree", "selection", "pixels:4"):
+        assert stage in shown
+    assert main(["inspect", cache, "--json"]) == 0
+    artifacts = json.loads(capsys.readouterr().out)
+    selection = next(artifact for artifact in artifacts if artifact["stage"] == "selection")
+    assert selection["details"]["size"] == 15
+    assert selection["details"]["settings"]["target_size"] == 15
+
+
+def test_import_then_index(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name, count in (("cat", 3), ("dog", 2)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(count):
+            image = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+            image.save(tmp_path / "images" / name / f"{number}.png")
+    assert main(["import", str(tmp_path / "images"), str(tmp_path / "shards")]) == 0
+    pool = ShardPool(str(tmp_path / "shards" / "*.tar"))
+    assert sorted(pool.labels(np.arange(5)).tolist()) == [0, 0, 0, 1, 1]
+    assert sorted(pool.keys(np.arange(5))) == ["cat/0", "cat/1", "cat/2", "dog/0", "dog/1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["index", "nowhere-{0..3}.tar"], "nowhere-0.tar"),
+        (["curate", "SHARD", "--embedder", "pixels:4"], "target_size: missing"),
+        (["curate", "SHARD", *CURATION, "--set", "stratgy=closest"], "did you mean 'strategy'"),
+        (["curate", "SHARD", "--embedder", "resnet", "--target-size", "3"], "'resnet' is unknown"),
+        (["curate", "SHARD", "--config", "none.yaml"], "none.yaml: cannot be read"),
+        (["inspect", "nothing"], "nothing: no cache here"),
+        (["import", "nothing", "out"], "nothing"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, write_pool, tmp_path, capsys, monkeypatch):
+    shard = write_pool([12])[0]
+    monkeypatch.chdir(tmp_path)
+    assert main([shard if item == "SHARD" else item for item in arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"curated-data {arguments[0]}: ")
+    assert message in error
+
+
+def test_help_of_every_command(capsys):
+    for command in ("import", "index", "embed", "curate", "export", "report", "inspect"):
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        assert f"curated-data {command}" in capsys.readouterr().out
