@@ -1,7 +1,7 @@
-"""Feature networks: any classification network of timm or torchvision, its classifier removed, and narrow ResNets.
+"""Feature networks: any network of timm or torchvision without its classifier, and narrow ResNets.
 
-`build_backbone("timm:vit_small_patch16_224", image_size=96, patch_size=8)` gives a `Backbone`: images (B, 3, S, S) in,
-features (B, dimension) out.
+`build_backbone("timm:vit_small_patch16_224", image_size=96, patch_size=8)` gives a `Backbone`: images
+(B, 3, S, S) in, features (B, dimension) out.
 """
 
 import difflib
@@ -40,18 +40,22 @@ def build_backbone(
     """Build a feature network by name.
 
     Args:
-        name: `timm:<model>`, `torchvision:<model>`, or a plain name: `resnet10/18/34/50` are this module's ResNets
-            (torchvision's parameter names; they take `width`), others are looked up in torchvision, then in timm.
+        name: `timm:<model>`, `torchvision:<model>`, or a plain name: `resnet10/18/34/50` are this module's
+            ResNets (torchvision's parameter names; they take `width`), others are looked up in torchvision,
+            then in timm.
         image_size: side of the images in pixels; transformers need it where it is not their default.
-        small_images: ResNets alone: 3x3 first convolution with stride 1 and no max-pool, for images of about 32 pixels.
-        pretrained: False; True for the library's own weights from its hub; or a file (.pth, .pt, .ckpt, .safetensors).
-        frozen_blocks: the stem and so many first blocks keep their weights and their normalisation statistics;
-            -1 freezes everything.
-        options: passed to the network's constructor: `width`, `patch_size`, `depth`, `reg_tokens`, `drop_path_rate`, ...
+        small_images: ResNets alone: 3x3 first convolution with stride 1 and no max-pool, for images of about
+            32 pixels.
+        pretrained: False; True for the library's own weights from its hub; or a file (.pth, .pt, .ckpt,
+            .safetensors).
+        frozen_blocks: the stem and so many first blocks keep their weights and their normalisation
+            statistics; -1 freezes everything.
+        options: passed to the network's constructor: `width`, `patch_size`, `depth`, `reg_tokens`,
+            `drop_path_rate`, ...
 
     Raises:
-        ValueError: unknown name, an image size that the network cannot take, a stem that cannot be replaced, weights
-            that cannot be found or do not fit, or more frozen blocks than there are.
+        ValueError: unknown name, an image size that the network cannot take, a stem that cannot be replaced,
+            weights that cannot be found or do not fit, or more frozen blocks than there are.
     """
     source, _, model = name.rpartition(":")
     if source not in ("", "timm", "torchvision"):
@@ -89,13 +93,14 @@ class Backbone(nn.Module):
         self.image_size = image_size
         self.patch_size = _patch_size(net)
         self._frozen: list[nn.Module] = []
-        # Convolutions run up to 1.5 times faster on channels-last images. The weights stay contiguous: kernels
-        # reorder them on the fly, and state dicts remain what every other tool expects.
+        # Convolutions run up to 1.5 times faster on channels-last images. The weights stay contiguous:
+        # kernels reorder them on the fly, and state dicts remain what every other tool expects.
         self._channels_last = self.patch_size is None
         if self.patch_size is not None and image_size % self.patch_size:
+            nearest = max(image_size - image_size % self.patch_size, self.patch_size)
             raise ValueError(
-                f"backbone {name!r}: image_size {image_size} is no multiple of its patch size {self.patch_size}; "
-                f"use {image_size - image_size % self.patch_size or self.patch_size}, or another patch_size"
+                f"backbone {name!r}: image_size {image_size} is no multiple of its patch size "
+                f"{self.patch_size}; use {nearest}, or another patch_size"
             )
         self.dimension = self._probe_dimension()
 
@@ -112,7 +117,8 @@ class Backbone(nn.Module):
             n_last_blocks: from how many of the last blocks.
 
         Returns:
-            For each block, the last one last: class token (B, d) and patch tokens (B, h * w, d), both after the final norm.
+            For each block, the last one last: class token (B, d) and patch tokens (B, h * w, d), both after
+                the final norm.
 
         Raises:
             ValueError: the backbone is no timm vision transformer with a class token.
@@ -132,7 +138,7 @@ class Backbone(nn.Module):
         return _blocks(self.net)
 
     def freeze(self, n_blocks: int) -> None:
-        """Stop training of the stem and the first `n_blocks` blocks (-1: of everything), normalisation included."""
+        """Stop training of the stem and the first `n_blocks` blocks, normalisation included; -1: of all."""
         if n_blocks == 0:
             return
         blocks = self.blocks
@@ -184,7 +190,7 @@ class Backbone(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A ResNet without classifier, of any width; torchvision's parameter names, so its weights fit at width 64.
+    """A ResNet without classifier, of any width; torchvision's weights fit at width 64.
 
     Args:
         depth: a key of `RESNETS`.
@@ -266,8 +272,8 @@ def load_weights(backbone: Backbone, path: str | Path) -> None:
             *(f"{k} {tuple(state[k].shape)} != {tuple(expected[k].shape)}" for k in wrong[:3]),
         ]
         raise ValueError(
-            f"pretrained {str(path)!r} does not fit backbone {backbone.name!r}: {len(missing)} weights missing, "
-            f"{len(wrong)} of another shape, for example {shown}"
+            f"pretrained {str(path)!r} does not fit backbone {backbone.name!r}: "
+            f"{len(missing)} weights missing, {len(wrong)} of another shape, for example {shown}"
         )
     backbone.net.load_state_dict({key: state[key] for key in expected})
     log.info("backbone %s: weights of %s", backbone.name, path)
@@ -321,7 +327,8 @@ def _build_torchvision(
         for auxiliary in ("AuxLogits", "aux1", "aux2"):
             if hasattr(net, auxiliary):
                 setattr(net, auxiliary, None)
-    # The classifier is the last linear layer in every torchvision network, or a 1x1 convolution where there is none.
+    # The classifier is the last linear layer in every torchvision network, or a 1x1 convolution where there
+    # is none.
     layers = list(net.named_modules())
     linear = [n for n, m in layers if isinstance(m, nn.Linear)] or [
         n for n, m in layers if isinstance(m, nn.Conv2d)
@@ -385,7 +392,7 @@ def _default_image_size(net: nn.Module) -> int:
 
 
 def _state_dict_of(content: Any) -> dict[str, Tensor]:
-    """The tensors of a state dict, or of the one inside a checkpoint of Lightning, timm, torchvision or DINO."""
+    """The tensors of a state dict, or of the one inside a usual checkpoint."""
     if not isinstance(content, Mapping):
         return {}
     for key in ("state_dict", "model", "teacher", "model_state_dict"):

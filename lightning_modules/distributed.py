@@ -1,8 +1,8 @@
 """Collectives that losses need, with gradients; without a process group they do nothing.
 
-Losses here are means over a rank's own samples, of terms that may depend on every rank's samples. DDP averages the ranks'
-gradients, so training minimises the mean over the global batch, exactly as one process does on the joined batch.
-Every rank gives the same number of samples.
+Losses here are means over a rank's own samples, of terms that may depend on every rank's samples. DDP
+averages the ranks' gradients, so training minimises the mean over the global batch, exactly as one process
+does on the joined batch. Every rank gives the same number of samples.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ def world_size() -> int:
 
 
 def gather(x: Tensor) -> Tensor:
-    """Every rank's (B, ...) joined in rank order, (world * B, ...); gradients flow back to the rank they belong to."""
+    """Every rank's (B, ...) joined in rank order; gradients flow back to the rank they belong to."""
     if world_size() == 1:
         return x
     return _Gather.apply(x)

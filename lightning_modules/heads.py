@@ -50,8 +50,8 @@ class PrototypeHead(nn.Module):
         self.prototypes = nn.Linear(bottleneck, n_prototypes, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                # The original's 0.02 at its width of 2048; kept fixed in a narrow head it would make the bottleneck so
-                # small that its normalisation blows gradients up a thousandfold.
+                # The original's 0.02 at its width of 2048; kept fixed in a narrow head it would make the
+                # bottleneck so small that its normalisation blows gradients up a thousandfold.
                 nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

@@ -1,4 +1,4 @@
-"""Losses as functions of tensors. Under several processes they see every rank's samples (`distributed.gather`)."""
+"""Losses as functions of tensors. On several processes they see every rank's samples."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,8 @@ def nt_xent(a: Tensor, b: Tensor, *, temperature: float = 0.5) -> Tensor:
 def cauchy_contrast(a: Tensor, b: Tensor, *, all_ranks: bool = True) -> Tensor:
     """t-SimCNE's loss (arXiv 2210.09879): InfoNCE with the heavy-tailed kernel 1 / (1 + |z_i - z_j|^2).
 
-    -mean log k(i, i') + mean log of the sum of k(i, j) over all j != i, positive included, over this rank's 2B anchors i.
+    -mean log k(i, i') + mean log of the sum of k(i, j) over all j != i, positive included, over this rank's
+    2B anchors i.
 
     Args:
         a: (B, d) outputs for the first views, not normalised; d is 2 for a map.
@@ -49,7 +50,7 @@ def cauchy_contrast(a: Tensor, b: Tensor, *, all_ranks: bool = True) -> Tensor:
 
 
 def dino(student: Tensor, targets: Tensor, *, n_global: int = 2, temperature: float = 0.1) -> Tensor:
-    """DINO's cross-entropy of every view's logits with the targets of every other global view (arXiv 2104.14294).
+    """DINO's cross-entropy of each view with the targets of every other global view (arXiv 2104.14294).
 
     Args:
         student: (V, B, K) logits of V views, the `n_global` global ones first.
@@ -67,7 +68,7 @@ def dino(student: Tensor, targets: Tensor, *, n_global: int = 2, temperature: fl
 
 
 def ibot(student: Tensor, targets: Tensor, weights: Tensor, *, temperature: float = 0.1) -> Tensor:
-    """iBOT's cross-entropy on masked patches (arXiv 2111.07832): (M, K) logits and targets, summed with weights (M,).
+    """iBOT's cross-entropy on M masked patches (arXiv 2111.07832): logits and targets (M, K), weights (M,).
 
     With weights 1 / (B * masked patches of the sample) it is the mean over B images of their means.
     """
@@ -76,7 +77,7 @@ def ibot(student: Tensor, targets: Tensor, weights: Tensor, *, temperature: floa
 
 
 def koleo(features: Tensor, *, eps: float = 1e-8) -> Tensor:
-    """KoLeo regulariser (arXiv 1806.03198): -mean log of the distance to the nearest other sample, of all ranks.
+    """KoLeo (arXiv 1806.03198): -mean log of the distance to the nearest other sample of all ranks.
 
     Args:
         features: (B, d); normalised here.
@@ -94,7 +95,7 @@ def koleo(features: Tensor, *, eps: float = 1e-8) -> Tensor:
 
 @torch.no_grad()
 def sinkhorn_targets(logits: Tensor, temperature: float, *, n_iterations: int = 3) -> Tensor:
-    """Teacher probabilities whose mean over all ranks' samples is uniform: Sinkhorn-Knopp (SwAV, arXiv 2006.09882).
+    """Teacher probabilities, uniform in the mean over all ranks: Sinkhorn-Knopp (SwAV, arXiv 2006.09882).
 
     Args:
         logits: (N, K) of this rank; ranks may have different N, even 0.
@@ -126,7 +127,7 @@ def updated_center(center: Tensor, logits: Tensor, momentum: float = 0.9) -> Ten
 
 
 def check_pairs(a: Tensor, b: Tensor, temperature: float = 1.0) -> None:
-    """Raise a ValueError unless `a` and `b` are (B, d) of one shape, B > 1, and the temperature is positive."""
+    """Raise a ValueError unless both are (B, d) of one shape, B > 1, and the temperature is positive."""
     if a.ndim != 2 or a.shape != b.shape:
         raise ValueError(
             f"two views must give embeddings of one shape (B, d), got {tuple(a.shape)} and {tuple(b.shape)}"

@@ -1,4 +1,4 @@
-"""Two-dimensional maps of features: t-SimCNE's loss on cached embeddings, the figure, and the table of coordinates."""
+"""Maps of features: t-SimCNE's loss on cached embeddings, the figure, and the table of coordinates."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -30,11 +31,12 @@ def embed_2d(
     learning_rate: float = 2e-3,
     device: str | torch.device = "cpu",
 ) -> np.ndarray:
-    """A map of features in minutes: a small network trained with t-SimCNE's loss, neighbours in place of views.
+    """A map of features in minutes: a small network, t-SimCNE's loss, neighbours in place of views.
 
-    Without images there is no augmentation; the positive pair of a sample is one of its nearest neighbours by cosine
-    (InfoNC-t-SNE, arXiv 2206.01816, in its parametric form). The network is trained on at most `max_train` samples and
-    maps all of them, so any number of rows, a memory map included, costs one pass more.
+    Without images there is no augmentation; the positive pair of a sample is one of its nearest neighbours by
+    cosine (InfoNC-t-SNE, arXiv 2206.01816, in its parametric form). The network is trained on at most
+    `max_train` samples and maps all of them, so any number of rows, a memory map included, costs one pass
+    more.
 
     Args:
         features: (n, d).
@@ -205,9 +207,9 @@ def _neighbor_graph(x: np.ndarray, k: int) -> np.ndarray:
 
 
 def _draw_thumbnails(
-    axes, coordinates: np.ndarray, thumbnail: Callable[[int], np.ndarray], cells: int = 24
-) -> None:  # noqa: ANN001
-    """One image in each occupied cell of a grid that has the fewest points around: room without hiding much."""
+    axes: Axes, coordinates: np.ndarray, thumbnail: Callable[[int], np.ndarray], cells: int = 24
+) -> None:
+    """One image in each occupied cell of a grid, emptiest cells first: room without hiding much."""
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
     low, high = np.percentile(coordinates, [0.5, 99.5], axis=0)

@@ -31,11 +31,12 @@ def block_mask(
     aspect: float = 0.3,
     n_tries: int = 16,
 ) -> Tensor:
-    """iBOT's block masks (arXiv 2111.07832, section 3.2; blocks as in BEiT): (B, h * w) boolean, True where masked.
+    """iBOT's block masks (arXiv 2111.07832, section 3.2; blocks as in BEiT).
 
-    A sample is masked with `probability`; its share of masked patches is uniform in `ratio`. Rectangles of random area
-    and of aspect within (aspect, 1 / aspect) are laid as long as they do not mask too much; what is then missing is
-    filled with single patches, so that the number is exact.
+    Returns (B, h * w) boolean, True where masked. A sample is masked with `probability`; its share of masked
+    patches is uniform in `ratio`. Rectangles of random area and of aspect within (aspect, 1 / aspect) are
+    laid as long as they do not mask too much; what is then missing is filled with single patches, so that the
+    number is exact.
     """
     height, width = grid
     n, device = height * width, sample_ids.device

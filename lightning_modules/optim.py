@@ -36,7 +36,7 @@ def build_optimizer(
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: weights, with decay and LARS adaptation; biases and normalisation (one-dimensional), without.
+    """Two groups: weights, with decay and LARS adaptation; biases and normalisation without.
 
     Parameters that need no gradient are left out; a parameter that several modules share appears once.
     """
@@ -56,8 +56,9 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
 class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888), as SimCLR uses it.
 
-    For a weight w with gradient g: u = g + weight_decay * w; u *= trust * |w| / |u| where both norms are positive;
-    v = momentum * v + u; w -= lr * v. Groups with `adapt=False` (biases, normalisation) skip the scaling.
+    For a weight w with gradient g: u = g + weight_decay * w; u *= trust * |w| / |u| where both norms are
+    positive; v = momentum * v + u; w -= lr * v. Groups with `adapt=False` (biases, normalisation) skip the
+    scaling.
 
     Args:
         params: parameters, or groups that may set `lr`, `weight_decay`, `adapt`.

@@ -1,7 +1,7 @@
 """Random numbers that belong to a sample and a step, not to a process.
 
-Masks drawn this way are the same whatever rank a sample lands on and wherever a run was interrupted, and no global
-generator is touched.
+Masks drawn this way are the same whatever rank a sample lands on and wherever a run was interrupted, and no
+global generator is touched.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """Augmentations and the evaluation transform: uint8 images (3, H, W) of any size to float tensors (3, S, S).
 
-They run one sample at a time in loader workers. Every random number comes from torch's global generator, which the
-loader seeds for each sample, so a sample's views depend on nothing else. All are plain picklable objects.
+They run one sample at a time in loader workers. Every random number comes from torch's global generator,
+which the loader seeds for each sample, so a sample's views depend on nothing else. All are plain picklable
+objects.
 """
 
 import math
@@ -28,7 +29,8 @@ class EvalTransform:
 
     Args:
         size: side of the output S in pixels.
-        crop: the centre crop's share of the resized side; 1 for small images, 0.875 (256 to 224) for large ones.
+        crop: the centre crop's share of the resized side; 1 for small images, 0.875 (256 to 224) for large
+            ones.
     """
 
     size: int
@@ -52,9 +54,9 @@ class EvalTransform:
 class Augmentation:
     """One random view: resized crop, flip, colour jitter, grey, blur, solarisation, normalisation.
 
-    All colour changes of a view are one affine map of its RGB values, in the order brightness, contrast, saturation,
-    hue, grey: one small matrix product instead of a dozen passes over the image. Hue turns the chrominance plane of YIQ,
-    which keeps luma; the values are cut to 0..255 once, at the end.
+    All colour changes of a view are one affine map of its RGB values, in the order brightness, contrast,
+    saturation, hue, grey: one small matrix product instead of a dozen passes over the image. Hue turns the
+    chrominance plane of YIQ, which keeps luma; the values are cut to 0..255 once, at the end.
 
     Args:
         size: side of the view S in pixels.
@@ -117,8 +119,8 @@ def simclr_views(size: int, *, n_views: int = 2, strength: float | None = None, 
 
     Args:
         size: side of the views in pixels.
-        strength: of the colour jitter (0.8, 0.8, 0.8, 0.2); None takes 0.5 up to 64 pixels and 1 above, as the paper does for
-            CIFAR-10 and ImageNet. Blur (probability 0.5) is used above 64 pixels alone.
+        strength: of the colour jitter (0.8, 0.8, 0.8, 0.2); None takes 0.5 up to 64 pixels and 1 above, as
+            the paper does for CIFAR-10 and ImageNet. Blur (probability 0.5) is used above 64 pixels alone.
         options: fields of `Augmentation` that replace the defaults.
     """
     small = size <= 64
@@ -149,7 +151,7 @@ def normalize(image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) ->
 
 
 def color_matrix(*, saturation: float = 1.0, hue: float = 0.0, grey: bool = False) -> Tensor:
-    """The (3, 3) matrix on RGB that scales saturation, turns the hue (in turns), and drops colour where `grey`."""
+    """The (3, 3) matrix on RGB that scales saturation, turns the hue, and drops colour where `grey`."""
     if grey:
         return _LUMA.expand(3, 3)
     luma, identity = _LUMA.expand(3, 3), torch.eye(3)
@@ -182,7 +184,7 @@ def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
 def _random_crop(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], draws: list[float]
 ) -> tuple[int, int, int, int]:
-    """Top, left, height, width of a random crop: up to nine tries, then the largest centre crop within `ratio`."""
+    """Top, left, height, width of a random crop: up to nine tries, then the largest centre crop."""
     area = height * width
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for u, v in zip(draws[0:18:2], draws[1:18:2]):

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features, DINO's protocol: cosine, votes exp(similarity / 0.07)."""
+"""Weighted k-nearest-neighbour classification of frozen features: cosine, votes exp(similarity / 0.07)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,9 +56,9 @@ def knn(
 ) -> KNNResult:
     """Classify test features by the labels of their nearest train features.
 
-    A neighbour at cosine s votes for its class with weight exp(s / temperature) (Wu et al. 2018, arXiv 1805.01978). Under
-    `torch.distributed` every rank gives its own share of both sets, of any length; the bank stays sharded, queries travel,
-    and all ranks get the result of the joined sets.
+    A neighbour at cosine s votes for its class with weight exp(s / temperature) (Wu et al. 2018, arXiv
+    1805.01978). Under `torch.distributed` every rank gives its own share of both sets, of any length; the
+    bank stays sharded, queries travel, and all ranks get the result of the joined sets.
 
     Args:
         train_features: (n, d), any float type; train_labels: (n,) integers >= 0.
@@ -70,7 +70,8 @@ def knn(
         device: where to compare.
 
     Raises:
-        ValueError: shapes that do not match, non-finite features, negative labels, or k larger than the train set.
+        ValueError: shapes that do not match, non-finite features, negative labels, or k larger than the train
+            set.
     """
     ks = [k] if isinstance(k, int) else sorted(set(k))
     bank = checked_features("train", train_features, device)
@@ -123,7 +124,7 @@ def knn(
 
 
 def _nearest(block: Tensor, bank: Tensor, bank_labels: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
-    """Similarities and labels (b, k), nearest first, of the k nearest of all ranks' banks for this rank's block."""
+    """Similarities and labels (b, k) of this rank's block's nearest in all ranks' banks, nearest first."""
     asked = all_gather_rows(block)
     if metric == "cosine":
         similarity = asked @ bank.T
@@ -135,7 +136,8 @@ def _nearest(block: Tensor, bank: Tensor, bank_labels: Tensor, k: int, metric: s
         return values, labels
     lengths = all_gather_rows(torch.tensor([len(block)], device=block.device)).tolist()
     own = slice(sum(lengths[: rank()]), sum(lengths[: rank() + 1]))
-    # Shards may hold fewer than k rows, so candidates travel as columns, of which each rank may have its own number.
+    # Shards may hold fewer than k rows, so candidates travel as columns, of which each rank may have its own
+    # number.
     values = all_gather_rows(values.T.contiguous()).T[own]
     labels = all_gather_rows(labels.T.contiguous()).T[own]
     values, order = values.sort(dim=1, descending=True, stable=True)

@@ -19,16 +19,19 @@ Source = DataLoader | Dataset | Callable[[], DataLoader | Dataset]
 
 
 class OnlineKNN(L.Callback):
-    """k-NN accuracy of the module's `embed` every few epochs, logged as `knn/<k>` and `knn/class_average_<k>`.
+    """k-NN accuracy of the module's `embed` every few epochs, logged as `knn/<k>` and
+    `knn/class_average_<k>`.
 
-    Each rank embeds its share of both sets. Features are taken in evaluation mode, without gradient, and every submodule's
-    mode is put back, so BatchNorm statistics, frozen parts and random numbers of the training are what they would be
-    without the callback. If a probe fails on any rank, all ranks skip it, the run goes on, and the reason is logged.
+    Each rank embeds its share of both sets. Features are taken in evaluation mode, without gradient, and
+    every submodule's mode is put back, so BatchNorm statistics, frozen parts and random numbers of the
+    training are what they would be without the callback. If a probe fails on any rank, all ranks skip it, the
+    run goes on, and the reason is logged.
 
     Args:
         train, test: labelled sets, or functions that give them when the fit starts: a map-style dataset of
-            {"image": (3, S, S), "label": int} (as `eval_transform` makes images) or of pairs, or a `DataLoader` over one, whose
-            batch size, workers and collation are kept. Samples with label -1 are left out.
+            {"image": (3, S, S), "label": int} (as `eval_transform` makes images) or of pairs, or a
+            `DataLoader` over one, whose batch size, workers and collation are kept. Samples with label -1 are
+            left out.
         every_n_epochs: 1 probes after each epoch; the last epoch of a run is always probed.
         k: numbers of neighbours.
         temperature: of the votes.
@@ -81,7 +84,8 @@ class OnlineKNN(L.Callback):
                 self._check(sets)
         except Exception as caught:  # whatever goes wrong in a probe must not end a training of days
             error = caught
-        # The ranks agree before the first collective of the comparison, or one would wait for another for ever.
+        # The ranks agree before the first collective of the comparison, or one would wait for another for
+        # ever.
         failed = int(all_reduce(torch.tensor([int(error is not None)], device=pl_module.device)))
         if error is not None:
             log.warning(
@@ -116,7 +120,7 @@ class OnlineKNN(L.Callback):
 
 @contextlib.contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each submodule's mode and torch's random state are put back at the end."""
+    """Evaluation mode without gradients; submodules' modes and torch's random state are put back after."""
     modes = [(m, m.training) for m in module.modules()]
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
     module.eval()

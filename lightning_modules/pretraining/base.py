@@ -1,4 +1,4 @@
-"""What every pretraining module shares: a backbone, checked batches, rates by the step, checkpoints that name their class."""
+"""What pretraining modules share: a backbone, checked batches, rates by the step, and their checkpoints."""
 
 import logging
 import math
@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 class PretrainingModule(L.LightningModule):
     """A backbone that learns from batches {"views": [(B, 3, S, S), ...], "sample_id": (B,)}.
 
-    A subclass gives `loss(batch)`, `views()`, and `configure_optimizers`; its `__init__` calls `save_hyperparameters()` with
-    plain values only, so that its checkpoints load with `weights_only=True`.
+    A subclass gives `loss(batch)`, `views()`, and `configure_optimizers`; its `__init__` calls
+    `save_hyperparameters()` with plain values only, so that its checkpoints load with `weights_only=True`.
 
-    The learning rate is a pure function of the optimiser step, set before each batch: base rate, scaled to the global batch
-    (per-rank batch x ranks x accumulated batches), linear warm-up, cosine to `final_learning_rate`. A parameter
-    group's `lr_scale` multiplies it.
+    The learning rate is a pure function of the optimiser step, set before each batch: base rate, scaled to
+    the global batch (per-rank batch x ranks x accumulated batches), linear warm-up, cosine to
+    `final_learning_rate`. A parameter group's `lr_scale` multiplies it.
     """
 
     n_views: int | None = 2  # how many views a batch must hold; None: any number
@@ -201,8 +201,9 @@ class PretrainingModule(L.LightningModule):
         where = f"step {self.global_step}, rank {rank()}: the loss is {float(loss.detach())}"
         if not bad.any():
             return (
-                f"{where}, though this rank's images are finite: another rank's are not, or the learning rate or the "
-                "precision is at fault; resume from the last checkpoint with a smaller learning rate or bf16-mixed"
+                f"{where}, though this rank's images are finite: another rank's are not, or the learning "
+                "rate or the precision is at fault; resume from the last checkpoint with a smaller rate or "
+                "bf16-mixed"
             )
         ids = batch.get("sample_id")
         chosen = torch.nonzero(bad).flatten()
@@ -216,8 +217,8 @@ def check_views(batch: Mapping[str, Any], n_views: int | None) -> None:
 
     Raises:
         TypeError: the batch is no mapping with a list of image tensors under "views".
-        ValueError: another number of views, views of different batch sizes, or (where `n_views` is given) of different
-            image sizes, or a batch of one.
+        ValueError: another number of views, views of different batch sizes, or (where `n_views` is given) of
+            different image sizes, or a batch of one.
     """
     views = batch.get("views") if isinstance(batch, Mapping) else None
     if (
@@ -227,8 +228,8 @@ def check_views(batch: Mapping[str, Any], n_views: int | None) -> None:
     ):
         found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise TypeError(
-            "a training batch is a dict with 'views', a list of tensors (B, 3, S, S): give module.views() to the loader; "
-            f"got {found}"
+            "a training batch is a dict with 'views', a list of tensors (B, 3, S, S): give module.views() to "
+            f"the loader; got {found}"
         )
     shapes = [tuple(view.shape) for view in views]
     if n_views is not None and len(views) != n_views:

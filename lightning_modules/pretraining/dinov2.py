@@ -19,8 +19,9 @@ from lightning_modules.randomness import mix, seeded
 from lightning_modules.schedules import cosine, linear
 from lightning_modules.views import Augmentation, Views
 
-# For one machine and images of about 32 pixels: few prototypes, a fast teacher, a short warm-up of its temperature, no
-# rising weight decay. With the settings for large runs the loss of a small one stays at log(n_prototypes) for epochs.
+# For one machine and images of about 32 pixels: few prototypes, a fast teacher, a short warm-up of its
+# temperature, no rising weight decay. With the settings for large runs the loss of a small one stays at
+# log(n_prototypes) for epochs.
 SMALL: dict[str, Any] = {
     "n_local_views": 4,
     "n_prototypes": 1024,
@@ -38,29 +39,33 @@ SMALL: dict[str, Any] = {
 
 
 class DINOv2(PretrainingModule):
-    """DINOv2's training method. `backbone` is the teacher, the moving average, which is what one uses afterwards.
+    """DINOv2's training method. `backbone` is the teacher, the moving average: what one uses afterwards.
 
-    The student sees two global views, with blocks of patches masked, and several local ones; its class tokens match the
-    teacher's on the other global views (DINO), its masked patches the teacher's patches (iBOT), and KoLeo spreads the
-    class tokens. Defaults are the paper's for a ViT-L, except for what it trained on; for one small machine:
-    `DINOv2("timm:vit_tiny_patch16_224", image_size=32, local_image_size=16, **SMALL)`.
+    The student sees two global views, with blocks of patches masked, and several local ones; its class tokens
+    match the teacher's on the other global views (DINO), its masked patches the teacher's patches (iBOT), and
+    KoLeo spreads the class tokens. Defaults are the paper's for a ViT-L, except for what it trained on; for
+    one small machine: `DINOv2("timm:vit_tiny_patch16_224", image_size=32, local_image_size=16, **SMALL)`.
 
     Args:
-        backbone: a timm vision transformer with a class token; registers through `backbone_options={"reg_tokens": 4}`.
+        backbone: a timm vision transformer with a class token; registers through
+            `backbone_options={"reg_tokens": 4}`.
         image_size, local_image_size: sides of global and local views in pixels, multiples of the patch size.
         n_local_views: 0 or more.
         drop_path: of the student.
         n_prototypes, ibot_prototypes: K of the two heads; `ibot_prototypes` is `n_prototypes` unless given.
         head_hidden, head_bottleneck: widths of the heads.
         centering: "sinkhorn" (DINOv2) or "softmax" (DINO's moving centre).
-        student_temperature; teacher_temperature, warmup_teacher_temperature: the teacher's rises linearly from the latter
+        student_temperature; teacher_temperature, warmup_teacher_temperature: the teacher's rises linearly
+        from the latter
             over `teacher_temperature_warmup_epochs`.
         ibot_weight, koleo_weight: of these losses beside DINO's.
         mask_probability, mask_ratio: share of the global views that are masked, and of their patches.
         teacher_momentum: of the moving average, a cosine from here to 1.
-        learning_rate: for a global batch of 1024, scaled by the square root (paper: 4e-3 for ViT-L with drop path).
+        learning_rate: for a global batch of 1024, scaled by the square root (paper: 4e-3 for ViT-L with drop
+            path).
         weight_decay, final_weight_decay: a cosine from the first to the second.
-        layer_decay: each block below the last learns slower by this factor; `patch_embed_rate` multiplies the patch embedding's.
+        layer_decay: each block below the last learns slower by this factor; `patch_embed_rate` multiplies the
+            patch embedding's.
         freeze_last_layer_epochs: the prototypes do not learn until then.
         gradient_clip: norm of the gradient, unless the Trainer's `gradient_clip_val` is given.
         augmentation: replaces fields of all views' augmentations.
@@ -295,7 +300,7 @@ class DINOv2(PretrainingModule):
         return targets
 
     def _student_randomness(self) -> contextlib.AbstractContextManager[None]:
-        """Drop path by seed, batch and rank, so that a resumed run drops what the whole run would have dropped."""
+        """Drop path by seed, batch and rank: a resumed run drops what the whole run would have dropped."""
         if not self.hparams.drop_path:
             return contextlib.nullcontext()
         return seeded(mix(self.hparams.seed, self.draw, rank()), self.device)
@@ -327,8 +332,9 @@ def set_drop_path(net: nn.Module, rate: float) -> None:
 def layer_groups(
     net: nn.Module, heads: list[nn.Module], mask_token: nn.Parameter, *, decay: float, patch_embed_rate: float
 ) -> list[dict[str, Any]]:
-    """Parameter groups of equal rate: `lr_scale` = decay ** (blocks above), no weight decay of biases, norms and tokens.
+    """Parameter groups of equal rate: `lr_scale` = decay ** (blocks above).
 
+    Biases, norms, tokens and positions have no weight decay.
     Each group also says whether it is the prototypes (`last_layer`), which are frozen at first.
     """
     n_blocks = len(net.blocks)

@@ -1,4 +1,4 @@
-"""MAE: a light decoder reconstructs the three quarters of an image that the encoder did not see (arXiv 2111.06377)."""
+"""MAE: a light decoder reconstructs what of an image the encoder did not see (arXiv 2111.06377)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,14 +16,15 @@ from lightning_modules.views import Augmentation, Views
 
 
 class MAE(PretrainingModule):
-    """Masked autoencoder. One view of each image; the masks depend on seed, batch and sample alone, not on the rank.
+    """Masked autoencoder. One view of each image; masks depend on seed, batch and sample, not on the rank.
 
     Args:
         backbone: a timm vision transformer with a class token.
         image_size: side of the views in pixels.
         pretrained, frozen_blocks, backbone_options: as in `build_backbone`.
         mask_ratio: share of patches hidden from the encoder.
-        decoder_dimension, decoder_depth, decoder_heads: of the decoder; 512, 8, 16 in the paper for ViT-B to ViT-H.
+        decoder_dimension, decoder_depth, decoder_heads: of the decoder; 512, 8, 16 in the paper for ViT-B to
+            ViT-H.
         normalize_pixels: targets are each patch's pixels less their mean, divided by their deviation.
         learning_rate: for a global batch of 256, linear scaling (paper: 1.5e-4, AdamW).
         weight_decay, betas: of AdamW.
@@ -187,7 +188,7 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 
 
 def sine_cosine_positions(height: int, width: int, dimension: int) -> Tensor:
-    """Fixed position embeddings (h * w, dimension): a quarter each of sine and cosine of row and of column."""
+    """Fixed position embeddings (h * w, dimension): sines and cosines of the row and of the column."""
     if dimension % 4:
         raise ValueError(f"decoder_dimension must be a multiple of 4, got {dimension}")
     frequencies = 10000.0 ** (-torch.arange(dimension // 4) / (dimension // 4))

@@ -1,4 +1,4 @@
-"""SimCLR: two views of an image are told from all other images' views (Chen et al. 2020, arXiv 2002.05709)."""
+"""SimCLR: two views of an image are told from all other images' views (arXiv 2002.05709)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,15 +15,17 @@ from lightning_modules.views import Views, simclr_views
 
 
 class SimCLR(PretrainingModule):
-    """SimCLR with any backbone. With BatchNorm and several ranks give the Trainer `sync_batchnorm=True`, as the paper does.
+    """SimCLR with any backbone.
+
+    With BatchNorm and several ranks give the Trainer `sync_batchnorm=True`, as the paper does.
 
     Args:
         backbone: name of the network (`lightning_modules.backbones.build_backbone`).
         image_size: side of the views in pixels.
         small_images: ResNets: 3x3 first convolution, no max-pool; for images of about 32 pixels.
         pretrained, frozen_blocks, backbone_options: as in `build_backbone`.
-        projection_dimension, hidden_dimension: of the head, a two-layer MLP; the hidden layer is as wide as the features
-            unless given.
+        projection_dimension, hidden_dimension: of the head, a two-layer MLP; the hidden layer is as wide as
+            the features unless given.
         batch_norm: in the head's hidden layer.
         temperature: 0.5 suits small batches and small images, 0.1 large batches of ImageNet (paper, table 5).
         optimizer: "lars" (batches of 1024 and more), "adamw" or "sgd".
@@ -74,10 +76,7 @@ class SimCLR(PretrainingModule):
         self.views()  # an unknown field of `augmentation` is an error now, not in a worker
 
     def views(self) -> Views:
-        options = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in (self.hparams.augmentation or {}).items()
-        }
-        return simclr_views(self.image_size, **options)
+        return simclr_views(self.image_size, **(self.hparams.augmentation or {}))
 
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         a, b = self.project(batch["views"])

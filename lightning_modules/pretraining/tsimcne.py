@@ -20,13 +20,15 @@ log = logging.getLogger(__name__)
 class TSimCNE(PretrainingModule):
     """t-SimCNE. One `Trainer.fit` over `sum(epochs)` epochs goes through all stages, and resumes in any.
 
-    Stage 1 learns 128 outputs; stage 2 puts a new two-dimensional layer in place of the last one and trains it alone; stage
-    3 fine-tunes everything at a thousandth of the rate. Each stage starts with a fresh optimiser. `coordinates(images)`
-    is the map, `embed(images)` the backbone's features. With BatchNorm on several ranks give `sync_batchnorm=True`.
+    Stage 1 learns 128 outputs; stage 2 puts a new two-dimensional layer in place of the last one and trains
+    it alone; stage 3 fine-tunes everything at a thousandth of the rate. Each stage starts with a fresh
+    optimiser. `coordinates(images)` is the map, `embed(images)` the backbone's features. With BatchNorm on
+    several ranks give `sync_batchnorm=True`.
 
     Args:
-        backbone, image_size, small_images, pretrained, frozen_blocks, backbone_options: as in `build_backbone`.
-        epochs: of the three stages; the authors' shorter budgets are (400, 25, 75) and (775, 25, 200). The Trainer's
+        backbone, image_size, small_images, pretrained, frozen_blocks, backbone_options: as in
+        `build_backbone`. epochs: of the three stages; the authors' shorter budgets are (400, 25, 75) and
+        (775, 25, 200). The Trainer's
             `max_epochs` must be their sum.
         warmup_epochs: of stages 1 and 3.
         learning_rate: for a global batch of 256, linear scaling.
@@ -128,8 +130,8 @@ class TSimCNE(PretrainingModule):
         total = sum(self.stage_epochs)
         if self.trainer.max_epochs != total and self.trainer.max_steps == -1:
             raise ValueError(
-                f"the three stages take {' + '.join(map(str, self.stage_epochs))} = {total} epochs, but the Trainer's "
-                f"max_epochs is {self.trainer.max_epochs}; make them equal"
+                f"the three stages take {' + '.join(map(str, self.stage_epochs))} = {total} epochs, but the "
+                f"Trainer's max_epochs is {self.trainer.max_epochs}; make them equal"
             )
 
     def set_rates(self, step: int) -> None:

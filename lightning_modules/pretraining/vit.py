@@ -1,4 +1,4 @@
-"""What masked methods need of a timm vision transformer: its token sequence, with patches masked or left out."""
+"""What masked methods need of a timm vision transformer: its tokens, some masked or left out."""
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn, where

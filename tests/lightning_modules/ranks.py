@@ -13,13 +13,16 @@ import torch.distributed as dist
 def on_two_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(rank, *arguments)` on two forked processes; their results in rank order.
 
-    Forked, because importing torch and lightning again costs seconds. One thread each: OpenMP does not survive a fork.
+    Forked, because importing torch and lightning again costs seconds. One thread each: OpenMP does not
+    survive a fork.
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         ends = [context.Pipe(duplex=False) for _ in range(2)]
         processes = [
-            context.Process(target=_work, args=(rank, folder, ends[rank][1], function, arguments), daemon=True)
+            context.Process(
+                target=_work, args=(rank, folder, ends[rank][1], function, arguments), daemon=True
+            )
             for rank in range(2)
         ]
         for process in processes:

@@ -66,7 +66,13 @@ def test_frozen_prefix_neither_learns_nor_counts(name):
     optimizer.step()
     changed = {k for k, v in backbone.state_dict().items() if not torch.equal(v, before[k])}
     frozen = {id(v) for block in backbone.blocks[:2] for v in block.state_dict(keep_vars=True).values()}
-    stem = {"net.conv1.weight", "net.bn1.running_mean", "net.cls_token", "net.pos_embed", "net.conv_proj.weight"}
+    stem = {
+        "net.conv1.weight",
+        "net.bn1.running_mean",
+        "net.cls_token",
+        "net.pos_embed",
+        "net.conv_proj.weight",
+    }
     state = backbone.state_dict(keep_vars=True)
     assert not {k for k in changed if id(state[k]) in frozen or k in stem}
     later = {id(v) for block in backbone.blocks[2:] for v in block.state_dict(keep_vars=True).values()}
@@ -110,7 +116,7 @@ def test_transformer_weights_fit_another_image_size(tmp_path):
 
 
 def test_bad_names_sizes_and_files(tmp_path):
-    with pytest.raises(ValueError, match="did you mean.*resnet18"):
+    with pytest.raises(ValueError, match=r"did you mean.*resnet18"):
         build_backbone("torchvision:resnet81")
     with pytest.raises(ValueError, match="timm has no model"):
         build_backbone("resnet_eighteen")
@@ -118,7 +124,7 @@ def test_bad_names_sizes_and_files(tmp_path):
         build_backbone("keras:resnet18")
     with pytest.raises(ValueError, match=r"28 is no multiple of its patch size 16"):
         build_backbone("timm:vit_tiny_patch16_224", image_size=28, depth=1)
-    with pytest.raises(ValueError, match="does not fit|cannot be built"):
+    with pytest.raises(ValueError, match=r"does not fit|cannot be built"):
         build_backbone("torchvision:resnet18", depth=3)
     with pytest.raises(ValueError, match="no such file"):
         build_backbone("resnet10", width=8, pretrained=tmp_path / "no.pth")

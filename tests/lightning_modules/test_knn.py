@@ -1,4 +1,4 @@
-"""k-NN against brute force and scikit-learn, on two ranks, and the callback: what it measures and what it leaves alone."""
+"""k-NN against brute force and scikit-learn; the callback: what it measures and what it leaves alone."""
 
 import json
 import logging
@@ -60,7 +60,9 @@ def test_ranks_join_to_the_same_result(features):
 
     def share(rank):
         mine, tested = (slice(0, 40), slice(40, None))[rank], (slice(0, 90), slice(90, None))[rank]
-        return knn(train[mine], train_labels[mine], test[tested], test_labels[tested], k=(5, 100), block_size=32).accuracy
+        return knn(
+            train[mine], train_labels[mine], test[tested], test_labels[tested], k=(5, 100), block_size=32
+        ).accuracy
 
     expected = knn(*features, k=(5, 100)).accuracy
     assert on_two_ranks(share) == [pytest.approx(expected)] * 2
@@ -167,7 +169,9 @@ def test_the_callback_changes_nothing_of_the_training():
 
 def test_a_failing_probe_is_logged_and_the_run_goes_on(caplog):
     with caplog.at_level(logging.WARNING):
-        _, trainer = fit([OnlineKNN(Labelled(40), Labelled(13, broken=True)), OnlineKNN(Labelled(4), Labelled(4), k=9)])
+        _, trainer = fit(
+            [OnlineKNN(Labelled(40), Labelled(13, broken=True)), OnlineKNN(Labelled(4), Labelled(4), k=9)]
+        )
     assert trainer.global_step == 4
     assert "OSError: a disk gone" in caplog.text
     assert "k must lie in 1..4" in caplog.text

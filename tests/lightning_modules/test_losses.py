@@ -68,7 +68,10 @@ def test_cauchy_contrast_identities(pair):
 def test_lightly_agrees(pair):
     lightly = pytest.importorskip("lightly.loss")
     torch.testing.assert_close(
-        losses.nt_xent(*pair, temperature=0.2), lightly.NTXentLoss(temperature=0.2)(*pair), rtol=1e-5, atol=1e-6
+        losses.nt_xent(*pair, temperature=0.2),
+        lightly.NTXentLoss(temperature=0.2)(*pair),
+        rtol=1e-5,
+        atol=1e-6,
     )
     torch.testing.assert_close(losses.koleo(pair[0]), lightly.KoLeoLoss()(pair[0]), rtol=1e-5, atol=1e-6)
 
@@ -79,7 +82,10 @@ def test_lightly_agrees(pair):
     for _ in range(2):  # twice, so that the second time has a centre
         targets = losses.centered_targets(teacher, center, 0.05)
         torch.testing.assert_close(
-            losses.dino(student, targets), theirs(list(teacher), list(student), teacher_temp=0.05), rtol=1e-5, atol=1e-6
+            losses.dino(student, targets),
+            theirs(list(teacher), list(student), teacher_temp=0.05),
+            rtol=1e-5,
+            atol=1e-6,
         )
         center = losses.updated_center(center, teacher.flatten(0, 1))
         torch.testing.assert_close(center, theirs.center.flatten(), rtol=1e-5, atol=1e-7)
@@ -95,7 +101,10 @@ def test_lightly_agrees(pair):
     from lightly.loss.swav_loss import sinkhorn
 
     torch.testing.assert_close(
-        losses.sinkhorn_targets(tokens[0], 0.3), sinkhorn(tokens[0], iterations=3, epsilon=0.3), rtol=1e-4, atol=1e-6
+        losses.sinkhorn_targets(tokens[0], 0.3),
+        sinkhorn(tokens[0], iterations=3, epsilon=0.3),
+        rtol=1e-4,
+        atol=1e-6,
     )
 
 
@@ -162,7 +171,9 @@ def test_two_ranks_are_one_process_on_the_joined_batch(pair):
     joined = np.concatenate([r["sinkhorn"][0] for r in ranks])
     np.testing.assert_allclose(joined, losses.sinkhorn_targets(rows, 0.3).numpy(), atol=1e-5)
     for r in ranks:
-        np.testing.assert_allclose(r["center"][0], losses.updated_center(torch.ones(5), rows).numpy(), atol=1e-6)
+        np.testing.assert_allclose(
+            r["center"][0], losses.updated_center(torch.ones(5), rows).numpy(), atol=1e-6
+        )
 
 
 def test_bad_pairs_are_refused(pair):

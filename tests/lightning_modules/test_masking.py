@@ -33,7 +33,10 @@ def test_seeded_leaves_the_global_generator_alone():
 
 
 @given(
-    n=st.integers(2, 40), keep=st.integers(1, 40), seed=st.integers(0, 2**40), ids=st.lists(st.integers(0), max_size=5)
+    n=st.integers(2, 40),
+    keep=st.integers(1, 40),
+    seed=st.integers(0, 2**40),
+    ids=st.lists(st.integers(0), max_size=5),
 )
 @settings(max_examples=50, deadline=None)
 def test_random_masks_restore(n, keep, seed, ids):
@@ -53,7 +56,8 @@ def test_block_masks_have_exact_counts_and_are_blocks():
     counts = mask.sum(1)
     masked = counts[counts > 0]
     assert 0.4 < len(masked) / 400 < 0.6
-    assert masked.min() >= round(0.1 * 196) - 1 and masked.max() <= round(0.5 * 196) + 1
+    assert masked.min() >= round(0.1 * 196) - 1
+    assert masked.max() <= round(0.5 * 196) + 1
     assert abs(float(masked.float().mean()) / 196 - 0.3) < 0.03
     # Neighbours of a masked patch are masked far more often than under single random patches.
     grid = mask[counts > 0].view(-1, 14, 14)
@@ -79,7 +83,9 @@ def test_reconstruction_loss_is_the_loop():
     for b, i in masked.nonzero().tolist():
         target = (pixels[b, i] - pixels[b, i].mean()) / (pixels[b, i].var() + 1e-6).sqrt()
         terms.append((predicted[b, i] - target).square().mean())
-    torch.testing.assert_close(reconstruction_loss(predicted, pixels, masked=masked), torch.stack(terms).mean())
+    torch.testing.assert_close(
+        reconstruction_loss(predicted, pixels, masked=masked), torch.stack(terms).mean()
+    )
     perfect = reconstruction_loss(pixels, pixels, masked=masked, normalize=False)
     assert float(perfect) == 0.0
 

@@ -1,4 +1,4 @@
-"""Every pretraining module: gradients on two ranks, exact resume, bf16, accumulation, checkpoints, clear errors."""
+"""Every pretraining module: gradients on two ranks, exact resume, bf16, checkpoints, clear errors."""
 
 import importlib
 import math
@@ -83,8 +83,8 @@ def fit(module: L.LightningModule, *, checkpoint: str | None = None, **options: 
         enable_model_summary=False,
         **{"max_epochs": 4, "enable_checkpointing": False, **options},
     )
-    # The same four samples in every batch: a stock loader starts anew when a run resumes within an epoch, and what is
-    # tested here is the module, whose masks, rates and stages still depend on the place in the run.
+    # The same four samples in every batch: a stock loader starts anew when a run resumes within an epoch, and
+    # what is tested here is the module, whose masks, rates and stages still depend on the place in the run.
     loader = DataLoader(Images(module), batch_size=4, sampler=[3, 1, 2, 0] * 4)
     trainer.fit(module, loader, ckpt_path=checkpoint)
     return trainer
@@ -199,11 +199,11 @@ def test_bf16_accumulation_and_checkpoint(name, tmp_path):
 def test_bad_batches_are_refused(name):
     module = build(name)
     batch = batch_of(module)
-    with pytest.raises(TypeError, match="'views'"):
+    with pytest.raises(TypeError, match=r"'views'"):
         module.training_step({"image": batch["views"][0]}, 0)
-    with pytest.raises(ValueError, match="view|image"):
+    with pytest.raises(ValueError, match=r"view|image"):
         module.training_step({"views": [*batch["views"][1:], batch["views"][0][:, :, :12]]}, 0)
-    with pytest.raises(ValueError, match="differ in size|expected"):
+    with pytest.raises(ValueError, match=r"differ in size|expected"):
         module.training_step({"views": [batch["views"][0], batch["views"][0][:3]]}, 0)
     if name != "mae":
         with pytest.raises(ValueError, match="1 sample"):

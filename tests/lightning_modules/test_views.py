@@ -1,4 +1,4 @@
-"""Views: deterministic by torch's generator, of the right distribution, equal to torchvision where the same is meant."""
+"""Views: deterministic by torch's generator, well distributed, torchvision's where the same is meant."""
 
 import math
 import pickle
@@ -86,8 +86,10 @@ def test_blur_is_torchvisions(image):
 @settings(max_examples=200, deadline=None)
 def test_crops_lie_in_the_image(height, width, draws):
     top, left, h, w = _random_crop(height, width, (0.08, 1.0), (3 / 4, 4 / 3), draws)
-    assert 0 < h <= height and 0 < w <= width
-    assert 0 <= top <= height - h and 0 <= left <= width - w
+    assert 0 < h <= height
+    assert 0 < w <= width
+    assert 0 <= top <= height - h
+    assert 0 <= left <= width - w
 
 
 def test_crop_areas_are_uniform():
