@@ -2,11 +2,13 @@
 
 from curated_data.pool.decode import decode_image, decode_sample
 from curated_data.pool.index import PoolIndex, ShardIndex, index_shard
+from curated_data.pool.remote import RemoteOptions
 from curated_data.pool.shards import ShardPool
 from curated_data.pool.writer import ShardWriter, import_folder
 
 __all__ = [
     "PoolIndex",
+    "RemoteOptions",
     "ShardIndex",
     "ShardPool",
     "ShardWriter",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from curated_data.pool.index import (
     write_pool_index,
 )
 from curated_data.pool.storage import ShardFile, check_unchanged
-from curated_data.pool.tar import local_source
+from curated_data.pool.tar import Source, local_source
 from curated_data.pool.urls import is_remote
 from curated_data.progress import progress
 
@@ -33,9 +33,11 @@ log = logging.getLogger(__name__)
 _WORTH_PROCESSES = 256 << 20  # bytes of shards below which starting processes takes longer than it saves
 
 
-def build_in_memory(
-    shards: Sequence[ShardFile], opener: Callable | None, num_workers: int | None
-) -> PoolIndex:
+# Gives a remote shard as what an index is built from, for the length of a `with` block.
+Opener = Callable[[ShardFile], AbstractContextManager[Source]]
+
+
+def build_in_memory(shards: Sequence[ShardFile], opener: Opener | None, num_workers: int | None) -> PoolIndex:
     """Index every shard and keep the arrays in memory."""
     started = time.monotonic()
     task = partial(_index, opener=opener)
@@ -46,7 +48,7 @@ def build_in_memory(
 
 
 def build_in_cache(
-    shards: Sequence[ShardFile], opener: Callable | None, num_workers: int | None, cache_dir: str | Path
+    shards: Sequence[ShardFile], opener: Opener | None, num_workers: int | None, cache_dir: str | Path
 ) -> tuple[PoolIndex, Path]:
     """Open the pool's index in the cache, after indexing the shards that are new to it; and where it lies.
 
@@ -81,7 +83,8 @@ def pool_fingerprint(shard_fingerprints: Sequence[str]) -> str:
 
 def _index(shard: ShardFile, *, opener: Callable | None) -> ShardIndex:
     if is_remote(shard.url):
-        return index_shard(opener(shard))
+        with opener(shard) as source:
+            return index_shard(source)
     try:
         handle = os.open(shard.url, os.O_RDONLY)
     except OSError as error:
@@ -95,7 +98,7 @@ def _index(shard: ShardFile, *, opener: Callable | None) -> ShardIndex:
         os.close(handle)
 
 
-def _index_to_cache(shard: ShardFile, *, opener: Callable | None, root: Path, wait: bool = False) -> None:
+def _index_to_cache(shard: ShardFile, *, opener: Opener | None, root: Path, wait: bool = False) -> None:
     folder = root / "index" / shard.fingerprint
     with locked(folder, wait=wait) as held:
         if held and not (folder / MANIFEST).exists():

@@ -162,29 +162,38 @@ class LocalReader:
         return handles
 
     def _handle(self, number: int) -> int:
-        """An open file of the shard, checked to be in the state that was indexed."""
-        shard = self.shards[number]
+        """An open file of the shard, in the state that was indexed."""
         entry = self._open.get(number)
-        if entry is None:
-            try:
-                handle = os.open(shard.url, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise vanished(shard, error) from error
-            status = os.fstat(handle)
-            linked = status.st_nlink > 0  # some network file systems never say
-            try:
-                check_unchanged(shard, status)
-            except PoolError:
-                os.close(handle)
-                raise
-            while len(self._open) >= self.max_open:
-                os.close(self._open.popitem(last=False)[1][0])
-            self._open[number] = handle, linked
-            return handle
-        handle, linked = entry
-        self._open.move_to_end(number)
-        check_unchanged(shard, os.fstat(handle), linked)
+        if entry is not None:
+            handle, linked = entry
+            if self._is_current(number, os.fstat(handle), linked):
+                self._open.move_to_end(number)
+                return handle
+            del self._open[number]
+            os.close(handle)
+        handle = self._open_file(number)
+        while len(self._open) >= self.max_open:
+            os.close(self._open.popitem(last=False)[1][0])
+        self._open[number] = handle, os.fstat(handle).st_nlink > 0  # some network file systems never say
         return handle
+
+    def _open_file(self, number: int) -> int:
+        shard = self.shards[number]
+        try:
+            handle = os.open(shard.url, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise vanished(shard, error) from error
+        try:
+            check_unchanged(shard, os.fstat(handle))
+        except PoolError:
+            os.close(handle)
+            raise
+        return handle
+
+    def _is_current(self, number: int, status: os.stat_result, was_linked: bool) -> bool:
+        """Whether an open file may go on being read; raises where the shard itself has changed."""
+        check_unchanged(self.shards[number], status, was_linked)
+        return True
 
     def _rest(self, span: tuple[int, int, int], handle: int, data: bytes) -> bytes:
         """A read that came short: go on until it is whole, or the file ends."""

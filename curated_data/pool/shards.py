@@ -1,5 +1,6 @@
 """A pool of tar shards as one long list of samples, readable in any order."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,13 +9,17 @@ from typing import Any, Self
 
 import numpy as np
 
+from curated_data.cache import open_cache
 from curated_data.errors import PoolError, SampleError
-from curated_data.pool.build import build_in_cache, build_in_memory, pool_fingerprint
+from curated_data.pool.build import Opener, build_in_cache, build_in_memory, pool_fingerprint
 from curated_data.pool.decode import IMAGE_EXTENSIONS
 from curated_data.pool.index import PoolIndex, load_pool_index
 from curated_data.pool.reader import LocalReader, ReadCounters
+from curated_data.pool.remote import DOWNLOAD, RANGES, RemoteOptions, RemoteReader, choose_access
 from curated_data.pool.storage import ShardFile, stat_shards
-from curated_data.pool.urls import expand_urls
+from curated_data.pool.urls import expand_urls, is_remote
+
+log = logging.getLogger(__name__)
 
 _BLOCK = 65_536  # samples whose labels are read at once
 
@@ -33,6 +38,7 @@ class ShardPool:
         num_workers: processes (threads for remote shards) that index; None takes one a core.
         image_extensions: extensions that are images, the preferred first.
         storage_options: what fsspec needs to reach remote shards, e.g. an endpoint.
+        remote: how remote shards are read.
 
     Raises:
         PoolError: an empty list, a pattern without a match, a missing shard, a shard given twice; on
@@ -52,12 +58,15 @@ class ShardPool:
         num_workers: int | None = None,
         image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
         storage_options: Mapping[str, Any] | None = None,
+        remote: RemoteOptions | None = None,
     ):
         self.storage_options = dict(storage_options or {})
         self.urls = expand_urls(urls, self.storage_options)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.num_workers = num_workers
         self.image_extensions = tuple(extension.lower() for extension in image_extensions)
+        self.remote = remote or RemoteOptions()
+        self._access: np.ndarray | None = None
         self._index: PoolIndex | None = None
         self._index_folder: Path | None = None
 
@@ -72,7 +81,7 @@ class ShardPool:
     @cached_property
     def shards(self) -> list[ShardFile]:
         """Each shard in the state it had when the pool first looked."""
-        return stat_shards(self.urls, self.storage_options)
+        return stat_shards(self.urls, self.storage_options, self.remote)
 
     @cached_property
     def shard_fingerprints(self) -> list[str]:
@@ -91,10 +100,10 @@ class ShardPool:
                 self._index = load_pool_index(self._index_folder)
             elif self.cache_dir is not None:
                 self._index, self._index_folder = build_in_cache(
-                    self.shards, None, self.num_workers, self.cache_dir
+                    self.shards, self._opener, self.num_workers, self.cache_dir
                 )
             else:
-                self._index = build_in_memory(self.shards, None, self.num_workers)
+                self._index = build_in_memory(self.shards, self._opener, self.num_workers)
             if len(self._index) == 0:
                 self._index, shown = None, ", ".join(self.urls[:3])
                 raise PoolError(
@@ -199,6 +208,50 @@ class ShardPool:
             labels[first : first + _BLOCK] = found[place]
         return labels
 
+    def plan_access(
+        self, ids: Sequence[int] | np.ndarray, extensions: Sequence[str] | None = None, *, epochs: int = 1
+    ) -> np.ndarray:
+        """Decide for each remote shard whether to download it or to read its selected samples by ranges.
+
+        By the cost model of `curated_data.pool.remote.choose_access`, unless `RemoteOptions.access` says
+        which. Reads from now on, of copies of this pool in workers too, keep to it. Local shards are read as
+        they are.
+
+        Args:
+            ids: the selection that will be read, without repeats.
+            extensions: the members that will be read; None for all.
+            epochs: how often.
+
+        Returns:
+            (n_shards,) bool: which shards will be downloaded.
+        """
+        remote = np.array([is_remote(url) for url in self.urls])
+        if not remote.any():
+            return remote
+        ids = self._checked(ids)
+        n_bytes, n_samples = np.zeros(len(self.urls)), np.zeros(len(self.urls))
+        for first in range(0, len(ids), _BLOCK):
+            block = ids[first : first + _BLOCK]
+            shard = self.shard_of(block)
+            n_bytes += np.bincount(shard, self.sizes(block, extensions), minlength=len(self.urls))
+            n_samples += np.bincount(shard, minlength=len(self.urls))
+        size = np.array([shard.size for shard in self.shards])
+        chosen = choose_access(size, n_bytes, n_samples, epochs=epochs, options=self.remote)
+        if self.cache_dir is None:
+            chosen[:] = False
+        if self.remote.access != "auto":
+            chosen[:] = self.remote.access == "download"
+        chosen &= remote
+        self._access = np.where(chosen, DOWNLOAD, RANGES)
+        self._reader.access[remote] = self._access[remote]
+        log.info(
+            "of %d remote shards with selected samples %d are downloaded to the cache, the others read by "
+            "ranges",
+            int(((n_samples > 0) & remote).sum()),
+            int(chosen.sum()),
+        )
+        return chosen
+
     @property
     def counters(self) -> ReadCounters:
         """Bytes needed and bytes read by this process."""
@@ -209,8 +262,24 @@ class ShardPool:
         self._reader.close()
 
     @cached_property
-    def _reader(self) -> LocalReader:
-        return LocalReader(self.shards)
+    def _reader(self) -> LocalReader | RemoteReader:
+        if not self._is_remote:
+            return LocalReader(self.shards)
+        return RemoteReader(
+            self.shards,
+            storage_options=self.storage_options,
+            options=self.remote,
+            cache_folder=None if self.cache_dir is None else open_cache(self.cache_dir) / "shards",
+            access=self._access,
+        )
+
+    @property
+    def _is_remote(self) -> bool:
+        return any(is_remote(url) for url in self.urls)
+
+    @property
+    def _opener(self) -> Opener | None:
+        return self._reader.source if isinstance(self._reader, RemoteReader) else None
 
     def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = np.asarray(ids)

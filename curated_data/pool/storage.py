@@ -36,18 +36,25 @@ class ShardFile:
         )
 
 
-def stat_shards(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[ShardFile]:
-    """The present state of each shard.
+def stat_shards(
+    urls: Sequence[str], storage_options: Mapping[str, Any] | None = None, options: Any = None
+) -> list[ShardFile]:
+    """The present state of each shard; remote ones are asked for at once.
+
+    Args:
+        urls: local paths and remote URLs.
+        storage_options: for fsspec.
+        options: the `RemoteOptions`, for retries.
 
     Raises:
         PoolError: a shard is missing, no file, or cannot be reached.
     """
     if not any(is_remote(url) for url in urls):
         return [_stat_local(url) for url in urls]
-    from curated_data.pool.remote import stat_remote
+    from curated_data.pool.remote import stat_remote  # which builds on this module
 
     def stat_any(url: str) -> ShardFile:
-        return stat_remote(url, storage_options) if is_remote(url) else _stat_local(url)
+        return stat_remote(url, storage_options, options) if is_remote(url) else _stat_local(url)
 
     with ThreadPoolExecutor(32) as threads:
         return list(threads.map(stat_any, urls))

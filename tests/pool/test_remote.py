@@ -1,0 +1,421 @@
+"""Remote shards, read from real servers on this machine."""
+
+import http.server
+import multiprocessing
+import os
+import re
+import socket
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("aiohttp")
+
+from curated_data.errors import PoolError
+from curated_data.pool import RemoteOptions, ShardPool, ShardWriter
+from curated_data.pool.remote import choose_access
+from curated_data.pool.shard_cache import ShardCache
+from curated_data.pool.storage import ShardFile
+
+QUICK = {"attempts": 4, "backoff": 0.01}
+
+
+class Server:
+    """A file server with or without ranges that can be slow, fail, or cut connections, and counts."""
+
+    def __init__(self, folder: Path, ranges: bool = True, latency: float = 0.0):
+        self.folder, self.ranges, self.latency = folder, ranges, latency
+        self.requests: Counter[str] = Counter()
+        self.bytes_sent = self.at_once = self.most_at_once = 0
+        self.fail_next = self.cut_next = 0
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args):
+                pass
+
+            def do_HEAD(self):
+                self.answer(with_body=False)
+
+            def do_GET(self):
+                self.answer(with_body=True)
+
+            def answer(self, with_body):
+                with outer.lock:
+                    outer.requests[self.command] += 1
+                    outer.at_once += 1
+                    outer.most_at_once = max(outer.most_at_once, outer.at_once)
+                    fails, cuts = outer.fail_next > 0, outer.cut_next > 0 and with_body
+                    outer.fail_next -= fails
+                    outer.cut_next -= cuts
+                try:
+                    time.sleep(outer.latency)
+                    self.send(with_body, fails, cuts)
+                finally:
+                    with outer.lock:
+                        outer.at_once -= 1
+
+            def send(self, with_body, fails, cuts):
+                path = outer.folder / self.path.lstrip("/")
+                if fails or not path.is_file():
+                    self.send_response(503 if fails else 404)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                data = path.read_bytes()
+                tag = f'"{path.stat().st_mtime_ns:x}-{len(data):x}"'
+                asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+                if asked and outer.ranges:
+                    start, stop = int(asked[1]), min(int(asked[2]) + 1, len(data))
+                    self.send_response(206)
+                    self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+                    data = data[start:stop]
+                else:
+                    self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.send_header("ETag", tag)
+                self.end_headers()
+                if with_body:
+                    body = data[: len(data) // 2] if cuts else data
+                    try:
+                        self.wfile.write(body)
+                    except OSError:
+                        return  # who asked has seen enough
+                    with outer.lock:
+                        outer.bytes_sent += len(body)
+                    if cuts:
+                        self.wfile.flush()
+                        self.connection.shutdown(socket.SHUT_RDWR)
+                        self.close_connection = True
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.server.handle_error = lambda request, address: None  # who hangs up is no news here
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four shards of 25 samples with 3 to 5 KB each."""
+    folder = tmp_path_factory.mktemp("remote")
+    rng = np.random.default_rng(0)
+    with ShardWriter(folder / "p-%03d.tar", max_samples=25) as writer:
+        for i in range(100):
+            writer.write(
+                {"__key__": f"{i:04d}", "bin": rng.bytes(int(rng.integers(3000, 5000))), "cls": i % 5}
+            )
+    return folder
+
+
+@pytest.fixture
+def serve(folder):
+    servers = []
+
+    def start(path=folder, **options):
+        servers.append(Server(path, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def contents(samples):
+    return [{name: value for name, value in sample.items() if name != "__url__"} for sample in samples]
+
+
+@pytest.fixture
+def expected(folder):
+    return contents(ShardPool(folder / "*.tar").read(np.arange(100)))
+
+
+PATTERN = "/p-{000..003}.tar"
+
+
+def test_ranges(serve, expected, folder):
+    server = serve()
+    pool = ShardPool(server.url + PATTERN)
+    assert contents(pool.read(np.arange(100))) == expected
+    assert pool.labels(np.arange(100)).tolist() == [i % 5 for i in range(100)]
+    assert pool.urls[3] == server.url + "/p-003.tar"
+    server.bytes_sent = 0
+    before = pool.counters.bytes_read
+    ids = np.array([90, 3, 50, 3])
+    assert contents(pool.read(ids)) == [expected[i] for i in ids]
+    assert server.bytes_sent == pool.counters.bytes_read - before
+    assert server.bytes_sent < 20_000
+
+
+def test_ranges_are_merged_over_gaps(serve):
+    server = serve()
+    requests = {}
+    for gap in (0, 64 << 10):
+        pool = ShardPool(server.url + PATTERN, remote=RemoteOptions(gap=gap))
+        len(pool)
+        pool.read([0, 25, 50, 75], ["cls"])  # each shard looked at
+        server.requests.clear()
+        pool.read(np.arange(100), ["bin"])
+        requests[gap] = server.requests["GET"]
+    assert requests == {0: 100, 64 << 10: 4}
+
+
+def test_requests_run_at_once(serve, expected):
+    server = serve(latency=0.05)
+    pool = ShardPool(server.url + PATTERN, remote=RemoteOptions(gap=0, n_threads=20))
+    len(pool)
+    server.most_at_once = 0
+    ids = np.arange(0, 100, 2)
+    started = time.monotonic()
+    assert contents(pool.read(ids, ["bin"])) == [
+        {k: v for k, v in expected[i].items() if k != "cls"} for i in ids
+    ]
+    assert server.most_at_once > 8
+    assert time.monotonic() - started < 50 * 0.05
+
+
+@pytest.mark.parametrize("access", ["auto", "download"])
+def test_without_ranges_shards_are_kept_in_the_cache(serve, expected, tmp_path, access, folder):
+    server = serve(ranges=access == "download")
+    pool = ShardPool(
+        server.url + PATTERN, cache_dir=tmp_path / "cache", remote=RemoteOptions(access=access, **QUICK)
+    )
+    assert contents(pool.read(np.arange(100))) == expected
+    assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 4
+    total = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    assert total <= server.bytes_sent < total * 1.3 + (50_000 if access == "auto" else 0)
+    sent = server.bytes_sent
+    again = ShardPool(server.url + PATTERN, cache_dir=tmp_path / "cache", remote=RemoteOptions(access=access))
+    assert contents(again.read([7, 99])) == [expected[7], expected[99]]
+    assert server.bytes_sent - sent < 120_000  # at most the probe for ranges, which is answered with a file
+
+
+def test_without_ranges_and_cache_the_error_says_what_to_do(serve):
+    pool = ShardPool(serve(ranges=False).url + PATTERN, remote=RemoteOptions(**QUICK))
+    with pytest.raises(PoolError, match=r"p-00\d\.tar: has to be downloaded whole.*give the pool one"):
+        len(pool)
+
+
+def test_the_cache_is_bounded_and_shared(serve, expected, tmp_path, folder):
+    """Room for two of four shards, two processes that read at random: never more, always right."""
+    server = serve(ranges=False)
+    limit = int(2.5 * max(path.stat().st_size for path in folder.glob("*.tar")))
+    options = RemoteOptions(cache_bytes=limit, **QUICK)
+    pool = ShardPool(server.url + PATTERN, cache_dir=tmp_path / "cache", remote=options)
+    len(pool)
+    processes = multiprocessing.get_context("fork")
+    results = processes.Queue()
+
+    def work(seed):
+        rng = np.random.default_rng(seed)
+        for _ in range(6):
+            ids = rng.permutation(100)[:10]
+            if contents(pool.read(ids)) != [expected[i] for i in ids]:
+                results.put("wrong")
+                return
+        results.put("right")
+
+    runs = [processes.Process(target=work, args=(seed,)) for seed in range(2)]
+    for run in runs:
+        run.start()
+    most = 0
+    while any(run.is_alive() for run in runs):
+        sizes = []
+        for path in (tmp_path / "cache" / "shards").glob("*.tar"):
+            try:
+                sizes.append(path.stat().st_size)
+            except FileNotFoundError:
+                continue
+        most = max(most, sum(sizes))
+        time.sleep(0.002)
+    assert [results.get(timeout=30) for _ in runs] == ["right", "right"]
+    assert 0 < most <= limit
+    small = ShardPool(
+        server.url + PATTERN, cache_dir=tmp_path / "cache", remote=RemoteOptions(cache_bytes=1000, **QUICK)
+    )
+    for path in (tmp_path / "cache" / "shards").glob("*.tar"):
+        path.unlink()
+    with pytest.raises(PoolError, match="shard cache holds 1000 in all"):
+        small.read([0])
+
+
+def test_what_killed_downloads_left_is_cleared(tmp_path):
+    def shard(name, size):
+        return ShardFile(f"http://x/{name}", size, name)
+
+    def download(shard, path):
+        path.write_bytes(b"x" * shard.size)
+
+    cache = ShardCache(tmp_path / "shards", 1000)
+    (tmp_path / "shards").mkdir()
+    left = tmp_path / "shards" / f".tmp-0123456789ab-{shard('a', 900).fingerprint}.tar"
+    left.write_bytes(bytes(900))
+    for name, size in [("b", 400), ("c", 400), ("d", 400)]:
+        os.close(cache.open(shard(name, size), download))
+        os.utime(tmp_path / "shards" / f"{shard(name, size).fingerprint}.tar", ns=(1, ord(name)))
+    assert not left.exists()
+    kept = {path.name for path in (tmp_path / "shards").glob("*.tar")}
+    assert kept == {f"{shard(name, 400).fingerprint}.tar" for name in "cd"}
+
+
+class TestFaults:
+    def test_failures_are_retried(self, serve, expected, caplog):
+        server = serve()
+        server.fail_next = 2
+        pool = ShardPool(server.url + PATTERN, remote=RemoteOptions(**QUICK))
+        len(pool)
+        server.fail_next, server.cut_next = 2, 2
+        assert contents(pool.read(np.arange(100))) == expected
+        assert "trying again" in caplog.text
+
+    def test_then_an_error_that_names_the_shard(self, serve):
+        server = serve()
+        pool = ShardPool(server.url + PATTERN, remote=RemoteOptions(**QUICK))
+        pool.read([0])
+        server.fail_next = 1000
+        with pytest.raises(
+            PoolError, match=r"p-000\.tar: cannot be read: 4 attempts failed over .* s \(.*503"
+        ):
+            pool.read([1])
+
+    def test_nothing_listens(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{free.getsockname()[1]}/p.tar"
+            with pytest.raises(PoolError, match=r"p\.tar: cannot be read: 4 attempts"):
+                len(ShardPool(url, remote=RemoteOptions(**QUICK)))
+
+    def test_missing(self, serve):
+        server = serve()
+        with pytest.raises(PoolError, match=r"p-007\.tar: is not there"):
+            len(ShardPool(server.url + "/p-{000,007}.tar", remote=RemoteOptions(**QUICK)))
+        assert server.requests["GET"] <= 2
+
+    def test_unknown_protocol(self):
+        with pytest.raises(PoolError, match=r"gopher.*Protocol not known"):
+            len(ShardPool("gopher://x/p.tar", remote=RemoteOptions(**QUICK)))
+
+    def test_changed_since_it_was_indexed(self, serve, tmp_path, folder):
+        own = tmp_path / "own"
+        own.mkdir()
+        (own / "p.tar").write_bytes((folder / "p-000.tar").read_bytes())
+        server = serve(own)
+        pool = ShardPool(server.url + "/p.tar", cache_dir=tmp_path / "cache")
+        len(pool)
+        fingerprint = pool.fingerprint
+        (own / "p.tar").write_bytes((folder / "p-001.tar").read_bytes())
+        with (
+            multiprocessing.get_context("fork").Pool(1) as workers,
+            pytest.raises(PoolError, match="changed since"),
+        ):
+            workers.apply(pool.read, ([0],))
+        again = ShardPool(server.url + "/p.tar", cache_dir=tmp_path / "cache")
+        assert again.fingerprint != fingerprint
+        assert again.read([0])[0]["__key__"] == "0025"
+
+
+def test_workers_after_a_fork(serve, expected, tmp_path):
+    """The parent has used its event loop and threads; a forked worker starts its own."""
+    pool = ShardPool(serve().url + PATTERN, cache_dir=tmp_path / "cache")
+    assert contents(pool.read([0])) == [expected[0]]
+    with multiprocessing.get_context("fork").Pool(2) as workers:
+        for i, samples in enumerate(workers.map(pool.read, [[i, 99 - i] for i in range(10)])):
+            assert contents(samples) == [expected[i], expected[99 - i]]
+
+
+class TestPlan:
+    def test_cost_model(self):
+        """25 MB shards of 1,000 samples of 25 KB: few samples, once: ranges; many, or often: download."""
+        size = np.full(5, 25e6)
+        n = np.array([0, 1, 100, 1000, 1000])
+        options = RemoteOptions(cache_bytes=10**9)
+        assert choose_access(size, n * 25e3, n, options=options).tolist() == [False, False, False, True, True]
+        often = choose_access(size, n * 25e3, n, epochs=100, options=options)
+        assert often.tolist() == [False, False, True, True, True]
+        tight = choose_access(size, n * 25e3, n, epochs=100, options=RemoteOptions(cache_bytes=int(6e7)))
+        assert tight.tolist() == [False, False, False, True, True]  # the shards that save most
+
+    @pytest.mark.parametrize("access", ["auto", "ranges", "download"])
+    def test_the_plan_is_kept_to(self, serve, expected, tmp_path, folder, access):
+        server = serve()
+        cache = tmp_path / "cache"
+        pool = ShardPool(server.url + PATTERN, cache_dir=cache, remote=RemoteOptions(access=access))
+        ids = np.concatenate([np.arange(25), [30, 60]])
+        plan = pool.plan_access(ids)
+        assert (
+            plan.tolist()
+            == {
+                "auto": [True, False, False, False],
+                "ranges": [False, False, False, False],
+                "download": [True, True, True, True],
+            }[access]
+        )
+        with multiprocessing.get_context("fork").Pool(1) as workers:
+            assert contents(workers.apply(pool.read, (ids,))) == [expected[i] for i in ids]
+        if access == "auto":
+            assert {path.stem for path in (cache / "shards").glob("*.tar")} == {
+                pool.shard_fingerprints[number] for number in np.flatnonzero(plan)
+            }
+
+    def test_local_pools_have_nothing_to_plan(self, folder):
+        assert not ShardPool(folder / "*.tar").plan_access([0, 1]).any()
+
+
+def test_local_and_remote_shards_mix(serve, expected, folder, tmp_path):
+    pool = ShardPool([folder / "p-000.tar", serve().url + "/p-{001..003}.tar"], cache_dir=tmp_path / "cache")
+    ids = np.random.default_rng(0).permutation(100)
+    assert contents(pool.read(ids)) == [expected[i] for i in ids]
+    plain = ShardPool(folder / "p-000.tar")
+    assert plain.shard_fingerprints[0] == pool.shard_fingerprints[0]
+
+
+def test_s3(expected, folder):
+    """Against moto's S3 server: listing by a glob, ranges, and a change noticed by the ETag."""
+    pytest.importorskip("s3fs")
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        options = {"key": "k", "secret": "s", "client_kwargs": {"endpoint_url": f"http://{host}:{port}"}}
+        import s3fs
+
+        bucket = s3fs.S3FileSystem(**options)
+        bucket.mkdir("bucket")
+        for path in folder.glob("*.tar"):
+            bucket.pipe(f"bucket/pool/{path.name}", path.read_bytes())
+        pool = ShardPool("s3://bucket/pool/p-*.tar", storage_options=options, remote=RemoteOptions(**QUICK))
+        ids = np.random.default_rng(0).permutation(100)
+        assert contents(pool.read(ids)) == [expected[i] for i in ids]
+        assert pool.urls == [f"s3://bucket/pool/p-00{i}.tar" for i in range(4)]
+        with pytest.raises(PoolError, match=r"no shard matches 's3://bucket/pool/q-\*\.tar'"):
+            ShardPool("s3://bucket/pool/q-*.tar", storage_options=options)
+        bucket.pipe("bucket/pool/p-000.tar", (folder / "p-001.tar").read_bytes())
+        again = ShardPool("s3://bucket/pool/p-*.tar", storage_options=options)
+        same = [a == b for a, b in zip(pool.shard_fingerprints, again.shard_fingerprints)]
+        assert same == [False, True, True, True]
+    finally:
+        server.stop()
+
+
+def test_any_fsspec_url(folder, expected):
+    """fsspec's memory file system stands for the protocols that are not HTTP or S3."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in folder.glob("*.tar"):
+        memory.pipe(f"/pool/{path.name}", path.read_bytes())
+    pool = ShardPool("memory://pool/p-{000..003}.tar")
+    assert contents(pool.read(np.arange(100))) == expected
+    assert ShardPool("memory://pool/*.tar").urls[0].endswith("pool/p-000.tar")
