@@ -1,0 +1,129 @@
+"""Agreement of a clustering with classes: accuracy under the best matching, F1, NMI, ARI."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from lightning_modules.evaluation.inputs import Array, checked_labels, count_pairs, joined_max
+from lightning_modules.evaluation.longtail import GROUPS, frequency_groups, mean_known, per_class
+from lightning_modules.evaluation.result import Result
+
+
+@dataclass(frozen=True)
+class ClusteringResult(Result):
+    """Agreement with the classes, all but the ARI in 0..1.
+
+    Attributes:
+        accuracy: share of samples whose cluster is matched to their class, by the one-to-one matching of
+            clusters and classes that maximises it (Hungarian method).
+        class_accuracy: mean over classes of that share in the class.
+        macro_f1: mean over classes of the F1 score of the matched cluster; 0 for a class that has none.
+        nmi: mutual information over the mean of both entropies.
+        ari: adjusted Rand index.
+        groups: `class_accuracy` of head, medium and tail; empty without train counts.
+        matching: class of each matched cluster.
+        n_samples, n_clusters, n_classes: of the joined set; clusters and classes that occur.
+    """
+
+    accuracy: float
+    class_accuracy: float
+    macro_f1: float
+    nmi: float
+    ari: float
+    groups: dict[str, float]
+    matching: dict[int, int]
+    n_samples: int
+    n_clusters: int
+    n_classes: int
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "accuracy": self.accuracy,
+                "class average": self.class_accuracy,
+                "macro F1": self.macro_f1,
+                "NMI": self.nmi,
+                "ARI": self.ari,
+                **self.groups,
+            }
+        ]
+
+
+def clustering(assignment: Array, labels: Array, *, train_counts: Array | None = None) -> ClusteringResult:
+    """Compare clusters with classes; under `torch.distributed` every rank gives its share and gets the whole
+    result.
+
+    Args:
+        assignment: (n,) cluster of each sample, >= 0, in any numbering.
+        labels: (n,) classes, >= 0.
+        train_counts: (C,) train samples of each class, for head (30 % of the classes), medium (40 %) and
+            tail.
+
+    Raises:
+        TypeError: labels or clusters that are no integers.
+        ValueError: shapes that do not match, negative values (excluded samples must be left out), or no
+            samples.
+    """
+    assignment = checked_labels("assignment", assignment, len(assignment))
+    labels = checked_labels("labels", labels, len(assignment))
+    n_clusters, n_classes = joined_max(assignment) + 1, joined_max(labels) + 1
+    if n_clusters == 0:
+        raise ValueError("no samples")
+    if train_counts is not None and len(train_counts) < n_classes:
+        raise ValueError(f"train_counts has {len(train_counts)} classes, the labels go up to {n_classes - 1}")
+    table = count_pairs(assignment, labels, n_clusters, n_classes).numpy()
+    clusters, classes = linear_sum_assignment(table, maximize=True)
+    right = np.zeros(n_classes, np.int64)
+    predicted = np.zeros(n_classes, np.int64)
+    right[classes], predicted[classes] = table[clusters, classes], table[clusters].sum(1)
+    total = table.sum(0)
+    accuracy = per_class(right, total)
+    f1 = per_class(2 * right, predicted + total)[total > 0]
+    groups = {}
+    if train_counts is not None:
+        group = frequency_groups(train_counts)[:n_classes]
+        groups = {name: mean_known(accuracy[group == i]) for i, name in enumerate(GROUPS)}
+    return ClusteringResult(
+        accuracy=float(right.sum() / total.sum()),
+        class_accuracy=float(np.nanmean(accuracy)),
+        macro_f1=float(f1.mean()),
+        nmi=_normalised_mutual_information(table),
+        ari=_adjusted_rand_index(table),
+        groups=groups,
+        matching={int(c): int(k) for c, k in zip(clusters, classes) if table[c].any() and total[k]},
+        n_samples=int(total.sum()),
+        n_clusters=int((table.sum(1) > 0).sum()),
+        n_classes=int((total > 0).sum()),
+    )
+
+
+def _normalised_mutual_information(table: np.ndarray) -> float:
+    """I(clusters; classes) / mean(H(clusters), H(classes)); 1 where both are constant."""
+    joint = table / table.sum()
+    rows, columns = joint.sum(1), joint.sum(0)
+    entropy = _entropy(rows) + _entropy(columns)
+    if entropy == 0:
+        return 1.0
+    return float(max(0.0, 2 * (entropy - _entropy(joint.ravel())) / entropy))
+
+
+def _entropy(p: np.ndarray) -> float:
+    p = p[p > 0]
+    return float(-(p * np.log(p)).sum())
+
+
+def _adjusted_rand_index(table: np.ndarray) -> float:
+    """(pairs together in both - expected) / (mean pairs together - expected), Hubert and Arabie 1985."""
+
+    def pairs(counts: np.ndarray) -> int:  # exact: squares of 1e8 samples do not fit a float
+        return sum(n * (n - 1) // 2 for n in counts[counts > 1].tolist())
+
+    both, in_rows, in_columns = pairs(table.ravel()), pairs(table.sum(1)), pairs(table.sum(0))
+    n = int(table.sum())
+    everything = n * (n - 1) // 2
+    if in_rows == in_columns == both:  # identical partitions, single samples included
+        return 1.0
+    expected = in_rows * in_columns / everything
+    return float((both - expected) / ((in_rows + in_columns) / 2 - expected))

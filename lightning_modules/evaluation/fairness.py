@@ -1,0 +1,147 @@
+"""The same metric by group: the gap between the best and the worst served, with bootstrap intervals."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lightning_modules.distributed import all_gather_rows, world_size
+from lightning_modules.evaluation.inputs import Array
+from lightning_modules.evaluation.result import Result
+
+
+@dataclass(frozen=True)
+class FairnessResult(Result):
+    """A metric's mean by group.
+
+    Attributes:
+        overall: mean over all samples that have a group.
+        groups: for each group, in order of name: mean, low, high (its interval), n.
+        best, worst: names of the groups with the highest and the lowest mean.
+        gap: difference of their means; gap_low, gap_high: its interval. Resamples choose best and worst anew.
+        n_ungrouped: samples without a group, left out.
+        too_small: groups with fewer than `min_size` samples, left out: name and size.
+        confidence: of the intervals.
+    """
+
+    overall: float
+    groups: dict[str, dict[str, float]]
+    best: str
+    worst: str
+    gap: float
+    gap_low: float
+    gap_high: float
+    n_ungrouped: int
+    too_small: dict[str, int]
+    confidence: float
+
+    def rows(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = [{"group": name, **values} for name, values in self.groups.items()]
+        return [*rows, {"group": "gap", "mean": self.gap, "low": self.gap_low, "high": self.gap_high}]
+
+
+def fairness(
+    values: Array,
+    groups: Sequence[Any] | Array,
+    *,
+    min_size: int = 1,
+    n_bootstrap: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> FairnessResult:
+    """Mean of a per-sample metric in each group, with percentile bootstrap intervals (samples drawn within
+    groups).
+
+    Under `torch.distributed` every rank gives its share and gets the whole result.
+
+    Args:
+        values: (n,) metric of each sample, finite: 1 or 0 for right or wrong, an average precision, an error.
+        groups: (n,) group of each sample: strings or numbers; None, NaN and "" mean that it has none.
+        min_size: smaller groups are left out, and reported.
+        n_bootstrap: resamples.
+        confidence: of the intervals.
+        seed: of the resamples.
+
+    Raises:
+        ValueError: lengths that do not match, values that are not finite, fewer than two groups, bad
+            settings.
+    """
+    own = np.asarray(torch.as_tensor(values)).astype(np.float64)
+    names = [_name(group) for group in (groups.tolist() if hasattr(groups, "tolist") else groups)]
+    if own.ndim != 1 or len(names) != len(own):
+        raise ValueError(f"expected one value and one group a sample, got {own.shape} and {len(names)}")
+    if not np.isfinite(own).all():
+        raise ValueError(f"value {int(np.flatnonzero(~np.isfinite(own))[0])} is not finite")
+    if not 0 < confidence < 1 or n_bootstrap < 1 or min_size < 1:
+        raise ValueError(f"bad settings: {confidence=}, {n_bootstrap=}, {min_size=}")
+    known = _union({name for name in names if name is not None})
+    code_of = {name: i for i, name in enumerate(known)}
+    codes = np.array([-1 if name is None else code_of[name] for name in names], np.int64)
+    joined = all_gather_rows(torch.from_numpy(own)).numpy()
+    codes = all_gather_rows(torch.from_numpy(codes)).numpy()
+    sizes = np.bincount(codes[codes >= 0], minlength=len(known))
+    kept = [i for i in range(len(known)) if sizes[i] >= min_size]
+    if len(kept) < 2:
+        raise ValueError(
+            f"a gap needs two groups of {min_size} samples or more, got {dict(zip(known, sizes.tolist()))}"
+        )
+    generator = np.random.default_rng(seed)
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+    means, resampled = [], []
+    for i in kept:
+        group = joined[codes == i]
+        means.append(float(group.mean()))
+        resampled.append(_bootstrap_means(group, n_bootstrap, generator))
+    draws = np.stack(resampled)
+    gap_low, gap_high = np.quantile(draws.max(0) - draws.min(0), tails).tolist()
+    best, worst = int(np.argmax(means)), int(np.argmin(means))
+    return FairnessResult(
+        overall=float(joined[codes >= 0].mean()),
+        groups={
+            known[i]: dict(
+                zip(
+                    ("mean", "low", "high", "n"),
+                    (means[j], *np.quantile(draws[j], tails).tolist(), int(sizes[i])),
+                )
+            )
+            for j, i in enumerate(kept)
+        },
+        best=known[kept[best]],
+        worst=known[kept[worst]],
+        gap=means[best] - means[worst],
+        gap_low=gap_low,
+        gap_high=gap_high,
+        n_ungrouped=int((codes < 0).sum()),
+        too_small={known[i]: int(sizes[i]) for i in range(len(known)) if sizes[i] < min_size},
+        confidence=confidence,
+    )
+
+
+def _bootstrap_means(values: np.ndarray, n_bootstrap: int, generator: np.random.Generator) -> np.ndarray:
+    """Means of resamples, drawn as counts of the distinct values where these are few."""
+    distinct, counts = np.unique(values, return_counts=True)
+    if len(distinct) <= 100:
+        return (
+            generator.multinomial(len(values), counts / len(values), size=n_bootstrap)
+            @ distinct
+            / len(values)
+        )
+    return np.array([generator.choice(values, len(values)).mean() for _ in range(n_bootstrap)])
+
+
+def _name(group: Any) -> str | None:
+    if group is None or group == "" or (isinstance(group, float) and np.isnan(group)):
+        return None
+    return str(group)
+
+
+def _union(names: set[str]) -> list[str]:
+    """The sorted names that occur on any rank."""
+    if world_size() == 1:
+        return sorted(names)
+    every: list[set[str] | None] = [None] * world_size()
+    dist.all_gather_object(every, names)
+    return sorted(set().union(*every))  # type: ignore[arg-type]

@@ -1,0 +1,71 @@
+"""Checks that the evaluations share, and the layout of data that ranks hold in shares.
+
+Under `torch.distributed` every rank gives its own share of each set, of any length; the set is the shares
+joined in rank order, and every rank gets the result of the joined set.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_modules.distributed import all_gather_rows, all_reduce, rank
+
+Array = np.ndarray | Tensor
+
+
+def checked_features(name: str, features: Array, device: str | torch.device = "cpu") -> Tensor:
+    """Finite features (n, d) as float32 on `device`.
+
+    Raises:
+        ValueError: another shape, or rows that are not finite, which are named.
+    """
+    features = torch.as_tensor(features)
+    if features.ndim != 2 or features.shape[1] == 0:
+        raise ValueError(f"{name}: expected features (n, d), got {tuple(features.shape)}")
+    features = features.to(device, torch.float32)
+    finite = torch.isfinite(features).all(1)
+    if not bool(finite.all()):
+        rows = (~finite).nonzero().flatten().tolist()
+        raise ValueError(f"{name}: {len(rows)} rows of features are not finite, the first at {rows[:5]}")
+    return features
+
+
+def checked_labels(name: str, labels: Array, n: int, device: str | torch.device = "cpu") -> Tensor:
+    """Labels (n,) >= 0 as int64 on `device`.
+
+    Raises:
+        TypeError: labels that are no integers.
+        ValueError: another shape, or negative labels.
+    """
+    labels = torch.as_tensor(labels)
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"{name}: labels must be integers, got {labels.dtype}")
+    if tuple(labels.shape) != (n,):
+        raise ValueError(f"{name}: expected {n} labels, one a sample, got shape {tuple(labels.shape)}")
+    if n and int(labels.min()) < 0:
+        raise ValueError(
+            f"{name}: labels must be >= 0 (found {int(labels.min())}): leave unlabelled samples out"
+        )
+    return labels.to(device, torch.int64)
+
+
+def n_joined(x: Tensor) -> int:
+    """Rows of all ranks' shares together."""
+    return int(all_reduce(torch.tensor([len(x)], device=x.device)))
+
+
+def first_row(x: Tensor) -> int:
+    """Where this rank's share begins in the joined set."""
+    return int(all_gather_rows(torch.tensor([len(x)], device=x.device))[: rank()].sum())
+
+
+def joined_max(x: Tensor) -> int:
+    """The largest value of all ranks' shares; -1 where there is none."""
+    own = x.max() if len(x) else x.new_tensor(-1)
+    return int(all_reduce(own.reshape(1).clone(), "max"))
+
+
+def count_pairs(a: Tensor, b: Tensor, n_a: int, n_b: int) -> Tensor:
+    """How often each pair of two label arrays occurs, over all ranks: (n_a, n_b) int64, on the CPU."""
+    counts = torch.bincount(a * n_b + b, minlength=n_a * n_b).reshape(n_a, n_b)
+    return all_reduce(counts).cpu()

@@ -1,0 +1,365 @@
+"""Linear classification of frozen features: a grid of heads in one pass, logistic regression, few labels a
+class.
+
+The grid is DINOv2's protocol (arXiv 2304.07193, appendix B.3): every learning rate with every kind of
+features is a head, and all are trained on the same batches; the head that is best on a held-out part of train
+is tested.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from lightning_modules.distributed import all_gather_rows, all_reduce
+from lightning_modules.evaluation.inputs import (
+    Array,
+    checked_features,
+    checked_labels,
+    count_pairs,
+    first_row,
+    joined_max,
+    n_joined,
+)
+from lightning_modules.evaluation.longtail import GROUPS, frequency_groups, mean_known, per_class
+from lightning_modules.evaluation.result import Result
+from lightning_modules.schedules import cosine
+
+PROTOCOLS = ("sgd", "logistic", "few_shot")
+LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+
+
+@dataclass(frozen=True)
+class LinearSettings:
+    """How heads are trained.
+
+    Attributes:
+        protocols: which of "sgd", "logistic" and "few_shot" to run.
+        learning_rates: of the grid, for a batch of 256.
+        n_iter, batch_size, momentum: of SGD, with a cosine to 0 and no weight decay.
+        inverse_penalties: logistic regression's values of C, for the loss C sum(cross-entropy) + |W|² / 2.
+        max_iter: of L-BFGS, for each C.
+        held_out: share of train on which head and C are chosen; the chosen C is then fitted on all of train.
+        shots, n_draws: labelled samples a class, and how often they are drawn.
+        few_shot_inverse_penalty: C of the few-shot heads.
+        seed: of the held-out part, the batches and the draws.
+    """
+
+    protocols: tuple[str, ...] = ("sgd",)
+    learning_rates: tuple[float, ...] = LEARNING_RATES
+    n_iter: int = 12_500
+    batch_size: int = 128
+    momentum: float = 0.9
+    inverse_penalties: tuple[float, ...] = tuple(10 ** np.linspace(-6, 5, 45))
+    max_iter: int = 1000
+    held_out: float = 0.1
+    shots: tuple[int, ...] = (1, 5, 10)
+    n_draws: int = 5
+    few_shot_inverse_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = set(self.protocols) - set(PROTOCOLS)
+        if unknown or not self.protocols:
+            raise ValueError(f"protocols {sorted(unknown)}: expected some of {PROTOCOLS}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be in 0..1, got {self.held_out}")
+        for name in ("learning_rates", "inverse_penalties"):
+            values = getattr(self, name)
+            if not values or min(values) <= 0:
+                raise ValueError(f"{name} must be positive numbers, got {values}")
+        if min(self.n_iter, self.batch_size, self.max_iter, self.n_draws, *self.shots) < 1:
+            raise ValueError("n_iter, batch_size, max_iter, n_draws and shots must be 1 or more")
+
+
+@dataclass(frozen=True)
+class LinearResult(Result):
+    """Test accuracies of the chosen heads.
+
+    Attributes:
+        heads: one for each protocol and number of shots: protocol, features, setting, held_out (accuracy),
+            accuracy, class_average, and head, medium, tail where train counts say which classes these are;
+            few-shot heads have deviations over the draws, too.
+        grid: held-out accuracy of every head, by "protocol/features/setting".
+        n_train, n_test, n_classes: of the joined sets; classes of train.
+    """
+
+    heads: list[dict[str, Any]]
+    grid: dict[str, float]
+    n_train: int
+    n_test: int
+    n_classes: int
+    settings: LinearSettings = field(default_factory=LinearSettings)
+
+    @property
+    def accuracy(self) -> float:
+        """The first protocol's test accuracy."""
+        return self.heads[0]["accuracy"]
+
+    def rows(self) -> list[dict[str, Any]]:
+        return self.heads
+
+
+@dataclass(frozen=True)
+class Head:
+    """Scores x @ weight + bias of features x (n, d): weight (d, C), bias (C,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+def linear(
+    train_features: Array | Mapping[str, Array],
+    train_labels: Array,
+    test_features: Array | Mapping[str, Array],
+    test_labels: Array,
+    *,
+    settings: LinearSettings | None = None,
+    train_counts: Array | None = None,
+    device: str | torch.device = "cpu",
+) -> LinearResult:
+    """Train linear classifiers on train features and score the chosen ones on test features.
+
+    Test labels serve for the scores alone. Under `torch.distributed` every rank gives its share of both sets;
+    batches are drawn from the joined set, gradients are summed, and all ranks get the same result as one
+    process would.
+
+    Args:
+        train_features: (n, d), or such arrays by name (class token, average of patches, more blocks), all of
+            which the grid tries.
+        train_labels: (n,) integers >= 0.
+        test_features: (m, d), or arrays by the same names; test_labels: (m,). Test classes that train lacks
+            are always wrong; train classes that the test set lacks do not enter its class average.
+        settings: defaults are the paper's.
+        train_counts: (C,) for accuracies of head, medium and tail classes.
+        device: where to train.
+
+    Raises:
+        TypeError: labels that are no integers.
+        ValueError: shapes that do not match, non-finite features, one class only, too few samples.
+    """
+    settings = settings or LinearSettings()
+    train_sets, test_sets = _by_name(train_features), _by_name(test_features)
+    if set(train_sets) != set(test_sets):
+        raise ValueError(f"train has features {sorted(train_sets)}, test {sorted(test_sets)}")
+    train = {name: checked_features(f"train {name}", x, device) for name, x in train_sets.items()}
+    test = {name: checked_features(f"test {name}", x, device) for name, x in test_sets.items()}
+    y = checked_labels("train", train_labels, len(next(iter(train.values()))), device)
+    truth = checked_labels("test", test_labels, len(next(iter(test.values()))), device)
+    for name in train:
+        if len(train[name]) != len(y) or len(test[name]) != len(truth):
+            raise ValueError(f"features {name!r} have another number of samples than the labels")
+        if train[name].shape[1] != test[name].shape[1]:
+            raise ValueError(
+                f"features {name!r}: {train[name].shape[1]} dimensions in train, {test[name].shape[1]} in "
+                f"test"
+            )
+    n_classes = joined_max(y) + 1
+    n, m = n_joined(y), n_joined(truth)
+    if m == 0 or n < 2:
+        raise ValueError(f"not enough samples: {n} train, {m} test")
+    present = int((all_reduce(torch.bincount(y, minlength=n_classes)) > 0).sum())
+    if present < 2:
+        raise ValueError("train has one class only: there is nothing to tell apart")
+    held_out = _held_out_rows(y, n, settings)
+
+    heads, grid = [], {}
+    for protocol in settings.protocols:
+        if protocol == "few_shot":
+            heads += _few_shot(train, y, test, truth, n, n_classes, settings, train_counts)
+            continue
+        fit = _train_grid if protocol == "sgd" else _logistic_path
+        scores: dict[tuple[str, float], float] = {}
+        candidates: dict[tuple[str, float], Head] = {}
+        for name, x in train.items():
+            for setting, head in fit(x[~held_out], y[~held_out], n_classes, settings).items():
+                right = (head(x[held_out]).argmax(1) == y[held_out]).sum()
+                scores[name, setting] = int(all_reduce(right)) / n_joined(y[held_out])
+                candidates[name, setting] = head
+        grid |= {f"{protocol}/{name}/{setting:g}": score for (name, setting), score in scores.items()}
+        name, setting = max(scores, key=scores.__getitem__)
+        head = candidates[name, setting]
+        if protocol == "logistic":
+            head = fit_logistic(
+                train[name], y, n_classes, inverse_penalty=setting, max_iter=settings.max_iter
+            )
+        row = {"protocol": protocol, "features": name, "setting": setting, "held_out": scores[name, setting]}
+        heads.append(row | _test_scores(head(test[name]).argmax(1), truth, train_counts))
+    return LinearResult(heads, grid, n, m, present, settings)
+
+
+def fit_logistic(
+    x: Tensor,
+    y: Tensor,
+    n_classes: int,
+    *,
+    inverse_penalty: float,
+    max_iter: int = 1000,
+    start: Head | None = None,
+) -> Head:
+    """Multinomial logistic regression by L-BFGS, scikit-learn's objective: C sum(cross-entropy) + |W|² / 2.
+
+    Args:
+        x: this rank's share of the features, (n, d) float32; y: (n,) labels.
+        n_classes: columns of the head.
+        inverse_penalty: C.
+        max_iter: of L-BFGS.
+        start: head to begin at.
+    """
+    n, d = n_joined(y), x.shape[1]
+    x = torch.cat([x.double(), x.new_ones(len(x), 1, dtype=torch.float64)], 1)
+    penalty = torch.full((d + 1, 1), 1 / (inverse_penalty * n), dtype=torch.float64, device=x.device)
+    penalty[d] = 0  # the intercept is free
+
+    def mean_loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        w = torch.from_numpy(flat).to(x.device).reshape(d + 1, n_classes)
+        log_p = (x @ w).log_softmax(1)
+        p = log_p.exp()
+        p[torch.arange(len(y), device=y.device), y] -= 1
+        # One message: the gradient and, as a last row, the loss.
+        loss = -log_p.gather(1, y[:, None]).sum()
+        total = all_reduce(torch.cat([(x.T @ p).flatten(), loss[None]])) / n
+        gradient = total[:-1].reshape(d + 1, n_classes) + penalty * w
+        value = total[-1] + (penalty * w.square()).sum() / 2
+        return float(value), gradient.flatten().cpu().numpy()
+
+    first = np.zeros((d + 1) * n_classes)
+    if start is not None:
+        first = torch.cat([start.weight, start.bias[None]]).double().flatten().cpu().numpy()
+    options = {"maxiter": max_iter, "maxfun": 2 * max_iter, "gtol": 1e-7, "ftol": 64 * np.finfo(float).eps}
+    found = minimize(mean_loss, first, jac=True, method="L-BFGS-B", options=options)
+    w = torch.from_numpy(found.x).to(x.device).reshape(d + 1, n_classes).float()
+    return Head(w[:d], w[d])
+
+
+def _logistic_path(x: Tensor, y: Tensor, n_classes: int, settings: LinearSettings) -> dict[float, Head]:
+    """Heads for each C, in rising order, each starting at the last."""
+    heads: dict[float, Head] = {}
+    head = None
+    for c in sorted(settings.inverse_penalties):
+        head = fit_logistic(x, y, n_classes, inverse_penalty=c, max_iter=settings.max_iter, start=head)
+        heads[float(c)] = head
+    return heads
+
+
+def _train_grid(x: Tensor, y: Tensor, n_classes: int, settings: LinearSettings) -> dict[float, Head]:
+    """A head for each learning rate, all in one pass: their weights lie side by side in one matrix."""
+    rates = torch.tensor(settings.learning_rates, device=x.device) * settings.batch_size / 256
+    n_heads, (n_own, d) = len(rates), x.shape
+    n, first = n_joined(y), first_row(y)
+    size = min(settings.batch_size, n)
+    parameters = torch.zeros(d + 1, n_heads * n_classes, device=x.device)
+    velocity = torch.zeros_like(parameters)
+    column_rates = rates.repeat_interleave(n_classes)
+    x = torch.cat([x, x.new_ones(n_own, 1)], 1)
+    next_batch = batches_of(n, size, settings.seed)
+    for step in range(settings.n_iter):
+        rows = next_batch() - first
+        rows = rows[(rows >= 0) & (rows < n_own)].to(x.device)
+        features, labels = x[rows], y[rows]
+        p = (features @ parameters).view(len(rows), n_heads, n_classes).softmax(2)
+        p.scatter_add_(
+            2, labels[:, None, None].expand(-1, n_heads, 1), p.new_full((len(rows), n_heads, 1), -1)
+        )
+        gradient = all_reduce(features.T @ p.flatten(1)) / size
+        velocity.mul_(settings.momentum).add_(gradient)
+        parameters -= velocity * (column_rates * cosine(step, total=settings.n_iter, start=1.0, final=0.0))
+    parameters = parameters.view(d + 1, n_heads, n_classes)
+    return {
+        rate: Head(parameters[:d, i].contiguous(), parameters[d, i].contiguous())
+        for i, rate in enumerate(settings.learning_rates)
+    }
+
+
+def _few_shot(
+    train: dict[str, Tensor],
+    y: Tensor,
+    test: dict[str, Tensor],
+    truth: Tensor,
+    n: int,
+    n_classes: int,
+    settings: LinearSettings,
+    train_counts: Array | None,
+) -> list[dict[str, Any]]:
+    """Logistic regression on n labels a class; a class with fewer gives all that it has."""
+    labels, first = all_gather_rows(y).cpu(), first_row(y)
+    rows = []
+    for name, x in train.items():
+        for shots in settings.shots:
+            scores = []
+            for draw in range(settings.n_draws):
+                generator = torch.Generator().manual_seed(settings.seed + 1000 * shots + draw)
+                order = torch.randperm(n, generator=generator)
+                chosen = (
+                    torch.cat([order[labels[order] == c][:shots] for c in range(n_classes)]).sort().values
+                )
+                own = (chosen[(chosen >= first) & (chosen < first + len(y))] - first).to(x.device)
+                penalty = settings.few_shot_inverse_penalty
+                head = fit_logistic(
+                    x[own], y[own], n_classes, inverse_penalty=penalty, max_iter=settings.max_iter
+                )
+                scores.append(_test_scores(head(test[name]).argmax(1), truth, train_counts))
+            row: dict[str, Any] = {"protocol": f"{shots}-shot", "features": name}
+            row |= {key: float(np.mean([s[key] for s in scores])) for key in scores[0]}
+            row |= {
+                f"{key}_deviation": float(np.std([s[key] for s in scores]))
+                for key in ("accuracy", "class_average")
+            }
+            rows.append(row)
+    return rows
+
+
+def _test_scores(predictions: Tensor, truth: Tensor, train_counts: Array | None) -> dict[str, float]:
+    n_classes = joined_max(truth) + 1
+    pairs = count_pairs(truth, (predictions == truth).long(), n_classes, 2).numpy()
+    accuracy = per_class(pairs[:, 1], pairs.sum(1))
+    scores = {
+        "accuracy": float(pairs[:, 1].sum() / pairs.sum()),
+        "class_average": float(np.nanmean(accuracy)),
+    }
+    if train_counts is not None:
+        groups = frequency_groups(train_counts)
+        if len(groups) < n_classes:
+            raise ValueError(f"train_counts has {len(groups)} classes, test labels go up to {n_classes - 1}")
+        scores |= {name: mean_known(accuracy[groups[:n_classes] == i]) for i, name in enumerate(GROUPS)}
+    return scores
+
+
+def _held_out_rows(y: Tensor, n: int, settings: LinearSettings) -> Tensor:
+    """Which of this rank's train samples are held out: a seeded draw from the joined set."""
+    count = min(max(1, round(settings.held_out * n)), n - 1)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(settings.seed))
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[order[:count]] = True
+    first = first_row(y)
+    return mask[first : first + len(y)].to(y.device)
+
+
+def batches_of(n: int, size: int, seed: int) -> Callable[[], Tensor]:
+    """Rows of the next batch: cut from one seeded permutation of 0 .. n - 1 after another."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.empty(0, dtype=torch.int64)
+
+    def next_batch() -> Tensor:
+        nonlocal left
+        while len(left) < size:
+            left = torch.cat([left, torch.randperm(n, generator=generator)])
+        batch, left = left[:size], left[size:]
+        return batch
+
+    return next_batch
+
+
+def _by_name(features: Array | Mapping[str, Array]) -> dict[str, Array]:
+    if isinstance(features, Mapping):
+        if not features:
+            raise ValueError("no features")
+        return dict(features)
+    return {"features": features}

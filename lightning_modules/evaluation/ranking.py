@@ -1,0 +1,218 @@
+"""Does a dataset order models as another does? Rank correlations, a linear fit, and which rank changes are
+real.
+
+The question and the statistics are those of ImageNot (arXiv 2404.02112).
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from lightning_modules.evaluation.result import Result
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """Least squares of y on x; NaN where x does not vary."""
+
+    slope: float
+    intercept: float
+    r_squared: float
+
+
+@dataclass(frozen=True)
+class RankingResult(Result):
+    """The comparison of two datasets by the models' accuracies on them.
+
+    Attributes:
+        models: for each: accuracy_a, low_a, high_a, rank_a (1 is best, ties share the mean rank), and as many
+            for b.
+        spearman, spearman_p, kendall, kendall_p: rank correlations (Kendall's tau-b) and their two-sided
+            p-values; NaN where all models tie on a dataset.
+        fit: accuracy on b against accuracy on a.
+        improvement_fit: the same of the improvement over each dataset's weakest model, relative to it.
+        swaps: pairs of models that the datasets order differently: names, and whether the difference is
+            significant on both (otherwise the swap is within noise).
+        confidence: of intervals and of the test of a swap.
+    """
+
+    models: dict[str, dict[str, float]]
+    spearman: float
+    spearman_p: float
+    kendall: float
+    kendall_p: float
+    fit: LinearFit
+    improvement_fit: LinearFit
+    swaps: list[dict[str, Any]]
+    confidence: float
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [{"model": name, **values} for name, values in self.models.items()]
+
+    def table(self) -> str:
+        """The models, and a line of statistics below them."""
+        significant = sum(swap["significant"] for swap in self.swaps)
+        return (
+            f"{super().table()}\n\nSpearman {self.spearman:.3f} (p {self.spearman_p:.2g}), Kendall "
+            f"{self.kendall:.3f} "
+            f"(p {self.kendall_p:.2g}); b = {self.fit.slope:.3f} a + {self.fit.intercept:.3f}, "
+            f"R² {self.fit.r_squared:.3f}; relative improvements: slope {self.improvement_fit.slope:.3f}, "
+            f"R² {self.improvement_fit.r_squared:.3f}; {len(self.swaps)} pairs swap, {significant} "
+            f"significantly"
+        )
+
+    def plot(self, path: str | Path, *, name_a: str = "A", name_b: str = "B") -> None:
+        """Draw accuracies on b against a with their intervals and the fitted line."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for name, m in self.models.items():
+            spread = [
+                [[m[f"accuracy_{s}"] - m[f"low_{s}"]], [m[f"high_{s}"] - m[f"accuracy_{s}"]]]
+                for s in ("a", "b")
+            ]
+            axes.errorbar(
+                m["accuracy_a"], m["accuracy_b"], xerr=spread[0], yerr=spread[1], fmt="o", capsize=2
+            )
+            axes.annotate(name, (m["accuracy_a"], m["accuracy_b"]), xytext=(5, 4), textcoords="offset points")
+        ends = np.array([min(m["accuracy_a"] for m in self.models.values()),
+                         max(m["accuracy_a"] for m in self.models.values())])  # fmt: skip
+        if np.isfinite(self.fit.slope):
+            label = f"slope {self.fit.slope:.2f}, R² {self.fit.r_squared:.2f}"
+            axes.plot(ends, self.fit.slope * ends + self.fit.intercept, color="grey", label=label)
+            axes.legend(loc="upper left")
+        axes.set_xlabel(f"accuracy on {name_a}")
+        axes.set_ylabel(f"accuracy on {name_b}")
+        figure.savefig(path)
+
+
+def ranking(
+    accuracy_a: Mapping[str, float | Sequence[float]],
+    accuracy_b: Mapping[str, float | Sequence[float]],
+    *,
+    n_test_a: int | None = None,
+    n_test_b: int | None = None,
+    confidence: float = 0.95,
+) -> RankingResult:
+    """Compare how two datasets order models.
+
+    Accuracies may come from training here or from a published table. A model's interval is Student's over its
+    seeds, where there are two or more; else Wilson's binomial one for the size of the test set; else it is
+    the point itself.
+
+    Args:
+        accuracy_a: for each model its accuracy on dataset A in 0..1, or one for each seed.
+        accuracy_b: the same models on dataset B.
+        n_test_a, n_test_b: test images of each dataset.
+        confidence: of the intervals, and of the tests that call a swap significant.
+
+    Raises:
+        ValueError: different models, fewer than three, accuracies outside 0..1, no seeds for a model, bad
+            settings.
+    """
+    if set(accuracy_a) != set(accuracy_b):
+        odd = sorted(set(accuracy_a) ^ set(accuracy_b))
+        raise ValueError(f"both datasets need the same models; on one alone: {odd}")
+    if len(accuracy_a) < 3:
+        raise ValueError(f"a ranking needs three models or more, got {sorted(accuracy_a)}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in 0..1, got {confidence}")
+    if any(n is not None and n < 1 for n in (n_test_a, n_test_b)):
+        raise ValueError(f"test sets must have a sample or more, got {n_test_a} and {n_test_b}")
+    names = list(accuracy_a)
+    runs_a, runs_b = ([_runs(name, table[name]) for name in names] for table in (accuracy_a, accuracy_b))
+    a, b = (np.array([run.mean() for run in runs]) for runs in (runs_a, runs_b))
+    spearman, kendall = (_correlation(test, a, b) for test in (stats.spearmanr, stats.kendalltau))
+    models = {}
+    ranks_a, ranks_b = stats.rankdata(-a), stats.rankdata(-b)
+    for i, name in enumerate(names):
+        low_a, high_a = _interval(runs_a[i], n_test_a, confidence)
+        low_b, high_b = _interval(runs_b[i], n_test_b, confidence)
+        models[name] = {
+            "accuracy_a": float(a[i]), "low_a": low_a, "high_a": high_a, "rank_a": float(ranks_a[i]),
+            "accuracy_b": float(b[i]), "low_b": low_b, "high_b": high_b, "rank_b": float(ranks_b[i]),
+        }  # fmt: skip
+    swaps = []
+    for i, j in itertools.combinations(range(len(names)), 2):
+        if (a[i] - a[j]) * (b[i] - b[j]) < 0:
+            p_values = [
+                _difference_p(runs_a[i], runs_a[j], n_test_a),
+                _difference_p(runs_b[i], runs_b[j], n_test_b),
+            ]
+            significant = all(p < 1 - confidence for p in p_values)
+            swaps.append({"models": [names[i], names[j]], "significant": significant, "p_a": p_values[0],
+                          "p_b": p_values[1]})  # fmt: skip
+    return RankingResult(
+        models=models,
+        spearman=spearman[0],
+        spearman_p=spearman[1],
+        kendall=kendall[0],
+        kendall_p=kendall[1],
+        fit=_fit(a, b),
+        improvement_fit=_fit(_improvement(a), _improvement(b)),
+        swaps=swaps,
+        confidence=confidence,
+    )
+
+
+def _runs(name: str, accuracy: float | Sequence[float]) -> np.ndarray:
+    runs = np.atleast_1d(np.asarray(accuracy, np.float64))
+    if runs.ndim != 1 or len(runs) == 0:
+        raise ValueError(
+            f"model {name!r}: expected an accuracy, or one for each seed, got shape {runs.shape}"
+        )
+    if not ((runs >= 0) & (runs <= 1)).all():
+        raise ValueError(f"model {name!r}: accuracies must be in 0..1, got {runs.tolist()}")
+    return runs
+
+
+def _interval(runs: np.ndarray, n_test: int | None, confidence: float) -> tuple[float, float]:
+    mean = float(runs.mean())
+    if len(runs) > 1:
+        half = float(stats.t.ppf((1 + confidence) / 2, len(runs) - 1) * runs.std(ddof=1) / np.sqrt(len(runs)))
+        return mean - half, mean + half
+    if n_test is None:
+        return mean, mean
+    found = stats.binomtest(round(mean * n_test), n_test).proportion_ci(confidence, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def _difference_p(one: np.ndarray, other: np.ndarray, n_test: int | None) -> float:
+    """p-value of two models' difference: Welch's t over seeds, or two binomials' z; else 1."""
+    if len(one) > 1 and len(other) > 1:
+        if one.std() == 0 and other.std() == 0:
+            return 0.0 if one.mean() != other.mean() else 1.0
+        return float(stats.ttest_ind(one, other, equal_var=False).pvalue)
+    if n_test is None:
+        return 1.0
+    p, q = float(one.mean()), float(other.mean())
+    pooled = (p + q) / 2
+    deviation = np.sqrt(2 * pooled * (1 - pooled) / n_test)
+    return float(2 * stats.norm.sf(abs(p - q) / deviation)) if deviation > 0 else 1.0
+
+
+def _correlation(test: Any, a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan"), float("nan")
+    found = test(a, b)
+    return float(found.statistic), float(found.pvalue)
+
+
+def _fit(x: np.ndarray, y: np.ndarray) -> LinearFit:
+    if not (np.isfinite(x).all() and np.isfinite(y).all()) or np.ptp(x) == 0:
+        return LinearFit(float("nan"), float("nan"), float("nan"))
+    found = stats.linregress(x, y)
+    r_squared = 1.0 if np.ptp(y) == 0 else float(found.rvalue**2)
+    return LinearFit(float(found.slope), float(found.intercept), r_squared)
+
+
+def _improvement(accuracy: np.ndarray) -> np.ndarray:
+    """Relative improvement over the weakest model; NaN where that one is never right."""
+    weakest = accuracy.min()
+    return (accuracy - weakest) / weakest if weakest > 0 else np.full(len(accuracy), np.nan)

@@ -1,0 +1,235 @@
+"""Retrieval by cosine: of images of the same instance (revisited Oxford and Paris), or of the same label."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_modules.distributed import all_gather_rows, all_reduce, rank, world_size
+from lightning_modules.evaluation.inputs import Array, checked_features, checked_labels, first_row, n_joined
+from lightning_modules.evaluation.result import Result
+
+DIFFICULTIES = {  # which lists are right, and which are passed over
+    "easy": (("easy",), ("junk", "hard")),
+    "medium": (("easy", "hard"), ("junk",)),
+    "hard": (("hard",), ("junk", "easy")),
+}
+
+
+@dataclass(frozen=True)
+class RetrievalResult(Result):
+    """Means over queries that have something right to find.
+
+    Attributes:
+        scores: for labels: {"k": {"map", "recall", "hit_rate"}} by k: mean average precision and recall of
+            the first k, and the share of queries with something right among them. For instances, by
+            difficulty: "map" (the trapezoid rule of the Oxford protocol) and "precision@k".
+        n_queries: queries counted in each row.
+        n_without: queries that have nothing right to find, left out of each row.
+    """
+
+    scores: dict[str, dict[str, float]]
+    n_queries: dict[str, int]
+    n_without: dict[str, int]
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [{"": name, **values, "queries": self.n_queries[name]} for name, values in self.scores.items()]
+
+
+def retrieval(
+    query_features: Array,
+    gallery_features: Array,
+    *,
+    query_labels: Array | None = None,
+    gallery_labels: Array | None = None,
+    ground_truth: Sequence[Mapping[str, Sequence[int]]] | None = None,
+    k: Sequence[int] = (1, 5, 10),
+    leave_one_out: bool = False,
+    block_size: int = 512,
+    device: str | torch.device = "cpu",
+) -> RetrievalResult:
+    """Rank the gallery by cosine for each query, and score the ranking.
+
+    By labels, everything of the query's label is right. By `ground_truth`, which lists each query's places in
+    the joined gallery as "easy", "hard" and "junk", the protocol is that of revisited Oxford and Paris (arXiv
+    1803.11285): junk is passed over. Ties are broken by place in the gallery. Under `torch.distributed` every
+    rank gives its shares of queries (with their labels or ground truth) and gallery, and gets the whole
+    result; by labels the gallery is never gathered.
+
+    Args:
+        query_features: (n, d); gallery_features: (m, d).
+        query_labels, gallery_labels: (n,) and (m,) integers.
+        ground_truth: for each query a mapping with "easy", "hard", "junk", each optional.
+        k: cut-offs.
+        leave_one_out: queries and gallery are the same set: a query does not find itself. By labels alone.
+        block_size: queries compared at once.
+        device: where to compare.
+
+    Raises:
+        ValueError: neither or both kinds of truth, shapes that do not match, k below 1 or above the gallery,
+            no query with anything right to find.
+    """
+    queries = F.normalize(checked_features("queries", query_features, device), dim=1)
+    gallery = F.normalize(checked_features("gallery", gallery_features, device), dim=1)
+    if queries.shape[1] != gallery.shape[1]:
+        raise ValueError(f"queries have {queries.shape[1]} dimensions, the gallery {gallery.shape[1]}")
+    by_label = query_labels is not None and gallery_labels is not None
+    if by_label == (ground_truth is not None):
+        raise ValueError("give query_labels and gallery_labels, or ground_truth")
+    ks = sorted(set(k))
+    size = n_joined(gallery) - leave_one_out
+    if not ks or ks[0] < 1 or ks[-1] > size:
+        raise ValueError(f"k must lie in 1..{size} (the gallery's size), got {list(k)}")
+    if not by_label:
+        if leave_one_out:
+            raise ValueError("leave_one_out goes with labels; list the query itself as junk instead")
+        return _by_ground_truth(queries, all_gather_rows(gallery), list(ground_truth or ()), ks, block_size)
+    if leave_one_out and len(queries) != len(gallery):
+        raise ValueError(f"leave_one_out: {len(queries)} queries, but {len(gallery)} in the gallery")
+    own = checked_labels("queries", query_labels, len(queries), device)
+    theirs = checked_labels("gallery", gallery_labels, len(gallery), device)
+    return _by_label(queries, own, gallery, theirs, ks, leave_one_out, block_size)
+
+
+def _by_label(
+    queries: Tensor,
+    own: Tensor,
+    gallery: Tensor,
+    theirs: Tensor,
+    ks: list[int],
+    leave_one_out: bool,
+    block_size: int,
+) -> RetrievalResult:
+    n_labels = 1 + int(torch.cat([all_gather_rows(own), all_gather_rows(theirs)]).max())
+    n_right = all_reduce(torch.bincount(theirs, minlength=n_labels))[own] - int(leave_one_out)
+    first = first_row(queries)
+    ranks = torch.arange(1, ks[-1] + 1, device=queries.device, dtype=torch.float64)
+    sums = torch.zeros(len(ks), 3, dtype=torch.float64, device=queries.device)
+    longest = int(all_gather_rows(torch.tensor([len(queries)], device=queries.device)).max())
+    for start in range(
+        0, longest, block_size
+    ):  # the same number of blocks on every rank: each is a collective
+        block = slice(start, start + block_size)
+        skipped = torch.arange(len(own), device=own.device)[block] + first if leave_one_out else None
+        labels = _nearest_labels(queries[block], gallery, theirs, ks[-1], skipped)
+        counted = n_right[block] > 0
+        right = (labels == own[block, None])[counted].double()
+        possible = n_right[block][counted].double()
+        precision = right.cumsum(1) / ranks
+        for i, cut in enumerate(ks):
+            found = right[:, :cut].sum(1)
+            average = (precision * right)[:, :cut].sum(1) / found.clamp_min(1)
+            sums[i] += torch.stack([average.sum(), (found / possible).sum(), (found > 0).double().sum()])
+    total = int(all_reduce((n_right > 0).sum()))
+    if total == 0:
+        raise ValueError("no query has anything of its label in the gallery")
+    means = (all_reduce(sums) / total).tolist()
+    names = [str(cut) for cut in ks]
+    without = n_joined(own) - total
+    return RetrievalResult(
+        scores={name: dict(zip(("map", "recall", "hit_rate"), mean)) for name, mean in zip(names, means)},
+        n_queries=dict.fromkeys(names, total),
+        n_without=dict.fromkeys(names, without),
+    )
+
+
+def _nearest_labels(block: Tensor, gallery: Tensor, labels: Tensor, k: int, skipped: Tensor | None) -> Tensor:
+    """Labels (b, k) of the k most similar in all ranks' galleries; `skipped`: for each a place to pass over."""
+    sizes = all_gather_rows(torch.tensor([len(block)], device=block.device)).tolist()
+    asked = all_gather_rows(block)
+    first = first_row(gallery)
+    similarity = asked @ gallery.T
+    if skipped is not None:
+        places = all_gather_rows(skipped) - first
+        rows = ((places >= 0) & (places < len(gallery))).nonzero().flatten()
+        similarity[rows, places[rows]] = -torch.inf
+    values, places = _stable_top(similarity, min(k, len(gallery)))
+    found = labels[places]
+    if world_size() == 1:
+        return found
+    own = slice(sum(sizes[: rank()]), sum(sizes[: rank() + 1]))
+    # Candidates travel as columns, of which each rank may have its own number; rank order keeps ties in place
+    # order.
+    values = all_gather_rows(values.T.contiguous()).T[own]
+    found = all_gather_rows(found.T.contiguous()).T[own]
+    order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return found.gather(1, order)
+
+
+def _stable_top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row in falling order, ties by place."""
+    if 4 * k < similarity.shape[1]:
+        values, _ = similarity.topk(k, dim=1)
+        # topk may cut through a tie: everything as large as the k-th is a candidate, taken by place.
+        candidate = similarity >= values[:, -1:]
+        if int(candidate.sum(1).max()) == k:
+            places = candidate.nonzero()[:, 1].reshape(len(similarity), k)
+            values, order = similarity.gather(1, places).sort(dim=1, descending=True, stable=True)
+            return values, places.gather(1, order)
+    values, places = similarity.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], places[:, :k]
+
+
+def _by_ground_truth(
+    queries: Tensor,
+    gallery: Tensor,
+    ground_truth: list[Mapping[str, Sequence[int]]],
+    ks: list[int],
+    block_size: int,
+) -> RetrievalResult:
+    if len(ground_truth) != len(queries):
+        raise ValueError(f"{len(queries)} queries, but ground truth for {len(ground_truth)}")
+    sums = torch.zeros(len(DIFFICULTIES), 2 + len(ks), dtype=torch.float64)  # queries, AP, precisions
+    for start in range(0, len(queries), block_size):
+        order = (
+            (queries[start : start + block_size] @ gallery.T)
+            .sort(dim=1, descending=True, stable=True)
+            .indices
+        )
+        for ranking, truth in zip(order.cpu().numpy(), ground_truth[start : start + block_size]):
+            lists = {name: _places(truth, name, len(gallery)) for name in ("easy", "hard", "junk")}
+            for i, (right, junk) in enumerate(DIFFICULTIES.values()):
+                positives = np.concatenate([lists[name] for name in right])
+                if len(positives) == 0:
+                    continue
+                passed = np.concatenate([lists[name] for name in junk])
+                kept = ranking[~np.isin(ranking, passed)]
+                hits = np.flatnonzero(np.isin(kept, positives))
+                precisions = [np.mean(hits < cut) * len(hits) / min(cut, hits[-1] + 1) for cut in ks]
+                sums[i] += torch.tensor(
+                    [1.0, trapezoid_average_precision(hits), *precisions], dtype=torch.float64
+                )
+    sums = all_reduce(sums.to(queries.device)).cpu()
+    n = n_joined(queries)
+    counts = sums[:, 0].long().tolist()
+    if not any(counts):
+        raise ValueError("no query has an easy or hard match")
+    means = sums[:, 1:] / sums[:, :1]
+    columns = ["map", *(f"precision@{cut}" for cut in ks)]
+    return RetrievalResult(
+        scores={name: dict(zip(columns, row)) for name, row in zip(DIFFICULTIES, means.tolist())},
+        n_queries=dict(zip(DIFFICULTIES, counts)),
+        n_without={name: n - count for name, count in zip(DIFFICULTIES, counts)},
+    )
+
+
+def trapezoid_average_precision(hits: np.ndarray) -> float:
+    """Average precision of the Oxford protocol: precision before and after each hit, averaged.
+
+    For a hit at 0-based rank r with i hits before it: (i / r + (i + 1) / (r + 1)) / 2, where i / r is 1 at
+    rank 0.
+    """
+    before = np.arange(len(hits))
+    previous = np.divide(before, hits, out=np.ones(len(hits)), where=hits > 0)
+    return float(np.mean((previous + (before + 1) / (hits + 1)) / 2))
+
+
+def _places(truth: Mapping[str, Sequence[int]], name: str, n: int) -> np.ndarray:
+    places = np.asarray(truth.get(name, ()), np.int64).reshape(-1)
+    if len(places) and (places.min() < 0 or places.max() >= n):
+        raise ValueError(f"ground truth names place {int(places.max())} of a gallery of {n}")
+    return places

@@ -1,0 +1,177 @@
+"""A head trained once on a base set, tested on shifted sets that hold some of its classes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_modules.distributed import all_gather_rows, all_reduce
+from lightning_modules.evaluation.inputs import (
+    Array,
+    checked_features,
+    checked_labels,
+    first_row,
+    joined_max,
+    n_joined,
+)
+from lightning_modules.evaluation.linear import fit_logistic
+from lightning_modules.evaluation.result import Result
+
+
+@dataclass(frozen=True)
+class ShiftedSet:
+    """A test set of another look.
+
+    Attributes:
+        features: (n, d).
+        labels: (n,) its own labels; or (n, m) several right answers a sample, -1 where there are fewer
+            (ImageNet-ReaL). Samples without a right answer are left out.
+        classes: for each of its own labels the base classes that it stands for, one or several (ObjectNet);
+            None: its labels are base classes. Predictions are limited to the base classes named here, as
+                ImageNet-A, -R and
+            ObjectNet are scored.
+    """
+
+    features: Array
+    labels: Array
+    classes: Sequence[int | Sequence[int]] | None = None
+
+
+@dataclass(frozen=True)
+class RobustnessResult(Result):
+    """Accuracies in 0..1 for each set.
+
+    Attributes:
+        sets: accuracy, class_average (over the set's own labels; NaN with several right answers), n,
+            n_left_out (samples without a right answer), and n_classes (base classes among which the head
+            chose). "base" is the base set's held-out part.
+        inverse_penalty: C of the head.
+    """
+
+    sets: dict[str, dict[str, float]]
+    inverse_penalty: float
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [{"set": name, **values} for name, values in self.sets.items()]
+
+
+def robustness(
+    train_features: Array,
+    train_labels: Array,
+    shifted: Mapping[str, ShiftedSet],
+    *,
+    inverse_penalties: Sequence[float] = tuple(10.0 ** np.arange(-4, 4)),
+    held_out: float = 0.1,
+    max_iter: int = 1000,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> RobustnessResult:
+    """Train one logistic regression on the base set and test it on every shifted set.
+
+    C is chosen on a held-out part of the base set; shifted labels serve for scores alone. Under
+    `torch.distributed` every rank gives its shares and gets the whole result.
+
+    Args:
+        train_features: (n, d) of the base set; train_labels: (n,).
+        shifted: the sets by name.
+        inverse_penalties: values of C to choose from.
+        held_out: share of the base set for that choice, and for the "base" row.
+        max_iter: of L-BFGS.
+        seed: of the held-out part.
+        device: where to train.
+
+    Raises:
+        TypeError: labels that are no integers.
+        ValueError: no sets, shapes that do not match, labels outside a class map, class maps outside the base
+            classes.
+    """
+    x = checked_features("train", train_features, device)
+    y = checked_labels("train", train_labels, len(x), device)
+    if not shifted:
+        raise ValueError("no shifted sets")
+    if not 0 < held_out < 1 or not inverse_penalties:
+        raise ValueError(f"bad settings: {held_out=}, {inverse_penalties=}")
+    n, n_classes = n_joined(y), joined_max(y) + 1
+    if n < 2 or int((all_reduce(torch.bincount(y, minlength=n_classes)) > 0).sum()) < 2:
+        raise ValueError("the base set has one class only, or no samples")
+    prepared = {name: _prepared(name, data, x.shape[1], n_classes, device) for name, data in shifted.items()}
+
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[order[: min(max(1, round(held_out * n)), n - 1)]] = True
+    out = mask[first_row(y) :][: len(y)].to(y.device)
+    scores, head = [], None
+    heads = []
+    for c in sorted(inverse_penalties):
+        head = fit_logistic(x[~out], y[~out], n_classes, inverse_penalty=c, max_iter=max_iter, start=head)
+        heads.append(head)
+        scores.append(int(all_reduce((head(x[out]).argmax(1) == y[out]).sum())))
+    best = int(np.argmax(scores))
+    head = heads[best]
+    base = _scores(
+        head(x[out]), y[out, None], y[out], torch.ones(n_classes, dtype=torch.bool, device=x.device)
+    )
+    results = {"base": base}
+    for name, (features, right, own, allowed) in prepared.items():
+        results[name] = _scores(head(features), right, own, allowed)
+    return RobustnessResult(results, float(sorted(inverse_penalties)[best]))
+
+
+def _prepared(
+    name: str, data: ShiftedSet, dimension: int, n_classes: int, device: str | torch.device
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Features, right base classes (n, m), -1 for none, own labels, and the base classes to choose from."""
+    features = checked_features(name, data.features, device)
+    if features.shape[1] != dimension:
+        raise ValueError(f"{name}: features have {features.shape[1]} dimensions, the base set's {dimension}")
+    labels = torch.as_tensor(data.labels).to(device)
+    if labels.is_floating_point():
+        raise TypeError(f"{name}: labels must be integers, got {labels.dtype}")
+    if labels.ndim not in (1, 2) or len(labels) != len(features):
+        raise ValueError(
+            f"{name}: expected {len(features)} labels, (n,) or (n, m), got {tuple(labels.shape)}"
+        )
+    labels = labels.long()
+    own = labels if labels.ndim == 1 else None
+    right = labels[:, None] if labels.ndim == 1 else labels
+    allowed = torch.ones(n_classes, dtype=torch.bool, device=device)
+    if data.classes is not None:
+        groups = [[c] if isinstance(c, int | np.integer) else list(c) for c in data.classes]
+        flat = [int(c) for group in groups for c in group]
+        if not flat or min(flat) < 0 or max(flat) >= n_classes:
+            raise ValueError(f"{name}: its class map names base classes outside 0..{n_classes - 1}")
+        if len(right) and int(right.max()) >= len(groups):
+            raise ValueError(f"{name}: label {int(right.max())} is not in its map of {len(groups)} classes")
+        width = max(map(len, groups))
+        table = torch.full((len(groups) + 1, width), -1)
+        for i, group in enumerate(groups):
+            table[i, : len(group)] = torch.tensor(group)
+        table = table.to(device)
+        right = table[right.clamp_min(-1)].flatten(1)  # -1 takes the last row, which is empty
+        allowed = torch.zeros_like(allowed)
+        allowed[flat] = True
+    return features, right, own, allowed
+
+
+def _scores(logits: Tensor, right: Tensor, own: Tensor | None, allowed: Tensor) -> dict[str, float]:
+    predicted = logits.masked_fill(~allowed, -torch.inf).argmax(1)
+    known = (right >= 0).any(1)
+    hit = (right == predicted[:, None]).any(1)[known].long()
+    total = n_joined(hit)
+    class_average = float("nan")
+    if own is not None and total:
+        labels = all_gather_rows(own[known])
+        hits = all_gather_rows(hit)
+        count = torch.bincount(labels)
+        shares = torch.bincount(labels, weights=hits.double()) / count
+        class_average = float(shares[count > 0].mean())
+    return {
+        "accuracy": int(all_reduce(hit.sum())) / total if total else float("nan"),
+        "class_average": class_average,
+        "n": total,
+        "n_left_out": n_joined(known) - total,
+        "n_classes": int(allowed.sum()),
+    }
