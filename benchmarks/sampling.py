@@ -59,9 +59,8 @@ def main() -> None:
     print(f"{'(its member lists)':24}{lists:9.2f}")
 
     quotas = [cluster_counts(tree, selections[name]) for name in ("recursion, random", "ours, random")]
-    print(
-        f"\nsamples by lowest cluster, sorted: largest difference to the peer {np.abs(quotas[0] - quotas[1]).max()}"
-    )
+    difference = np.abs(quotas[0] - quotas[1]).max()
+    print(f"\nsamples by lowest cluster, sorted: largest difference to the peer {difference}")
     tracemalloc.start()
     tree._sizes.clear()
     hierarchical_sample(tree, target)
