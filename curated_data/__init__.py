@@ -1,6 +1,7 @@
 """Balanced subsets of long-tailed pools of tar shards, streamed into Lightning.
 
-The public names load on first use, so that a loader worker or a short command does not pay for importing Lightning.
+The public names load on first use, so that a loader worker or a short command does not pay for importing
+Lightning.
 """
 
 import importlib

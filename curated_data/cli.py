@@ -1,4 +1,6 @@
-"""`curated-data import | index | embed | curate | export | report | inspect`: the walk, a stage a command."""
+"""`curated-data import | index | embed | curate | extend | export | report | inspect`: the walk, a stage a
+command.
+"""
 
 import argparse
 import json
@@ -67,6 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--order", choices=("pool", "shuffled"), default="shuffled", help="(default: %(default)s)"
+    )
+
+    command = _pool_command(
+        commands, "extend", "select from a pool that has grown, by an existing tree", _extend
+    )
+    _curation_options(command)
+    command.add_argument(
+        "--tree", required=True, metavar="FOLDER", help="of the tree, as `curate` printed it"
     )
 
     command = _pool_command(commands, "report", "write one HTML page about a curation", _report)
@@ -155,7 +165,7 @@ def _embed(parsed: argparse.Namespace) -> None:
         _pool(parsed), resolve_embedder(parsed.embedder), open_cache(parsed.cache_dir), device=parsed.device
     )
     print(
-        f"{len(store):,} embeddings of length {store.shape[1]} in {store.folder}, {len(store.failures):,} failed"
+        f"{len(store):,} embeddings of length {store.shape[1]}, {len(store.failures):,} failed: {store.folder}"
     )
 
 
@@ -191,12 +201,30 @@ def _curate(parsed: argparse.Namespace) -> None:
     _print(table)
     if report["failed"]:
         print(f"{report['failed']:,} samples could not be embedded: see {curation.folders['embeddings']}")
+    print(f"tree: {curation.folders['tree']}")
     print(f"ids: {curation.folders['selection'] / 'ids.npy'}")
     if parsed.ids:
         from curated_data.cache import atomic_save
 
         atomic_save(parsed.ids, curation.ids)
         print(f"ids: {parsed.ids}")
+
+
+def _extend(parsed: argparse.Namespace) -> None:
+    from curated_data.extend import extend
+
+    curation = extend(
+        _pool(parsed),
+        _config(parsed),
+        tree=parsed.tree,
+        embedder=parsed.embedder,
+        cache_dir=parsed.cache_dir,
+        device=parsed.device,
+    )
+    drift = curation.report["drift"]
+    print(f"{drift['n_new']:,} new samples, {drift['outlying']:.1%} of them outlying")
+    print("a rebuild is due: run curate" if drift["rebuild_due"] else "no rebuild is due")
+    print(f"ids: {curation.folders['selection'] / 'ids.npy'}")
 
 
 def _export(parsed: argparse.Namespace) -> None:

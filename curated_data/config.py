@@ -68,7 +68,8 @@ class CurationConfig:
         n_iter: most Lloyd iterations of a k-means.
         tol: relative fall of the inertia below which a k-means stops.
         seed: of everything random in clustering and sampling.
-        max_memory_gb: embeddings up to this size are held in memory, larger ones are read from a memory map.
+        max_memory_gb: that clustering may hold; embeddings beyond it are read again, in blocks, at every
+            pass.
         embedding: see `EmbeddingConfig`.
         near_duplicates: see `NearDuplicateConfig`.
     """

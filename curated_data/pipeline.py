@@ -19,11 +19,11 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from curated_data.cache import build_once, fingerprint, locked, open_cache, write_manifest
+from curated_data.cache import build_once, fingerprint, open_cache, write_manifest
 from curated_data.clustering.hierarchy import Level, choose_levels, hierarchical_kmeans
 from curated_data.clustering.tree import ClusterTree
 from curated_data.config import CurationConfig, load_config
-from curated_data.distributed import build_together, is_distributed, rank
+from curated_data.distributed import build_together, rank
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.embedding.extract import Decoders
 from curated_data.errors import ConfigError, PoolError
@@ -106,7 +106,7 @@ def curate(
     valid = store.valid
     folders = {"embeddings": store.folder}
 
-    origin = {"pool": pool.fingerprint, "embeddings": store.fingerprint}
+    origin = {"embedder": store.folder.name, "embeddings": store.fingerprint}
     if config.near_duplicates.enabled:
         with _timed(seconds, "near_duplicates"):
             folder, cached["near_duplicates"] = _near_duplicates(root, store, valid, config, origin)
@@ -124,12 +124,12 @@ def curate(
     _check_levels(config.levels, n_valid)
 
     with _timed(seconds, "cluster"):
-        folders["tree"], cached["tree"] = _tree(root, store, valid, config, origin, device)
+        folders["tree"], cached["tree"] = _tree(root, pool, store, valid, config, origin, device)
         tree = ClusterTree.load(folders["tree"] / "tree")
     with _timed(seconds, "sample"):
-        folders["selection"], cached["selection"] = _selection(root, tree, config, folders["tree"].name)
+        folders["selection"], cached["selection"] = select(root, tree, config, folders["tree"].name)
         ids = np.load(folders["selection"] / "ids.npy", allow_pickle=False)
-    report = _report(pool, store, valid, tree, ids, config) | {"cached": cached, "seconds": seconds}
+    report = report_of(pool, store, valid, tree, ids, config) | {"cached": cached, "seconds": seconds}
     log.info(
         "selection: %d of %d samples%s",
         len(ids),
@@ -147,7 +147,7 @@ def _near_duplicates(
 
     def build(folder: Path) -> None:
         found = near_duplicates(
-            _embeddings(store, config),
+            store,
             valid=valid,
             threshold=config.near_duplicates.threshold,
             n_neighbours=config.near_duplicates.n_neighbours,
@@ -165,6 +165,7 @@ def _near_duplicates(
 
 def _tree(
     root: Path,
+    pool: ShardPool,
     store: EmbeddingStore,
     valid: np.ndarray,
     config: CurationConfig,
@@ -181,21 +182,19 @@ def _tree(
 
     def cluster() -> ClusterTree:
         return hierarchical_kmeans(
-            _embeddings(store, config),
+            store,
             config.levels,
             valid=valid,
             device=device,
             checkpoint=checkpoint,
+            max_memory=int(config.max_memory_gb * 1e9),
             **settings,
         )
 
     def build(temporary: Path | None) -> None:
         tree = cluster()
         if temporary is not None:
-            tree.save(temporary / "tree")
-            write_manifest(
-                temporary, "clustering", {"inputs": origin, "settings": settings | {"levels": levels}}
-            )
+            publish_tree(temporary, tree, pool, {"inputs": origin, "settings": settings | {"levels": levels}})
 
     _, cached = build_together(folder, build)
     if rank() == 0:
@@ -203,7 +202,18 @@ def _tree(
     return folder, cached
 
 
-def _selection(root: Path, tree: ClusterTree, config: CurationConfig, tree_name: str) -> tuple[Path, bool]:
+def publish_tree(folder: Path, tree: ClusterTree, pool: ShardPool, manifest: dict[str, Any]) -> None:
+    """Write a tree and the shards that it covers, so that a pool that has grown can find its old samples in
+    it.
+    """
+    tree.save(folder / "tree")
+    np.save(folder / "shards.npy", np.array(pool.shard_fingerprints, "S20"))
+    np.save(folder / "shard_ranges.npy", pool.shard_ranges())
+    write_manifest(folder, "clustering", manifest)
+
+
+def select(root: Path, tree: ClusterTree, config: CurationConfig, tree_name: str) -> tuple[Path, bool]:
+    """The folder of a selection from a tree, and whether it was there already."""
     names = ("target_size", "strategy", "sampling", "max_repeats", "seed")
     settings = {name: getattr(config, name) for name in names}
     name = fingerprint(tree=tree_name, settings=settings, version=VERSIONS["selection"])
@@ -225,18 +235,6 @@ def _selection(root: Path, tree: ClusterTree, config: CurationConfig, tree_name:
     return build_once(root / "selection" / name, build)
 
 
-def _embeddings(store: EmbeddingStore, config: CurationConfig) -> np.ndarray:
-    """The rows as the clustering takes them: in memory where they fit, else one memory map that ranks
-    share.
-    """
-    size = store.shape[0] * store.shape[1] * 4
-    if size <= config.max_memory_gb * 1e9 and not is_distributed():
-        return store.as_array(np.float32)
-    path = store.folder / f"all-{store.fingerprint}.npy"
-    with locked(path):
-        return store.mapped(path)
-
-
 def _check_levels(levels: list[Level] | None, n_samples: int) -> None:
     """Refuse before anything long starts what the clustering would refuse after it."""
     asked = levels[0].n_clusters * levels[0].n_splits if levels else 0
@@ -247,7 +245,7 @@ def _check_levels(levels: list[Level] | None, n_samples: int) -> None:
         )
 
 
-def _report(
+def report_of(
     pool: ShardPool,
     store: EmbeddingStore,
     valid: np.ndarray,

@@ -184,7 +184,7 @@ def long_tailed_cifar(out: Path, ratio: float = 100.0) -> Path:
                 for c in range(10)
             ]
             order = np.random.default_rng(0).permutation(np.concatenate(kept))
-            with ShardWriter(temporary / f"{part}-{{:03d}}.tar", max_samples=2000) as writer:
+            with ShardWriter(temporary / f"{part}-%03d.tar", max_samples=2000) as writer:
                 for number in order:
                     writer.write(
                         {"__key__": f"{number:05d}", "png": data[number][0], "cls": int(targets[number])}

@@ -1,5 +1,7 @@
 """Embeddings on disk: one `.npy` a shard, beside it which samples failed and why."""
 
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ from curated_data.errors import CacheError
 
 VERSION = 1
 """Of what extraction computes; a change to it makes older embeddings stale."""
+
+
+_OPEN_MAPS = 256
 
 
 class EmbeddingStore:
@@ -30,7 +35,8 @@ class EmbeddingStore:
         self.folder = Path(folder)
         self.shard_fingerprints = list(shard_fingerprints)
         self.dtype = np.dtype(dtype)
-        self._maps: dict[int, np.ndarray] = {}
+        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()  # the clustering reads from several threads
         self._details = [_read_shard_details(self.folder, name) for name in self.shard_fingerprints]
         self._starts = np.cumsum([0, *(details["samples"] for details in self._details)])
         self.shape = (int(self._starts[-1]), dimension)
@@ -68,13 +74,37 @@ class EmbeddingStore:
             for failure in details["failures"]
         ]
 
+    def __getitem__(self, which: slice | np.ndarray) -> np.ndarray:
+        """Rows by a slice or by an array of ids, as of one array in memory: the clustering reads blocks of
+        it.
+        """
+        if not isinstance(which, slice):
+            return self.rows(which)
+        start, stop, step = which.indices(len(self))
+        if step != 1:
+            return self.rows(np.arange(start, stop, step))
+        first, last = np.searchsorted(self._starts, (start, max(start, stop - 1)), side="right") - 1
+        parts = [
+            self._map(number)[max(start - base, 0) : stop - base]
+            for number, base in zip(range(first, last + 1), self._starts[first:], strict=False)
+            if stop > base
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, self.shape[1]), self.dtype)
+
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        """Embeddings (m, d) of the ids, in the order asked."""
+        """Embeddings (m, d) of the ids, in the order asked.
+
+        Raises:
+            IndexError: an id outside the pool.
+        """
         ids = np.asarray(ids, np.int64)
+        if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
+            raise IndexError(f"ids need to lie in 0..{len(self) - 1}, found {ids.min()}..{ids.max()}")
         out = np.empty((len(ids), self.shape[1]), self.dtype)
-        shard = np.searchsorted(self._starts, ids, side="right") - 1
-        for number in np.unique(shard):
-            here = shard == number
+        order = np.argsort(ids, kind="stable")
+        cuts = np.searchsorted(ids[order], self._starts)
+        for number in np.flatnonzero(np.diff(cuts)):
+            here = order[cuts[number] : cuts[number + 1]]
             out[here] = self._map(int(number))[ids[here] - self._starts[number]]
         return out
 
@@ -84,46 +114,42 @@ class EmbeddingStore:
             yield int(start), self._map(number)
 
     def as_array(self, dtype: Any = np.float32) -> np.ndarray:
-        """All rows in one array in memory, (n, d). For a pool beyond memory use `mapped`."""
+        """All rows in one array in memory, (n, d)."""
         out = np.empty(self.shape, dtype)
         for start, block in self.blocks():
             out[start : start + len(block)] = block
         return out
 
-    def mapped(self, path: Path) -> np.ndarray:
-        """All rows as one memory-mapped array, (n, d), copied into a file at `path` if it is not there
-        yet.
-        """
-        if not path.exists():
-            from curated_data.cache import atomic_path
-
-            with atomic_path(path) as temporary:
-                out = np.lib.format.open_memmap(temporary, "w+", self.dtype, self.shape)
-                for start, block in self.blocks():
-                    out[start : start + len(block)] = block
-                out.flush()
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-
     def _map(self, number: int) -> np.ndarray:
-        if number not in self._maps:
+        """A shard's rows. The maps used last stay open, a few only: each holds a file handle."""
+        with self._lock:
+            if number in self._maps:
+                self._maps.move_to_end(number)
+                return self._maps[number]
             path = self.folder / f"{self.shard_fingerprints[number]}.npy"
             try:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError) as error:
                 raise CacheError(
-                    f"{path}: cannot be read ({error}); remove it to embed its shard again"
+                    f"{path}: cannot be read ({error}); remove it and its .json to embed its shard again"
                 ) from error
             expected = (self._details[number]["samples"], self.shape[1])
             if array.shape != expected or array.dtype != self.dtype:
                 raise CacheError(
-                    f"{path}: holds {array.shape} {array.dtype}, expected {expected} {self.dtype}; remove "
-                    "it to embed its shard again"
+                    f"{path}: holds {array.shape} {array.dtype}, expected {expected} {self.dtype}; remove it "
+                    "and its .json to embed its shard again"
                 )
             self._maps[number] = array
-        return self._maps[number]
+            if len(self._maps) > _OPEN_MAPS:
+                self._maps.popitem(last=False)
+            return array
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_maps", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._maps, self._lock = OrderedDict(), threading.Lock()
 
 
 def is_embedded(folder: Path, shard_fingerprint: str) -> bool:

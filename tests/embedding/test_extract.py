@@ -5,6 +5,7 @@ stops.
 import io
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 
@@ -48,7 +49,19 @@ def test_rows_are_the_pools_images_in_order(write_pool, tmp_path, embedder):
     ids = np.array([16, 0, 9, 9, 3])
     np.testing.assert_array_equal(store.rows(ids), np.asarray(store)[ids])
     np.testing.assert_array_equal(np.concatenate([rows for _, rows in store.blocks()]), np.asarray(store))
-    np.testing.assert_array_equal(store.mapped(tmp_path / "all.npy"), np.asarray(store))
+    for which in (
+        slice(None),
+        slice(3, 12),
+        slice(9, 11),
+        slice(10, 10),
+        slice(-4, None),
+        slice(0, 17, 5),
+        ids,
+    ):
+        np.testing.assert_array_equal(store[which], np.asarray(store)[which])
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(store)).rows(ids), store.rows(ids))
+    with pytest.raises(IndexError, match=r"0\.\.16, found 0\.\.17"):
+        store.rows([0, 17])
     assert store.valid.all()
     assert store.failures == []
 
@@ -170,7 +183,7 @@ def test_damaged_files_of_the_store_are_named(write_pool, tmp_path, embedder):
     array = store.folder / f"{pool.shard_fingerprints[0]}.npy"
     array.write_bytes(array.read_bytes()[:40])
     again = EmbeddingStore(store.folder, pool.shard_fingerprints, 3, "float16")
-    with pytest.raises(CacheError, match="remove it to embed its shard again"):
+    with pytest.raises(CacheError, match=r"remove it and its .json to embed its shard again"):
         again.rows([0])
 
 

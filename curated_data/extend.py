@@ -1,0 +1,181 @@
+"""A pool that has grown: give its new samples to the clusters of an existing tree, without building it
+again.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from curated_data.cache import build_once, fingerprint, open_cache, read_manifest
+from curated_data.clustering.kmeans import prepare
+from curated_data.clustering.nearest import nearest, squared_distances
+from curated_data.clustering.tree import EXCLUDED, ClusterTree
+from curated_data.config import CurationConfig, load_config
+from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
+from curated_data.embedding.extract import Decoders
+from curated_data.errors import CacheError, PoolError
+from curated_data.pipeline import Curation, publish_tree, report_of, select
+from curated_data.pool import ShardPool
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+REBUILD_ABOVE = 0.05
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How well new samples fit a tree that has not seen them.
+
+    Attributes:
+        n_new: samples that were assigned.
+        n_old: samples that the tree was built over and the pool still has.
+        distance_ratio: median distance of new samples to their centroid over that of the old ones.
+        outlying: share of the new samples that lie farther from their centroid than 99 % of the old ones. It
+            is about 0.01 where both come from one distribution; a tree with few samples a cluster gives more,
+            since its centroids have adapted to the samples that it was built over.
+        rebuild_due: `outlying` is above the limit, or more samples are new than old.
+    """
+
+    n_new: int
+    n_old: int
+    distance_ratio: float
+    outlying: float
+    rebuild_due: bool
+
+
+def extend(
+    pool: ShardPool | str | Path | list[str],
+    config: CurationConfig | Mapping[str, Any] | DictConfig | str | Path,
+    *,
+    tree: str | Path,
+    embedder: str | nn.Module | Callable[[Tensor], Tensor] | Embedder,
+    cache_dir: str | Path,
+    device: str | torch.device = "auto",
+    decoders: Decoders | None = None,
+    rebuild_above: float = REBUILD_ABOVE,
+) -> Curation:
+    """Select from a pool that has gained or lost shards, by the clusters of an earlier curation's tree.
+
+    Shards are recognised by their identity, wherever they now stand in the pool: their samples keep their
+    clusters. Samples of new shards go to the nearest centroid of the lowest level.
+
+    Args:
+        pool: the grown pool.
+        config: as of `curate`; `levels` and the settings of the clustering are the tree's own and are not
+            read.
+        tree: the folder of the earlier tree, `curation.folders["tree"]`.
+        embedder, cache_dir, device, decoders: as of `curate`; the embedder must be the tree's.
+        rebuild_above: the share of outlying new samples from which a rebuild is due.
+
+    Returns:
+        A curation whose report has the entry `drift`, the fields of `Drift`.
+
+    Raises:
+        CacheError: `tree` is no tree of a curation, or of another embedder.
+        PoolError: the pool has none of the tree's shards.
+    """
+    config = load_config(config)
+    root = open_cache(cache_dir)
+    pool = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
+    base = Path(tree)
+    manifest = read_manifest(base, "clustering")
+    old = ClusterTree.load(base / "tree")
+    metric = manifest["settings"]["metric"]
+    store = embed_pool(
+        pool,
+        resolve_embedder(embedder),
+        root,
+        device=device,
+        decoders=decoders,
+        **dataclasses.asdict(config.embedding),
+    )
+    if manifest["inputs"]["embedder"] != store.folder.name:
+        raise CacheError(
+            f"{base}: its tree was built over embeddings {manifest['inputs']['embedder']}, these are "
+            f"{store.folder.name}; give the embedder and embedding settings of that curation, or curate anew"
+        )
+    config = dataclasses.replace(config, metric=metric)
+    inputs = {"embedder": store.folder.name, "embeddings": store.fingerprint, "base": base.name}
+    name = fingerprint(inputs=inputs, version=VERSION)
+
+    def build(folder: Path) -> None:
+        grown, known = _grow(pool, store, old, base, metric, device)
+        drift = _drift(grown, known, rebuild_above)
+        settings = manifest["settings"]
+        publish_tree(folder, grown, pool, {"inputs": inputs, "settings": settings, "drift": vars(drift)})
+
+    folder, found = build_once(root / "tree" / name, build)
+    grown = ClusterTree.load(folder / "tree")
+    drift = read_manifest(folder, "clustering")["drift"]
+    selection, was_selected = select(root, grown, config, folder.name)
+    ids = np.load(selection / "ids.npy", allow_pickle=False)
+    log.info(
+        "extended by %d samples to %d: median distance %.2f of the old ones', %.1f %% outlying%s",
+        drift["n_new"],
+        len(pool),
+        drift["distance_ratio"],
+        100 * drift["outlying"],
+        "; a rebuild is due" if drift["rebuild_due"] else "",
+    )
+    report = report_of(pool, store, grown.parent[1] != EXCLUDED, grown, ids, config)
+    report |= {"drift": drift, "cached": {"tree": found, "selection": was_selected}}
+    folders = {"embeddings": store.folder, "tree": folder, "selection": selection}
+    return Curation(ids, grown, store, report, config, folders)
+
+
+def _grow(
+    pool: ShardPool,
+    store: EmbeddingStore,
+    old: ClusterTree,
+    base: Path,
+    metric: str,
+    device: str | torch.device,
+) -> tuple[ClusterTree, np.ndarray]:
+    """The tree over the grown pool, and (n,) bool: which samples the old one knew."""
+    old_shards = [name.decode() for name in np.load(base / "shards.npy", allow_pickle=False)]
+    old_ranges = np.load(base / "shard_ranges.npy", allow_pickle=False)
+    place = {name: number for number, name in enumerate(old_shards)}
+    ranges = pool.shard_ranges()
+    parent = np.full(len(pool), EXCLUDED, np.int64)
+    distance = np.full(len(pool), np.nan, np.float32)
+    known = np.zeros(len(pool), bool)
+    for number, name in enumerate(pool.shard_fingerprints):
+        if name in place:
+            here = slice(ranges[number], ranges[number + 1])
+            there = slice(old_ranges[place[name]], old_ranges[place[name] + 1])
+            parent[here], known[here] = old.parent[1][there], True
+            distance[here] = np.nan if old.distance is None else old.distance[there]
+    if not known.any():
+        raise PoolError(
+            f"the pool has none of the {len(old_shards)} shards that {base} was built over; curate anew"
+        )
+    new = store.valid & ~known
+    if new.any():
+        rows = prepare(store, metric=metric, device=device, valid=new, nonfinite="exclude", max_memory=None)
+        centroids = torch.from_numpy(old.centroids[1]).to(rows.device)
+        if rows.mean is not None:
+            centroids = centroids - torch.from_numpy(rows.mean.astype(np.float32)).to(rows.device)
+        assignment = nearest(rows, centroids)
+        ids = np.flatnonzero(new) if rows.ids is None else rows.ids
+        parent[ids] = assignment
+        distance[ids] = np.sqrt(squared_distances(rows, centroids, assignment))
+    return ClusterTree(old.centroids, old.parent | {1: parent}, distance), known
+
+
+def _drift(tree: ClusterTree, known: np.ndarray, limit: float) -> Drift:
+    inside = tree.parent[1] != EXCLUDED
+    before, after = tree.distance[inside & known], tree.distance[inside & ~known]
+    if not len(after):
+        return Drift(0, len(before), 1.0, 0.0, False)
+    ratio = float(np.median(after) / max(np.median(before), np.finfo(np.float32).tiny))
+    outlying = float((after > np.quantile(before, 0.99)).mean())
+    return Drift(len(after), len(before), ratio, outlying, outlying > limit or len(after) > len(before))

@@ -1,0 +1,84 @@
+"""A grown pool on an existing tree: old samples keep their clusters, new ones get the nearest, drift is
+told.
+"""
+
+import numpy as np
+import pytest
+from scipy.spatial.distance import cdist
+
+from curated_data import curate
+from curated_data.cli import main
+from curated_data.errors import CacheError, PoolError
+from curated_data.extend import extend
+
+CONFIG = {
+    "target_size": 24,
+    "levels": [{"n_clusters": 10}, {"n_clusters": 3}],
+    "embedding": {"num_workers": 0, "dtype": "float32"},
+}
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_old_samples_stay_and_new_ones_go_to_the_nearest(write_pool, tmp_path, metric):
+    shards = write_pool([30, 20, 25, 15], bad={(2, 3): b"broken"})
+    config = CONFIG | {"metric": metric}
+    old = curate(shards[1:3], config, embedder="pixels:4", cache_dir=tmp_path / "cache")
+    place = {"embedder": "pixels:4", "cache_dir": tmp_path / "cache", "tree": old.folders["tree"]}
+    grown = extend(shards, config, **place)  # new shards before and after the old ones
+    np.testing.assert_array_equal(grown.tree.parent[1][30:75], old.tree.parent[1])
+    np.testing.assert_array_equal(grown.tree.parent[2], old.tree.parent[2])
+    new = np.r_[:30, 75:90]
+    rows = np.asarray(grown.embeddings, np.float64)[new]
+    if metric == "cosine":
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    distances = cdist(rows, old.tree.centroids[1])
+    np.testing.assert_array_equal(grown.tree.parent[1][new], distances.argmin(1))
+    np.testing.assert_allclose(grown.tree.distance[new], distances.min(1), rtol=1e-4)
+    assert grown.tree.parent[1][53] == -1
+    assert len(grown.ids) == 24
+    assert 53 not in grown.ids
+    assert grown.report["drift"]["n_new"] == 45
+    assert grown.report["drift"]["n_old"] == 44
+    assert extend(shards, config, **place).report["cached"] == {"tree": True, "selection": True}
+    np.testing.assert_array_equal(extend(shards, config, **place).ids, grown.ids)
+
+
+def test_drift_tells_a_new_domain_from_more_of_the_same(tmp_path, write_pool):
+    from curated_data import ShardWriter
+    from tests.conftest import png
+
+    def shard(name, seed, invert):
+        rng = np.random.default_rng(seed)
+        with ShardWriter(str(tmp_path / f"{name}-%03d.tar")) as writer:
+            for number in range(400):
+                image = (rng.integers(0, 3) * 60 + rng.normal(0, 12, (8, 8, 3))).clip(0, 255).astype(np.uint8)
+                image[:, :4] = 255 - image[:, :4] if invert else image[:, :4]
+                writer.write({"__key__": f"{name}-{number}", "png": png(image)})
+        return str(tmp_path / f"{name}-000.tar")
+
+    base, same, other = shard("base", 0, False), shard("same", 1, False), shard("other", 2, True)
+    config = CONFIG | {"levels": [{"n_clusters": 6}, {"n_clusters": 2}]}
+    old = curate([base], config, embedder="pixels:4", cache_dir=tmp_path / "cache")
+    place = {"embedder": "pixels:4", "cache_dir": tmp_path / "cache", "tree": old.folders["tree"]}
+    more = extend([base, same], config, **place).report["drift"]
+    new_domain = extend([base, other], config, **place).report["drift"]
+    assert not more["rebuild_due"]
+    assert more["outlying"] < 0.05
+    assert 0.8 < more["distance_ratio"] < 1.3
+    assert new_domain["rebuild_due"]
+    assert new_domain["outlying"] > 0.5
+    arguments = ["extend", base, other, "--cache-dir", str(tmp_path / "cache"), "--embedder", "pixels:4"]
+    settings = ["--target-size", "24", "--set", "embedding.dtype=float32", "--tree", str(old.folders["tree"])]
+    assert main([*arguments, *settings]) == 0
+
+
+def test_what_cannot_be_extended(write_pool, tmp_path):
+    shards, cache = write_pool([30, 20]), tmp_path / "cache"
+    old = curate(shards[:1], CONFIG, embedder="pixels:4", cache_dir=cache)
+    place = {"cache_dir": cache, "tree": old.folders["tree"]}
+    with pytest.raises(CacheError, match=r"built over embeddings .* these are"):
+        extend(shards, CONFIG, embedder="pixels:5", **place)
+    with pytest.raises(PoolError, match="none of the 1 shards"):
+        extend(shards[1:], CONFIG, embedder="pixels:4", **place)
+    with pytest.raises(CacheError, match=r"manifest\.json"):
+        extend(shards, CONFIG, embedder="pixels:4", cache_dir=cache, tree=tmp_path)
