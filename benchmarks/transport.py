@@ -119,7 +119,8 @@ def main() -> None:
         cost, weight = -scores.log_softmax(1), 1000 * (1 - rho)
         similarity = gaussian_similarity(features)
         dense = torch.zeros(N, N).scatter_(1, *similarity)
-        peer_seconds, (peer, outer, inner) = timed(lambda: scaling_sp2ot(cost, dense, rho, weight), 1)  # noqa: B023
+        peer_seconds, found = timed(lambda: scaling_sp2ot(cost, dense, rho, weight), 1)  # noqa: B023
+        peer, outer, inner = found
         seconds, found = timed(
             lambda: solve_sp2ot(cost, similarity, rho, weight=weight, marginal_tol=1e-8),  # noqa: B023
             repeats,

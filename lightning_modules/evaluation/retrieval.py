@@ -138,7 +138,7 @@ def _by_label(
 
 
 def _nearest_labels(block: Tensor, gallery: Tensor, labels: Tensor, k: int, skipped: Tensor | None) -> Tensor:
-    """Labels (b, k) of the k most similar in all ranks' galleries; `skipped`: for each a place to pass over."""
+    """Labels (b, k) of the k most similar over all ranks; `skipped`: for each query a place to pass over."""
     sizes = all_gather_rows(torch.tensor([len(block)], device=block.device)).tolist()
     asked = all_gather_rows(block)
     first = first_row(gallery)

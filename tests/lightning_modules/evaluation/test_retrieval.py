@@ -13,6 +13,8 @@ from torchmetrics.functional.retrieval import (
 from lightning_modules.evaluation.retrieval import retrieval, trapezoid_average_precision
 from tests.lightning_modules.ranks import on_two_ranks
 
+METRICS = {"map": retrieval_average_precision, "recall": retrieval_recall, "hit_rate": retrieval_hit_rate}
+
 
 def data(n: int = 40, m: int = 60) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
@@ -29,9 +31,7 @@ def test_by_label_is_torchmetrics():
     )  # torchmetrics takes scores <= 0 for wrong
     for k in (1, 5, 20, 60):
         right = ql[:, None] == gl[None]
-        for name, metric in [
-            ("map", retrieval_average_precision), ("recall", retrieval_recall), ("hit_rate", retrieval_hit_rate),
-        ]:  # fmt: skip
+        for name, metric in METRICS.items():
             want = np.mean([float(metric(s, r, top_k=k)) for s, r in zip(similarity, right)])
             assert result.scores[str(k)][name] == pytest.approx(want, abs=1e-6), (k, name)
 

@@ -1,0 +1,270 @@
+"""SP2OT: labels against the solvers on a buffer kept by hand, ranks, resume, bad input; embeddings."""
+
+import math
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_modules import SP2OT
+from lightning_modules.distributed import all_gather_rows
+from lightning_modules.evaluation.clustering import clustering
+from lightning_modules.transport import p2ot, solve_sp2ot
+from lightning_modules.transport_clustering import cluster_embeddings
+from tests.lightning_modules.ranks import on_two_ranks
+
+SMALL = {"backbone": "resnet10", "image_size": 16, "small_images": True, "backbone_options": {"width": 4}}
+
+
+class Patches(torch.utils.data.Dataset):
+    """Noisy patches of three colours, 40, 16 and 8 of them, as training batches want them."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.labels = torch.tensor([0] * 40 + [1] * 16 + [2] * 8)
+        images = torch.eye(3)[self.labels][:, :, None, None] * 2 - 1
+        self.images = images + 0.3 * torch.randn(64, 3, 16, 16, generator=generator)
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, i: int) -> dict:
+        image = self.images[i]
+        return {"views": [image, image.flip(-1)], "sample_id": 1000 + 7 * i}
+
+
+def module(**options) -> SP2OT:
+    torch.manual_seed(0)
+    return SP2OT(4, **(SMALL | {"buffer_size": 32, "n_neighbors": 5, "n_heads": 2} | options))
+
+
+def loader(batch_size: int = 16) -> DataLoader:
+    return DataLoader(Patches(), batch_size, shuffle=False)
+
+
+def trainer(tmp_path, epochs: int = 2, **options) -> L.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options = {"enable_checkpointing": False} | quiet | options
+    return L.Trainer(accelerator="cpu", max_epochs=epochs, default_root_dir=tmp_path, **options)
+
+
+def batch(rows: slice) -> dict:
+    samples = [Patches()[i] for i in range(64)[rows]]
+    return {
+        "views": [torch.stack([s["views"][v] for s in samples]) for v in range(2)],
+        "sample_id": torch.tensor([s["sample_id"] for s in samples]),
+    }
+
+
+@pytest.mark.parametrize("method", ["sp2ot", "p2ot", "ot"])
+def test_trains_and_selects_a_head(tmp_path, method):
+    model = module(method=method)
+    before = model.prototypes.detach().clone()
+    run = trainer(tmp_path)
+    run.fit(model, loader())
+    assert not torch.equal(before, model.prototypes)
+    assert run.callback_metrics["selection"] == pytest.approx(model.best["value"], rel=0.5)
+    assert model.state["buffer_ids"].tolist() == [1000 + 7 * i for i in range(32, 64)]
+    clusters = model.eval().assign(Patches().images)
+    assert clusters.shape == (64,)
+    assert int(clusters.max()) < 4
+
+
+def test_rho_follows_its_formula():
+    model = module()
+    model._n_steps = 100
+    for step in (0, 30, 100):
+        want = 0.1 + 0.9 * math.exp(-5 * (1 - step / 100) ** 2)
+        assert model.rho_at(step) == pytest.approx(want)
+    model.hparams.method = "ot"
+    assert model.rho_at(0) == 1.0
+
+
+@pytest.mark.parametrize("method", ["sp2ot", "p2ot"])
+def test_labels_are_the_plan_of_the_buffer(method):
+    """Two batches through the module against the solver on the same logits and a dense similarity."""
+    model = module(
+        method=method, buffer_from_epoch=0, n_heads=1, buffer_size=32, similarity_weight=3000.0
+    ).eval()
+    model._n_steps = 10
+    features = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+    ids = torch.tensor([1000 + 7 * i for i in range(64)])
+    shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(2))
+    model.set_neighbors(ids[shuffled], features[shuffled])
+    first, second = batch(slice(0, 16)), batch(slice(16, 32))
+    logits = [torch.stack([model.logits(v)[0] for v in b["views"]]).detach() for b in (first, second)]
+    rows = [x.permute(1, 0, 2)[:, None] for x in logits]  # (B, heads, 2, K)
+    model._push(rows[0], first["sample_id"])
+    rho = model.rho_at(0)
+    got = model._labels(logits[1][None], second["sample_id"], rho)[0]
+    cost = -torch.cat(logits, 1).log_softmax(-1)
+    if method == "p2ot":
+        want = p2ot(cost, rho)
+    else:
+        distances = torch.cdist(features.double(), features.double()).square()
+        distances.fill_diagonal_(math.inf)
+        nearest = distances.topk(5, largest=False)
+        dense = torch.zeros(64, 64, dtype=torch.float64)
+        dense.scatter_(1, nearest.indices, torch.exp(-nearest.values / (8 * 6)))
+        want = solve_sp2ot(cost, dense[:32, :32].float(), rho, weight=3000 * (1 - rho) * 32 / 5120).plan
+    torch.testing.assert_close(got, want[:, 16:] * 32, atol=1e-4, rtol=0)
+
+
+def test_a_sample_twice_in_the_buffer_is_a_neighbour_twice():
+    model = module()
+    features = torch.tensor([[0.0, 0], [1, 0], [9, 9]])
+    model.hparams.n_neighbors = 1
+    model.set_neighbors(torch.tensor([5, 3, 8]), features)
+    matrix = model._similarity_among(torch.tensor([3, 5, 3, 77])).to_dense()
+    weight = math.exp(-1 / (2 * 4 * 2))
+    want = torch.tensor([[0, weight, 0, 0], [weight, 0, weight, 0], [0, weight, 0, 0], [0, 0, 0, 0]])
+    torch.testing.assert_close(matrix, want)
+
+
+def test_loss_is_the_swapped_cross_entropy():
+    model = module(method="ot", buffer_size=0, n_heads=1).eval()
+    model._n_steps = 10
+    data = batch(slice(0, 16))
+    loss, _ = model.loss(data)
+    a, b = (model.logits(view)[0].log_softmax(-1) for view in data["views"])
+    labels_a, labels_b = (16 * p2ot(-x.detach(), 1.0, gamma=math.inf) for x in (a, b))
+    want = 0.0
+    for i in range(16):
+        want -= float((labels_b[i] * a[i]).sum() + (labels_a[i] * b[i]).sum()) / 32
+    assert float(loss) == pytest.approx(want, rel=1e-5)
+
+
+def _loss_and_gradients(rank: int, world: int) -> tuple[Tensor, list[Tensor]]:
+    model = module(
+        buffer_from_epoch=0, buffer_size=32
+    ).eval()  # evaluation mode: BatchNorm's statistics are per rank
+    model._n_steps = 10
+    generator = torch.Generator().manual_seed(3)
+    model.set_neighbors(
+        torch.tensor([1000 + 7 * i for i in range(64)]), torch.randn(64, 6, generator=generator)
+    )
+    losses = []
+    for start in (0, 16):
+        share = 16 // world
+        rows = slice(start + rank * share, start + (rank + 1) * share)
+        if start == 0:
+            with torch.no_grad():
+                data = batch(rows)
+                logits = torch.stack([model.logits(v) for v in data["views"]], 1).permute(2, 0, 1, 3)
+                model._push(all_gather_rows(logits.contiguous()), all_gather_rows(data["sample_id"]))
+        else:
+            losses.append(model.loss(batch(rows))[0])
+    losses[0].backward()
+    return losses[0], [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_two_ranks_have_the_loss_and_gradients_of_one():
+    loss, gradients = _loss_and_gradients(0, 1)
+    ranks = on_two_ranks(_loss_and_gradients, 2)
+    assert (ranks[0][0] + ranks[1][0]) / 2 == pytest.approx(float(loss.detach()), rel=1e-5)
+    for i, want in enumerate(gradients):
+        np.testing.assert_allclose((ranks[0][1][i] + ranks[1][1][i]) / 2, want, atol=1e-5)
+
+
+def test_resumes_exactly(tmp_path):
+    whole = module(method="sp2ot")
+    trainer(tmp_path, 3).fit(whole, loader())
+
+    stopped = module(method="sp2ot")
+    saved = L.pytorch.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1, save_on_train_epoch_end=True)
+    trainer(tmp_path, 3, callbacks=[saved], enable_checkpointing=True).fit(stopped, loader())
+    path = next(tmp_path.glob("*step=8.ckpt"))
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["module_class"] == "lightning_modules.pretraining.sp2ot.SP2OT"
+    resumed = module(method="sp2ot")
+    trainer(tmp_path, 3).fit(resumed, loader(), ckpt_path=path)
+    for (name, want), got in zip(whole.state_dict().items(), resumed.state_dict().values()):
+        assert torch.equal(want, got), name
+    for name, want in whole.state.items():
+        assert torch.equal(want, resumed.state[name]), name
+    assert whole.best == resumed.best
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "kmeans"}, "method"),
+        ({"n_heads": 0}, "n_heads"),
+        ({"rho_start": 0.0}, "rho_start"),
+        ({"buffer_size": 3}, "buffer_size"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"image_size": 15, "backbone": "timm:vit_tiny_patch16_224", "small_images": False,
+          "backbone_options": {"patch_size": 4}}, "15"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        module(**options)
+
+
+def test_one_cluster_is_an_error():
+    with pytest.raises(ValueError, match="n_clusters"):
+        SP2OT(1, **SMALL)
+
+
+def test_bad_batches_are_named(tmp_path):
+    with pytest.raises(ValueError, match="cannot be shared out to n_clusters"):
+        trainer(tmp_path).fit(module(method="p2ot", buffer_size=0), loader(batch_size=2))
+    with pytest.raises(RuntimeError, match="buffer holds 64 of buffer_size=100"):
+        trainer(tmp_path).fit(module(buffer_size=100), loader())
+    with pytest.raises(RuntimeError, match="buffer holds 80 of buffer_size=100"):
+        trainer(tmp_path).fit(module(method="p2ot", buffer_size=100), loader())
+    broken = loader()
+    broken.dataset.images[20] = math.nan
+    with pytest.raises(RuntimeError, match="1140"):
+        trainer(tmp_path).fit(module(method="p2ot"), broken)
+
+
+def blobs(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(6), [300, 150, 80, 40, 20, 10])
+    centers = generator.normal(size=(6, 24))
+    return (centers[labels] + 0.35 * generator.normal(size=(600, 24)) + 2).astype(np.float32), labels
+
+
+@pytest.mark.parametrize("method", ["p2ot", "sp2ot", "ot"])
+def test_embeddings_of_a_long_tail_find_their_classes(method):
+    x, labels = blobs()
+    result = cluster_embeddings(x, 6, method=method, n_iter=20)
+    assert clustering(result.assignment, labels).nmi > 0.6
+    again = cluster_embeddings(torch.from_numpy(x), 6, method=method, n_iter=20)
+    np.testing.assert_array_equal(result.assignment, again.assignment)
+    unit = (x - result.center) / np.linalg.norm(x - result.center, axis=1, keepdims=True)
+    cosine = unit @ result.prototypes.T
+    np.testing.assert_allclose(cosine[np.arange(600), result.assignment], cosine.max(1), atol=1e-5)
+    assert result.inertia == pytest.approx((1 - cosine.max(1)).mean(), abs=1e-5)
+
+
+def test_embeddings_of_any_size_go_by_a_sample():
+    x, _ = blobs()
+    result = cluster_embeddings(
+        x.astype(np.float16), 6, method="p2ot", n_iter=20, sample_size=300, block_size=64
+    )
+    whole = cluster_embeddings(x, 6, method="p2ot", n_iter=20)
+    assert clustering(result.assignment, whole.assignment).accuracy > 0.6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_clusters": 1}, "n_clusters"),
+        ({"n_clusters": 601}, "600"),
+        ({"method": "x"}, "method"),
+        ({"n_iter": 0}, "n"),
+    ],
+)
+def test_bad_embeddings_are_named(options, message):
+    x, _ = blobs()
+    with pytest.raises(ValueError, match=message):
+        cluster_embeddings(x, **({"n_clusters": 3} | options))
+    x[17] = np.nan
+    with pytest.raises(ValueError, match="17"):
+        cluster_embeddings(x, 3)
