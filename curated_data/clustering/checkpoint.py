@@ -87,16 +87,18 @@ class Checkpoint:
         """`look()` on rank zero; its JSON-like answer, or its error, on every rank."""
         if not distributed.is_distributed():
             return look()
-        said = b""
+        said, failed = b"", None
         if distributed.rank() == 0:
             try:
                 said = json.dumps({"answer": look()}).encode()
-            except CacheError as error:
-                said = json.dumps({"error": str(error)}).encode()
+            except Exception as error:  # raised again below: the others must hear of it first
+                said, failed = json.dumps({"error": str(error)}).encode(), error
         length = int(distributed.broadcast(np.array([len(said)]))[0])
         heard = distributed.broadcast(
             np.frombuffer(said, np.uint8) if distributed.rank() == 0 else np.zeros(length, np.uint8)
         )
+        if failed is not None:
+            raise failed
         message = json.loads(heard.tobytes())
         if "error" in message:
             raise CacheError(message["error"])

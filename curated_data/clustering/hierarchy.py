@@ -14,7 +14,7 @@ import torch
 from curated_data import distributed
 from curated_data.cache import fingerprint
 from curated_data.clustering.checkpoint import Checkpoint
-from curated_data.clustering.kmeans import INITS, METRICS, Fit, fit_rows, prepare, uncentred
+from curated_data.clustering.kmeans import INITS, METRICS, Fit, fit_rows, full_precision, prepare, uncentred
 from curated_data.clustering.nearest import nearest, squared_distances
 from curated_data.clustering.rows import Rows, rank_range, read_rows
 from curated_data.clustering.splits import split_level
@@ -32,13 +32,13 @@ class Level:
 
     Attributes:
         n_clusters: k_l, the clusters of this level; with `n_splits` the groups of the first pass.
-        n_resamples: how many times the level is clustered anew on a balanced sample of its own clusters, *after*
-            the first k-means, which is not counted. (The paper's configuration file counts it: its "10 steps" are
-            9 here; its in-memory function counts as we do.)
+        n_resamples: how many times the level is clustered anew on a balanced sample of its own clusters,
+            *after* the first k-means, which is not counted. (The paper's configuration file counts it: its
+            "10 steps" are 9 here; its in-memory function counts as we do.)
         sample_size: r_l, how many members nearest to each centroid (or random ones) a resampling takes; None
             stands for the paper's rule, half the average cluster size. 1 means no resampling.
-        n_splits: s > 1 clusters in two passes: k-means into `n_clusters` groups, then each group apart into s, so
-            at most k_l * s clusters in all. A level has splits or resampling, not both.
+        n_splits: s > 1 clusters in two passes: k-means into `n_clusters` groups, then each group apart into
+            s, so at most k_l * s clusters in all. A level has splits or resampling, not both.
     """
 
     n_clusters: int
@@ -62,6 +62,7 @@ class Level:
             )
 
 
+@full_precision()
 def hierarchical_kmeans(
     x: Any,
     levels: Sequence[Level] | str,
@@ -83,12 +84,12 @@ def hierarchical_kmeans(
 ) -> ClusterTree:
     """Cluster rows, then the centroids, and so on, resampling each level towards a uniform density.
 
-    Level l takes the centroids of level l - 1 (level 1 the rows) to k_l clusters. Each of its resamplings keeps from
-    every cluster the r_l members nearest to the centroid, runs k-means from a fresh seeding on those alone, and gives
-    every point of the level its nearest new centroid.
+    Level l takes the centroids of level l - 1 (level 1 the rows) to k_l clusters. Each of its resamplings
+    keeps from every cluster the r_l members nearest to the centroid, runs k-means from a fresh seeding on
+    those alone, and gives every point of the level its nearest new centroid.
 
-    Under an initialised `torch.distributed` group every rank calls this with the same arguments, `x` whole on each
-    (most cheaply one memory map); each works on its slice, and all return the whole tree.
+    Under an initialised `torch.distributed` group every rank calls this with the same arguments, `x` whole on
+    each (most cheaply one memory map); each works on its slice, and all return the whole tree.
 
     Args:
         x: (n, d) numpy array, memory map or tensor, any float dtype.
@@ -96,13 +97,14 @@ def hierarchical_kmeans(
         resample: take a cluster's "closest" members to a resampling, or "random" ones.
         init, metric, n_iter, tol, n_init, device, valid, nonfinite, seeding_rows, max_memory: as in `kmeans`.
         seed: same seed, same tree.
-        checkpoint: a folder of this run's own. Each finished k-means is kept there, and a run that was killed goes on
-            from the last one and ends with the same tree. The folder stays; remove it when the tree is saved.
+        checkpoint: a folder of this run's own. Each finished k-means is kept there, and a run that was killed
+            goes on from the last one and ends with the same tree. The folder stays; remove it when the tree
+            is saved.
         target_size: the size of selection in mind; for `levels="auto"` alone.
 
     Returns:
-        A tree with `distance` filled. Rows that are not valid, and clusters that stayed empty because rows repeat,
-        have parent -1.
+        A tree with `distance` filled. Rows that are not valid, and clusters that stayed empty because rows
+        repeat, have parent -1.
 
     Raises:
         ValueError: settings out of range or that contradict the data.
@@ -141,11 +143,11 @@ def hierarchical_kmeans(
                 done = _cluster_level(source, level, number, resample, seed, run_kmeans, saved, advance)
                 if distributed.rank() == 0:
                     saved.save(name, done)
-                for piece in saved.names():
-                    if piece.startswith(f"{name}."):
-                        saved.drop(piece)
             else:
                 advance(1 + level.n_resamples)
+            for piece in saved.names():
+                if piece.startswith(f"{name}."):
+                    saved.drop(piece)
             centroids[number] = done["centroids"]
             parent[number] = np.full(n, -1, np.int64)
             kept = slice(None) if source.ids is None else source.ids
@@ -166,16 +168,16 @@ def hierarchical_kmeans(
 def choose_levels(n: int, target_size: int | None = None) -> list[Level]:
     """Settings for n rows, by the paper's proportions: what `levels="auto"` stands for.
 
-    The published setting takes 743M images to 10M clusters, then 500k, 50k, 10k. Three rules reproduce its shape at
-    any n and are what we hold to:
+    The published setting takes 743M images to 10M clusters, then 500k, 50k, 10k. Three rules reproduce its
+    shape at any n and are what we hold to:
 
-    * Level 1 is fine enough that no concept of interest hides inside one cluster, yet leaves about 20 rows to choose
-      among in each: k_1 = n / 20, but at least twice the target, where n allows 4 rows a cluster, so that the
-      selection is balanced by the tree and not by chance inside its leaves; at most 10M.
-    * Each further level is a tenth of the one below, while at least 10 clusters would remain, and at most three more:
-      every level flattens the density, and by the third little is left to gain.
-    * Ten resamplings a level, with half the average cluster size, as published; none where the level has more than a
-      million clusters: splits of 100 instead.
+    * Level 1 is fine enough that no concept of interest hides inside one cluster, yet leaves about 20 rows to
+      choose among in each: k_1 = n / 20, but at least twice the target, where n allows 4 rows a cluster, so
+      that the selection is balanced by the tree and not by chance inside its leaves; at most 10M.
+    * Each further level is a tenth of the one below, while at least 10 clusters would remain, and at most
+      three more: every level flattens the density, and by the third little is left to gain.
+    * Ten resamplings a level, with half the average cluster size, as published; none where the level has more
+      than a million clusters: splits of 100 instead.
 
     Args:
         n: rows to cluster.
@@ -233,48 +235,58 @@ def _cluster_level(
 ) -> dict[str, np.ndarray]:
     """One level: (k, d) centroids, (n,) assignment and (n,) squared distance of its usable rows."""
     began = time.monotonic()
-    k, n_repaired = level.n_clusters, 0
     if level.n_splits > 1:
-        centroids, assignment, squared = split_level(
-            rows, level.n_clusters, level.n_splits, np.random.SeedSequence((seed, number)), run_kmeans, saved,
-            f"level-{number}",
-        )  # fmt: skip
+        found = split_level(
+            rows, level, np.random.SeedSequence((seed, number)), run_kmeans, saved, f"level-{number}"
+        )
         advance()
     else:
-        r = level.sample_size or max(2, round(len(rows) / k / 2))
-        n_steps = level.n_resamples if r > 1 else 0
-        names = [f"level-{number}.step-{step}" for step in range(n_steps + 1)]
-        there = [i for i, name in enumerate(names) if name in set(saved.names())]
-        first, state = (there[-1], saved.load(names[there[-1]])) if there else (-1, None)
-        advance(first + 1)
-        for step in range(first + 1, n_steps + 1):
-            seeds = np.random.SeedSequence((seed, number, step))
+        found = _resampled(rows, level, number, resample, seed, run_kmeans, saved, advance)
+    _log_level(number, found, time.monotonic() - began)
+    return found
 
-            def note(text: str, step: int = step) -> None:
-                advance(0, note=f"level {number}, step {step}/{n_steps}: {text}")
 
-            if state is None:
-                fit = run_kmeans(rows, k, seeds, note)
-                found = fit.centroids, fit.assignment, fit.squared
-            else:
-                rng = np.random.default_rng(np.random.SeedSequence((seed, number, step, 1)))
-                picked = _balanced_sample(state["assignment"], state["squared"], k, r, resample, rng)
-                fit = run_kmeans(rows.subset(picked), k, seeds, note)
-                found = _extend(rows, picked, fit)
-            n_repaired += fit.n_repaired
-            state = dict(
-                zip(("centroids", "assignment", "squared"), (found[0].cpu().numpy(), *found[1:]), strict=True)
-            )
-            if distributed.rank() == 0:
-                saved.save(names[step], state)
-                if step:
-                    saved.drop(names[step - 1])
-            advance()
-        assert state is not None
-        centroids, assignment, squared = (state[key] for key in ("centroids", "assignment", "squared"))
-        centroids = uncentred(torch.from_numpy(centroids), rows)
-    _log_level(number, len(rows), assignment, len(centroids), n_repaired, squared, time.monotonic() - began)
-    return {"centroids": centroids, "assignment": assignment, "squared": squared.astype(np.float32)}
+def _resampled(
+    rows: Rows,
+    level: Level,
+    number: int,
+    resample: str,
+    seed: int,
+    run_kmeans: _Runner,
+    saved: Checkpoint,
+    advance: Callable[..., None],
+) -> dict[str, np.ndarray]:
+    """The first k-means of a level and its resamplings, from the last one kept."""
+    k = level.n_clusters
+    r = level.sample_size or max(2, round(len(rows) / k / 2))
+    n_steps = level.n_resamples if r > 1 else 0
+    names = [f"level-{number}.step-{step}" for step in range(n_steps + 1)]
+    kept = set(saved.names())
+    last = max((step for step, name in enumerate(names) if name in kept), default=-1)
+    state = saved.load(names[last]) if last >= 0 else None
+    advance(last + 1)
+    for step in range(last + 1, n_steps + 1):
+        seeds = np.random.SeedSequence((seed, number, step))
+
+        def note(text: str, step: int = step) -> None:
+            advance(0, note=f"level {number}, step {step}/{n_steps}: {text}")
+
+        if state is None:
+            fit = run_kmeans(rows, k, seeds, note)
+            assignment, squared = fit.assignment, fit.squared
+        else:
+            rng = np.random.default_rng(np.random.SeedSequence((seed, number, step, 1)))
+            picked = _balanced_sample(state["assignment"], state["squared"], k, r, resample, rng)
+            fit = run_kmeans(rows.subset(picked), k, seeds, note)
+            assignment, squared = _extend(rows, picked, fit)
+        state = {"centroids": uncentred(fit.centroids, rows), "assignment": assignment, "squared": squared}
+        if distributed.rank() == 0:
+            saved.save(names[step], state)
+            if step:
+                saved.drop(names[step - 1])
+        advance()
+    assert state is not None
+    return state
 
 
 def _balanced_sample(
@@ -293,17 +305,18 @@ def _balanced_sample(
     return np.sort(taken)
 
 
-def _extend(rows: Rows, picked: np.ndarray, fit: Fit) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+def _extend(rows: Rows, picked: np.ndarray, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
     """A fit on some rows carried to all: what it assigned stays, the others get their nearest centroid."""
-    assignment, squared = np.empty(len(rows), np.int64), np.empty(len(rows))
+    assignment, squared = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
     assignment[picked], squared[picked] = fit.assignment, fit.squared
     rest = np.setdiff1d(np.arange(len(rows)), picked, assume_unique=True)
     first, last = rank_range(len(rest), distributed.rank(), distributed.world_size())
     mine = rows.subset(rest[first:last])
     own = nearest(mine, fit.centroids)
+    gaps = squared_distances(mine, fit.centroids, own).astype(np.float32)
     assignment[rest] = np.concatenate(distributed.all_gather(own))
-    squared[rest] = np.concatenate(distributed.all_gather(squared_distances(mine, fit.centroids, own)))
-    return fit.centroids, assignment, squared
+    squared[rest] = np.concatenate(distributed.all_gather(gaps))
+    return assignment, squared
 
 
 def _checked(levels: Sequence[Any], n: int) -> list[Level]:
@@ -318,7 +331,8 @@ def _checked(levels: Sequence[Any], n: int) -> list[Level]:
         what = "usable rows" if number == 1 else f"clusters of level {number - 1}"
         if level.n_clusters > below:
             raise ValueError(
-                f"level {number} asks for {level.n_clusters} clusters of {below} {what}; levels go from fine to coarse"
+                f"level {number} asks for {level.n_clusters} clusters of {below} {what}; "
+                "levels go from fine to coarse"
             )
         found.append(level)
         below = min(below, level.n_clusters * level.n_splits)
@@ -326,7 +340,7 @@ def _checked(levels: Sequence[Any], n: int) -> list[Level]:
 
 
 def _run_fingerprint(x: Any, rows: Rows, levels: list[Level], settings: dict[str, Any]) -> str:
-    """Identity of data and settings; of the data its shape, which rows are used, and a spread of 4096 rows."""
+    """Identity of data and settings; of the data: shape, which rows are used, their mean, and 4096 rows."""
     n = len(x)
     spread = np.unique(np.linspace(0, n - 1, 4096).astype(np.int64))
     sample = read_rows(x, spread).cpu().numpy()
@@ -338,15 +352,13 @@ def _run_fingerprint(x: Any, rows: Rows, levels: list[Level], settings: dict[str
     )  # fmt: skip
 
 
-def _log_level(
-    number: int, n: int, assignment: np.ndarray, k: int, n_repaired: int, squared: np.ndarray, seconds: float
-) -> None:
-    sizes = np.bincount(assignment, minlength=k)
+def _log_level(number: int, found: dict[str, np.ndarray], seconds: float) -> None:
+    k, n = len(found["centroids"]), len(found["assignment"])
+    sizes = np.bincount(found["assignment"], minlength=k)
     share = sizes[sizes > 0] / n
-    perplexity = math.exp(float(-(share * np.log(share)).sum()))
     log.info(
-        "level %d: %d clusters of %d rows, sizes %d/%d/%d (min/median/max), perplexity %.0f, %d empty, %d repaired, "
+        "level %d: %d clusters of %d rows, sizes %d/%d/%d (min/median/max), perplexity %.0f, %d empty, "
         "inertia %.6g, %.1f s",
-        number, k, n, sizes.min(), np.median(sizes), sizes.max(), perplexity, (sizes == 0).sum(), n_repaired,
-        squared.sum(), seconds,
+        number, k, n, sizes.min(), np.median(sizes), sizes.max(), math.exp(-(share * np.log(share)).sum()),
+        (sizes == 0).sum(), found["squared"].sum(dtype=np.float64), seconds,
     )  # fmt: skip

@@ -1,8 +1,10 @@
 """k-means: greedy k-means++ seeding, then Lloyd's iterations that look only at what moved."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 METRICS = ("l2", "cosine")
 INITS = ("k-means++", "random")
 
+_LARGEST = 1e36  # squared norms beyond it would overflow float32 on the way
 _MANY = 1024  # from so many clusters on, the first iterations look at a part of the centroids
 _CANDIDATES = 256  # so many
 
@@ -53,6 +56,19 @@ class KMeansResult:
     n_repaired: int
 
 
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 products in float32, whatever a training around us chose: bfloat16 blurs assignments."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@full_precision()
 def kmeans(
     x: Any,
     n_clusters: int,
@@ -72,28 +88,30 @@ def kmeans(
     """Cluster rows into k groups of least inertia.
 
     The result depends on the data and the seed alone, not on threads or ranks. Under an initialised
-    `torch.distributed` group every rank calls this with the same arguments, `x` whole on each (most cheaply one memory
-    map); each works on its slice of the rows, and all get the whole result. It equals one process's up to the order of
-    float64 sums.
+    `torch.distributed` group every rank calls this with the same arguments, `x` whole on each (most cheaply
+    one memory map); each works on its slice of the rows, and all get the whole result. It equals one
+    process's up to the order of float64 sums.
 
     Args:
         x: (n, d) numpy array, memory map or tensor, any float dtype. Never changed.
         n_clusters: k, at most the number of valid rows.
         n_iter: at most so many Lloyd iterations.
         tol: stop when an iteration lowers the inertia by less than this share; 0 runs until nothing moves.
-        init: "k-means++", greedy with 2 + ln k candidates a step, or "random" rows (for comparisons: it breaks
-            resampling).
+        init: "k-means++", greedy with 2 + ln k candidates a step, or "random" rows (for comparisons: it
+            breaks resampling).
         metric: "l2", or "cosine": rows are normalised, centroids after each update.
         seed: any non-negative integer.
         device: "cpu", "cuda", ..., or "auto": a CUDA device if there is one.
         n_init: runs from fresh seedings; the one of least inertia is kept.
-        seeding_rows: seed on at most so many random rows; None means all, up to 20 * k when there are more.
+        seeding_rows: seed on at most so many random rows; None means 20 * k, fewer where
+            they would not fit `max_memory`. Seeding computes on the CPU.
         valid: (n,) bool, rows to use; None for all.
-        nonfinite: what to do with NaN or infinite rows (and zero rows under cosine): "exclude" them with a warning, or
-            "raise".
-        max_memory: bytes for rows held as float32, three arrays of them at most; where one would take more than
-            a third, rows are read in blocks from `x` at every pass. None means a quarter of the machine's memory.
-            What is kept per row besides, 40 bytes or so, and 12 bytes a centroid's dimension, are not counted.
+        nonfinite: what to do with NaN or infinite rows (and zero rows under cosine): "exclude" them with a
+            warning, or "raise".
+        max_memory: bytes for rows held as float32, three arrays of them at most; where one would take more
+            than a third, rows are read in blocks from `x` at every pass. None means a quarter of the
+            machine's memory. What is kept per row besides, 40 bytes or so, and 12 bytes a centroid's
+            dimension, are not counted.
 
     Raises:
         ValueError: arguments out of range, more clusters than valid rows, or non-finite rows under "raise".
@@ -160,11 +178,12 @@ def prepare(
         normalise=metric == "cosine",
         mean=None if metric == "cosine" else mean,
         device=resolve_device(device),
-        budget=memory_budget(max_memory),
+        budget=int(distributed.broadcast(np.array([memory_budget(max_memory)]))[0]),
     )
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
+    """The device meant by "auto", or the one named."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
@@ -178,9 +197,9 @@ def _survey(x: Any, valid: np.ndarray | None, cosine: bool) -> tuple[np.ndarray,
     def look(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         rows = read_rows(x, slice(first + start, first + stop)).cpu().double().numpy()
         size = np.square(rows).sum(1)
-        good = np.isfinite(size) & (size > 0) if cosine else np.isfinite(size)
+        good = np.isfinite(size) & (size > 0) if cosine else size < _LARGEST
         used = good if valid is None else good & valid[first + start : first + stop]
-        return good, rows[used].sum(0) if used.all() is False or not used.all() else rows.sum(0)
+        return good, rows[used].sum(0)
 
     parts = parallel_map(look, list(blocks(last - first, BLOCK * 8)))
     good = np.concatenate([p[0] for p in parts]) if parts else np.empty(0, bool)
@@ -193,7 +212,7 @@ def _survey(x: Any, valid: np.ndarray | None, cosine: bool) -> tuple[np.ndarray,
 
 @dataclass
 class Fit:
-    """A finished run on `Rows`: everything over all ranks' rows, on every rank; centroids as the rows are (centred)."""
+    """A finished run, over all ranks' rows, on every rank; centroids in the rows' own (centred) terms."""
 
     centroids: torch.Tensor
     assignment: np.ndarray
@@ -221,16 +240,18 @@ def fit_rows(
         raise ValueError(f"{k} clusters need at least as many usable rows, got {len(rows)}; lower n_clusters")
     rank, world = (0, 1) if alone else (distributed.rank(), distributed.world_size())
     first, last = rank_range(len(rows), rank, world)
-    mine = rows.part(first, last)
-    mine.hold()
-    limit = 20 * k if seeding_rows is None else max(k, seeding_rows)
+    mine = rows.part(first, last).hold()
+    within = rows.budget // (4 * rows.dimension)
+    limit = max(k, seeding_rows) if seeding_rows else max(5 * k, min(20 * k, within))
     best: Fit | None = None
     for child in seeds.spawn(n_init):
         seeds_at = seed_rows(rows, k, init, np.random.default_rng(child), max_rows=limit)
         if world > 1:
             seeds_at = distributed.broadcast(seeds_at)
         run = _Lloyd(mine, rows.take(seeds_at), world)
-        fit = run.run(n_iter, tol, note or (lambda text: None))
+        # Rows on disk are better read in order; all ranks must decide alike, so not by what fits on one.
+        rough = k >= _MANY and rows.fits()
+        fit = run.run(n_iter, tol, rough, note or (lambda text: None))
         if best is None or fit.inertia < best.inertia:
             best = fit
     assert best is not None
@@ -255,6 +276,7 @@ def spread(fit: Fit, rows: Rows, n: int) -> KMeansResult:
 
 
 def uncentred(centroids: torch.Tensor, rows: Rows) -> np.ndarray:
+    """Centroids in the input's coordinates, float32."""
     wide = centroids.cpu().double().numpy()
     return (wide if rows.mean is None else wide + rows.mean).astype(np.float32)
 
@@ -262,8 +284,9 @@ def uncentred(centroids: torch.Tensor, rows: Rows) -> np.ndarray:
 class _Lloyd:
     """Lloyd's iterations over this rank's rows.
 
-    Exact, without computing every distance again: for each row the score of its own centroid is kept, and a lower
-    bound on the score of any other. When some centroids moved, a row needs comparing with those alone, unless its own
+    Exact, without computing every distance again: for each row the score of its own centroid is kept, and a
+    lower bound on the score of any other. When some centroids moved, a row needs comparing with those alone,
+    unless its own
     score rose above the bound: then with all.
     """
 
@@ -276,16 +299,12 @@ class _Lloyd:
         self.other = np.empty(n, np.float32)
         self.sums = np.zeros((self.k, rows.dimension))
         self.counts = np.zeros(self.k, np.int64)
-        self.norms = np.concatenate(
-            [np.empty(0, np.float32)]
-            + parallel_map(lambda a, b: rows.block(a, b).square().sum(1).cpu().numpy(), list(blocks(n)))
-        )
+        norms = parallel_map(lambda a, b: rows.block(a, b).square().sum(1).cpu().numpy(), list(blocks(n)))
+        self.norms = np.concatenate([np.empty(0, np.float32), *norms])
         self.n_repaired = 0
 
-    def run(self, n_iter: int, tol: float, note: Callable[[str], None]) -> Fit:
-        done, inertia = 0, np.inf
-        if self.k >= _MANY and self.rows.held:  # rows on disk are better read in order
-            done, inertia = self._approach(n_iter, tol, note)
+    def run(self, n_iter: int, tol: float, rough: bool, note: Callable[[str], None]) -> Fit:
+        done, inertia = self._approach(n_iter, tol, note) if rough else (0, np.inf)
         before, inertia = inertia, self._assign(np.ones(self.k, bool))
         while done < n_iter and (before - inertia > tol * before or before == np.inf):
             moved = self._update()
@@ -297,19 +316,21 @@ class _Lloyd:
         squared = squared_distances(self.rows, self.centroids, self.assignment)
         assignment = np.concatenate(self._gather(self.assignment))
         squared = np.concatenate(self._gather(squared))
-        return Fit(self.centroids, assignment, squared, float(squared.sum()), done, self.n_repaired)
+        inertia = float(squared.sum())
+        return Fit(self.centroids, assignment, squared.astype(np.float32), inertia, done, self.n_repaired)
 
     def _approach(self, n_iter: int, tol: float, note: Callable[[str], None]) -> tuple[int, float]:
         """Iterations that compare each row with the centroids around its neighbourhood alone.
 
-        Neighbourhoods are cells around a few centres, found once; each looks at its `_CANDIDATES` nearest centroids.
-        Returns how many iterations were made, and the inertia so far; the exact ones that follow mend what it missed.
+        Neighbourhoods are cells around a few centres, found once; each looks at its `_CANDIDATES` nearest
+        centroids. Returns how many iterations were made, and the inertia so far; the exact ones that follow
+        mend what it missed.
         """
         centres = _coarse(self.centroids)
         cell_of = nearest(self.rows, centres)
         order = np.argsort(cell_of, kind="stable")
         edges = np.concatenate([[0], np.cumsum(np.bincount(cell_of, minlength=len(centres)))])
-        cells = [(c, a, b) for c, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True)) if b > a]
+        cells = [(c, a, b) for c, (a, b) in enumerate(pairwise(edges)) if b > a]
         sorted_rows = self.rows.subset(order)
         seen = np.full((len(centres), min(_CANDIDATES, self.k)), -1)
         moved, inertia, done = np.ones(self.k, bool), np.inf, 0
@@ -399,10 +420,10 @@ class _Lloyd:
             length = np.linalg.norm(means, axis=1, keepdims=True)
             means = np.divide(means, length, out=means, where=length > 0)
         new = torch.from_numpy(means.astype(np.float32)).to(self.centroids.device)
-        # A cluster without rows, or whose unit rows cancel out, has no mean: it stays.
-        still = torch.from_numpy((self.counts == 0) | ~(np.abs(means).max(1) > 0)).to(new.device)
-        if not self.rows.normalise:
-            still = torch.from_numpy(self.counts == 0).to(new.device)
+        still = self.counts == 0
+        if self.rows.normalise:
+            still |= length[:, 0] == 0  # unit rows that cancel out have no direction
+        still = torch.from_numpy(still).to(new.device)
         new[still] = self.centroids[still]
         self._repair(new)
         moved = (new != self.centroids).any(1).cpu().numpy()
@@ -410,7 +431,7 @@ class _Lloyd:
         return moved
 
     def _repair(self, new: torch.Tensor) -> None:
-        """Give each empty cluster the row farthest from its own centroid; the next assignment does the rest."""
+        """Give each empty cluster the row farthest from its centroid; the next assignment does the rest."""
         empty = np.flatnonzero(self.counts == 0)
         if not len(empty):
             return
@@ -433,7 +454,7 @@ class _Lloyd:
 
 
 def _add_segments(sums: np.ndarray, rows: Rows, at: np.ndarray, clusters: np.ndarray, sign: int) -> None:
-    """`sums[c] += sign * (sum of the rows at positions `at` whose cluster is c)`, in float64, by sorted segments."""
+    """Add `sign` times the rows at `at` to the sums of their clusters, in float64, by sorted segments."""
     order = np.argsort(clusters, kind="stable")
     at, clusters = at[order], clusters[order]
 
@@ -449,9 +470,10 @@ def _add_segments(sums: np.ndarray, rows: Rows, at: np.ndarray, clusters: np.nda
 
 def _coarse(centroids: torch.Tensor) -> torch.Tensor:
     """About k / 32 centres for neighbourhoods: a rough k-means of the centroids, the same on every rank."""
-    centres = centroids[:: 32]
+    centres = centroids[::32]
     for _ in range(3):
-        parts = [(centroids[a:b] @ centres.T * -2 + centres.square().sum(1)).argmin(1) for a, b in blocks(len(centroids))]
+        norms = centres.square().sum(1)
+        parts = [(norms - 2 * centroids[a:b] @ centres.T).argmin(1) for a, b in blocks(len(centroids))]
         index = torch.cat(parts)
         sums = torch.zeros_like(centres).index_add_(0, index, centroids)
         counts = torch.bincount(index, minlength=len(centres))[:, None]

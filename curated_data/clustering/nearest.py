@@ -33,7 +33,7 @@ class Centroids:
             self.tiles.append((start, w.to_mkldnn(), b.to_mkldnn()) if self.onednn else (start, w.T, b))
 
     def scores(self, rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first centroid, (m, width) scores) for one tile of centroids after the other; each may be overwritten."""
+        """For tile after tile of centroids the first one's index, and (m, width) scores to be overwritten."""
         m = len(rows)
         if self.onednn:
             if self.padded:
@@ -50,11 +50,12 @@ class Centroids:
 
         Args:
             rows: (m, d).
-            skip: (m,) int64, a centroid to leave out for each row, -1 for none; its score comes as fourth result
-                (nan where none).
+            skip: (m,) int64, a centroid to leave out for each row, -1 for none; its score comes as fourth
+                result (nan where none).
 
         Returns:
-            (m,) int64 index (the lowest on ties; -1 where none is left), (m,) float32 score, (m,) float32 second.
+            (m,) int64 index (the lowest on ties; -1 where none is left), (m,) float32 score, (m,) float32
+            second.
         """
         size = _ROWS if self.on_cpu else _DEVICE_ROWS
         parts = [
@@ -98,9 +99,10 @@ class Centroids:
 
 
 def onednn_is_faster() -> bool:
-    """Whether products go through oneDNN: MKL, torch's default, keeps to AVX2 on processors that are not Intel's.
+    """Whether products go through oneDNN: MKL, torch's default, keeps to AVX2 on processors not Intel's.
 
-    215 against 97 GFLOP/s a core on an AMD EPYC with AVX-512. By rule, not by trial: a run must repeat itself.
+    215 against 97 GFLOP/s a core on an AMD EPYC with AVX-512. By rule, not by trial: a run must repeat
+    itself.
     """
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 

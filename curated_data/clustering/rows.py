@@ -26,8 +26,8 @@ class Rows:
         source: (n, d) numpy array, memory map or tensor, any float dtype.
         ids: which rows of the source, (m,) int64; None for all.
         normalise: divide every row by its Euclidean norm (cosine metric).
-        mean: (d,) float64 subtracted from every row, or None. Squared distances do not change, and their expansion
-            |x|^2 - 2 x.c + |c|^2 loses less to rounding.
+        mean: (d,) float64 subtracted from every row, or None. Squared distances do not change, and their
+            expansion |x|^2 - 2 x.c + |c|^2 loses less to rounding.
         device: where blocks are given.
         budget: bytes that held rows may take.
     """
@@ -50,10 +50,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self.source) if self.ids is None else len(self.ids)
 
-    @property
-    def held(self) -> bool:
-        """Whether the rows lie converted in memory."""
-        return self._held is not None
+    def fits(self) -> bool:
+        """Whether all the rows, converted, are within the budget."""
+        return len(self) * self.dimension * 4 <= self.budget
 
     @property
     def dimension(self) -> int:
@@ -61,7 +60,7 @@ class Rows:
 
     def hold(self) -> "Rows":
         """Convert all rows now, if they fit the budget."""
-        if self._held is None and len(self) * self.dimension * 4 <= self.budget:
+        if self._held is None and self.fits():
             held = torch.empty((len(self), self.dimension), dtype=torch.float32, device=self.device)
             for start, stop in blocks(len(self), BLOCK * 8):
                 held[start:stop] = self._read(slice(start, stop))
@@ -138,8 +137,8 @@ def rank_range(n: int, rank: int, world_size: int) -> tuple[int, int]:
 def parallel_map(work: Callable[..., T], pieces: list[Any]) -> list[T]:
     """`[work(*piece) for piece in pieces]` on as many threads as torch is set to use, one core each.
 
-    One core a piece beats all cores in each product: no waiting at its end, and results that do not depend on the
-    number of threads.
+    One core a piece beats all cores in each product: no waiting at its end, and results that do not depend on
+    the number of threads.
     """
     workers = min(torch.get_num_threads(), len(pieces))
     if workers <= 1:
@@ -149,12 +148,12 @@ def parallel_map(work: Callable[..., T], pieces: list[Any]) -> list[T]:
 
 @cache
 def _pool(pid: int, workers: int) -> ThreadPoolExecutor:
-    """A process's pool of threads in which torch computes on one core; `pid` keeps it from crossing a fork."""
+    """This process's threads in which torch computes on one core; `pid` keeps them from crossing a fork."""
     pool = ThreadPoolExecutor(
         workers, "curated-data-kmeans", initializer=torch.set_num_threads, initargs=(1,)
     )
-    # torch's setting is each thread's own, but the default for later threads is shared: start all workers, each
-    # held until the last is there, then put the default back.
+    # torch's setting is each thread's own, but the default for later threads is shared: start all workers,
+    # each held until the last is there, then put the default back.
     together = threading.Barrier(workers)
     list(pool.map(lambda _: together.wait(), range(workers)))
     torch.set_num_threads(workers)
@@ -164,7 +163,8 @@ def _pool(pid: int, workers: int) -> ThreadPoolExecutor:
 def memory_budget(max_memory: int | None) -> int:
     """Bytes for one array of held rows: a third of what is set, or of a quarter of the machine's memory.
 
-    A third, for up to three are held: a level's rows, those of a resampling, and these in the order of their cells.
+    A third, for up to three are held: a level's rows, those of a resampling, and the same in the order of
+    their cells.
     """
     if max_memory is None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 12

@@ -1,27 +1,28 @@
 """Greedy k-means++ seeding (Arthur and Vassilvitskii 2007), made fast without changing what it chooses from.
 
-k-means++ draws each new centre with probability proportional to D², the squared distance to the nearest centre so
-far; the greedy form draws 2 + ln k candidates and keeps the one that lowers the sum of D² most. That carries the
-quality in high dimension, and takes most of the time if every candidate is compared with every row, one step after
-the other. Two observations remove most of it:
+k-means++ draws each new centre with probability proportional to D², the squared distance to the nearest
+centre so far; the greedy form draws 2 + ln k candidates and keeps the one that lowers the sum of D² most.
+That carries the quality in high dimension, and takes most of the time if every candidate is compared with
+every row, one step after the other. Two observations remove most of it:
 
-* A candidate drawn from an *older* D² and kept with probability D²(now) / D²(then) is a draw from the present D².
-  So candidates of many steps can be drawn, and their distances computed, in one round of large products.
-* Once there are some dozens of centres, a candidate brings nothing to rows far from it. Rows are cut into cells, and
-  a candidate is compared with the cells nearest to it alone.
+* A candidate drawn from an *older* D² and kept with probability D²(now) / D²(then) is a draw from the present
+  D². So candidates of many steps can be drawn, and their distances computed, in one round of large products.
+* Once there are some dozens of centres, a candidate brings nothing to rows far from it. Rows are cut into
+  cells, and a candidate is compared with the cells nearest to it alone.
 
-The first is exact; the second leaves out gains that are too small to tell candidates apart, as measured: inertia and
-balance of the trees equal those of the plain form (`benchmarks/RESULTS.md`).
+The first is exact; the second leaves out gains that are too small to tell candidates apart, as measured:
+inertia and balance of the trees equal those of the plain form (`benchmarks/RESULTS.md`).
 """
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from curated_data.clustering.rows import Rows, parallel_map
 
-PROBES = 16  # cells that a candidate is compared with
+PROBES = 24  # cells that a candidate is compared with
 CELL = 128  # rows in a cell; down to a quarter where there are few, so that cells stay many more than probes
 _ROUND_BYTES = 128 << 20  # of scores kept in a round
 _TINY = 3e-6  # D² below this share of |x|² is rounding: the row repeats a centre
@@ -76,7 +77,7 @@ def plain_greedy(x: torch.Tensor, k: int, generator: np.random.Generator, trials
         cumulative = gap.numpy().cumsum(dtype=np.float64)
         if cumulative[-1] <= 0:
             return _fill(chosen, i, n, generator)
-        candidates = cumulative.searchsorted(generator.random(trials) * cumulative[-1], side="right")
+        candidates = _draw(cumulative, trials, generator)
         lower = torch.minimum(_gaps(x, norms, candidates), gap)
         best = int(lower.sum(1).argmin())
         chosen[i], gap = candidates[best], lower[best]
@@ -84,14 +85,24 @@ def plain_greedy(x: torch.Tensor, k: int, generator: np.random.Generator, trials
 
 
 def _gaps(x: torch.Tensor, norms: torch.Tensor, ids: np.ndarray) -> torch.Tensor:
-    """Squared distances of some rows to all, (len(ids), n); exactly 0 where a row meets itself or its copy."""
+    """Squared distances of some rows to all, (len(ids), n); 0 where a row meets itself or its copy."""
     gap = torch.addmm(norms[ids][:, None] + norms, x[ids], x.T, alpha=-2)
     return torch.where(gap < _TINY * norms, 0, gap)
 
 
+def _draw(cumulative: np.ndarray, m: int, generator: np.random.Generator) -> np.ndarray:
+    """m places, each with probability in proportion to its step in a cumulative sum."""
+    found = cumulative.searchsorted(generator.random(m) * cumulative[-1], side="right")
+    return np.minimum(
+        found, cumulative.searchsorted(cumulative[-1])
+    )  # a product that was rounded up to the end
+
+
 def _fill(chosen: np.ndarray, done: int, n: int, generator: np.random.Generator) -> np.ndarray:
     """Where rows have fewer distinct values than k, any others make up the number."""
-    chosen[done:] = generator.choice(np.setdiff1d(np.arange(n), chosen[:done]), len(chosen) - done, replace=False)
+    chosen[done:] = generator.choice(
+        np.setdiff1d(np.arange(n), chosen[:done]), len(chosen) - done, replace=False
+    )
     return chosen
 
 
@@ -114,7 +125,8 @@ class _Cells:
         order = np.lexsort((score + self.norms, centre_of))
         sizes = np.bincount(centre_of, minlength=len(first))
         n_cells = -(-sizes // cell)
-        slot = np.arange(len(x)) + np.repeat(np.cumsum(n_cells) * cell - n_cells * cell - (np.cumsum(sizes) - sizes), sizes)
+        shift = (np.cumsum(n_cells) - n_cells) * cell - (np.cumsum(sizes) - sizes)
+        slot = np.arange(len(x)) + np.repeat(shift, sizes)
         self.row = np.full((int(n_cells.sum()), cell), -1)
         self.row.reshape(-1)[slot] = order
         self.slot = np.empty(len(x), np.int64)
@@ -141,7 +153,7 @@ class _Cells:
             if cumulative[-1] <= 0:
                 return _fill(chosen, done, len(self.x), generator)
             steps = min(k - done, max(1, done // 4), most)
-            drawn = cumulative.searchsorted(generator.random(steps * trials) * cumulative[-1], side="right")
+            drawn = _draw(cumulative, steps * trials, generator)
             luck = generator.random(len(drawn)) * gap[drawn]
             done += self._round(self.row.reshape(-1)[drawn], drawn, luck, trials, chosen[done:])
         return chosen
@@ -178,7 +190,9 @@ class _Cells:
         return made
 
     def _scores(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For m candidate rows (m, probes) nearest cells, the place of each in the third, (m * probes, cell) scores."""
+        """The (m, probes) nearest cells of m candidates, each one's place in the third, and the scores of the
+        cells' rows, (m * probes, cell).
+        """
         candidates = self.x[torch.from_numpy(rows)]
         to_cells = torch.addmm(self.centres.square().sum(1), candidates, self.centres.T, alpha=-2)
         near = to_cells.topk(self.probes, largest=False, sorted=False).indices.numpy()
@@ -199,7 +213,7 @@ class _Cells:
                 )
 
         edges = np.linspace(0, len(cells), 4 * torch.get_num_threads() + 1).astype(int)
-        parallel_map(fill, list(zip(edges[:-1], edges[1:], strict=True)))
+        parallel_map(fill, list(pairwise(edges)))
         return near, place.reshape(near.shape), scores.numpy()
 
     def _gap(self) -> np.ndarray:

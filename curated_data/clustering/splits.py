@@ -14,18 +14,18 @@ _PORTIONS = 256  # groups are handed out and kept in at most so many portions, h
 
 def split_level(
     rows: Rows,
-    n_groups: int,
-    n_splits: int,
+    level: Any,
     seeds: np.random.SeedSequence,
     run_kmeans: Any,
     saved: Checkpoint,
     name: str,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """k-means into `n_groups`, then each group into `n_splits`; the groups are spread over ranks by size.
+) -> dict[str, np.ndarray]:
+    """k-means into `level.n_clusters` groups, each into `level.n_splits`; ranks share the groups by size.
 
     Returns:
         (k, d) centroids, empty ones dropped, (n,) assignment, (n,) squared distances, on every rank.
     """
+    n_groups, n_splits = level.n_clusters, level.n_splits
     first, second = seeds.spawn(2)
     groups = saved.load(f"{name}.groups")
     if groups is None:
@@ -85,26 +85,24 @@ def _split(
         "centroids": np.concatenate([np.empty((0, d), np.float32), *centroids]),
         "at": np.concatenate([np.empty(0, np.int64), *at]),
         "assignment": np.concatenate([np.empty(0, np.int64), *assignment]),
-        "squared": np.concatenate([np.empty(0), *squared]),
+        "squared": np.concatenate([np.empty(0, np.float32), *squared]),
     }
 
 
-def _together(
-    rows: Rows, parts: list[dict[str, np.ndarray]], n_slots: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _together(rows: Rows, parts: list[dict[str, np.ndarray]], n_slots: int) -> dict[str, np.ndarray]:
     """All ranks' portions as one level: slots that hold no row are dropped, the others numbered in order."""
     empty = _split(rows, np.empty(0, np.int64), np.empty(0), np.empty(0), 1, [], None)
     every = {
         key: np.concatenate(distributed.all_gather(np.concatenate([empty[key], *(p[key] for p in parts)])))
         for key in empty
     }
-    assignment, squared = np.empty(len(rows), np.int64), np.empty(len(rows))
+    assignment, squared = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
     assignment[every["at"]], squared[every["at"]] = every["assignment"], every["squared"]
     filled = np.bincount(assignment, minlength=n_slots) > 0
     number = np.cumsum(filled) - 1
     by_slot = np.argsort(every["slots"])
     kept = by_slot[filled[every["slots"][by_slot]]]
-    return every["centroids"][kept], number[assignment], squared
+    return {"centroids": every["centroids"][kept], "assignment": number[assignment], "squared": squared}
 
 
 def _by_size(loads: np.ndarray, n_owners: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The tree of clusters that hierarchical k-means builds: plain arrays, level by level, and what follows from them."""
+"""The tree of clusters that hierarchical k-means builds: plain arrays a level, and what follows from them."""
 
 import logging
 import os
@@ -23,7 +23,8 @@ class Children(NamedTuple):
     """The nodes below every cluster of one level, in compressed rows.
 
     Attributes:
-        nodes: (m,) int64, nodes of the level below (samples for level 1) grouped by cluster, ascending in each.
+        nodes: (m,) int64, nodes of the level below (samples for level 1) grouped by cluster, ascending in
+            each.
         start: (k + 1,) int64; cluster c holds `nodes[start[c] : start[c + 1]]`.
     """
 
@@ -34,15 +35,15 @@ class Children(NamedTuple):
 class ClusterTree:
     """Clusters of clusters of samples.
 
-    Level 0 holds the n samples, level l = 1..L holds k_l clusters of the nodes of level l - 1. Everything else (member
-    lists, sizes) is derived when it is first asked for.
+    Level 0 holds the n samples, level l = 1..L holds k_l clusters of the nodes of level l - 1. Everything
+    else (member lists, sizes) is derived when it is first asked for.
 
     Args:
         centroids: for each level 1..L, (k_l, d) floating point; kept as float32.
-        parent: for each level l, the cluster at level l of every node of level l - 1, (k_{l-1},) integers, (n,) for
-            level 1; -1 where a sample (or an empty cluster) belongs to none. Kept as int64.
-        distance: (n,) Euclidean distance of each sample to its level-1 centroid, NaN where excluded; what "closest"
-            and "furthest" sampling sort by. Kept as float32.
+        parent: for each level l, the cluster at level l of every node of level l - 1, (k_{l-1},) integers,
+            (n,) for level 1; -1 where a sample (or an empty cluster) belongs to none. Kept as int64.
+        distance: (n,) Euclidean distance of each sample to its level-1 centroid, NaN where excluded; what
+            "closest" and "furthest" sampling sort by. Kept as float32.
 
     Raises:
         ValueError: levels that are not 1..L in both, or shapes or cluster ids that do not fit together.
@@ -57,7 +58,7 @@ class ClusterTree:
         levels = sorted(centroids)
         if not levels or levels != list(range(1, len(levels) + 1)) or sorted(parent) != levels:
             raise ValueError(
-                f"centroids and parent need the levels 1..L each, got {sorted(centroids)} and {sorted(parent)}"
+                f"centroids and parent need levels 1..L each, got {sorted(centroids)} and {sorted(parent)}"
             )
         self.centroids = {level: _checked_centroids(centroids[level], level) for level in levels}
         self.parent = {level: _checked_ids(parent[level], level) for level in levels}
@@ -69,12 +70,12 @@ class ClusterTree:
             ids = self.parent[level]
             if len(ids) and (ids.min() < EXCLUDED or ids.max() >= k):
                 raise ValueError(
-                    f"parent[{level}] needs cluster ids in -1..{k - 1}, found {int(ids.min())}..{int(ids.max())}"
+                    f"parent[{level}] needs cluster ids in -1..{k - 1}, found {ids.min()}..{ids.max()}"
                 )
             if level > 1 and len(ids) != len(self.centroids[level - 1]):
                 raise ValueError(
-                    f"parent[{level}] needs one entry for each of the {len(self.centroids[level - 1])} clusters of "
-                    f"level {level - 1}, got {len(ids)}"
+                    f"parent[{level}] needs one entry for each of {len(self.centroids[level - 1])} clusters "
+                    f"of level {level - 1}, got {len(ids)}"
                 )
         self.distance: np.ndarray | None = None
         if distance is not None:
@@ -219,7 +220,7 @@ class ClusterTree:
 
 
 def take_groups(children: Children, clusters: np.ndarray) -> np.ndarray:
-    """The nodes of several clusters, one cluster after the other: `concatenate([nodes[start[c]:start[c+1]] ...])`."""
+    """The nodes of several clusters, one cluster after the other."""
     first = children.start[clusters]
     length = children.start[clusters + 1] - first
     total = int(length.sum())
@@ -229,7 +230,7 @@ def take_groups(children: Children, clusters: np.ndarray) -> np.ndarray:
 
 
 def _group(ids: np.ndarray, k: int) -> Children:
-    """Counting sort of nodes by cluster, excluded ones left out: linear in n, where a comparison sort is not."""
+    """Counting sort of nodes by cluster, without the excluded ones: linear in n, unlike sorting."""
     n = len(ids)
     kept = np.flatnonzero(ids >= 0)
     by_column = sparse.csc_array(
@@ -243,7 +244,8 @@ def _checked_centroids(values: Any, level: int) -> np.ndarray:
     array = np.asarray(values)
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating) or 0 in array.shape:
         raise ValueError(
-            f"centroids[{level}] needs a floating-point array (k, d) with k, d >= 1, got {array.dtype} {array.shape}"
+            f"centroids[{level}] needs a floating-point array (k, d), k and d >= 1, got {array.dtype} "
+            f"{array.shape}"
         )
     array = array.astype(np.float32, copy=False)
     if not np.isfinite(array).all():
@@ -254,7 +256,5 @@ def _checked_centroids(values: Any, level: int) -> np.ndarray:
 def _checked_ids(values: Any, level: int) -> np.ndarray:
     array = np.asarray(values)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(
-            f"parent[{level}] needs a one-dimensional integer array, got {array.dtype} {array.shape}"
-        )
+        raise ValueError(f"parent[{level}] needs one dimension of integers, got {array.dtype} {array.shape}")
     return array.astype(np.int64, copy=False)

@@ -25,7 +25,7 @@ def runs(folder, world):
         "few rows": kmeans(small, 20, seed=3),  # one block: the second rank has none
         "repairs": kmeans(np.repeat(small, 8, axis=0), 500, init="random", seed=0),
         "excluded": kmeans(broken, 30, seed=0),
-        "streamed": kmeans(x, 50, seed=1, max_memory=1),
+        "streamed": kmeans(x, 50, seed=1, max_memory=300_000),
     }
     trees = {
         "resampled": hierarchical_kmeans(x, [Level(300, 2, 8), Level(30, 1, 4)], seed=1, resample="random"),
@@ -63,7 +63,9 @@ def test_two_processes_give_the_same_as_one(tmp_path):
         for rank in range(2):
             together = np.load(tmp_path / f"{name}-{rank}.npz")
             np.testing.assert_array_equal(together["assignment"], alone.assignment, err_msg=name)
-            np.testing.assert_allclose(together["centroids"], alone.centroids, rtol=1e-6, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(
+                together["centroids"], alone.centroids, rtol=1e-6, atol=1e-6, err_msg=name
+            )
             assert together["inertia"] == pytest.approx(alone.inertia, rel=1e-9)
             assert together["n_iter"] == alone.n_iter
     for name, alone in trees.items():
@@ -71,5 +73,7 @@ def test_two_processes_give_the_same_as_one(tmp_path):
             together = ClusterTree.load(tmp_path / f"{name}-{rank}")
             for level in alone.centroids:
                 np.testing.assert_array_equal(together.parent[level], alone.parent[level], err_msg=name)
-                np.testing.assert_allclose(together.centroids[level], alone.centroids[level], rtol=1e-6, atol=1e-6)
+                np.testing.assert_allclose(
+                    together.centroids[level], alone.centroids[level], rtol=1e-6, atol=1e-6
+                )
             np.testing.assert_allclose(together.distance, alone.distance, rtol=1e-5, atol=1e-6)

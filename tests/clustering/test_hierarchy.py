@@ -1,4 +1,4 @@
-"""Hierarchical k-means: the paper's figures on its 2-D data, the reference's defects, splits, and hard input."""
+"""Hierarchical k-means: the paper's figures on its 2-D data, the reference's defects, splits, hard input."""
 
 import logging
 
@@ -11,7 +11,7 @@ from tests.oracles.clustering import clouds, kl_to_uniform, squared_distances, t
 
 
 def check(x, tree, valid=None):
-    """What holds for any tree of l2 clusters: every node lies with its nearest centroid of the level above."""
+    """What holds for any l2 tree: every node lies with its nearest centroid of the level above."""
     nodes, used = np.asarray(x, np.float64), valid
     for level in range(1, tree.n_levels + 1):
         used = np.ones(len(nodes), bool) if used is None else used
@@ -20,7 +20,8 @@ def check(x, tree, valid=None):
         own = gaps[np.arange(used.sum()), tree.parent[level][used]]
         assert (own - gaps.min(1)).max() <= 1e-4 * max(gaps.max(), 1e-9)
         if level == 1:
-            np.testing.assert_allclose(tree.distance[used], np.sqrt(own), atol=1e-3 * np.sqrt(gaps.max() + 1e-9))
+            tolerance = 1e-3 * np.sqrt(gaps.max() + 1e-9)
+            np.testing.assert_allclose(tree.distance[used], np.sqrt(own), atol=tolerance)
             assert np.isnan(tree.distance[~used]).all()
         nodes = tree.centroids[level].astype(np.float64)
         used = np.bincount(tree.parent[level][used], minlength=len(nodes)) > 0
@@ -38,8 +39,7 @@ def test_levels_flatten_the_density_as_in_the_paper(seed):
     assert kl_to_uniform(three.centroids[3]) < 0.12
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow),
-                                  pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_resampling_flattens_further(seed):
     x = two_dimensional(seed)
     plain = hierarchical_kmeans(x, [Level(3000), Level(1000), Level(300)], seed=seed)
@@ -74,10 +74,13 @@ def test_balanced_sample_takes_the_closest_of_each_cluster():
     assignment, squared = rng.integers(0, 20, 500), rng.random(500)
     assignment[assignment == 3] = 4  # an empty cluster
     picked = _balanced_sample(assignment, squared, 20, 7, "closest", rng)
-    expected = [m for c in range(20) for m in sorted(np.flatnonzero(assignment == c), key=squared.__getitem__)[:7]]
+    expected = []
+    for c in range(20):
+        expected += sorted(np.flatnonzero(assignment == c), key=squared.__getitem__)[:7]
     assert picked.tolist() == sorted(expected)
     random = _balanced_sample(assignment, squared, 20, 7, "random", rng)
-    assert np.bincount(assignment[random], minlength=20).tolist() == np.minimum(np.bincount(assignment), 7).tolist()
+    sizes = np.bincount(assignment, minlength=20)
+    assert np.bincount(assignment[random], minlength=20).tolist() == np.minimum(sizes, 7).tolist()
     assert len(np.unique(random)) == len(random)
     assert len(_balanced_sample(assignment, squared, 60, 2, "closest", rng)) == 60  # k of them at the least
 

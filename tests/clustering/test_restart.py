@@ -1,4 +1,4 @@
-"""A killed run goes on and ends with the same tree; checkpoints that are torn or foreign are refused."""
+"""A killed run goes on and ends with the same tree; torn or foreign checkpoints are refused."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from tests.oracles.clustering import clouds
 LEVELS = [Level(150, n_resamples=6, sample_size=5), Level(30, n_resamples=6, sample_size=3), Level(6)]
 SPLITS = [Level(30, n_splits=6), Level(20, n_resamples=3, sample_size=3)]
 
-# Imports once, then forks a process for each attempt and kills it after a random time, until one comes through.
+# Imports once, then forks a process for each attempt and kills it after a while, until one comes through.
 KILLER = """
 import json, os, random, signal, sys, time
 import numpy as np
@@ -95,9 +95,17 @@ def test_torn_and_foreign_checkpoints_are_refused(tmp_path):
     x = clouds(400, 4, 10, seed=0)
     levels = [Level(20, 1, 4)]
     hierarchical_kmeans(x, levels, seed=1, checkpoint=tmp_path / "c")
-    for change in ({"seed": 2}, {"levels": [Level(21, 1, 4)]}, {"x": x + 1}, {"metric": "cosine"}, {"x": x[:-1]}):
+    for change in (
+        {"seed": 2},
+        {"levels": [Level(21, 1, 4)]},
+        {"x": x + 1},
+        {"metric": "cosine"},
+        {"x": x[:-1]},
+    ):
         with pytest.raises(CacheError, match="another run"):
-            hierarchical_kmeans(**{"x": x, "levels": levels, "seed": 1, "checkpoint": tmp_path / "c"} | change)
+            hierarchical_kmeans(
+                **{"x": x, "levels": levels, "seed": 1, "checkpoint": tmp_path / "c"} | change
+            )
 
     for name in ("assignment.npy", "centroids.npy", "manifest.json"):
         torn = tmp_path / f"torn-{name}"

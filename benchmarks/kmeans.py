@@ -1,0 +1,306 @@
+"""k-means and hierarchical k-means against their peers: CPU seconds, quality, and the share of the peak.
+
+    python benchmarks/kmeans.py peak      # the products' limit, and how near an assignment comes to it
+    python benchmarks/kmeans.py flat      # one k-means: ours, scikit-learn, faiss, the reference's algorithm
+    python benchmarks/kmeans.py mixture   # 50k x 256, levels 2500/500, 10 resamplings: balance of a sample
+    python benchmarks/kmeans.py tree      # 100k x 256, levels 5000/1000, 10 resamplings
+    python benchmarks/kmeans.py large     # first level of 100k clusters on 1M x 256 (4 GB of memory)
+
+"The reference's algorithm" is what arXiv 2405.15613 describes: greedy k-means++ over all rows and 50 full
+Lloyd iterations, for every resampling; written here in the plainest way. `--reference` runs it where it takes
+minutes (`flat`, `mixture`); `tree` times parts of it and multiplies. All times are CPU seconds of this
+process, all threads together: unlike wall time they mean something on a machine that is busy with other
+things. One thread, the default, keeps spinning threads out of them.
+"""
+
+import argparse
+import math
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+
+from curated_data.clustering import ClusterTree, Level, hierarchical_kmeans, kmeans
+from curated_data.clustering.kmeans import prepare
+from curated_data.clustering.nearest import nearest
+from curated_data.selection.sampling import hierarchical_sample
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["peak", "flat", "mixture", "tree", "large"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="repeat with so many seeds; medians are printed")
+    parser.add_argument("--reference", action="store_true", help="run the reference's algorithm in full too")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    faiss.omp_set_num_threads(arguments.threads)
+    print(f"torch {torch.__version__}, faiss {faiss.__version__}, {arguments.threads} thread(s)")
+    {"peak": peak, "flat": flat, "mixture": run_mixture, "tree": tree, "large": large}[arguments.what](
+        arguments.seeds, arguments.reference
+    )
+
+
+def peak(seeds: int, reference: bool) -> None:
+    """GFLOP/s of one large product by each library, and of whole assignments."""
+    a, b = torch.randn(4096, 4096), torch.randn(4096, 4096)
+    best = 0.0
+    for name, product in (
+        ("torch.mm (MKL)", lambda: torch.mm(a, b.T)),
+        ("oneDNN through torch", lambda: torch.nn.functional.linear(a.to_mkldnn(), b.to_mkldnn())),
+        ("numpy (OpenBLAS)", lambda: a.numpy() @ b.numpy().T),
+    ):
+        rate = 2 * 4096**3 / 1e9 / median_seconds(product, 7)
+        best = max(best, rate)
+        print(f"{name:42} {rate:7.1f} GFLOP/s a CPU second")
+    for n, k, d in ((40_000, 5_000, 256), (40_000, 1_000, 64), (20_000, 5_000, 768)):
+        x, c = torch.randn(n, d), torch.randn(k, d)
+        rows = prepare(x, metric="l2", device="cpu", valid=None, nonfinite="raise", max_memory=None).hold()
+        work = 2 * n * k * d / 1e9
+        ours = work / median_seconds(lambda rows=rows, c=c: nearest(rows, c), 5)
+        theirs = work / median_seconds(lambda x=x, c=c: faiss.knn(x.numpy(), c.numpy(), 1), 5)
+        print(
+            f"assignment {n} x {d} to {k:5d}: ours {ours:6.1f} ({ours / best:4.0%} of peak), "
+            f"faiss {theirs:6.1f} ({theirs / best:4.0%})"
+        )
+
+
+def flat(seeds: int, reference: bool) -> None:
+    """One k-means of the mixture, from each library."""
+    for n, k in ((20_000, 1_000), (50_000, 2_500)):
+        x, _ = mixture(n, 0)
+        peers: dict[str, Callable[[int], float]] = {
+            "ours": lambda seed, k=k, x=x: kmeans(x, k, seed=seed).inertia,
+            "faiss, random rows, 50 iterations": lambda seed, k=k, x=x: faiss_inertia(x, k, seed),
+        }
+        if reference:
+            peers["scikit-learn, greedy, 50 iterations"] = lambda seed, k=k, x=x: (
+                KMeans(k, n_init=1, max_iter=50, random_state=seed).fit(x).inertia_
+            )
+            peers["the reference's algorithm"] = lambda seed, k=k, x=x: reference_kmeans(x, k, seed)[2]
+        print(f"n = {n}, d = 256, k = {k}, medians of {seeds} seeds")
+        report(peers, seeds)
+
+
+def mixture_tree(seed: int, x: np.ndarray) -> ClusterTree:
+    return hierarchical_kmeans(x, [Level(2_500, 10, 10), Level(500, 10, 3)], seed=seed)
+
+
+def mixture(n: int, seed: int, n_components: int = 2_000, d: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and labels of a long-tailed mixture: overlapping components of weight 1/rank, 50 far centres."""
+    rng = np.random.default_rng(seed)
+    far = rng.normal(size=(50, d))
+    step = rng.normal(size=(n_components, d))
+    centre = far[rng.integers(0, 50, n_components)] + 0.6 * step / np.linalg.norm(step, axis=1, keepdims=True)
+    weight = 1 / np.arange(1, n_components + 1)
+    label = rng.choice(n_components, n, p=weight / weight.sum())
+    x = np.empty((n, d), np.float32)
+    for c in np.unique(label):
+        inside = label == c
+        within = rng.normal(size=(inside.sum(), 16)) * 0.2 @ (rng.normal(size=(16, d)) / math.sqrt(d))
+        x[inside] = centre[c] + within + rng.normal(size=(inside.sum(), d)) * 0.25
+    return x, label
+
+
+def effective_components(label: np.ndarray, tree: ClusterTree) -> tuple[float, float]:
+    """exp(entropy) of the components of 5,000 sampled, and how many are covered: means of five draws."""
+    found = []
+    for seed in range(5):
+        counts = np.bincount(label[hierarchical_sample(tree, 5_000, seed=seed)])
+        share = counts[counts > 0] / counts.sum()
+        found.append((math.exp(-(share * np.log(share)).sum()), len(share)))
+    return tuple(np.mean(found, axis=0))
+
+
+def run_mixture(seeds: int, reference: bool) -> None:
+    x, label = mixture(50_000, 0)
+    draw = np.bincount(label[np.random.default_rng(0).choice(len(x), 5_000, replace=False)])
+    share = draw[draw > 0] / draw.sum()
+    effective = math.exp(-(share * np.log(share)).sum())
+    print(f"random 5,000: {effective:.0f} effective components, {len(share)} covered")
+    for seed in range(seeds):
+        tree, seconds = timed(lambda seed=seed: mixture_tree(seed, x))
+        effective, covered = effective_components(label, tree)
+        print(
+            f"ours, seed {seed}: {effective:.0f} effective, {covered:.0f} covered, {seconds:.1f} CPU s",
+            flush=True,
+        )
+    for seed in range(seeds if reference else 0):
+        levels = [(2_500, 10, 10), (500, 10, 3)]
+        tree, seconds = timed(lambda seed=seed, levels=levels: reference_tree(x, levels, seed))
+        effective, covered = effective_components(label, tree)
+        print(
+            f"reference, seed {seed}: {effective:.0f} effective, {covered:.0f} covered, {seconds:.1f} CPU s"
+        )
+
+
+def tree(seeds: int, reference: bool) -> None:
+    """The tree of the method's own size; the reference's cost from its parts."""
+    x, label = mixture(100_000, 0)
+    levels = [Level(5_000, 10, 10), Level(1_000, 10, 3)]
+    for seed in range(seeds):
+        found, seconds = timed(lambda seed=seed: hierarchical_kmeans(x, levels, seed=seed))
+        effective, covered = effective_components(label, found)
+        inertia = float(np.square(found.distance.astype(np.float64)).sum())
+        print(
+            f"ours, seed {seed}: {seconds:.1f} CPU s, inertia of level 1 {inertia:.6g}, "
+            f"{effective:.0f} effective, {covered:.0f} covered",
+            flush=True,
+        )
+    rows = torch.from_numpy(x - x.mean(0))
+    sampled = rows[::2]
+    cost = 0.0
+    for some, k, times in ((rows, 5_000, 1), (sampled, 5_000, 10)):
+        cost += times * (reference_seeding_seconds(some, k) + 50 * reference_iteration_seconds(some, k))
+    cost += 10 * reference_iteration_seconds(rows, 5_000)
+    print(f"the reference's level 1, parts multiplied: {cost:.0f} CPU s")
+
+
+def large(seeds: int, reference: bool) -> None:
+    """One first level of 100,000 clusters."""
+    rng = np.random.default_rng(0)
+    centre = rng.normal(size=(20_000, 256)).astype(np.float32)
+    x = centre[rng.zipf(1.3, 1_000_000) % 20_000]
+    for start in range(0, len(x), 50_000):
+        x[start : start + 50_000] += rng.normal(size=(50_000, 256)).astype(np.float32) * 0.5
+    began = time.perf_counter()
+    result, seconds = timed(lambda: kmeans(x, 100_000, seed=0))
+    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"1M x 256, k = 100,000: {seconds:.0f} CPU s, {time.perf_counter() - began:.0f} s, "
+        f"{result.n_iter} iterations, inertia {result.inertia:.6g}, {result.n_empty} empty, "
+        f"{peak_memory:.1f} GiB at most"
+    )
+
+
+def reference_kmeans(x: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Greedy k-means++ over all rows, 50 full iterations: centroids, (labels, squared distances), inertia."""
+    rows = torch.from_numpy(x - x.mean(0))
+    rng = np.random.default_rng(seed)
+    norms = rows.square().sum(1)
+    ids = [int(rng.integers(len(rows)))]
+    gap = (rows - rows[ids[0]]).square().sum(1)
+    for _ in range(k - 1):
+        gap = reference_step(rows, norms, gap, ids, k, rng)
+    centroids = rows[ids].clone()
+    for _ in range(50):
+        label, squared = reference_assign(rows, norms, centroids)
+        sums = torch.zeros_like(centroids).index_add_(0, label, rows)
+        counts = torch.bincount(label, minlength=k)[:, None]
+        centroids = torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
+    label, squared = reference_assign(rows, norms, centroids)
+    return (
+        centroids.numpy() + x.mean(0),
+        np.stack([label.numpy(), squared.numpy()]),
+        float(squared.double().sum()),
+    )
+
+
+def reference_step(
+    rows: torch.Tensor,
+    norms: torch.Tensor,
+    gap: torch.Tensor,
+    ids: list[int],
+    k: int,
+    rng: np.random.Generator,
+) -> torch.Tensor:
+    """One greedy step: 2 + ln k candidates against every row."""
+    total = gap.double().cumsum(0)
+    drawn = torch.searchsorted(total, torch.from_numpy(rng.random(2 + int(math.log(k)))) * total[-1])
+    drawn = drawn.clamp(max=len(rows) - 1)
+    lower = (norms[drawn][:, None] + norms - 2 * rows[drawn] @ rows.T).clamp(min=0).minimum(gap)
+    best = int(lower.sum(1).argmin())
+    ids.append(int(drawn[best]))
+    return lower[best]
+
+
+def reference_assign(
+    rows: torch.Tensor, norms: torch.Tensor, centroids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A full assignment, in blocks of rows."""
+    label, squared, own = [], [], centroids.square().sum(1)
+    for start in range(0, len(rows), 2_048):
+        best = (own - 2 * rows[start : start + 2_048] @ centroids.T).min(1)
+        label.append(best.indices)
+        squared.append((best.values + norms[start : start + 2_048]).clamp(min=0))
+    return torch.cat(label), torch.cat(squared)
+
+
+def reference_tree(x: np.ndarray, levels: list[tuple[int, int, int]], seed: int) -> ClusterTree:
+    """Hierarchical k-means with resampling as the paper has it."""
+    centroids, parent, points = {}, {}, x
+    for number, (k, n_resamples, r) in enumerate(levels, 1):
+        found, (label, squared), _ = reference_kmeans(points, k, seed)
+        for step in range(n_resamples):
+            picked = np.concatenate(
+                [np.flatnonzero(label == c)[np.argsort(squared[label == c])[:r]] for c in range(k)]
+            )
+            found, _, _ = reference_kmeans(points[picked], k, seed + 1_000 * (step + 1))
+            rows = torch.from_numpy(points)
+            assigned = reference_assign(rows, rows.square().sum(1), torch.from_numpy(found))
+            label, squared = (a.numpy() for a in assigned)
+        centroids[number], parent[number], points = found, label.astype(np.int64), found
+    return ClusterTree(centroids, parent)
+
+
+def reference_seeding_seconds(rows: torch.Tensor, k: int, steps: int = 30) -> float:
+    """CPU seconds of k greedy steps, from some."""
+    rng, norms, ids = np.random.default_rng(0), rows.square().sum(1), [0]
+    gap = (rows - rows[0]).square().sum(1)
+    reference_step(rows, norms, gap, ids, k, rng)
+    began = time.process_time()
+    for _ in range(steps):
+        gap = reference_step(rows, norms, gap, ids, k, rng)
+    return (time.process_time() - began) / steps * k
+
+
+def reference_iteration_seconds(rows: torch.Tensor, k: int) -> float:
+    """CPU seconds of one assignment and update."""
+    norms, centroids = rows.square().sum(1), rows[:k].clone()
+    began = time.process_time()
+    label, _ = reference_assign(rows, norms, centroids)
+    torch.zeros_like(centroids).index_add_(0, label, rows)
+    return time.process_time() - began
+
+
+def faiss_inertia(x: np.ndarray, k: int, seed: int) -> float:
+    """faiss's k-means, kept from training on a subsample; the inertia of its centroids."""
+    model = faiss.Kmeans(x.shape[1], k, niter=50, seed=seed, max_points_per_centroid=10**9)
+    model.train(x)
+    return float(model.index.search(x, 1)[0].astype(np.float64).sum())
+
+
+def report(peers: dict[str, Callable[[int], float]], seeds: int) -> None:
+    """CPU seconds and inertia of each peer, medians, and both as ratios to the first."""
+    base: tuple[float, float] | None = None
+    for name, run in peers.items():
+        runs = [timed(lambda seed=seed, run=run: run(seed)) for seed in range(seeds)]
+        inertia, seconds = (float(np.median(column)) for column in zip(*runs, strict=True))
+        base = base or (inertia, seconds)
+        print(
+            f"  {name:38} {seconds:8.1f} CPU s ({seconds / base[1]:6.2f} x)   inertia {inertia:12.1f} "
+            f"({inertia / base[0]:.4f} x)",
+            flush=True,
+        )
+
+
+def timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    began = time.process_time()
+    result = run()
+    return result, time.process_time() - began
+
+
+def median_seconds(run: Callable[[], Any], times: int) -> float:
+    run()
+    return float(np.median([timed(run)[1] for _ in range(times)]))
+
+
+if __name__ == "__main__":
+    main()
