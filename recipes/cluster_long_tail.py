@@ -1,0 +1,87 @@
+"""Cluster a long-tailed, labelled pool without its labels: k-means, balanced transport, P²OT and SP²OT side
+by side.
+
+    uv run recipes/cluster_long_tail.py 'recipes/data/fashion-lt50/fashion-lt50-train-{00..03}.tar' --clusters
+    10 uv run recipes/cluster_long_tail.py 'cifar10-lt100-train-*.tar' --clusters 10 --embedder
+    efficientnet_lite0:64
+
+Prints accuracy (Hungarian matching), class average, NMI, ARI and macro F1, by frequent, medium and rare
+classes, mean and deviation over seeds. Labels are used for these figures alone.
+"""
+
+import argparse
+import logging
+import sys
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from curated_data import ShardPool, kmeans
+from curated_data.cache import open_cache
+from curated_data.embedding import embed_pool, resolve_embedder
+from curated_data.errors import CuratedDataError, PoolError
+from lightning_modules.evaluation.clustering import clustering
+from lightning_modules.transport_clustering import cluster_embeddings
+
+
+def main() -> int:
+    """Embed, cluster by each method, print; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("pool", nargs="+")
+    parser.add_argument("--clusters", type=int, required=True)
+    parser.add_argument("--embedder", default="efficientnet_lite0:64", help="(default: %(default)s)")
+    parser.add_argument("--cache-dir", default="runs/cache", help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        Console(width=None if sys.stdout.isatty() else 120).print(compare(options))
+    except CuratedDataError as error:
+        print(f"cluster_long_tail: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def compare(options: argparse.Namespace) -> Table:
+    """A row a method, a column a figure."""
+    root = open_cache(options.cache_dir)
+    pool = ShardPool(options.pool, cache_dir=root)
+    store = embed_pool(pool, resolve_embedder(options.embedder), root)
+    labels = pool.labels(np.arange(len(pool)))
+    ids = np.flatnonzero(store.valid & (labels >= 0))
+    if not len(ids):
+        raise PoolError(f"{pool.urls[0]}: the pool has no labels (.cls members) to compare clusters with")
+    x, labels = store.rows(ids).astype(np.float32), np.unique(labels[ids], return_inverse=True)[1]
+    counts = np.bincount(labels)
+
+    methods = {
+        "k-means": lambda seed: kmeans(x, options.clusters, metric="cosine", seed=seed).assignment,
+        "balanced transport": lambda seed: by_transport(x, options.clusters, "ot", seed),
+        "P²OT": lambda seed: by_transport(x, options.clusters, "p2ot", seed),
+        "SP²OT": lambda seed: by_transport(x, options.clusters, "sp2ot", seed),
+    }
+    table = Table(title=f"{len(x):,} images, {len(counts)} classes of {counts.max():,} to {counts.min():,}")
+    table.add_column("method")
+    for name, method in methods.items():
+        results = [
+            clustering(method(seed), labels, train_counts=counts).rows()[0] for seed in range(options.seeds)
+        ]
+        columns = [column for column, value in results[0].items() if isinstance(value, float)]
+        if len(table.columns) == 1:
+            for column in columns:
+                table.add_column(column, justify="right")
+        values = {column: [result[column] for result in results] for column in columns}
+        table.add_row(name, *(f"{np.mean(value):.3f} ± {np.std(value):.3f}" for value in values.values()))
+    return table
+
+
+def by_transport(x: np.ndarray, n_clusters: int, method: str, seed: int) -> np.ndarray:
+    """(n,) clusters by transport labels, on centred embeddings."""
+    return cluster_embeddings(x, n_clusters, method=method, center=True, seed=seed).assignment
+
+
+if __name__ == "__main__":
+    sys.exit(main())
