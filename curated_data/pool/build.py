@@ -33,22 +33,22 @@ log = logging.getLogger(__name__)
 _WORTH_PROCESSES = 256 << 20  # bytes of shards below which starting processes takes longer than it saves
 
 
+Indexer = Callable[[ShardFile], ShardIndex]  # pickles, and small: it goes to processes with every shard
 # Gives a remote shard as what an index is built from, for the length of a `with` block.
 Opener = Callable[[ShardFile], AbstractContextManager[Source]]
 
 
-def build_in_memory(shards: Sequence[ShardFile], opener: Opener | None, num_workers: int | None) -> PoolIndex:
+def build_in_memory(shards: Sequence[ShardFile], index_one: Indexer, num_workers: int | None) -> PoolIndex:
     """Index every shard and keep the arrays in memory."""
     started = time.monotonic()
-    task = partial(_index, opener=opener)
-    found = dict(_each(task, shards, range(len(shards)), num_workers))
+    found = dict(_each(index_one, shards, range(len(shards)), num_workers))
     pool = concatenate([found[number] for number in range(len(shards))])
     _report(pool, len(shards), len(shards), time.monotonic() - started)
     return pool
 
 
 def build_in_cache(
-    shards: Sequence[ShardFile], opener: Opener | None, num_workers: int | None, cache_dir: str | Path
+    shards: Sequence[ShardFile], index_one: Indexer, num_workers: int | None, cache_dir: str | Path
 ) -> tuple[PoolIndex, Path]:
     """Open the pool's index in the cache, after indexing the shards that are new to it; and where it lies.
 
@@ -63,12 +63,12 @@ def build_in_cache(
     started = time.monotonic()
     folders = [root / "index" / name for name in prints]
     missing = [number for number, path in enumerate(folders) if not (path / MANIFEST).exists()]
-    task = partial(_index_to_cache, opener=opener, root=root)
+    task = partial(_index_to_cache, index_one=index_one, root=root)
     for _ in _each(task, shards, missing, num_workers):
         pass
     for number in missing:  # what others held while we passed by: theirs by now, or ours if they died
         if not (folders[number] / MANIFEST).exists():
-            _index_to_cache(shards[number], opener=opener, root=root, wait=True)
+            _index_to_cache(shards[number], index_one=index_one, root=root, wait=True)
     _, found = build_once(folder, lambda temporary: write_pool_index(temporary, folders))
     pool = load_pool_index(folder)
     if not found:
@@ -76,12 +76,12 @@ def build_in_cache(
     return pool, folder
 
 
-def pool_fingerprint(shard_fingerprints: Sequence[str]) -> str:
-    """The name of a pool: of its shards, in their order."""
-    return fingerprint(stage="pool", shards=list(shard_fingerprints))
+def index_shard_file(shard: ShardFile, opener: Opener | None = None) -> ShardIndex:
+    """Index one shard in the state that was looked up, from its headers.
 
-
-def _index(shard: ShardFile, *, opener: Callable | None) -> ShardIndex:
+    Raises:
+        PoolError: it changed since, or it is not a readable tar.
+    """
     if is_remote(shard.url):
         with opener(shard) as source:
             return index_shard(source)
@@ -98,11 +98,16 @@ def _index(shard: ShardFile, *, opener: Callable | None) -> ShardIndex:
         os.close(handle)
 
 
-def _index_to_cache(shard: ShardFile, *, opener: Opener | None, root: Path, wait: bool = False) -> None:
+def pool_fingerprint(shard_fingerprints: Sequence[str]) -> str:
+    """The name of a pool: of its shards, in their order."""
+    return fingerprint(stage="pool", shards=list(shard_fingerprints))
+
+
+def _index_to_cache(shard: ShardFile, *, index_one: Indexer, root: Path, wait: bool = False) -> None:
     folder = root / "index" / shard.fingerprint
     with locked(folder, wait=wait) as held:
         if held and not (folder / MANIFEST).exists():
-            save_shard_index(folder, _index(shard, opener=opener), url=shard.url)
+            save_shard_index(folder, index_one(shard), url=shard.url)
 
 
 def _each(

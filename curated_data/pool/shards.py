@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,7 +11,13 @@ import numpy as np
 
 from curated_data.cache import open_cache
 from curated_data.errors import PoolError, SampleError
-from curated_data.pool.build import Opener, build_in_cache, build_in_memory, pool_fingerprint
+from curated_data.pool.build import (
+    Indexer,
+    build_in_cache,
+    build_in_memory,
+    index_shard_file,
+    pool_fingerprint,
+)
 from curated_data.pool.decode import IMAGE_EXTENSIONS
 from curated_data.pool.index import PoolIndex, load_pool_index
 from curated_data.pool.reader import LocalReader, ReadCounters
@@ -50,6 +56,8 @@ class ShardPool:
         b'\\xff\\xd8'
     """
 
+    _takes_pipes = False
+
     def __init__(
         self,
         urls: str | Path | Sequence[str | Path],
@@ -61,7 +69,7 @@ class ShardPool:
         remote: RemoteOptions | None = None,
     ):
         self.storage_options = dict(storage_options or {})
-        self.urls = expand_urls(urls, self.storage_options)
+        self.urls = expand_urls(urls, self.storage_options, pipes=self._takes_pipes)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.num_workers = num_workers
         self.image_extensions = tuple(extension.lower() for extension in image_extensions)
@@ -100,10 +108,10 @@ class ShardPool:
                 self._index = load_pool_index(self._index_folder)
             elif self.cache_dir is not None:
                 self._index, self._index_folder = build_in_cache(
-                    self.shards, self._opener, self.num_workers, self.cache_dir
+                    self.shards, self._indexer, self.num_workers, self.cache_dir
                 )
             else:
-                self._index = build_in_memory(self.shards, self._opener, self.num_workers)
+                self._index = build_in_memory(self.shards, self._indexer, self.num_workers)
             if len(self._index) == 0:
                 self._index, shown = None, ", ".join(self.urls[:3])
                 raise PoolError(
@@ -163,7 +171,7 @@ class ShardPool:
         unique, place = np.unique(ids, return_inverse=True)
         shard = index.shard_of(unique)
         members = self._members(unique, extensions)
-        data = self._reader.read(shard[members.owner], members.offset, members.size)
+        data = self._read_members(unique, shard, members)
         urls, names = self.urls, index.extensions
         samples: list[dict[str, Any]] = [
             {"__key__": key, "__url__": urls[number]}
@@ -192,9 +200,7 @@ class ShardPool:
         for first in range(0, len(ids), _BLOCK):
             block, place = np.unique(ids[first : first + _BLOCK], return_inverse=True)
             members = self._members(block, ["cls"])
-            data = self._reader.read(
-                self.index().shard_of(block)[members.owner], members.offset, members.size
-            )
+            data = self._read_members(block, self.shard_of(block), members)
             found = np.full(len(block), -1, np.int64)
             for owner, content in zip(members.owner.tolist(), data):
                 try:
@@ -278,8 +284,8 @@ class ShardPool:
         return any(is_remote(url) for url in self.urls)
 
     @property
-    def _opener(self) -> Opener | None:
-        return self._reader.source if isinstance(self._reader, RemoteReader) else None
+    def _indexer(self) -> Indexer:
+        return partial(index_shard_file, opener=self._reader.source) if self._is_remote else index_shard_file
 
     def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = np.asarray(ids)
@@ -291,6 +297,10 @@ class ShardPool:
             outside = ids[(ids < 0) | (ids >= n)]
             raise PoolError(f"id {outside[0]} is outside the pool: it has samples 0 to {n - 1}")
         return ids
+
+    def _read_members(self, ids: np.ndarray, shard: np.ndarray, members: "_Members") -> list[bytes]:
+        """The bytes of members of the samples `ids`, which are sorted and lie in `shard`."""
+        return self._reader.read(shard[members.owner], members.offset, members.size)
 
     def _members(self, ids: np.ndarray, extensions: Sequence[str] | None) -> "_Members":
         """The members of some samples, or those of them with one of the extensions."""

@@ -15,11 +15,19 @@ from curated_data.errors import PoolError
 
 def is_remote(url: str) -> bool:
     """Whether a shard is read through fsspec rather than as a file of this machine."""
-    return "://" in url or "::" in url
+    return ("://" in url or "::" in url) and not is_pipe(url)
+
+
+def is_pipe(url: str) -> bool:
+    """Whether a shard is what a command writes, as webdataset spells it."""
+    return url.startswith("pipe:")
 
 
 def expand_urls(
-    urls: str | Path | Sequence[str | Path], storage_options: Mapping[str, Any] | None = None
+    urls: str | Path | Sequence[str | Path],
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    pipes: bool = False,
 ) -> list[str]:
     """Expand brace patterns and globs; what comes from a glob is sorted, all else stays in the order given.
 
@@ -28,6 +36,7 @@ def expand_urls(
             `*` alone), or a list of these. A file whose name happens to hold such characters is taken as it
             is.
         storage_options: for fsspec, where a remote pattern must be listed.
+        pipes: take `pipe:<command>` too.
 
     Raises:
         PoolError: an empty list, a pattern without a match (with the nearest thing there), a folder, a shard
@@ -42,10 +51,10 @@ def expand_urls(
             raise PoolError(
                 f"a shard is named by a path or URL, not by {pattern!r} ({type(pattern).__name__})"
             )
-        expanded.extend(_expand(os.fspath(pattern), storage_options or {}))
+        expanded.extend(_expand(os.fspath(pattern), storage_options or {}, pipes))
     seen: set[str] = set()
     for url in expanded:
-        place = url if is_remote(url) else os.path.abspath(url)
+        place = url if is_remote(url) or is_pipe(url) else os.path.abspath(url)
         if place in seen:
             raise PoolError(f"{url}: is given twice in the pool's {len(expanded)} shards; name each once")
         seen.add(place)
@@ -64,8 +73,10 @@ def missing_shard(path: str, note: str = "") -> PoolError:
     return PoolError(f"no shard matches {path!r}{note}{_nearest(parent, name)}")
 
 
-def _expand(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
-    if pattern.startswith("pipe:"):
+def _expand(pattern: str, storage_options: Mapping[str, Any], pipes: bool) -> list[str]:
+    if is_pipe(pattern):
+        if pipes:
+            return _braces(pattern)
         raise PoolError(
             f"{pattern!r}: a pipe has no offsets to read samples at; read it in sequence with "
             "curated_data.pool.sequential.SequentialPool, or store the shards as files"
@@ -81,10 +92,7 @@ def _expand(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
             raise PoolError(
                 f"{pattern!r} is a folder; give its shards, for example {os.path.join(pattern, '*.tar')!r}"
             )
-    try:
-        pieces = list(braceexpand.braceexpand(pattern))
-    except ValueError as error:
-        raise PoolError(f"{pattern!r}: cannot expand its braces ({error})") from error
+    pieces = _braces(pattern)
     found: list[str] = []
     for piece in pieces:
         if remote and "*" in piece:
@@ -106,6 +114,13 @@ def _expand(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
             )
             raise missing_shard(missing[0], of)
     return found
+
+
+def _braces(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise PoolError(f"{pattern!r}: cannot expand its braces ({error})") from error
 
 
 def _glob_remote(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:

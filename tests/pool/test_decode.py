@@ -96,12 +96,14 @@ def test_reduced_scale(photo, min_size, shape):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 7), st.data())
 def test_damaged_bytes_raise_or_decode_but_never_crash(seed, data):
-    """Cuts always raise; flipped bytes give what Pillow gives, or raise where it may."""
+    """A cut raises unless every pixel is there; flipped bytes raise or give an image."""
     format = ["JPEG", "PNG", "WEBP"][seed % 3]
     whole = encoded(picture("RGB", (40 + seed, 30)), format)
     cut = data.draw(st.integers(0, len(whole) - 13))
-    with pytest.raises(SampleError):
-        decode_image(whole[:cut])
+    try:
+        assert torch.equal(decode_image(whole[:cut]), decode_image(whole))
+    except SampleError:
+        pass
     flipped = bytearray(whole)
     flipped[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
     try:

@@ -216,11 +216,11 @@ def test_many_members_and_windows(write_tar, read_by_webdataset):
         "mixed.tar", [(f"{i:05d}.bin", bytes([i % 251]) * int(size)) for i, size in enumerate(sizes)]
     )
     assert samples_of(path, index_shard(path)) == read_by_webdataset(path)
-    path = write_tar("many.tar", [(f"{i:06d}.x", b"") for i in range(40_000)])
+    path = write_tar("many.tar", [(f"{i:06d}.x", b"") for i in range(17_000)])
     index = index_shard(path)
-    assert len(index) == 40_000
-    assert index.keys([0, 39_999]) == ["000000", "039999"]
-    assert np.array_equal(index.member_offset, np.arange(40_000) * 512 + 512)
+    assert len(index) == 17_000
+    assert index.keys([0, 16_999]) == ["000000", "016999"]
+    assert np.array_equal(index.member_offset, np.arange(17_000) * 512 + 512)
 
 
 def test_reads_headers_only(write_tar):

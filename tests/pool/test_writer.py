@@ -198,6 +198,7 @@ class TestImport:
         assert found[1]["png"] == (tmp_path / "in" / "cat/sub/3.png").read_bytes()
         assert found[2]["jpeg"] == (tmp_path / "in" / "dog/1.JPEG").read_bytes()
 
+    @pytest.mark.slow  # importing torchvision takes seconds
     def test_agrees_with_torchvision(self, tmp_path, photo):
         from torchvision.datasets import ImageFolder
 

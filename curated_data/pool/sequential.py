@@ -1,0 +1,287 @@
+"""Shards that cannot be read at offsets, compressed ones and pipes: read from their start, in order."""
+
+import bz2
+import gzip
+import io
+import logging
+import lzma
+import subprocess
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import IO, Any
+
+import fsspec
+import numpy as np
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from curated_data.errors import PoolError
+from curated_data.pool.build import Indexer
+from curated_data.pool.index import ShardIndex, index_shard
+from curated_data.pool.shards import ShardPool
+from curated_data.pool.storage import ShardFile, stat_shards
+from curated_data.pool.tar import Source
+from curated_data.pool.urls import is_pipe
+
+log = logging.getLogger(__name__)
+
+_OPEN_STREAMS = 4
+_UNKNOWN_SIZE = 1 << 62
+
+
+class SequentialPool(ShardPool):
+    """A pool of compressed shards (`.tar.gz`, `.tar.zst`, ...) or of pipes, used as a `ShardPool` is.
+
+    A shard can be read from its start alone, so each is read whole to number its samples, and a sample costs
+    all that lie before it. What is read in the order of the ids costs one pass a shard: a stream stays open
+    where the last read left it. Samples come through webdataset's own pipeline; it ends without an error
+    where a header is damaged, which the index notices.
+
+    Args:
+        urls: as for `ShardPool`, and `pipe:<command>` with braces expanded; commands run in a shell.
+        options: `cache_dir` and the others of `ShardPool`.
+
+    Raises:
+        PoolError: as `ShardPool`; and for zstd shards where the package `zstandard` is missing.
+    """
+
+    _takes_pipes = True
+
+    def __init__(self, urls: Any, **options: Any):
+        super().__init__(urls, **options)
+        log.info(
+            "%d shards are read in sequence (compressed or pipes), a sample costs all before it in its "
+            "shard; "
+            "plain .tar shards are read at offsets",
+            len(self.urls),
+        )
+
+    @cached_property
+    def shards(self) -> list[ShardFile]:
+        """Each shard in the state it had when the pool first looked; of a pipe the command is all we know."""
+        files = [url for url in self.urls if not is_pipe(url)]
+        states = iter(stat_shards(files, self.storage_options, self.remote))
+        return [
+            ShardFile(url, 0, "sequential pipe") if is_pipe(url) else _in_sequence(next(states))
+            for url in self.urls
+        ]
+
+    def iterate(
+        self, ids: Sequence[int] | np.ndarray | None = None, extensions: Sequence[str] | None = None
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Go once through the shards that hold selected samples, in shard order, then tar order.
+
+        Args:
+            ids: the selection, in any order; None for all. Each is given once.
+            extensions: the members to keep.
+
+        Yields:
+            (id, sample) with the sample as `read` gives it.
+        """
+        ids = np.arange(len(self)) if ids is None else np.unique(self._checked(ids))
+        for first in range(0, len(ids), 256):
+            block = ids[first : first + 256]
+            yield from zip(block.tolist(), self.read(block, extensions))
+
+    def close(self) -> None:
+        """Close the streams that are open."""
+        while self._streams:
+            self._streams.popitem()[1].close()
+
+    @cached_property
+    def _streams(self) -> "OrderedDict[int, _Stream]":
+        return OrderedDict()
+
+    @property
+    def _indexer(self) -> Indexer:
+        return partial(_index_stream, storage_options=self.storage_options)
+
+    def _read_members(self, ids: np.ndarray, shard: np.ndarray, members: Any) -> list[bytes]:
+        found: list[bytes] = []
+        names = self.index().extensions
+        wanted = list(zip(members.owner.tolist(), members.extension.tolist()))
+        samples = {
+            row: self._sample(int(shard[row]), int(ids[row])) for row in sorted({row for row, _ in wanted})
+        }
+        for row, extension in wanted:
+            found.append(samples[row][names[extension]])
+        self._reader.counters.n_members += len(found)
+        self._reader.counters.bytes_needed += sum(map(len, found))
+        return found
+
+    def _sample(self, shard: int, sample_id: int) -> dict[str, Any]:
+        """One sample, from the stream that stands before it or at it, or from a new one."""
+        place = sample_id - int(self.shard_ranges()[shard])
+        stream = self._streams.get(shard)
+        if stream is None or stream.place > place:
+            if stream is not None:
+                self._streams.pop(shard).close()
+            while len(self._streams) >= _OPEN_STREAMS:
+                self._streams.popitem(last=False)[1].close()
+            stream = self._streams[shard] = _Stream(self.shards[shard], self.storage_options)
+        self._streams.move_to_end(shard)
+        sample = stream.skip_to(place)
+        if sample is None or sample["__key__"] != self.keys([sample_id])[0]:
+            raise PoolError(
+                f"{self.urls[shard]}: changed since it was indexed: sample {place} is another or missing"
+            )
+        return sample
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_streams", None)
+        return state
+
+
+@dataclass
+class _Stream:
+    """A shard being read: `place` is that of the sample in hand, -1 before the first."""
+
+    shard: ShardFile
+    storage_options: Mapping[str, Any]
+    place: int = -1
+
+    def __post_init__(self) -> None:
+        self._stack = ExitStack()
+        self._samples = self._stack.enter_context(_samples(self.shard, self.storage_options))
+        self._sample: dict[str, Any] | None = None
+
+    def skip_to(self, place: int) -> dict[str, Any] | None:
+        while self.place < place:
+            self._sample = _next(self._samples, self.shard)
+            self.place += 1
+            if self._sample is None:
+                break
+        return self._sample
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def _index_stream(shard: ShardFile, storage_options: Mapping[str, Any]) -> ShardIndex:
+    """A shard's index by its decompressed stream's headers, with the offsets in that stream."""
+    with _decompressed(shard, storage_options) as stream:
+        forward = _Forward(stream)
+        try:
+            return index_shard(Source(shard.url, _UNKNOWN_SIZE, forward.read, least=64 << 10, most=1 << 20))
+        except PoolError:
+            raise
+        except Exception as error:  # zlib's, zstd's, the command's
+            raise _unreadable(shard, error) from error
+
+
+class _Forward:
+    """Reads at offsets that never go back behind the last one."""
+
+    def __init__(self, stream: IO[bytes]):
+        self.stream = stream
+        self.start, self.data = 0, b""
+
+    def read(self, offset: int, length: int) -> bytes:
+        position = self.start + len(self.data)
+        kept = self.data[offset - self.start :] if offset < position else b""
+        while position < offset:
+            skipped = len(self.stream.read(min(1 << 20, offset - position)))
+            if not skipped:
+                break
+            position += skipped
+        pieces = [kept]
+        missing = length - len(kept) if position >= offset else 0
+        while missing > 0 and (piece := self.stream.read(missing)):
+            pieces.append(piece)
+            missing -= len(piece)
+        self.start, self.data = offset, b"".join(pieces)
+        return self.data[:length]
+
+
+@contextmanager
+def _samples(shard: ShardFile, storage_options: Mapping[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
+    """webdataset's samples of a shard."""
+    with _decompressed(shard, storage_options) as stream:
+        yield group_by_keys(tar_file_expander([{"url": shard.url, "stream": stream}]))
+
+
+@contextmanager
+def _decompressed(shard: ShardFile, storage_options: Mapping[str, Any]) -> Iterator[IO[bytes]]:
+    """A shard's tar stream."""
+    with ExitStack() as stack:
+        try:
+            if is_pipe(shard.url):
+                raw: IO[bytes] = io.BufferedReader(stack.enter_context(_Command(shard.url[5:])), 1 << 20)
+            else:
+                opened = fsspec.open(shard.url, "rb", **storage_options).open()
+                raw = io.BufferedReader(_Readable(stack.enter_context(opened)), 1 << 20)
+            magic = raw.peek(6)[:6]
+        except (OSError, ImportError) as error:
+            raise PoolError(f"{shard.url}: cannot be opened ({error})") from error
+        if magic.startswith(b"\x1f\x8b"):
+            raw = stack.enter_context(gzip.GzipFile(fileobj=raw))
+        elif magic.startswith(b"BZh"):
+            raw = stack.enter_context(bz2.BZ2File(raw))
+        elif magic.startswith(b"\xfd7zXZ"):
+            raw = stack.enter_context(lzma.LZMAFile(raw))
+        elif magic.startswith(b"\x28\xb5\x2f\xfd"):
+            try:
+                import zstandard
+            except ImportError as error:
+                raise PoolError(f"{shard.url}: is zstd, which takes the package zstandard") from error
+            raw = stack.enter_context(
+                zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+            )
+        yield raw
+
+
+class _Command(io.RawIOBase):
+    """What a shell command writes, as a raw stream; that it failed is an error where its output ends."""
+
+    def __init__(self, command: str):
+        self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._process.stdout.readinto(buffer)
+        if count == 0 and self._process.wait() != 0:
+            raise OSError(f"its command ended with exit status {self._process.returncode}")
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            self._process.stdout.close()  # whoever still writes is told so by a signal
+            self._process.wait()
+        super().close()
+
+
+class _Readable(io.RawIOBase):
+    """Whatever has a `read`, as a raw stream."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _next(samples: Iterator[dict[str, Any]], shard: ShardFile) -> dict[str, Any] | None:
+    try:
+        return next(samples, None)
+    except Exception as error:  # tarfile's, zlib's, zstd's, the command's
+        raise _unreadable(shard, error) from error
+
+
+def _unreadable(shard: ShardFile, error: Exception) -> PoolError:
+    reason = error.args[0] if error.args else ""  # webdataset appends streams to the arguments
+    return PoolError(f"{shard.url}: cannot be read to its end ({type(error).__name__}: {reason})")
+
+
+def _in_sequence(shard: ShardFile) -> ShardFile:
+    """The same state under another name, as its index, without offsets, is not the usual one."""
+    return ShardFile(shard.url, shard.size, f"sequential {shard.version}")
