@@ -14,7 +14,8 @@ import torch
 from curated_data import distributed
 from curated_data.cache import fingerprint
 from curated_data.clustering.checkpoint import Checkpoint
-from curated_data.clustering.kmeans import INITS, METRICS, Fit, fit_rows, full_precision, prepare, uncentred
+from curated_data.clustering.kmeans import INITS, METRICS, fit_rows, full_precision, prepare, uncentred
+from curated_data.clustering.lloyd import Fit
 from curated_data.clustering.nearest import nearest, squared_distances
 from curated_data.clustering.rows import Rows, rank_range, read_rows
 from curated_data.clustering.splits import split_level

@@ -116,6 +116,17 @@ def nearest(rows: Rows, centroids: torch.Tensor) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
+def nearest_columns(rows: torch.Tensor, centroids: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` centroids nearest to each row, (m, count) int64, in no order."""
+    norms = centroids.square().sum(1)
+
+    def one(start: int, stop: int) -> torch.Tensor:
+        scores = torch.addmm(norms, rows[start:stop], centroids.T, alpha=-2)
+        return scores.topk(count, largest=False, sorted=False).indices
+
+    return torch.cat(parallel_map(one, list(blocks(len(rows), 256))))
+
+
 def squared_distances(rows: Rows, centroids: torch.Tensor, assignment: np.ndarray) -> np.ndarray:
     """|x - c|^2 of each row and its assigned centroid, (n,) float64, by subtraction: no cancellation."""
 

@@ -20,6 +20,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from curated_data.clustering.nearest import nearest_columns
 from curated_data.clustering.rows import Rows, parallel_map
 
 PROBES = 24  # cells that a candidate is compared with
@@ -93,9 +94,8 @@ def _gaps(x: torch.Tensor, norms: torch.Tensor, ids: np.ndarray) -> torch.Tensor
 def _draw(cumulative: np.ndarray, m: int, generator: np.random.Generator) -> np.ndarray:
     """m places, each with probability in proportion to its step in a cumulative sum."""
     found = cumulative.searchsorted(generator.random(m) * cumulative[-1], side="right")
-    return np.minimum(
-        found, cumulative.searchsorted(cumulative[-1])
-    )  # a product that was rounded up to the end
+    last = cumulative.searchsorted(cumulative[-1])
+    return np.minimum(found, last)  # where the product was rounded up to the very end
 
 
 def _fill(chosen: np.ndarray, done: int, n: int, generator: np.random.Generator) -> np.ndarray:
@@ -169,15 +169,11 @@ class _Cells:
             ahead = np.arange(begin, min(begin + 2 * trials, len(rows)))
             now = score[slots[ahead]] + norm[slots[ahead]]
             kept = ahead[(now > luck[ahead]) & (now > _TINY * norm[slots[ahead]])][:trials]
-            if len(kept) < trials:
-                if ahead[-1] + 1 == len(rows) and made:
-                    break  # too few left for a step: a new round draws more
-                if not len(kept):
-                    begin = ahead[-1] + 1
-                    continue
-                begin = ahead[-1] + 1
-            else:
-                begin = kept[-1] + 1
+            begin = int(kept[-1] if len(kept) == trials else ahead[-1]) + 1
+            if len(kept) < trials and begin == len(rows) and made:
+                break  # too few are left for a step: a new round draws more
+            if not len(kept):
+                continue
             gain = self.score[near[kept]]
             gain -= scores[place[kept]]
             np.maximum(gain, 0, out=gain)
@@ -194,8 +190,7 @@ class _Cells:
         cells' rows, (m * probes, cell).
         """
         candidates = self.x[torch.from_numpy(rows)]
-        to_cells = torch.addmm(self.centres.square().sum(1), candidates, self.centres.T, alpha=-2)
-        near = to_cells.topk(self.probes, largest=False, sorted=False).indices.numpy()
+        near = nearest_columns(candidates, self.centres, self.probes).numpy()
         order = np.argsort(near, axis=None, kind="stable")
         place = np.empty(len(order), np.int64)  # products are kept by cell: each is written where it stays
         place[order] = np.arange(len(order))

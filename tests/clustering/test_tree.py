@@ -86,9 +86,9 @@ def test_refuses_distance_levels_and_clusters_out_of_range():
     tree = random_tree(np.random.default_rng(0))
     with pytest.raises(ValueError, match="distance needs shape"):
         ClusterTree(tree.centroids, tree.parent, np.zeros(3))
-    with pytest.raises(ValueError, match="levels 1..3, got 4"):
+    with pytest.raises(ValueError, match=r"levels 1\.\.3, got 4"):
         tree.sizes(4)
-    with pytest.raises(ValueError, match="clusters 0..8, got 9"):
+    with pytest.raises(ValueError, match=r"clusters 0\.\.8, got 9"):
         tree.members(2, 9)
 
 
@@ -136,8 +136,8 @@ def test_load_refuses_what_is_damaged_or_foreign(tmp_path):
     tree.save(tmp_path / "other")
     manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
     atomic_write_json(tmp_path / "other" / "manifest.json", manifest | {"format": 999})
-    with pytest.raises(CacheError, match="999"):
+    with pytest.raises(CacheError, match=r"999"):
         ClusterTree.load(tmp_path / "other")
     atomic_write_json(tmp_path / "other" / "manifest.json", manifest | {"n_samples": 7})
-    with pytest.raises(CacheError, match="do not match"):
+    with pytest.raises(CacheError, match=r"do not match"):
         ClusterTree.load(tmp_path / "other")
