@@ -12,16 +12,37 @@ SP²OT (arXiv 2404.03446) adds -λ <S, Q Qᵀ>, which pulls neighbours into the 
 sequence of P²OT problems with the quadratic term linearised at the last plan.
 """
 
+import contextlib
+import functools
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_modules.semidual import solve_semidual
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 Similarity = Tensor | tuple[Tensor, Tensor]
+
+
+def _exact(function: Callable[P, R]) -> Callable[P, R]:
+    """Without gradients, and without the half precision of an autocast around the call."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        devices = {value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for device in devices:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 @dataclass(frozen=True)
@@ -108,7 +129,7 @@ def sp2ot(
     return result.plan
 
 
-@torch.no_grad()
+@_exact
 def solve_p2ot(
     cost: Tensor,
     rho: float,
@@ -152,7 +173,7 @@ def solve_p2ot(
     )
 
 
-@torch.no_grad()
+@_exact
 def solve_sp2ot(
     cost: Tensor,
     similarity: Similarity,
@@ -218,7 +239,7 @@ def solve_sp2ot(
     )
 
 
-@torch.no_grad()
+@_exact
 def gaussian_similarity(
     features: Tensor, *, n_neighbors: int = 20, bandwidth: float = 2.0, block_size: int = 4096
 ) -> tuple[Tensor, Tensor]:

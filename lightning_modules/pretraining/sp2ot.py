@@ -175,13 +175,13 @@ class SP2OT(PretrainingModule):
             self._first_pass(bool(uses_buffer), needs_neighbors)
 
     def on_train_epoch_end(self) -> None:
-        total = all_reduce(self.state.pop("selection_sum"))
+        total = all_reduce(self.state.pop("selection_sum").to(self.device))
         means = (total[:-1] / total[-1]).tolist()
         self.best_head = min(range(len(means)), key=means.__getitem__)
         value = means[self.best_head]
         if self.best is None or value < self.best["value"]:
             self.best = {"epoch": float(self.current_epoch), "head": float(self.best_head), "value": value}
-        self.log("selection", value, rank_zero_only=True, batch_size=1)
+        self.log("selection", value, batch_size=1)  # equal on all ranks, as a checkpoint callback needs it
 
     def set_neighbors(self, ids: Tensor, features: Tensor) -> None:
         """Give SP²OT's similarity the features of the training set, for example a pool's cached embeddings.
@@ -277,11 +277,11 @@ class SP2OT(PretrainingModule):
     def _push(self, rows: Tensor, ids: Tensor) -> None:
         """Put samples (n, heads, 2, K) at the end of the buffer; the oldest leave."""
         for name, new in (("buffer", rows), ("buffer_ids", ids)):
-            old = self.state.get(name, new[:0])
+            old = self.state.get(name, new[:0]).to(new.device)  # a checkpoint is loaded on the CPU
             self.state[name] = torch.cat([old, new])[-max(self.hparams.buffer_size, len(new)) :]
 
     def _add(self, name: str, value: Tensor) -> None:
-        self.state[name] = self.state[name] + value if name in self.state else value
+        self.state[name] = self.state[name].to(value.device) + value if name in self.state else value
 
     def _similarity_among(self, ids: Tensor) -> Tensor:
         """The sparse similarity matrix (n, n) of samples by id; unknown ids have an empty row."""

@@ -73,6 +73,13 @@ def test_trains_and_selects_a_head(tmp_path, method):
     assert int(clusters.max()) < 4
 
 
+def test_trains_in_bf16_with_accumulated_gradients(tmp_path):
+    model = module()
+    trainer(tmp_path, 1, precision="bf16-mixed", accumulate_grad_batches=2).fit(model, loader())
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert model.state["buffer"].dtype == torch.float32
+
+
 def test_rho_follows_its_formula():
     model = module()
     model._n_steps = 100

@@ -298,6 +298,15 @@ def test_low_precision_input(dtype):
     torch.testing.assert_close(plan.double(), p2ot(cost.double(), 0.5, tol=1e-9), atol=1e-9, rtol=1e-4)
 
 
+def test_autocast_changes_nothing():
+    cost, similarity = random_cost(300, 20).float(), random_similarity(300)
+    plain = p2ot(cost, 0.5), sp2ot(cost, similarity, 0.5, weight=10.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = p2ot(cost, 0.5), sp2ot(cost, similarity, 0.5, weight=10.0)
+    assert torch.equal(plain[0], cast[0])
+    assert torch.equal(plain[1], cast[1])
+
+
 def test_inputs_need_no_gradient_and_keep_their_values():
     cost = random_cost().requires_grad_()
     before = cost.detach().clone()
