@@ -57,7 +57,7 @@ def build(method: str, epochs: int) -> tuple[PretrainingModule, int, int]:
             warmup_epochs=1,
             augmentation=GREY,
         )
-        return module, 64, epochs or 15
+        return module, 64, epochs or 10
     if method == "mae":
         module = MAE(
             **VIT,
@@ -68,19 +68,19 @@ def build(method: str, epochs: int) -> tuple[PretrainingModule, int, int]:
             warmup_epochs=2,
             augmentation={"scale": (0.5, 1.0)},
         )
-        return module, 64, epochs or 40
+        return module, 64, epochs or 20
     if method == "dinov2":
-        options = VIT["backbone_options"] | {"reg_tokens": 2}
-        augmentation = {"jitter": (0.4, 0.4, 0.0, 0.0), "grey": 0.0}
         module = DINOv2(
-            **VIT | {"backbone_options": options},
+            VIT["backbone"],
+            image_size=28,
             local_image_size=16,
+            backbone_options={"patch_size": 4, "depth": 4, "embed_dim": 64, "num_heads": 2, "reg_tokens": 2},
             drop_path=0.0,
-            augmentation=augmentation,
-            **SMALL,
+            augmentation={"jitter": (0.4, 0.4, 0.0, 0.0), "grey": 0.0},
+            **SMALL | {"n_local_views": 2},
         )
-        return module, 64, epochs or 15
-    epochs = epochs or 20
+        return module, 64, epochs or 10
+    epochs = epochs or 12
     stages = (round(0.7 * epochs), round(0.1 * epochs), epochs - round(0.7 * epochs) - round(0.1 * epochs))
     module = TSimCNE(**RESNET, epochs=stages, warmup_epochs=1, learning_rate=0.12, augmentation=GREY)
     return module, 128, epochs
@@ -97,9 +97,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(arguments.threads)
     train, test = load("fashion-lt50-train-*.tar"), load("fashion-test-*.tar")
-    print(
-        "| method | backbone | images x epochs | minutes | 10-NN % before | after | 1-NN % before | after |"
-    )
+    print("| method | backbone | images, epochs | CPU minutes | 10-NN before | after | 1-NN before | after |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for method in arguments.methods:
         L.seed_everything(arguments.seed, verbose=False)
@@ -140,7 +138,7 @@ def report_map(
 
 
 def fit(module: PretrainingModule, images: Tensor, batch_size: int, epochs: int) -> float:
-    """Train; wall-clock seconds."""
+    """Train; CPU seconds."""
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -149,9 +147,9 @@ def fit(module: PretrainingModule, images: Tensor, batch_size: int, epochs: int)
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    start = time.perf_counter()
+    start = time.process_time()
     trainer.fit(module, DataLoader(Unlabelled(images, module), batch_size, shuffle=True, drop_last=True))
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def score(

@@ -17,6 +17,8 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from lightning_modules.vit import encode
+
 log = logging.getLogger(__name__)
 
 # Blocks a stage. ResNet-10 has half the blocks of ResNet-18: for small images on small machines.
@@ -104,10 +106,31 @@ class Backbone(nn.Module):
             )
         self.dimension = self._probe_dimension()
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(
+        self, images: Tensor, *, as_tokens: bool = False, **masking: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Features (B, dimension); with `as_tokens` what `vit.encode` gives for a transformer, masked or not.
+
+        Both go through `forward` because that is where FSDP gathers the weights of a sharded module.
+        """
+        if as_tokens:
+            return encode(self.vision_transformer(), images, **masking)
         if self._channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.net(images)
+
+    def vision_transformer(self) -> VisionTransformer:
+        """The network, if it is a timm vision transformer with a class token, as masked methods need it.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if not isinstance(self.net, VisionTransformer) or self.net.cls_token is None:
+            raise ValueError(
+                f"backbone {self.name!r}: this needs a timm vision transformer with a class token, like "
+                "'timm:vit_small_patch16_224'"
+            )
+        return self.net
 
     def tokens(self, images: Tensor, n_last_blocks: int = 1) -> list[tuple[Tensor, Tensor]]:
         """A transformer's outputs for linear probes and dense tasks.
@@ -117,19 +140,13 @@ class Backbone(nn.Module):
             n_last_blocks: from how many of the last blocks.
 
         Returns:
-            For each block, the last one last: class token (B, d) and patch tokens (B, h * w, d), both after
-                the final norm.
+            For each block, the last one last: class token (B, d) and patch tokens (B, h * w, d), normalised.
 
         Raises:
             ValueError: the backbone is no timm vision transformer with a class token.
         """
-        if not hasattr(self.net, "get_intermediate_layers") or getattr(self.net, "cls_token", None) is None:
-            raise ValueError(
-                f"backbone {self.name!r}: token outputs need a timm vision transformer with a class token"
-            )
-        outputs = self.net.get_intermediate_layers(
-            images, n=n_last_blocks, return_prefix_tokens=True, norm=True
-        )
+        net = self.vision_transformer()
+        outputs = net.get_intermediate_layers(images, n=n_last_blocks, return_prefix_tokens=True, norm=True)
         return [(prefix[:, 0], patches) for patches, prefix in outputs]
 
     @property

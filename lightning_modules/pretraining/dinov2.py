@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from lightning_modules.backbones import Backbone
 from lightning_modules.distributed import rank
 from lightning_modules.heads import PrototypeHead
 from lightning_modules.losses import centered_targets, dino, ibot, koleo, sinkhorn_targets, updated_center
 from lightning_modules.masking import block_mask
 from lightning_modules.pretraining.base import PretrainingModule
-from lightning_modules.pretraining.vit import image_tokens, require_vision_transformer, transform
 from lightning_modules.randomness import mix, seeded
 from lightning_modules.schedules import cosine, linear
 from lightning_modules.views import Augmentation, Views
@@ -36,6 +37,12 @@ SMALL: dict[str, Any] = {
     "learning_rate": 4e-3,
     "warmup_epochs": 1,
 }
+
+
+# What FSDP shards, each whole: student and teacher are then cut alike, and the moving average stays local.
+#     L.Trainer(devices=8, precision="bf16-mixed",
+#               strategy=FSDPStrategy(auto_wrap_policy=FSDP_UNITS, use_orig_params=True))
+FSDP_UNITS = {Block, Backbone, PrototypeHead}
 
 
 class DINOv2(PretrainingModule):
@@ -129,7 +136,7 @@ class DINOv2(PretrainingModule):
             final_learning_rate=1e-6 if learning_rate > 1e-6 else 0.0,
         )
         self.save_hyperparameters()
-        teacher = require_vision_transformer(self.backbone)
+        teacher = self.backbone.vision_transformer()
         self.patch_size = self.backbone.patch_size
         if n_local_views and local_image_size % self.patch_size:
             raise ValueError(
@@ -202,20 +209,19 @@ class DINOv2(PretrainingModule):
         chosen = mask.flatten().nonzero().squeeze(1)
 
         with torch.no_grad():
-            teacher_class, teacher_patches = transform(
-                self.backbone.net, image_tokens(self.backbone.net, images)
-            )
+            teacher_class, teacher_patches = self.backbone(images, as_tokens=True)
             # Each global view's targets teach the other one: no view matches itself.
             dino_targets = self._targets(self.dino_head(teacher_class), "dino_center").view(2, n, -1)
             ibot_targets = self._targets(self.ibot_head(teacher_patches.flatten(0, 1)[chosen]), "ibot_center")
 
         with self._student_randomness():
-            net = self.student["backbone"].net
-            tokens = image_tokens(net, images, mask=mask, mask_token=self.mask_token)
-            student_class, student_patches = transform(net, tokens)
+            backbone = self.student["backbone"]
+            student_class, student_patches = backbone(
+                images, as_tokens=True, mask=mask, mask_token=self.mask_token
+            )
             class_tokens = [student_class]
             if len(views) > 2:
-                class_tokens.append(transform(net, image_tokens(net, torch.cat(views[2:])))[0])
+                class_tokens.append(backbone(torch.cat(views[2:]), as_tokens=True)[0])
             student_logits = self.student["dino_head"](torch.cat(class_tokens)).view(len(views), n, -1)
             ibot_logits = self.student["ibot_head"](student_patches.flatten(0, 1)[chosen])
 

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from lightning_modules.masking import random_mask
 from lightning_modules.optim import build_optimizer, parameter_groups
 from lightning_modules.pretraining.base import PretrainingModule
-from lightning_modules.pretraining.vit import image_tokens, require_vision_transformer
 from lightning_modules.views import Augmentation, Views
 
 
@@ -68,7 +67,7 @@ class MAE(PretrainingModule):
         self.save_hyperparameters()
         if not 0 < mask_ratio < 1:
             raise ValueError(f"mask_ratio must lie between 0 and 1, got {mask_ratio}")
-        encoder = require_vision_transformer(self.backbone)
+        encoder = self.backbone.vision_transformer()
         self.n_patches = encoder.patch_embed.num_patches
         self.n_keep = max(round(self.n_patches * (1 - mask_ratio)), 1)
         if self.n_keep == self.n_patches:
@@ -109,12 +108,8 @@ class MAE(PretrainingModule):
 
     def reconstruct(self, images: Tensor, keep: Tensor, restore: Tensor) -> Tensor:
         """Predicted pixels of every patch, (B, n_patches, 3 * p * p), from the kept patches alone."""
-        encoder = require_vision_transformer(self.backbone)
-        tokens = image_tokens(encoder, images)
-        prefix, patches = tokens[:, : encoder.num_prefix_tokens], tokens[:, encoder.num_prefix_tokens :]
-        seen = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))
-        encoded = encoder.norm(encoder.blocks(encoder.norm_pre(torch.cat([prefix, seen], dim=1))))
-        return self.decoder(encoded[:, 0], encoded[:, encoder.num_prefix_tokens :], restore)
+        class_token, seen = self.backbone(images, as_tokens=True, keep=keep)
+        return self.decoder(class_token, seen, restore)
 
     def configure_optimizers(self) -> Optimizer:
         groups = parameter_groups([self.backbone, self.decoder], self.hparams.weight_decay)
