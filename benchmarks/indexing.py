@@ -1,12 +1,12 @@
 """How fast pools are indexed, beside a pass of Python's `tarfile` and of webdataset over the same shards.
 
     python benchmarks/indexing.py                    # three kinds of shards, one core: a minute
-    python benchmarks/indexing.py --samples 1000000  # a whole pool of small samples, all cores, as a user has it
+    python benchmarks/indexing.py --samples 1000000  # a whole pool, all cores, as a user has it
 
-Prints samples per second of wall and of CPU time, medians of several rounds in which the readers take turns, so
-that what else the machine does falls on all alike. Files are read once before: this measures the work, not the
-disk. On a machine with two loaded cores: 155,000 to 190,000 samples per CPU second, 7 to 9 times webdataset's
-pass; 1e6 samples in 100 shards in 23 s.
+Prints samples per second of wall and of CPU time, medians of several rounds in which the readers take turns,
+so that what else the machine does falls on all alike. Files are read once before: this measures the work, not
+the disk. On a machine with two loaded cores: 155,000 to 190,000 samples per CPU second (76,000 with PAX
+headers), 8 to 9 times webdataset's pass; 1e6 samples in 100 shards in 23 s.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from curated_data.pool import ShardPool, index_shard
 
 
 def write_shard(path: Path, n_samples: int, image_bytes: int, *, float_times: bool = False) -> None:
-    """A shard of samples with members jpg and cls; `float_times` gives each a PAX header, as some writers do."""
+    """A shard of samples with members jpg and cls; `float_times` adds PAX headers, as some writers do."""
     image = np.random.default_rng(0).bytes(image_bytes)
     with open(path, "wb") as file:
         for i in range(n_samples):
@@ -89,7 +89,7 @@ def compare(folder: Path, rounds: int) -> None:
 
 
 def index_pool(folder: Path, n_samples: int) -> None:
-    """A pool of small samples in shards of 10,000, indexed with a cache as a user does it, then found there."""
+    """A pool of small samples in shards of 10,000, indexed as a user does it, then found in the cache."""
     n_shards = -(-n_samples // 10_000)
     for number in range(n_shards):
         write_shard(folder / f"pool-{number:06d}.tar", min(10_000, n_samples - number * 10_000), 500)

@@ -128,16 +128,7 @@ class Store:
 
     def read(self, shard: ShardFile, start: int, stop: int) -> bytes:
         """The bytes from `start` to `stop`, after a check, once a process, that the shard is unchanged."""
-        self._check_process()
-        if shard.url not in self._checked:
-            now = self.stat(shard.url)
-            if now != shard:
-                raise PoolError(
-                    f"{shard.url}: changed since it was indexed ({shard.size} bytes, version "
-                    f"{shard.version!r} then; "
-                    f"{now.size}, {now.version!r} now); make the pool anew to index it again"
-                )
-            self._checked.add(shard.url)
+        self._check_unchanged(shard)
 
         def ask() -> bytes:
             filesystem, path = self._resolve(shard.url)
@@ -149,7 +140,8 @@ class Store:
         return self._retried(ask, shard.url) if stop > start else b""
 
     def download(self, shard: ShardFile, path: Path) -> None:
-        """Write the whole shard to an existing file."""
+        """Write the whole shard to an existing file, after the same check."""
+        self._check_unchanged(shard)
 
         def fetch() -> None:
             filesystem, remote = self._resolve(shard.url)
@@ -180,6 +172,18 @@ class Store:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["storage_options"], state["options"])
 
+    def _check_unchanged(self, shard: ShardFile) -> None:
+        self._check_process()
+        if shard.url in self._checked:
+            return
+        now = self.stat(shard.url)
+        if now != shard:
+            raise PoolError(
+                f"{shard.url}: changed since it was indexed: {shard.size} bytes, version {shard.version!r} "
+                f"then, {now.size}, {now.version!r} now; make the pool anew to index it again"
+            )
+        self._checked.add(shard.url)
+
     def _probe(self, url: str) -> int:
         """The status of a request for the first byte; the answer's body is left where it is."""
         filesystem, path = self._resolve(url)
@@ -199,7 +203,10 @@ class Store:
         self._check_process()
         found = self._files.get(url)
         if found is None:
-            found = self._files[url] = fsspec.core.url_to_fs(url, **self.storage_options)
+            try:
+                found = self._files[url] = fsspec.core.url_to_fs(url, **self.storage_options)
+            except (ImportError, ValueError) as error:  # no such protocol, or its package is not installed
+                raise PoolError(f"{url}: cannot be reached ({error})") from error
         return found
 
     def _check_process(self) -> None:
@@ -223,6 +230,10 @@ class Store:
                 if error.__cause__ is None or getattr(error.__cause__, "status", None) in (404, 410):
                     raise PoolError(f"{url}: is not there, or vanished since it was indexed") from error
                 last = error.__cause__
+            except PermissionError as error:
+                raise PoolError(f"{url}: may not be read ({error}); see storage_options") from error
+            except PoolError:
+                raise
             except Exception as error:  # every protocol has its own kinds of network error
                 last = error
             if attempt + 1 < self.options.attempts:
@@ -232,8 +243,7 @@ class Store:
                 time.sleep(pause)
         raise PoolError(
             f"{url}: cannot be read: {self.options.attempts} attempts failed over "
-            f"{time.monotonic() - started:.1f} s "
-            f"({type(last).__name__}: {last})"
+            f"{time.monotonic() - started:.1f} s ({type(last).__name__}: {last})"
         ) from last
 
 

@@ -251,8 +251,7 @@ class ShardPool:
         self._access = np.where(chosen, DOWNLOAD, RANGES)
         self._reader.access[remote] = self._access[remote]
         log.info(
-            "of %d remote shards with selected samples %d are downloaded to the cache, the others read by "
-            "ranges",
+            "of %d remote shards with selected samples %d are downloaded, the others read by ranges",
             int(((n_samples > 0) & remote).sum()),
             int(chosen.sum()),
         )
