@@ -18,7 +18,7 @@ _CAN_ADVISE = hasattr(os, "posix_fadvise")
 
 @dataclass
 class ReadCounters:
-    """What was asked for and what it took, in this process.
+    """What was asked for and what it took, in this process and, before a fork, in its parent.
 
     Attributes:
         bytes_needed: of the members asked for, each once a batch.
@@ -103,7 +103,7 @@ class LocalReader:
             PoolError: a shard vanished or changed since it was indexed.
         """
         if self._process != os.getpid():  # forked, perhaps while another thread held the lock
-            self._lock, self._process, self.counters = threading.Lock(), os.getpid(), ReadCounters()
+            self._lock, self._process = threading.Lock(), os.getpid()
         runs = plan_runs(shard, offset, size, self.gap)
         found: list[bytes] = [b""] * len(shard)
         order, first = runs.order.tolist(), runs.first.tolist()
