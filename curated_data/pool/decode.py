@@ -1,8 +1,8 @@
 """From the bytes of a sample's members to tensors, text and numbers.
 
-JPEG goes through simplejpeg: 1.5 to 2 times as fast as Pillow at 256 and 500 pixels, with Pillow's very pixels
-at full and at reduced scale. All else goes through Pillow. Not `torchvision.io`: it is as fast as simplejpeg,
-but deprecated since torchvision 0.29, and its PNG decoder ends the process at some damaged files.
+JPEG goes through simplejpeg: 1.5 to 2 times as fast as Pillow at 256 and 500 pixels, with Pillow's very
+pixels at full and at reduced scale. All else goes through Pillow. Not `torchvision.io`: it is as fast as
+simplejpeg, but deprecated since torchvision 0.29, and its PNG decoder ends the process at some damaged files.
 """
 
 import io

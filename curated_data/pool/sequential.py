@@ -5,6 +5,7 @@ import gzip
 import io
 import logging
 import lzma
+import os
 import subprocess
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,9 +91,14 @@ class SequentialPool(ShardPool):
         while self._streams:
             self._streams.popitem()[1].close()
 
-    @cached_property
+    @property
     def _streams(self) -> "OrderedDict[int, _Stream]":
-        return OrderedDict()
+        """What is open in this process: a fork must not read on in its parent's streams."""
+        process, streams = self.__dict__.get("_open_streams", (None, None))
+        if process != os.getpid():
+            streams = OrderedDict()
+            self.__dict__["_open_streams"] = os.getpid(), streams
+        return streams
 
     @property
     def _indexer(self) -> Indexer:
@@ -131,7 +137,7 @@ class SequentialPool(ShardPool):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        state.pop("_streams", None)
+        state.pop("_open_streams", None)
         return state
 
 

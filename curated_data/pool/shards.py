@@ -84,7 +84,7 @@ class ShardPool:
     def __repr__(self) -> str:
         size = f", {len(self._index)} samples" if self._index is not None else ""
         more = f" and {len(self.urls) - 1} more" if len(self.urls) > 1 else ""
-        return f"ShardPool({self.urls[0]!r}{more}{size})"
+        return f"{type(self).__name__}({self.urls[0]!r}{more}{size})"
 
     @cached_property
     def shards(self) -> list[ShardFile]:
@@ -116,16 +116,14 @@ class ShardPool:
                 self._index, shown = None, ", ".join(self.urls[:3])
                 raise PoolError(
                     f"the pool is empty: no sample in {len(self.urls)} shard(s) ({shown}); a sample is a "
-                    "file "
-                    "with an extension, as key.jpg"
+                    "file with an extension, as key.jpg"
                 )
         return self._index
 
     def with_cache(self, cache_dir: str | Path | None) -> Self:
         """The same pool with its index kept under another cache, or in memory."""
         pool = object.__new__(type(self))
-        pool.__dict__.update(self.__dict__)
-        pool.__dict__.pop("_reader", None)
+        pool.__dict__.update(self.__getstate__())
         pool.cache_dir = None if cache_dir is None else Path(cache_dir)
         if pool.cache_dir != self.cache_dir:
             pool._index = pool._index_folder = None
@@ -315,8 +313,7 @@ class ShardPool:
             is_wanted = np.array([name in wanted for name in index.extensions])
             if not is_wanted.any():
                 raise PoolError(
-                    "no sample of the pool has a member with extension "
-                    f"{' or '.join(map(repr, extensions))}; "
+                    f"no sample of the pool has a member {' or '.join(map(repr, extensions))}; "
                     f"there are {', '.join(map(repr, index.extensions[:20]))}"
                 )
             keep = is_wanted[extension]

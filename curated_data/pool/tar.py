@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _CHUNK = 16_384  # headers verified at once: 8 MiB
+_LONGEST_EXTENSION = 1 << 20  # bytes of an extended header: names are shorter by far
 _REGULAR = frozenset(b"0\x007")
 _WITHOUT_DATA = frozenset(
     b"123456"
@@ -184,6 +185,8 @@ def _read_odd(
             raise PoolError(f"{source.name}: negative member size at offset {position}; damaged")
         if kind not in b"xgXLK":
             break
+        if size > _LONGEST_EXTENSION:
+            raise PoolError(f"{source.name}: extended header of {size} bytes at offset {position}; damaged")
         payload = window.get(position + BLOCK, size)
         if kind == ord("g"):
             shared.update(_pax_records(payload))
@@ -193,9 +196,7 @@ def _read_odd(
 
     name = header[:100].partition(b"\0")[0]
     is_file = kind in _REGULAR and not (kind == 0 and name.endswith(b"/"))
-    has_data = is_file or kind not in _WITHOUT_DATA
-    if kind == 0 and not is_file:
-        has_data = False
+    has_data = kind not in _WITHOUT_DATA and (is_file or kind != 0)
     if header[345] and kind != ord("S"):
         name = header[345:500].partition(b"\0")[0] + b"/" + name
     name = shared.get(b"path", name)
@@ -210,9 +211,8 @@ def _read_odd(
                 kind = ord("S")
     if kind == ord("S"):
         raise PoolError(
-            f"{source.name}: member {_shown(name)} at offset {position} is stored as a sparse file, which "
-            "has no "
-            "bytes to read at one offset; write the archive without --sparse"
+            f"{source.name}: member {_shown(name)} at offset {position} is stored as a sparse file, whose "
+            "bytes do not lie in one piece; write the archive without --sparse"
         )
     if has_data and position + BLOCK + size > source.size:
         raise _truncated(source, header, position, size)
@@ -270,8 +270,7 @@ def _verify(source: Source, headers: list[bytes], starts: list[int]) -> None:
         if written not in (int(unsigned[row]), _signed_checksum(headers[row])):
             raise PoolError(
                 f"{source.name}: no tar header at offset {starts[row]} (its checksum does not match): the "
-                "archive is "
-                "damaged there, or what came before it was; copy it again or write it anew"
+                "archive is damaged there, or what came before it was; copy it again or write it anew"
             )
 
 
@@ -290,8 +289,8 @@ def _check_start(source: Source, window: _Window) -> None:
         if start.startswith(magic):
             raise PoolError(
                 f"{source.name}: is compressed ({compression}), so its members cannot be read at offsets; "
-                "unpack it to "
-                "a plain .tar, or read it in sequence with curated_data.pool.sequential.SequentialPool"
+                "unpack it to a plain .tar, or read it in sequence with "
+                "curated_data.pool.sequential.SequentialPool"
             )
     if len(start) < BLOCK:
         raise PoolError(f"{source.name}: not a tar archive: {source.size} bytes, a header alone has {BLOCK}")
@@ -307,8 +306,8 @@ def _check_start(source: Source, window: _Window) -> None:
 def _truncated(source: Source, header: bytes, position: int, size: int) -> PoolError:
     return PoolError(
         f"{source.name}: truncated: member {_shown(header[:100].partition(bytes(1))[0])} at offset "
-        f"{position} has {size} "
-        f"bytes and ends at {position + BLOCK + size}, the archive at {source.size}; copy it again"
+        f"{position} has {size} bytes and ends at {position + BLOCK + size}, the archive at {source.size}; "
+        "copy it again"
     )
 
 

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import logging
 import lzma
+import multiprocessing
 import pickle
 import shlex
 
@@ -75,6 +76,16 @@ def _counting(calls, method):
         method(self)
 
     return counted
+
+
+def test_a_forked_reader_does_not_disturb_its_parent(urls, small_pool):
+    plain = ShardPool(small_pool)
+    pool = SequentialPool(urls)
+    pool.read([0])
+    with multiprocessing.get_context("fork").Pool(1) as workers:
+        assert contents(workers.apply(pool.read, ([2, 4],))) == contents(plain.read([2, 4]))
+    assert contents(pool.read([1, 3, 8])) == contents(plain.read([1, 3, 8]))
+    pool.close()
 
 
 def test_says_so(small_pool, caplog):
