@@ -97,14 +97,11 @@ def knn(
     n_classes = 1 + int(torch.cat([all_gather_rows(bank_labels), all_gather_rows(query_labels)]).max())
     right = torch.zeros(len(ks), n_classes, dtype=torch.int64, device=device)
     longest = int(all_gather_rows(torch.tensor([len(queries)], device=device)).max())
-    for start in range(
-        0, longest, block_size
-    ):  # the same number of blocks on every rank: each is a collective
+    for start in range(0, longest, block_size):  # as many on every rank: each block is a collective
         block = queries[start : start + block_size]
         similarity, labels = _nearest(block, bank, bank_labels, ks[-1], metric)
-        weights = (
-            torch.ones_like(similarity) if temperature is None else ((similarity - 1) / temperature).exp()
-        )
+        # Less 1, so that no weight overflows: votes are compared within a sample alone.
+        weights = ((similarity - 1) / temperature).exp() if temperature else torch.ones_like(similarity)
         truth = query_labels[start : start + block_size]
         for i, n in enumerate(ks):
             votes = weights.new_zeros(len(block), n_classes).scatter_add_(1, labels[:, :n], weights[:, :n])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import AdamW, Optimizer
 
 from lightning_modules.backbones import Backbone
@@ -40,9 +41,7 @@ SMALL: dict[str, Any] = {
 
 
 # What FSDP shards, each whole: student and teacher are then cut alike, and the moving average stays local.
-#     L.Trainer(devices=8, precision="bf16-mixed",
-#               strategy=FSDPStrategy(auto_wrap_policy=FSDP_UNITS, use_orig_params=True))
-FSDP_UNITS = {Block, Backbone, PrototypeHead}
+FSDP_UNITS = (Block, Backbone, PrototypeHead)
 
 
 class DINOv2(PretrainingModule):
@@ -50,8 +49,10 @@ class DINOv2(PretrainingModule):
 
     The student sees two global views, with blocks of patches masked, and several local ones; its class tokens
     match the teacher's on the other global views (DINO), its masked patches the teacher's patches (iBOT), and
-    KoLeo spreads the class tokens. Defaults are the paper's for a ViT-L, except for what it trained on; for
-    one small machine: `DINOv2("timm:vit_tiny_patch16_224", image_size=32, local_image_size=16, **SMALL)`.
+    KoLeo spreads the class tokens. Defaults are the paper's for a ViT-L, for a global batch of 1024 and more
+    on 8 and more GPUs: `L.Trainer(precision="bf16-mixed", strategy="ddp")`, or where weights and averages do
+    not fit into one GPU, `strategy=ModelParallelStrategy()`, which shards them. For one small machine:
+    `DINOv2("timm:vit_tiny_patch16_224", image_size=32, local_image_size=16, **SMALL)`.
 
     Args:
         backbone: a timm vision transformer with a class token; registers through
@@ -259,6 +260,14 @@ class DINOv2(PretrainingModule):
     def teacher_momentum_at(self, step: int) -> float:
         """The moving average's momentum at an optimiser step."""
         return cosine(step, total=self.n_steps, start=self.hparams.teacher_momentum, final=1.0)
+
+    def configure_model(self) -> None:
+        """Shard the weights where the Trainer has `strategy=ModelParallelStrategy()` (FSDP 2)."""
+        if self.device_mesh is None or isinstance(self.backbone, FSDPModule):
+            return
+        for unit in [m for m in self.modules() if isinstance(m, FSDP_UNITS)][::-1]:  # inner units first
+            fully_shard(unit, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self, mesh=self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Optimizer:
         groups = layer_groups(

@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_modules import MAE, DINOv2, SimCLR, TSimCNE
-from lightning_modules.pretraining.dinov2 import FSDP_UNITS, layer_groups, update_average
+from lightning_modules.pretraining.dinov2 import layer_groups, update_average
 from lightning_modules.schedules import cosine
 from tests.lightning_modules.ranks import on_two_ranks
 
@@ -143,12 +142,15 @@ def test_two_ranks_have_the_gradients_of_one_process_on_the_joined_batch(name, e
 
 def _sharded_step(rank: int) -> dict[str, Any]:
     """DINOv2 on two ranks under FSDP: gradients, and the teacher after an update."""
-    mesh = init_device_mesh("cpu", (2,))
     module = build("dinov2", drop_path=0.0)
-    for unit in [m for m in module.modules() if isinstance(m, tuple(FSDP_UNITS))][::-1]:
-        fully_shard(unit, mesh=mesh)
-    step = fully_shard(_Step(module), mesh=mesh)
-    step(batch_of(module, range(4 * rank, 4 * rank + 4))).backward()
+    # What ModelParallelStrategy, which wants a GPU, does before it calls the hook.
+    module._device_mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    module.configure_model()
+    module.configure_model()  # the Trainer calls it again for every stage
+    module.forward = (
+        module.loss
+    )  # FSDP gathers weights in `forward`, to which the Trainer sends a training step
+    module(batch_of(module, range(4 * rank, 4 * rank + 4)))[0].backward()
     gradients = {k: p.grad.full_tensor() for k, p in module.named_parameters() if p.grad is not None}
     with torch.no_grad():
         for p in module.student["backbone"].parameters():
