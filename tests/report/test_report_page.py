@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from curated_data.clustering.tree import ClusterTree
+from curated_data.pool import ShardPool, ShardWriter
 from curated_data.report import metrics
 from curated_data.report.explain import explain
 from curated_data.report.page import write_report
 from curated_data.selection.near_duplicates import near_duplicates
+from curated_data.selection.sampling import hierarchical_sample
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -115,6 +118,37 @@ def test_a_large_pool_is_shown_in_part(small, curation, tmp_path):
     assert not data["map"]["whole"]
 
 
+@pytest.fixture(scope="module")
+def text_page(tmp_path_factory):
+    """Of a pool without images, labels, distances or failures, in one level of clusters."""
+    folder = tmp_path_factory.mktemp("text")
+    with ShardWriter(folder / "pool-%06d.tar") as writer:
+        for i in range(40):
+            writer.write({"__key__": f"t{i}", "txt": f"words {i}"})
+    rows = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32).view(Rows)
+    rows.failures = ()
+    tree = ClusterTree({1: np.asarray(rows[:4])}, {1: np.arange(40) % 4})
+    curation = SimpleNamespace(
+        ids=hierarchical_sample(tree, 80, max_repeats=3),
+        tree=tree,
+        embeddings=rows,
+        report={},
+        config={"target_size": 80, "max_repeats": 3},
+        folders={},
+    )
+    return write_report(curation, ShardPool(str(folder / "pool-*.tar")), folder / "report.html")
+
+
+def test_a_pool_of_texts_without_labels(text_page):
+    data = content(text_page)
+    assert data["classes"] is None
+    assert data["tiles"]["image"] == ""
+    assert data["map"]["rank"] is None
+    assert data["duplicates"] is None
+    assert (data["selected"], data["unique"]) == (80, 40)
+    assert unpack(data["map"]["count"], "<u2").sum() == 80
+
+
 def test_same_curation_same_bytes(small, curation, tmp_path):
     coordinates = small.x[:, :2]
     pages = [
@@ -143,14 +177,13 @@ def test_nothing_on_the_page_points_outside_of_it(page):
     assert "<b>pool</b>" not in text
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-def test_the_page_runs_in_a_browser_without_an_error(page, small, tmp_path):
-    chosen = int(small.ids[5])
+def in_browser(address: str, profile) -> tuple[str, str]:
+    """The opening tag, and the text and markup after the script ran; the console must have stayed silent."""
     result = subprocess.run(
         [
             BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-            "--no-first-run", f"--user-data-dir={tmp_path}", "--virtual-time-budget=2000",
-            "--enable-logging=stderr", "--dump-dom", f"{page.as_uri()}#sample={chosen}",
+            "--no-first-run", f"--user-data-dir={profile}", "--virtual-time-budget=2000",
+            "--enable-logging=stderr", "--dump-dom", address,
         ],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
@@ -158,14 +191,29 @@ def test_the_page_runs_in_a_browser_without_an_error(page, small, tmp_path):
     opening = re.search(r"<html[^>]*>", result.stdout).group()
     assert 'data-ready="yes"' in opening
     assert "data-error" not in opening
+    return opening, html.unescape(re.sub(r"<script.*?</script>", "", result.stdout, flags=re.S))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_the_page_runs_in_a_browser_without_an_error(page, small, tmp_path):
+    chosen = int(small.ids[5])
+    opening, shown = in_browser(f"{page.as_uri()}#sample={chosen}", tmp_path)
     assert f'data-sample="{chosen}"' in opening
-    shown = html.unescape(re.sub(r"<script.*?</script>", "", result.stdout, flags=re.S))
     assert "A <b>pool</b>" in shown
     assert "60 samples selected from 200 in 3 shards" in shown
     assert f"Sample {chosen}, key <b>img<{chosen:03d}></b>" in shown
     assert "not an <image>" in shown
     assert "</script><b>blue" in shown
     assert shown.count("<svg") == small.tree.n_levels + 1
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_the_page_of_texts_runs_in_a_browser(text_page, tmp_path):
+    _, shown = in_browser(f"{text_page.as_uri()}#sample=3", tmp_path)
+    assert "Sample 3, key <b>t3</b>" in shown
+    assert "Selected 2 times" in shown
+    assert "Classes, before" not in shown
+    assert "Near-duplicates" not in shown
 
 
 def test_explain_follows_the_tree(small, curation):

@@ -224,3 +224,10 @@ def test_embeddings_of_another_pool_are_refused():
         hierarchical_sample(tree, 2, strategy="closest", embeddings=np.zeros((4, 2), np.float32))
     with pytest.raises(ValueError, match="level=3"):
         flat_sample(tree, 2, level=3)
+
+
+def test_few_of_a_large_cluster_are_drawn_evenly_from_all_of_it():
+    tree = make_tree([np.zeros(200_000, int)], [1])
+    ids = hierarchical_sample(tree, 4000, seed=1)
+    assert len(np.unique(ids)) == 4000
+    assert stats.chisquare(np.bincount(ids // 10_000, minlength=20)).pvalue > 1e-4
