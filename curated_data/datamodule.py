@@ -155,11 +155,10 @@ class CuratedDataModule(pl.LightningDataModule):
         return self._stream.selection
 
     def setup(self, stage: str | None = None) -> None:
-        """Index the pools; for "fit" (or None) curate, or find the curation in the cache. A second call is a
-        look-up.
+        """Index the pools; for "fit" (or None) curate, or find the curation in the cache.
 
-        Every rank calls it and takes its share. It is no `prepare_data`, which one rank runs while the others
-        wait.
+        Every rank calls it and takes its share of the work, so there is no `prepare_data`, where all
+        wait for one. A second call is a look-up.
         """
         if stage in (None, "fit"):
             self._select()
@@ -195,9 +194,8 @@ class CuratedDataModule(pl.LightningDataModule):
         )
         order = self._stream.prepare(self.trainer, settings, lambda ids: self._training_order(ids, shuffle))
         self._follow_selection()
-        dataset = self._dataset(
-            self.pool, self.views or self._from_module("views") or CenterCrop(self.image_size)
-        )
+        views = self.views or self._from_module("views") or CenterCrop(self.image_size)
+        dataset = self._dataset(self.pool, views)
         dataset.statistics = self.statistics
         keep = self.persistent_workers
         if keep is None:  # kept workers, pinned memory and a reload leak file handles (Lightning #18487)
@@ -234,9 +232,8 @@ class CuratedDataModule(pl.LightningDataModule):
         Raises:
             CacheError: a re-curated selection is no longer in the cache.
         """
-        if (
-            self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
-        ):  # not where weights are validated
+        # A Trainer that only validates or predicts restores the data module too; that is no resumed training.
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
             self._stream.load_state_dict(state_dict, self.trainer)
             self._follow_selection()
 
@@ -391,6 +388,8 @@ class CuratedDataModule(pl.LightningDataModule):
                 )
         elif self.stratify_level is not None:
             raise ConfigError("stratify_level: needs a curation, whose tree has the clusters")
+        if self.stratify_level is not None and self.shuffle != "full":
+            raise ConfigError(f'stratify_level: takes shuffle="full", found {self.shuffle!r}')
         for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0), ("image_size", 1)):
             value = getattr(self, name)
             optional = name in ("eval_batch_size", "num_workers")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,26 @@ def test_without_a_trainer_the_state_counts_what_was_handed_out(folder):
     assert len(rest) == 5
 
 
+@pytest.mark.parametrize("shuffle", ["full", "block", "none"])
+@pytest.mark.parametrize("last_batch", ["pad", "short"])
+def test_every_shuffle_streams_the_selection_once(folder, shuffle, last_batch):
+    loaded = data(folder, 1, shuffle=shuffle, last_batch=last_batch, batch_size=7, num_workers=1)
+    loader = loaded.train_dataloader()
+    batches = list(loader)
+    assert len(batches) == len(loader) == 6
+    ids = torch.cat([batch["sample_id"][~batch["padding"]] for batch in batches]).numpy()
+    assert np.array_equal(np.sort(ids), np.sort(SELECTION))
+    assert (ids.tolist() == SELECTION.tolist()) == (shuffle == "none")
+    assert [len(batch["sample_id"]) for batch in batches] == [7] * 5 + [7 if last_batch == "pad" else 5]
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_an_error(folder):
+    loaded = data(folder, 1, views=lambda image: time.sleep(120), num_workers=1, worker_timeout=1)
+    with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
+        next(iter(loaded.train_dataloader()))
+
+
 class Replacing(pl.Callback):
     """Gives the data module a new, longer selection at the end of an epoch."""
 
@@ -470,6 +491,9 @@ data:
     assert cli.datamodule.curation_config.levels[0].n_clusters == 4
 
 
+CURATED = {"curation": {"target_size": 5}, "selection": None, "embedder": Pixels()}
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -481,6 +505,10 @@ data:
         ),
         ({"curation": {"target_sise": 5}, "selection": None}, "target_size"),
         ({"stratify_level": 1}, "stratify_level"),
+        (
+            {**CURATED, "stratify_level": 1, "shuffle": "block"},
+            'stratify_level: takes shuffle="full"',
+        ),
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 2.5}, "batch_size"),
         ({"num_workers": -1}, "num_workers"),
