@@ -60,7 +60,7 @@ def write_report(
             embeddings.
         coordinates_name: how the given coordinates were made, for the map's caption.
         labels: (n,) class of each sample, -1 for none; None reads them from the pool's `.cls` members.
-        class_names: of the classes; None numbers them.
+        class_names: of the classes; None takes `classes.json` from beside the first shard, or numbers them.
         title: of the page.
         n_map_points: samples on the map, and that "why was this chosen" knows of; a random subset of a larger
             pool, half of it selected.
@@ -84,6 +84,8 @@ def write_report(
         raise ValueError(f"the curation is of {curation.tree.n_samples} samples, the pool has {n}")
     if labels is None and "cls" in pool.index().extensions:
         labels = pool.labels(np.arange(n))
+    if class_names is None:
+        class_names = _names_beside(pool)
     rng = np.random.default_rng(seed)
     images = _Images(pool)
     shown = _shown(curation, n_map_points, rng)
@@ -226,6 +228,15 @@ def _classes(
         "ratio": [_finite(r) for r in (balance.ratio_before, random.ratio_after, balance.ratio_after)],
         "unlabelled": int((labels < 0).sum()),
     }
+
+
+def _names_beside(pool: "ShardPool") -> list[str] | None:
+    """The class names that `import_folder` and `export_labelled` leave beside local shards."""
+    path = Path(pool.urls[0]).parent / "classes.json"
+    if "://" in str(pool.urls[0]) or not path.is_file():
+        return None
+    names = json.loads(path.read_text(encoding="utf-8"))
+    return [str(name) for name in names]
 
 
 def _coverage(curation: "Curation", n_queries: int, rng: np.random.Generator) -> dict[str, Any] | None:

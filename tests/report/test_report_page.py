@@ -168,6 +168,16 @@ def test_arrays_of_another_pool_are_refused(small, curation, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_class_names_are_found_beside_the_shards(small, curation, tmp_path):
+    (tmp_path / "pool").mkdir()
+    for url in small.pool.urls:
+        shutil.copy(url, tmp_path / "pool")
+    (tmp_path / "pool" / "classes.json").write_text('["x", "y", "z"]')
+    pool = ShardPool(str(tmp_path / "pool" / "*.tar"))
+    path = write_report(curation, pool, tmp_path / "report.html", n_coverage=10)
+    assert content(path)["classes"]["names"] == ["x", "y", "z"]
+
+
 def test_nothing_on_the_page_points_outside_of_it(page):
     text = page.read_text()
     assert set(re.findall(r"https?://[^\s\"']+", text)) == {
