@@ -169,8 +169,8 @@ def hierarchical_kmeans(
 def choose_levels(n: int, target_size: int | None = None) -> list[Level]:
     """Settings for n rows, by the paper's proportions: what `levels="auto"` stands for.
 
-    The published setting takes 743M images to 10M clusters, then 500k, 50k, 10k. Three rules reproduce its
-    shape at any n and are what we hold to:
+    The published setting takes 743M images to 10M clusters, then 500k, 50k, 10k. Three rules carry its shape
+    to any n; they are reasoned, not tuned:
 
     * Level 1 is fine enough that no concept of interest hides inside one cluster, yet leaves about 20 rows to
       choose among in each: k_1 = n / 20, but at least twice the target, where n allows 4 rows a cluster, so

@@ -42,7 +42,7 @@ began = time.monotonic()
 assert attempt("whole")
 whole = time.monotonic() - began
 rng, kills = random.Random(seed), 0
-while not attempt("killed", rng.uniform(0, whole * (0.3 + 0.02 * kills))):
+while not attempt("killed", rng.uniform(0, whole * (0.3 + 0.05 * kills))):
     kills += 1
 print(kills)
 """
