@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
+import torch
 
 from curated_data.cache import atomic_path, read_manifest, write_manifest
-from curated_data.errors import CacheError, ConfigError, PoolError, SampleError
+from curated_data.errors import CacheError, ConfigError, EmbedderError, PoolError, SampleError
 from curated_data.pool.writer import ShardWriter
 from curated_data.progress import progress
 from curated_data.selection.names import CaptionClass, NameMatcher, read_classes
@@ -129,9 +130,11 @@ def label_captions(
         )
     if not classes:
         raise ConfigError("no classes to look for: give at least one")
+    if per_class is not None and per_class < 1:
+        raise ConfigError(f"per_class={per_class}: give at least 1, or None for all")
     matcher = NameMatcher(classes)
     embed = resolve_text_embedder(embedder)
-    class_rows = _unit(embed([c.text for c in classes]))
+    class_rows = _embedded(embed, [c.text for c in classes])
     usable = np.array([c.id not in set(avoid) for c in classes])
     counts: Counter[str] = Counter()
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -146,7 +149,7 @@ def label_captions(
         if filters or image_text:
             place = _filtered(block, place, label, matcher, filters or {}, image_text, counts)
         if len(place):
-            rows = _unit(embed([block.captions[i] for i in place]))
+            rows = _embedded(embed, [block.captions[i] for i in place])
             similarity = np.einsum("nd,nd->n", rows, class_rows[label[place]]).astype(np.float32)
             found.append((np.asarray(block.ids)[place], label[place], similarity))
     ids, labels, similarity = (np.concatenate(parts) for parts in zip(*found)) if found else _nothing()
@@ -311,8 +314,18 @@ def _metadata(sample: Mapping[str, Any], extension: str) -> Mapping[str, Any]:
     return content
 
 
-def _unit(rows: Any) -> np.ndarray:
-    rows = np.asarray(rows, np.float32)
+def _embedded(embed: TextEmbedder, texts: list[str]) -> np.ndarray:
+    """(n, d) float32 rows of norm 1."""
+    rows = embed(texts)
+    rows = (
+        rows.detach().float().cpu().numpy()
+        if isinstance(rows, torch.Tensor)
+        else np.asarray(rows, np.float32)
+    )
+    if rows.ndim != 2 or len(rows) != len(texts) or not np.isfinite(rows).all():
+        raise EmbedderError(
+            f"the text embedder gave {rows.shape} for {len(texts)} texts: needs finite rows (n, d)"
+        )
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float32).tiny)
 
 

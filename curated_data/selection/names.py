@@ -26,6 +26,10 @@ class CaptionClass:
     names: tuple[str, ...]
     definition: str = ""
 
+    def __post_init__(self) -> None:
+        if not self.names or isinstance(self.names, str):
+            raise ConfigError(f"class {self.id!r} needs a tuple of at least one name, got {self.names!r}")
+
     @property
     def text(self) -> str:
         """What captions are compared with."""

@@ -235,6 +235,12 @@ def test_bad_settings_are_named(tmp_path):
         label_captions([block()], [], embedder=embed, threshold=0)
     with pytest.raises(EmbedderError, match="'word2vec': unknown"):
         label_captions([block()], CLASSES, embedder="word2vec", threshold=0)
+    with pytest.raises(ConfigError, match="per_class=0"):
+        label_captions([block()], CLASSES, embedder=embed, per_class=0)
+    with pytest.raises(EmbedderError, match="for 6 texts"):
+        label_captions([block()], CLASSES, embedder=lambda texts: np.zeros(3), threshold=0)
+    with pytest.raises(ConfigError, match="class 'a' needs a tuple"):
+        CaptionClass("a", ())
     (tmp_path / "classes.json").write_text('[{"id": "a", "names": []}]')
     with pytest.raises(ConfigError, match="class 0 needs"):
         read_classes(tmp_path / "classes.json")
