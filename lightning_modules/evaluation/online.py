@@ -19,8 +19,10 @@ Source = DataLoader | Dataset | Callable[[], DataLoader | Dataset]
 
 
 class OnlineKNN(L.Callback):
-    """k-NN accuracy of the module's `embed` every few epochs, logged as `knn/<k>` and
-    `knn/class_average_<k>`.
+    """k-NN accuracy of the module's `embed` every few epochs.
+
+    Logged as `knn/<k>` and `knn/class_average_<k>`, the same on every rank, so that `ModelCheckpoint` may
+    monitor it.
 
     Each rank embeds its share of both sets. Features are taken in evaluation mode, without gradient, and
     every submodule's mode is put back, so BatchNorm statistics, frozen parts and random numbers of the
@@ -65,7 +67,7 @@ class OnlineKNN(L.Callback):
         scores = self._probe(trainer, pl_module)
         if scores is not None:
             self.history.append({"epoch": epoch, **scores})
-            pl_module.log_dict(scores, rank_zero_only=True, batch_size=1)
+            pl_module.log_dict(scores, sync_dist=True, batch_size=1)
             log.info(
                 "epoch %d: %s", epoch, ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
             )
@@ -84,8 +86,7 @@ class OnlineKNN(L.Callback):
                 self._check(sets)
         except Exception as caught:  # whatever goes wrong in a probe must not end a training of days
             error = caught
-        # The ranks agree before the first collective of the comparison, or one would wait for another for
-        # ever.
+        # The ranks agree before the comparison's first collective, or one would wait for another for ever.
         failed = int(all_reduce(torch.tensor([int(error is not None)], device=pl_module.device)))
         if error is not None:
             log.warning(

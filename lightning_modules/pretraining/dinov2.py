@@ -288,13 +288,9 @@ class DINOv2(PretrainingModule):
         limit = self.hparams.gradient_clip if gradient_clip_val is None else gradient_clip_val
         if limit is None:
             return
-        sharded = getattr(self.trainer.strategy.model, "clip_grad_norm_", None)
-        if sharded is not None:  # FSDP: each rank holds a part of the norm
-            sharded(limit)
-        else:
-            self.clip_gradients(
-                optimizer, gradient_clip_val=limit, gradient_clip_algorithm=gradient_clip_algorithm or "norm"
-            )
+        self.clip_gradients(
+            optimizer, gradient_clip_val=limit, gradient_clip_algorithm=gradient_clip_algorithm or "norm"
+        )
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable | None = None
