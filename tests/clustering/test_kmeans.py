@@ -257,3 +257,18 @@ def test_gpu_assigns_as_the_cpu_does():
     gaps = squared_distances(x[:2000], gpu.centroids)
     own = gaps[np.arange(2000), gpu.assignment[:2000]]
     assert (own - gaps.min(1) <= 1e-5 * gaps.max()).mean() >= 0.9999
+
+
+def test_a_trainings_precision_does_not_reach_the_assignment():
+    """Lightning users set "medium", which may multiply in bfloat16: it must change nothing, and stay set."""
+    x = clouds(3000, 16, 30, seed=0)
+    expected = kmeans(x, 40, seed=1)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result = kmeans(torch.from_numpy(x).requires_grad_(), 40, seed=1)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    np.testing.assert_array_equal(result.assignment, expected.assignment)
