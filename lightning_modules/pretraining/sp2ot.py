@@ -6,6 +6,7 @@ The solvers are in `lightning_modules.transport`; `cluster_embeddings` clusters 
 without training.
 """
 
+import copy
 import logging
 import math
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from lightning_modules.distributed import all_gather_rows, all_reduce, rank
 from lightning_modules.evaluation.online import evaluation_mode
@@ -175,6 +177,8 @@ class SP2OT(PretrainingModule):
             self._first_pass(bool(uses_buffer), needs_neighbors)
 
     def on_train_epoch_end(self) -> None:
+        if "selection_sum" not in self.state:
+            return
         total = all_reduce(self.state.pop("selection_sum").to(self.device))
         means = (total[:-1] / total[-1]).tolist()
         self.best_head = min(range(len(means)), key=means.__getitem__)
@@ -309,7 +313,10 @@ class SP2OT(PretrainingModule):
     @torch.no_grad()
     def _first_pass(self, fill_buffer: bool, find_neighbors: bool) -> None:
         """Read the training loader in evaluation mode: logits for the buffer, features for the similarity."""
-        loader = self.trainer.train_dataloader
+        # With workers of its own: the Trainer's may be kept from epoch to epoch, and are reading already.
+        loader = copy.copy(self.trainer.train_dataloader)
+        if isinstance(loader, DataLoader):
+            loader._iterator = None
         features, ids, n_seen = [], [], 0
         purpose = "buffer and neighbours" if find_neighbors else "the buffer"
         log.info("one pass over the training loader for %s", purpose)

@@ -73,6 +73,15 @@ def test_trains_and_selects_a_head(tmp_path, method):
     assert int(clusters.max()) < 4
 
 
+def test_the_first_pass_leaves_the_trainers_own_workers_alone(tmp_path):
+    kept = DataLoader(Patches(), 16, num_workers=1, persistent_workers=True)
+    model = module(method="sp2ot")
+    run = trainer(tmp_path, 2)
+    run.fit(model, kept)
+    assert run.global_step == 8
+    assert model.best is not None
+
+
 def test_trains_in_bf16_with_accumulated_gradients(tmp_path):
     model = module()
     trainer(tmp_path, 1, precision="bf16-mixed", accumulate_grad_batches=2).fit(model, loader())
