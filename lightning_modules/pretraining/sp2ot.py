@@ -36,8 +36,9 @@ class SP2OT(PretrainingModule):
     """Clusters images: a backbone with cosine classifiers, trained on each other view's transport labels.
 
     Every step, the logits of both views of the global batch enter a FIFO buffer; the labels of a view are the
-    rows of the transport plan of all that is in the buffer. The buffer is filled in evaluation mode before
-    the first step that uses it. A row's sum is its sample's weight: rows are not renormalised.
+    rows of the transport plan of all that is in the buffer. A buffer in use from epoch
+    0 is filled in evaluation mode before the first step, a later one by the epochs before. A row's sum is its
+    sample's weight: rows are not renormalised.
 
     Each epoch logs `selection`, the lowest mean loss / ρ over the heads, which picks the head (`best_head`)
     and, with `ModelCheckpoint(monitor="selection", mode="min")`, the epoch.
