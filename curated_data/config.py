@@ -41,11 +41,16 @@ class NearDuplicateConfig:
         enabled: look for them at all.
         threshold: cosine similarity from which two samples are copies of each other.
         n_neighbours: how many nearest samples of each are compared with it.
+        prefer: which of a group stays: the one nearest its "centroid", or the "largest" image; the latter
+            reads every image once, and takes equal bytes for copies whatever their embeddings say.
+        held_out: shards of evaluation sets; samples within the threshold of one of theirs leave the pool too.
     """
 
     enabled: bool = False
     threshold: float = 0.95
     n_neighbours: int = 16
+    prefer: str = "centroid"
+    held_out: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -105,6 +110,7 @@ _CHOICES = {
     "init": ("k-means++", "random"),
     "embedding.dtype": ("float16", "float32"),
     "embedding.precision": ("auto", "32", "bf16"),
+    "near_duplicates.prefer": ("centroid", "largest"),
 }
 _LEAST = {
     "target_size": 1,

@@ -29,7 +29,7 @@ from curated_data.embedding.extract import Decoders
 from curated_data.errors import ConfigError, PoolError
 from curated_data.pool import ShardPool
 from curated_data.report.metrics import cluster_balance
-from curated_data.selection.near_duplicates import near_duplicates
+from curated_data.selection.near_duplicates import exact_groups, image_contents, near_duplicates
 from curated_data.selection.sampling import flat_sample, hierarchical_sample
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,10 @@ def curate(
     origin = {"embedder": store.folder.name, "embeddings": store.fingerprint}
     if config.near_duplicates.enabled:
         with _timed(seconds, "near_duplicates"):
-            folder, cached["near_duplicates"] = _near_duplicates(root, store, valid, config, origin)
+            held_out = _held_out(config, embedder, root, device, decoders)
+            folder, cached["near_duplicates"] = _near_duplicates(
+                root, pool, store, valid, held_out, config, origin
+            )
         folders["near_duplicates"] = folder
         valid &= np.load(folder / "keep.npy", allow_pickle=False)
         origin["near_duplicates"] = folder.name
@@ -139,18 +142,47 @@ def curate(
     return Curation(ids, tree, store, report, config, folders)
 
 
+def _held_out(
+    config: CurationConfig,
+    embedder: Embedder,
+    root: Path,
+    device: str | torch.device,
+    decoders: Decoders | None,
+) -> EmbeddingStore | None:
+    """The embedded evaluation sets that the pool must not repeat; None where there are none."""
+    shards = config.near_duplicates.held_out
+    if not shards:
+        return None
+    settings = dataclasses.asdict(config.embedding)
+    return embed_pool(
+        ShardPool(shards, cache_dir=root), embedder, root, device=device, decoders=decoders, **settings
+    )
+
+
 def _near_duplicates(
-    root: Path, store: EmbeddingStore, valid: np.ndarray, config: CurationConfig, origin: dict[str, str]
+    root: Path,
+    pool: ShardPool,
+    store: EmbeddingStore,
+    valid: np.ndarray,
+    held_out: EmbeddingStore | None,
+    config: CurationConfig,
+    origin: dict[str, str],
 ) -> tuple[Path, bool]:
     settings = dataclasses.asdict(config.near_duplicates)
+    if held_out is not None:
+        origin = origin | {"held_out": held_out.fingerprint}
     name = fingerprint(origin=origin, settings=settings, version=VERSIONS["near_duplicates"])
 
     def build(folder: Path) -> None:
+        contents = image_contents(pool) if config.near_duplicates.prefer == "largest" else None
         found = near_duplicates(
             store,
             valid=valid,
             threshold=config.near_duplicates.threshold,
             n_neighbours=config.near_duplicates.n_neighbours,
+            same=None if contents is None else exact_groups(contents.digest),
+            prefer=None if contents is None else contents.n_pixels,
+            held_out=None if held_out is None else held_out.as_array()[held_out.valid],
         )
         np.save(folder / "keep.npy", found.keep)
         np.save(folder / "group.npy", found.group)

@@ -98,6 +98,20 @@ def test_undecodable_samples_and_copies_are_never_selected(write_pool, tmp_path)
     assert found.report["cached"] == {"near_duplicates": False, "tree": False, "selection": False}
 
 
+def test_held_out_images_leave_the_pool_and_the_largest_copy_stays(write_pool, tmp_path):
+    from tests.conftest import png
+
+    rng = np.random.default_rng(5)
+    picture = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    copies = {(0, 4): png(picture), (1, 7): png(np.kron(picture, np.ones((2, 2, 1), np.uint8)))}
+    shards, held_out = write_pool([20, 20], bad=copies), write_pool([3], name="held-out", seed=0)
+    settings = {"enabled": True, "threshold": 0.999, "prefer": "largest", "held_out": held_out}
+    found = run(shards, tmp_path / "cache", target_size=40, near_duplicates=settings)
+    # The held-out shard begins with the very images that the pool begins with.
+    assert set(range(40)) - set(found.ids) == {0, 1, 2, 4}
+    assert found.report["near_duplicates"] == 4
+
+
 def test_derived_levels_and_every_form_of_pool(write_pool, tmp_path):
     shards = write_pool([90, 60])
     forms = [shards, str(tmp_path / "pool-{000..001}.tar"), str(tmp_path / "pool-*.tar"), ShardPool(shards)]
