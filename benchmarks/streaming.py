@@ -113,7 +113,7 @@ def ours(folder: Path, ids: np.ndarray, prepare: Callable, workers: int) -> Iter
         None, BATCH, True, order=order, rank=0, world_size=1, position=StreamPosition(lambda: done)
     )
     loader = StreamLoader(
-        PoolDataset(pool, crop, decode=prepare is decode),
+        PoolDataset(pool, crop, decode=prepare is decode, extensions=["jpg"]),
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=workers,
@@ -201,7 +201,7 @@ def mosaic_stream(folder: Path, ids: np.ndarray, prepare: Callable, workers: int
 
 def image_folder(folder: Path, ids: np.ndarray, prepare: Callable, workers: int) -> Iterator[int]:
     dataset = ImageFolder(str(folder / "images"), loader=lambda path: prepare(Path(path).read_bytes()))
-    read = Files(lambda i: dataset[i][0], N_SAMPLES, keep)
+    read = Files(lambda i: dataset[i][0], N_SAMPLES, lambda prepared: prepared)
     yield from loop(read, ids, workers)
 
 
@@ -230,7 +230,9 @@ def measure(make: Callable[[], Iterable[int]], seconds: float) -> float:
             if time.monotonic() > end and samples >= 10 * BATCH:
                 break
         results.put(samples / (_cpu() - before))
-        os._exit(0)  # the kernel ends the workers; nobody waits for them to tidy up
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        os._exit(0)
 
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
@@ -261,12 +263,14 @@ def _cpu() -> float:
     return seconds
 
 
-def compare(folder: Path, names: list[str], repeats: int, seconds: float, workers: list[int]) -> None:
+def compare(
+    folder: Path, names: list[str], modes: list[str], repeats: int, seconds: float, workers: list[int]
+) -> None:
     chosen = np.sort(np.random.default_rng(0).choice(N_SAMPLES, N_SAMPLES // 10, replace=False))
     columns = [
         (share, prepare, count)
         for count in workers
-        for prepare in (keep, decode)
+        for prepare in ({"raw": keep, "decoded": decode}[mode] for mode in modes)
         for share in (chosen, np.arange(N_SAMPLES))
     ]
     rates: dict[tuple[str, int], list[float]] = {}
@@ -414,6 +418,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "curated-data-streaming")
     parser.add_argument("--readers", nargs="+", choices=READERS, help="curated_data comes first always")
+    parser.add_argument("--modes", nargs="+", choices=("raw", "decoded"), default=["raw", "decoded"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
@@ -433,7 +438,7 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     prepare_data(arguments.folder, names)
     beginnings(arguments.folder)
-    compare(arguments.folder, names, arguments.repeats, arguments.seconds, arguments.workers)
+    compare(arguments.folder, names, arguments.modes, arguments.repeats, arguments.seconds, arguments.workers)
     print(json.dumps({"cpus": os.cpu_count(), "load": [round(load, 1) for load in os.getloadavg()]}))
 
 

@@ -57,6 +57,7 @@ class PoolDataset(Dataset):
         views: from a decoded sample (an image is a uint8 tensor (3, H, W)) to a list of tensors or to one;
             None gives the sample as decoded.
         seed: of the views.
+        extensions: read only members with these, where not all that samples hold is wanted.
         decode: False gives the members' bytes undecoded, under "members".
         decoders, min_size: own decoders by extension, and reduced decoding, see `decode_sample`.
         on_error: what becomes of a sample that cannot be decoded: "raise", or "skip", which takes one of the
@@ -71,6 +72,7 @@ class PoolDataset(Dataset):
         views: Callable[[Any], Tensor | Sequence[Tensor]] | None = None,
         *,
         seed: int = 0,
+        extensions: Sequence[str] | None = None,
         decode: bool = True,
         decoders: Mapping[str, Callable[[bytes], Any]] | None = None,
         min_size: int | None = None,
@@ -82,6 +84,7 @@ class PoolDataset(Dataset):
         self.pool = pool
         self.views = views
         self.seed = seed
+        self.extensions = extensions
         self.decode = decode
         self.decoders = decoders
         self.min_size = min_size
@@ -108,10 +111,12 @@ class PoolDataset(Dataset):
         padding = getattr(ids, "padding", None)
         skipped: list[Skipped] = []
         counters = self.pool.counters
-        read_before, needed_before = counters.bytes_read, counters.bytes_needed
+        before = counters.bytes_read, counters.bytes_needed
         loaded = LoadedSamples()
-        with _generators_kept():
-            for place, (members, seed) in enumerate(zip(self.pool.read(ids), seeds, strict=True)):
+        with _generators_kept() if self.decode else contextlib.nullcontext():
+            for place, (members, seed) in enumerate(
+                zip(self.pool.read(ids, self.extensions), seeds, strict=True)
+            ):
                 sample = self._load(ids[place], members, seed, skipped)
                 if sample is None:
                     sample = self._spare(ids, place, seed, skipped)
@@ -120,10 +125,10 @@ class PoolDataset(Dataset):
         if padding is not None:
             for sample, padded in zip(loaded, padding.tolist(), strict=True):
                 sample.setdefault("padding", padded)
-        counters = self.pool.counters
-        loaded.report = BatchReport(
-            len(loaded), counters.bytes_read - read_before, counters.bytes_needed - needed_before, skipped
-        )
+        if self.pool.counters is not counters:  # the pool counts anew in a process that was forked
+            counters, before = self.pool.counters, (0, 0)
+        read, needed = counters.bytes_read - before[0], counters.bytes_needed - before[1]
+        loaded.report = BatchReport(len(loaded), read, needed, skipped)
         return loaded
 
     def _load(
@@ -173,7 +178,7 @@ class PoolDataset(Dataset):
         if spares is None:
             return None
         for spare in spares[place].tolist():
-            sample = self._load(spare, self.pool.read([spare])[0], seed, skipped)
+            sample = self._load(spare, self.pool.read([spare], self.extensions)[0], seed, skipped)
             if sample is not None:
                 return sample
         last = skipped[-1]

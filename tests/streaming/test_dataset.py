@@ -131,6 +131,8 @@ def test_what_samples_hold_becomes_the_batch(tmp_path):
     assert dataset[0]["label"] == 7
     raw, _ = collate(PoolDataset(dataset.pool, decode=False).__getitems__([0]))
     assert raw["members"][0]["txt"] == b"red"
+    images = collate(PoolDataset(dataset.pool, extensions=["png"]).__getitems__([0]))[0]
+    assert sorted(images) == ["image", "sample_id"]
 
 
 def test_text_and_arrays_stream_as_images_do(tmp_path):
@@ -272,6 +274,7 @@ def test_a_killed_worker_does_not_hang_the_loader(write_pool):
 def test_bytes_read_are_counted_against_bytes_needed(write_pool):
     pool = ShardPool(write_pool([40, 40]))
     dataset = PoolDataset(pool, noisy)
+    pool.read([0, 1, 2])  # before the workers start: not theirs
     list(loader_of(dataset, num_workers=2))
     needed = sum(
         len(member) for sample in pool.read(range(80)) for name, member in sample.items() if name[0] != "_"
