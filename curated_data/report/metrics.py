@@ -200,8 +200,7 @@ def kl_to_uniform(
     dimension.
 
     The density is a Gaussian kernel estimate at the centres of a grid over the box, normalised to sum to one
-        there:
-    mass outside the box does not count.
+    there: mass outside the box does not count.
 
     Args:
         points: (n, d), d of 1 to 3.

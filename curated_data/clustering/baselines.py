@@ -1,0 +1,100 @@
+"""What hierarchical k-means is compared with: flat k-means, DBSCAN and agglomerative clustering, as trees of
+one level.
+
+DBSCAN and agglomerative clustering are scikit-learn's; both compare all pairs of rows, so they are for some
+tens of thousands of rows.
+"""
+
+from typing import Any
+
+import numpy as np
+from sklearn.cluster import DBSCAN, AgglomerativeClustering
+
+from curated_data.clustering.hierarchy import Level, hierarchical_kmeans
+from curated_data.clustering.kmeans import prepare
+from curated_data.clustering.tree import EXCLUDED, ClusterTree
+
+
+def flat_kmeans(
+    x: Any, n_clusters: int, *, metric: str = "l2", seed: int = 0, **settings: Any
+) -> ClusterTree:
+    """k-means of one level; `settings` as of `hierarchical_kmeans`.
+
+    Args:
+        x: (n, d) rows.
+        n_clusters: k.
+    """
+    return hierarchical_kmeans(x, [Level(n_clusters)], metric=metric, seed=seed, **settings)
+
+
+def dbscan(
+    x: Any, *, eps: float, min_samples: int = 5, metric: str = "l2", valid: np.ndarray | None = None
+) -> ClusterTree:
+    """Density-based clusters (Ester et al. 1996); what it calls noise is excluded (parent -1).
+
+    Args:
+        x: (n, d) rows.
+        eps: radius of a neighbourhood, Euclidean; between unit vectors for "cosine".
+        min_samples: neighbours that make a row a core row, itself included.
+        valid: (n,) bool, False for rows to leave out.
+
+    Raises:
+        ValueError: no cluster was found: all rows are noise.
+    """
+    ids, rows = _usable(x, metric, valid)
+    labels = DBSCAN(eps=eps, min_samples=min_samples).fit_predict(rows)
+    if labels.max() < 0:
+        raise ValueError(f"dbscan found no cluster at eps={eps}, min_samples={min_samples}: raise eps")
+    return _tree(len(x), ids, rows, labels, metric)
+
+
+def agglomerative(
+    x: Any,
+    n_clusters: int,
+    *,
+    linkage: str = "ward",
+    metric: str = "l2",
+    valid: np.ndarray | None = None,
+) -> ClusterTree:
+    """Clusters merged two by two until `n_clusters` are left.
+
+    Args:
+        x: (n, d) rows.
+        linkage: "ward", "average", "complete" or "single"; Euclidean, between unit vectors for "cosine".
+        valid: (n,) bool, False for rows to leave out.
+
+    Raises:
+        ValueError: more clusters than rows.
+    """
+    ids, rows = _usable(x, metric, valid)
+    if not 1 <= n_clusters <= len(rows):
+        raise ValueError(f"n_clusters={n_clusters}: needs 1..{len(rows)}, the number of usable rows")
+    labels = (
+        AgglomerativeClustering(n_clusters, linkage=linkage).fit_predict(rows)
+        if len(rows) > 1
+        else np.zeros(1, int)
+    )
+    return _tree(len(x), ids, rows, labels, metric)
+
+
+def _usable(x: Any, metric: str, valid: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of the finite, valid rows, and those rows as (m, d) float64, of unit length for "cosine"."""
+    rows = prepare(x, metric=metric, device="cpu", valid=valid, nonfinite="exclude", max_memory=None)
+    ids = np.arange(len(x)) if rows.ids is None else rows.ids
+    values = rows.block(0, len(rows)).numpy().astype(np.float64)
+    return ids, values if rows.mean is None else values + rows.mean
+
+
+def _tree(n: int, ids: np.ndarray, rows: np.ndarray, labels: np.ndarray, metric: str) -> ClusterTree:
+    k = int(labels.max()) + 1
+    inside = labels >= 0
+    sums = np.zeros((k, rows.shape[1]))
+    np.add.at(sums, labels[inside], rows[inside])
+    centroids = sums / np.bincount(labels[inside], minlength=k)[:, None]
+    if metric == "cosine":
+        centroids /= np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    parent = np.full(n, EXCLUDED, np.int64)
+    parent[ids] = labels
+    distance = np.full(n, np.nan, np.float32)
+    distance[ids[inside]] = np.linalg.norm(rows[inside] - centroids[labels[inside]], axis=1)
+    return ClusterTree({1: centroids}, {1: parent}, distance)
