@@ -48,8 +48,7 @@ class Dataset:
     Attributes:
         layout: "shards" (WebDataset, with .cls), "folder" (a folder a class), or "torchvision".
         train, test: below the root: shards by pattern, a folder, or the keyword arguments of the torchvision
-        class that
-            choose the part, as {split: train}.
+            class that choose the part, as {split: train}.
         dataset: the torchvision class.
         evaluations: which to run.
     """

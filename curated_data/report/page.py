@@ -1,8 +1,7 @@
 """One self-contained HTML page about a curation: what went in, what came out, and why.
 
 Everything the page shows is in the file (numbers as JSON, images as one sheet of tiles): it loads nothing,
-    and a
-content policy in its head forbids it to. The same curation gives the same bytes.
+and a content policy in its head forbids it to. The same curation gives the same bytes.
 """
 
 import base64

@@ -3,8 +3,7 @@
 Two samples are near-duplicates where the cosine of their embeddings reaches a threshold; groups are the
 connected components of these links, and one sample of a group stays. The search keeps two blocks of rows in
 memory, whatever the size of the pool: rows are cut into the cells of random pivots, and a sample is compared
-    with its own cell and
-with those other cells that a row within the threshold can lie in.
+with its own cell and with those other cells that a row within the threshold can lie in.
 """
 
 import hashlib

@@ -64,8 +64,7 @@ class DINOv2(PretrainingModule):
         head_hidden, head_bottleneck: widths of the heads.
         centering: "sinkhorn" (DINOv2) or "softmax" (DINO's moving centre).
         student_temperature; teacher_temperature, warmup_teacher_temperature: the teacher's rises linearly
-        from the latter
-            over `teacher_temperature_warmup_epochs`.
+            from the latter over `teacher_temperature_warmup_epochs`.
         ibot_weight, koleo_weight: of these losses beside DINO's.
         mask_probability, mask_ratio: share of the global views that are masked, and of their patches.
         teacher_momentum: of the moving average, a cosine from here to 1.

@@ -26,10 +26,9 @@ class TSimCNE(PretrainingModule):
     several ranks give `sync_batchnorm=True`.
 
     Args:
-        backbone, image_size, small_images, pretrained, frozen_blocks, backbone_options: as in
-        `build_backbone`. epochs: of the three stages; the authors' shorter budgets are (400, 25, 75) and
-        (775, 25, 200). The Trainer's
-            `max_epochs` must be their sum.
+        backbone, image_size, small_images, pretrained, frozen_blocks, backbone_options: as in `build_backbone`.
+        epochs: of the three stages; the authors' shorter budgets are (400, 25, 75) and (775, 25, 200). The
+            Trainer's `max_epochs` must be their sum.
         warmup_epochs: of stages 1 and 3.
         learning_rate: for a global batch of 256, linear scaling.
         fine_tuning_rate: stage 3's share of it.
