@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_SPARES = 6  # that all are bad too, with a tenth of the pool bad, happens once in ten million samples
 Pool = ShardPool | str | Path | Sequence[str | Path]
 
 
@@ -206,6 +207,7 @@ class CuratedDataModule(pl.LightningDataModule):
             self.batch_size,
             keep_workers=keep,
             position=None if overfits else self._stream.position,
+            n_spares=_SPARES if self.on_error == "skip" else 0,
             endless=self.trainer is not None and not overfits,
         )
 

@@ -10,7 +10,6 @@ from curated_data.streaming.order import EpochOrder
 from curated_data.streaming.training import StreamPosition
 
 _AHEAD = 1 << 13  # samples laid out at once: numpy's overhead a call is spread over them
-_SPARES = 6
 
 
 class BatchRequest(list):
@@ -55,6 +54,7 @@ class GlobalBatchSampler(BatchSampler):
         order: the global batches.
         rank, world_size: this process among all that train together.
         position: where to begin, if not at the beginning; None: always epoch 0 from its beginning.
+        n_spares: ids a sample to fall back on, see `BatchRequest`.
         endless: go on into the next epoch until `len` batches are given, for a loop that counts and stops by
             itself; else end with the epoch.
     """
@@ -69,6 +69,7 @@ class GlobalBatchSampler(BatchSampler):
         rank: int,
         world_size: int,
         position: StreamPosition | None = None,
+        n_spares: int = 0,
         endless: bool = False,
     ) -> None:
         # Not super().__init__: there is no sampler of single samples here.
@@ -79,6 +80,7 @@ class GlobalBatchSampler(BatchSampler):
         self.rank = rank
         self.world_size = world_size
         self.position = position
+        self.n_spares = n_spares
         self.endless = endless
 
     def __len__(self) -> int:
@@ -103,7 +105,7 @@ class GlobalBatchSampler(BatchSampler):
     def _cut(self, epoch: int, first: int, last: int) -> Iterator[BatchRequest]:
         order, size = self.order, self.order.batch_size
         positions, ids = order.batches(epoch, first, last)
-        spares = None if self.position is None else order.spares(epoch, positions, _SPARES)
+        spares = order.spares(epoch, positions, self.n_spares) if self.n_spares else None
         for low in range(0, len(ids), size):
             high = min(low + size, len(ids))
             mine = np.arange(low + self.rank, high, self.world_size)

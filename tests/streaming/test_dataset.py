@@ -39,7 +39,14 @@ def two_views(image: Tensor) -> list[Tensor]:
 def loader_of(dataset: PoolDataset, num_workers: int = 0, batch_size: int = 4, **order) -> StreamLoader:
     order = EpochOrder(len(dataset), **{"seed": 0, "batch_size": batch_size, **order})
     sampler = GlobalBatchSampler(
-        None, batch_size, True, order=order, rank=0, world_size=1, position=StreamPosition(lambda: 0)
+        None,
+        batch_size,
+        True,
+        order=order,
+        rank=0,
+        world_size=1,
+        position=StreamPosition(lambda: 0),
+        n_spares=6,
     )
     return StreamLoader(
         dataset,
