@@ -26,7 +26,8 @@ class TSimCNE(PretrainingModule):
     several ranks give `sync_batchnorm=True`.
 
     Args:
-        backbone, image_size, small_images, pretrained, frozen_blocks, backbone_options: as in `build_backbone`.
+        backbone, image_size, small_images, pretrained, frozen_blocks, backbone_options: as in
+            `build_backbone`.
         epochs: of the three stages; the authors' shorter budgets are (400, 25, 75) and (775, 25, 200). The
             Trainer's `max_epochs` must be their sum.
         warmup_epochs: of stages 1 and 3.
