@@ -164,9 +164,8 @@ def _embed(parsed: argparse.Namespace) -> None:
     store = embed_pool(
         _pool(parsed), resolve_embedder(parsed.embedder), open_cache(parsed.cache_dir), device=parsed.device
     )
-    print(
-        f"{len(store):,} embeddings of length {store.shape[1]}, {len(store.failures):,} failed: {store.folder}"
-    )
+    count = len(store.failures)
+    print(f"{len(store):,} embeddings of length {store.shape[1]}, {count:,} failed: {store.folder}")
 
 
 def _run_curation(parsed: argparse.Namespace) -> tuple[Any, Any]:
