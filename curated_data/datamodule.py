@@ -250,6 +250,7 @@ class CuratedDataModule(pl.LightningDataModule):
                 self.curation_config,
                 embedder=self.embedder,
                 cache_dir=self.cache_dir,
+                device="auto" if self.trainer is None else self.trainer.strategy.root_device,
                 decoders=self.decoders,
             )
             self._stream.start_with(self.curation.ids)

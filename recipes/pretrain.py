@@ -10,11 +10,14 @@
 values.
 """
 
+import sys
+
 import lightning
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningCLI
 
 from curated_data import CuratedDataModule
+from curated_data.errors import CuratedDataError
 
 
 def main(arguments: list[str] | None = None) -> LightningCLI:
@@ -32,4 +35,7 @@ def main(arguments: list[str] | None = None) -> LightningCLI:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CuratedDataError as error:
+        sys.exit(f"pretrain: {error}")

@@ -16,6 +16,7 @@ import argparse
 import logging
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,9 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("lightning", "lightning.pytorch", "lightning.fabric", "curated_data.streaming"):
         logging.getLogger(noisy).setLevel(logging.ERROR)  # lines of every epoch
+    warnings.filterwarnings(
+        "ignore", module="lightning"
+    )  # advice about loggers and validation that are off on purpose
     try:
         run(options)
     except CuratedDataError as error:
@@ -197,7 +201,7 @@ def pretrained(
 ) -> tuple[SimCLR, bool]:
     """SimCLR trained on a selection, or as an earlier run left it."""
     small = data.image_size <= 64
-    settings = {  # for small batches on a small machine: SGD, a low temperature, crops that leave most of the image
+    settings = {  # for small batches: SGD, a low temperature, crops that leave most of the image
         "backbone": options.backbone,
         "backbone_options": {"width": 16} if small else None,
         "image_size": data.image_size,
@@ -290,9 +294,8 @@ def print_table(rows: dict[str, dict[str, float]], caption: str) -> None:
     for name, row in rows.items():
         cells = [layout.format(row[key]) if key in row else "" for key, (_, layout) in shown.items()]
         if "all" in row:
-            cells[list(shown).index("all")] += (
-                f" ± {1.96 * (row['all'] * (1 - row['all']) / row['n_test']) ** 0.5:.1%}"
-            )
+            error = 1.96 * (row["all"] * (1 - row["all"]) / row["n_test"]) ** 0.5
+            cells[list(shown).index("all")] += f" ± {error:.1%}"
         table.add_row(name, *cells)
     Console(width=None if sys.stdout.isatty() else 110).print(table)
 

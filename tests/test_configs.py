@@ -1,0 +1,112 @@
+"""Every shipped setting is accepted by the recipe that it names, and a small one trains."""
+
+from pathlib import Path
+
+import pytest
+
+from curated_data.errors import CuratedDataError
+from recipes import evaluate, pretrain
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
+BASE = ["--config", str(ROOT / "configs" / "base.yaml")]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_pretraining_config_is_valid(path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = ["fit", *BASE]
+    if path.stem == "simclr_fashion_recurated":  # a delta over another
+        arguments += ["--config", str(path.with_name("simclr_fashion.yaml"))]
+    arguments += ["--config", str(path), "--data.pool", "pool.tar", "--print_config"]
+    with pytest.raises(SystemExit) as ended:
+        pretrain.main(arguments)
+    assert ended.value.code == 0
+    assert "class_path: lightning_modules." in capsys.readouterr().out
+
+
+def test_head_lines_say_command_hardware_and_time():
+    for path in CONFIGS:
+        head = path.read_text().split("\n\n")[0]
+        for word in (path.name, "Hardware:", "Time:"):
+            assert word in head, f"{path}: no {word!r} in its first lines"
+
+
+def test_a_misspelt_field_is_named_before_anything_starts(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = str(ROOT / "configs" / "pretrain" / "simclr_fashion.yaml")
+    with pytest.raises(CuratedDataError, match=r"target_sise.*did you mean 'target_size'"):
+        pretrain.main(["fit", *BASE, "--config", config, "--data.curation.target_sise", "3"])
+
+
+def test_a_config_trains(monkeypatch, tmp_path, write_pool):
+    shards = write_pool([40, 24])
+    monkeypatch.chdir(tmp_path)
+    config = str(ROOT / "configs" / "pretrain" / "simclr_fashion.yaml")
+    small = {
+        "data.pool": str(tmp_path / "pool-*.tar"),
+        "data.curation.target_size": 32,
+        "data.embedder": "pixels:4",
+        "data.batch_size": 8,
+        "data.num_workers": 0,
+        "trainer.max_epochs": 1,
+        "trainer.accelerator": "cpu",
+    }
+    overrides = [item for name, value in small.items() for item in (f"--{name}", str(value))]
+    cli = pretrain.main(["fit", *BASE, "--config", config, *overrides])
+    assert len(shards) == 2
+    assert cli.trainer.global_step == 4
+    assert len(cli.datamodule.selection) == 32
+    assert (tmp_path / "runs" / "pretrain").is_dir()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "suites").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_suite_is_valid(path):
+    assert evaluate.load_suite(str(path))
+
+
+def test_suites_with_errors_are_named(tmp_path):
+    path = tmp_path / "suite.yaml"
+    for text, message in (
+        (
+            "datasets: {a: {layout: folder, train: x, test: y, evaluation: [knn]}}",
+            "did you mean 'evaluations'",
+        ),
+        ("datasets: {a: {layout: files, train: x, test: y}}", "a.layout: expected shards, folder"),
+        (
+            "datasets: {a: {layout: folder, train: x, test: y, evaluations: [nn]}}",
+            "a.evaluations: expected of knn",
+        ),
+        ("datasets: {}", "no datasets"),
+    ):
+        path.write_text(text)
+        with pytest.raises(CuratedDataError, match=message):
+            evaluate.load_suite(str(path))
+
+
+def test_a_suite_runs_and_names_what_is_missing(tmp_path, write_pool, monkeypatch, capsys):
+    write_pool([40], name="train")
+    write_pool([20], name="test", seed=1)
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        "datasets:\n"
+        "  here:\n"
+        "    {layout: shards, train: train-000.tar, test: test-000.tar, evaluations: [knn, health]}\n"
+        "  gone: {layout: folder, train: nowhere/train, test: nowhere/test}\n"
+    )
+    out = tmp_path / "out"
+    arguments = ["pixels:2", "pixels:4", "--suite", str(suite), "--root", str(tmp_path), "--workers", "0"]
+    monkeypatch.setattr(
+        "sys.argv", ["evaluate", *arguments, "--cache-dir", str(tmp_path / "c"), "--out", str(out)]
+    )
+    assert evaluate.main() == 1
+    shown = capsys.readouterr()
+    assert "not evaluated, gone: " in shown.err
+    assert "nowhere" in shown.err
+    table = (out / "table.md").read_text()
+    assert "| here | k-NN, k = 10 |" in table
+    assert "pixels:4 − pixels:2" in table
+    assert (out / "results.json").exists()
+    assert (out / "results.png").stat().st_size > 10_000
