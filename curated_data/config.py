@@ -66,8 +66,7 @@ class CurationConfig:
             alone.
         max_repeats: how often one sample may be selected.
         resample: which members a resampling step takes of each cluster: "closest" or "random".
-        metric: "cosine" or "l2". Features of a trained network carry their meaning in their direction; by
-            "l2" the few of large norm take clusters of their own and unbalance the selection.
+        metric: "l2" or "cosine". Neither is better everywhere: try both (`docs/how_it_works.md` has figures).
         init: of k-means: "k-means++" (greedy), or "random", which the paper's method does not survive.
         n_init: k-means runs a level, of which the best is kept.
         n_iter: most Lloyd iterations of a k-means.
@@ -85,7 +84,7 @@ class CurationConfig:
     sampling: str = "hierarchical"
     max_repeats: int = 1
     resample: str = "closest"
-    metric: str = "cosine"
+    metric: str = "l2"
     init: str = "k-means++"
     n_init: int = 1
     n_iter: int = 50

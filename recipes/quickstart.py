@@ -66,6 +66,7 @@ class Data:
     target_size: int
     image_size: int
     class_names: list[str] | None = None
+    is_grey: bool = False
 
 
 def main() -> int:
@@ -167,7 +168,7 @@ def choose_data(options: argparse.Namespace) -> Data:
             )
     n_samples = len(ShardPool(train, cache_dir=open_cache(Path(options.out) / "cache")))
     target_size = options.target_size or n_samples // 5
-    return Data(train, test, target_size, options.image_size or size, classes)
+    return Data(train, test, target_size, options.image_size or size, classes, options.data == "fashion")
 
 
 def long_tailed_cifar(out: Path, ratio: float = 100.0) -> Path:
@@ -211,7 +212,9 @@ def pretrained(
         "learning_rate": 0.2,
         "weight_decay": 5e-4,
         "warmup_epochs": 2,
-        "augmentation": {"jitter": [0.4, 0.4, 0.0, 0.0], "grey": 0.0, "scale": [0.3, 1.0]} if small else None,
+        "augmentation": {"jitter": [0.4, 0.4, 0.0, 0.0], "grey": 0.0, "scale": [0.3, 1.0]}
+        if data.is_grey
+        else None,
     }
     key = fingerprint(
         ids=ids, pool=pool.fingerprint, settings=settings, epochs=options.epochs, seed=options.seed, version=1

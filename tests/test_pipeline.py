@@ -71,7 +71,7 @@ def test_the_artifacts_are_what_the_functions_give(write_pool, tmp_path):
 
     found = run(write_pool([30, 25]), tmp_path / "cache")
     levels = [Level(**level) for level in LEVELS]
-    tree = hierarchical_kmeans(np.asarray(found.embeddings), levels, metric="cosine")
+    tree = hierarchical_kmeans(np.asarray(found.embeddings), levels)
     for level in (1, 2):
         np.testing.assert_array_equal(tree.parent[level], found.tree.parent[level])
         np.testing.assert_allclose(tree.centroids[level], found.tree.centroids[level], rtol=1e-6)
