@@ -1,0 +1,425 @@
+"""Does dataset B order architectures as dataset A does? Train each on each, correlate the accuracies.
+
+    uv run recipes/rank_architectures.py --small            # two halves of Fashion-MNIST's classes
+    uv run recipes/rank_architectures.py --b cifar10-lt100  # against a folder of *train*.tar and *test*.tar
+    uv run recipes/rank_architectures.py --train-a 'a-train-{00..99}.tar' --test-a a-test.tar \
+        --train-b 'b-train-{00..99}.tar' --test-b b-test.tar --image-size 64
+    uv run recipes/rank_architectures.py --selection-a curated.npy --selection-b random.npy
+    uv run recipes/rank_architectures.py --known published.csv
+
+Every training has the same number of steps, so the same budget on datasets of different sizes. Finished
+accuracies are kept: a run that was killed goes on with the next training, and several runs of one command
+share the work. Accuracies that are --known stand in for a training: a CSV with the columns model, accuracy_a,
+accuracy_b (in 0..1; one row for each seed; a model without a value for a dataset is trained on it), or JSON,
+{"a": {model: accuracy or list}, "b": ...}. Writes accuracies.csv (in that form), ranking.csv, ranking.json,
+table.md and ranking.png to --out. The question and the statistics are those of ImageNot (arXiv 2404.02112).
+
+Time: --small takes some minutes on 2 CPU cores; the six families at their sizes are work for a GPU.
+"""
+
+import argparse
+import csv
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import lightning
+import numpy as np
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+from torchvision.transforms import v2
+
+from curated_data import CuratedDataModule, ShardPool
+from curated_data.cache import atomic_path, atomic_write_json, fingerprint, locked, open_cache, read_json
+from curated_data.errors import ConfigError, CuratedDataError
+from curated_data.progress import progress
+from lightning_modules.evaluation.ranking import RankingResult, ranking
+from lightning_modules.supervised import Supervised, build_classifier
+
+log = logging.getLogger("rank_architectures")
+
+FASHION = Path(__file__).parent / "data" / "fashion-lt50"
+FAMILIES = ["alexnet", "vgg11", "resnet18", "densenet121", "efficientnet_b0", "convnext_tiny"]
+SMALL_FAMILIES = ["resnet10:16", "resnet18:16", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5",
+                  "regnet_y_400mf"]  # fmt: skip
+SIDES = ("a", "b")
+Accuracies = dict[str, dict[str, list[float]]]  # by side and model, one for each seed
+
+
+@dataclass(frozen=True)
+class Data:
+    """A labelled dataset: which samples train, which classes count."""
+
+    name: str
+    train: ShardPool
+    test: ShardPool
+    ids: np.ndarray
+    classes: np.ndarray
+    n_test: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every training has in common."""
+
+    steps: int
+    batch_size: int
+    image_size: int
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what is not known, report; returns 0, or 2 for bad input."""
+    options = parse_options(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("lightning", "lightning.pytorch", "lightning.fabric", "curated_data.streaming"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)  # lines of every training
+    try:
+        run(options)
+    except CuratedDataError as error:
+        print(f"rank_architectures: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, with what --small changes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--a", help="folder of shards *train*.tar and *test*.tar (default: Fashion-MNIST)")
+    parser.add_argument("--b", help="(default: the other half of A's classes, or A's other selection)")
+    for side in SIDES:
+        parser.add_argument(f"--train-{side}", nargs="+", help="patterns of shards, instead of the folder")
+        parser.add_argument(f"--test-{side}", nargs="+", help="likewise")
+        parser.add_argument(f"--selection-{side}", help=".npy of the ids that train (default: all)")
+        parser.add_argument(f"--classes-{side}", type=int, nargs="+", help="labels that count (default: all)")
+        parser.add_argument(f"--name-{side}", help="for the figure's axis")
+        parser.add_argument(f"--n-test-{side}", type=int, help="test images behind known accuracies")
+    parser.add_argument(
+        "--architectures", nargs="+", help="torchvision's names; resnet18:16 has a width of 16"
+    )
+    parser.add_argument("--known", help="CSV or JSON of accuracies that stand in for trainings")
+    parser.add_argument("--seeds", type=int, nargs="+", help="(default: 0 1 2; with --small: 0)")
+    parser.add_argument("--steps", type=int, help="of each training (default: 3000; with --small: 300)")
+    parser.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=32, help="in pixels (default: %(default)s)")
+    parser.add_argument("--optimizer", default="sgd", choices=["sgd", "adamw"])
+    parser.add_argument("--learning-rate", type=float, default=0.02, help="peak (default: %(default)s)")
+    parser.add_argument("--weight-decay", type=float, default=5e-4, help="(default: %(default)s)")
+    parser.add_argument("--confidence", type=float, default=0.95, help="of intervals (default: %(default)s)")
+    parser.add_argument("--small", action="store_true", help="quick architectures, few steps, one seed")
+    parser.add_argument("--workers", type=int, default=1, help="loader processes (default: %(default)s)")
+    parser.add_argument("--cache-dir", default="runs/cache", help="(default: %(default)s)")
+    parser.add_argument("--out", default="runs/ranking", help="(default: %(default)s)")
+    options = parser.parse_args(arguments)
+    options.seeds = options.seeds or ([0] if options.small else [0, 1, 2])
+    options.steps = options.steps if options.steps is not None else (300 if options.small else 3000)
+    return options
+
+
+def run(options: argparse.Namespace) -> RankingResult:
+    """Accuracies of every architecture on both datasets, then the statistics, the table and the figure."""
+    budget = Budget(**{name: getattr(options, name) for name in Budget.__dataclass_fields__})
+    check_options(options)
+    known = read_known(Path(options.known)) if options.known else {side: {} for side in SIDES}
+    if options.architectures:
+        models = options.architectures
+    elif options.known:
+        models = list(dict.fromkeys(name for side in SIDES for name in known[side]))
+    else:
+        models = SMALL_FAMILIES if options.small else FAMILIES
+    if len(set(models)) < 3 or len(set(models)) < len(models):
+        raise ConfigError(f"a ranking needs three architectures or more, each once; got {', '.join(models)}")
+    untrained = [name for name in models if not all(known[side].get(name) for side in SIDES)]
+    for name in untrained:  # each is built once before hours of training
+        try:
+            build_classifier(name, 2, image_size=options.image_size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    cache = open_cache(options.cache_dir)
+    data = open_data(options, cache) if untrained else {}
+    accuracies = {side: {name: list(known[side].get(name, [])) for name in models} for side in SIDES}
+    fill(accuracies, data, budget, options, cache)
+    n_test = {
+        side: getattr(options, f"n_test_{side}") or (data[side].n_test if data else None) for side in SIDES
+    }
+    try:
+        result = ranking(accuracies["a"], accuracies["b"], n_test_a=n_test["a"], n_test_b=n_test["b"],
+                         confidence=options.confidence)  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    names = {
+        side: getattr(options, f"name_{side}") or (data[side].name if data else side.upper())
+        for side in SIDES
+    }
+    report(result, accuracies, names, Path(options.out))
+    return result
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise a ConfigError that names the first number that is out of range."""
+    for name, least in (("steps", 1), ("batch_size", 2), ("image_size", 1), ("workers", 0)):
+        if getattr(options, name) < least:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag}: expected at least {least}, got {getattr(options, name)}")
+    if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
+        raise ConfigError(f"--seeds: expected different numbers from 0, got {options.seeds}")
+
+
+def read_known(path: Path) -> Accuracies:
+    """Accuracies from a CSV or JSON file, see the recipe's head.
+
+    Raises:
+        ConfigError: an unreadable file, a column or side that is missing, a cell that is no number.
+    """
+    try:
+        if path.suffix == ".json":
+            content = json.loads(path.read_text())
+            return {side: {m: list(map(float, np.atleast_1d(v))) for m, v in content[side].items()}
+                    for side in SIDES}  # fmt: skip
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        known: Accuracies = {side: {} for side in SIDES}
+        for row in rows:
+            for side in SIDES:
+                runs = known[side].setdefault(row["model"], [])
+                if cell := (row[f"accuracy_{side}"] or "").strip():
+                    runs.append(float(cell))
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"--known {path}: {type(error).__name__}: {error}; expected a CSV with columns model, "
+            'accuracy_a, accuracy_b, or JSON {"a": {model: accuracy or list}, "b": {...}}'
+        ) from error
+    return known
+
+
+def open_data(options: argparse.Namespace, cache: Path) -> dict[str, Data]:
+    """Both datasets. Where B is not said it is A's images: the other selection, or the other half of the
+    classes.
+
+    Raises:
+        ConfigError: no labels, classes that are not there or not trained, a selection of another pool.
+        PoolError: shards that are not there.
+    """
+    patterns, names = {}, {}
+    for side in SIDES:
+        folder = getattr(options, side)
+        given = getattr(options, f"train_{side}"), getattr(options, f"test_{side}")
+        if any(given) and not all(given):
+            raise ConfigError(f"--train-{side} and --test-{side} go together; give both")
+        if any(given) and folder:
+            raise ConfigError(f"--{side} {folder}: given together with --train-{side}; drop either")
+        if any(given):
+            patterns[side], names[side] = given, Path(given[0][0]).name.split("-train")[0]
+        elif side == "b" and not folder:
+            patterns[side], names[side] = patterns["a"], names["a"]
+        else:
+            path = Path(folder) if folder else FASHION
+            found = tuple(sorted(map(str, path.glob(f"*{part}*.tar"))) for part in ("train", "test"))
+            if not all(found):
+                raise ConfigError(
+                    f"--{side} {path}: expected shards *train*.tar and *test*.tar in this folder; or give "
+                    f"--train-{side} and --test-{side}"
+                )
+            patterns[side], names[side] = found, path.name
+    choices = {side: getattr(options, f"classes_{side}") for side in SIDES}
+    selections = {side: getattr(options, f"selection_{side}") for side in SIDES}
+    if patterns["a"] == patterns["b"] and not any([*choices.values(), *selections.values()]):
+        pool = ShardPool(patterns["a"][0], cache_dir=cache)
+        labels = pool.labels(np.arange(len(pool)))
+        classes = np.unique(labels[labels >= 0])
+        half = (len(classes) + 1) // 2
+        if len(classes) >= 4:
+            choices = {"a": classes[:half].tolist(), "b": classes[half:].tolist()}
+    return {
+        side: open_dataset(side, names[side], patterns[side], choices[side], selections[side], cache)
+        for side in SIDES
+    }
+
+
+def open_dataset(
+    side: str,
+    name: str,
+    patterns: tuple[list[str], list[str]],
+    chosen: list[int] | None,
+    selection: str | None,
+    cache: Path,
+) -> Data:
+    """One dataset: its pools, the ids that train (those with a label that counts), its classes."""
+    train, test = (ShardPool(pattern, cache_dir=cache) for pattern in patterns)
+    labels, test_labels = (pool.labels(np.arange(len(pool))) for pool in (train, test))
+    for pool, found in ((train, labels), (test, test_labels)):
+        if not (found >= 0).any():
+            raise ConfigError(f"dataset {side}: {pool.urls[0]}: no sample has a label; each needs a .cls")
+    there = np.unique(labels[labels >= 0])
+    classes = there if chosen is None else np.unique(chosen)
+    for where, found in (("training", there), ("test", np.unique(test_labels))):
+        if missing := sorted(set(classes.tolist()) - set(found.tolist())):
+            raise ConfigError(f"dataset {side} ({name}): classes {missing} have no {where} sample")
+    if chosen is None and (
+        extra := sorted(set(test_labels[test_labels >= 0].tolist()) - set(there.tolist()))
+    ):
+        raise ConfigError(
+            f"dataset {side} ({name}): classes {extra} are tested but not trained; choose --classes-{side}"
+        )
+    if len(classes) < 2:
+        raise ConfigError(f"dataset {side} ({name}): needs two classes or more, found {classes.tolist()}")
+    ids = np.arange(len(train)) if selection is None else load_selection(side, selection, len(train))
+    kept = ids[np.isin(labels[ids], classes)]
+    if not len(kept):
+        raise ConfigError(f"--selection-{side} {selection}: none of its samples has a label that counts")
+    n_test = int(np.isin(test_labels, classes).sum())
+    if len(classes) < len(there):
+        name = f"{name} {','.join(map(str, classes))}"
+    if selection is not None:
+        name = f"{name} ({Path(selection).stem})"
+    log.info("dataset %s, %s: %d training images of %d, %d classes, %d test images", side, name, len(kept),
+             len(train), len(classes), n_test)  # fmt: skip
+    return Data(name, train, test, kept, classes, n_test)
+
+
+def load_selection(side: str, path: str, n_samples: int) -> np.ndarray:
+    """Ids from a .npy file, checked against the size of the pool."""
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"--selection-{side} {path}: not a readable .npy file ({error})") from error
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids):
+        raise ConfigError(f"--selection-{side} {path}: expected integer ids, found {ids.dtype} {ids.shape}")
+    if ids.min() < 0 or ids.max() >= n_samples:
+        raise ConfigError(
+            f"--selection-{side} {path}: ids {ids.min()}..{ids.max()}, but the pool has {n_samples} samples"
+        )
+    return ids.astype(np.int64)
+
+
+def fill(
+    accuracies: Accuracies,
+    data: Mapping[str, Data],
+    budget: Budget,
+    options: argparse.Namespace,
+    cache: Path,
+) -> None:
+    """Train wherever there is no accuracy; finished trainings are found in the cache.
+
+    Another run at work on a training has it locked: this one takes others first, then waits for it.
+    """
+    jobs = {}
+    for side, table in accuracies.items():
+        for spec in [name for name, runs in table.items() if not runs]:
+            for seed in options.seeds:
+                of = data[side]
+                key = fingerprint(
+                    train=of.train.fingerprint, test=of.test.fingerprint, ids=of.ids, classes=of.classes,
+                    architecture=spec, seed=seed, budget=asdict(budget), version=1,
+                )  # fmt: skip
+                jobs[side, spec, seed] = cache / "accuracies" / f"{key}.json"
+    found: dict[tuple[str, str, int], float] = {}
+    with progress("training", len(jobs)) as advance:
+        for wait in (False, True):
+            for job, path in jobs.items():
+                if job in found:
+                    continue
+                side, spec, seed = job
+                with locked(path, wait=wait) as held:
+                    if path.exists():
+                        found[job] = float(read_json(path)["accuracy"])
+                    elif held:
+                        found[job] = train(spec, data[side], seed, budget, options.workers)
+                        content = {"accuracy": found[job], "architecture": spec, "seed": seed}
+                        content |= {"dataset": data[side].name, "n_test": data[side].n_test}
+                        atomic_write_json(path, content | asdict(budget))
+                    else:
+                        continue
+                log.info("%s on %s, seed %d: accuracy %.3f", spec, data[side].name, seed, found[job])
+                advance(note=spec)
+    for side, spec, seed in jobs:  # in the order of the seeds, whoever trained them
+        accuracies[side][spec].append(found[side, spec, seed])
+
+
+def train(spec: str, data: Data, seed: int, budget: Budget, n_workers: int) -> float:
+    """One training; the accuracy on the test images of the dataset's classes."""
+    lightning.seed_everything(seed, verbose=False)
+    module = Supervised(
+        build_classifier(spec, len(data.classes), image_size=budget.image_size),
+        data.classes,
+        optimizer=budget.optimizer,
+        learning_rate=budget.learning_rate,
+        weight_decay=budget.weight_decay,
+    )
+    plain = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)]
+    size = [budget.image_size] * 2
+    augmentation = [v2.RandomCrop(size, padding=budget.image_size // 8), v2.RandomHorizontalFlip()]
+    stream = CuratedDataModule(
+        data.train,
+        selection=data.ids,
+        val_pool=data.test,
+        views=v2.Compose([v2.Resize(size), *augmentation, *plain]),
+        eval_transform=v2.Compose([v2.Resize(size), *plain]),
+        batch_size=min(budget.batch_size, len(data.ids)),
+        eval_batch_size=256,
+        num_workers=n_workers,
+        seed=seed,
+    )
+    settings = {"devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")  # advice about what is off on purpose
+        # Networks without normalisation diverge at rates that suit the others unless gradients are clipped.
+        lightning.Trainer(
+            max_epochs=-1,
+            max_steps=budget.steps,
+            gradient_clip_val=5.0,
+            limit_val_batches=0,
+            log_every_n_steps=1,
+            enable_model_summary=False,
+            **settings,
+        ).fit(module, stream)
+        if not torch.isfinite(module.loss):
+            log.warning("%s on %s, seed %d: diverged; lower --learning-rate", spec, data.name, seed)
+        lightning.Trainer(**settings).validate(module, stream, verbose=False)
+    return module.accuracy
+
+
+def report(result: RankingResult, accuracies: Accuracies, names: Mapping[str, str], out: Path) -> None:
+    """Print the table; write accuracies, statistics and figure, each file whole."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = f"A: {names['a']}; B: {names['b']}\n\n{result.table()}\n"
+    for swap in result.swaps:
+        verdict = "significant" if swap["significant"] else "within noise"
+        p_values = f"p {swap['p_a']:.2g} on A, {swap['p_b']:.2g} on B"
+        text += f"\n- {' and '.join(swap['models'])} swap: {verdict} ({p_values})"
+    Console(width=None if sys.stdout.isatty() else 140).print(Markdown(text))
+    for name, write in (
+        ("accuracies.csv", lambda path: write_accuracies(path, accuracies)),
+        ("ranking.csv", result.to_csv),
+        ("ranking.json", result.to_json),
+        ("table.md", lambda path: path.write_text(text + "\n")),
+        ("ranking.png", lambda path: result.plot(path, name_a=names["a"], name_b=names["b"])),
+    ):
+        with atomic_path(out / name) as temporary:
+            write(temporary)
+        print(out / name)
+
+
+def write_accuracies(path: Path, accuracies: Accuracies) -> None:
+    """One row for each model and seed, as --known takes it."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["model", "accuracy_a", "accuracy_b"])
+        for name, runs in accuracies["a"].items():
+            others = accuracies["b"][name]
+            for i in range(max(len(runs), len(others))):
+                writer.writerow([name, *(r[i] if i < len(r) else "" for r in (runs, others))])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
