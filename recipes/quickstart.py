@@ -67,13 +67,20 @@ class Data:
     image_size: int
     class_names: list[str] | None = None
     is_grey: bool = False
+    metric: str = "l2"
 
 
 def main() -> int:
     """Run the quickstart; returns the exit status."""
     options = parse_options()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("lightning", "lightning.pytorch", "lightning.fabric", "curated_data.streaming"):
+    for noisy in (
+        "lightning",
+        "lightning.pytorch",
+        "lightning.fabric",
+        "curated_data.streaming",
+        "curated_data.datamodule",
+    ):
         logging.getLogger(noisy).setLevel(logging.ERROR)  # lines of every epoch
     warnings.filterwarnings(
         "ignore", module="lightning"
@@ -93,7 +100,9 @@ def run(options: argparse.Namespace) -> None:
     cache = open_cache(out / "cache")
     data = choose_data(options)
     pool = ShardPool(data.pool, cache_dir=cache)
-    config = CurationConfig(target_size=data.target_size, seed=options.seed)
+    config = CurationConfig(
+        target_size=data.target_size, metric=options.metric or data.metric, seed=options.seed
+    )
     curation = curate(pool, config, embedder=options.embedder, cache_dir=cache)
     labels = pool.labels(np.arange(len(pool)))
 
@@ -135,6 +144,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--test", nargs="+", default=[], help="labelled shards to evaluate on, with --pool")
     parser.add_argument("--embedder", default="efficientnet_lite0:64", help="(default: %(default)s)")
     parser.add_argument("--target-size", type=int, help="samples to select (default: a fifth of the pool)")
+    parser.add_argument(
+        "--metric", choices=("l2", "cosine"), help="of the clustering (default: what suits the data)"
+    )
     parser.add_argument("--image-size", type=int, help="side of the views SimCLR trains on, in pixels")
     parser.add_argument("--backbone", default="resnet10", help="that SimCLR trains (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=30, help="of each training (default: %(default)s)")
@@ -166,9 +178,11 @@ def choose_data(options: argparse.Namespace) -> Data:
             raise CuratedDataError(
                 f"--data {options.data}: no *train*.tar in {folder}; give a folder of shards"
             )
+    is_grey = options.data == "fashion"
+    metric = "cosine" if is_grey else "l2"  # measured on both, see docs/how_it_works.md
     n_samples = len(ShardPool(train, cache_dir=open_cache(Path(options.out) / "cache")))
     target_size = options.target_size or n_samples // 5
-    return Data(train, test, target_size, options.image_size or size, classes, options.data == "fashion")
+    return Data(train, test, target_size, options.image_size or size, classes, is_grey, metric)
 
 
 def long_tailed_cifar(out: Path, ratio: float = 100.0) -> Path:
