@@ -146,21 +146,20 @@ def run(options: argparse.Namespace) -> RankingResult:
             raise ConfigError(str(error)) from error
 
     cache = open_cache(options.cache_dir)
-    data = open_data(options, cache) if untrained else {}
+    trained = [side for side in SIDES if not all(known[side].get(name) for name in models)]
+    data = open_data(options, trained, cache) if trained else {}
     accuracies = {side: {name: list(known[side].get(name, [])) for name in models} for side in SIDES}
     fill(accuracies, data, budget, options, cache)
-    n_test = {
-        side: getattr(options, f"n_test_{side}") or (data[side].n_test if data else None) for side in SIDES
-    }
+    n_test = {side: getattr(options, f"n_test_{side}") for side in SIDES}
+    names = {side: getattr(options, f"name_{side}") or side.upper() for side in SIDES}
+    for side, opened in data.items():
+        n_test[side] = n_test[side] or opened.n_test
+        names[side] = getattr(options, f"name_{side}") or opened.name
     try:
         result = ranking(accuracies["a"], accuracies["b"], n_test_a=n_test["a"], n_test_b=n_test["b"],
                          confidence=options.confidence)  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    names = {
-        side: getattr(options, f"name_{side}") or (data[side].name if data else side.upper())
-        for side in SIDES
-    }
     report(result, accuracies, names, Path(options.out))
     return result
 
@@ -202,9 +201,10 @@ def read_known(path: Path) -> Accuracies:
     return known
 
 
-def open_data(options: argparse.Namespace, cache: Path) -> dict[str, Data]:
-    """Both datasets. Where B is not said it is A's images: the other selection, or the other half of the
-    classes.
+def open_data(options: argparse.Namespace, sides: Sequence[str], cache: Path) -> dict[str, Data]:
+    """The datasets of the sides that are trained on.
+
+    Where B is not said it is A's images: the other selection, or the other half of the classes.
 
     Raises:
         ConfigError: no labels, classes that are not there or not trained, a selection of another pool.
@@ -242,7 +242,7 @@ def open_data(options: argparse.Namespace, cache: Path) -> dict[str, Data]:
             choices = {"a": classes[:half].tolist(), "b": classes[half:].tolist()}
     return {
         side: open_dataset(side, names[side], patterns[side], choices[side], selections[side], cache)
-        for side in SIDES
+        for side in sides
     }
 
 
@@ -275,8 +275,10 @@ def open_dataset(
         raise ConfigError(f"dataset {side} ({name}): needs two classes or more, found {classes.tolist()}")
     ids = np.arange(len(train)) if selection is None else load_selection(side, selection, len(train))
     kept = ids[np.isin(labels[ids], classes)]
-    if not len(kept):
-        raise ConfigError(f"--selection-{side} {selection}: none of its samples has a label that counts")
+    if len(kept) < 2:
+        raise ConfigError(
+            f"--selection-{side} {selection}: {len(kept)} of its samples have a label that counts"
+        )
     n_test = int(np.isin(test_labels, classes).sum())
     if len(classes) < len(there):
         name = f"{name} {','.join(map(str, classes))}"

@@ -1,4 +1,4 @@
-"""The ranking recipe: trains in miniature on two real sets, goes on where it stopped, takes known accuracies."""
+"""The ranking recipe: miniature trainings on two real sets, going on where it stopped, known accuracies."""
 
 import csv
 import json
@@ -122,7 +122,11 @@ def test_trains_each_on_each_reports_and_goes_on(halves, tmp_path, monkeypatch):
     )
     assert run(tmp_path / "fresh", *arguments, "--known", one_side) == 0
     assert len(calls) == 10, "B is known, A is not"
-    assert (tmp_path / "fresh" / "out" / "accuracies.csv").read_bytes() == first
+    fresh = tmp_path / "fresh" / "out"
+    assert (fresh / "accuracies.csv").read_bytes() == first
+    for model in json.loads((fresh / "ranking.json").read_text())["models"].values():
+        assert model["low_a"] < model["accuracy_a"]
+        assert model["low_b"] == model["accuracy_b"], "how many images are behind it is not known"
 
 
 def test_known_accuracies_give_scipys_statistics(known, tmp_path):
@@ -203,12 +207,12 @@ def test_same_images_in_halves_by_default_or_by_selection(fashion_train, tmp_pat
     np.save(tmp_path / "some.npy", np.arange(500))
     for arguments, n_classes in (([], 5), (["--selection-b", tmp_path / "some.npy"], 10)):
         options = rank_architectures.parse_options(list(map(str, arguments)))
-        data = rank_architectures.open_data(options, tmp_path)
+        data = rank_architectures.open_data(options, "ab", tmp_path)
         assert [len(data[side].classes) for side in "ab"] == [n_classes] * 2
         assert not arguments or np.array_equal(data["b"].ids, np.arange(500))
     labels = ShardPool(fashion_train).labels(np.arange(4196))
     options = rank_architectures.parse_options([])
-    data = rank_architectures.open_data(options, tmp_path)
+    data = rank_architectures.open_data(options, "ab", tmp_path)
     assert len(data["a"].ids) + len(data["b"].ids) == len(labels)
     assert not set(labels[data["a"].ids]) & set(labels[data["b"].ids])
 
@@ -233,11 +237,12 @@ def test_accuracy_is_that_of_the_classes_that_count():
 
 @pytest.mark.parametrize("name", ["alexnet", "resnet18", "densenet121", "efficientnet_b0", "convnext_tiny"])
 def test_small_images_keep_their_resolution(name, fashion_test):
-    """Each default family still has a map of more than one place where 224-pixel stems would leave one."""
+    """At 32 pixels each default family's last map has more than one place; 224-pixel stems leave one."""
     torch.manual_seed(0)
     pool = ShardPool(fashion_test)
     images = torch.stack([decode_image(s["png"]) for s in pool.read([0, 1], ["png"])]).float() / 255
-    net = build_classifier(name, 7, image_size=28).eval()
+    images = torch.nn.functional.pad(images, (2, 2, 2, 2))
+    net = build_classifier(name, 7, image_size=32).eval()
     sizes = []
     for module in net.modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -246,7 +251,5 @@ def test_small_images_keep_their_resolution(name, fashion_test):
         logits = net(images)
     assert logits.shape == (2, 7)
     assert torch.isfinite(logits).all()
-    assert sizes[0] >= 14
-    assert max(sizes) >= 14
-    squeezes = name == "efficientnet_b0"  # its squeeze-and-excitation layers are convolutions of one place
-    assert squeezes or min(sizes) >= 2
+    assert sizes[0] >= 16
+    assert sizes[-1] >= 2
