@@ -9,7 +9,7 @@ and their means over a coarse grid, every figure standardised over a sample of t
 outweighs another. That knows brightness, colour, contrast and layout, no objects: where a network trained on
 such bands exists, give `curate` that network with its own `preprocess` instead.
 
-Time: about 2,000 arrays of 13 x 64 x 64 a second and CPU core, reading excluded.
+Time: about 300 arrays of 13 x 64 x 64 a second and CPU core.
 """
 
 import argparse
