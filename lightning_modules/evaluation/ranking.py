@@ -60,7 +60,7 @@ class RankingResult(Result):
         return (
             f"{super().table()}\n\nSpearman {self.spearman:.3f} (p {self.spearman_p:.2g}), Kendall "
             f"{self.kendall:.3f} "
-            f"(p {self.kendall_p:.2g}); b = {self.fit.slope:.3f} a + {self.fit.intercept:.3f}, "
+            f"(p {self.kendall_p:.2g}); b = {self.fit.slope:.3f} a {self.fit.intercept:+.3f}, "
             f"R² {self.fit.r_squared:.3f}; relative improvements: slope {self.improvement_fit.slope:.3f}, "
             f"R² {self.improvement_fit.r_squared:.3f}; {len(self.swaps)} pairs swap, {significant} "
             f"significantly"
@@ -85,6 +85,7 @@ class RankingResult(Result):
                          max(m["accuracy_a"] for m in self.models.values())])  # fmt: skip
         if np.isfinite(self.fit.slope):
             label = f"slope {self.fit.slope:.2f}, R² {self.fit.r_squared:.2f}"
+            axes.margins(0.15)  # room for the names
             axes.plot(ends, self.fit.slope * ends + self.fit.intercept, color="grey", label=label)
             axes.legend(loc="upper left")
         axes.set_xlabel(f"accuracy on {name_a}")
