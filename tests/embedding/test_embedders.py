@@ -135,6 +135,18 @@ def test_missing_downloads_name_the_file_and_its_place(monkeypatch, tmp_path):
     assert "torchvision:resnet18@FILE" in str(caught.value)
 
 
+def test_an_unreachable_hub_names_the_repository_and_the_folder(monkeypatch, tmp_path):
+    def unreachable(repository, *_args, **_kwargs):
+        raise RuntimeError(f"no internet connection, and {repository} is not in the cache")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "load", unreachable)
+    for spec, repository in (("dinov2_vits14", "facebookresearch/dinov2"), ("me/mine:net", "me/mine")):
+        with pytest.raises(EmbedderError) as caught:
+            resolve_embedder(f"hub:{spec}")
+        assert f"a checkout of {repository} and its weights below {tmp_path}" in str(caught.value)
+
+
 def test_files_of_code_or_of_another_network_are_refused(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "pickle.pth")
     with pytest.raises(EmbedderError, match="code in it is never run"):
