@@ -1,9 +1,10 @@
 """Depth by a linear layer on patch tokens: 256 bins, a scale-invariant loss; RMSE, AbsRel, delta < 1.25."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from lightning_modules.evaluation.dense import (
     upsampled,
 )
 from lightning_modules.evaluation.inputs import Array
-from lightning_modules.evaluation.result import Result
+from lightning_modules.evaluation.result import PER_SAMPLE, Result
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class DepthResult(Result):
         delta_1: share of pixels with max(prediction / depth, depth / prediction) < 1.25.
         n_images: images counted; n_without: images without a valid pixel, left out.
         n_invalid: pixels of the test set left out: not finite, or outside of the valid range.
+        scores: (n, 3) RMSE, AbsRel and delta < 1.25 of each of this rank's test images, NaN for those left
+            out.
     """
 
     rmse: float
@@ -39,6 +42,7 @@ class DepthResult(Result):
     n_images: int
     n_without: int
     n_invalid: int
+    scores: np.ndarray = field(default=None, repr=False, compare=False, metadata=PER_SAMPLE)
 
     def rows(self) -> list[dict[str, Any]]:
         return [{"RMSE": self.rmse, "AbsRel": self.absolute_relative, "delta < 1.25": self.delta_1}]
@@ -139,6 +143,7 @@ def _tested(
     sums = torch.zeros(
         6, dtype=torch.float64, device=device
     )  # three scores, images, images without, invalid pixels
+    each = np.full((len(test), 3), np.nan)
     with torch.no_grad():
         for i, map_ in enumerate(each_map(test)):
             truth = torch.as_tensor(map_).to(device, torch.float32)
@@ -148,11 +153,13 @@ def _tested(
                 sums[4] += 1
                 continue
             prediction = predict(test.token_map(i, device), tuple(truth.shape))
-            sums[:3] += depth_scores(prediction[valid], truth[valid])
+            scores = depth_scores(prediction[valid], truth[valid])
+            each[i] = scores.cpu().numpy()
+            sums[:3] += scores
             sums[3] += 1
     sums = all_reduce(sums).cpu()
     rmse, relative, delta = (sums[:3] / sums[3]).tolist()
-    return DepthResult(rmse, relative, delta, int(sums[3]), int(sums[4]), int(sums[5]))
+    return DepthResult(rmse, relative, delta, int(sums[3]), int(sums[4]), int(sums[5]), each)
 
 
 def _valid(depth_map: Tensor, min_depth: float, max_depth: float) -> Tensor:

@@ -4,6 +4,8 @@ Under `torch.distributed` every rank gives its own share of each set, of any len
 joined in rank order, and every rank gets the result of the joined set.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ def checked_features(name: str, features: Array, device: str | torch.device = "c
     Raises:
         ValueError: another shape, or rows that are not finite, which are named.
     """
-    features = torch.as_tensor(features)
+    features = as_tensor(features)
     if features.ndim != 2 or features.shape[1] == 0:
         raise ValueError(f"{name}: expected features (n, d), got {tuple(features.shape)}")
     features = features.to(device, torch.float32)
@@ -27,6 +29,26 @@ def checked_features(name: str, features: Array, device: str | torch.device = "c
     if not bool(finite.all()):
         rows = (~finite).nonzero().flatten().tolist()
         raise ValueError(f"{name}: {len(rows)} rows of features are not finite, the first at {rows[:5]}")
+    return features
+
+
+def as_tensor(array: Any) -> Tensor:
+    """A tensor of an array, a copy only where the array is read-only, as a memory map."""
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
+        array = np.array(array)
+    return torch.as_tensor(array)
+
+
+def checked_bank(name: str, features: Any) -> Any:
+    """Features (n, d) as they are, to be read by slice: an array, a tensor, a memory map, or a store on disk.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if not hasattr(features, "shape"):
+        features = torch.as_tensor(features)
+    if len(features.shape) != 2 or features.shape[1] == 0:
+        raise ValueError(f"{name}: expected features (n, d), got {tuple(features.shape)}")
     return features
 
 

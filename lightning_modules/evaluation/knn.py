@@ -1,16 +1,24 @@
 """Weighted k-nearest-neighbour classification of frozen features: cosine, votes exp(similarity / 0.07)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.distributed import all_gather_rows, all_reduce, rank, world_size
-from lightning_modules.evaluation.inputs import Array, checked_features, checked_labels
-from lightning_modules.evaluation.result import Result
+from lightning_modules.evaluation.inputs import (
+    Array,
+    checked_bank,
+    checked_features,
+    checked_labels,
+    joined_max,
+)
+from lightning_modules.evaluation.nearest import RowSource, top_rows
+from lightning_modules.evaluation.result import PER_SAMPLE, Result
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,7 @@ class KNNResult(Result):
         class_accuracy: mean over the classes of the test set of their accuracies: each class counts alike.
         per_class: for each k, the accuracy of each label of the test set.
         n_train, n_test: samples used.
+        correct: for each k, whether each of this rank's test samples is right, bool.
     """
 
     accuracy: dict[int, float]
@@ -29,6 +38,7 @@ class KNNResult(Result):
     per_class: dict[int, dict[int, float]]
     n_train: int
     n_test: int
+    correct: dict[int, np.ndarray] = field(default=None, repr=False, compare=False, metadata=PER_SAMPLE)
 
     @property
     def best(self) -> float:
@@ -43,7 +53,7 @@ class KNNResult(Result):
 
 
 def knn(
-    train_features: Array,
+    train_features: Array | RowSource,
     train_labels: Array,
     test_features: Array,
     test_labels: Array,
@@ -51,7 +61,7 @@ def knn(
     k: int | Sequence[int] = (10, 20, 100, 200),
     temperature: float | None = 0.07,
     metric: str = "cosine",
-    block_size: int = 1024,
+    block_size: int = 8192,
     device: str | torch.device = "cpu",
 ) -> KNNResult:
     """Classify test features by the labels of their nearest train features.
@@ -61,12 +71,14 @@ def knn(
     bank stays sharded, queries travel, and all ranks get the result of the joined sets.
 
     Args:
-        train_features: (n, d), any float type; train_labels: (n,) integers >= 0.
+        train_features: (n, d), any float type, in memory or on disk: a memory map or a store that gives rows
+            by slice is read tile by tile, never as a whole; train_labels: (n,) integers >= 0.
         test_features: (m, d); test_labels: (m,).
         k: numbers of neighbours.
         temperature: None gives every neighbour one vote.
         metric: "cosine", or "euclidean" (then every neighbour has one vote, `temperature` does not apply).
-        block_size: test features compared at once; memory is block_size x n.
+        block_size: test features of each rank that are compared at once; the bank is read once for each such
+            block.
         device: where to compare.
 
     Raises:
@@ -74,11 +86,11 @@ def knn(
             set.
     """
     ks = [k] if isinstance(k, int) else sorted(set(k))
-    bank = checked_features("train", train_features, device)
-    bank_labels = checked_labels("train", train_labels, len(bank), device)
+    bank = checked_bank("train", train_features)
+    bank_labels = checked_labels("train", train_labels, bank.shape[0], device)
     queries = checked_features("test", test_features, device)
     query_labels = checked_labels("test", test_labels, len(queries), device)
-    counts = all_reduce(torch.tensor([len(bank), len(queries)], device=device)).tolist()
+    counts = all_reduce(torch.tensor([len(bank_labels), len(queries)], device=device)).tolist()
     if bank.shape[1] != queries.shape[1]:
         raise ValueError(f"train features have {bank.shape[1]} dimensions, test features {queries.shape[1]}")
     if not counts[0] or not counts[1]:
@@ -90,11 +102,12 @@ def knn(
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature must be positive or None, got {temperature}")
     if metric == "cosine":
-        bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+        queries = F.normalize(queries, dim=1)
     else:
         temperature = None
 
-    n_classes = 1 + int(torch.cat([all_gather_rows(bank_labels), all_gather_rows(query_labels)]).max())
+    n_classes = 1 + max(joined_max(bank_labels), joined_max(query_labels))
+    hits: dict[int, list[Tensor]] = {n: [] for n in ks}
     right = torch.zeros(len(ks), n_classes, dtype=torch.int64, device=device)
     longest = int(all_gather_rows(torch.tensor([len(queries)], device=device)).max())
     for start in range(0, longest, block_size):  # as many on every rank: each block is a collective
@@ -104,8 +117,8 @@ def knn(
         weights = ((similarity - 1) / temperature).exp() if temperature else torch.ones_like(similarity)
         truth = query_labels[start : start + block_size]
         for i, n in enumerate(ks):
-            votes = weights.new_zeros(len(block), n_classes).scatter_add_(1, labels[:, :n], weights[:, :n])
-            hit = votes.argmax(1) == truth
+            hit = _voted(labels[:, :n], weights[:, :n], n_classes) == truth
+            hits[n].append(hit)
             right[i] += torch.bincount(truth[hit], minlength=n_classes)
     right = all_reduce(right).cpu()
     total = all_reduce(torch.bincount(query_labels, minlength=n_classes)).cpu()
@@ -117,17 +130,23 @@ def knn(
         per_class={n: dict(zip(present.tolist(), shares[i].tolist())) for i, n in enumerate(ks)},
         n_train=counts[0],
         n_test=counts[1],
+        correct={n: torch.cat(found).cpu().numpy() for n, found in hits.items()},
     )
 
 
-def _nearest(block: Tensor, bank: Tensor, bank_labels: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
+def _voted(labels: Tensor, weights: Tensor, n_classes: int, size: int = 1024) -> Tensor:
+    """The class with the largest sum of weights in each row of labels (m, k): (m,)."""
+    chosen = [labels.new_empty(0)]
+    for voters, w in zip(labels.split(size), weights.split(size)):
+        chosen.append(w.new_zeros(len(w), n_classes).scatter_add_(1, voters, w).argmax(1))
+    return torch.cat(chosen)
+
+
+def _nearest(
+    block: Tensor, bank: RowSource, bank_labels: Tensor, k: int, metric: str
+) -> tuple[Tensor, Tensor]:
     """Similarities and labels (b, k) of this rank's block's nearest in all ranks' banks, nearest first."""
-    asked = all_gather_rows(block)
-    if metric == "cosine":
-        similarity = asked @ bank.T
-    else:
-        similarity = -torch.cdist(asked, bank, compute_mode="donot_use_mm_for_euclid_dist")
-    values, rows = similarity.topk(min(k, len(bank)), dim=1)
+    values, rows = top_rows(all_gather_rows(block), bank, k, metric=metric, name="train")
     labels = bank_labels[rows]
     if world_size() == 1:
         return values, labels

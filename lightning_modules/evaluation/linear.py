@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import Tensor
 
-from lightning_modules.distributed import all_gather_rows, all_reduce
+from lightning_modules.distributed import all_gather_rows, all_reduce, world_size
 from lightning_modules.evaluation.inputs import (
     Array,
     checked_features,
@@ -26,7 +27,7 @@ from lightning_modules.evaluation.inputs import (
     n_joined,
 )
 from lightning_modules.evaluation.longtail import GROUPS, frequency_groups, mean_known, per_class
-from lightning_modules.evaluation.result import Result
+from lightning_modules.evaluation.result import PER_SAMPLE, Result
 from lightning_modules.schedules import cosine
 
 PROTOCOLS = ("sgd", "logistic", "few_shot")
@@ -86,6 +87,8 @@ class LinearResult(Result):
             few-shot heads have deviations over the draws, too.
         grid: held-out accuracy of every head, by "protocol/features/setting".
         n_train, n_test, n_classes: of the joined sets; classes of train.
+        correct: for each head, whether each of this rank's test samples is right (few shots: in what share of
+            the draws), float64.
     """
 
     heads: list[dict[str, Any]]
@@ -94,6 +97,7 @@ class LinearResult(Result):
     n_test: int
     n_classes: int
     settings: LinearSettings = field(default_factory=LinearSettings)
+    correct: list[np.ndarray] = field(default=None, repr=False, compare=False, metadata=PER_SAMPLE)
 
     @property
     def accuracy(self) -> float:
@@ -170,19 +174,19 @@ def linear(
         raise ValueError("train has one class only: there is nothing to tell apart")
     held_out = _held_out_rows(y, n, settings)
 
-    heads, grid = [], {}
+    heads, grid, correct = [], {}, []
     for protocol in settings.protocols:
         if protocol == "few_shot":
-            heads += _few_shot(train, y, test, truth, n, n_classes, settings, train_counts)
+            rows, hits = _few_shot(train, y, test, truth, n, n_classes, settings, train_counts)
+            heads += rows
+            correct += hits
             continue
         fit = _train_grid if protocol == "sgd" else _logistic_path
+        candidates = fit(train, y, (~held_out).nonzero().flatten(), n_classes, settings)
         scores: dict[tuple[str, float], float] = {}
-        candidates: dict[tuple[str, float], Head] = {}
-        for name, x in train.items():
-            for setting, head in fit(x[~held_out], y[~held_out], n_classes, settings).items():
-                right = (head(x[held_out]).argmax(1) == y[held_out]).sum()
-                scores[name, setting] = int(all_reduce(right)) / n_joined(y[held_out])
-                candidates[name, setting] = head
+        for (name, setting), head in candidates.items():
+            right = (head(train[name][held_out]).argmax(1) == y[held_out]).sum()
+            scores[name, setting] = int(all_reduce(right)) / n_joined(y[held_out])
         grid |= {f"{protocol}/{name}/{setting:g}": score for (name, setting), score in scores.items()}
         name, setting = max(scores, key=scores.__getitem__)
         head = candidates[name, setting]
@@ -191,8 +195,10 @@ def linear(
                 train[name], y, n_classes, inverse_penalty=setting, max_iter=settings.max_iter
             )
         row = {"protocol": protocol, "features": name, "setting": setting, "held_out": scores[name, setting]}
-        heads.append(row | _test_scores(head(test[name]).argmax(1), truth, train_counts))
-    return LinearResult(heads, grid, n, m, present, settings)
+        hit = head(test[name]).argmax(1) == truth
+        heads.append(row | _test_scores(hit, truth, train_counts))
+        correct.append(hit.double().cpu().numpy())
+    return LinearResult(heads, grid, n, m, present, settings, correct)
 
 
 def fit_logistic(
@@ -239,43 +245,61 @@ def fit_logistic(
     return Head(w[:d], w[d])
 
 
-def _logistic_path(x: Tensor, y: Tensor, n_classes: int, settings: LinearSettings) -> dict[float, Head]:
-    """Heads for each C, in rising order, each starting at the last."""
-    heads: dict[float, Head] = {}
-    head = None
-    for c in sorted(settings.inverse_penalties):
-        head = fit_logistic(x, y, n_classes, inverse_penalty=c, max_iter=settings.max_iter, start=head)
-        heads[float(c)] = head
+def _logistic_path(
+    train: Mapping[str, Tensor], y: Tensor, rows: Tensor, n_classes: int, settings: LinearSettings
+) -> dict[tuple[str, float], Head]:
+    """Heads for each kind of features and each C, in rising order of C, each starting at the last."""
+    heads: dict[tuple[str, float], Head] = {}
+    for name, x in train.items():
+        chosen, head = x[rows], None
+        for c in sorted(settings.inverse_penalties):
+            head = fit_logistic(
+                chosen, y[rows], n_classes, inverse_penalty=c, max_iter=settings.max_iter, start=head
+            )
+            heads[name, float(c)] = head
     return heads
 
 
-def _train_grid(x: Tensor, y: Tensor, n_classes: int, settings: LinearSettings) -> dict[float, Head]:
-    """A head for each learning rate, all in one pass: their weights lie side by side in one matrix."""
-    rates = torch.tensor(settings.learning_rates, device=x.device) * settings.batch_size / 256
-    n_heads, (n_own, d) = len(rates), x.shape
-    n, first = n_joined(y), first_row(y)
+def _train_grid(
+    train: Mapping[str, Tensor], y: Tensor, kept: Tensor, n_classes: int, settings: LinearSettings
+) -> dict[tuple[str, float], Head]:
+    """A head for each kind of features and each learning rate, all in one pass over the batches.
+
+    Heads that share features lie side by side in one matrix: a step is two products and an update of the
+    whole.
+    """
+    rates = torch.tensor(settings.learning_rates, device=y.device) * settings.batch_size / 256
+    n_heads, n_own, device = len(rates), len(kept), y.device
+    n, first = n_joined(kept), first_row(kept)
     size = min(settings.batch_size, n)
-    parameters = torch.zeros(d + 1, n_heads * n_classes, device=x.device)
-    velocity = torch.zeros_like(parameters)
+    parameters = {
+        name: torch.zeros(x.shape[1] + 1, n_heads * n_classes, device=device) for name, x in train.items()
+    }
+    velocities = {name: torch.zeros_like(weight) for name, weight in parameters.items()}
     column_rates = rates.repeat_interleave(n_classes)
-    x = torch.cat([x, x.new_ones(n_own, 1)], 1)
     next_batch = batches_of(n, size, settings.seed)
     for step in range(settings.n_iter):
         rows = next_batch() - first
-        rows = rows[(rows >= 0) & (rows < n_own)].to(x.device)
-        features, labels = x[rows], y[rows]
-        p = (features @ parameters).view(len(rows), n_heads, n_classes).softmax(2)
-        p.scatter_add_(
-            2, labels[:, None, None].expand(-1, n_heads, 1), p.new_full((len(rows), n_heads, 1), -1)
-        )
-        gradient = all_reduce(features.T @ p.flatten(1)) / size
-        velocity.mul_(settings.momentum).add_(gradient)
-        parameters -= velocity * (column_rates * cosine(step, total=settings.n_iter, start=1.0, final=0.0))
-    parameters = parameters.view(d + 1, n_heads, n_classes)
-    return {
-        rate: Head(parameters[:d, i].contiguous(), parameters[d, i].contiguous())
-        for i, rate in enumerate(settings.learning_rates)
-    }
+        rows = kept[rows[(rows >= 0) & (rows < n_own)].to(device)]
+        answer = y[rows].repeat_interleave(n_heads)[:, None]
+        factor = cosine(step, total=settings.n_iter, start=1.0, final=0.0)
+        for name, x in train.items():
+            features = F.pad(x[rows], (0, 1), value=1.0)  # the bias is the last row of the weights
+            weight, velocity = parameters[name], velocities[name]
+            p = (features @ weight).view(-1, n_classes).softmax(1)
+            p.scatter_add_(1, answer, p.new_full((len(p), 1), -1))
+            p = p.view(len(rows), n_heads * n_classes)
+            if world_size() == 1:  # the product adds itself to the velocity, no gradient is written
+                velocity.addmm_(features.T, p, beta=settings.momentum, alpha=1 / size)
+            else:
+                velocity.mul_(settings.momentum).add_(all_reduce(features.T @ p), alpha=1 / size)
+            weight.addcmul_(velocity, column_rates, value=-factor)
+    heads = {}
+    for name, weight in parameters.items():
+        split = weight.view(-1, n_heads, n_classes)
+        for i, rate in enumerate(settings.learning_rates):
+            heads[name, rate] = Head(split[:-1, i].contiguous(), split[-1, i].contiguous())
+    return heads
 
 
 def _few_shot(
@@ -287,13 +311,17 @@ def _few_shot(
     n_classes: int,
     settings: LinearSettings,
     train_counts: Array | None,
-) -> list[dict[str, Any]]:
-    """Logistic regression on n labels a class; a class with fewer gives all that it has."""
+) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """Logistic regression on n labels a class; a class with fewer gives all that it has.
+
+    Returns:
+        A row for each kind of features and number of shots, and as many arrays of hits, means over the draws.
+    """
     labels, first = all_gather_rows(y).cpu(), first_row(y)
-    rows = []
+    rows, correct = [], []
     for name, x in train.items():
         for shots in settings.shots:
-            scores = []
+            scores, hits = [], []
             for draw in range(settings.n_draws):
                 generator = torch.Generator().manual_seed(settings.seed + 1000 * shots + draw)
                 order = torch.randperm(n, generator=generator)
@@ -305,7 +333,8 @@ def _few_shot(
                 head = fit_logistic(
                     x[own], y[own], n_classes, inverse_penalty=penalty, max_iter=settings.max_iter
                 )
-                scores.append(_test_scores(head(test[name]).argmax(1), truth, train_counts))
+                hits.append(head(test[name]).argmax(1) == truth)
+                scores.append(_test_scores(hits[-1], truth, train_counts))
             row: dict[str, Any] = {"protocol": f"{shots}-shot", "features": name}
             row |= {key: float(np.mean([s[key] for s in scores])) for key in scores[0]}
             row |= {
@@ -313,12 +342,13 @@ def _few_shot(
                 for key in ("accuracy", "class_average")
             }
             rows.append(row)
-    return rows
+            correct.append(torch.stack(hits).double().mean(0).cpu().numpy())
+    return rows, correct
 
 
-def _test_scores(predictions: Tensor, truth: Tensor, train_counts: Array | None) -> dict[str, float]:
+def _test_scores(hit: Tensor, truth: Tensor, train_counts: Array | None) -> dict[str, float]:
     n_classes = joined_max(truth) + 1
-    pairs = count_pairs(truth, (predictions == truth).long(), n_classes, 2).numpy()
+    pairs = count_pairs(truth, hit.long(), n_classes, 2).numpy()
     accuracy = per_class(pairs[:, 1], pairs.sum(1))
     scores = {
         "accuracy": float(pairs[:, 1].sum() / pairs.sum()),

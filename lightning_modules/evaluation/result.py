@@ -4,12 +4,15 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+# Of a field with values for each of this rank's test samples: for comparisons, and left out of files.
+PER_SAMPLE = {"per_sample": True}
 
 
 class Result:
@@ -31,8 +34,14 @@ class Result:
         return self.table()
 
     def to_json(self, path: str | Path) -> None:
-        """Write all fields as JSON; what is not a number (an undefined metric) becomes null."""
-        Path(path).write_text(json.dumps(_plain(asdict(self)), indent=2) + "\n")
+        """Write all fields but those by sample as JSON; what is not a number (an undefined metric) becomes
+        null.
+        """
+        content = asdict(self)  # type: ignore[call-overload]
+        for each in fields(self):  # type: ignore[arg-type]
+            if each.metadata.get("per_sample"):
+                del content[each.name]
+        Path(path).write_text(json.dumps(_plain(content), indent=2) + "\n")
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table's rows with all their digits."""

@@ -1,7 +1,7 @@
 """Retrieval by cosine: of images of the same instance (revisited Oxford and Paris), or of the same label."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_modules.distributed import all_gather_rows, all_reduce, rank, world_size
 from lightning_modules.evaluation.inputs import Array, checked_features, checked_labels, first_row, n_joined
-from lightning_modules.evaluation.result import Result
+from lightning_modules.evaluation.result import PER_SAMPLE, Result
 
 DIFFICULTIES = {  # which lists are right, and which are passed over
     "easy": (("easy",), ("junk", "hard")),
@@ -30,11 +30,15 @@ class RetrievalResult(Result):
             difficulty: "map" (the trapezoid rule of the Oxford protocol) and "precision@k".
         n_queries: queries counted in each row.
         n_without: queries that have nothing right to find, left out of each row.
+        average_precision: for each row, that of each of this rank's queries, NaN where it is left out.
     """
 
     scores: dict[str, dict[str, float]]
     n_queries: dict[str, int]
     n_without: dict[str, int]
+    average_precision: dict[str, np.ndarray] = field(
+        default=None, repr=False, compare=False, metadata=PER_SAMPLE
+    )
 
     def rows(self) -> list[dict[str, Any]]:
         return [{"": name, **values, "queries": self.n_queries[name]} for name, values in self.scores.items()]
@@ -109,6 +113,7 @@ def _by_label(
     first = first_row(queries)
     ranks = torch.arange(1, ks[-1] + 1, device=queries.device, dtype=torch.float64)
     sums = torch.zeros(len(ks), 3, dtype=torch.float64, device=queries.device)
+    each = torch.full((len(ks), len(queries)), torch.nan, dtype=torch.float64, device=queries.device)
     longest = int(all_gather_rows(torch.tensor([len(queries)], device=queries.device)).max())
     for start in range(
         0, longest, block_size
@@ -123,6 +128,7 @@ def _by_label(
         for i, cut in enumerate(ks):
             found = right[:, :cut].sum(1)
             average = (precision * right)[:, :cut].sum(1) / found.clamp_min(1)
+            each[i, start : start + block_size][counted] = average
             sums[i] += torch.stack([average.sum(), (found / possible).sum(), (found > 0).double().sum()])
     total = int(all_reduce((n_right > 0).sum()))
     if total == 0:
@@ -134,6 +140,7 @@ def _by_label(
         scores={name: dict(zip(("map", "recall", "hit_rate"), mean)) for name, mean in zip(names, means)},
         n_queries=dict.fromkeys(names, total),
         n_without=dict.fromkeys(names, without),
+        average_precision=dict(zip(names, each.cpu().numpy())),
     )
 
 
@@ -184,13 +191,15 @@ def _by_ground_truth(
     if len(ground_truth) != len(queries):
         raise ValueError(f"{len(queries)} queries, but ground truth for {len(ground_truth)}")
     sums = torch.zeros(len(DIFFICULTIES), 2 + len(ks), dtype=torch.float64)  # queries, AP, precisions
+    each = np.full((len(DIFFICULTIES), len(queries)), np.nan)
     for start in range(0, len(queries), block_size):
         order = (
             (queries[start : start + block_size] @ gallery.T)
             .sort(dim=1, descending=True, stable=True)
             .indices
         )
-        for ranking, truth in zip(order.cpu().numpy(), ground_truth[start : start + block_size]):
+        for place, ranking in enumerate(order.cpu().numpy(), start):
+            truth = ground_truth[place]
             lists = {name: _places(truth, name, len(gallery)) for name in ("easy", "hard", "junk")}
             for i, (right, junk) in enumerate(DIFFICULTIES.values()):
                 positives = np.concatenate([lists[name] for name in right])
@@ -200,9 +209,8 @@ def _by_ground_truth(
                 kept = ranking[~np.isin(ranking, passed)]
                 hits = np.flatnonzero(np.isin(kept, positives))
                 precisions = [np.mean(hits < cut) * len(hits) / min(cut, hits[-1] + 1) for cut in ks]
-                sums[i] += torch.tensor(
-                    [1.0, trapezoid_average_precision(hits), *precisions], dtype=torch.float64
-                )
+                each[i, place] = trapezoid_average_precision(hits)
+                sums[i] += torch.tensor([1.0, each[i, place], *precisions], dtype=torch.float64)
     sums = all_reduce(sums.to(queries.device)).cpu()
     n = n_joined(queries)
     counts = sums[:, 0].long().tolist()
@@ -214,6 +222,7 @@ def _by_ground_truth(
         scores={name: dict(zip(columns, row)) for name, row in zip(DIFFICULTIES, means.tolist())},
         n_queries=dict(zip(DIFFICULTIES, counts)),
         n_without={name: n - count for name, count in zip(DIFFICULTIES, counts)},
+        average_precision=dict(zip(DIFFICULTIES, each)),
     )
 
 

@@ -1,7 +1,7 @@
 """A head trained once on a base set, tested on shifted sets that hold some of its classes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from lightning_modules.evaluation.inputs import (
     n_joined,
 )
 from lightning_modules.evaluation.linear import fit_logistic
-from lightning_modules.evaluation.result import Result
+from lightning_modules.evaluation.result import PER_SAMPLE, Result
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,12 @@ class RobustnessResult(Result):
             n_left_out (samples without a right answer), and n_classes (base classes among which the head
             chose). "base" is the base set's held-out part.
         inverse_penalty: C of the head.
+        correct: for each set 1.0 or 0.0 for each of this rank's samples, NaN where it has no right answer.
     """
 
     sets: dict[str, dict[str, float]]
     inverse_penalty: float
+    correct: dict[str, np.ndarray] = field(default=None, repr=False, compare=False, metadata=PER_SAMPLE)
 
     def rows(self) -> list[dict[str, Any]]:
         return [{"set": name, **values} for name, values in self.sets.items()]
@@ -65,6 +67,7 @@ def robustness(
     *,
     inverse_penalties: Sequence[float] = tuple(10.0 ** np.arange(-4, 4)),
     held_out: float = 0.1,
+    top: int = 1,
     max_iter: int = 1000,
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -79,6 +82,7 @@ def robustness(
         shifted: the sets by name.
         inverse_penalties: values of C to choose from.
         held_out: share of the base set for that choice, and for the "base" row.
+        top: a sample is right if a right class is among so many best ones (5 for DollarStreet).
         max_iter: of L-BFGS.
         seed: of the held-out part.
         device: where to train.
@@ -92,8 +96,8 @@ def robustness(
     y = checked_labels("train", train_labels, len(x), device)
     if not shifted:
         raise ValueError("no shifted sets")
-    if not 0 < held_out < 1 or not inverse_penalties:
-        raise ValueError(f"bad settings: {held_out=}, {inverse_penalties=}")
+    if not 0 < held_out < 1 or not inverse_penalties or top < 1:
+        raise ValueError(f"bad settings: {held_out=}, {inverse_penalties=}, {top=}")
     n, n_classes = n_joined(y), joined_max(y) + 1
     if n < 2 or int((all_reduce(torch.bincount(y, minlength=n_classes)) > 0).sum()) < 2:
         raise ValueError("the base set has one class only, or no samples")
@@ -111,13 +115,14 @@ def robustness(
         scores.append(int(all_reduce((head(x[out]).argmax(1) == y[out]).sum())))
     best = int(np.argmax(scores))
     head = heads[best]
-    base = _scores(
-        head(x[out]), y[out, None], y[out], torch.ones(n_classes, dtype=torch.bool, device=x.device)
-    )
-    results = {"base": base}
-    for name, (features, right, own, allowed) in prepared.items():
-        results[name] = _scores(head(features), right, own, allowed)
-    return RobustnessResult(results, float(sorted(inverse_penalties)[best]))
+    every = torch.ones(n_classes, dtype=torch.bool, device=x.device)
+    results, correct = {}, {}
+    for name, (features, right, own, allowed) in {
+        "base": (x[out], y[out, None], y[out], every),
+        **prepared,
+    }.items():
+        results[name], correct[name] = _scores(head(features), right, own, allowed, top)
+    return RobustnessResult(results, float(sorted(inverse_penalties)[best]), correct)
 
 
 def _prepared(
@@ -156,22 +161,26 @@ def _prepared(
     return features, right, own, allowed
 
 
-def _scores(logits: Tensor, right: Tensor, own: Tensor | None, allowed: Tensor) -> dict[str, float]:
-    predicted = logits.masked_fill(~allowed, -torch.inf).argmax(1)
+def _scores(
+    logits: Tensor, right: Tensor, own: Tensor | None, allowed: Tensor, top: int
+) -> tuple[dict[str, float], np.ndarray]:
+    """The figures of a set over all ranks, and which of this rank's samples are right."""
+    best = logits.masked_fill(~allowed, -torch.inf).topk(min(top, int(allowed.sum())), dim=1).indices
     known = (right >= 0).any(1)
-    hit = (right == predicted[:, None]).any(1)[known].long()
+    hits = (right[:, :, None] == best[:, None, :]).flatten(1).any(1)
+    hit = hits[known].long()
     total = n_joined(hit)
     class_average = float("nan")
     if own is not None and total:
         labels = all_gather_rows(own[known])
-        hits = all_gather_rows(hit)
         count = torch.bincount(labels)
-        shares = torch.bincount(labels, weights=hits.double()) / count
+        shares = torch.bincount(labels, weights=all_gather_rows(hit).double()) / count
         class_average = float(shares[count > 0].mean())
-    return {
+    figures = {
         "accuracy": int(all_reduce(hit.sum())) / total if total else float("nan"),
         "class_average": class_average,
         "n": total,
         "n_left_out": n_joined(known) - total,
         "n_classes": int(allowed.sum()),
     }
+    return figures, torch.where(known, hits.double(), torch.nan).cpu().numpy()

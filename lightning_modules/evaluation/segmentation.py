@@ -1,6 +1,6 @@
 """Semantic segmentation by a linear layer on patch tokens, upsampled: mean intersection over union."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from lightning_modules.evaluation.dense import (
     upsampled,
 )
 from lightning_modules.evaluation.inputs import Array
-from lightning_modules.evaluation.result import Result
+from lightning_modules.evaluation.result import PER_SAMPLE, Result
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class SegmentationResult(Result):
         class_accuracy: mean over the classes of the test set.
         iou: of each such class.
         n_ignored: pixels with the ignored label in the test set.
+        counts: (n, 3, C) int64: in each of this rank's test images, pixels of each class that are right, that
+            have the class, and that are predicted to. `mean_iou` of their sum over images is `miou`.
     """
 
     miou: float
@@ -39,6 +41,7 @@ class SegmentationResult(Result):
     class_accuracy: float
     iou: dict[int, float]
     n_ignored: int
+    counts: np.ndarray = field(default=None, repr=False, compare=False, metadata=PER_SAMPLE)
 
     def rows(self) -> list[dict[str, Any]]:
         return [
@@ -94,15 +97,29 @@ def segmentation(
     layer = train_layer(train, n_classes, loss_of, settings or DenseSettings(), device)
     confusion = torch.zeros(n_classes * n_classes, dtype=torch.int64, device=device)
     n_ignored = torch.zeros(1, dtype=torch.int64, device=device)
+    counts = np.zeros((len(test), 3, n_classes), np.int64)
     with torch.no_grad():
         for i in range(len(test)):
             mask = torch.as_tensor(test.maps[i]).to(device, torch.int64)
             predicted = upsampled(layer(test.token_map(i, device)), tuple(mask.shape)).argmax(0)
             known = mask != ignore_label
-            confusion += torch.bincount(mask[known] * n_classes + predicted[known], minlength=n_classes**2)
+            own = torch.bincount(mask[known] * n_classes + predicted[known], minlength=n_classes**2)
+            confusion += own
+            own = own.reshape(n_classes, n_classes)
+            counts[i] = torch.stack([own.diagonal(), own.sum(1), own.sum(0)]).cpu().numpy()
             n_ignored += (~known).sum()
     table = all_reduce(confusion).cpu().numpy().reshape(n_classes, n_classes)
-    return segmentation_scores(table, int(all_reduce(n_ignored)))
+    return replace(segmentation_scores(table, int(all_reduce(n_ignored))), counts=counts)
+
+
+def mean_iou(counts: np.ndarray) -> np.ndarray:
+    """Mean intersection over union of counts (..., 3, C) as `SegmentationResult` has them, over the classes
+    that occur or are predicted.
+    """
+    right, true, predicted = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
+    union = true + predicted - right
+    iou = np.divide(right, union, out=np.full(union.shape, np.nan), where=union > 0)
+    return np.nanmean(iou, axis=-1)
 
 
 def segmentation_scores(confusion: np.ndarray, n_ignored: int = 0) -> SegmentationResult:

@@ -1,0 +1,84 @@
+"""The exact search of a bank against faiss, from memory and from disk, on one and on two processes."""
+
+import faiss
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_modules.evaluation import nearest
+from lightning_modules.evaluation.knn import knn
+from tests.lightning_modules.ranks import on_two_ranks
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    monkeypatch.setattr(nearest, "_QUERIES", 7)
+    monkeypatch.setattr(nearest, "_TILE", 64)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1000, 1), (1000, 17), (1000, 100), (50, 80), (64, 64), (129, 5)])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_top_rows_are_those_of_faiss(n, k, metric):
+    generator = torch.Generator().manual_seed(n + k)
+    bank, queries = (torch.randn(count, 24, generator=generator) for count in (n, 30))
+    # Rising similarity is the worst order for a search that keeps what is above the k-th so far.
+    bank = bank[(F.normalize(bank, dim=1) @ queries[0]).argsort()]
+    kind = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
+    if metric == "cosine":
+        queries = F.normalize(queries, dim=1)
+    stored = F.normalize(bank, dim=1) if metric == "cosine" else bank
+    want, rows = faiss.knn(queries.numpy(), stored.numpy(), min(k, n), metric=kind)
+    found, found_rows = nearest.top_rows(queries, bank, k, metric=metric)
+    want = want if metric == "cosine" else -np.sqrt(want)
+    np.testing.assert_allclose(found.numpy(), want, atol=2e-5)
+    assert (found_rows.numpy() == rows).mean() > 0.999
+
+
+def test_equal_rows_are_all_found():
+    bank = torch.eye(4).repeat(100, 1)
+    values, rows = nearest.top_rows(torch.eye(4), bank, 100)
+    assert (values == 1).all()
+    for i in range(4):
+        assert sorted(rows[i].tolist()) == list(range(i, 400, 4))
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("bank") / "bank.npy"
+    labels = rng.integers(0, 6, 700)
+    rows = rng.normal(size=(6, 16))[labels] + rng.normal(size=(700, 16))
+    np.save(path, rows.astype(np.float16))
+    return path, labels
+
+
+def _share(rank, path, labels, spoilt):
+    """k-NN of a bank that is a memory map, of which a rank has a part; rank None is the only process."""
+    bank = np.load(path, mmap_mode="r")
+    mine = {0: slice(100, 250), 1: slice(250, 700), None: slice(100, 700)}[rank]
+    tested = {0: slice(0, 70), 1: slice(70, 100), None: slice(0, 100)}[rank]
+    if spoilt and rank == 1:
+        bank = np.array(bank)
+        bank[300] = np.nan
+    try:
+        found = knn(bank[mine], labels[mine], bank[tested], labels[tested], k=(1, 20), block_size=32)
+    except ValueError as error:
+        return str(error)
+    return [found.accuracy, found.correct[20]]
+
+
+def test_a_bank_on_disk_in_shares(on_disk):
+    path, labels = on_disk
+    whole, bank = _share(None, path, labels, False), np.load(path)
+    in_memory = knn(bank[100:], labels[100:], bank[:100], labels[:100], k=(1, 20))
+    assert whole[0] == in_memory.accuracy
+    ranks = on_two_ranks(_share, path, labels, False)
+    for accuracy, _ in ranks:
+        assert accuracy == pytest.approx(whole[0])
+    np.testing.assert_array_equal(np.concatenate([correct for _, correct in ranks]), in_memory.correct[20])
+
+
+def test_rows_that_are_not_finite_end_it_on_every_rank(on_disk):
+    for message in on_two_ranks(_share, *on_disk, True):
+        assert "rows of features are not finite" in message
