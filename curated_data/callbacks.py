@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -14,11 +15,14 @@ import torch.distributed as dist
 from torch import nn
 
 from curated_data.cache import open_cache
+from curated_data.clustering.tree import EXCLUDED
 from curated_data.datamodule import CuratedDataModule
 from curated_data.distributed import all_reduce, is_distributed, rank
 from curated_data.embedding import Embedder, resolve_embedder
+from curated_data.embedding.sharded import unsharded
 from curated_data.errors import ConfigError
-from curated_data.pipeline import Curation, curate
+from curated_data.pipeline import Curation, check_levels, curate
+from curated_data.recuration import levels_of_share, recurate
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +33,11 @@ class RecurationCallback(pl.Callback):
     The stream goes on with the new selection at the next epoch, in the same process, on all ranks. The tree
     is seeded afresh: warm starts harm the method. Every rank takes its share of the embedding; training waits
     meanwhile. A run that is killed during or after a re-curation resumes to the same selection and sample.
+
+    With `share` below 1 only so many of the samples, drawn anew each time, are embedded with the model; the
+    rest follow their clusters of the first curation, whose features cover the pool (see `recurate`).
+
+    Under FSDP each rank embeds with a whole copy of the module, for which it needs room.
 
     Logged each time, as `recuration/…`: `jaccard` with the last selection, `new` (share of samples that were
     not in it), `perplexity` of the lowest clusters in the pool, `selected_perplexity`, `size`, `minutes`.
@@ -41,6 +50,7 @@ class RecurationCallback(pl.Callback):
         patience: see `monitor`.
         start_epoch: not before this epoch has ended, counted from 0.
         most: re-curate at most so often.
+        share: of the samples that are embedded again, in (0, 1].
         embedder: what to embed with, from the module in training; None takes the module's `embed` and
             `eval_transform`, which for methods with an EMA teacher embed with the teacher.
         on_failure: "keep" the old selection and say so, or "stop" the run with the error.
@@ -62,6 +72,7 @@ class RecurationCallback(pl.Callback):
         patience: int = 3,
         start_epoch: int = 0,
         most: int | None = None,
+        share: float = 1.0,
         embedder: Callable[[pl.LightningModule], str | nn.Module | Embedder] | None = None,
         on_failure: Literal["keep", "stop"] = "stop",
         keep_artifacts: bool = False,
@@ -89,7 +100,10 @@ class RecurationCallback(pl.Callback):
                 )
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.monitor, self.mode, self.patience = monitor, mode, patience
+        if not 0 < share <= 1:
+            raise ConfigError(f"RecurationCallback.share: expected more than 0 and at most 1, got {share}")
         self.start_epoch, self.most = start_epoch, most
+        self.share = share
         self.embedder = embedder
         self.on_failure = on_failure
         self.keep_artifacts = keep_artifacts
@@ -106,6 +120,10 @@ class RecurationCallback(pl.Callback):
         data = _datamodule(trainer)
         if data.curation_config is None:
             raise ConfigError("RecurationCallback: the CuratedDataModule has no `curation`; give it one")
+        if self.share < 1 and data.base_curation is not None:
+            levels = levels_of_share(data.curation_config.levels, data.base_curation, self.share)
+            n_usable = int((data.base_curation.tree.parent[1] != EXCLUDED).sum())
+            check_levels(levels, math.ceil(self.share * n_usable))
         if self.embedder is None:
             missing = [name for name in ("embed", "eval_transform") if not hasattr(pl_module, name)]
             if missing:
@@ -221,15 +239,17 @@ class RecurationCallback(pl.Callback):
         curation: Curation | None = None
         try:
             _agree_on_buffers(pl_module)
-            embedder = resolve_embedder(self.embedder(pl_module) if self.embedder else pl_module)
-            curation = curate(
-                data.pool,
-                config,
-                embedder=embedder,
-                cache_dir=data.cache_dir,
-                device=trainer.strategy.root_device,
-                decoders=data.decoders,
-            )
+            module = unsharded(pl_module, trainer.model)
+            settings = {
+                "embedder": resolve_embedder(self.embedder(module) if self.embedder else module),
+                "cache_dir": data.cache_dir,
+                "device": trainer.strategy.root_device,
+                "decoders": data.decoders,
+            }
+            if self.share == 1:
+                curation = curate(data.pool, config, **settings)
+            else:
+                curation = recurate(data.pool, config, base=data.base_curation, share=self.share, **settings)
         except Exception as error:  # whatever went wrong, on_failure says what becomes of the run
             failure = error
         # All ranks keep the old selection, or none.
@@ -246,8 +266,13 @@ class RecurationCallback(pl.Callback):
 
     def _drop_earlier(self, data: CuratedDataModule, curation: Curation) -> None:
         root = open_cache(data.cache_dir)
-        named = ("embeddings", "near_duplicates", "tree")
-        new = [str(curation.folders[name].relative_to(root)) for name in named if name in curation.folders]
+        named = ("embeddings", "fresh_embeddings", "near_duplicates", "tree")
+        first = set(data.base_curation.folders.values())  # others go on from it
+        new = [
+            str(folder.relative_to(root))
+            for name, folder in curation.folders.items()
+            if name in named and folder not in first
+        ]
         if rank() == 0:
             for name in set(self._artifacts) - set(new):
                 shutil.rmtree(root / name, ignore_errors=True)

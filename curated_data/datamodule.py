@@ -82,6 +82,7 @@ class CuratedDataModule(pl.LightningDataModule):
 
     Attributes:
         curation: what `curate` returned; None before `setup`, and without a curation.
+        base_curation: the first one, by `embedder`; a re-curation replaces `curation` alone.
         selection: (n,) int64 ids that the next epoch streams; None before `setup`, and where that is the
             whole pool.
         statistics: what this process streamed, skipped and read for training.
@@ -144,6 +145,7 @@ class CuratedDataModule(pl.LightningDataModule):
         self.prefetch_factor = prefetch_factor
         self.worker_timeout = worker_timeout
         self.curation: Curation | None = None
+        self.base_curation: Curation | None = None
         self.statistics = StreamStatistics(max_skipped)
         self._given_selection = selection
         self._check_arguments()
@@ -253,6 +255,7 @@ class CuratedDataModule(pl.LightningDataModule):
                 device="auto" if self.trainer is None else self.trainer.strategy.root_device,
                 decoders=self.decoders,
             )
+            self.base_curation = self.curation
             self._stream.start_with(self.curation.ids)
         elif self._given_selection is not None:
             ids = _load_ids(self._given_selection)

@@ -34,7 +34,7 @@ from curated_data.selection.sampling import flat_sample, hierarchical_sample
 
 log = logging.getLogger(__name__)
 
-VERSIONS = {"near_duplicates": 1, "tree": 1, "selection": 1}
+VERSIONS = {"near_duplicates": 1, "tree": 2, "selection": 1}
 """Raised when a stage computes something else from the same inputs: its older artifacts are then stale."""
 
 
@@ -97,7 +97,7 @@ def curate(
     with _timed(seconds, "index"):
         n_samples = len(pool)
     log.info("pool: %d samples in %d shards", n_samples, len(pool.urls))
-    _check_levels(config.levels, n_samples)
+    check_levels(config.levels, n_samples)
 
     with _timed(seconds, "embed"):
         embedder = resolve_embedder(embedder)
@@ -124,10 +124,10 @@ def curate(
             f"{first['key']!r}: {first['reason']}"
         )
     config = dataclasses.replace(config, levels=config.levels or choose_levels(n_valid))
-    _check_levels(config.levels, n_valid)
+    check_levels(config.levels, n_valid)
 
     with _timed(seconds, "cluster"):
-        folders["tree"], cached["tree"] = _tree(root, pool, store, valid, config, origin, device)
+        folders["tree"], cached["tree"] = build_tree(root, pool, store, valid, config, origin, device)
         tree = ClusterTree.load(folders["tree"] / "tree")
     with _timed(seconds, "sample"):
         folders["selection"], cached["selection"] = select(root, tree, config, folders["tree"].name)
@@ -195,7 +195,7 @@ def _near_duplicates(
     return build_once(root / "near_duplicates" / name, build)
 
 
-def _tree(
+def build_tree(
     root: Path,
     pool: ShardPool,
     store: EmbeddingStore,
@@ -203,13 +203,18 @@ def _tree(
     config: CurationConfig,
     origin: dict[str, str],
     device: str | torch.device,
+    complete: Callable[[ClusterTree], ClusterTree] | None = None,
 ) -> tuple[Path, bool]:
-    """The cluster tree's folder. In a process group all ranks build it together."""
-    names = ("resample", "metric", "init", "n_init", "n_iter", "tol", "seed")
-    settings: dict[str, Any] = {name: getattr(config, name) for name in names}
-    levels = [dataclasses.asdict(level) for level in config.levels or ()]
-    name = fingerprint(origin=origin, settings=settings, levels=levels, version=VERSIONS["tree"])
-    folder = root / "tree" / name
+    """The cluster tree's folder. In a process group all ranks build it together.
+
+    Args:
+        complete: from the tree over the store's rows to one over the pool, where these are not the same;
+            called on rank zero.
+    """
+    settings = tree_settings(config)
+    levels = settings.pop("levels")
+    folder = root / "tree" / tree_name(config, origin)
+    name = folder.name
     checkpoint = root / "checkpoints" / f"tree-{name}"
 
     def cluster() -> ClusterTree:
@@ -226,12 +231,27 @@ def _tree(
     def build(temporary: Path | None) -> None:
         tree = cluster()
         if temporary is not None:
+            tree = tree if complete is None else complete(tree)
             publish_tree(temporary, tree, pool, {"inputs": origin, "settings": settings | {"levels": levels}})
 
     _, cached = build_together(folder, build)
     if rank() == 0:
         shutil.rmtree(checkpoint, ignore_errors=True)
     return folder, cached
+
+
+def tree_settings(config: CurationConfig) -> dict[str, Any]:
+    """The settings that determine a tree, as plain values."""
+    names = ("resample", "metric", "init", "n_init", "n_iter", "tol", "seed")
+    levels = [dataclasses.asdict(level) for level in config.levels or ()]
+    return {name: getattr(config, name) for name in names} | {"levels": levels}
+
+
+def tree_name(config: CurationConfig, origin: dict[str, str]) -> str:
+    """The name of a tree's folder, by its settings and by what it is built over."""
+    settings = tree_settings(config)
+    levels = settings.pop("levels")
+    return fingerprint(origin=origin, settings=settings, levels=levels, version=VERSIONS["tree"])
 
 
 def publish_tree(folder: Path, tree: ClusterTree, pool: ShardPool, manifest: dict[str, Any]) -> None:
@@ -267,7 +287,7 @@ def select(root: Path, tree: ClusterTree, config: CurationConfig, tree_name: str
     return build_once(root / "selection" / name, build)
 
 
-def _check_levels(levels: list[Level] | None, n_samples: int) -> None:
+def check_levels(levels: list[Level] | None, n_samples: int) -> None:
     """Refuse before anything long starts what the clustering would refuse after it."""
     asked = levels[0].n_clusters * levels[0].n_splits if levels else 0
     if asked > n_samples:

@@ -4,6 +4,7 @@ ranks.
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import lightning
@@ -149,6 +150,35 @@ def test_two_ranks_agree_with_each_other(write_pool, tmp_path):
         assert len(joined) == len(set(joined)) == 32
         selections.add(tuple(sorted(joined)))
     assert len(selections) == 3
+
+
+def test_a_share_embeds_no_more_and_repeats_itself(write_pool, tmp_path, monkeypatch):
+    """A third of the samples go through the model; runs, stops and the first curation's marks hold."""
+    shards = write_pool(SIZES, bad={(0, 3): b"no image"})
+    counted = []
+    original = TinyModule.embed
+
+    def embed(self, images):
+        counted.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(TinyModule, "embed", embed)
+    runs = []
+    for name in ("a", "b"):
+        callback = RecurationCallback(every_n_epochs=1, share=0.34)
+        _, data = fit(shards, tmp_path / name, tmp_path / f"r{name}", epochs=3, callbacks=[callback])
+        runs.append(seen(tmp_path / f"r{name}"))
+    assert runs[0] == runs[1]
+    epochs = by_epoch(runs[0])
+    assert all(len(ids) == len(set(ids)) == 32 and 3 not in ids for ids in epochs.values())
+    assert len({tuple(sorted(ids)) for ids in epochs.values()}) == 3
+    n_fresh = math.ceil(0.34 * 63)
+    assert sum(counted) == 2 * 2 * n_fresh  # two runs, two re-curations each
+    assert data.curation.report["fresh"] == n_fresh
+    assert data.curation.embeddings is data.base_curation.embeddings
+    # The first curation's rows and tree stay; of the shares', the last one's.
+    assert len(list((tmp_path / "b" / "embeddings").iterdir())) == 2
+    assert data.base_curation.folders["tree"].exists()
 
 
 class Unreadable:

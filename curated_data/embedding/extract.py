@@ -42,6 +42,7 @@ def embed_pool(
     device: str | torch.device = "auto",
     precision: str = "auto",
     decoders: Decoders | None = None,
+    ids: np.ndarray | None = None,
 ) -> EmbeddingStore:
     """Embed what the cache does not hold yet, and open the store.
 
@@ -59,6 +60,8 @@ def embed_pool(
         device: where the embedder runs; "auto" takes the current CUDA device, else the CPU.
         precision: "32", or "bf16" for autocast; "auto" takes bf16 where a CUDA device has it.
         decoders: by extension, see `decode_sample`.
+        ids: (m,) int64, ascending and each once: embed these samples alone. The store then has a row for each
+            of them, in their order, and is kept apart from that of the whole pool.
 
     Raises:
         EmbedderError: the embedder fails on good input or gives another shape than (B, dimension).
@@ -68,16 +71,10 @@ def embed_pool(
     use_bf16 = precision == "bf16" or (
         precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     )
-    name = fingerprint(
-        embedder=embedder.fingerprint,
-        dtype=dtype,
-        precision=precision,
-        decoders=sorted(decoders or ()),
-        version=VERSION,
-    )
+    name = embeddings_name(embedder, dtype=dtype, precision=precision, decoders=decoders, ids=ids)
     folder = Path(cache_root) / "embeddings" / name
     shards = pool.shard_fingerprints
-    ranges = pool.shard_ranges()
+    ranges = pool.shard_ranges() if ids is None else np.searchsorted(ids, pool.shard_ranges())
     missing = [number for number, shard in enumerate(shards) if not is_embedded(folder, shard)]
     if missing:
         if isinstance(embedder, torch.nn.Module):
@@ -85,7 +82,7 @@ def embed_pool(
         samples = int(sum(ranges[number + 1] - ranges[number] for number in missing))
         started = time.monotonic()
         with progress(f"embedding ({device.type})", samples, "images") as advance:
-            loader = _Loader(pool, embedder, batch_size, num_workers, decoders, device)
+            loader = _Loader(pool, embedder, batch_size, num_workers, decoders, device, ranges, ids)
             done = 0
             # Ranks begin at different places so that they do not queue for the same locks; a second, waiting
             # pass takes what another process gave up on.
@@ -98,7 +95,7 @@ def embed_pool(
         seconds = time.monotonic() - started
         if done:
             log.info("embedded %d samples at %.0f samples/s with %s", done, done / seconds, _name(embedder))
-    store = EmbeddingStore(folder, shards, embedder.dimension, dtype)
+    store = EmbeddingStore(folder, shards, embedder.dimension, dtype, ids=ids)
     failures = store.failures
     if failures:
         first = failures[0]
@@ -110,8 +107,34 @@ def embed_pool(
     return store
 
 
+def embeddings_name(
+    embedder: Embedder,
+    *,
+    dtype: str,
+    precision: str,
+    decoders: Decoders | None = None,
+    ids: np.ndarray | None = None,
+    **_: Any,
+) -> str:
+    """The name of the folder that `embed_pool` keeps its rows in, by what determines them."""
+    subset = {} if ids is None else {"ids": ids}
+    return fingerprint(
+        embedder=embedder.fingerprint,
+        dtype=dtype,
+        precision=precision,
+        decoders=sorted(decoders or ()),
+        version=VERSION,
+        **subset,
+    )
+
+
 class _Loader:
-    """What turns claimed shards into preprocessed batches, in workers."""
+    """What turns claimed shards into preprocessed batches, in workers.
+
+    Args:
+        ranges: (shards + 1,) the rows of each shard in the store.
+        ids: the sample of each row; None: row and sample are the same number.
+    """
 
     def __init__(
         self,
@@ -121,20 +144,21 @@ class _Loader:
         num_workers: int,
         decoders: Decoders | None,
         device: torch.device,
+        ranges: np.ndarray,
+        ids: np.ndarray | None,
     ):
         self.pool, self.embedder, self.batch_size, self.num_workers = pool, embedder, batch_size, num_workers
-        self.device = device
+        self.device, self.ranges, self.ids = device, ranges, ids
         self.dataset = _Preprocessed(pool, embedder.preprocess, decoders)
 
     def batches(self, claims: Iterator[int]) -> Iterator[tuple[np.ndarray, Tensor | None, list[str]]]:
-        """(ids, inputs of the good ones or None, reason for each id: empty where good), shards in the order
+        """(rows, inputs of the good ones or None, reason for each row: empty where good), shards in the order
         claimed.
         """
-        ranges = self.pool.shard_ranges()
         cuts = (
-            np.arange(start, min(start + self.batch_size, ranges[shard + 1]))
+            self._cut(start, min(start + self.batch_size, int(self.ranges[shard + 1])))
             for shard in claims
-            for start in range(int(ranges[shard]), int(ranges[shard + 1]), self.batch_size)
+            for start in range(int(self.ranges[shard]), int(self.ranges[shard + 1]), self.batch_size)
         )
         loader = DataLoader(
             self.dataset,
@@ -146,24 +170,33 @@ class _Loader:
         )
         yield from loader
 
+    def samples(self, rows: np.ndarray) -> np.ndarray:
+        """The ids of the samples that stand in these rows of the store."""
+        return rows if self.ids is None else self.ids[rows]
+
+    def _cut(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.arange(start, stop)
+        return rows, self.samples(rows)
+
 
 class _Once:
     """An iterator as a sampler."""
 
-    def __init__(self, items: Iterator[np.ndarray]):
+    def __init__(self, items: Iterator[tuple[np.ndarray, np.ndarray]]):
         self.items = items
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         return self.items
 
 
 class _Preprocessed(Dataset):
-    """Indexed by an array of ids, gives their preprocessed inputs stacked."""
+    """Indexed by rows and their samples' ids, gives the rows and the preprocessed inputs stacked."""
 
     def __init__(self, pool: ShardPool, preprocess: Callable[[Any], Tensor], decoders: Decoders | None):
         self.pool, self.preprocess, self.decoders = pool, preprocess, decoders
 
-    def __getitem__(self, ids: np.ndarray) -> tuple[np.ndarray, Tensor | None, list[str]]:
+    def __getitem__(self, cut: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, Tensor | None, list[str]]:
+        rows, ids = cut
         inputs, reasons = [], []
         for sample in self.pool.read(ids):
             try:
@@ -184,7 +217,7 @@ class _Preprocessed(Dataset):
             raise EmbedderError(
                 f"preprocess gave inputs of different shapes, as {sorted(shapes)[:2]}: it must fix the size"
             )
-        return ids, torch.stack(inputs) if inputs else None, reasons
+        return rows, torch.stack(inputs) if inputs else None, reasons
 
 
 def _unchanged(batch: Any) -> Any:
@@ -202,7 +235,7 @@ def _embed_shards(
     advance: Callable[..., None],
 ) -> int:
     """Embed those of the shards that are missing and can be claimed; returns how many samples that were."""
-    pool, shards, ranges = loader.pool, loader.pool.shard_fingerprints, loader.pool.shard_ranges()
+    pool, shards, ranges = loader.pool, loader.pool.shard_fingerprints, loader.ranges
     locks: dict[int, ExitStack] = {}
     done = 0
 
@@ -227,17 +260,17 @@ def _embed_shards(
     try:
         rows: np.ndarray | None = None
         failures: list[dict[str, Any]] = []
-        for ids, inputs, reasons in loader.batches(
+        for batch, inputs, reasons in loader.batches(
             _with_empty(claims(), ranges, loader.embedder.dimension, dtype, finish)
         ):
-            number = int(np.searchsorted(ranges, ids[0], side="right") - 1)
+            number = int(np.searchsorted(ranges, batch[0], side="right") - 1)
             if rows is None:
                 rows = np.zeros((ranges[number + 1] - ranges[number], loader.embedder.dimension), dtype)
-            place = ids - ranges[number]
+            place = batch - ranges[number]
             values, reasons = _embed(loader, inputs, reasons, dtype, use_bf16)
             rows[place] = values
             failed = [position for position, reason in enumerate(reasons) if reason]
-            for position, key in zip(failed, pool.keys(ids[failed]), strict=True):
+            for position, key in zip(failed, pool.keys(loader.samples(batch[failed])), strict=True):
                 failures.append(
                     {
                         "place": int(place[position]),
@@ -246,9 +279,9 @@ def _embed_shards(
                         "reason": reasons[position],
                     }
                 )
-            done += len(ids)
-            advance(len(ids))
-            if ids[-1] == ranges[number + 1] - 1:
+            done += len(batch)
+            advance(len(batch))
+            if batch[-1] == ranges[number + 1] - 1:
                 finish(number, rows, failures)
                 rows, failures = None, []
     finally:

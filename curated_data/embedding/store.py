@@ -26,13 +26,24 @@ class EmbeddingStore:
         shard_fingerprints: of the pool's shards, in pool order.
         dimension: length of an embedding.
         dtype: of the stored values.
+        ids: (m,) the sample in each row, ascending, where the store holds some of the pool alone; None: the
+            rows are the pool's samples. Rows are asked for by their number either way.
 
     Raises:
         CacheError: a file of a shard is missing, or is not what its name says.
     """
 
-    def __init__(self, folder: Path, shard_fingerprints: Sequence[str], dimension: int, dtype: str):
+    def __init__(
+        self,
+        folder: Path,
+        shard_fingerprints: Sequence[str],
+        dimension: int,
+        dtype: str,
+        *,
+        ids: np.ndarray | None = None,
+    ):
         self.folder = Path(folder)
+        self.ids = ids
         self.shard_fingerprints = list(shard_fingerprints)
         self.dtype = np.dtype(dtype)
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -67,7 +78,7 @@ class EmbeddingStore:
         """What was left out: `id`, `shard`, `key` and `reason` of each sample, in pool order."""
         return [
             {
-                "id": int(start) + failure["place"],
+                "id": self._sample(int(start) + failure["place"]),
                 **{name: failure[name] for name in ("shard", "key", "reason")},
             }
             for start, details in zip(self._starts[:-1], self._details, strict=True)
@@ -119,6 +130,9 @@ class EmbeddingStore:
         for start, block in self.blocks():
             out[start : start + len(block)] = block
         return out
+
+    def _sample(self, row: int) -> int:
+        return row if self.ids is None else int(self.ids[row])
 
     def _map(self, number: int) -> np.ndarray:
         """A shard's rows. The maps used last stay open, a few only: each holds a file handle."""

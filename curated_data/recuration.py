@@ -1,0 +1,219 @@
+"""Curate again with new features of a share of the pool; the rest is assigned from old features.
+
+The tree is built over the share, whose samples are the only ones embedded anew. Every other sample follows
+its old cluster: it goes where most of the share's samples of that cluster went. By measurement this serves a
+selection as well as each sample's exact nearest neighbour within the share, in the old features, and unlike
+it reads no embedding (`docs/how_it_works.md`): a pass over a few arrays, at any size of pool.
+"""
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from curated_data.cache import open_cache
+from curated_data.clustering.hierarchy import Level, choose_levels
+from curated_data.clustering.tree import EXCLUDED, ClusterTree
+from curated_data.config import CurationConfig
+from curated_data.embedding import Embedder, embed_pool, resolve_embedder
+from curated_data.embedding.extract import Decoders
+from curated_data.errors import ConfigError, PoolError
+from curated_data.pipeline import Curation, build_tree, check_levels, report_of, select
+from curated_data.pool import ShardPool
+
+log = logging.getLogger(__name__)
+
+_ROWS_A_CLUSTER = 4
+"""Fresh samples a derived lowest cluster should have at least."""
+
+
+def recurate(
+    pool: ShardPool,
+    config: CurationConfig,
+    *,
+    base: Curation,
+    share: float,
+    embedder: str | nn.Module | Callable[[Tensor], Tensor] | Embedder,
+    cache_dir: str | Path,
+    device: str | torch.device = "auto",
+    decoders: Decoders | None = None,
+) -> Curation:
+    """Select anew by an embedder that sees a share of the pool; every rank calls it and returns the same.
+
+    What `base` left out (failures, near-duplicates) stays out. The share is drawn evenly from the rest, by
+    `config.seed`. Level 1 clusters fewer rows than the pool has, so its `sample_size` shrinks with the share;
+    derived levels are those of the whole pool, with at least four fresh samples to a cluster of level 1.
+
+    Args:
+        pool: the pool of `base`.
+        config: as of `curate`; near-duplicates are not looked for again.
+        base: an earlier curation of the whole pool, whose clusters place what is not embedded.
+        share: of the samples that are embedded, in (0, 1].
+        embedder, cache_dir, device, decoders: as of `curate`.
+
+    Returns:
+        A curation whose `embeddings` are still those of `base`, since they cover the pool. The new ones lie
+        in `folders["fresh_embeddings"]`; the report says how many there are (`fresh`).
+
+    Raises:
+        ConfigError: a share outside (0, 1], or more clusters than the share has samples.
+        PoolError: none of the share could be embedded, or a shard cannot be read.
+        EmbedderError: the embedder does not fit the pool.
+    """
+    started = time.monotonic()
+    root = open_cache(cache_dir)
+    pool = pool.with_cache(root)
+    fresh = draw_share(base.tree.parent[1] != EXCLUDED, share, config.seed)
+    config = dataclasses.replace(config, levels=levels_of_share(config.levels, base, share))
+    check_levels(config.levels, len(fresh))
+    settings = dataclasses.asdict(config.embedding)
+    store = embed_pool(
+        pool, resolve_embedder(embedder), root, device=device, decoders=decoders, ids=fresh, **settings
+    )
+    usable = store.valid
+    if not usable.any():
+        first = store.failures[0]
+        raise PoolError(
+            f"none of the {len(fresh)} samples of the share could be embedded; the first: {first['shard']}, "
+            f"key {first['key']!r}: {first['reason']}"
+        )
+    check_levels(config.levels, int(usable.sum()))
+    embedded = time.monotonic()
+
+    origin = {
+        "embedder": store.folder.name,
+        "embeddings": store.fingerprint,
+        "base": base.folders["tree"].name,
+    }
+    folders = {"embeddings": base.embeddings.folder, "fresh_embeddings": store.folder}
+    folders["tree"], tree_cached = build_tree(
+        root, pool, store, usable, config, origin, device, lambda tree: spread(tree, fresh, base.tree)
+    )
+    tree = ClusterTree.load(folders["tree"] / "tree")
+    clustered = time.monotonic()
+    folders["selection"], selection_cached = select(root, tree, config, folders["tree"].name)
+    ids = np.load(folders["selection"] / "ids.npy", allow_pickle=False)
+
+    report = report_of(pool, base.embeddings, tree.parent[1] != EXCLUDED, tree, ids, config)
+    report["near_duplicates"] = base.report["near_duplicates"]
+    report["failed"] += len(store.failures)
+    report |= {
+        "share": share,
+        "fresh": len(fresh),
+        "cached": {"tree": tree_cached, "selection": selection_cached},
+        "seconds": {
+            "embed": round(embedded - started, 3),
+            "cluster": round(clustered - embedded, 3),
+            "sample": round(time.monotonic() - clustered, 3),
+        },
+    }
+    log.info("selection: %d of %d samples, by new features of %d", len(ids), len(pool), len(fresh))
+    return Curation(ids, tree, base.embeddings, report, config, folders)
+
+
+def draw_share(usable: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """The samples that are embedded anew: ids, ascending, ceil(share * usable) of the usable ones.
+
+    Args:
+        usable: (n,) bool.
+        share: in (0, 1].
+        seed: another seed draws another share.
+
+    Raises:
+        ConfigError: a share outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ConfigError(f"share: expected more than 0 and at most 1, got {share!r}")
+    ids = np.flatnonzero(usable)
+    rng = np.random.default_rng(np.random.SeedSequence((seed, 0x5A)))
+    return np.sort(rng.choice(ids, math.ceil(share * len(ids)), replace=False))
+
+
+def levels_of_share(levels: list[Level] | None, base: Curation, share: float) -> list[Level]:
+    """The levels for a share of the pool, from those asked for of the whole."""
+    if levels is None:
+        n = int((base.tree.parent[1] != EXCLUDED).sum())
+        # One lowest cluster for twenty samples of the pool, as always, unless too few of them are fresh.
+        levels = choose_levels(min(n, math.ceil(share * n) * 20 // _ROWS_A_CLUSTER))
+    lowest = levels[0]
+    if lowest.sample_size is not None and lowest.sample_size > 1:
+        lowest = dataclasses.replace(lowest, sample_size=max(2, round(lowest.sample_size * share)))
+    return [lowest, *levels[1:]]
+
+
+def spread(tree: ClusterTree, fresh: np.ndarray, old: ClusterTree) -> ClusterTree:
+    """A tree over some samples of a pool, carried to the rest by the clusters of an older tree.
+
+    A sample goes where most fresh samples of its old lowest cluster went (the lowest cluster number on ties);
+    where the cluster has none, by the old cluster above it, and so on up; beyond the top, by the nearest top
+    cluster that has some. Its distance to the new centroid is taken to be the mean of those that it follows.
+    Fresh samples that the tree excludes stay excluded.
+
+    Args:
+        tree: over m samples.
+        fresh: (m,) their ids, ascending.
+        old: over the n samples of the pool; what it excludes stays excluded.
+
+    Returns:
+        The tree over n samples, with the centroids and upper levels of `tree`.
+    """
+    n = old.n_samples
+    assignment, distance = np.full(n, EXCLUDED, np.int64), np.full(n, np.nan, np.float32)
+    placed = tree.parent[1] != EXCLUDED
+    followed, goal = fresh[placed], tree.parent[1][placed]
+    own = None if tree.distance is None else tree.distance[placed].astype(np.float64)
+    waiting = old.parent[1] != EXCLUDED
+    waiting[fresh] = False
+    for level in range(1, old.n_levels + 1):
+        cluster = old.assignment(level)
+        there, mean = _majority(cluster[followed], goal, own, len(old.centroids[level]))
+        if level == old.n_levels:
+            there, mean = _from_nearest(there, mean, old.centroids[level])
+        rest = np.flatnonzero(waiting & (cluster >= 0))
+        rest = rest[there[cluster[rest]] != EXCLUDED]
+        assignment[rest], distance[rest] = there[cluster[rest]], mean[cluster[rest]]
+        waiting[rest] = False
+    assignment[fresh] = tree.parent[1]
+    if tree.distance is not None:
+        distance[fresh] = tree.distance
+    return ClusterTree(
+        tree.centroids, tree.parent | {1: assignment}, None if tree.distance is None else distance
+    )
+
+
+def _majority(
+    old: np.ndarray, new: np.ndarray, distance: np.ndarray | None, n_clusters: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each old cluster, (n_clusters,) the new one of most of its samples (-1: it has none), and the mean
+    distance of these.
+    """
+    there, mean = np.full(n_clusters, EXCLUDED, np.int64), np.full(n_clusters, np.nan, np.float32)
+    inside = old >= 0
+    old, new = old[inside], new[inside]
+    width = int(new.max(initial=0)) + 1
+    pairs, which, counts = np.unique(old * width + new, return_inverse=True, return_counts=True)
+    first = np.lexsort((pairs % width, -counts, pairs // width))
+    owner, at = np.unique(pairs[first] // width, return_index=True)
+    best = first[at]
+    there[owner] = pairs[best] % width
+    if distance is not None:
+        mean[owner] = (np.bincount(which, distance[inside], len(pairs)) / counts)[best]
+    return there, mean
+
+
+def _from_nearest(
+    there: np.ndarray, mean: np.ndarray, centroids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Clusters without a goal take that of the nearest cluster that has one."""
+    have = np.flatnonzero(there != EXCLUDED)
+    source = np.arange(len(there))
+    for cluster in np.flatnonzero(there == EXCLUDED):
+        gaps = ((centroids[have].astype(np.float64) - centroids[cluster]) ** 2).sum(axis=1)
+        source[cluster] = have[gaps.argmin()]
+    return there[source], mean[source]
