@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ def hierarchical_kmeans(
     init: str = "k-means++",
     metric: str = "l2",
     n_iter: int = 50,
+    resample_n_iter: int | None = None,
     tol: float = 1e-4,
     n_init: int = 1,
     seed: int = 0,
@@ -97,6 +98,9 @@ def hierarchical_kmeans(
         levels: settings bottom up, or "auto" for `choose_levels(n, target_size)`.
         resample: take a cluster's "closest" members to a resampling, or "random" ones.
         init, metric, n_iter, tol, n_init, device, valid, nonfinite, seeding_rows, max_memory: as in `kmeans`.
+        resample_n_iter: Lloyd iterations of a resampling's k-means; None for as many as `n_iter`, as
+            published. 0 takes the seeding for the centroids: see `benchmarks/resampling.py` for what that
+            changes.
         seed: same seed, same tree.
         checkpoint: a folder of this run's own. Each finished k-means is kept there, and a run that was killed
             goes on from the last one and ends with the same tree. The folder stays; remove it when the tree
@@ -128,9 +132,14 @@ def hierarchical_kmeans(
         "resample": resample, "init": init, "metric": metric, "n_iter": n_iter, "tol": tol, "n_init": n_init,
         "seed": seed, "seeding_rows": seeding_rows,
     }  # fmt: skip
+    if resample_n_iter is not None and (isinstance(resample_n_iter, bool) or resample_n_iter < 0):
+        raise ValueError(f"resample_n_iter needs an integer of at least 0 or None, got {resample_n_iter!r}")
+    if resample_n_iter not in (None, n_iter):
+        settings["resample_n_iter"] = resample_n_iter  # left out where it is as ever: older checkpoints go on
+    run_kmeans = _Runner(n_iter, tol, init, n_init, seeding_rows)
+    run_resampled = replace(run_kmeans, n_iter=n_iter if resample_n_iter is None else resample_n_iter)
     run = "" if checkpoint is None else _run_fingerprint(x, rows, levels, settings)
     saved = Checkpoint(checkpoint, run)
-    run_kmeans = _Runner(n_iter, tol, init, n_init, seeding_rows)
 
     centroids: dict[int, np.ndarray] = {}
     parent: dict[int, np.ndarray] = {}
@@ -141,7 +150,9 @@ def hierarchical_kmeans(
             name = f"level-{number}"
             done = saved.load(name)
             if done is None:
-                done = _cluster_level(source, level, number, resample, seed, run_kmeans, saved, advance)
+                done = _cluster_level(
+                    source, level, number, resample, seed, run_kmeans, run_resampled, saved, advance
+                )
                 if distributed.rank() == 0:
                     saved.save(name, done)
             else:
@@ -231,6 +242,7 @@ def _cluster_level(
     resample: str,
     seed: int,
     run_kmeans: _Runner,
+    run_resampled: _Runner,
     saved: Checkpoint,
     advance: Callable[..., None],
 ) -> dict[str, np.ndarray]:
@@ -242,7 +254,7 @@ def _cluster_level(
         )
         advance()
     else:
-        found = _resampled(rows, level, number, resample, seed, run_kmeans, saved, advance)
+        found = _resampled(rows, level, number, resample, seed, run_kmeans, run_resampled, saved, advance)
     _log_level(number, found, time.monotonic() - began)
     return found
 
@@ -254,6 +266,7 @@ def _resampled(
     resample: str,
     seed: int,
     run_kmeans: _Runner,
+    run_resampled: _Runner,
     saved: Checkpoint,
     advance: Callable[..., None],
 ) -> dict[str, np.ndarray]:
@@ -278,7 +291,7 @@ def _resampled(
         else:
             rng = np.random.default_rng(np.random.SeedSequence((seed, number, step, 1)))
             picked = _balanced_sample(state["assignment"], state["squared"], k, r, resample, rng)
-            fit = run_kmeans(rows.subset(picked), k, seeds, note)
+            fit = run_resampled(rows.subset(picked), k, seeds, note)
             assignment, squared = _extend(rows, picked, fit)
         state = {"centroids": uncentred(fit.centroids, rows), "assignment": assignment, "squared": squared}
         if distributed.rank() == 0:
@@ -349,7 +362,7 @@ def _run_fingerprint(x: Any, rows: Rows, levels: list[Level], settings: dict[str
     ids = np.zeros(0, np.int64) if rows.ids is None else rows.ids
     return fingerprint(
         shape=list(x.shape), dtype=str(x.dtype), sample=sample, mean=mean, ids=ids,
-        levels=[asdict(level) for level in levels], settings=settings, version=1,
+        levels=[asdict(level) for level in levels], settings=settings, version=2,
     )  # fmt: skip
 
 

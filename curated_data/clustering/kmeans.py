@@ -101,7 +101,7 @@ def kmeans(
         device: "cpu", "cuda", ..., or "auto": a CUDA device if there is one.
         n_init: runs from fresh seedings; the one of least inertia is kept.
         seeding_rows: seed on at most so many random rows; None means 20 * k, fewer where
-            they would not fit `max_memory`. Seeding computes on the CPU.
+            they would not fit `max_memory`.
         valid: (n,) bool, rows to use; None for all.
         nonfinite: what to do with NaN or infinite rows (and zero rows under cosine): "exclude" them with a
             warning, or "raise".
@@ -230,7 +230,9 @@ def fit_rows(
     limit = max(k, seeding_rows) if seeding_rows else max(5 * k, min(20 * k, within))
     best: Fit | None = None
     for child in seeds.spawn(n_init):
-        seeds_at = seed_rows(rows, k, init, np.random.default_rng(child), max_rows=limit)
+        seeds_at = seed_rows(
+            rows, k, init, np.random.default_rng(child), max_rows=limit, rank=rank, world=world
+        )
         if world > 1:
             seeds_at = distributed.broadcast(seeds_at)
         run = Lloyd(mine, rows.take(seeds_at), world)

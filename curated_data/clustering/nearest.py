@@ -12,6 +12,7 @@ _ROWS, _COLUMNS = (
     1024,
     1024,
 )  # one tile of scores, 4 MiB: stays in the cache between the product and the search
+TILE = 256  # rows whose nearest few are sought at once
 _DEVICE_ROWS, _DEVICE_COLUMNS = 32768, 4096  # the same on an accelerator, 512 MiB
 
 
@@ -124,7 +125,8 @@ def nearest_columns(rows: torch.Tensor, centroids: torch.Tensor, count: int) -> 
         scores = torch.addmm(norms, rows[start:stop], centroids.T, alpha=-2)
         return scores.topk(count, largest=False, sorted=False).indices
 
-    return torch.cat(parallel_map(one, list(blocks(len(rows), 256))))
+    parts = parallel_map(one, list(blocks(len(rows), TILE)))
+    return torch.cat(parts) if parts else torch.empty(0, count, dtype=torch.int64)
 
 
 def squared_distances(rows: Rows, centroids: torch.Tensor, assignment: np.ndarray) -> np.ndarray:

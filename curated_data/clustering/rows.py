@@ -77,12 +77,14 @@ class Rows:
             return self._read(positions)
         return self._held[torch.from_numpy(np.asarray(positions, dtype=np.int64)).to(self.device)]
 
-    def subset(self, positions: np.ndarray) -> "Rows":
+    def subset(self, positions: np.ndarray, *, hold: bool = True) -> "Rows":
         """The rows at some positions, as rows of their own, held if they fit."""
         ids = positions if self.ids is None else self.ids[positions]
         rows = Rows(
             self.source, ids, normalise=self.normalise, mean=self.mean, device=self.device, budget=self.budget
         )
+        if not hold:
+            return rows
         if self._held is not None:
             rows._held = self.take(positions)
         return rows.hold()

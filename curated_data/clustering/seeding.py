@@ -12,6 +12,11 @@ every row, one step after the other. Two observations remove most of it:
 
 The first is exact; the second leaves out gains that are too small to tell candidates apart, as measured:
 inertia and balance of the trees equal those of the plain form (`benchmarks/RESULTS.md`).
+
+Ranks share the work by cells: each holds the rows of its own and computes candidates' scores there. A step
+adds up one small matrix of gains over all ranks, of which every entry is one rank's alone and the rest zeros,
+so the choice is the same, bit for bit, on any number of ranks. On an accelerator the plain form is quick
+enough: a step there is one pass over memory.
 """
 
 import math
@@ -20,17 +25,27 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from curated_data.clustering.nearest import nearest_columns
-from curated_data.clustering.rows import Rows, parallel_map
+from curated_data import distributed
+from curated_data.clustering.nearest import TILE, nearest_columns
+from curated_data.clustering.rows import Rows, blocks, parallel_map, rank_range
 
 PROBES = 24  # cells that a candidate is compared with
 CELL = 128  # rows in a cell; down to a quarter where there are few, so that cells stay many more than probes
+_MANY_FIRST = 2048  # so many first centres are found by cells themselves
+_STRIP = 1024  # places whose gaps are summed before one is drawn
 _ROUND_BYTES = 128 << 20  # of scores kept in a round
 _TINY = 3e-6  # D² below this share of |x|² is rounding: the row repeats a centre
 
 
 def seed_rows(
-    rows: Rows, n_clusters: int, init: str, generator: np.random.Generator, *, max_rows: int
+    rows: Rows,
+    n_clusters: int,
+    init: str,
+    generator: np.random.Generator,
+    *,
+    max_rows: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> np.ndarray:
     """Positions of the rows that k-means starts from, (k,) int64, all different.
 
@@ -38,8 +53,9 @@ def seed_rows(
         rows: rows to choose among.
         n_clusters: how many, at most as many as there are rows.
         init: "k-means++" (greedy), or "random".
-        generator: of all choices.
+        generator: of all choices, the same on every rank.
         max_rows: choose among so many random rows, if there are more; not for "random".
+        rank, world: this process's place among those that call this together.
     """
     n = len(rows)
     if init == "random":
@@ -47,47 +63,82 @@ def seed_rows(
     if n_clusters == n:
         return np.arange(n)
     if n <= max_rows:
-        return greedy_kmeans_plus_plus(rows.block(0, n).cpu(), n_clusters, generator)
+        return greedy_kmeans_plus_plus(rows, n_clusters, generator, rank=rank, world=world)
     sample = np.sort(generator.choice(n, max_rows, replace=False))
-    return sample[greedy_kmeans_plus_plus(rows.take(sample).cpu(), n_clusters, generator)]
+    some = rows.subset(sample, hold=world == 1)  # of several ranks each reads its share alone
+    return sample[greedy_kmeans_plus_plus(some, n_clusters, generator, rank=rank, world=world)]
 
 
 def greedy_kmeans_plus_plus(
-    x: torch.Tensor, k: int, generator: np.random.Generator, *, cell: int | None = None, probes: int = PROBES
+    rows: Rows,
+    k: int,
+    generator: np.random.Generator,
+    *,
+    cell: int | None = None,
+    probes: int = PROBES,
+    rank: int = 0,
+    world: int = 1,
 ) -> np.ndarray:
-    """k different rows of x (n, d) float32, chosen by greedy k-means++."""
+    """k different rows, chosen by greedy k-means++."""
+    n = len(rows)
     trials = 2 + int(math.log(k))
-    cell = cell or min(max(len(x) // (12 * PROBES), CELL // 4), CELL)
-    n_first = len(x) // (2 * cell)
-    if n_first < 2 * probes or k <= 2 * n_first:
-        return plain_greedy(x, k, generator, trials)
+    cell = cell or min(max(n // (12 * PROBES), CELL // 4), CELL)
+    n_first = n // (2 * cell)
+    if n_first < 2 * probes or k <= 2 * n_first or rows.device.type != "cpu":
+        return plain_greedy(rows.block(0, n), k, generator, trials)
     # The first centres, one for every other cell, on a sample: with so few, many rows speak for each.
-    sample = np.sort(generator.choice(len(x), min(len(x), 32 * n_first), replace=False))
-    first = sample[plain_greedy(x[torch.from_numpy(sample)], n_first, generator, trials)]
-    return _Cells(x, first, cell, probes).choose(k, trials, generator)
+    sample = np.sort(generator.choice(n, min(n, 32 * n_first), replace=False))
+    if n_first > _MANY_FIRST:
+        first = sample[greedy_kmeans_plus_plus(rows.subset(sample), n_first, generator)]
+    else:
+        first = sample[plain_greedy(rows.take(sample), n_first, generator, trials)]
+    return _Cells(rows, first, cell, probes, rank, world).choose(k, trials, generator)
 
 
 def plain_greedy(x: torch.Tensor, k: int, generator: np.random.Generator, trials: int) -> np.ndarray:
-    """Greedy k-means++ as it is defined: step by step, every candidate against every row."""
+    """Greedy k-means++ as it is defined, on any device: step by step, every candidate against every row."""
     n = len(x)
     norms = x.square().sum(1)
     chosen = np.empty(k, np.int64)
     chosen[0] = generator.integers(n)
-    gap = _gaps(x, norms, chosen[:1])[0]
+    padded = torch.zeros(-(-n // _STRIP) * _STRIP, device=x.device)
+    gap = padded[:n]
+    gap.copy_(_gaps(x, norms, chosen[:1])[0])
     for i in range(1, k):
-        cumulative = gap.numpy().cumsum(dtype=np.float64)
-        if cumulative[-1] <= 0:
+        candidates = _draw_by_strips(padded, trials, generator)
+        if candidates is None:
             return _fill(chosen, i, n, generator)
-        candidates = _draw(cumulative, trials, generator)
         lower = torch.minimum(_gaps(x, norms, candidates), gap)
         best = int(lower.sum(1).argmin())
-        chosen[i], gap = candidates[best], lower[best]
+        chosen[i] = candidates[best]
+        gap.copy_(lower[best])
     return chosen
+
+
+def _draw_by_strips(gap: torch.Tensor, m: int, generator: np.random.Generator) -> np.ndarray | None:
+    """m places, each with probability in proportion to its gap; None where all are 0.
+
+    First a strip, by the strips' sums, then a place inside: little leaves the device, and unlike a cumulative
+    sum there, repeatably.
+    """
+    strips = gap.view(-1, _STRIP)
+    sums = strips.sum(1, dtype=torch.float64).cpu().numpy()
+    cumulative = sums.cumsum()
+    if cumulative[-1] <= 0:
+        return None
+    aim = generator.random(m) * cumulative[-1]
+    at = np.minimum(cumulative.searchsorted(aim, side="right"), np.flatnonzero(sums)[-1])
+    inside = strips[torch.from_numpy(at).to(gap.device)].double().cpu().numpy().cumsum(1)
+    aim -= cumulative[at] - sums[at]
+    # Rounding may carry an aim to, or beyond, a strip's very end: then its last place that has a gap.
+    last = (inside >= inside[:, -1:]).argmax(1)
+    return at * _STRIP + np.minimum((inside <= aim[:, None]).sum(1), last)
 
 
 def _gaps(x: torch.Tensor, norms: torch.Tensor, ids: np.ndarray) -> torch.Tensor:
     """Squared distances of some rows to all, (len(ids), n); 0 where a row meets itself or its copy."""
-    gap = torch.addmm(norms[ids][:, None] + norms, x[ids], x.T, alpha=-2)
+    at = torch.from_numpy(ids).to(x.device)
+    gap = torch.addmm(norms[at][:, None] + norms, x[at], x.T, alpha=-2)
     return torch.where(gap < _TINY * norms, 0, gap)
 
 
@@ -109,37 +160,38 @@ def _fill(chosen: np.ndarray, done: int, n: int, generator: np.random.Generator)
 class _Cells:
     """Rows in cells of equal size around the first centres, and for each row the score of its nearest centre.
 
-    The score of row x and centre c is |c|² - 2 x.c, so that D² is score + |x|².
+    The score of row x and centre c is |c|² - 2 x.c, so that D² is score + |x|². Scores and norms are on every
+    rank, rows and products only on the rank that owns their cell.
     """
 
-    def __init__(self, x: torch.Tensor, first: np.ndarray, cell: int, probes: int) -> None:
-        self.x, self.chosen, self.probes = x, first, probes
-        self.norms = x.square().sum(1).numpy()
-        weight, bias = -2 * x[first].T, torch.from_numpy(self.norms[first])
-        centre_of, score = np.empty(len(x), np.int64), np.empty(len(x), np.float32)
-        for start in range(0, len(x), 4096):
-            tile = torch.addmm(bias, x[start : start + 4096], weight).numpy()
-            centre_of[start : start + 4096] = at = tile.argmin(1)
-            score[start : start + 4096] = tile[np.arange(len(tile)), at]
+    def __init__(self, rows: Rows, first: np.ndarray, cell: int, probes: int, rank: int, world: int) -> None:
+        self.rows, self.chosen, self.probes = rows, first, probes
+        self.rank, self.world = rank, world
+        centres = rows.take(first)
+        self.norms, centre_of, score = self._assign(centres)
         # Each centre's rows fill cells of their own; the last of them is padded.
         order = np.lexsort((score + self.norms, centre_of))
         sizes = np.bincount(centre_of, minlength=len(first))
         n_cells = -(-sizes // cell)
         shift = (np.cumsum(n_cells) - n_cells) * cell - (np.cumsum(sizes) - sizes)
-        slot = np.arange(len(x)) + np.repeat(shift, sizes)
+        slot = np.arange(len(rows)) + np.repeat(shift, sizes)
         self.row = np.full((int(n_cells.sum()), cell), -1)
         self.row.reshape(-1)[slot] = order
-        self.slot = np.empty(len(x), np.int64)
-        self.slot[order] = slot
         self.score = np.full(self.row.shape, -np.inf, np.float32)  # padding never gains
         self.score.reshape(-1)[slot] = score[order]
-        self.score.reshape(-1)[self.slot[first]] = -self.norms[first]
         self.norm = np.zeros(self.row.shape, np.float32)
         self.norm.reshape(-1)[slot] = self.norms[order]
-        padded = torch.zeros(*self.row.shape, x.shape[1])
-        padded.view(-1, x.shape[1])[torch.from_numpy(slot)] = x[torch.from_numpy(order)]
-        filled = torch.from_numpy((self.row >= 0).sum(1, keepdims=True))
-        self.centres = padded.sum(1) / filled
+        slot_of = np.empty(len(rows), np.int64)
+        slot_of[order] = slot
+        self.score.reshape(-1)[slot_of[first]] = -self.norms[first]
+        # This rank's cells.
+        self.begin, self.end = (len(self.row) * r // world for r in (rank, rank + 1))
+        mine = self.row[self.begin : self.end]
+        padded = torch.zeros(*mine.shape, rows.dimension)
+        for i, members in enumerate(mine):
+            padded[i, : (members >= 0).sum()] = rows.take(members[members >= 0])
+        filled = torch.from_numpy((mine >= 0).sum(1, keepdims=True))
+        self.centres = torch.from_numpy(np.concatenate(self._gather((padded.sum(1) / filled).numpy())))
         self.weights = padded.mul_(-2).transpose(1, 2)
 
     def choose(self, k: int, trials: int, generator: np.random.Generator) -> np.ndarray:
@@ -151,11 +203,13 @@ class _Cells:
             gap = self._gap().reshape(-1)
             cumulative = gap.cumsum(dtype=np.float64)
             if cumulative[-1] <= 0:
-                return _fill(chosen, done, len(self.x), generator)
+                return _fill(chosen, done, len(self.rows), generator)
             steps = min(k - done, max(1, done // 4), most)
             drawn = _draw(cumulative, steps * trials, generator)
             luck = generator.random(len(drawn)) * gap[drawn]
             done += self._round(self.row.reshape(-1)[drawn], drawn, luck, trials, chosen[done:])
+            if self.world > 1:
+                self.score = np.concatenate(self._gather(self.score[self.begin : self.end]))
         return chosen
 
     def _round(
@@ -167,32 +221,62 @@ class _Cells:
         made = begin = 0
         while made < len(chosen) and begin < len(rows):
             ahead = np.arange(begin, min(begin + 2 * trials, len(rows)))
-            now = score[slots[ahead]] + norm[slots[ahead]]
-            kept = ahead[(now > luck[ahead]) & (now > _TINY * norm[slots[ahead]])][:trials]
-            begin = int(kept[-1] if len(kept) == trials else ahead[-1]) + 1
-            if len(kept) < trials and begin == len(rows) and made:
+            now, gains = self._look_ahead(ahead, slots, near, place, scores)
+            at = np.flatnonzero((now > luck[ahead]) & (now > _TINY * norm[slots[ahead]]))[:trials]
+            begin = int(ahead[at[-1]] if len(at) == trials else ahead[-1]) + 1
+            if len(at) < trials and begin == len(rows) and made:
                 break  # too few are left for a step: a new round draws more
-            if not len(kept):
+            if not len(at):
                 continue
-            gain = self.score[near[kept]]
-            gain -= scores[place[kept]]
-            np.maximum(gain, 0, out=gain)
-            best = kept[gain.reshape(len(kept), -1).sum(1).argmax()]
-            at = near[best]
-            self.score[at] = np.minimum(self.score[at], scores[place[best]])
+            if gains is None:
+                gains = self._gains(ahead[at], near, place, scores)
+            else:
+                gains = gains[at]
+            best = ahead[at[gains.sum(1).argmax()]]
+            cells, mine = near[best], self._own(near[best])
+            self.score[cells[mine]] = np.minimum(self.score[cells[mine]], scores[place[best, mine]])
             score[slots[best]] = -norm[slots[best]]
             chosen[made] = rows[best]
             made += 1
         return made
 
-    def _scores(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The (m, probes) nearest cells of m candidates, each one's place in the third, and the scores of the
-        cells' rows, (m * probes, cell).
+    def _look_ahead(
+        self, ahead: np.ndarray, slots: np.ndarray, near: np.ndarray, place: np.ndarray, scores: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """The present D² of some candidates; with several ranks their gains too, in the same exchange."""
+        at = slots[ahead]
+        now = self.score.reshape(-1)[at] + self.norm.reshape(-1)[at]
+        if self.world == 1:
+            return now, None
+        now[~self._own(at // self.score.shape[1])] = 0
+        both = np.concatenate([now[:, None], self._gains(ahead, near, place, scores)], axis=1)
+        both = distributed.all_reduce(both)
+        return both[:, 0], both[:, 1:]
+
+    def _gains(
+        self, candidates: np.ndarray, near: np.ndarray, place: np.ndarray, scores: np.ndarray
+    ) -> np.ndarray:
+        """How much each candidate lowers the sum of D² in each of its cells, (m, probes) float64; 0
+        elsewhere.
         """
-        candidates = self.x[torch.from_numpy(rows)]
-        near = nearest_columns(candidates, self.centres, self.probes).numpy()
-        order = np.argsort(near, axis=None, kind="stable")
-        place = np.empty(len(order), np.int64)  # products are kept by cell: each is written where it stays
+        cells = near[candidates]
+        mine = self._own(cells)
+        gain = self.score[cells[mine]]
+        gain -= scores[place[candidates][mine]]
+        np.maximum(gain, 0, out=gain)
+        gains = np.zeros(cells.shape)
+        gains[mine] = gain.sum(1)
+        return gains
+
+    def _scores(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The (m, probes) nearest cells of m candidates, each one's place in the third (-1: another rank's),
+        and the scores of the cells' rows, (places, cell).
+        """
+        candidates = self.rows.take(rows)
+        near = self._nearest_cells(candidates)
+        mine = np.flatnonzero(self._own(near.reshape(-1)))
+        order = mine[np.argsort(near.reshape(-1)[mine], kind="stable")]
+        place = np.full(near.size, -1)  # products are kept by cell: each is written where it stays
         place[order] = np.arange(len(order))
         cells, start = np.unique(near.reshape(-1)[order], return_index=True)
         stop = np.append(start[1:], len(order))
@@ -203,13 +287,47 @@ class _Cells:
         def fill(first: int, last: int) -> None:
             for i in range(first, last):
                 some = who[start[i] : stop[i]]
-                torch.addmm(
-                    bias[some], candidates[some], self.weights[cells[i]], out=scores[start[i] : stop[i]]
-                )
+                weight = self.weights[cells[i] - self.begin]
+                torch.addmm(bias[some], candidates[some], weight, out=scores[start[i] : stop[i]])
 
         edges = np.linspace(0, len(cells), 4 * torch.get_num_threads() + 1).astype(int)
         parallel_map(fill, list(pairwise(edges)))
         return near, place.reshape(near.shape), scores.numpy()
+
+    def _nearest_cells(self, candidates: torch.Tensor) -> np.ndarray:
+        """The cells each candidate is compared with, every rank finding those of its share of candidates."""
+        tiles = -(-len(candidates) // TILE)  # whole tiles, so that a candidate's are the same on any rank
+        edges = [min(TILE * (tiles * r // self.world), len(candidates)) for r in range(self.world + 1)]
+        first, last = edges[self.rank], edges[self.rank + 1]
+        return np.concatenate(
+            self._gather(nearest_columns(candidates[first:last], self.centres, self.probes).numpy())
+        )
+
+    def _assign(self, centres: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of all rows: squared norm, nearest of the first centres, and its score; each rank sees to a
+        part.
+        """
+        weight, bias = -2 * centres.T, centres.square().sum(1)
+        start, end = rank_range(len(self.rows), self.rank, self.world)
+
+        def one(a: int, b: int) -> tuple[np.ndarray, ...]:
+            x = self.rows.block(start + a, start + b)
+            tile = torch.addmm(bias, x, weight).numpy()
+            at = tile.argmin(1)
+            return x.square().sum(1).numpy(), at, tile[np.arange(len(tile)), at]
+
+        none = (np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.float32))
+        parts = [none, *parallel_map(one, list(blocks(end - start)))]
+        norms, centre_of, score = (
+            np.concatenate(self._gather(np.concatenate(part))) for part in zip(*parts, strict=True)
+        )
+        return norms, centre_of, score
+
+    def _own(self, cells: np.ndarray) -> np.ndarray:
+        return (cells >= self.begin) & (cells < self.end)
+
+    def _gather(self, array: np.ndarray) -> list[np.ndarray]:
+        return [array] if self.world == 1 else distributed.all_gather(array)
 
     def _gap(self) -> np.ndarray:
         """D² of every slot; 0 in the padding, and where a row repeats a centre."""

@@ -7,6 +7,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from curated_data.clustering import ClusterTree, Level, hierarchical_kmeans, kmeans
+from curated_data.clustering.kmeans import prepare
+from curated_data.clustering.seeding import greedy_kmeans_plus_plus
 from tests.oracles.clustering import clouds
 
 N = 9000  # more than two blocks of rows, so that both ranks have some
@@ -40,6 +42,13 @@ def runs(folder, world):
     return flat, trees
 
 
+def seeds(folder, rank, world):
+    """Of the form that works by cells, which ranks share among them."""
+    x = np.load(folder / "x.npy", mmap_mode="r")
+    rows = prepare(x, metric="l2", device="cpu", valid=None, nonfinite="raise", max_memory=None)
+    return greedy_kmeans_plus_plus(rows, 1500, np.random.default_rng(0), rank=rank, world=world)
+
+
 def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -48,6 +57,7 @@ def worker(rank, folder):
         np.savez(folder / f"{name}-{rank}.npz", **{k: getattr(result, k) for k in vars(result)})
     for name, tree in trees.items():
         tree.save(folder / f"{name}-{rank}")
+    np.save(folder / f"seeds-{rank}.npy", seeds(folder, rank, 2))
     with pytest.raises(ValueError, match="another run"):  # on every rank, and none hangs
         hierarchical_kmeans(
             np.zeros((50, 3), np.float32), [Level(1)], seed=9, checkpoint=folder / "checkpoint-2"
@@ -59,6 +69,8 @@ def test_two_processes_give_the_same_as_one(tmp_path):
     np.save(tmp_path / "x.npy", clouds(N, 12, 80, seed=0))
     mp.spawn(worker, (tmp_path,), nprocs=2)
     flat, trees = runs(tmp_path, 1)
+    for rank in range(2):
+        np.testing.assert_array_equal(np.load(tmp_path / f"seeds-{rank}.npy"), seeds(tmp_path, 0, 1))
     for name, alone in flat.items():
         for rank in range(2):
             together = np.load(tmp_path / f"{name}-{rank}.npz")

@@ -1,0 +1,99 @@
+"""Greedy k-means++ against its definition: what is drawn, what is kept, on any number of ranks."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from curated_data.clustering import Level, hierarchical_kmeans
+from curated_data.clustering.kmeans import prepare
+from curated_data.clustering.seeding import (
+    _draw_by_strips,
+    greedy_kmeans_plus_plus,
+    plain_greedy,
+    seed_rows,
+)
+from tests.oracles.clustering import clouds, squared_distances
+
+
+def rows_of(x):
+    return prepare(x, metric="l2", device="cpu", valid=None, nonfinite="raise", max_memory=None).hold()
+
+
+def by_definition(x, k, seed, trials):
+    """Greedy k-means++ in float64, with the same uniform numbers."""
+    rng = np.random.default_rng(seed)
+    chosen = [int(rng.integers(len(x)))]
+    gap = squared_distances(x, x[chosen])[:, 0]
+    for _ in range(k - 1):
+        aim = rng.random(trials) * gap.sum()
+        drawn = np.minimum(np.searchsorted(np.cumsum(gap), aim, side="right"), len(x) - 1)
+        lower = np.minimum(gap, squared_distances(x[drawn], x))
+        chosen.append(int(drawn[lower.sum(1).argmin()]))
+        gap = lower[lower.sum(1).argmin()]
+    return np.array(chosen)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_plain_form_is_the_definition(seed):
+    x = clouds(3000, 6, 40, seed=seed)
+    ours = plain_greedy(torch.from_numpy(x), 60, np.random.default_rng(seed), trials=6)
+    np.testing.assert_array_equal(ours, by_definition(x.astype(np.float64), 60, seed, 6))
+
+
+def test_candidates_are_drawn_in_proportion_to_their_gaps():
+    rng = np.random.default_rng(0)
+    gap = torch.zeros(3 * 1024)
+    some = np.array([0, 5, 1023, 1024, 1500, 2047, 2048, 2500])
+    weight = rng.random(len(some)) + 0.1
+    gap[torch.from_numpy(some)] = torch.from_numpy(weight).float()
+    drawn = _draw_by_strips(gap, 40_000, rng)
+    assert np.isin(drawn, some).all()
+    counts = np.array([(drawn == place).sum() for place in some])
+    assert chisquare(counts, weight / weight.sum() * len(drawn)).pvalue > 1e-3
+    assert _draw_by_strips(torch.zeros(2048), 3, rng) is None
+
+
+def test_cells_choose_as_well_as_the_plain_form():
+    """Their sum of squared distances is that of the plain form, over a few seeds, within one percent."""
+    x = clouds(20_000, 24, 300, seed=0)
+    sums = {"cells": [], "plain": []}
+    for seed in range(3):
+        for name, chosen in (
+            ("cells", greedy_kmeans_plus_plus(rows_of(x), 600, np.random.default_rng(seed))),
+            ("plain", plain_greedy(torch.from_numpy(x), 600, np.random.default_rng(seed), trials=8)),
+        ):
+            assert len(np.unique(chosen)) == 600
+            sums[name].append(squared_distances(x, x[chosen]).min(1).sum())
+    assert np.mean(sums["cells"]) < 1.01 * np.mean(sums["plain"])
+
+
+def test_repeated_rows_are_made_up_for():
+    x = np.repeat(clouds(30, 4, 5, seed=0), 200, axis=0)
+    for k in (20, 30, 100, 2000):
+        chosen = seed_rows(rows_of(x), k, "k-means++", np.random.default_rng(0), max_rows=len(x))
+        assert len(np.unique(chosen)) == k
+        assert len(np.unique(x[chosen], axis=0)) == min(k, 30)
+
+
+def test_resamplings_may_stop_early():
+    x = clouds(4000, 8, 60, seed=0)
+    levels = [Level(200, 3, 8), Level(20, 3, 4)]
+    published = hierarchical_kmeans(x, levels, seed=0)
+    same = hierarchical_kmeans(x, levels, seed=0, resample_n_iter=50)
+    np.testing.assert_array_equal(published.parent[1], same.parent[1])
+    seeded = hierarchical_kmeans(x, levels, seed=0, resample_n_iter=0)
+    assert (published.parent[1] != seeded.parent[1]).any()
+    # The centroids of the last resampling are rows then, in every level.
+    assert squared_distances(seeded.centroids[1], x).min(1).max() < 1e-6
+    assert squared_distances(seeded.centroids[2], seeded.centroids[1]).min(1).max() < 1e-6
+    with pytest.raises(ValueError, match="resample_n_iter"):
+        hierarchical_kmeans(x, levels, resample_n_iter=-1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_plain_form_on_the_gpu_is_the_definition():
+    x = clouds(3000, 6, 40, seed=0)
+    ours = plain_greedy(torch.from_numpy(x).cuda(), 60, np.random.default_rng(0), trials=6)
+    np.testing.assert_array_equal(ours, by_definition(x.astype(np.float64), 60, 0, 6))
