@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from curated_data import ClusterTree, CurationConfig, Level, ShardPool, curate
+from curated_data.config import EmbeddingConfig
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError
 from curated_data.recuration import draw_share, levels_of_share, recurate, spread
@@ -108,7 +109,7 @@ def test_class_entropy_by_a_share_of_real_images(fashion_train, tmp_path):
     pool = ShardPool(fashion_train, cache_dir=tmp_path / "c")
     labels = pool.labels(np.arange(len(pool)))
     place = {"cache_dir": tmp_path / "c", "embedder": "pixels:8"}
-    config = CurationConfig(target_size=800, embedding={"num_workers": 0})
+    config = CurationConfig(target_size=800, embedding=EmbeddingConfig(num_workers=0))
 
     def value(ids):
         return entropy(np.bincount(labels[ids], minlength=10))
