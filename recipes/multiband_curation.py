@@ -20,16 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
-from curated_data import ShardPool, ShardWriter, curate
+from curated_data import ShardPool, ShardWriter
 from curated_data.cache import build_once, fingerprint, open_cache, write_manifest
-from curated_data.errors import CuratedDataError, EmbedderError, PoolError, SampleError
-from curated_data.export import export
+from curated_data.errors import EmbedderError, PoolError, SampleError
 from curated_data.pool.decode import decode_array
 from curated_data.progress import progress
-from curated_data.report.comparison import Row, compare_with_random, comparison_table
+from curated_data.report.comparison import Row
+from recipes.curate import add_selection_options, print_comparison, report_errors, walk_by_options
 
 log = logging.getLogger("multiband_curation")
 
@@ -44,22 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("source", nargs="+", help="a folder of .npy files, or shards")
-    parser.add_argument("--target-size", type=int, required=True, help="arrays to select")
     parser.add_argument("--grid", type=int, default=4, help="cells a side (default: %(default)s)")
-    parser.add_argument("--cache-dir", default="runs/cache", help="(default: %(default)s)")
-    parser.add_argument("--export", metavar="FOLDER", help="write the selection there as shards")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    add_selection_options(parser, "arrays")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        rows = run(options)
-    except CuratedDataError as error:
-        print(f"multiband_curation: {error}", file=sys.stderr)
-        return 2
-    table = comparison_table(rows, title="Balance, before and after", what="arrays")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    return 0
+    return report_errors("multiband_curation", lambda: print_comparison(run(options), "arrays"))
 
 
 def run(options: argparse.Namespace) -> dict[str, Row]:
@@ -68,15 +55,7 @@ def run(options: argparse.Namespace) -> dict[str, Row]:
     folder = Path(options.source[0])
     is_folder = len(options.source) == 1 and folder.is_dir()
     pool = ShardPool(write_shards(folder, root) if is_folder else options.source, cache_dir=root)
-    config = {
-        "target_size": options.target_size,
-        "seed": options.seed,
-        "embedding": {"num_workers": options.workers},
-    }
-    curation = curate(pool, config, embedder=BandEmbedder.fit(pool, grid=options.grid), cache_dir=root)
-    if options.export:
-        export(pool, curation.ids, options.export, tree=curation.tree, seed=options.seed, overwrite=True)
-    return compare_with_random(curation, pool.labels(np.arange(len(pool))), seed=options.seed)
+    return walk_by_options(pool, BandEmbedder.fit(pool, grid=options.grid), options)
 
 
 def band_features(array: Any, n_bands: int, grid: int) -> Tensor:

@@ -11,6 +11,7 @@ values.
 """
 
 import sys
+from typing import Any
 
 import lightning
 from jsonargparse import set_parsing_settings
@@ -20,10 +21,12 @@ from curated_data import CuratedDataModule
 from curated_data.errors import CuratedDataError
 
 
-def main(arguments: list[str] | None = None) -> LightningCLI:
-    """Parse the command line, or the arguments given, and run."""
+def main(
+    arguments: list[str] | None = None, cli: type[LightningCLI] = LightningCLI, **options: Any
+) -> LightningCLI:
+    """Parse the command line, or the arguments given, and run; `cli` and `options` are for other recipes."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    return LightningCLI(
+    return cli(
         lightning.LightningModule,
         CuratedDataModule,
         subclass_mode_model=True,
@@ -31,6 +34,7 @@ def main(arguments: list[str] | None = None) -> LightningCLI:
         parser_kwargs={"parser_mode": "omegaconf+"},
         seed_everything_default=0,
         args=arguments,
+        **options,
     )
 
 

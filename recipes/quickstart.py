@@ -1,9 +1,13 @@
 """The whole walk on one machine, in minutes: curate a long-tailed pool, pretrain on the selection, compare.
 
-    uv run recipes/quickstart.py                       # long-tailed Fashion-MNIST, embedded: no network
-    needed uv run recipes/quickstart.py --data cifar10        # long-tailed CIFAR-10, downloaded by
-    torchvision uv run recipes/quickstart.py --data FOLDER         # shards *train*.tar and *test*.tar with
-    .cls labels uv run recipes/quickstart.py --pool 'my-{000..099}.tar' --target-size 100000 \
+Long-tailed Fashion-MNIST, embedded, no network needed:
+    uv run recipes/quickstart.py
+Long-tailed CIFAR-10, downloaded by torchvision:
+    uv run recipes/quickstart.py --data cifar10
+A folder of shards *train*.tar and *test*.tar with .cls labels:
+    uv run recipes/quickstart.py --data FOLDER
+Any shards of images:
+    uv run recipes/quickstart.py --pool 'my-{000..099}.tar' --target-size 100000 \
         --embedder timm:vit_small_patch14_dinov2.lvd142m --image-size 224
 
 Prints one table: how balanced the pool, a random selection and the curated one are, and the k-NN accuracy of
@@ -19,6 +23,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning
 import numpy as np
@@ -40,19 +45,10 @@ from lightning_modules.evaluation.knn import knn
 log = logging.getLogger("quickstart")
 
 FASHION = Path(__file__).parent / "data" / "fashion-lt50"
-FASHION_CLASSES = [
-    "T-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "boot",
-]
+FASHION_CLASSES = ["T-shirt", "trouser", "pullover", "dress", "coat"]
+FASHION_CLASSES += ["sandal", "shirt", "sneaker", "bag", "boot"]
 CIFAR_CLASSES = ["aeroplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "lorry"]
+BATCH_SIZE = 64
 RAREST = 3
 NEIGHBOURS = 5
 
@@ -74,23 +70,21 @@ def main() -> int:
     """Run the quickstart; returns the exit status."""
     options = parse_options()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in (
-        "lightning",
-        "lightning.pytorch",
-        "lightning.fabric",
-        "curated_data.streaming",
-        "curated_data.datamodule",
-    ):
-        logging.getLogger(noisy).setLevel(logging.ERROR)  # lines of every epoch
-    warnings.filterwarnings(
-        "ignore", module="lightning"
-    )  # advice about loggers and validation that are off on purpose
+    quieten_lightning()
     try:
         run(options)
     except CuratedDataError as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def quieten_lightning() -> None:
+    """Leave out its lines of every epoch, and advice about loggers and validation that are off on purpose."""
+    noisy = "lightning", "lightning.pytorch", "lightning.fabric"
+    for name in (*noisy, "curated_data.streaming", "curated_data.datamodule"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -151,7 +145,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--backbone", default="resnet10", help="that SimCLR trains (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=30, help="of each training (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="loader processes (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     parser.add_argument("--out", default="runs/quickstart", help="(default: %(default)s)")
     parser.add_argument("--small", action="store_true", help="a quarter of the pool, 2 epochs")
     options = parser.parse_args()
@@ -215,21 +209,7 @@ def pretrained(
     name: str, ids: np.ndarray, pool: ShardPool, data: Data, options: argparse.Namespace, cache: Path
 ) -> tuple[SimCLR, bool]:
     """SimCLR trained on a selection, or as an earlier run left it."""
-    small = data.image_size <= 64
-    settings = {  # for small batches: SGD, a low temperature, crops that leave most of the image
-        "backbone": options.backbone,
-        "backbone_options": {"width": 16} if small else None,
-        "image_size": data.image_size,
-        "small_images": small,
-        "temperature": 0.2,
-        "optimizer": "sgd",
-        "learning_rate": 0.2,
-        "weight_decay": 5e-4,
-        "warmup_epochs": 2,
-        "augmentation": {"jitter": [0.4, 0.4, 0.0, 0.0], "grey": 0.0, "scale": [0.3, 1.0]}
-        if data.is_grey
-        else None,
-    }
+    settings = simclr_settings(data, options.backbone)
     key = fingerprint(
         ids=ids, pool=pool.fingerprint, settings=settings, epochs=options.epochs, seed=options.seed, version=1
     )
@@ -241,20 +221,46 @@ def pretrained(
         return module, True
     log.info("pretraining SimCLR on the %s selection: %d images, %d epochs", name, len(ids), options.epochs)
     stream = CuratedDataModule(
-        pool, selection=ids, batch_size=min(64, len(ids)), num_workers=options.workers, seed=options.seed
+        pool,
+        selection=ids,
+        batch_size=min(BATCH_SIZE, len(ids)),
+        num_workers=options.workers,
+        seed=options.seed,
     )
-    trainer = lightning.Trainer(
-        max_epochs=options.epochs,
+    quiet_trainer(max_epochs=options.epochs).fit(module, stream)
+    with atomic_path(path) as temporary:
+        torch.save({"state_dict": module.state_dict()}, temporary)
+    return module, False
+
+
+def simclr_settings(data: Data, backbone: str) -> dict[str, Any]:
+    """Of SimCLR in small batches: SGD, a low temperature, crops that leave most of the image."""
+    small = data.image_size <= 64
+    grey = {"jitter": [0.4, 0.4, 0.0, 0.0], "grey": 0.0, "scale": [0.3, 1.0]}
+    return {
+        "backbone": backbone,
+        "backbone_options": {"width": 16} if small else None,
+        "image_size": data.image_size,
+        "small_images": small,
+        "temperature": 0.2,
+        "optimizer": "sgd",
+        "learning_rate": 0.2,
+        "weight_decay": 5e-4,
+        "warmup_epochs": 2,
+        "augmentation": grey if data.is_grey else None,
+    }
+
+
+def quiet_trainer(**settings: Any) -> lightning.Trainer:
+    """A Trainer that writes nothing."""
+    return lightning.Trainer(
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=sys.stderr.isatty(),
         log_every_n_steps=1,
+        **settings,
     )
-    trainer.fit(module, stream)
-    with atomic_path(path) as temporary:
-        torch.save({"state_dict": module.state_dict()}, temporary)
-    return module, False
 
 
 def accuracies(

@@ -31,18 +31,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from sklearn.feature_extraction.text import HashingVectorizer
 from torch import Tensor, nn
 
-from curated_data import ShardPool, ShardWriter, curate
+from curated_data import ShardPool, ShardWriter
 from curated_data.cache import atomic_write_json, build_once, fingerprint, open_cache, write_manifest
 from curated_data.embedding import Embedder, resolve_embedder
 from curated_data.embedding.text import check_text
 from curated_data.errors import CuratedDataError, PoolError
-from curated_data.export import export
 from curated_data.progress import progress
-from curated_data.report.comparison import Row, compare_with_random, comparison_table
+from curated_data.report.comparison import Row
+from recipes.curate import add_selection_options, print_comparison, report_errors, walk_by_options
 
 log = logging.getLogger("text_curation")
 
@@ -66,24 +65,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", help=".txt, .jsonl, .tsv, or WordNet's folder")
     parser.add_argument("--text", default="text", help="field or column of the text (default: %(default)s)")
     parser.add_argument("--label", help="field or column of the label (default: there are no labels)")
-    parser.add_argument("--target-size", type=int, required=True, help="documents to select")
     parser.add_argument(
         "--embedder", default="ngrams", help="ngrams, ngrams:DIMENSION or minilm (default: %(default)s)"
     )
-    parser.add_argument("--cache-dir", default="runs/cache", help="(default: %(default)s)")
-    parser.add_argument("--export", metavar="FOLDER", help="write the selection there as shards")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    add_selection_options(parser, "documents")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        rows = run(options)
-    except CuratedDataError as error:
-        print(f"text_curation: {error}", file=sys.stderr)
-        return 2
-    table = comparison_table(rows, title="Balance, before and after", what="documents")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    return 0
+    return report_errors("text_curation", lambda: print_comparison(run(options), "documents"))
 
 
 def run(options: argparse.Namespace) -> dict[str, Row]:
@@ -91,16 +78,7 @@ def run(options: argparse.Namespace) -> dict[str, Row]:
     root = open_cache(options.cache_dir)
     embedder = text_embedder(options.embedder)
     shards = write_shards(Source(Path(options.source), options.text, options.label), root)
-    pool = ShardPool(shards, cache_dir=root)
-    config = {
-        "target_size": options.target_size,
-        "seed": options.seed,
-        "embedding": {"num_workers": options.workers},
-    }
-    curation = curate(pool, config, embedder=embedder, cache_dir=root)
-    if options.export:
-        export(pool, curation.ids, options.export, tree=curation.tree, seed=options.seed, overwrite=True)
-    return compare_with_random(curation, pool.labels(np.arange(len(pool))), seed=options.seed)
+    return walk_by_options(ShardPool(shards, cache_dir=root), embedder, options)
 
 
 class NgramEmbedder(nn.Module):

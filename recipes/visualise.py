@@ -27,13 +27,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("pool", nargs="+")
+    parser.add_argument("pool", nargs="+", help="shards: 'pool-{000..099}.tar', globs, paths or URLs")
     parser.add_argument("--embedder", default="efficientnet_lite0:64", help="(default: %(default)s)")
     parser.add_argument("--target-size", type=int, required=True, help="samples to select")
     parser.add_argument("--epochs", type=int, default=40, help="of the map's training (default: %(default)s)")
     parser.add_argument("--cache-dir", default="runs/cache", help="(default: %(default)s)")
     parser.add_argument("--out", default="runs/map", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

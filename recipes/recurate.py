@@ -1,0 +1,92 @@
+"""Pretrain on a selection that is drawn anew during training, by the features of the model in training.
+
+    uv run recipes/recurate.py fit --config configs/base.yaml --config configs/pretrain/simclr_fashion.yaml
+    uv run recipes/recurate.py fit --config configs/base.yaml --config configs/pretrain/simclr_fashion.yaml \
+        --recuration.every_n_epochs 5 --recuration.start_epoch 4 --recuration.most 3
+
+As recipes/pretrain.py, with a RecurationCallback whose settings are the options --recuration.*, every ten
+epochs unless they say otherwise (`fit --help` lists them). At the end prints what each re-curation changed:
+how much of the selection is new, how evenly it is spread over the clusters, and over the classes where the
+pool has labels, which nothing else looks at. A run that was killed goes on with --ckpt_path.
+"""
+
+import sys
+
+import lightning
+import numpy as np
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+from rich.table import Table
+
+from curated_data import RecurationCallback
+from curated_data.errors import CuratedDataError
+from curated_data.report.metrics import class_balance
+from recipes import pretrain
+
+
+class History(lightning.Callback):
+    """The selections that a training streamed, in turn.
+
+    Attributes:
+        selections: (epoch, ids) from each epoch on whose selection differs from the one before.
+        perplexities: of the samples selected from each lowest cluster, of the tree that each came from.
+    """
+
+    def __init__(self) -> None:
+        self.selections: list[tuple[int, np.ndarray]] = []
+        self.perplexities: list[float] = []
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        ids, curation = trainer.datamodule.selection, trainer.datamodule.curation
+        if self.selections and np.array_equal(ids, self.selections[-1][1]):
+            return
+        self.selections.append((trainer.current_epoch, ids))
+        lowest = curation.report["levels"][0] if curation is not None else {}
+        self.perplexities.append(lowest.get("selected_perplexity", float("nan")))
+
+
+class RecurationCLI(LightningCLI):
+    """LightningCLI with the callback's settings beside the trainer's."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(RecurationCallback, "recuration")
+        parser.set_defaults({"recuration.every_n_epochs": 10})
+
+
+def main(arguments: list[str] | None = None) -> Table:
+    """Train, and print the table of what changed, which is returned."""
+    history = History()
+    cli = pretrain.main(arguments, RecurationCLI, trainer_defaults={"callbacks": [history]})
+    table = changes(history, cli.datamodule.pool.labels(np.arange(len(cli.datamodule.pool))))
+    if cli.trainer.is_global_zero:
+        Console(width=None if sys.stdout.isatty() else 110).print(table)
+    return table
+
+
+def changes(history: History, labels: np.ndarray) -> Table:
+    """One row a selection: what is new in it, and how balanced it is."""
+    has_labels = bool((labels >= 0).any())
+    table = Table(title="What each re-curation changed")
+    headings = ["from epoch", "samples", "new", "Jaccard with the last", "cluster perplexity"]
+    for heading in headings + ["class entropy, nats", "head / tail"] * has_labels:
+        table.add_column(heading, justify="right")
+    before: np.ndarray | None = None
+    for (epoch, ids), perplexity in zip(history.selections, history.perplexities, strict=True):
+        distinct = np.unique(ids)
+        cells = [f"{epoch}", f"{len(ids):,}", "", "", f"{perplexity:,.1f}"]
+        if before is not None:
+            shared = len(np.intersect1d(before, distinct, assume_unique=True))
+            cells[2] = f"{1 - shared / len(distinct):.1%}"
+            cells[3] = f"{shared / (len(before) + len(distinct) - shared):.3f}"
+        if (balance := class_balance(labels, ids)) is not None:
+            cells += [f"{balance.entropy_after:.3f}", f"{balance.ratio_after:,.1f}"]
+        table.add_row(*cells)
+        before = distinct
+    return table
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CuratedDataError as error:
+        sys.exit(f"recurate: {error}")
