@@ -63,10 +63,16 @@ class ShardIndex:
         if rows is not None:
             rows = np.asarray(rows, np.int64)
             starts, stops = starts[rows], stops[rows]
-        blob = self.key_bytes
+        lengths = stops - starts
+        ends = np.cumsum(lengths)
+        places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
+        joined = self.key_bytes[places].tobytes()
+        begins = (ends - lengths).tolist()
+        if joined.isascii():  # bytes and characters are one: decoded once for all
+            text = joined.decode("ascii")
+            return [text[begin:end] for begin, end in zip(begins, ends.tolist())]
         return [
-            blob[start:stop].tobytes().decode("utf-8", "surrogateescape")
-            for start, stop in zip(starts.tolist(), stops.tolist())
+            joined[begin:end].decode("utf-8", "surrogateescape") for begin, end in zip(begins, ends.tolist())
         ]
 
 

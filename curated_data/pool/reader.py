@@ -1,11 +1,17 @@
-"""Positioned reads of members: whole batches, neighbours in one read, a bounded number of open files."""
+"""Positioned reads of members: whole batches, neighbours in one read, a bounded number of open files.
 
+What the page cache holds costs a copy alone where the shard is mapped; all else is read with `os.pread`.
+"""
+
+import errno
+import mmap
 import os
 import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +19,12 @@ from curated_data.errors import PoolError
 from curated_data.pool.storage import ShardFile, check_unchanged, vanished
 
 LOCAL_GAP = 4 << 10  # bytes worth reading over rather than asking again: about what one more call costs
+MAPPED_POOL = 8 << 30  # bytes of all shards; larger pools are not mapped, see `LocalReader`
 _CAN_ADVISE = hasattr(os, "posix_fadvise")
+_CAN_PROBE = hasattr(os, "RWF_NOWAIT")
+_PROBES = (
+    4  # members of a batch that are asked for; with half of a pool cached, one in 16 batches looks cached
+)
 
 
 @dataclass
@@ -76,19 +87,48 @@ def plan_runs(
     return Runs(order, np.append(first, len(order)), sorted_shard[first], start[first], stops[: len(last)])
 
 
+class OpenShard(NamedTuple):
+    """A shard's file: its handle, whether a folder still had it when it was opened, and its map, if any."""
+
+    handle: int
+    was_linked: bool
+    mapped: mmap.mmap | None
+
+    def close(self) -> None:
+        """Close the file and give up the map."""
+        os.close(self.handle)
+        if self.mapped is not None:
+            self.mapped.close()
+
+
 class LocalReader:
-    """Reads members of local shards with `os.pread`.
+    """Reads members of local shards: from a map of the file, or with `os.pread`.
+
+    A copy out of a map takes a third of the time of a system call that copies (23 KB in the page cache: 2.4
+    against 7 µs). It is taken for shards on a block device, of pools of at most `MAPPED_POOL` bytes (so that
+    neither page tables nor what tools show as resident memory grow with the pool), when a probe finds the
+    batch in the page cache; what has to come from the disk is read by `pread`, where a fault of the disk is
+    an `OSError`. A shard that is truncated in place within the microseconds between the check and the copy
+    ends the process with a bus error; one truncated before is an error that names it, as everywhere.
 
     Keeps at most `max_open` files open, the least recently used closed first. May be used from several
     threads, and after a fork (a positioned read shares no file position); it pickles without its handles.
     """
 
-    def __init__(self, shards: Sequence[ShardFile], *, max_open: int | None = None, gap: int = LOCAL_GAP):
+    def __init__(
+        self,
+        shards: Sequence[ShardFile],
+        *,
+        max_open: int | None = None,
+        gap: int = LOCAL_GAP,
+        maps: bool | None = None,
+    ):
         self.shards = shards
         self.gap = gap
+        self.maps = sum(shard.size for shard in shards) <= MAPPED_POOL if maps is None else maps
         self.max_open = max_open or _handles_allowed()
         self.counters = ReadCounters()
-        self._open: OrderedDict[int, tuple[int, bool]] = OrderedDict()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
         _keep_freed_memory()
         self._lock = threading.Lock()
         self._process = os.getpid()
@@ -104,78 +144,127 @@ class LocalReader:
         """
         if self._process != os.getpid():  # forked, perhaps while another thread held the lock
             self._lock, self._process = threading.Lock(), os.getpid()
-        runs = plan_runs(shard, offset, size, self.gap)
-        found: list[bytes] = [b""] * len(shard)
-        order, first = runs.order.tolist(), runs.first.tolist()
-        begins, sizes = offset[runs.order].tolist(), size[runs.order].tolist()
-        spans = list(zip(runs.shard.tolist(), runs.start.tolist(), (runs.stop - runs.start).tolist()))
         with self._lock:
-            for block in range(0, len(spans), self.max_open):  # so that all its files can be open at once
-                handles = self._announce(spans[block : block + self.max_open])
-                for number, handle in enumerate(handles, block):
-                    _, start, length = spans[number]
-                    data = os.pread(handle, length, start)
-                    if len(data) != length:
-                        data = self._rest(spans[number], handle, data)
-                    low, high = first[number], first[number + 1]
-                    if high - low == 1:
-                        found[order[low]] = data
-                        continue
-                    for place in range(low, high):
-                        begin = begins[place] - start
-                        found[order[place]] = data[begin : begin + sizes[place]]
-            counters = self.counters
-            counters.bytes_needed += int(size.sum())
-            counters.bytes_read += int((runs.stop - runs.start).sum())
-            counters.n_reads += len(spans)
-            counters.n_members += len(shard)
+            found = self._copy(shard, offset, size) if self.maps and len(shard) else None
+            if found is None:
+                found = self._read(plan_runs(shard, offset, size, self.gap), offset, size)
+            self.counters.bytes_needed += int(size.sum())
+            self.counters.n_members += len(shard)
         return found
 
     def close(self) -> None:
         """Close all files; the next read opens what it needs."""
         while self._open:
-            os.close(self._open.popitem()[1][0])
+            self._open.popitem()[1].close()
 
     def __getstate__(self) -> dict:
-        return {"shards": self.shards, "gap": self.gap, "max_open": self.max_open}
+        return {"shards": self.shards, "max_open": self.max_open, "gap": self.gap, "maps": self.maps}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(state["shards"], max_open=state["max_open"], gap=state["gap"])
+        self.__init__(state.pop("shards"), **state)
 
     def __del__(self) -> None:
         if getattr(self, "_open", None):
             self.close()
 
-    def _announce(self, spans: list[tuple[int, int, int]]) -> list[int]:
-        """The open file of each read to come, after telling the kernel of it.
+    def _copy(self, shard: np.ndarray, offset: np.ndarray, size: np.ndarray) -> list[bytes] | None:
+        """The members out of the maps of their shards; None where they are not all mapped and cached."""
+        shards, offsets, sizes = shard.tolist(), offset.tolist(), size.tolist()
+        numbers = dict.fromkeys(shards)
+        if len(numbers) > self._most_shards:
+            return None
+        maps = {}
+        for number in numbers:
+            maps[number] = self._shard(number).mapped
+            if maps[number] is None:
+                return None
+        if not self._are_cached(shards, offsets):
+            return None
+        self.counters.bytes_read += int(size.sum())
+        self.counters.n_reads += len(shards)
+        return [
+            maps[number][start : start + length]
+            for number, start, length in zip(shards, offsets, sizes, strict=True)
+        ]
 
-        A disk then works on all of a batch at once, which is 3 to 5 times as fast as one read after the other
-        when nothing is cached, and costs 1 µs a read when everything is.
+    def _read(self, runs: Runs, offset: np.ndarray, size: np.ndarray) -> list[bytes]:
+        """The members by one read a run."""
+        found: list[bytes] = [b""] * len(runs.order)
+        order, first = runs.order.tolist(), runs.first.tolist()
+        begins, sizes = offset[runs.order].tolist(), size[runs.order].tolist()
+        shards, starts = runs.shard.tolist(), runs.start.tolist()
+        lengths = (runs.stop - runs.start).tolist()
+        for block in range(0, len(shards), self._most_shards):  # so that all its files can be open at once
+            part = slice(block, block + self._most_shards)
+            handles = self._announce(shards[part], starts[part], lengths[part])
+            for number, handle in enumerate(handles, block):
+                start, length = starts[number], lengths[number]
+                data = os.pread(handle, length, start)
+                if len(data) != length:
+                    data = self._rest(shards[number], start, length, handle, data)
+                low, high = first[number], first[number + 1]
+                if high - low == 1:
+                    found[order[low]] = data
+                    continue
+                for place in range(low, high):
+                    begin = begins[place] - start
+                    found[order[place]] = data[begin : begin + sizes[place]]
+        self.counters.bytes_read += sum(lengths)
+        self.counters.n_reads += len(shards)
+        return found
+
+    def _announce(self, shards: list[int], starts: list[int], lengths: list[int]) -> list[int]:
+        """The open file of each read to come, after telling the kernel of all that are not cached.
+
+        A disk then works on all of a batch at once, which is 3 to 5 times as fast as one read after the
+        other.
         """
-        handles, current, handle = [], -1, -1
-        for number, start, length in spans:
-            if number != current:
-                handle, current = self._handle(number), number
-            handles.append(handle)
-            if _CAN_ADVISE:
+        opened = {number: self._shard(number).handle for number in dict.fromkeys(shards)}
+        handles = [opened[number] for number in shards]
+        if _CAN_ADVISE and not self._are_cached(shards, starts):
+            for handle, start, length in zip(handles, starts, lengths, strict=True):
                 os.posix_fadvise(handle, start, length, os.POSIX_FADV_WILLNEED)
         return handles
 
-    def _handle(self, number: int) -> int:
-        """An open file of the shard, in the state that was indexed."""
-        entry = self._open.get(number)
-        if entry is not None:
-            handle, linked = entry
-            if self._is_current(number, os.fstat(handle), linked):
+    def _are_cached(self, shards: list[int], offsets: list[int]) -> bool:
+        """Whether a few reads, evenly spread over those to come, would all be answered without the disk."""
+        if not _CAN_PROBE:
+            return False
+        try:
+            for place in range(0, len(shards), max(1, len(shards) // _PROBES)):
+                if not os.preadv(
+                    self._open[shards[place]].handle, [bytearray(1)], offsets[place], os.RWF_NOWAIT
+                ):
+                    return False  # at the end of the file: the read itself will say so
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            return False
+        return True
+
+    def _shard(self, number: int) -> OpenShard:
+        """A shard's open file, in the state that was indexed."""
+        opened = self._open.get(number)
+        if opened is not None:
+            if self._is_current(number, os.fstat(opened.handle), opened.was_linked):
                 self._open.move_to_end(number)
-                return handle
-            del self._open[number]
-            os.close(handle)
+                return opened
+            self._open.pop(number).close()
         handle = self._open_file(number)
-        while len(self._open) >= self.max_open:
-            os.close(self._open.popitem(last=False)[1][0])
-        self._open[number] = handle, os.fstat(handle).st_nlink > 0  # some network file systems never say
-        return handle
+        while len(self._open) >= self._most_shards:
+            self._open.popitem(last=False)[1].close()
+        status = os.fstat(handle)
+        mapped = None
+        if self.maps and os.major(status.st_dev) and status.st_size:  # what has no device may be a network's
+            mapped = mmap.mmap(handle, status.st_size, prot=mmap.PROT_READ)
+        # Some network file systems never say how many links there are.
+        self._open[number] = OpenShard(handle, status.st_nlink > 0, mapped)
+        return self._open[number]
+
+    @property
+    def _most_shards(self) -> int:
+        """How many may be open: a map holds a handle of its own."""
+        return max(1, self.max_open // (1 + self.maps))
 
     def _open_file(self, number: int) -> int:
         shard = self.shards[number]
@@ -195,9 +284,8 @@ class LocalReader:
         check_unchanged(self.shards[number], status, was_linked)
         return True
 
-    def _rest(self, span: tuple[int, int, int], handle: int, data: bytes) -> bytes:
+    def _rest(self, shard: int, start: int, length: int, handle: int, data: bytes) -> bytes:
         """A read that came short: go on until it is whole, or the file ends."""
-        number, start, length = span
         pieces = [data]
         have = len(data)
         while have < length and data:
@@ -206,9 +294,8 @@ class LocalReader:
             have += len(data)
         if have < length:
             raise PoolError(
-                f"{self.shards[number].url}: truncated since it was indexed: {have} of {length} bytes at "
-                "offset "
-                f"{start}; copy it again"
+                f"{self.shards[shard].url}: truncated since it was indexed: {have} of {length} bytes at "
+                f"offset {start}; copy it again"
             )
         return b"".join(pieces)
 

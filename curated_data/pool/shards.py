@@ -166,7 +166,10 @@ class ShardPool:
         """
         ids = self._checked(ids)
         index = self.index()
-        unique, place = np.unique(ids, return_inverse=True)
+        order = np.argsort(ids, kind="stable")
+        unique, place = ids[order], None
+        if (unique[1:] == unique[:-1]).any():
+            unique, place = np.unique(ids, return_inverse=True)
         shard = index.shard_of(unique)
         members = self._members(unique, extensions)
         data = self._read_members(unique, shard, members)
@@ -177,13 +180,16 @@ class ShardPool:
         ]
         for owner, extension, content in zip(members.owner.tolist(), members.extension.tolist(), data):
             samples[owner][names[extension]] = content
-        if extensions is not None:
+        if extensions is not None and len(data) < len(unique) * len(extensions):
             for row in np.flatnonzero(np.bincount(members.owner, minlength=len(unique)) == 0).tolist():
                 start, stop = index.member_start[unique[row] : unique[row] + 2]
                 samples[row]["__members__"] = [names[number] for number in index.member_extension[start:stop]]
-        if len(unique) == len(ids):
-            return [samples[row] for row in place.tolist()]
-        return [dict(samples[row]) for row in place.tolist()]  # no two entries share a dict
+        if place is not None:
+            return [dict(samples[row]) for row in place.tolist()]  # no two entries share a dict
+        asked: list[dict[str, Any]] = [{}] * len(ids)
+        for row, sample in zip(order.tolist(), samples):
+            asked[row] = sample
+        return asked
 
     def labels(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """The class of each sample, (n,) int64, from its `.cls` member; -1 where it has none.

@@ -16,6 +16,7 @@ from curated_data.errors import ConfigError, SampleError
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import decode_sample
 from curated_data.streaming.order import view_seeds
+from curated_data.streaming.transfer import WorkerCollate
 
 log = logging.getLogger(__name__)
 
@@ -104,24 +105,12 @@ class PoolDataset(Dataset):
             PoolError: a shard vanished, shrank or changed since it was indexed, whatever `on_error` says.
             SampleError: a sample cannot be decoded.
         """
-        positions = getattr(ids, "positions", None)
-        seeds = view_seeds(
-            self.seed, getattr(ids, "epoch", 0), np.asarray(ids if positions is None else positions, np.int64)
-        ).tolist()
-        padding = getattr(ids, "padding", None)
         skipped: list[Skipped] = []
         counters = self.pool.counters
         before = counters.bytes_read, counters.bytes_needed
-        loaded = LoadedSamples()
-        with _generators_kept() if self.decode else contextlib.nullcontext():
-            for place, (members, seed) in enumerate(
-                zip(self.pool.read(ids, self.extensions), seeds, strict=True)
-            ):
-                sample = self._load(ids[place], members, seed, skipped)
-                if sample is None:
-                    sample = self._spare(ids, place, seed, skipped)
-                loaded.append(sample)
-        self._fill(loaded, skipped)
+        members = self.pool.read(ids, self.extensions)
+        loaded = self._decoded(ids, members, skipped) if self.decode else _undecoded(ids, members)
+        padding = getattr(ids, "padding", None)
         if padding is not None:
             for sample, padded in zip(loaded, padding.tolist(), strict=True):
                 sample.setdefault("padding", padded)
@@ -131,12 +120,26 @@ class PoolDataset(Dataset):
         loaded.report = BatchReport(len(loaded), read, needed, skipped)
         return loaded
 
+    def _decoded(
+        self, ids: Sequence[int], members: list[dict[str, Any]], skipped: list[Skipped]
+    ) -> LoadedSamples:
+        positions = getattr(ids, "positions", None)
+        places = np.asarray(ids if positions is None else positions, np.int64)
+        seeds = view_seeds(self.seed, getattr(ids, "epoch", 0), places).tolist()
+        loaded = LoadedSamples()
+        with _generators_kept():
+            for place, (sample_members, seed) in enumerate(zip(members, seeds, strict=True)):
+                sample = self._load(ids[place], sample_members, seed, skipped)
+                if sample is None:
+                    sample = self._spare(ids, place, seed, skipped)
+                loaded.append(sample)
+        self._fill(loaded, skipped)
+        return loaded
+
     def _load(
         self, sample_id: int, members: dict[str, Any], seed: int, skipped: list[Skipped]
     ) -> dict[str, Any] | None:
         """One sample, decoded and augmented; None where it is skipped."""
-        if not self.decode:
-            return {"sample_id": sample_id, "members": members}
         try:
             sample = decode_sample(
                 members,
@@ -195,6 +198,12 @@ class PoolDataset(Dataset):
         for place, sample in enumerate(loaded):
             if sample is None:
                 loaded[place] = good | {"padding": True}
+
+
+def _undecoded(ids: Sequence[int], members: list[dict[str, Any]]) -> LoadedSamples:
+    return LoadedSamples(
+        {"sample_id": sample_id, "members": content} for sample_id, content in zip(ids, members, strict=True)
+    )
 
 
 _BATCH_FIELDS = ("views", *_MODALITIES, "label", "caption", "metadata")
@@ -257,6 +266,10 @@ class StreamLoader(DataLoader):
     """A `DataLoader` of a `PoolDataset` that keeps the dataset's statistics as batches are handed out."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.num_workers:
+            # Memory of its own for each iterator: workers of an earlier one may still be writing to theirs.
+            plain = self.collate_fn.collate if isinstance(self.collate_fn, WorkerCollate) else self.collate_fn
+            self.collate_fn = WorkerCollate(plain, 0 if self.dataset.decode else self.num_workers)
         return self._count(super().__iter__())  # not one generator: the iterator, and its workers, begin now
 
     def _count(self, batches: Iterator[tuple[dict[str, Any], BatchReport]]) -> Iterator[dict[str, Any]]:

@@ -1,10 +1,13 @@
 """Positioned reads: the plan against the ranges it must cover, and the bytes against the files'."""
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from curated_data.errors import PoolError
 from curated_data.pool.reader import LocalReader, plan_runs
 from curated_data.pool.storage import stat_shards
 
@@ -67,4 +70,29 @@ def test_bytes_are_the_files(tmp_path, gap):
     assert reader.counters.bytes_read >= size.sum()
     assert (reader.counters.n_reads == 300) == (gap == 0)
     assert len(reader._open) <= 2
+    reader.close()
+
+
+@pytest.mark.parametrize("maps", [True, False])
+@pytest.mark.parametrize("cached", [True, False])
+def test_mapped_or_not_the_bytes_are_the_same(tmp_path, maps, cached):
+    rng = np.random.default_rng(0)
+    contents = [rng.bytes(300_000) for _ in range(3)]
+    for number, content in enumerate(contents):
+        with open(tmp_path / str(number), "wb") as file:
+            file.write(content)
+            os.fsync(file.fileno())
+            if not cached:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    reader = LocalReader(stat_shards([str(tmp_path / str(number)) for number in range(3)]), maps=maps)
+    shard, offset, size = (rng.integers(0, high, 200) for high in (3, 290_000, 10_000))
+    shard, offset, size = np.append(shard, 1), np.append(offset, 299_999), np.append(size, 0)
+    distinct = np.unique(shard * 300_000 + offset, return_index=True)[1]
+    for rows in (distinct, distinct[:1], distinct[:0]):
+        found = reader.read(shard[rows], offset[rows], size[rows])
+        assert found == [contents[s][o : o + z] for s, o, z in zip(shard[rows], offset[rows], size[rows])]
+        assert all(type(data) is bytes for data in found)
+    os.truncate(tmp_path / "1", 100)
+    with pytest.raises(PoolError, match=f"{tmp_path / '1'}: changed since it was indexed"):
+        reader.read(shard[distinct], offset[distinct], size[distinct])
     reader.close()

@@ -84,12 +84,12 @@ class Server:
                 self.end_headers()
                 if with_body:
                     body = data[: len(data) // 2] if cuts else data
+                    with outer.lock:  # before it is sent: the client may look at once
+                        outer.bytes_sent += len(body)
                     try:
                         self.wfile.write(body)
                     except OSError:
                         return  # who asked has seen enough
-                    with outer.lock:
-                        outer.bytes_sent += len(body)
                     if cuts:
                         self.wfile.flush()
                         self.connection.shutdown(socket.SHUT_RDWR)

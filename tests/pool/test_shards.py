@@ -1,5 +1,6 @@
 """The pool: what its names stand for, reading in any order, and what it refuses."""
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -306,6 +307,7 @@ class TestWorkers:
         paths = [write_tar(f"{i:03d}.tar", [(f"{i}.txt", str(i).encode())]) for i in range(60)]
         pool = ShardPool(paths)
         pool._reader.max_open = 7
+        gc.collect()  # what earlier tests left open
         before = len(os.listdir("/proc/self/fd"))
         rng = np.random.default_rng(0)
         for _ in range(5):
