@@ -99,7 +99,7 @@ def hierarchical_kmeans(
         resample: take a cluster's "closest" members to a resampling, or "random" ones.
         init, metric, n_iter, tol, n_init, device, valid, nonfinite, seeding_rows, max_memory: as in `kmeans`.
         resample_n_iter: Lloyd iterations of a resampling's k-means; None for as many as `n_iter`, as
-            published. 0 takes the seeding for the centroids: see `benchmarks/resampling.py` for what that
+            published. 0 takes the seeding for the centroids: see `benchmarks/settings.py` for what that
             changes.
         seed: same seed, same tree.
         checkpoint: a folder of this run's own. Each finished k-means is kept there, and a run that was killed
