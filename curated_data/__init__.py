@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from curated_data.clustering.tree import ClusterTree
     from curated_data.config import CurationConfig
     from curated_data.datamodule import CuratedDataModule
+    from curated_data.logging_callback import CurationLogger
     from curated_data.pipeline import Curation, curate
     from curated_data.pool.shards import ShardPool
     from curated_data.pool.writer import ShardWriter
@@ -24,6 +25,7 @@ __all__ = [
     "CuratedDataModule",
     "Curation",
     "CurationConfig",
+    "CurationLogger",
     "Level",
     "RecurationCallback",
     "ShardPool",
@@ -40,6 +42,7 @@ _HOMES = {
     "CuratedDataModule": "datamodule",
     "Curation": "pipeline",
     "CurationConfig": "config",
+    "CurationLogger": "logging_callback",
     "Level": "clustering.hierarchy",
     "RecurationCallback": "callbacks",
     "ShardPool": "pool.shards",

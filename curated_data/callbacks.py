@@ -20,9 +20,10 @@ from curated_data.datamodule import CuratedDataModule
 from curated_data.distributed import all_reduce, is_distributed, rank
 from curated_data.embedding import Embedder, resolve_embedder
 from curated_data.embedding.sharded import unsharded
-from curated_data.errors import ConfigError
+from curated_data.errors import CacheError, ConfigError
 from curated_data.pipeline import Curation, check_levels, curate
 from curated_data.recuration import levels_of_share, recurate
+from curated_data.stored import open_curation
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,7 @@ class RecurationCallback(pl.Callback):
         self._epochs_without_gain = 0
         self._unfinished: dict[str, int] | None = None  # an epoch whose batches are done but whose end is not
         self._artifacts: list[str] = []  # of the last re-curation, relative to the cache
+        self._selection: str | None = None  # the name of its selection in the cache
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -133,6 +135,7 @@ class RecurationCallback(pl.Callback):
                 )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restore(_datamodule(trainer))
         # A checkpoint written after an epoch's last batch: Lightning resumes with the next epoch and never
         # ends this one, so its re-curation is made up for here, before the loader is built.
         if self._unfinished is not None:
@@ -160,6 +163,7 @@ class RecurationCallback(pl.Callback):
             "epochs_without_gain": self._epochs_without_gain,
             "unfinished": self._unfinished,
             "artifacts": self._artifacts,
+            "selection": self._selection,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -169,6 +173,7 @@ class RecurationCallback(pl.Callback):
         self._epochs_without_gain = state_dict["epochs_without_gain"]
         self._unfinished = state_dict["unfinished"]
         self._artifacts = state_dict["artifacts"]
+        self._selection = state_dict.get("selection")
 
     def _end_epoch(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, step: int
@@ -184,6 +189,7 @@ class RecurationCallback(pl.Callback):
         if curation is None:
             return {}
         data.curation = curation
+        self._selection = curation.folders["selection"].name
         data.set_selection(curation.ids)
         self.n_recurations += 1
         self._last_step = step
@@ -199,6 +205,18 @@ class RecurationCallback(pl.Callback):
             figures["minutes"],
         )
         return {f"recuration/{name}": float(value) for name, value in figures.items()}
+
+    def _restore(self, data: CuratedDataModule) -> None:
+        """Have a resumed run's data module show the re-curation that it streams, not the first curation."""
+        current = data.curation.folders["selection"].name if data.curation is not None else None
+        if self._selection in (None, current):
+            return
+        try:
+            data.curation = open_curation(data.cache_dir, self._selection)
+        except CacheError as error:  # a later re-curation cleared its tree away; the ids are kept apart
+            log.warning(
+                "the tree of the selection that is resumed is gone, figures show the first: %s", error
+            )
 
     def _is_due(self, trainer: pl.Trainer, epoch: int, step: int) -> bool:
         stalled = self._has_stalled(trainer)  # counts every epoch, due or not

@@ -90,6 +90,7 @@ def recurate(
         "embedder": store.folder.name,
         "embeddings": store.fingerprint,
         "base": base.folders["tree"].name,
+        "share": repr(share),
     }
     folders = {"embeddings": base.embeddings.folder, "fresh_embeddings": store.folder}
     folders["tree"], tree_cached = build_tree(

@@ -1,0 +1,146 @@
+"""A curation's figures and tables, in whichever logger the Trainer has."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from curated_data.datamodule import CuratedDataModule
+from curated_data.errors import ConfigError
+from curated_data.pipeline import Curation
+from curated_data.report import figures
+from curated_data.report.metrics import class_balance, cluster_balance
+
+log = logging.getLogger(__name__)
+
+_READ_LABELS = 200_000
+
+
+class CurationLogger(pl.Callback):
+    """Logs each curation once, when training on it begins: the first one, and what a `RecurationCallback`
+    makes.
+
+    Every logger gets the numbers, as `curation/…`: sizes, what failed, near-duplicates, and for each level of
+    the tree perplexity, Gini coefficient and share of clusters covered, of the pool and of the selection;
+    class entropies where there are labels. TensorBoard and Weights & Biases also get plots of cluster sizes
+    by rank and of classes, and the levels as a table.
+
+    Rank zero draws and writes while the others wait for it at the next step: seconds, at any size of pool.
+
+    Args:
+        labels: (n,) class of each sample, -1 for none; None reads them from the pool's `.cls` members if it
+            has them and at most 200,000 samples.
+        class_names: of the classes, for the plot.
+
+    Raises:
+        ConfigError: a Trainer without a `CuratedDataModule` that curates; labels of another pool.
+    """
+
+    def __init__(self, labels: np.ndarray | None = None, *, class_names: Sequence[str] | None = None) -> None:
+        self.labels, self.class_names = labels, class_names
+        self._logged: list[str] = []  # selections, so that a resumed run logs none twice
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, CuratedDataModule) or data.curation_config is None:
+            raise ConfigError("CurationLogger: needs a CuratedDataModule with a `curation`")
+        if self.labels is not None and np.shape(self.labels) != (len(data.pool),):
+            raise ConfigError(
+                f"CurationLogger.labels: expected shape ({len(data.pool)},), got {np.shape(self.labels)}"
+            )
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        curation = trainer.datamodule.curation
+        name = curation.folders["selection"].name
+        if name in self._logged:
+            return
+        self._logged.append(name)
+        if trainer.is_global_zero and trainer.loggers:
+            self._log(trainer, curation)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"logged": self._logged}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._logged = list(state_dict["logged"])
+
+    def _log(self, trainer: pl.Trainer, curation: Curation) -> None:
+        labels = self._labels(trainer.datamodule)
+        values = curation_metrics(curation, labels)
+        plots = {"curation/cluster_sizes": figures.size_curves(curation.tree, curation.ids)}
+        balance = None if labels is None else class_balance(labels, curation.ids)
+        if balance is not None:
+            counts = {"pool": balance.before, "selected": balance.after}
+            names = None if self.class_names is None else self.class_names[: len(balance.before)]
+            plots["curation/classes"] = figures.class_balance(counts, class_names=names)
+        header, rows = level_table(curation)
+        step = trainer.global_step
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
+            _show(logger, plots, header, rows, step)
+
+    def _labels(self, data: CuratedDataModule) -> np.ndarray | None:
+        if self.labels is not None:
+            return self.labels
+        if "cls" not in data.pool.index().extensions or len(data.pool) > _READ_LABELS:
+            return None
+        return data.pool.labels(np.arange(len(data.pool)))
+
+
+def curation_metrics(curation: Curation, labels: np.ndarray | None = None) -> dict[str, float]:
+    """A curation in numbers, by the names that loggers show them under.
+
+    Args:
+        curation: what `curate` returned.
+        labels: (n,) class of each sample, -1 for none.
+    """
+    names = ("samples", "failed", "near_duplicates", "fresh", "selected", "distinct")
+    values = {name: curation.report[name] for name in names if name in curation.report}
+    for level in cluster_balance(curation.tree, curation.ids):
+        kept = ("n_clusters", "perplexity", "selected_perplexity", "gini", "selected_gini", "covered")
+        values |= {f"level_{level.level}/{name}": getattr(level, name) for name in kept}
+    balance = None if labels is None else class_balance(labels, curation.ids)
+    if balance is not None:
+        values |= {"class_entropy": balance.entropy_before, "selected_class_entropy": balance.entropy_after}
+    return {f"curation/{name}": float(value) for name, value in values.items()}
+
+
+def level_table(curation: Curation) -> tuple[list[str], list[list[float]]]:
+    """Column names and a row for each level of the tree, from the lowest up."""
+    rows = [dataclasses.asdict(level) for level in cluster_balance(curation.tree, curation.ids)]
+    return list(rows[0]), [list(row.values()) for row in rows]
+
+
+def _show(
+    logger: Any, plots: dict[str, Figure], header: list[str], rows: list[list[float]], step: int
+) -> None:
+    """Plots and table, by what the logger can: TensorBoard's writer, or the methods of `WandbLogger`."""
+    writer = getattr(logger, "experiment", None)
+    if hasattr(writer, "add_figure"):
+        for name, figure in plots.items():
+            writer.add_figure(name, figure, global_step=step)
+        writer.add_text("curation/levels", _markdown(header, rows), global_step=step)
+    elif hasattr(logger, "log_image"):
+        for name, figure in plots.items():
+            logger.log_image(name, [_pixels(figure)], step=step)
+        if hasattr(logger, "log_table"):
+            logger.log_table("curation/levels", columns=header, data=rows, step=step)
+
+
+def _markdown(header: list[str], rows: list[list[float]]) -> str:
+    lines = [header, ["---:"] * len(header), *[[f"{value:,.4g}" for value in row] for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    """A figure as uint8 (H, W, 3)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,0 +1,88 @@
+"""Open again what an earlier curation left in the cache, from its selection's name alone."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from curated_data.cache import MANIFEST, open_cache, read_manifest
+from curated_data.clustering.hierarchy import Level
+from curated_data.clustering.tree import EXCLUDED, ClusterTree
+from curated_data.config import CurationConfig
+from curated_data.embedding import EmbeddingStore
+from curated_data.errors import CacheError
+from curated_data.pipeline import Curation
+from curated_data.report.metrics import cluster_balance
+
+
+def selections(cache_dir: str | Path) -> list[str]:
+    """The names of the selections in a cache, the newest first."""
+    found = [path.parent for path in (Path(cache_dir).expanduser() / "selection").glob(f"*/{MANIFEST}")]
+    return [path.name for path in sorted(found, key=lambda path: (-path.stat().st_mtime, path.name))]
+
+
+def open_curation(cache_dir: str | Path, selection: str) -> Curation:
+    """The curation that ended in a selection: ids, tree and embeddings, without the pool or the embedder.
+
+    Args:
+        cache_dir: of the curation.
+        selection: its name, the last part of `curation.folders["selection"]`.
+
+    Returns:
+        A curation with the settings that its artifacts name; the others are defaults.
+
+    Raises:
+        CacheError: no such selection, or its tree or embeddings are no longer in the cache.
+    """
+    root = open_cache(cache_dir)
+    folders = {"selection": root / "selection" / selection}
+    if not (folders["selection"] / MANIFEST).exists():
+        known = ", ".join(selections(root)[:5]) or "none"
+        raise CacheError(f"{root}: no selection {selection!r}; there are, newest first: {known}")
+    chosen = read_manifest(folders["selection"], "selection")
+    folders["tree"] = root / "tree" / chosen["inputs"]["tree"]
+    grown = read_manifest(folders["tree"], "clustering")
+    inputs, settings = grown["inputs"], grown["settings"]
+    tree = ClusterTree.load(folders["tree"] / "tree")
+    shards = [name.decode() for name in np.load(folders["tree"] / "shards.npy", allow_pickle=False)]
+    source = inputs
+    if "share" in inputs:  # the embeddings of the pool are those of the curation that it began with
+        folders["fresh_embeddings"] = root / "embeddings" / inputs["embedder"]
+        source = read_manifest(root / "tree" / inputs["base"], "clustering")["inputs"]
+    folders["embeddings"] = root / "embeddings" / source["embedder"]
+    if "near_duplicates" in source:
+        folders["near_duplicates"] = root / "near_duplicates" / source["near_duplicates"]
+    store = _store(folders["embeddings"], shards)
+    known = {item.name for item in dataclasses.fields(CurationConfig)}
+    values = {name: value for name, value in (settings | chosen["settings"]).items() if name in known}
+    values["levels"] = [Level(**level) for level in settings.get("levels") or []] or None
+    ids = np.load(folders["selection"] / "ids.npy", allow_pickle=False)
+    return Curation(ids, tree, store, _report(tree, store, ids, values), CurationConfig(**values), folders)
+
+
+def _store(folder: Path, shards: list[str]) -> EmbeddingStore:
+    for shard in shards:
+        path = folder / f"{shard}.npy"
+        if not path.exists():
+            raise CacheError(f"{path}: no longer there; run the curation again to embed its shard")
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        if len(rows):
+            break
+    return EmbeddingStore(folder, shards, rows.shape[1], rows.dtype.name)
+
+
+def _report(
+    tree: ClusterTree, store: EmbeddingStore, ids: np.ndarray, values: dict[str, Any]
+) -> dict[str, Any]:
+    failed = len(store.failures)
+    return {
+        "shards": len(store.shard_fingerprints),
+        "samples": tree.n_samples,
+        "failed": failed,
+        "near_duplicates": int((tree.parent[1] == EXCLUDED).sum()) - failed,
+        "target_size": values["target_size"],
+        "selected": len(ids),
+        "distinct": len(np.unique(ids)),
+        "levels": [dataclasses.asdict(level) for level in cluster_balance(tree, ids)],
+    }
