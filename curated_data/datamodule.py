@@ -196,6 +196,7 @@ class CuratedDataModule(pl.LightningDataModule):
             self.stratify_level,
         )
         order = self._stream.prepare(self.trainer, settings, lambda ids: self._training_order(ids, shuffle))
+        self._end_resumed_epoch(order)
         self._follow_selection()
         views = self.views or self._from_module("views") or CenterCrop(self.image_size)
         dataset = self._dataset(self.pool, views)
@@ -292,11 +293,26 @@ class CuratedDataModule(pl.LightningDataModule):
         """While a selection waits for an epoch, have the Trainer ask for a new loader when that begins."""
         if self.trainer is None:
             return
-        if self._stream.waiting and self._reload_every is None:
+        waiting = self._stream.waiting or self._stream.resumed_between_selections
+        if waiting and self._reload_every is None:
             self._reload_every = self.trainer.reload_dataloaders_every_n_epochs
             self.trainer.reload_dataloaders_every_n_epochs = 1
-        elif not self._stream.waiting and self._reload_every is not None:
+        elif not waiting and self._reload_every is not None:
             self.trainer.reload_dataloaders_every_n_epochs, self._reload_every = self._reload_every, None
+
+    def _end_resumed_epoch(self, order: EpochOrder) -> None:
+        """Tell a Trainer that resumes after an epoch's last batch that it was the last.
+
+        It compares what was done with the length of the loader, which is the next selection's by now.
+        """
+        if self.trainer is None or not self._stream.resumed_between_selections:
+            return
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        if not progress.is_last_batch:  # not restored yet: a loader is asked for once more
+            return
+        if progress.current.completed < progress.current.processed:  # it was saved as that batch ended
+            progress.current.completed = max(progress.current.completed, order.n_batches)
+        self._stream.resumed_between_selections = False
 
     def _evaluation_loader(self, pool: ShardPool) -> DataLoader:
         transform = self.eval_transform or self._from_module("eval_transform") or CenterCrop(self.image_size)

@@ -177,11 +177,12 @@ class Interrupted(Exception):
 class Listing(pl.LightningModule):
     """Lists what it trained on, in this process; may fail at a batch."""
 
-    def __init__(self, fail_at: int | None = None):
+    def __init__(self, fail_at: int | None = None, estimates: bool = False):
         super().__init__()
         self.weight = torch.nn.Linear(1, 1)
         self.trained: list[list[int]] = []
         self.fail_at = fail_at
+        self.estimates = estimates  # which asks for the loader before the loops are restored
 
     def training_step(self, batch, batch_idx):
         if self.fail_at is not None and len(self.trained) == self.fail_at:
@@ -193,6 +194,8 @@ class Listing(pl.LightningModule):
         pass
 
     def configure_optimizers(self):
+        if self.estimates:
+            self.trainer.estimated_stepping_batches  # noqa: B018
         return torch.optim.SGD(self.parameters(), 1e-3)
 
 
@@ -347,9 +350,18 @@ def test_a_new_selection_is_streamed_from_the_next_epoch_and_survives_a_resume(
     run.fit(module, data(folder, 1, num_workers=1, **cache))
     assert module.trained == expected
     assert run.reload_dataloaders_every_n_epochs == 0
-    for name, step in (("within", 9), ("ends", 10), ("within", 11), ("within", 14), ("ends", 16)):
+    for name, step in (
+        ("within", 9),
+        ("within", 10),
+        ("ends", 10),
+        ("within", 11),
+        ("within", 14),
+        ("ends", 16),
+    ):
         path = tmp_path / name / f"step={step}.ckpt"
         resumed = Listing()
+        if at_batch is None and (name, step) == ("within", 10):
+            continue  # written before the epoch's end, which Lightning does not run again when it resumes
         callback = [Replacing(ids, 1)] if at_batch is None and step == 9 else []
         trainer(folder, 1, max_epochs=4, callbacks=callback).fit(
             resumed, data(folder, 1, **cache), ckpt_path=str(path)

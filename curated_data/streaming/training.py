@@ -69,12 +69,15 @@ class TrainingStream:
 
     Attributes:
         order: of the loader that was made last; None before the first.
+        resumed_between_selections: a run resumes after the last batch of one selection, before the first of
+            the next.
     """
 
     def __init__(self, n_trained: Callable[[], int], cache_dir: Path | None) -> None:
         self.position = StreamPosition(n_trained)
         self.cache_dir = cache_dir
         self.order: EpochOrder | None = None
+        self.resumed_between_selections = False
         self._settings: Hashable = None  # that the order was made with
         self._selected: np.ndarray | None = None
         self._name: str | Tensor | None = None  # how checkpoints name it; None: whoever resumes has it
@@ -165,6 +168,9 @@ class TrainingStream:
         self._next = None
         if state["next_selection"] is not None:
             self._next = self._find(state["next_selection"]), state["next_selection"]
+            if state["batch"] == 0:  # written after an epoch's last batch: nothing of the old one is to come
+                (self._selected, self._name), self._next = self._next, None
+                self.resumed_between_selections = True
         self.order = None
         self._loaded = state
         self._owner = owner if owner is not None else _NOBODY
