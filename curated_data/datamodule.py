@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,16 @@ from curated_data.config import CurationConfig, load_config
 from curated_data.distributed import rank, world_size
 from curated_data.errors import ConfigError
 from curated_data.pool import ShardPool
-from curated_data.streaming.dataset import OnError, PoolDataset, StreamLoader, StreamStatistics, collate
+from curated_data.pool.urls import is_remote
+from curated_data.streaming.dataset import (
+    OnError,
+    PoolDataset,
+    SampleLabels,
+    StreamLoader,
+    StreamStatistics,
+    collate,
+)
+from curated_data.streaming.device import DeviceViews
 from curated_data.streaming.order import EpochOrder, LastBatch, Shuffle
 from curated_data.streaming.sampler import GlobalBatchSampler
 from curated_data.streaming.training import TrainingStream
@@ -54,6 +64,10 @@ class CuratedDataModule(pl.LightningDataModule):
         views: from a decoded image, uint8 (3, H, W), to a list of tensors or to one. None takes `views()` of
             the module that is trained, where it has such a method, else one image: resized, cropped at the
             centre, in 0..1.
+        device_views: views that are made on the training device, from what `views` gave for each sample (here
+            by default: the image cropped to `image_size`, still uint8) and the samples' seeds: a function of
+            (B, C, H, W) and (B,) int64 as in `curated_data.streaming.device`, to a list of tensors or to one.
+            Takes most of the work from the CPU cores where these are few for a fast device.
         batch_size: samples a rank takes a step.
         num_workers: processes that read, decode and augment; None takes the cores that this rank may use, 16
             at most.
@@ -61,6 +75,9 @@ class CuratedDataModule(pl.LightningDataModule):
         cache_dir: the folder that keeps index, embeddings and the curation's artifacts; needed for a
             curation. Ranks need it in common.
         selection: ids, or a `.npy` file of them, to stream instead of what a curation selects.
+        labels: (n,) integers that stand for the pool's own labels in training, or a `.npy` file of them: one
+            for each of `selection`, as `CaptionLabels` has them, or, without a `selection`, for each of the
+            pool.
         val_pool: labelled shards for validation; each sample is given once, none is dropped.
         eval_transform: as `views`, for validation and prediction. None takes `eval_transform()` of the
             module, where it has such a method, else the resized and cropped image.
@@ -79,6 +96,7 @@ class CuratedDataModule(pl.LightningDataModule):
         pin_memory, persistent_workers, prefetch_factor: as of torch's `DataLoader`; None: pinned where there
             is a CUDA device, training workers kept from epoch to epoch, torch's own prefetching.
         worker_timeout: seconds without a batch from the workers after which it is an error; 0 waits for ever.
+        slow_after: seconds without a batch after which a warning says so, once an epoch; 0 never warns.
 
     Attributes:
         curation: what `curate` returned; None before `setup`, and without a curation.
@@ -99,11 +117,13 @@ class CuratedDataModule(pl.LightningDataModule):
         *,
         embedder: str | nn.Module | Callable[[Tensor], Tensor] | Any | None = None,
         views: Callable[[Tensor], Any] | None = None,
+        device_views: DeviceViews | None = None,
         batch_size: int = 64,
         num_workers: int | None = None,
         seed: int = 0,
         cache_dir: str | Path | None = None,
         selection: str | Path | np.ndarray | None = None,
+        labels: str | Path | np.ndarray | None = None,
         val_pool: Pool | None = None,
         eval_transform: Callable[[Tensor], Any] | None = None,
         eval_batch_size: int | None = None,
@@ -119,6 +139,7 @@ class CuratedDataModule(pl.LightningDataModule):
         persistent_workers: bool | None = None,
         prefetch_factor: int | None = None,
         worker_timeout: float = 1800.0,
+        slow_after: float = 60.0,
     ) -> None:
         super().__init__()
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
@@ -127,6 +148,7 @@ class CuratedDataModule(pl.LightningDataModule):
         self.curation_config = None if curation is None else load_config(curation)
         self.embedder = embedder
         self.views = views
+        self.device_views = device_views
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -144,14 +166,24 @@ class CuratedDataModule(pl.LightningDataModule):
         self.persistent_workers = persistent_workers
         self.prefetch_factor = prefetch_factor
         self.worker_timeout = worker_timeout
+        self.slow_after = slow_after
         self.curation: Curation | None = None
         self.base_curation: Curation | None = None
         self.statistics = StreamStatistics(max_skipped)
         self._given_selection = selection
+        self._given_labels = labels
         self._check_arguments()
         self._stream = TrainingStream(self._n_trained, self.cache_dir)
         self._is_set_up = False
         self._reload_every: int | None = None
+        self._planned: np.ndarray | None = None  # the selection that remote reading was planned for
+        if device_views is not None:
+            # On the instance, as Lightning asks: with the hook in the class, a module's own would never run.
+            self.on_after_batch_transfer = self._make_device_views
+        if val_pool is None:  # `val_dataloader` is there all the same, for who gives one
+            warnings.filterwarnings(
+                "ignore", "You passed in a `val_dataloader` but have no `validation_step`"
+            )
 
     @property
     def selection(self) -> np.ndarray | None:
@@ -198,9 +230,15 @@ class CuratedDataModule(pl.LightningDataModule):
         order = self._stream.prepare(self.trainer, settings, lambda ids: self._training_order(ids, shuffle))
         self._end_resumed_epoch(order)
         self._follow_selection()
-        views = self.views or self._from_module("views") or CenterCrop(self.image_size)
+        if self.device_views is not None:
+            views = self.views or CenterCrop(self.image_size, scale=False)
+        else:
+            views = self.views or self._from_module("views") or CenterCrop(self.image_size)
         dataset = self._dataset(self.pool, views)
         dataset.statistics = self.statistics
+        dataset.labels = self._labels()
+        dataset.seeds_for_device = self.device_views is not None
+        self._plan_access(order)
         keep = self.persistent_workers
         if keep is None:  # kept workers, pinned memory and a reload leak file handles (Lightning #18487)
             keep = not (self._pins() and self._trainer_asks("reload_dataloaders_every_n_epochs"))
@@ -283,6 +321,52 @@ class CuratedDataModule(pl.LightningDataModule):
         )
         return order
 
+    def _labels(self) -> SampleLabels | None:
+        if self._given_labels is None:
+            return None
+        ids = None if self._given_selection is None else _load_ids(self._given_selection)
+        labels = _load_ids(self._given_labels, "labels")
+        if ids is None and len(labels) != len(self.pool):
+            raise ConfigError(
+                f"labels: {len(labels)} of them for a pool of {len(self.pool)} samples; give one for each, "
+                "or with `selection` the samples that they belong to"
+            )
+        return SampleLabels(ids, labels)
+
+    def _plan_access(self, order: EpochOrder) -> None:
+        """For a remote pool, choose ranges or whole shards by what will be read of each."""
+        planned = self._planned is order.selection and self._planned is not None
+        if planned or not any(map(is_remote, self.pool.urls)):
+            return
+        whole = isinstance(order.selection, int)
+        ids = np.arange(len(self.pool)) if whole else np.unique(order.selection)
+        self.pool.plan_access(ids, epochs=self._epochs_to_come(order))
+        self._planned = order.selection
+
+    def _epochs_to_come(self, order: EpochOrder) -> int:
+        """How often the selection will be read, as far as the Trainer's limits tell; 1 if they do not."""
+        trainer = self.trainer
+        if trainer is None:
+            return 1
+        limits = []
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            limits.append(trainer.max_epochs - trainer.current_epoch)
+        if trainer.max_steps is not None and trainer.max_steps > 0:
+            batches = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+            limits.append(-(-batches // order.n_batches))
+        return max(1, min(limits, default=1))
+
+    def _make_device_views(self, batch: Any, dataloader_idx: int) -> Any:
+        """Lightning's `on_after_batch_transfer`; evaluation's batches pass unchanged."""
+        if not isinstance(batch, dict) or "view_seed" not in batch:
+            return batch
+        views = self.device_views(batch.pop("image"), batch.pop("view_seed"))
+        if isinstance(views, Tensor):
+            batch["image"] = views
+        else:
+            batch["views"] = list(views)
+        return batch
+
     def _n_trained(self) -> int:
         """Batches whose optimizer step is done; without a Trainer, batches handed out."""
         if self.trainer is None:
@@ -347,7 +431,7 @@ class CuratedDataModule(pl.LightningDataModule):
             **sampling,
         )
         n_workers = self._n_workers()
-        return StreamLoader(
+        loader = StreamLoader(
             dataset,
             batch_sampler=sampler,
             collate_fn=collate,
@@ -359,6 +443,8 @@ class CuratedDataModule(pl.LightningDataModule):
             # The workers' base seed comes out of this generator, not out of the global one.
             generator=torch.Generator().manual_seed(self.seed),
         )
+        loader.slow_after = self.slow_after
+        return loader
 
     def _from_module(self, name: str) -> Callable[[Tensor], Any] | None:
         module = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
@@ -417,10 +503,15 @@ class CuratedDataModule(pl.LightningDataModule):
             optional = name in ("eval_batch_size", "num_workers")
             if not (optional and value is None) and not (isinstance(value, int) and value >= least):
                 raise ConfigError(f"{name}: expected an integer of at least {least}, found {value!r}")
-        for name in ("views", "eval_transform"):
+        for name in ("views", "device_views", "eval_transform"):
             value = getattr(self, name)
             if value is not None and not callable(value):
-                raise ConfigError(f"{name}: expected a function of an image, found {value!r}")
+                of_what = "a batch of images and seeds" if name == "device_views" else "an image"
+                raise ConfigError(f"{name}: expected a function of {of_what}, found {value!r}")
+        if self._given_labels is not None and self.curation_config is not None:
+            raise ConfigError("labels: given together with curation; give the `selection` they belong to")
+        if self.slow_after < 0:
+            raise ConfigError(f"slow_after: expected seconds, 0 or more, found {self.slow_after!r}")
         if not 0 <= self.max_skipped <= 1:
             raise ConfigError(f"max_skipped: expected a share in 0..1, found {self.max_skipped!r}")
         EpochOrder(
@@ -436,13 +527,20 @@ class CuratedDataModule(pl.LightningDataModule):
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """Resize the shorter side, crop the centre: uint8 (C, H, W) to float32 (C, size, size) in 0..1."""
+    """Resize the shorter side, crop the centre: uint8 (C, H, W) to (C, size, size).
+
+    Args:
+        size: in pixels.
+        scale: to float32 in 0..1, else still uint8.
+    """
 
     size: int
+    scale: bool = True
 
     def __call__(self, image: Tensor) -> Tensor:
         resized = TF.resize(image, [self.size], antialias=True)
-        return TF.to_dtype(TF.center_crop(resized, [self.size, self.size]), torch.float32, scale=True)
+        cropped = TF.center_crop(resized, [self.size, self.size])
+        return TF.to_dtype(cropped, torch.float32, scale=True) if self.scale else cropped
 
 
 def _open_pool(pool: Pool, cache_dir: str | Path | None) -> ShardPool:
@@ -451,10 +549,12 @@ def _open_pool(pool: Pool, cache_dir: str | Path | None) -> ShardPool:
     return pool if cache_dir is None or pool.cache_dir is not None else pool.with_cache(cache_dir)
 
 
-def _load_ids(selection: str | Path | np.ndarray) -> np.ndarray:
+def _load_ids(selection: str | Path | np.ndarray, name: str = "selection") -> np.ndarray:
     if not isinstance(selection, str | Path):
         return np.asarray(selection)
     try:
         return np.load(selection, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"selection: {selection} cannot be read as a .npy file of ids ({error})") from error
+        raise ConfigError(
+            f"{name}: {selection} cannot be read as a .npy file of integers ({error})"
+        ) from error

@@ -86,6 +86,12 @@ class SequentialPool(ShardPool):
             block = ids[first : first + 256]
             yield from zip(block.tolist(), self.read(block, extensions))
 
+    def plan_access(
+        self, ids: Sequence[int] | np.ndarray, extensions: Sequence[str] | None = None, *, epochs: int = 1
+    ) -> np.ndarray:
+        """Nothing is to be chosen: every shard streams."""
+        return np.zeros(len(self.urls), bool)
+
     def close(self) -> None:
         """Close the streams that are open."""
         while self._streams:

@@ -16,6 +16,7 @@ from curated_data.errors import ConfigError, SampleError
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import decode_sample
 from curated_data.streaming.order import view_seeds
+from curated_data.streaming.slow import SlowWatch
 from curated_data.streaming.transfer import WorkerCollate
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ class PoolDataset(Dataset):
             request's spares in its place, or, where there are none, fills up with padding.
         max_skipped: the largest share of samples that may be skipped, counted over the samples that this
             process was given so far (over 1,000 at least).
+        labels: what `label` is, in place of the pool's `.cls`.
+        seeds_for_device: give `view_seed` too, (B,) int64, from which views are made on a device.
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class PoolDataset(Dataset):
         min_size: int | None = None,
         on_error: OnError = "raise",
         max_skipped: float = 0.01,
+        labels: "SampleLabels | None" = None,
+        seeds_for_device: bool = False,
     ) -> None:
         if on_error not in get_args(OnError):
             raise ConfigError(f"on_error: expected one of {', '.join(get_args(OnError))}, found {on_error!r}")
@@ -91,6 +96,8 @@ class PoolDataset(Dataset):
         self.min_size = min_size
         self.on_error = on_error
         self.statistics = StreamStatistics(max_skipped)
+        self.labels = labels
+        self.seeds_for_device = seeds_for_device
 
     def __len__(self) -> int:
         return len(self.pool)
@@ -134,6 +141,13 @@ class PoolDataset(Dataset):
                     sample = self._spare(ids, place, seed, skipped)
                 loaded.append(sample)
         self._fill(loaded, skipped)
+        if self.labels is not None:
+            found = self.labels.of(np.array([sample["sample_id"] for sample in loaded]))
+            for sample, label in zip(loaded, found.tolist(), strict=True):
+                sample["label"] = label
+        if self.seeds_for_device:
+            for sample, seed in zip(loaded, seeds, strict=True):
+                sample["view_seed"] = seed >> 1  # as an int64
         return loaded
 
     def _load(
@@ -209,6 +223,45 @@ def _undecoded(ids: Sequence[int], members: list[dict[str, Any]]) -> LoadedSampl
 _BATCH_FIELDS = ("views", *_MODALITIES, "label", "caption", "metadata")
 
 
+class SampleLabels:
+    """Labels of some samples of a pool, given from outside.
+
+    Args:
+        ids: (n,) int64 samples; None: all of the pool.
+        labels: (n,) integers.
+
+    Raises:
+        ConfigError: not a label for each id, or two different ones.
+    """
+
+    def __init__(self, ids: np.ndarray | None, labels: np.ndarray) -> None:
+        labels = np.asarray(labels)
+        if labels.ndim != 1 or labels.dtype.kind not in "iu" or (ids is not None and len(ids) != len(labels)):
+            wanted = "one integer a sample of the pool" if ids is None else f"{len(ids)} integers, one an id"
+            raise ConfigError(f"labels: expected {wanted}, found {labels.dtype} of shape {labels.shape}")
+        self.ids, self.labels = ids, labels.astype(np.int64)
+        if ids is not None:
+            self.ids, first, place = np.unique(ids, return_index=True, return_inverse=True)
+            differing = np.flatnonzero(labels != labels[first][place])
+            if len(differing):
+                raise ConfigError(f"labels: sample {ids[differing[0]]} is selected twice with two labels")
+            self.labels = self.labels[first]
+
+    def of(self, ids: np.ndarray) -> np.ndarray:
+        """The label of each sample, (m,) int64.
+
+        Raises:
+            ConfigError: one has none.
+        """
+        places = ids if self.ids is None else np.searchsorted(self.ids, ids)
+        known = places < len(self.labels)
+        if self.ids is not None and known.all():
+            known = self.ids[places] == ids
+        if not known.all():
+            raise ConfigError(f"labels: sample {ids[~known][0]} has none; give one for each that is streamed")
+        return self.labels[places]
+
+
 @dataclass
 class StreamStatistics:
     """What a loader of this process has been through.
@@ -263,7 +316,13 @@ class StreamStatistics:
 
 
 class StreamLoader(DataLoader):
-    """A `DataLoader` of a `PoolDataset` that keeps the dataset's statistics as batches are handed out."""
+    """A `DataLoader` of a `PoolDataset` that keeps the dataset's statistics as batches are handed out.
+
+    Attributes:
+        slow_after: seconds without a batch after which a warning says so, once an epoch; 0 for none.
+    """
+
+    slow_after: float = 0.0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.num_workers:
@@ -274,11 +333,13 @@ class StreamLoader(DataLoader):
 
     def _count(self, batches: Iterator[tuple[dict[str, Any], BatchReport]]) -> Iterator[dict[str, Any]]:
         statistics, last = self.dataset.statistics, len(self)
-        for number, (batch, report) in enumerate(batches, 1):
-            statistics.add(report)
-            if number == last:  # here, for nothing runs after the last batch was taken
-                log.info("stream: %s", statistics.summary())
-            yield batch
+        place = f"rank {getattr(self.batch_sampler, 'rank', 0)}, {self.num_workers} workers"
+        with SlowWatch(self.slow_after, place) as watch:
+            for number, (batch, report) in enumerate(watch.timed(batches), 1):
+                statistics.add(report)
+                if number == last:  # here, for nothing runs after the last batch was taken
+                    log.info("stream: %s", statistics.summary())
+                yield batch
 
 
 def collate(samples: LoadedSamples) -> tuple[dict[str, Any], BatchReport]:
@@ -295,7 +356,7 @@ def collate(samples: LoadedSamples) -> tuple[dict[str, Any], BatchReport]:
             batch[name] = [_stack(name, view) for view in zip(*values, strict=True)]
         elif isinstance(values[0], Tensor | np.ndarray):
             batch[name] = _stack(name, values)
-        elif name in ("sample_id", "label"):
+        elif name in ("sample_id", "label", "view_seed"):
             batch[name] = torch.tensor(values, dtype=torch.int64)
         elif name == "padding":
             batch[name] = torch.tensor(values, dtype=torch.bool)
