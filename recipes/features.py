@@ -1,0 +1,209 @@
+"""What an embedder's network gives besides its embedding: patch tokens, and the outputs of its last
+blocks.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as tvf
+
+from curated_data.embedding import Embedder
+from curated_data.embedding.embedders import ModuleEmbedder
+from curated_data.errors import EmbedderError
+
+N_BLOCKS = 4
+
+
+class TokenEmbedder(ModuleEmbedder):
+    """Patch tokens of the whole image, squeezed to the square that the network takes: (B, h * w * d) rows.
+
+    A transformer gives its last block's normalised patch tokens; a convolutional network its last feature
+    map; `pixels` its pixels.
+
+    Attributes:
+        grid: h, w, d.
+
+    Raises:
+        EmbedderError: a network of another kind, or a preprocessing that cannot do without its crop.
+    """
+
+    def __init__(self, embedder: Embedder) -> None:
+        preprocess = Squeezed(embedder.preprocess)
+        image = preprocess(torch.zeros(3, 64, 64, dtype=torch.uint8))[None]
+        tokens = _tokens_of(embedder, image)
+        with torch.inference_mode():
+            grid = tokens.eval()(image).shape[1:]
+        name = f"{_name(embedder)}, tokens"
+        super().__init__(tokens, preprocess, dimension=grid.numel(), name=name)
+        self.grid = tuple(grid)
+
+
+class Squeezed:
+    """A preprocessing that squeezes the image to its square instead of cropping it, so that maps of the whole
+    image fit.
+    """
+
+    def __init__(self, preprocess: Any) -> None:
+        size = preprocess(torch.zeros(3, 64, 64, dtype=torch.uint8)).shape[-1]
+        self.size = size
+        self.preprocess = copy.copy(preprocess)
+        if hasattr(preprocess, "crop_ratio"):  # the embedders' own
+            self.preprocess.crop_ratio = 1.0
+        elif dataclasses.is_dataclass(preprocess) and hasattr(preprocess, "crop"):  # pretraining modules'
+            self.preprocess = dataclasses.replace(preprocess, crop=1.0)
+        elif hasattr(preprocess, "resize_size"):  # torchvision's
+            self.preprocess.resize_size = [size]
+        else:
+            raise EmbedderError(
+                f"dense tasks need a preprocessing without a crop, and {type(preprocess).__name__} has no "
+                "crop_ratio to set"
+            )
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return self.preprocess(tvf.resize(image, [self.size, self.size], antialias=True))
+
+    def __repr__(self) -> str:
+        return f"Squeezed({self.size}, {self.preprocess!r})"
+
+
+class BlockEmbedder(ModuleEmbedder):
+    """A transformer's class tokens of the last 4 blocks, and the average of the last one's patch tokens: 5 d.
+
+    `kinds` cuts the four kinds of features of the linear grid out of them (arXiv 2304.07193, appendix B.3).
+    """
+
+    def __init__(self, embedder: Embedder) -> None:
+        network = _transformer(embedder)
+        if network is None:
+            raise EmbedderError(f"{_name(embedder)}: no transformer with a class token")
+        blocks = _Blocks(network)
+        super().__init__(
+            blocks,
+            embedder.preprocess,
+            dimension=(N_BLOCKS + 1) * network.embed_dim,
+            name=f"{_name(embedder)}, blocks",
+        )
+
+    def kinds(self, x: Tensor) -> dict[str, Tensor]:
+        """(n, 5 d) to the features of each kind."""
+        d = self.dimension // (N_BLOCKS + 1)
+        last = x[:, (N_BLOCKS - 1) * d : N_BLOCKS * d]
+        return {
+            "class token": last,
+            "class token, average": torch.cat([last, x[:, -d:]], 1),
+            "4 blocks": x[:, : N_BLOCKS * d],
+            "4 blocks, average": x,
+        }
+
+
+def block_embedder(embedder: Embedder) -> BlockEmbedder | None:
+    """The embedder's last blocks, or None where it is no transformer with a class token."""
+    return BlockEmbedder(embedder) if _transformer(embedder) is not None else None
+
+
+class _Blocks(nn.Module):
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs = self.network.get_intermediate_layers(
+            images, n=N_BLOCKS, return_prefix_tokens=True, norm=True
+        )
+        return torch.cat([*(prefix[:, 0] for _, prefix in outputs), outputs[-1][0].mean(1)], 1)
+
+
+class _PatchTokens(nn.Module):
+    """(B, h, w, d) of a timm vision transformer."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.network.get_intermediate_layers(images, n=1, norm=True)[0]
+        side = round(tokens.shape[1] ** 0.5)
+        return tokens.view(len(tokens), side, side, -1)
+
+
+class _LastMap(nn.Module):
+    """(B, h, w, d) of a convolutional network: the output of the module at `path`."""
+
+    def __init__(self, network: nn.Module, path: str) -> None:
+        super().__init__()
+        self.network, self.path = network, path
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        handle = self.network.get_submodule(self.path).register_forward_hook(
+            lambda module, inputs, output: found.append(output)
+        )
+        try:
+            self.network(images)
+        finally:
+            handle.remove()
+        return found[-1].permute(0, 2, 3, 1)
+
+
+class _PixelTokens(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.permute(0, 2, 3, 1)
+
+
+def _tokens_of(embedder: Embedder, image: Tensor) -> nn.Module:
+    network = _network_of(embedder)
+    if isinstance(network, nn.Flatten):
+        return _PixelTokens()
+    transformer = _transformer(embedder)
+    if transformer is not None:
+        return _PatchTokens(transformer)
+    paths: list[str] = []
+    handles = [
+        module.register_forward_hook(
+            lambda module, inputs, output, path=path: (
+                paths.append(path)
+                if isinstance(output, Tensor) and output.ndim == 4 and output.shape[-1] > 1
+                else None
+            )
+        )
+        for path, module in network.named_modules()
+        if path
+    ]
+    try:
+        with torch.inference_mode():
+            network.eval()(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not paths:
+        raise EmbedderError(
+            f"{_name(embedder)}: gives no patch tokens and no feature map, which dense tasks need"
+        )
+    return _LastMap(network, paths[-1])
+
+
+def _transformer(embedder: Embedder) -> Any:
+    """The timm vision transformer with a class token in an embedder; None where there is none."""
+    network = _network_of(embedder)
+    for candidate in (network, getattr(getattr(network, "module", None), "backbone", None)):
+        candidate = getattr(candidate, "net", candidate)
+        if (
+            hasattr(candidate, "get_intermediate_layers")
+            and getattr(candidate, "cls_token", None) is not None
+        ):
+            return candidate
+    return None
+
+
+def _network_of(embedder: Embedder) -> nn.Module:
+    network = getattr(embedder, "network", None)
+    if not isinstance(network, nn.Module):
+        raise EmbedderError(f"{_name(embedder)}: no network in it that could give patch tokens")
+    return network
+
+
+def _name(embedder: Embedder) -> str:
+    return str(getattr(embedder, "name", type(embedder).__name__))

@@ -1,0 +1,186 @@
+"""Suites of evaluation datasets: their YAML, and each part of a dataset as a pool of shards in the cache."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from curated_data import ShardPool, ShardWriter
+from curated_data.cache import atomic_path, fingerprint, locked
+from curated_data.config import read_yaml, structured
+from curated_data.errors import ConfigError, CuratedDataError, PoolError
+from curated_data.pool import import_folder
+from recipes.layouts import LAYOUTS, Images, to_shards
+
+EVALUATIONS = {  # by name: which of the parts "train" and "test" it reads, and whether those of `base`
+    "knn": "train test",
+    "linear": "train test",
+    "logistic": "train test",
+    "few_shot": "train test",
+    "long_tail": "train test",
+    "multilabel": "train test",
+    "retrieval": "train test",
+    "clustering": "test",
+    "health": "test",
+    "duplicates": "train test",
+    "robustness": "test base",
+    "fairness": "test base",
+    "instances": "train test",
+    "segmentation": "train test",
+    "depth": "train test",
+}
+SHIFTED = ("class_folders", "imagenet_v2", "objectnet", "real", "dollar_street")
+
+
+@dataclass
+class Dataset:
+    """A dataset of a suite.
+
+    Attributes:
+        layout: "shards" (WebDataset, with .cls), "folder" (a folder a class), "torchvision", or one of
+            `recipes.layouts.LAYOUTS`.
+        root: folder below the suite's root.
+        train, test: below it: shards by pattern, a folder, a file that lists a part, or a part's name; for
+            torchvision the keyword arguments that choose the part, as {split: train}. Of instance retrieval
+            the gallery is "train", the queries are "test".
+        dataset: the torchvision class.
+        base: the dataset whose train part, or classes, these images are tested with.
+        evaluations: which to run.
+        steps: of each training by SGD or AdamW; None for the protocol's own.
+    """
+
+    layout: str
+    root: str = ""
+    train: Any = None
+    test: Any = None
+    dataset: str = ""
+    base: str = ""
+    evaluations: list[str] = field(default_factory=lambda: ["knn", "linear"])
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a dataset: its pool, and what the layout knows of its images, in the pool's order."""
+
+    pool: ShardPool
+    images: Images | None = None
+
+
+def load_suite(path: str | Path) -> dict[str, Dataset]:
+    """The datasets of a suite by name.
+
+    Raises:
+        ConfigError: an unknown field, layout or evaluation, a base that is not there, or a missing part.
+    """
+    content = OmegaConf.to_container(read_yaml(Path(path)))
+    suite = {name: structured(Dataset, fields) for name, fields in content.get("datasets", {}).items()}
+    if not suite:
+        raise ConfigError(f"{path}: no datasets; list them below `datasets:`")
+    layouts = ("shards", "folder", "torchvision", *LAYOUTS)
+    for name, dataset in suite.items():
+        if dataset.layout not in layouts:
+            raise ConfigError(f"{name}.layout: expected {', '.join(layouts)}; got {dataset.layout!r}")
+        unknown = set(dataset.evaluations) - set(EVALUATIONS)
+        if unknown or not dataset.evaluations:
+            raise ConfigError(
+                f"{name}.evaluations: expected of {', '.join(EVALUATIONS)}, got {sorted(unknown)}"
+            )
+        needed = {word for each in dataset.evaluations for word in EVALUATIONS[each].split()}
+        if ("base" in needed or dataset.base) and dataset.base not in suite:
+            raise ConfigError(f"{name}.base: expected another dataset of the suite, got {dataset.base!r}")
+        if "base" in needed and suite[dataset.base].layout not in ("shards", "folder", "torchvision"):
+            raise ConfigError(f"{name}.base: {dataset.base} has no train part to fit a head on")
+        for part in ("train", "test"):
+            from_base = part == "train" and dataset.base
+            if part in needed and getattr(dataset, part) is None and not from_base:
+                raise ConfigError(f"{name}.{part}: is missing; {', '.join(dataset.evaluations)} need it")
+        if dataset.steps is not None and dataset.steps < 1:
+            raise ConfigError(f"{name}.steps: expected 1 or more, got {dataset.steps}")
+    return suite
+
+
+def open_suite(
+    suite: Mapping[str, Dataset], root: Path, cache: Path
+) -> tuple[dict[str, dict[str, Part]], list[str]]:
+    """The parts of every dataset that is there, by name; and for each other one a line that says what is
+    missing where. A dataset's "train" is its base's where it has none of its own.
+    """
+    opened: dict[str, dict[str, Part]] = {}
+    missing = []
+    for name, dataset in sorted(suite.items(), key=lambda item: bool(item[1].base)):  # bases first
+        try:
+            if dataset.base and dataset.base not in opened:
+                raise PoolError(f"needs {dataset.base}, which is missing")
+            opened[name] = {
+                part: open_part(name, suite, part, root, cache)
+                for part in ("train", "test")
+                if getattr(dataset, part) is not None
+            }
+            if dataset.base:
+                opened[name].setdefault("train", opened[dataset.base]["train"])
+        except (CuratedDataError, FileNotFoundError, RuntimeError) as error:
+            missing.append(f"{name}: {str(error).splitlines()[0]}")
+    return {name: opened[name] for name in suite if name in opened}, missing
+
+
+def open_part(name: str, suite: Mapping[str, Dataset], part: str, root: Path, cache: Path) -> Part:
+    """A dataset's train or test part; all that is no shards becomes shards in the cache once.
+
+    Raises:
+        CuratedDataError, FileNotFoundError, RuntimeError: (the last two torchvision's) it is not there, or
+            not what its layout says.
+    """
+    dataset = suite[name]
+    source, folder = getattr(dataset, part), root / dataset.root
+    if dataset.layout == "shards":
+        patterns = [source] if isinstance(source, str) else source
+        return Part(ShardPool([str(folder / pattern) for pattern in patterns], cache_dir=cache))
+    if dataset.layout in ("folder", "torchvision"):
+        key = fingerprint(dataset=dataset.dataset, source=source, root=folder.absolute(),
+                          layout=dataset.layout, version=1)  # fmt: skip
+        images = None
+    else:
+        options = {"base": _classes(suite[dataset.base], root)} if dataset.layout in SHIFTED else {}
+        images = LAYOUTS[dataset.layout](folder, str(source), **options)
+        key = fingerprint(**images.identity(), layout=dataset.layout, version=1)
+    shards = cache / "datasets" / f"{name}-{part}-{key}"
+    with locked(shards):
+        if not shards.exists():
+            with atomic_path(shards) as temporary:
+                if images is not None:
+                    to_shards(images, temporary)
+                elif dataset.layout == "folder":
+                    import_folder(folder / source, temporary)
+                else:
+                    _convert(dataset.dataset, source, folder, temporary)
+    return Part(ShardPool(str(shards / "*.tar"), cache_dir=cache), images)
+
+
+def _classes(base: Dataset, root: Path) -> list[str]:
+    """The class folders of a base set, in the order of its labels."""
+    if base.layout != "folder":
+        raise ConfigError(
+            "a set with shifted classes needs a base in the layout `folder`, whose names say them"
+        )
+    folder = root / base.root / base.train
+    if not folder.is_dir():
+        raise PoolError(f"{folder} is not there: put the base set's class folders there")
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _convert(dataset: str, part: Mapping[str, Any], root: Path, out: Path) -> None:
+    """Write a torchvision classification set as shards, its images losslessly."""
+    from torchvision import datasets
+
+    if not hasattr(datasets, dataset):
+        raise ConfigError(f"torchvision.datasets has no {dataset!r}")
+    data = getattr(datasets, dataset)(root, **part)
+    with ShardWriter(out / "part-%05d.tar") as writer:
+        for number, (image, label) in enumerate(data):
+            content = io.BytesIO()
+            image.convert("RGB").save(content, "PNG")
+            writer.write({"__key__": f"{number:07d}", "png": content.getvalue(), "cls": int(label)})
