@@ -59,7 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     _curation_options(command)
     command.add_argument("--ids", metavar="FILE", help="also write the selected ids to this .npy file")
-    command.add_argument("--dry-run", action="store_true", help="check settings, count the pool, and stop")
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the settings, print sizes, memory and expected hours by a small probe, and stop",
+    )
 
     command = _pool_command(commands, "export", "write the selection as new shards", _export)
     _curation_options(command)
@@ -181,8 +185,7 @@ def _run_curation(parsed: argparse.Namespace) -> tuple[Any, Any]:
 
 def _curate(parsed: argparse.Namespace) -> None:
     if parsed.dry_run:
-        config, pool = _config(parsed), _pool(parsed)
-        print(f"{len(pool):,} samples in {len(pool.urls):,} shards; would select {config.target_size:,}")
+        _plan(parsed)
         return
     _, curation = _run_curation(parsed)
     report = curation.report
@@ -207,6 +210,22 @@ def _curate(parsed: argparse.Namespace) -> None:
 
         atomic_save(parsed.ids, curation.ids)
         print(f"ids: {parsed.ids}")
+
+
+def _plan(parsed: argparse.Namespace) -> None:
+    from curated_data.plan import plan, plan_tables
+
+    config, pool = _config(parsed), _pool(parsed)
+    print(f"{len(pool):,} samples in {len(pool.urls):,} shards; would select {config.target_size:,}")
+    found = plan(
+        pool,
+        config,
+        embedder=parsed.embedder,
+        cache_dir=parsed.cache_dir,
+        device=parsed.device,
+    )
+    for table in plan_tables(found):
+        _print(table)
 
 
 def _extend(parsed: argparse.Namespace) -> None:

@@ -171,7 +171,7 @@ def _near_duplicates(
     settings = dataclasses.asdict(config.near_duplicates)
     if held_out is not None:
         origin = origin | {"held_out": held_out.fingerprint}
-    name = fingerprint(origin=origin, settings=settings, version=VERSIONS["near_duplicates"])
+    name = near_duplicates_name(config, origin)
 
     def build(folder: Path) -> None:
         contents = image_contents(pool) if config.near_duplicates.prefer == "largest" else None
@@ -193,6 +193,14 @@ def _near_duplicates(
         log.info("near-duplicates: %d samples removed", removed)
 
     return build_once(root / "near_duplicates" / name, build)
+
+
+def near_duplicates_name(config: CurationConfig, origin: dict[str, str]) -> str:
+    """The name of the folder of the near-duplicates found, by the settings and what they were looked for
+    in.
+    """
+    settings = dataclasses.asdict(config.near_duplicates)
+    return fingerprint(origin=origin, settings=settings, version=VERSIONS["near_duplicates"])
 
 
 def build_tree(
@@ -266,9 +274,8 @@ def publish_tree(folder: Path, tree: ClusterTree, pool: ShardPool, manifest: dic
 
 def select(root: Path, tree: ClusterTree, config: CurationConfig, tree_name: str) -> tuple[Path, bool]:
     """The folder of a selection from a tree, and whether it was there already."""
-    names = ("target_size", "strategy", "sampling", "max_repeats", "seed")
-    settings = {name: getattr(config, name) for name in names}
-    name = fingerprint(tree=tree_name, settings=settings, version=VERSIONS["selection"])
+    settings = selection_settings(config)
+    name = selection_name(config, tree_name)
 
     def build(folder: Path) -> None:
         sample = {"hierarchical": hierarchical_sample, "flat": flat_sample}[config.sampling]
@@ -285,6 +292,17 @@ def select(root: Path, tree: ClusterTree, config: CurationConfig, tree_name: str
         )
 
     return build_once(root / "selection" / name, build)
+
+
+def selection_settings(config: CurationConfig) -> dict[str, Any]:
+    """The settings that determine a selection from a tree."""
+    names = ("target_size", "strategy", "sampling", "max_repeats", "seed")
+    return {name: getattr(config, name) for name in names}
+
+
+def selection_name(config: CurationConfig, tree: str) -> str:
+    """The name of a selection's folder, by its settings and its tree's name."""
+    return fingerprint(tree=tree, settings=selection_settings(config), version=VERSIONS["selection"])
 
 
 def check_levels(levels: list[Level] | None, n_samples: int) -> None:

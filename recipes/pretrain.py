@@ -5,28 +5,38 @@
     torchrun --nproc-per-node 8 recipes/pretrain.py fit --config … --trainer.devices 8 --trainer.strategy ddp
     fabric run --devices 8 recipes/pretrain.py fit --config … --trainer.devices 8 --trainer.strategy ddp
 
-`--config` may be given several times, later ones over earlier ones. `--print_config` shows the result;
-`fit --model.help lightning_modules.SimCLR` and `fit --help` list every setting. `${…}` refers to other
-values.
+    uv run recipes/pretrain.py fit --config configs/pretrain/simclr_fashion.yaml --dry-run
+
+`--dry-run` prints what the run would do and take, and the time that it is expected to need by a probe of
+embedder, k-means and a few training steps on this machine. `--config` may be given several times, later ones
+over earlier ones. `--print_config` shows the result; `fit --model.help lightning_modules.SimCLR` and `fit
+--help` list every setting. `${…}` refers to other values.
 """
 
+import statistics
 import sys
+import time
 from typing import Any
 
 import lightning
+import numpy as np
 from jsonargparse import set_parsing_settings
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
 
 from curated_data import CuratedDataModule
 from curated_data.errors import CuratedDataError
+from curated_data.plan import Stage, duration, plan, plan_tables
+
+_PROBE_STEPS = 8
 
 
 def main(
-    arguments: list[str] | None = None, cli: type[LightningCLI] = LightningCLI, **options: Any
+    arguments: list[str] | None = None, cli: type[LightningCLI] | None = None, **options: Any
 ) -> LightningCLI:
     """Parse the command line, or the arguments given, and run; `cli` and `options` are for other recipes."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    return cli(
+    return (cli or Pretrain)(
         lightning.LightningModule,
         CuratedDataModule,
         subclass_mode_model=True,
@@ -36,6 +46,87 @@ def main(
         args=arguments,
         **options,
     )
+
+
+class Pretrain(LightningCLI):
+    """LightningCLI with `--dry-run`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print sizes, memory and expected hours, and stop (fit alone)",
+        )
+
+    def before_fit(self) -> None:
+        if self.config.fit.dry_run:
+            show_plan(self.model, self.datamodule, self.trainer, self.config.fit.trainer)
+            raise SystemExit(0)
+
+
+def show_plan(
+    module: lightning.LightningModule, data: CuratedDataModule, trainer: lightning.Trainer, settings: Any
+) -> None:
+    """Print the plan of a run: the curation, then the training."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    training = training_stage(module, data, trainer, settings)
+    if data.curation_config is None:
+        console.print(f"no curation; {training.note}: {duration(training.seconds or 0)}")
+        return
+    found = plan(
+        data.pool, data.curation_config, embedder=data.embedder, cache_dir=data.cache_dir,
+        device=trainer.strategy.root_device, decoders=data.decoders,
+    )  # fmt: skip
+    found.stages.append(training)
+    for table in plan_tables(found):
+        console.print(table)
+
+
+def training_stage(
+    module: lightning.LightningModule, data: CuratedDataModule, trainer: lightning.Trainer, settings: Any
+) -> Stage:
+    """The training as a stage: its steps, and the median time of a few of them on one device, without
+    validation.
+    """
+    if data.curation_config is not None:
+        n_trained = min(data.curation_config.target_size, len(data.pool) * data.curation_config.max_repeats)
+    else:
+        n_trained = len(data.pool) if data.selection is None else len(data.selection)
+    an_epoch = n_trained // (data.batch_size * trainer.world_size)
+    steps = an_epoch * (trainer.max_epochs or 1000) if (trainer.max_epochs or 0) >= 0 else None
+    if trainer.max_steps >= 0:
+        steps = trainer.max_steps if steps is None else min(steps, trainer.max_steps)
+    if steps is None:
+        return Stage("train", False, None, f"{an_epoch:,} steps an epoch, without end")
+    note = f"{steps:,} steps of {data.batch_size} x {trainer.world_size} samples"
+    return Stage("train", False, steps * _step_seconds(module, data, settings), note)
+
+
+class _Clock(lightning.Callback):
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.times.append(time.monotonic())
+
+
+def _step_seconds(module: lightning.LightningModule, data: CuratedDataModule, settings: Any) -> float:
+    """The median time from one step to the next, on random samples of the pool."""
+    need = data.batch_size * _PROBE_STEPS
+    ids = np.random.default_rng(0).choice(len(data.pool), need, replace=len(data.pool) < need)
+    names = ("views", "batch_size", "num_workers", "seed", "decoders", "min_size", "image_size", "on_error")
+    probe = CuratedDataModule(
+        data.pool, selection=ids, max_skipped=1.0, **{name: getattr(data, name) for name in names}
+    )
+    clock = _Clock()
+    trainer = lightning.Trainer(
+        accelerator=settings.accelerator, precision=settings.precision, devices=1, max_steps=_PROBE_STEPS,
+        callbacks=[clock], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, probe)
+    gaps = np.diff(clock.times)[1:]  # the first steps pay for what is set up once
+    return statistics.median(gaps.tolist())
 
 
 if __name__ == "__main__":

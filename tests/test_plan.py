@@ -1,0 +1,106 @@
+"""Plans: what is cached costs nothing, more samples never cost less, and the sizes are those on disk."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from curated_data import CurationConfig, Level, ShardPool, curate
+from curated_data.clustering.hierarchy import choose_levels
+from curated_data.config import EmbeddingConfig
+from curated_data.plan import Rates, clustering_flops, expected_bytes, expected_stages, plan, plan_tables
+from recipes import pretrain
+
+ROOT = Path(__file__).parents[1]
+
+
+def config(**changes):
+    levels = [Level(8, n_resamples=2, sample_size=3), Level(3)]
+    embedding = EmbeddingConfig(num_workers=0, dtype="float32")
+    return CurationConfig(**{"target_size": 15, "levels": levels, "embedding": embedding} | changes)
+
+
+def test_before_and_after_a_curation(write_pool, tmp_path):
+    pool = ShardPool(write_pool([40, 25]), cache_dir=tmp_path / "c")
+    place = {"embedder": "pixels:4", "cache_dir": tmp_path / "c"}
+    settings = config()
+    settings.near_duplicates.enabled = True
+    before = plan(pool, settings, **place)
+    assert [stage.name for stage in before.stages] == ["embed", "near_duplicates", "cluster", "sample"]
+    assert all(not stage.cached and stage.seconds > 0 for stage in before.stages)
+    assert not list((tmp_path / "c").glob("embeddings/*"))  # the probe leaves nothing
+    curation = curate(pool, settings, **place)
+    rows = sum(path.stat().st_size for path in curation.folders["embeddings"].glob("*.npy"))
+    assert before.embedding_bytes == rows - 2 * 128  # two headers
+    tree = sum(path.stat().st_size for path in curation.folders["tree"].glob("tree/*.npy"))
+    assert before.tree_bytes == pytest.approx(tree, rel=0.01, abs=6 * 128)
+    assert before.pool_bytes == pool.sizes(range(65)).sum()
+    after = plan(pool, settings, **place)
+    assert all(stage.cached and stage.seconds == 0 for stage in after.stages)
+    assert after.seconds == 0
+    changed = plan(pool, dataclasses.replace(settings, target_size=9), **place)
+    assert [stage.cached for stage in changed.stages] == [True, True, True, False]
+    titles = [table.title for table in plan_tables(after)]
+    assert titles == ["Plan", "Expected, by a probe on this machine"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(100, 10**9), st.integers(0, 10**9), st.integers(1, 2048), st.booleans(), st.integers(1, 64)
+)
+def test_more_samples_never_cost_less(n, more, dimension, auto, ranks):
+    rates = Rates(100.0, 1e9)
+    small, large = (
+        config(levels=choose_levels(size) if auto else [Level(50, n_resamples=3), Level(5)])
+        for size in (n, n + more)
+    )
+    first = expected_stages(n, dimension, small, rates, n_missing=n, cached={}, ranks=ranks)
+    second = expected_stages(n + more, dimension, large, rates, n_missing=n + more, cached={}, ranks=ranks)
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if not auto or a.name != "cluster"]
+    assert all(a.seconds <= b.seconds for a, b in pairs)
+    bytes_small, bytes_large = (expected_bytes(s, dimension, small) for s in (n, n + more))
+    assert all(bytes_small[name] <= bytes_large[name] for name in bytes_small)
+    cached = {"near_duplicates": True, "cluster": True, "sample": True}
+    done = expected_stages(n, dimension, small, rates, n_missing=0, cached=cached)
+    assert sum(stage.seconds for stage in done) == 0
+
+
+def test_operations_of_the_published_setting():
+    """ViT-L features of 743M images, 4 levels: counted by hand, to a few per cent."""
+    levels = [Level(100_000, n_splits=100), Level(500_000, 9, 10), Level(50_000, 9, 5), Level(10_000, 9, 3)]
+    published = config(levels=levels)
+    lloyd = 2 * 1024 * 50 * (743e6 * 1e5 + 743e6 * 100 + 1e7 * 5e5 + 5e5 * 5e4 + 5e4 * 1e4)
+    resampled = 9 * 2 * 1024 * (50 * 5e6 * 5e5 + 1e7 * 5e5 + 50 * 2.5e5 * 5e4 + 5e5 * 5e4 + 50 * 3e4 * 1e4)
+    seeding = 2 * 1024 * 20 * (1e10 * 13 + 1e5 * 1e4 * 6 + 2.5e11 * 15 * 10)
+    expected = lloyd + resampled + seeding
+    assert clustering_flops(743_000_000, 1024, published) == pytest.approx(expected, rel=0.06)
+
+
+def test_dry_run_of_the_recipe(write_pool, tmp_path, monkeypatch, capsys):
+    """The plan of a whole training, its steps timed, and nothing of the run itself begun."""
+    write_pool([40, 24])
+    monkeypatch.chdir(tmp_path)
+    values = {
+        "data.pool": str(tmp_path / "pool-*.tar"), "data.curation.target_size": 32, "data.embedder": "pixels:4",
+        "data.batch_size": 8, "data.num_workers": 0, "data.cache_dir": str(tmp_path / "c"),
+        "trainer.max_epochs": 3, "trainer.accelerator": "cpu", "trainer.default_root_dir": str(tmp_path / "runs"),
+    }  # fmt: skip
+    overrides = [item for name, value in values.items() for item in (f"--{name}", str(value))]
+    configs = [
+        "--config",
+        f"{ROOT}/configs/base.yaml",
+        "--config",
+        f"{ROOT}/configs/pretrain/simclr_fashion.yaml",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        pretrain.main(["fit", *configs, *overrides, "--dry-run"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "12 steps of 8 x 1 samples" in shown
+    for stage in ("embed", "cluster", "sample", "train", "in all"):
+        assert re.search(rf"│ {stage} +│ +[\d,.]+ (s|min|h)", shown), shown
+    assert not (tmp_path / "runs").exists()
+    assert not list((tmp_path / "c").glob("embeddings/*"))
