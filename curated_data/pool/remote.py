@@ -1,6 +1,7 @@
 """Shards on other machines: ranged reads run at once, or whole shards in a bounded cache; and the choice."""
 
 import logging
+import math
 import os
 import random
 import threading
@@ -25,6 +26,7 @@ from curated_data.pool.urls import is_remote
 
 log = logging.getLogger(__name__)
 
+_HTTP = ("http://", "https://")
 LOCAL, RANGES, DOWNLOAD = 0, 1, 2
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "Content-MD5", "LastModified", "Last-Modified", "mtime")
 Result = TypeVar("Result")
@@ -46,6 +48,9 @@ class RemoteOptions:
         cache_bytes: what the downloaded shards may take together, over all processes that share the cache.
         latency: seconds a request takes at the least, for the choice.
         bandwidth: bytes a second of one process, for the choice.
+        recheck: seconds after which a process looks again whether a shard is what was indexed. Over HTTP
+            every answer is compared besides; other stores do not tell with the bytes of which version they
+            are.
     """
 
     access: Literal["auto", "ranges", "download"] = "auto"
@@ -56,6 +61,7 @@ class RemoteOptions:
     cache_bytes: int = 32 << 30
     latency: float = 0.02
     bandwidth: float = 100e6
+    recheck: float = 60.0
 
 
 def choose_access(
@@ -127,17 +133,37 @@ class Store:
         return ShardFile(url, int(info["size"]), version)
 
     def read(self, shard: ShardFile, start: int, stop: int) -> bytes:
-        """The bytes from `start` to `stop`, after a check, once a process, that the shard is unchanged."""
-        self._check_unchanged(shard)
+        """The bytes from `start` to `stop` of a shard that is still what was indexed.
+
+        Raises:
+            PoolError: it changed or vanished, or the network failed for good.
+        """
+        if stop <= start:
+            return b""
 
         def ask() -> bytes:
+            self._check_unchanged(shard)
             filesystem, path = self._resolve(shard.url)
-            data = filesystem.cat_file(path, start=start, end=stop)
-            if len(data) != stop - start:
-                raise OSError(f"got {len(data)} of the {stop - start} bytes from offset {start}")
+            try:
+                if shard.url.startswith(_HTTP):
+                    data, same = fsspec.asyn.sync(
+                        filesystem.loop, _ask_http, filesystem, path, shard, start, stop
+                    )
+                else:
+                    data, same = filesystem.cat_file(path, start=start, end=stop), True
+                if len(data) != stop - start:
+                    raise OSError(f"got {len(data)} of the {stop - start} bytes from offset {start}")
+            except Exception:
+                self._checked.pop(
+                    shard.url, None
+                )  # a changed shard fails in many ways: look before the next try
+                raise
+            if not same:
+                self._checked.pop(shard.url, None)
+                self._check_unchanged(shard)
             return data
 
-        return self._retried(ask, shard.url) if stop > start else b""
+        return self._retried(ask, shard.url)
 
     def download(self, shard: ShardFile, path: Path) -> None:
         """Write the whole shard to an existing file, after the same check."""
@@ -155,7 +181,7 @@ class Store:
 
     def can_read_ranges(self, url: str) -> bool:
         """Whether a part can be asked for: an HTTP server may send the whole file; each is tried once."""
-        if not url.startswith(("http://", "https://")):
+        if not url.startswith(_HTTP):
             return True
         self._check_process()
         host = urlsplit(url).netloc
@@ -174,7 +200,7 @@ class Store:
 
     def _check_unchanged(self, shard: ShardFile) -> None:
         self._check_process()
-        if shard.url in self._checked:
+        if time.monotonic() - self._checked.get(shard.url, -math.inf) < self.options.recheck:
             return
         now = self.stat(shard.url)
         if now != shard:
@@ -182,7 +208,7 @@ class Store:
                 f"{shard.url}: changed since it was indexed: {shard.size} bytes, version {shard.version!r} "
                 f"then, {now.size}, {now.version!r} now; make the pool anew to index it again"
             )
-        self._checked.add(shard.url)
+        self._checked[shard.url] = time.monotonic()
 
     def _probe(self, url: str) -> int:
         """The status of a request for the first byte; the answer's body is left where it is."""
@@ -217,7 +243,7 @@ class Store:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._files: dict[str, tuple[Any, str]] = {}
-        self._checked: set[str] = set()
+        self._checked: dict[str, float] = {}  # when a shard was last found unchanged
         self._ranges: dict[str, bool] = {}
 
     def _retried(self, call: Callable[[], Result], url: str) -> Result:
@@ -245,6 +271,27 @@ class Store:
             f"{url}: cannot be read: {self.options.attempts} attempts failed over "
             f"{time.monotonic() - started:.1f} s ({type(last).__name__}: {last})"
         ) from last
+
+
+async def _ask_http(
+    filesystem: Any, path: str, shard: ShardFile, start: int, stop: int
+) -> tuple[bytes, bool]:
+    """A range of a file, and whether the answer is of the version and size that were indexed, as far as it
+    says.
+    """
+    session = await filesystem.set_session()
+    headers = {**filesystem.kwargs.get("headers", {}), "Range": f"bytes={start}-{stop - 1}"}
+    others = {name: value for name, value in filesystem.kwargs.items() if name != "headers"}
+    async with session.get(filesystem.encode_url(path), headers=headers, **others) as response:
+        if response.status == 404:
+            raise FileNotFoundError(shard.url)
+        response.raise_for_status()
+        data = await response.read()
+        if response.status != 206:  # the whole file, as HTTP allows
+            return data[start:stop], len(data) == shard.size
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]
+        same = not total.isdigit() or int(total) == shard.size
+        return data, same and response.headers.get("ETag", shard.version) == shard.version
 
 
 class RemoteReader:

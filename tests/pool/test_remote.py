@@ -324,6 +324,28 @@ class TestFaults:
         assert again.fingerprint != fingerprint
         assert again.read([0])[0]["__key__"] == "0025"
 
+    @pytest.mark.parametrize("how", ["other bytes", "longer", "shorter", "gone"])
+    def test_overwritten_while_it_is_read(self, serve, tmp_path, folder, how):
+        """After a check and reads in this very process; each answer tells."""
+        own = tmp_path / "own"
+        own.mkdir()
+        content = (folder / "p-000.tar").read_bytes()
+        (own / "p.tar").write_bytes(content)
+        pool = ShardPool(serve(own).url + "/p.tar", remote=RemoteOptions(**QUICK))
+        assert len(pool.read(np.arange(5))) == 5
+        if how == "gone":
+            (own / "p.tar").unlink()
+        else:
+            changed = {
+                "other bytes": content[::-1],
+                "longer": content + bytes(512),
+                "shorter": content[:60_000],
+            }
+            (own / "p.tar").write_bytes(changed[how])
+        named = "is not there, or vanished" if how == "gone" else "changed since it was indexed"
+        with pytest.raises(PoolError, match=rf"/p\.tar: {named}"):
+            pool.read([20])
+
 
 def test_workers_after_a_fork(serve, expected, tmp_path):
     """The parent has used its event loop and threads; a forked worker starts its own."""
@@ -395,13 +417,16 @@ def test_s3(expected, folder):
         bucket.mkdir("bucket")
         for path in folder.glob("*.tar"):
             bucket.pipe(f"bucket/pool/{path.name}", path.read_bytes())
-        pool = ShardPool("s3://bucket/pool/p-*.tar", storage_options=options, remote=RemoteOptions(**QUICK))
+        remote = RemoteOptions(recheck=0, **QUICK)
+        pool = ShardPool("s3://bucket/pool/p-*.tar", storage_options=options, remote=remote)
         ids = np.random.default_rng(0).permutation(100)
         assert contents(pool.read(ids)) == [expected[i] for i in ids]
         assert pool.urls == [f"s3://bucket/pool/p-00{i}.tar" for i in range(4)]
         with pytest.raises(PoolError, match=r"no shard matches 's3://bucket/pool/q-\*\.tar'"):
             ShardPool("s3://bucket/pool/q-*.tar", storage_options=options)
         bucket.pipe("bucket/pool/p-000.tar", (folder / "p-001.tar").read_bytes())
+        with pytest.raises(PoolError, match=r"p-000\.tar: changed since it was indexed"):
+            pool.read([0])  # as it looks again each time
         again = ShardPool("s3://bucket/pool/p-*.tar", storage_options=options)
         same = [a == b for a, b in zip(pool.shard_fingerprints, again.shard_fingerprints)]
         assert same == [False, True, True, True]
