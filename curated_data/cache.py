@@ -254,6 +254,8 @@ def _writable(path: Path) -> Iterator[None]:
             errno.ENOSPC,
             errno.EDQUOT,
             errno.ENOTDIR,
+            errno.ENOENT,  # a folder that cannot be made, as below /proc
+            errno.ENAMETOOLONG,
         ):
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

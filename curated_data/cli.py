@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was found")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    command = commands.add_parser("import", help="turn a folder of class folders of images into shards")
+    command = _command(commands, "import", "turn a folder of class folders of images into shards")
     command.add_argument("folder", help="like ImageFolder's: one sub-folder a class")
     command.add_argument("out", help="where the shards go")
     command.add_argument(
@@ -85,25 +85,56 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _pool_command(commands, "report", "write one HTML page about a curation", _report)
     _curation_options(command)
-    command.add_argument("--out", default="report.html", help="(default: %(default)s)")
+    command.add_argument("--out", default="report.html", help="the page to write (default: %(default)s)")
+    command.add_argument(
+        "--coordinates",
+        metavar="FILE.npy",
+        help="(n, 2) place of every sample on the map, as recipes/visualise.py writes it; else the first two "
+        "principal components of the embeddings",
+    )
+    command.add_argument(
+        "--labels", metavar="FILE.npy", help="(n,) class of every sample, -1 for none; else the .cls members"
+    )
+    command.add_argument(
+        "--class-names",
+        metavar="FILE",
+        help="a JSON list, or a name a line; else classes.json beside the first shard, or numbers",
+    )
 
-    command = commands.add_parser("inspect", help="show what a cache holds, and what determined it")
-    command.add_argument("cache_dir", metavar="CACHE")
+    command = _command(
+        commands,
+        "inspect",
+        "show what a cache holds and what determined it, or why a sample was selected or not",
+    )
+    command.add_argument("cache_dir", metavar="CACHE", help="the --cache-dir of earlier commands")
     command.add_argument("--json", action="store_true", help="print everything as JSON")
+    command.add_argument(
+        "--sample", type=int, metavar="ID", help="say why this sample of the pool was selected, or was not"
+    )
+    command.add_argument(
+        "--selection", metavar="NAME", help="with --sample: in which selection (default: the newest)"
+    )
     command.set_defaults(run=_inspect)
     return parser
 
 
 def _pool_command(commands: Any, name: str, what: str, run: Any) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=what)
+    command = _command(commands, name, what)
     command.add_argument(
         "pool", nargs="+", help="shards: 'pool-{000..099}.tar', a glob in quotes, paths, or URLs"
     )
     command.add_argument(
-        "--cache-dir", default=".curated_data", metavar="FOLDER", help="(default: %(default)s)"
+        "--cache-dir",
+        default=".curated_data",
+        metavar="FOLDER",
+        help="keeps every stage's result, so that nothing is done twice (default: %(default)s)",
     )
     command.set_defaults(run=run)
     return command
+
+
+def _command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
 
 
 def _embedder_option(command: argparse.ArgumentParser) -> None:
@@ -258,13 +289,46 @@ def _export(parsed: argparse.Namespace) -> None:
 def _report(parsed: argparse.Namespace) -> None:
     from curated_data.report.page import write_report
 
+    arrays = {name: _array(getattr(parsed, name), name) for name in ("coordinates", "labels")}
+    names = _class_names(parsed.class_names)
     pool, curation = _run_curation(parsed)
-    print(write_report(curation, pool, parsed.out))
+    print(write_report(curation, pool, parsed.out, class_names=names, **arrays))
+
+
+def _array(path: str | None, name: str) -> Any:
+    if path is None:
+        return None
+    import numpy as np
+
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"--{name} {path}: cannot be read as a .npy file ({error})") from error
+
+
+def _class_names(path: str | None) -> list[str] | None:
+    if path is None:
+        return None
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--class-names {path}: cannot be read ({error})") from error
+    if not text.lstrip().startswith("["):
+        return text.splitlines()
+    try:
+        return [str(name) for name in json.loads(text)]
+    except ValueError as error:
+        raise ConfigError(f"--class-names {path}: no JSON list ({error})") from error
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
     from curated_data.inspect import age, inspect_cache
 
+    if parsed.sample is not None:
+        _explain(parsed)
+        return
+    if parsed.selection is not None:
+        raise ConfigError("--selection: goes with --sample")
     artifacts = inspect_cache(parsed.cache_dir)
     if parsed.json:
         print(json.dumps([vars(artifact) for artifact in artifacts], indent=2))
@@ -283,6 +347,25 @@ def _inspect(parsed: argparse.Namespace) -> None:
             escape(details) if artifact.complete else "incomplete: being written, or its run was stopped",
         )
     _print(table)
+
+
+def _explain(parsed: argparse.Namespace) -> None:
+    from curated_data.inspect import inspect_cache
+    from curated_data.report.explain import explain
+    from curated_data.stored import open_curation, selections
+
+    inspect_cache(parsed.cache_dir)  # that it is a cache at all, before anything is made there
+    found = selections(parsed.cache_dir)
+    if not found:
+        raise ConfigError(f"{parsed.cache_dir}: no selection in it yet; run curate")
+    name = parsed.selection or found[0]
+    lines = explain(open_curation(parsed.cache_dir, name), parsed.sample)
+    if parsed.json:
+        print(json.dumps({"selection": name, "sample": parsed.sample, "why": lines}, indent=2))
+        return
+    print(f"selection {name}")
+    for line in lines:
+        print(line)
 
 
 def _print(table: Table) -> None:

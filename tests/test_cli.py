@@ -34,11 +34,36 @@ def test_the_walk_by_commands(write_pool, tmp_path, capsys):
     ids = np.load(tmp_path / "ids.npy")
     assert len(ids) == 15
 
+    why = ["inspect", cache, "--sample"]
+    for sample in (int(ids[0]), int(np.setdiff1d(np.arange(55), ids)[0])):
+        assert main([*why, str(sample)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split(":")[0] for line in lines[1:3]] == ["Level 2", "Level 1"]
+        assert lines[3].startswith(f"Sample {sample} was {'' if sample in ids else 'not '}selected")
+    assert main([*why, "55"]) == 2
+    assert "the pool has ids 0 to 54" in capsys.readouterr().err
+    assert main([*why, "1", "--selection", "abc"]) == 2
+    assert "no selection 'abc'; there are, newest first:" in capsys.readouterr().err
+
     assert main(["export", *shards, *place, *CURATION, "--out", str(tmp_path / "selected")]) == 0
     assert "15 samples in 1 shards" in capsys.readouterr().out
     exported = ShardPool(str(tmp_path / "selected" / "*.tar"))
     keys = exported.keys(np.arange(len(exported)))
     assert sorted(keys) == sorted(ShardPool(shards).keys(ids))
+
+    page = tmp_path / "report.html"
+    np.save(tmp_path / "xy.npy", np.random.default_rng(0).normal(size=(55, 2)))
+    np.save(tmp_path / "labels.npy", np.arange(55) % 2)
+    (tmp_path / "names.txt").write_text("even\nodd\n")
+    given = {"coordinates": "xy.npy", "labels": "labels.npy", "class-names": "names.txt", "out": page.name}
+    options = [item for name, file in given.items() for item in (f"--{name}", str(tmp_path / file))]
+    assert main(["report", *shards, *place, *CURATION, *options]) == 0
+    text = page.read_text()
+    assert '"names":["even","odd"]' in text
+    assert '"before":[28,27]' in text
+    assert '"made_by":"t-SimCNE"' in text
+    assert main(["report", *shards, *place, *CURATION, "--labels", str(tmp_path / "names.txt")]) == 2
+    assert "cannot be read as a .npy file" in capsys.readouterr().err
 
     assert main(["inspect", cache]) == 0
     shown = capsys.readouterr().out
@@ -86,7 +111,7 @@ def test_bad_input_is_one_line(arguments, message, write_pool, tmp_path, capsys,
 
 
 def test_help_of_every_command(capsys):
-    for command in ("import", "index", "embed", "curate", "export", "report", "inspect"):
+    for command in ("import", "index", "embed", "curate", "extend", "export", "report", "inspect"):
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
         assert f"curated-data {command}" in capsys.readouterr().out

@@ -84,9 +84,10 @@ def test_dry_run_of_the_recipe(write_pool, tmp_path, monkeypatch, capsys):
     write_pool([40, 24])
     monkeypatch.chdir(tmp_path)
     values = {
-        "data.pool": str(tmp_path / "pool-*.tar"), "data.curation.target_size": 32, "data.embedder": "pixels:4",
-        "data.batch_size": 8, "data.num_workers": 0, "data.cache_dir": str(tmp_path / "c"),
-        "trainer.max_epochs": 3, "trainer.accelerator": "cpu", "trainer.default_root_dir": str(tmp_path / "runs"),
+        "data.pool": str(tmp_path / "pool-*.tar"), "data.curation.target_size": 32,
+        "data.embedder": "pixels:4", "data.batch_size": 8, "data.num_workers": 0, "data.cache_dir": str(tmp_path / "c"),
+        "trainer.max_epochs": 3, "trainer.accelerator": "cpu",
+        "trainer.default_root_dir": str(tmp_path / "runs"),
     }  # fmt: skip
     overrides = [item for name, value in values.items() for item in (f"--{name}", str(value))]
     configs = [
