@@ -2,23 +2,95 @@
 
 import contextlib
 import logging
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from lightning_modules.distributed import all_reduce, rank, world_size
 from lightning_modules.evaluation.knn import knn
+from lightning_modules.evaluation.linear import LinearSettings, linear
 
 log = logging.getLogger(__name__)
 
 Source = DataLoader | Dataset | Callable[[], DataLoader | Dataset]
+Labelled = tuple[Tensor, Tensor]  # features (n, d) and labels (n,)
 
 
-class OnlineKNN(L.Callback):
+class _OnlineProbe(L.Callback):
+    """What the probes share: when they run, each rank's share of the features, and failures that end no
+    run.
+    """
+
+    name = ""
+
+    def __init__(
+        self, train: Source, test: Source, *, every_n_epochs: int, batch_size: int, num_workers: int
+    ) -> None:
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
+        self.train, self.test = train, test
+        self.every_n_epochs = every_n_epochs
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.history: list[dict[str, float]] = []
+
+    def scores(self, train: Labelled, test: Labelled, device: torch.device) -> dict[str, float]:
+        """The figures to log, the same on every rank, from this rank's share of features and labels."""
+        raise NotImplementedError
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        if trainer.sanity_checking or (epoch % self.every_n_epochs and epoch != trainer.max_epochs):
+            return
+        scores = self._probe(trainer, pl_module)
+        if scores is not None:
+            self.history.append({"epoch": epoch, **scores})
+            pl_module.log_dict(scores, sync_dist=True, batch_size=1)
+            log.info(
+                "epoch %d: %s", epoch, ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            )
+
+    def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float] | None:
+        sets: list[Labelled] = []
+        error: Exception | None = None
+        try:
+            with evaluation_mode(pl_module), trainer.precision_plugin.forward_context():
+                sets = [
+                    embed_share(
+                        pl_module, source() if callable(source) else source, self.batch_size, self.num_workers
+                    )
+                    for source in (self.train, self.test)
+                ]
+                if not all(bool(torch.isfinite(features).all()) for features, _ in sets):
+                    raise ValueError("the module's features are not finite")
+        except Exception as caught:  # whatever goes wrong in a probe must not end a training of days
+            error = caught
+        # The ranks agree before the comparison's first collective, or one would wait for another for ever.
+        failed = int(all_reduce(torch.tensor([int(error is not None)], device=pl_module.device)))
+        if error is not None:
+            self._warn(f"on rank {rank()}", error)
+        if failed:
+            return None
+        try:  # what is checked here is the same on every rank, so all raise or none
+            return self.scores(*sets, pl_module.device)
+        except Exception as caught:
+            self._warn("", caught)
+            return None
+
+    def _warn(self, where: str, error: Exception) -> None:
+        log.warning(
+            "%s probe failed%s, training goes on: %s: %s",
+            self.name, f" {where}" if where else "", type(error).__name__, error,
+        )  # fmt: skip
+
+
+class OnlineKNN(_OnlineProbe):
     """k-NN accuracy of the module's `embed` every few epochs.
 
     Logged as `knn/<k>` and `knn/class_average_<k>`, the same on every rank, so that `ModelCheckpoint` may
@@ -37,7 +109,10 @@ class OnlineKNN(L.Callback):
         every_n_epochs: 1 probes after each epoch; the last epoch of a run is always probed.
         k: numbers of neighbours.
         temperature: of the votes.
+        batch_size, num_workers: of the embedding, where the sets are no loaders.
     """
+
+    name = "k-NN"
 
     def __init__(
         self,
@@ -50,85 +125,71 @@ class OnlineKNN(L.Callback):
         batch_size: int = 256,
         num_workers: int = 0,
     ) -> None:
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
-        self.train, self.test = train, test
-        self.every_n_epochs = every_n_epochs
+        super().__init__(
+            train, test, every_n_epochs=every_n_epochs, batch_size=batch_size, num_workers=num_workers
+        )
         self.k = [k] if isinstance(k, int) else list(k)
         self.temperature = temperature
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.history: list[dict[str, float]] = []
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        epoch = trainer.current_epoch + 1
-        if trainer.sanity_checking or (epoch % self.every_n_epochs and epoch != trainer.max_epochs):
-            return
-        scores = self._probe(trainer, pl_module)
-        if scores is not None:
-            self.history.append({"epoch": epoch, **scores})
-            pl_module.log_dict(scores, sync_dist=True, batch_size=1)
-            log.info(
-                "epoch %d: %s", epoch, ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-            )
-
-    def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float] | None:
-        sets: list[tuple[Tensor, Tensor]] = []
-        error: Exception | None = None
-        try:
-            with evaluation_mode(pl_module), trainer.precision_plugin.forward_context():
-                sets = [
-                    embed_share(
-                        pl_module, source() if callable(source) else source, self.batch_size, self.num_workers
-                    )
-                    for source in (self.train, self.test)
-                ]
-                self._check(sets)
-        except Exception as caught:  # whatever goes wrong in a probe must not end a training of days
-            error = caught
-        # The ranks agree before the comparison's first collective, or one would wait for another for ever.
-        failed = int(all_reduce(torch.tensor([int(error is not None)], device=pl_module.device)))
-        if error is not None:
-            log.warning(
-                "k-NN probe failed on rank %d, training goes on: %s: %s", rank(), type(error).__name__, error
-            )
-        if failed:
-            return None
-        (train_features, train_labels), (test_features, test_labels) = sets
-        try:  # what is checked here is the same on every rank, so all raise or none
-            result = knn(
-                train_features,
-                train_labels,
-                test_features,
-                test_labels,
-                k=self.k,
-                temperature=self.temperature,
-                device=pl_module.device,
-            )
-        except Exception as caught:
-            log.warning("k-NN probe failed, training goes on: %s: %s", type(caught).__name__, caught)
-            return None
+    def scores(self, train: Labelled, test: Labelled, device: torch.device) -> dict[str, float]:
+        result = knn(*train, *test, k=self.k, temperature=self.temperature, device=device)
         return {f"knn/{k}": result.accuracy[k] for k in self.k} | {
             f"knn/class_average_{k}": result.class_accuracy[k] for k in self.k
         }
 
-    @staticmethod
-    def _check(sets: list[tuple[Tensor, Tensor]]) -> None:
-        for features, _ in sets:
-            if not torch.isfinite(features).all():
-                raise ValueError("the module's features are not finite")
+
+class OnlineLinear(_OnlineProbe):
+    """Accuracy of a linear head on the module's `embed` every few epochs, fitted anew each time.
+
+    Logged as `linear/accuracy`, `linear/class_average` and `linear/held_out` (of the part of train that the
+    head is chosen on, which a monitor may use without looking at the test set). What `OnlineKNN` says of the
+    training holds here too: it is what it would be without the callback.
+
+    Args:
+        train, test, every_n_epochs, batch_size, num_workers: see `OnlineKNN`.
+        settings: of the head; its first protocol counts. The default is the grid of learning rates with 1,000
+            steps.
+    """
+
+    name = "linear"
+
+    def __init__(
+        self,
+        train: Source,
+        test: Source,
+        *,
+        every_n_epochs: int = 1,
+        settings: LinearSettings | None = None,
+        batch_size: int = 256,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(
+            train, test, every_n_epochs=every_n_epochs, batch_size=batch_size, num_workers=num_workers
+        )
+        self.settings = settings or LinearSettings(n_iter=1000)
+        if self.settings.protocols[0] == "few_shot":
+            raise ValueError("an online probe takes the protocol 'sgd' or 'logistic'")
+
+    def scores(self, train: Labelled, test: Labelled, device: torch.device) -> dict[str, float]:
+        head = linear(*train, *test, settings=self.settings, device=device).heads[0]
+        return {f"linear/{name}": head[name] for name in ("accuracy", "class_average", "held_out")}
 
 
 @contextlib.contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; submodules' modes and torch's random state are put back after."""
+    """Evaluation mode without gradients; submodules' modes and the random states of torch, numpy and Python
+    are put back after.
+    """
     modes = [(m, m.training) for m in module.modules()]
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
     module.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             yield
     finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
         for m, mode in modes:
             m.training = mode  # not .train(mode): it would reach into children that are frozen
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 
 import lightning as L
 import numpy as np
@@ -12,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_modules import SimCLR
 from lightning_modules.evaluation.knn import knn
-from lightning_modules.evaluation.online import OnlineKNN, embed_share, evaluation_mode
+from lightning_modules.evaluation.linear import LinearSettings, linear
+from lightning_modules.evaluation.online import OnlineKNN, OnlineLinear, embed_share, evaluation_mode
 from tests.lightning_modules.ranks import on_two_ranks
 
 
@@ -136,7 +138,7 @@ def small_module() -> SimCLR:
     )
 
 
-def fit(callbacks: list[L.Callback], **options) -> tuple[SimCLR, L.Trainer]:
+def fit(callbacks: list[L.Callback], data: Dataset | None = None, **options) -> tuple[SimCLR, L.Trainer]:
     module = small_module()
     trainer = L.Trainer(
         accelerator="cpu",
@@ -149,22 +151,52 @@ def fit(callbacks: list[L.Callback], **options) -> tuple[SimCLR, L.Trainer]:
         **options,
     )
     torch.manual_seed(1)
-    trainer.fit(module, DataLoader(TwoViews(16), batch_size=8, shuffle=True))
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    trainer.fit(module, DataLoader(data or TwoViews(16), batch_size=8, shuffle=True))
     return module, trainer
 
 
-def test_the_callback_changes_nothing_of_the_training():
-    probe = OnlineKNN(Labelled(40), Labelled(13), k=[1, 5])
-    probed, trainer = fit([probe])
-    plain, _ = fit([])
+class RecordedOrder(TwoViews):
+    """Notes which samples are asked for, and what the random generators were at each."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__(n)
+        self.asked: list[tuple] = []
+
+    def __getitem__(self, i: int) -> dict:
+        self.asked.append((i, random.random(), np.random.random(), float(torch.rand(()))))  # noqa: NPY002
+        return super().__getitem__(i)
+
+
+class Drawing(Labelled):
+    """A labelled set that draws random numbers of every kind, as one with augmentations would."""
+
+    def __getitem__(self, i: int) -> dict:
+        random.random(), np.random.random(), torch.rand(3)  # noqa: NPY002
+        return super().__getitem__(i)
+
+
+def test_the_callbacks_change_nothing_of_the_training():
+    settings = LinearSettings(n_iter=20, learning_rates=(0.1, 1.0))
+    probes = [OnlineKNN(Drawing(40), Drawing(13), k=[1, 5]),
+              OnlineLinear(Drawing(40), Drawing(13), settings=settings)]  # fmt: skip
+    orders = [RecordedOrder(16) for _ in range(2)]
+    probed, trainer = fit(probes, data=orders[0])
+    plain, _ = fit([], data=orders[1])
     for (name, x), (_, y) in zip(probed.state_dict().items(), plain.state_dict().items()):
         assert torch.equal(x, y), name
-    assert [row["epoch"] for row in probe.history] == [1, 2]
+    assert orders[0].asked == orders[1].asked
+    assert len(orders[0].asked) == 32
+    assert [[row["epoch"] for row in probe.history] for probe in probes] == [[1, 2]] * 2
     with evaluation_mode(probed):
         sets = [embed_share(probed, Labelled(n)) for n in (40, 13)]
     expected = knn(*sets[0], *sets[1], k=(1, 5))
     assert float(trainer.callback_metrics["knn/5"]) == pytest.approx(expected.accuracy[5])
     assert float(trainer.callback_metrics["knn/class_average_1"]) == pytest.approx(expected.class_accuracy[1])
+    head = linear(*sets[0], *sets[1], settings=settings).heads[0]
+    for name in ("accuracy", "class_average", "held_out"):
+        assert float(trainer.callback_metrics[f"linear/{name}"]) == pytest.approx(head[name])
 
 
 def test_a_failing_probe_is_logged_and_the_run_goes_on(caplog):
@@ -177,12 +209,20 @@ def test_a_failing_probe_is_logged_and_the_run_goes_on(caplog):
     assert "k must lie in 1..4" in caplog.text
 
 
+QUICK = LinearSettings(n_iter=20, learning_rates=(0.1, 1.0))
+
+
 def _probe_on_a_rank(rank: int) -> dict:
     module = small_module().eval()
     loader = DataLoader(Labelled(13), batch_size=4)
     probe = OnlineKNN(Labelled(41), loader, k=5)
     broken = OnlineKNN(Labelled(41, broken=rank == 1), loader, k=5)
-    return {"scores": probe._probe(_Trainer(), module), "broken": broken._probe(_Trainer(), module)}
+    head = OnlineLinear(Labelled(41), loader, settings=QUICK)
+    return {
+        "scores": probe._probe(_Trainer(), module),
+        "linear": head._probe(_Trainer(), module),
+        "broken": broken._probe(_Trainer(), module),
+    }
 
 
 class _Trainer:
@@ -191,14 +231,30 @@ class _Trainer:
     precision_plugin = L.pytorch.plugins.precision.Precision()
 
 
+def _every_second(labelled: tuple, rank: int) -> tuple:
+    return labelled[0][rank::2], labelled[1][rank::2]
+
+
 def test_ranks_share_the_probe_and_skip_it_together():
     module = small_module()
     with evaluation_mode(module):
         sets = [embed_share(module, Labelled(n)) for n in (41, 13)]
     expected = knn(*sets[0], *sets[1], k=5)
-    for result in on_two_ranks(_probe_on_a_rank):
+    embedded = [[_every_second(s, r) for s in sets] for r in range(2)]
+    results = on_two_ranks(_probe_on_a_rank)
+    for result in results:
         assert result["scores"]["knn/5"] == pytest.approx(expected.accuracy[5])
         assert result["broken"] is None
+        # The ranks' shares joined are the set in another order, so heads differ from one process's; ranks
+        # agree.
+        assert result["linear"] == results[0]["linear"]
+    joined = [
+        tuple(torch.cat([embedded[rank][part][j] for rank in range(2)]) for j in range(2))
+        for part in range(2)
+    ]
+    head = linear(*joined[0], *joined[1], settings=QUICK).heads[0]
+    for name in ("accuracy", "class_average", "held_out"):
+        assert results[0]["linear"][f"linear/{name}"] == pytest.approx(head[name])
 
 
 def test_sets_of_pairs_and_unlabelled_samples():
