@@ -1,0 +1,70 @@
+"""The documentation holds: the tutorial runs and prints what it shows, links lead somewhere, names exist."""
+
+import contextlib
+import fnmatch
+import io
+import os
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """(language, content) of the fenced blocks of a page."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_the_tutorial_prints_what_it_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(ROOT / "recipes", tmp_path / "recipes")
+    names: dict = {}
+    printed = ""
+    found = blocks((DOCS / "tutorial.md").read_text())
+    assert [language for language, _ in found] == ["python", "text"] * (len(found) // 2)
+    for number, (language, content) in enumerate(found, 1):
+        if language == "python":
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                exec(compile(content, f"tutorial.md, block {number}", "exec"), names)
+            printed = output.getvalue()
+        else:  # `…` stands for what may differ
+            pattern = re.sub(r"([\[\]?*])", r"[\1]", content).replace("…", "*")
+            assert fnmatch.fnmatchcase(printed, pattern), f"block {number} printed:\n{printed}"
+    entropy = {
+        name: names["class_balance"](names["labels"], ids).entropy_after
+        for name, ids in (("random", names["random"]), ("curated", names["curation"].ids))
+    }
+    assert entropy["curated"] > entropy["random"]
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_links_and_named_files_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for path in re.findall(r"\b(?:recipes|configs|benchmarks|tests)/[\w/]+\.\w+", text):
+        assert (ROOT / path).exists() or "NAME" in path, f"{page.name}: {path}"
+
+
+def test_the_api_page_is_that_of_the_packages():
+    make_api = runpy.run_path(str(DOCS / "make_api.py"))
+    assert (DOCS / "api.md").read_text() == make_api["page"](), (
+        "docs/api.md is stale: python docs/make_api.py"
+    )
+
+
+def test_every_exported_name_is_on_the_api_page():
+    import curated_data
+    import lightning_modules
+
+    text = (DOCS / "api.md").read_text()
+    for package in (curated_data, lightning_modules):
+        for name in package.__all__:
+            assert f"### `{package.__name__}.{name}`\n" in text
