@@ -2,7 +2,8 @@
 it.
 
 A sample gets a class's label if its caption holds one of the class's names as a whole word, holds no other
-class's, and is near the class's "name: definition" in a text embedder. No image is looked at: that
+class's, and is near the class's "name: definition" in a text embedder: nearer than a threshold, or than to
+any other class. No image is looked at: that
 independence is the point.
 """
 
@@ -97,6 +98,7 @@ def label_captions(
     *,
     embedder: str | TextEmbedder,
     threshold: float | None = None,
+    margin: float | None = None,
     per_class: int | None = None,
     min_per_class: int | None = None,
     avoid: Collection[str] = (),
@@ -111,6 +113,10 @@ def label_captions(
         embedder: `minilm`, `sentence-transformers:NAME`, or a function of a list of strings to (n, d).
         threshold: cosine that caption and "name: definition" must reach; LAIONet took 0.82 with CLIP B/32's
             text tower, 0.58 with all-mpnet-base-v2. None for no threshold.
+        margin: by how much the caption must be nearer to its class than to every other one; 0 keeps those
+            whose nearest class of all is the one that they name, so that a shared word with another meaning
+            is dropped whatever the embedder's scale. Memory is block x classes. None for no such test;
+            without threshold and per_class it is 0.
         per_class: keep this many of each class, the most similar. None keeps all.
         min_per_class: a class that ends with fewer is dropped; None takes `per_class`, so that all classes
             are equally large, or 1.
@@ -121,13 +127,10 @@ def label_captions(
             are dropped.
 
     Raises:
-        ConfigError: neither threshold nor per_class, classes that do not fit together, or an unknown
-            embedder.
+        ConfigError: classes that do not fit together, a number out of range, or an unknown embedder.
     """
-    if threshold is None and per_class is None:
-        raise ConfigError(
-            "give threshold, per_class or both: without either every caption with a name would stay"
-        )
+    if threshold is None and per_class is None and margin is None:
+        margin = 0.0
     if not classes:
         raise ConfigError("no classes to look for: give at least one")
     if per_class is not None and per_class < 1:
@@ -151,6 +154,10 @@ def label_captions(
         if len(place):
             rows = _embedded(embed, [block.captions[i] for i in place])
             similarity = np.einsum("nd,nd->n", rows, class_rows[label[place]]).astype(np.float32)
+            if margin is not None:
+                near = similarity >= _nearest_other(rows, class_rows, label[place]) + margin
+                counts["nearer to another class"] += int((~near).sum())
+                place, similarity = place[near], similarity[near]
             found.append((np.asarray(block.ids)[place], label[place], similarity))
     ids, labels, similarity = (np.concatenate(parts) for parts in zip(*found)) if found else _nothing()
     return _chosen(
@@ -272,6 +279,13 @@ def _chosen(
         ", ".join(f"{n} {what}" for what, n in counts.items() if what not in ("captions", "selected")),
     )  # fmt: skip
     return CaptionLabels(ids[order], labels[order], similarity[order], [classes[i] for i in kept], report)
+
+
+def _nearest_other(rows: np.ndarray, class_rows: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """The similarity (n,) of each row to the nearest class that is not its own; -inf where there is none."""
+    similarity = rows @ class_rows.T
+    similarity[np.arange(len(rows)), own] = -np.inf
+    return similarity.max(1)
 
 
 def _filtered(

@@ -139,6 +139,25 @@ def test_similarity_threshold_and_counts():
     assert set(found.report["classes_dropped"]) == {c.id for c in CLASSES} - {c.id for c in found.classes}
 
 
+@pytest.mark.parametrize("margin", [None, 0.0, 0.15])
+def test_a_caption_must_be_nearest_to_the_class_it_names(margin):
+    found = label_captions([block()], CLASSES, embedder=embed, margin=margin)
+    between = cosine_similarity(embed(CAPTIONS), embed([c.text for c in CLASSES]))
+    expected = []
+    for i, caption in enumerate(CAPTIONS):
+        owners = by_expressions(caption)
+        if len(owners) == 1:
+            own = owners.pop()
+            if between[i, own] >= np.delete(between[i], own).max() + (margin or 0):
+                expected.append(100 + i)
+    assert found.ids.tolist() == expected
+    counts = found.report["counts"]
+    assert counts["nearer to another class"] + counts["selected"] == 7
+    loose = label_captions([block()], CLASSES, embedder=embed, threshold=-1)
+    assert len(loose.ids) == 7
+    assert "nearer to another class" not in loose.report["counts"]
+
+
 def test_the_same_number_of_each_class_and_the_most_similar():
     found = label_captions([block()], CLASSES, embedder=embed, per_class=2)
     assert [c.id for c in found.classes] == ["dog", "hotdog"]
@@ -229,8 +248,6 @@ def test_pools_without_captions_or_with_broken_metadata(tmp_path):
 
 
 def test_bad_settings_are_named(tmp_path):
-    with pytest.raises(ConfigError, match="threshold, per_class or both"):
-        label_captions([block()], CLASSES, embedder=embed)
     with pytest.raises(ConfigError, match="no classes"):
         label_captions([block()], [], embedder=embed, threshold=0)
     with pytest.raises(EmbedderError, match="'word2vec': unknown"):
