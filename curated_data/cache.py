@@ -57,7 +57,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     process that was faster, is kept and ours is dropped: both were built from the same fingerprint.
     """
     path = Path(path)
-    with _writable(path.parent):
+    with _writable(path.parent, makes_folder=True):
         path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}"
     try:
@@ -139,7 +139,7 @@ def locked(path: Path | str, *, wait: bool = True) -> Iterator[bool]:
     opened it.
     """
     lock = Path(path).parent / ".locks" / f"{Path(path).name}.lock"
-    with _writable(lock.parent):
+    with _writable(lock.parent, makes_folder=True):
         lock.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     held = False
@@ -190,7 +190,7 @@ def open_cache(root: Path | str) -> Path:
         CacheError: it cannot be written, or another format version wrote it.
     """
     root = Path(root).expanduser().absolute()
-    with _writable(root):
+    with _writable(root, makes_folder=True):
         root.mkdir(parents=True, exist_ok=True)
         probe = root / f"{_TEMPORARY}{uuid.uuid4().hex[:12]}-probe"
         probe.touch()
@@ -242,8 +242,11 @@ def _update(digest: Any, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def _writable(path: Path) -> Iterator[None]:
-    """Turn the system's refusals to write below `path` into one clear error."""
+def _writable(path: Path, makes_folder: bool = False) -> Iterator[None]:
+    """Turn the system's refusals to write below `path` into one clear error.
+
+    Where the block only makes the folder, "no such file" is such a refusal too, as below /proc.
+    """
     try:
         yield
     except OSError as error:
@@ -254,8 +257,7 @@ def _writable(path: Path) -> Iterator[None]:
             errno.ENOSPC,
             errno.EDQUOT,
             errno.ENOTDIR,
-            errno.ENOENT,  # a folder that cannot be made, as below /proc
-            errno.ENAMETOOLONG,
+            *((errno.ENOENT,) if makes_folder else ()),
         ):
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -89,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--coordinates",
         metavar="FILE.npy",
-        help="(n, 2) place of every sample on the map, as recipes/visualise.py writes it; else the first two "
-        "principal components of the embeddings",
+        help="(n, 2) place of every sample on the map, from t-SimCNE, say; else the first two principal "
+        "components of the embeddings",
     )
     command.add_argument(
         "--labels", metavar="FILE.npy", help="(n,) class of every sample, -1 for none; else the .cls members"

@@ -188,3 +188,12 @@ def test_only_old_temporaries_are_swept(tmp_path):
     open_cache(tmp_path)
     assert not old.exists()
     assert young.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path):
+    with pytest.raises(CacheError, match="/proc/curated_data: cannot be written"):
+        open_cache("/proc/curated_data")
+    # What a builder fails to find is its own matter, not the cache's.
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "artifact"):
+        open(tmp_path / "gone" / "pool.tar")

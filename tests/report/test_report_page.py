@@ -217,6 +217,52 @@ def test_the_page_runs_in_a_browser_without_an_error(page, small, tmp_path):
     assert shown.count("<svg") == small.tree.n_levels + 1
 
 
+GESTURES = """
+canvas.setPointerCapture = () => {};  // of pointers that no hardware has
+const log = [], note = () => log.push(+view.zoom.toFixed(3));
+const at = (type, id, x, y) => {
+  const frame = canvas.getBoundingClientRect();
+  canvas.dispatchEvent(new PointerEvent(type, { pointerId: id, clientX: frame.left + x, clientY: frame.top + y
+  }));
+};
+const wheel = (ctrlKey, deltaY) => {
+  const frame = canvas.getBoundingClientRect();
+  canvas.dispatchEvent(new WheelEvent("wheel", { ctrlKey, deltaY, clientX: frame.left + 60, clientY: frame.top
+  + 80,
+    cancelable: true }));
+};
+const under = () => {  // the place on the map, in 0..1, below the point where the wheel turns
+  const side = canvas.clientWidth, k = 0.94 * view.zoom;
+  return [(60 / side - 0.5) / k + 0.5 + view.x, (80 / side - 0.5) / k + 0.5 + view.y];
+};
+wheel(false, -300); note();
+const before = under(); wheel(true, -300); note(); const after = under();
+find("#out").click(); note(); find("#in").click(); find("#in").click(); note();
+const touched = canvas.style.touchAction;
+find("#whole").click(); note();
+at("pointerdown", 1, 100, 100); at("pointerdown", 2, 200, 100); at("pointermove", 2, 300, 100); note();
+at("pointerup", 1, 100, 100); at("pointerup", 2, 300, 100);
+canvas.dispatchEvent(new KeyboardEvent("keydown", { key: "+" })); note();
+const still = Math.max(Math.abs(before[0] - after[0]), Math.abs(before[1] - after[1])) < 0.01;
+document.documentElement.dataset.zooms = JSON.stringify([log, touched, still]);
+"""  # at the end of the page's own script, whose names are not to be seen from outside of it
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_the_map_zooms_by_wheel_fingers_buttons_and_keys(page, tmp_path):
+    copy = tmp_path / "gestures.html"
+    end = 'root.dataset.ready = "yes";'
+    copy.write_text(page.read_text().replace(end, GESTURES + end))
+    opening, _ = in_browser(copy.as_uri(), tmp_path / "profile")
+    zooms, touch_action, still = json.loads(
+        html.unescape(re.search(r'data-zooms="([^"]*)"', opening).group(1))
+    )
+    e = 2.718
+    assert zooms == pytest.approx([1, e, e / 1.6, e * 1.6, 1, 2, 3], rel=1e-3)
+    assert touch_action == "none"  # a finger moves the map where there is more of it than is shown
+    assert still  # what is under the wheel stays there
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_the_page_of_texts_runs_in_a_browser(text_page, tmp_path):
     _, shown = in_browser(f"{text_page.as_uri()}#sample=3", tmp_path)
