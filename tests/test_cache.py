@@ -196,4 +196,4 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path):
         open_cache("/proc/curated_data")
     # What a builder fails to find is its own matter, not the cache's.
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "artifact"):
-        open(tmp_path / "gone" / "pool.tar")
+        (tmp_path / "gone" / "pool.tar").read_bytes()

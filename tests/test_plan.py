@@ -85,7 +85,8 @@ def test_dry_run_of_the_recipe(write_pool, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     values = {
         "data.pool": str(tmp_path / "pool-*.tar"), "data.curation.target_size": 32,
-        "data.embedder": "pixels:4", "data.batch_size": 8, "data.num_workers": 0, "data.cache_dir": str(tmp_path / "c"),
+        "data.embedder": "pixels:4", "data.batch_size": 8, "data.num_workers": 0,
+        "data.cache_dir": str(tmp_path / "c"),
         "trainer.max_epochs": 3, "trainer.accelerator": "cpu",
         "trainer.default_root_dir": str(tmp_path / "runs"),
     }  # fmt: skip

@@ -12,6 +12,8 @@ from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError
 from curated_data.recuration import draw_share, levels_of_share, recurate, spread
 from curated_data.report.metrics import entropy
+from curated_data.stored import open_curation
+from tests.processes import run_ranks
 
 FLAT = {"num_workers": 0, "dtype": "float32"}
 
@@ -69,6 +71,36 @@ def test_near_duplicates_and_failures_stay_out(write_pool, tmp_path):
     assert (found.report["failed"], found.report["near_duplicates"]) == (1, 11)
     again = recurate(pool, config, base=base, share=0.5, embedder="pixels:4", cache_dir=tmp_path / "c")
     assert again.report["cached"] == {"tree": True, "selection": True}
+
+    for curation in (base, found):  # and the cache alone tells the same
+        stored = open_curation(tmp_path / "c", curation.folders["selection"].name)
+        np.testing.assert_array_equal(stored.ids, curation.ids)
+        np.testing.assert_array_equal(stored.tree.parent[1], curation.tree.parent[1])
+        assert stored.embeddings.fingerprint == curation.embeddings.fingerprint
+        assert stored.folders == curation.folders
+        assert stored.config.levels == curation.config.levels
+        same = ("samples", "near_duplicates", "selected", "levels", "target_size")
+        assert [stored.report[name] for name in same] == [curation.report[name] for name in same]
+
+
+def on_a_rank(rank, folder, shards):
+    pool = ShardPool(shards, cache_dir=folder)
+    base = curate(pool, settings(seed=0), embedder="pixels:2", cache_dir=folder)
+    found = recurate(pool, settings(), base=base, share=0.6, embedder="pixels:4", cache_dir=folder)
+    np.save(folder / f"ids-{rank}.npy", found.ids)
+    np.save(folder / f"parent-{rank}.npy", found.tree.parent[1])
+
+
+def test_two_ranks_find_what_one_does(write_pool, tmp_path):
+    shards = write_pool([40, 30])
+    for n_ranks in (1, 2):
+        (tmp_path / str(n_ranks)).mkdir()
+        run_ranks(on_a_rank, n_ranks, tmp_path / str(n_ranks), shards)
+    for name in ("ids", "parent"):
+        one, *two = (
+            np.load(tmp_path / f"{place}.npy") for place in (f"1/{name}-0", f"2/{name}-0", f"2/{name}-1")
+        )
+        assert all(np.array_equal(one, other) for other in two)
 
 
 @pytest.mark.parametrize("seed", range(8))
