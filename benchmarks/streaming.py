@@ -2,11 +2,17 @@
 
 Photo-like JPEGs of 256 x 256 (23 KB on average) in 20 shards, 10 % (chosen at random) and all of them, as raw
 bytes and decoded to 224 x 224, with 0 and 2 loader workers. Figures are samples per CPU second (user and
-system, of the process and its workers, page cache warm), medians over the repeats, which take turns so that
-other load on the machine meets all readers alike. Every reader decodes and crops with the same functions.
-`memory` holds the chosen bytes in a list: what decoding costs without any reading. Peers that are not
-installed are left out: litdata, mosaicml-streaming, wids (`pip install --no-deps --target PEERS ...`, then
-PYTHONPATH=PEERS). Data and the peers' own formats are made once, in `--folder` (2.5 GB).
+system, of the process and its workers, page cache warm, after a first epoch or as long as is measured),
+medians over the repeats, which take turns so that other load on the machine meets all readers alike. Every
+reader decodes and crops with the same functions.
+
+Decoding is compared besides with decoding the same bytes from a list in memory, by as many workers: both in
+one process, a few batches of one, a few of the other, in turn; the median over the turns of what the one
+takes over what the other takes.
+
+Peers that are not installed are left out: litdata, mosaicml-streaming, wids (`pip install --no-deps --target
+PEERS ...`, then PYTHONPATH=PEERS). Data and the peers' own formats are made once, in `--folder` (2.5 GB).
+About six minutes on two idle cores, and two more the first time.
 """
 
 import argparse
@@ -128,7 +134,6 @@ def ours(folder: Path, ids: np.ndarray, prepare: Callable, workers: int) -> Iter
 def memory(folder: Path, ids: np.ndarray, prepare: Callable, workers: int) -> Iterator[int]:
     pool = ShardPool(str(folder / "tar" / "shard-*.tar"), cache_dir=folder / "cache")
     held = [sample["jpg"] for sample in pool.read(ids, ["jpg"])]
-    yield 0  # what comes before is not timed
     yield from loop(Files(held.__getitem__, len(held), prepare), None, workers)
 
 
@@ -207,7 +212,6 @@ def image_folder(folder: Path, ids: np.ndarray, prepare: Callable, workers: int)
 
 READERS = {
     "curated_data": (ours, None),
-    "memory": (memory, None),
     "webdataset, filter": (webdataset_scan, None),
     "wids": (wids_indexed, "wids"),
     "litdata": (litdata_stream, "litdata"),
@@ -216,20 +220,57 @@ READERS = {
 }
 
 
-def measure(make: Callable[[], Iterable[int]], seconds: float) -> float:
-    """Samples per CPU second of a reader, in a process of its own that runs about so long."""
+def measure(make: Callable[[], Iterable[int]], n: int, seconds: float) -> float:
+    """Samples per CPU second of a reader with epochs of n samples, measured for about so long."""
 
-    def child(results: multiprocessing.SimpleQueue) -> None:
-        warnings.simplefilter("ignore")
-        torch.set_num_threads(1)
+    def rate() -> float:
         batches = iter(make())
         next(batches)  # opening and the first batch are a matter of their own
+        seen, end = BATCH, time.monotonic() + seconds
+        while seen < n and time.monotonic() < end:
+            seen += next(batches)
         samples, before, end = 0, _cpu(), time.monotonic() + seconds
         for size in batches:
             samples += size
             if time.monotonic() > end and samples >= 10 * BATCH:
                 break
-        results.put(samples / (_cpu() - before))
+        return samples / (_cpu() - before)
+
+    return apart(rate, 2 * seconds + 60)
+
+
+def beside_memory(folder: Path, ids: np.ndarray, workers: int, turns: int, batches: int) -> float:
+    """CPU time of decoding from memory over that of decoding from shards; the median of a few turns."""
+
+    def ratio() -> float:
+        readers, pids = [], []
+        for make in (ours, memory):
+            others = {worker.pid for worker in multiprocessing.active_children()}
+            readers.append(make(folder, ids, decode, workers))
+            next(readers[-1])
+            pids.append([w.pid for w in multiprocessing.active_children() if w.pid not in others])
+        own, of_workers = np.zeros((2, turns + 1)), np.zeros((2, turns + 1))
+        for turn in range(turns + 1):
+            for number, reader in enumerate(readers):
+                of_workers[number, turn] = sum(map(_cpu_of, pids[number]))
+                before = time.process_time()
+                for _ in range(batches):
+                    next(reader)
+                own[number, turn] = time.process_time() - before
+        # What a reader's workers do ahead while the other has its turn is counted to the turn before.
+        spent = own[:, 1:-1] + np.diff(of_workers, axis=1)[:, 1:]
+        return float(np.median(spent[1] / spent[0]))
+
+    return apart(ratio, 600)
+
+
+def apart(function: Callable[[], float], timeout: float) -> float:
+    """What a function returns, called in a process of its own; not a number if that takes too long."""
+
+    def child(results: multiprocessing.SimpleQueue) -> None:
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
+        results.put(function())
         for worker in multiprocessing.active_children():
             worker.kill()
         os._exit(0)
@@ -238,13 +279,13 @@ def measure(make: Callable[[], Iterable[int]], seconds: float) -> float:
     results = context.SimpleQueue()
     process = _Plain(target=child, args=(results,))
     process.start()
-    deadline = time.monotonic() + seconds + 60  # a reader that hangs is no number
+    deadline = time.monotonic() + timeout  # a reader that hangs is no number
     while process.is_alive() and results.empty() and time.monotonic() < deadline:
         time.sleep(0.02)
-    rate = float("nan") if results.empty() else results.get()
+    found = float("nan") if results.empty() else results.get()
     process.kill()
     process.join()
-    return rate
+    return found
 
 
 class _Plain(multiprocessing.get_context("fork").Process):
@@ -257,28 +298,29 @@ def _cpu() -> float:
     """CPU seconds of this process and of its workers so far."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     seconds = usage.ru_utime + usage.ru_stime
-    for worker in multiprocessing.active_children():
-        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
-        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return seconds
+    return seconds + sum(_cpu_of(worker.pid) for worker in multiprocessing.active_children())
+
+
+def _cpu_of(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def compare(
     folder: Path, names: list[str], modes: list[str], repeats: int, seconds: float, workers: list[int]
 ) -> None:
-    chosen = np.sort(np.random.default_rng(0).choice(N_SAMPLES, N_SAMPLES // 10, replace=False))
     columns = [
         (share, prepare, count)
         for count in workers
         for prepare in ({"raw": keep, "decoded": decode}[mode] for mode in modes)
-        for share in (chosen, np.arange(N_SAMPLES))
+        for share in (a_tenth(), np.arange(N_SAMPLES))
     ]
     rates: dict[tuple[str, int], list[float]] = {}
     for _ in range(repeats):
         for name in names:
             for column, (ids, prepare, count) in enumerate(columns):
                 make = functools.partial(READERS[name][0], folder, ids, prepare, count)
-                rates.setdefault((name, column), []).append(measure(make, seconds))
+                rates.setdefault((name, column), []).append(measure(make, len(ids), seconds))
     medians = {key: statistics.median(values) for key, values in rates.items()}
     titles = [
         f"{100 * len(ids) // N_SAMPLES} % {'raw' if prepare is keep else 'decoded'}, {count} w"
@@ -302,9 +344,14 @@ def compare(
         print(f"| {name} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
 
 
+def a_tenth() -> np.ndarray:
+    """The 10 % that are selected."""
+    return np.sort(np.random.default_rng(0).choice(N_SAMPLES, N_SAMPLES // 10, replace=False))
+
+
 def beginnings(folder: Path) -> None:
     """How long the first batch takes, what is read, and whether memory stays where it is."""
-    ids = np.sort(np.random.default_rng(0).choice(N_SAMPLES, N_SAMPLES // 10, replace=False))
+    ids = a_tenth()
     first = []
     for workers in (0, 2):
         for _ in range(3):
@@ -324,7 +371,7 @@ def beginnings(folder: Path) -> None:
             resident.append(_resident())
         read, needed = pool.counters.bytes_read - before[0], pool.counters.bytes_needed - before[1]
         print(
-            f"{len(share)} of {N_SAMPLES} samples: {read / needed:.3f} bytes read a byte needed; resident "
+            f"{len(share)} of {N_SAMPLES} samples: {read / needed:.3f} bytes read a byte needed; own memory "
             f"after 1, 2, 3 epochs: {', '.join(f'{size / 1e6:.0f}' for size in resident)} MB"
         )
     started, before = time.monotonic(), _resident()
@@ -341,11 +388,13 @@ def beginnings(folder: Path) -> None:
 
 
 def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Memory of this process in bytes, without the page cache that is mapped."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
 
-def prepare_data(folder: Path, names: list[str]) -> None:
-    """Make the shards, and from them what each peer reads. What is there already is kept."""
+def make_shards(folder: Path) -> None:
+    """The shards; what is there already is kept."""
     if not (folder / "tar" / "done").exists():
         print(f"making {N_SAMPLES} JPEGs in {folder}")
         with ShardWriter(folder / "tar", max_samples=N_SAMPLES // N_SHARDS, overwrite=True) as writer:
@@ -354,7 +403,12 @@ def prepare_data(folder: Path, names: list[str]) -> None:
         (folder / "tar" / "done").touch()
     pool = ShardPool(str(folder / "tar" / "shard-*.tar"), cache_dir=folder / "cache")
     size = pool.sizes(np.arange(N_SAMPLES), ["jpg"]).mean()
-    print(f"{len(pool)} samples in {len(pool.urls)} shards, {size / 1e3:.1f} KB a JPEG")
+    print(f"{len(pool)} samples in {len(pool.urls)} shards, {size / 1e3:.1f} KB a JPEG", flush=True)
+
+
+def make_formats(folder: Path, names: list[str]) -> None:
+    """What each peer reads, from the shards; what is there already is kept."""
+    pool = ShardPool(str(folder / "tar" / "shard-*.tar"), cache_dir=folder / "cache")
 
     def samples() -> Iterator[tuple[int, bytes]]:
         for start in range(0, N_SAMPLES, 500):
@@ -419,11 +473,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "curated-data-streaming")
     parser.add_argument("--readers", nargs="+", choices=READERS, help="curated_data comes first always")
     parser.add_argument("--modes", nargs="+", choices=("raw", "decoded"), default=["raw", "decoded"])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=0.6, help="of each measurement")
+    parser.add_argument("--turns", type=int, default=10, help="of decoding from shards and from memory")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     arguments = parser.parse_args()
     random.seed(0)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    make_shards(arguments.folder)
+    beginnings(arguments.folder)  # before a peer is imported, with threads of its own
     names = []
     for name, (_, module) in READERS.items():
         if arguments.readers and name not in arguments.readers and name != "curated_data":
@@ -431,13 +489,17 @@ def main() -> None:
         if module is not None:
             try:
                 __import__(module)
-            except ImportError as error:
+            except Exception as error:  # its own, or that of a package that it needs
                 print(f"left out: {name} ({error})")
                 continue
         names.append(name)
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    prepare_data(arguments.folder, names)
-    beginnings(arguments.folder)
+    make_formats(arguments.folder, names)
+    if "decoded" in arguments.modes:
+        print("\ndecoding from shards over decoding from memory:")
+        for workers in arguments.workers:
+            for ids in (a_tenth(), np.arange(N_SAMPLES)):
+                ratio = beside_memory(arguments.folder, ids, workers, arguments.turns, batches=6)
+                print(f"  {100 * len(ids) // N_SAMPLES} %, {workers} workers: {ratio:.2f}", flush=True)
     compare(arguments.folder, names, arguments.modes, arguments.repeats, arguments.seconds, arguments.workers)
     print(json.dumps({"cpus": os.cpu_count(), "load": [round(load, 1) for load in os.getloadavg()]}))
 

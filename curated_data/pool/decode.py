@@ -196,7 +196,7 @@ def _first(members: Mapping[str, bytes], extensions: Sequence[str]) -> str | Non
         if name in members:
             return name
     for member in members:
-        if member.rpartition(".")[2] in extensions:
+        if "." in member and member.rpartition(".")[2] in extensions:
             return member
     return None
 

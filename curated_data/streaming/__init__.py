@@ -1,6 +1,7 @@
 """From a selection to batches: an epoch's order, its cut into global batches, reading, augmenting."""
 
 from curated_data.streaming.dataset import BatchReport, PoolDataset, StreamLoader, StreamStatistics, collate
+from curated_data.streaming.device import PerSample, ResizedCrops
 from curated_data.streaming.order import EpochOrder, permuted
 from curated_data.streaming.sampler import BatchRequest, GlobalBatchSampler
 from curated_data.streaming.training import StreamPosition, TrainingStream
@@ -10,7 +11,9 @@ __all__ = [
     "BatchRequest",
     "EpochOrder",
     "GlobalBatchSampler",
+    "PerSample",
     "PoolDataset",
+    "ResizedCrops",
     "StreamLoader",
     "StreamPosition",
     "StreamStatistics",

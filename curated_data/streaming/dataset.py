@@ -52,7 +52,8 @@ class PoolDataset(Dataset):
     """All samples of a pool by id; `__getitems__` makes a whole batch.
 
     The randomness of a sample's views is seeded by (seed, epoch, position in the epoch), whichever process
-    makes them; the global generators of torch, numpy and Python are as before when it returns.
+    makes them; the global generators of torch, numpy and Python are as before when it returns. Views that
+    draw from the latter two are called twice for the first batch where they do.
 
     Args:
         pool: where the bytes are.
@@ -98,6 +99,7 @@ class PoolDataset(Dataset):
         self.statistics = StreamStatistics(max_skipped)
         self.labels = labels
         self.seeds_for_device = seeds_for_device
+        self._seeds_all = False  # or torch's generator alone
 
     def __len__(self) -> int:
         return len(self.pool)
@@ -133,13 +135,14 @@ class PoolDataset(Dataset):
         positions = getattr(ids, "positions", None)
         places = np.asarray(ids if positions is None else positions, np.int64)
         seeds = view_seeds(self.seed, getattr(ids, "epoch", 0), places).tolist()
-        loaded = LoadedSamples()
-        with _generators_kept():
-            for place, (sample_members, seed) in enumerate(zip(members, seeds, strict=True)):
-                sample = self._load(ids[place], sample_members, seed, skipped)
-                if sample is None:
-                    sample = self._spare(ids, place, seed, skipped)
-                loaded.append(sample)
+        with _generators_kept() as others_moved:
+            loaded = self._loaded(ids, members, seeds, skipped)
+            if not self._seeds_all and others_moved():
+                # The views draw from Python's or numpy's generator, which are seeded from now on. That costs
+                # 12 µs a sample, so it is not done for views that draw from torch's alone, as most do.
+                self._seeds_all = True
+                skipped.clear()
+                loaded = self._loaded(ids, members, seeds, skipped)
         self._fill(loaded, skipped)
         if self.labels is not None:
             found = self.labels.of(np.array([sample["sample_id"] for sample in loaded]))
@@ -148,6 +151,21 @@ class PoolDataset(Dataset):
         if self.seeds_for_device:
             for sample, seed in zip(loaded, seeds, strict=True):
                 sample["view_seed"] = seed >> 1  # as an int64
+        return loaded
+
+    def _loaded(
+        self,
+        ids: Sequence[int],
+        members: list[dict[str, Any]],
+        seeds: list[int],
+        skipped: list[Skipped],
+    ) -> LoadedSamples:
+        loaded = LoadedSamples()
+        for place, (sample_members, seed) in enumerate(zip(members, seeds, strict=True)):
+            sample = self._load(ids[place], sample_members, seed, skipped)
+            if sample is None:
+                sample = self._spare(ids, place, seed, skipped)
+            loaded.append(sample)
         return loaded
 
     def _load(
@@ -162,7 +180,7 @@ class PoolDataset(Dataset):
                 min_size=self.min_size,
             )
             if self.views is not None:
-                _seed_generators(seed)
+                _seed_generators(seed, all_of_them=self._seeds_all)
                 self._augment(sample, f"{members['__url__']}: sample {members['__key__']!r}")
         except SampleError as error:
             if self.on_error == "raise":
@@ -379,20 +397,27 @@ def _stack(name: str, tensors: Sequence[Tensor | np.ndarray]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Leave the global random generators as they were found."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+def _generators_kept() -> Iterator[Callable[[], bool]]:
+    """Leave the global random generators as they were found; tells whether Python's or numpy's were drawn
+    from.
+    """
+    of_torch, of_python, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+
+    def others_moved() -> bool:
+        now = np.random.get_state()  # noqa: NPY002
+        same = now[2:] == of_numpy[2:] and np.array_equal(now[1], of_numpy[1])
+        return not same or random.getstate() != of_python
+
     try:
-        yield
+        yield others_moved
     finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])  # noqa: NPY002
+        torch.set_rng_state(of_torch)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002
 
 
-def _seed_generators(seed: int) -> None:
-    torch.default_generator.manual_seed(
-        seed
-    )  # the CPU's alone; torch.manual_seed would reach for devices too
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
+def _seed_generators(seed: int, all_of_them: bool) -> None:
+    torch.default_generator.manual_seed(seed)  # the CPU's: torch.manual_seed would reach for devices too
+    if all_of_them:
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002

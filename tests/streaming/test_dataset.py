@@ -297,3 +297,21 @@ def test_a_dataset_reaches_workers_small(write_pool, tmp_path):
     sent = pickle.dumps(dataset)
     assert len(sent) < 5000
     assert torch.equal(collate(pickle.loads(sent).__getitems__([3, 599]))[0]["image"], before)
+
+
+def test_views_that_draw_from_python_or_numpy_late_are_seeded_all_the_same(write_pool):
+    """Whether they do is noticed by the first batch in which they do, which is then made again."""
+    dataset = PoolDataset(ShardPool(write_pool([20])), seed=1)
+
+    def sometimes(image: Tensor) -> Tensor:
+        drawn = random.random() if image.float().mean() > threshold else 0.0
+        return torch.rand(1) + drawn
+
+    means = sorted(sample["image"].float().mean().item() for sample in dataset.__getitems__(range(20)))
+    threshold = means[14]
+    dataset.views = sometimes
+    alone = [dataset.__getitems__([i])[0]["image"] for i in range(20)]
+    again = PoolDataset(dataset.pool, sometimes, seed=1)
+    backwards = [again.__getitems__(ids) for ids in np.array_split(np.arange(20)[::-1], 4)]
+    made = {sample["sample_id"]: sample["image"] for batch in backwards for sample in batch}
+    assert all(torch.equal(made[i], alone[i]) for i in range(20))
