@@ -1,11 +1,12 @@
-"""Cluster a long-tailed, labelled pool without its labels: k-means and three transport methods side by side.
+r"""Cluster a long-tailed, labelled pool without its labels: k-means and three transport methods side by side.
 
     uv run recipes/cluster_long_tail.py 'recipes/data/fashion-lt50/fashion-lt50-train-{00..03}.tar' \
         --clusters 10
-    uv run recipes/cluster_long_tail.py 'cifar10-lt100-train-*.tar' --clusters 10 --embedder \
-        efficientnet_lite0:64
+    uv run recipes/cluster_long_tail.py 'cifar10-lt100-train-*.tar' --clusters 10 \
+        --embedder efficientnet_lite0:128
 
 The methods are k-means, balanced optimal transport, P²OT and SP²OT.
+
 Prints accuracy (Hungarian matching), class average, NMI, ARI and macro F1, by frequent, medium and rare
 classes, mean and deviation over seeds. Labels are used for these figures alone.
 """
@@ -33,8 +34,12 @@ def main() -> int:
     )
     parser.add_argument("pool", nargs="+", help="shards with .cls labels")
     parser.add_argument("--clusters", type=int, required=True, help="how many, say one a class")
-    parser.add_argument("--embedder", default="efficientnet_lite0:64", help="(default: %(default)s)")
-    parser.add_argument("--cache-dir", default="runs/cache", help="(default: %(default)s)")
+    parser.add_argument(
+        "--embedder", default="efficientnet_lite0:64", help="network that embeds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cache-dir", default="runs/cache", help="where stages are kept (default: %(default)s)"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -1,4 +1,4 @@
-"""Curate a pool as YAML says: index, embed, cluster, select; then export and report what was selected.
+r"""Curate a pool as YAML says: index, embed, cluster, select; then export and report what was selected.
 
     uv run recipes/curate.py --config configs/curation/base.yaml --config configs/curation/fashion.yaml
     torchrun --nproc-per-node 8 recipes/curate.py --config configs/curation/base.yaml \
@@ -152,10 +152,12 @@ def process_group() -> Iterator[None]:
 def add_selection_options(parser: argparse.ArgumentParser, what: str) -> None:
     """The command line of recipes that make their pool and embedder themselves."""
     parser.add_argument("--target-size", type=int, required=True, help=f"{what} to select")
-    parser.add_argument("--cache-dir", default="runs/cache", help="(default: %(default)s)")
+    parser.add_argument(
+        "--cache-dir", default="runs/cache", help="where stages are kept (default: %(default)s)"
+    )
     parser.add_argument("--export", metavar="FOLDER", help="write the selection there as shards")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
 
 
 def walk_by_options(pool: ShardPool, embedder: Embedder, options: argparse.Namespace) -> dict[str, Row]:

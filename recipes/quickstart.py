@@ -1,4 +1,4 @@
-"""The whole walk on one machine, in minutes: curate a long-tailed pool, pretrain on the selection, compare.
+r"""The whole walk on one machine, in minutes: curate a long-tailed pool, pretrain on the selection, compare.
 
 Long-tailed Fashion-MNIST, embedded, no network needed:
     uv run recipes/quickstart.py
@@ -136,7 +136,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--data", default="fashion", help="fashion, cifar10, or a folder of shards")
     parser.add_argument("--pool", nargs="+", help="shards of your own, instead of --data")
     parser.add_argument("--test", nargs="+", default=[], help="labelled shards to evaluate on, with --pool")
-    parser.add_argument("--embedder", default="efficientnet_lite0:64", help="(default: %(default)s)")
+    parser.add_argument(
+        "--embedder", default="efficientnet_lite0:64", help="network that embeds (default: %(default)s)"
+    )
     parser.add_argument("--target-size", type=int, help="samples to select (default: a fifth of the pool)")
     parser.add_argument(
         "--metric", choices=("l2", "cosine"), help="of the clustering (default: what suits the data)"
@@ -146,7 +148,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=30, help="of each training (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="loader processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    parser.add_argument("--out", default="runs/quickstart", help="(default: %(default)s)")
+    parser.add_argument(
+        "--out", default="runs/quickstart", help="folder of figures and cache (default: %(default)s)"
+    )
     parser.add_argument("--small", action="store_true", help="a quarter of the pool, 2 epochs")
     options = parser.parse_args()
     if options.small:

@@ -1,4 +1,4 @@
-"""Does dataset B order architectures as dataset A does? Train each on each, correlate the accuracies.
+r"""Does dataset B order architectures as dataset A does? Train each on each, correlate the accuracies.
 
     uv run recipes/rank_architectures.py --small            # two halves of Fashion-MNIST's classes
     uv run recipes/rank_architectures.py --b cifar10-lt100  # against a folder of *train*.tar and *test*.tar

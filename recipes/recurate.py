@@ -1,4 +1,4 @@
-"""Pretrain on a selection that is drawn anew during training, by the features of the model in training.
+r"""Pretrain on a selection that is drawn anew during training, by the features of the model in training.
 
     uv run recipes/recurate.py fit --config configs/base.yaml --config configs/pretrain/simclr_fashion.yaml
     uv run recipes/recurate.py fit --config configs/base.yaml --config configs/pretrain/simclr_fashion.yaml \

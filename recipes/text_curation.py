@@ -1,4 +1,4 @@
-"""Curate a pool of texts: documents to shards of `.txt` members, embedded, clustered, sampled.
+r"""Curate a pool of texts: documents to shards of `.txt` members, embedded, clustered, sampled.
 
     uv run recipes/text_curation.py /usr/share/wordnet --target-size 4500              # glosses, 45 topics
     uv run recipes/text_curation.py news.tsv --text body --label section --target-size 10000

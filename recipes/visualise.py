@@ -1,4 +1,4 @@
-"""Draw a pool: its 2-D map (t-SimCNE on embeddings), coordinates as CSV, and the report page.
+r"""Draw a pool: its 2-D map (t-SimCNE on embeddings), coordinates as CSV, and the report page.
 
     uv run recipes/visualise.py 'recipes/data/fashion-lt50/fashion-lt50-train-{00..03}.tar' --target-size 800
     uv run recipes/visualise.py 'pool-{000..999}.tar' --embedder timm:vit_small_patch14_dinov2.lvd142m \
@@ -28,12 +28,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("pool", nargs="+", help="shards: 'pool-{000..099}.tar', globs, paths or URLs")
-    parser.add_argument("--embedder", default="efficientnet_lite0:64", help="(default: %(default)s)")
+    parser.add_argument(
+        "--embedder", default="efficientnet_lite0:64", help="network that embeds (default: %(default)s)"
+    )
     parser.add_argument("--target-size", type=int, required=True, help="samples to select")
     parser.add_argument("--epochs", type=int, default=40, help="of the map's training (default: %(default)s)")
-    parser.add_argument("--cache-dir", default="runs/cache", help="(default: %(default)s)")
-    parser.add_argument("--out", default="runs/map", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--cache-dir", default="runs/cache", help="where stages are kept (default: %(default)s)"
+    )
+    parser.add_argument("--out", default="runs/map", help="folder of what is drawn (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

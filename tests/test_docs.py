@@ -1,5 +1,6 @@
 """The documentation holds: the tutorial runs and prints what it shows, links lead somewhere, names exist."""
 
+import ast
 import contextlib
 import fnmatch
 import io
@@ -68,3 +69,11 @@ def test_every_exported_name_is_on_the_api_page():
     for package in (curated_data, lightning_modules):
         for name in package.__all__:
             assert f"### `{package.__name__}.{name}`\n" in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.stem)
+def test_the_help_of_recipes_is_as_wide_as_a_terminal(path):
+    """`--help` is the docstring: a backslash at a line's end, not in a raw string, joins two lines of it."""
+    for line in ast.get_docstring(ast.parse(path.read_text()), clean=False).splitlines():
+        assert len(line) <= 110, line
+        assert "   --" not in line.lstrip(), line
