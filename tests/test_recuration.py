@@ -196,7 +196,9 @@ class Unreadable:
 
 def test_a_failure_keeps_the_selection_or_stops(write_pool, tmp_path, caplog):
     shards = write_pool(SIZES)
-    keep = RecurationCallback(every_n_epochs=1, embedder=lambda module: Unreadable(), on_failure="keep")
+    keep = RecurationCallback(
+        every_n_epochs=1, embedder=lambda module: Unreadable(), on_failure="keep", share=0.5
+    )
     fit(shards, tmp_path / "cache", tmp_path / "kept", epochs=3, callbacks=[keep])
     epochs = by_epoch(seen(tmp_path / "kept"))
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
@@ -231,6 +233,7 @@ def test_triggers(write_pool, tmp_path):
     [
         ({}, "give one of every_n_epochs, every_n_steps, monitor"),
         ({"every_n_epochs": 1, "every_n_steps": 5}, "give one of"),
+        ({"every_n_epochs": 1, "share": 0}, "share: expected more than 0 and at most 1, got 0"),
         ({"every_n_epochs": 0}, "every_n_epochs: expected at least 1, got 0"),
         (
             {"every_n_epochs": 1, "on_failure": "ignore"},
@@ -249,6 +252,8 @@ def test_what_it_needs_of_the_trainer(write_pool, tmp_path):
         fit(shards, tmp_path / "c", None, epochs=2, callbacks=[RecurationCallback(monitor="val")])
     trainer = lightning.Trainer(max_epochs=1, callbacks=[RecurationCallback(1)], logger=False,
                                 enable_checkpointing=False, accelerator="cpu")  # fmt: skip
+    with pytest.raises(ConfigError, match="10 clusters of 7 samples"):
+        fit(shards, tmp_path / "c", None, epochs=2, callbacks=[RecurationCallback(1, share=0.1)])
     bare = CuratedDataModule(shards, selection=np.arange(16), views=to_float, batch_size=8, num_workers=0)
     with pytest.raises(ConfigError, match="has no `curation`"):
         trainer.fit(TinyModule(), bare)
