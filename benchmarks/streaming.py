@@ -2,7 +2,8 @@
 
 Photo-like JPEGs of 256 x 256 (23 KB on average) in 20 shards, 10 % (chosen at random) and all of them, as raw
 bytes and decoded to 224 x 224, with 0 and 2 loader workers. Figures are samples per CPU second (user and
-system, of the process and its workers, page cache warm, after a first epoch or as long as is measured),
+system, of the process and its workers, page cache warm, after a first epoch, or three
+times as long as is measured),
 medians over the repeats, which take turns so that other load on the machine meets all readers alike. Every
 reader decodes and crops with the same functions.
 
@@ -226,7 +227,7 @@ def measure(make: Callable[[], Iterable[int]], n: int, seconds: float) -> float:
     def rate() -> float:
         batches = iter(make())
         next(batches)  # opening and the first batch are a matter of their own
-        seen, end = BATCH, time.monotonic() + seconds
+        seen, end = BATCH, time.monotonic() + 3 * seconds
         while seen < n and time.monotonic() < end:
             seen += next(batches)
         samples, before, end = 0, _cpu(), time.monotonic() + seconds
@@ -236,7 +237,7 @@ def measure(make: Callable[[], Iterable[int]], n: int, seconds: float) -> float:
                 break
         return samples / (_cpu() - before)
 
-    return apart(rate, 2 * seconds + 60)
+    return apart(rate, 4 * seconds + 60)
 
 
 def beside_memory(folder: Path, ids: np.ndarray, workers: int, turns: int, batches: int) -> float:
