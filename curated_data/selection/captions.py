@@ -113,10 +113,11 @@ def label_captions(
         embedder: `minilm`, `sentence-transformers:NAME`, or a function of a list of strings to (n, d).
         threshold: cosine that caption and "name: definition" must reach; LAIONet took 0.82 with CLIP B/32's
             text tower, 0.58 with all-mpnet-base-v2. None for no threshold.
-        margin: by how much the caption must be nearer to its class than to every other one; 0 keeps those
-            whose nearest class of all is the one that they name, so that a shared word with another meaning
-            is dropped whatever the embedder's scale. Memory is block x classes. None for no such test;
-            without threshold and per_class it is 0.
+        margin: by how much the caption must be nearer to its class's definition, the name left out, than to
+            every other class's (a class without a definition: to its name). With 0 the nearest definition of
+            all must be its own. A word that is shared in another sense cannot help a caption here, and no
+            scale of the embedder's matters. Memory is block x classes. None for no such test; without
+            threshold and per_class it is 0.
         per_class: keep this many of each class, the most similar. None keeps all.
         min_per_class: a class that ends with fewer is dropped; None takes `per_class`, so that all classes
             are equally large, or 1.
@@ -138,6 +139,7 @@ def label_captions(
     matcher = NameMatcher(classes)
     embed = resolve_text_embedder(embedder)
     class_rows = _embedded(embed, [c.text for c in classes])
+    definitions = _embedded(embed, [c.definition or c.text for c in classes]) if margin is not None else None
     usable = np.array([c.id not in set(avoid) for c in classes])
     counts: Counter[str] = Counter()
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -154,8 +156,8 @@ def label_captions(
         if len(place):
             rows = _embedded(embed, [block.captions[i] for i in place])
             similarity = np.einsum("nd,nd->n", rows, class_rows[label[place]]).astype(np.float32)
-            if margin is not None:
-                near = similarity >= _nearest_other(rows, class_rows, label[place]) + margin
+            if definitions is not None and margin is not None:
+                near = _lead(rows, definitions, label[place]) >= margin
                 counts["nearer to another class"] += int((~near).sum())
                 place, similarity = place[near], similarity[near]
             found.append((np.asarray(block.ids)[place], label[place], similarity))
@@ -281,11 +283,12 @@ def _chosen(
     return CaptionLabels(ids[order], labels[order], similarity[order], [classes[i] for i in kept], report)
 
 
-def _nearest_other(rows: np.ndarray, class_rows: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """The similarity (n,) of each row to the nearest class that is not its own; -inf where there is none."""
-    similarity = rows @ class_rows.T
+def _lead(rows: np.ndarray, definitions: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """How much nearer (n,) each row is to its own definition than to any other; inf where there is none."""
+    similarity = rows @ definitions.T
+    to_own = similarity[np.arange(len(rows)), own]
     similarity[np.arange(len(rows)), own] = -np.inf
-    return similarity.max(1)
+    return to_own - similarity.max(1)
 
 
 def _filtered(

@@ -140,9 +140,9 @@ def test_similarity_threshold_and_counts():
 
 
 @pytest.mark.parametrize("margin", [None, 0.0, 0.15])
-def test_a_caption_must_be_nearest_to_the_class_it_names(margin):
+def test_a_caption_must_be_nearest_to_the_definition_of_what_it_names(margin):
     found = label_captions([block()], CLASSES, embedder=embed, margin=margin)
-    between = cosine_similarity(embed(CAPTIONS), embed([c.text for c in CLASSES]))
+    between = cosine_similarity(embed(CAPTIONS), embed([c.definition or c.text for c in CLASSES]))
     expected = []
     for i, caption in enumerate(CAPTIONS):
         owners = by_expressions(caption)
