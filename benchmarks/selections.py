@@ -28,6 +28,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from curated_data import (
     ClusterTree,
@@ -72,6 +73,8 @@ def main() -> None:
     for (way, _), figures in zip(cells, found):
         rows[way].append(figures)
     print_table(rows)
+    if options.figure:
+        draw(rows).savefig(options.figure, dpi=150)
 
 
 def parse_options() -> argparse.Namespace:
@@ -94,6 +97,7 @@ def parse_options() -> argparse.Namespace:
         "--jobs", type=int, default=2, help="trainings at once, a core each (default: %(default)s)"
     )
     parser.add_argument("--out", default="runs/selections", help="(default: %(default)s)")
+    parser.add_argument("--figure", metavar="PNG", help="draw the table there")
     parser.set_defaults(pool=None, test=[], small=False, image_size=None, backbone="resnet10")
     return parser.parse_args()
 
@@ -228,6 +232,28 @@ def print_table(rows: dict[str, list[dict[str, Any]]]) -> None:
         cells.append(spread(gains, 1))
         cells.append(f"{np.mean([seed['cpu_seconds'] for seed in figures]):.0f}")
         print(f"| {WAYS[way]} | " + " | ".join(cells) + " |")
+
+
+def draw(rows: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Class entropy of each selection, and k-NN accuracies: a dot a seed, a line at the mean."""
+    panels = {
+        "entropy": "class entropy of the selection, nats",
+        "all": "k-NN, all classes",
+        "rarest": "k-NN, rarest 3",
+    }
+    rows = {way: figures for way, figures in rows.items() if way != "untrained"}
+    figure = Figure(figsize=(11, 0.5 * len(rows) + 1), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(1, len(panels), sharey=True), panels.items()):
+        for place, figures in enumerate(rows.values()):
+            values = [seed[name] for seed in figures]
+            axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.6, markersize=6)
+            axes.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color="black")
+        axes.set_title(title, fontsize=10)
+        axes.set_yticks(range(len(rows)), [WAYS[way] for way in rows])
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.invert_yaxis()  # shared by all panels
+    return figure
 
 
 def spread(values: list[float], digits: int) -> str:
