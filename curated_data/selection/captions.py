@@ -2,9 +2,8 @@
 it.
 
 A sample gets a class's label if its caption holds one of the class's names as a whole word, holds no other
-class's, and is near the class's "name: definition" in a text embedder: nearer than a threshold, or than to
-any other class. No image is looked at: that
-independence is the point.
+class's, and is near the class in a text embedder: its "name: definition" by a threshold, or its definition
+more than any other. No image is looked at: that independence is the point.
 """
 
 import json
