@@ -66,6 +66,7 @@ def root(tmp_path_factory) -> Path:
     real[0], real[1] = [0, 2], []
     text(root / "real" / "real.json", real)
     shutil.copytree(root / "imagenet" / "val", root / "real" / "val")
+    picture(root / "real" / "train" / WNIDS[0] / "n01440764_1.png", 0, 0)  # no validation image
     _objectnet(root / "objectnet")
     _dollar_street(root / "dollar")
     _landmarks(root / "roxford5k")

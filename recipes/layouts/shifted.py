@@ -77,7 +77,8 @@ def real(root: Path, part: str, *, base: list[str]) -> Images:
     `ILSVRC2012_val_<i>.JPEG`, none for images left out.
 
     Args:
-        root: holds the validation images, in class folders or not, and `part`, the JSON file.
+        root: holds the validation images, in `val` or not, in class folders or not, and `part`, the JSON
+            file.
         base: unused: the labels are class numbers.
     """
     path = need(root / part, "real.json (github.com/google-research/reassessed-imagenet)")
@@ -86,7 +87,10 @@ def real(root: Path, part: str, *, base: list[str]) -> Images:
         width = max(1, *(len(answer) for answer in answers))
     except (ValueError, TypeError) as error:
         raise PoolError(f"{path}: expected a JSON list of lists of classes ({error})") from error
-    files = image_files(root, "ImageNet's validation images")
+    folder = (
+        root / "val" if (root / "val").is_dir() else root
+    )  # beside `train`, where it is ImageNet's folder
+    files = image_files(folder, "ImageNet's validation images")
     labels = np.full((len(files), width), -1, np.int64)
     for i, file in enumerate(files):
         found = re.fullmatch(r"ILSVRC2012_val_(\d{8})", file.stem)
