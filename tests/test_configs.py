@@ -1,5 +1,6 @@
 """Every shipped setting is accepted by the recipe that it names, and a small one trains."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,12 @@ def test_every_pretraining_config_is_valid(path, capsys, monkeypatch):
     assert "class_path: lightning_modules." in capsys.readouterr().out
 
 
-def test_head_lines_say_command_hardware_and_time():
-    for path in CONFIGS:
-        head = path.read_text().split("\n\n")[0]
-        for word in (path.name, "Hardware:", "Time:"):
+def test_head_lines_say_command_hardware_time_and_what_to_expect():
+    for path in [*CONFIGS, *sorted((ROOT / "configs" / "curation").glob("*.yaml"))]:
+        lines = path.read_text().splitlines()
+        head = " ".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
+        name = "NAME.yaml" if path.stem == "base" else path.name
+        for word in (name, "recipes/", "Hardware", "ime: ", "Expect: "):
             assert word in head, f"{path}: no {word!r} in its first lines"
 
 
