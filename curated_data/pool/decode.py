@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from curated_data.errors import SampleError
 
@@ -182,6 +182,8 @@ def _decode_with_pillow(data: bytes, min_size: int | None) -> np.ndarray:
         raise
     except Image.DecompressionBombError as error:
         raise SampleError(f"is too large ({error})") from error
+    except UnidentifiedImageError as error:  # whose own words hold an address, another one each run
+        raise SampleError(f"cannot be decoded (no known image format; starts {data[:8]!r})") from error
     except (
         Exception
     ) as error:  # Pillow's plugins raise OSError, ValueError, SyntaxError, struct.error and more
