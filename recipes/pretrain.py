@@ -32,16 +32,19 @@ _PROBE_STEPS = 8
 
 
 def main(
-    arguments: list[str] | None = None, cli: type[LightningCLI] | None = None, **options: Any
+    arguments: list[str] | None = None,
+    cli: type[LightningCLI] | None = None,
+    description: str = "Pretrain any module on a curated pool, from YAML. `fit --help` lists every setting.",
+    **options: Any,
 ) -> LightningCLI:
-    """Parse the command line, or the arguments given, and run; `cli` and `options` are for other recipes."""
+    """Parse the command line, or the arguments given, and run; the rest is for other recipes."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     return (cli or Pretrain)(
         lightning.LightningModule,
         CuratedDataModule,
         subclass_mode_model=True,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"parser_mode": "omegaconf+"},
+        parser_kwargs={"parser_mode": "omegaconf+", "description": description},
         seed_everything_default=0,
         args=arguments,
         **options,

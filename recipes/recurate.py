@@ -56,7 +56,10 @@ class RecurationCLI(LightningCLI):
 def main(arguments: list[str] | None = None) -> Table:
     """Train, and print the table of what changed, which is returned."""
     history = History()
-    cli = pretrain.main(arguments, RecurationCLI, trainer_defaults={"callbacks": [history]})
+    description = (
+        "Pretrain on a selection that the model in training draws anew. `fit --help` lists every setting."
+    )
+    cli = pretrain.main(arguments, RecurationCLI, description, trainer_defaults={"callbacks": [history]})
     table = changes(history, cli.datamodule.pool.labels(np.arange(len(cli.datamodule.pool))))
     if cli.trainer.is_global_zero:
         Console(width=None if sys.stdout.isatty() else 110).print(table)
