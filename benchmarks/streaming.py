@@ -296,10 +296,11 @@ class _Plain(multiprocessing.get_context("fork").Process):
 
 
 def _cpu() -> float:
-    """CPU seconds of this process and of its workers so far."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = usage.ru_utime + usage.ru_stime
-    return seconds + sum(_cpu_of(worker.pid) for worker in multiprocessing.active_children())
+    """CPU seconds of this process and of its workers so far, those that ended included."""
+    workers = multiprocessing.active_children()  # which also collects those that ended
+    own, ended = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    seconds = own.ru_utime + own.ru_stime + ended.ru_utime + ended.ru_stime
+    return seconds + sum(_cpu_of(worker.pid) for worker in workers)
 
 
 def _cpu_of(pid: int) -> float:

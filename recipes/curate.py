@@ -36,6 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from curated_data import CurationConfig, ShardPool, curate
+from curated_data.clustering.kmeans import METRICS
 from curated_data.config import load_config, read_yaml, structured
 from curated_data.distributed import rank
 from curated_data.embedding import Embedder
@@ -149,13 +150,16 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def add_selection_options(parser: argparse.ArgumentParser, what: str) -> None:
+def add_selection_options(parser: argparse.ArgumentParser, what: str, metric: str = "l2") -> None:
     """The command line of recipes that make their pool and embedder themselves."""
     parser.add_argument("--target-size", type=int, required=True, help=f"{what} to select")
     parser.add_argument(
         "--cache-dir", default="runs/cache", help="where stages are kept (default: %(default)s)"
     )
     parser.add_argument("--export", metavar="FOLDER", help="write the selection there as shards")
+    parser.add_argument(
+        "--metric", default=metric, choices=METRICS, help="of the clustering (default: %(default)s)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
 
@@ -165,6 +169,7 @@ def walk_by_options(pool: ShardPool, embedder: Embedder, options: argparse.Names
     config = load_config(
         {
             "target_size": options.target_size,
+            "metric": options.metric,
             "seed": options.seed,
             "embedding": {"num_workers": options.workers},
         }
