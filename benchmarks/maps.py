@@ -121,7 +121,9 @@ def theirs(images: np.ndarray, batch_size: int) -> list[float]:
         return L.Trainer(**arguments, callbacks=[clock], **QUIET)
 
     package.pl.Trainer = trainer
-    peer = package.TSimCNE(total_epochs=[1, 1, 1], batch_size=batch_size, num_workers=0, warmup=[0, 0, 0], devices=1)
+    peer = package.TSimCNE(
+        total_epochs=[1, 1, 1], batch_size=batch_size, num_workers=0, warmup=[0, 0, 0], devices=1
+    )
     peer.fit(Pictures(images))
     return clock.seconds
 
