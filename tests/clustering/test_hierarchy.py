@@ -217,6 +217,8 @@ def test_automatic_levels_have_the_published_shape():
     assert [level.n_clusters for level in levels[1:]] == [1_000_000, 100_000, 10_000]
     tree = hierarchical_kmeans(clouds(2000, 4, 30, seed=0), "auto", target_size=100)
     assert tree.n_clusters == {1: 200, 2: 20}
+    assert [level.n_clusters for level in choose_levels(10_000, 1_000)] == [2000, 200]
+    assert [level.n_clusters for level in choose_levels(100_000)] == [5000, 500, 50]
 
 
 def test_one_log_line_a_level(caplog):
