@@ -186,7 +186,7 @@ def choose_levels(n: int, target_size: int | None = None) -> list[Level]:
     * Level 1 is fine enough that no concept of interest hides inside one cluster, yet leaves about 20 rows to
       choose among in each: k_1 = n / 20, but at least twice the target, where n allows 4 rows a cluster, so
       that the selection is balanced by the tree and not by chance inside its leaves; at most 10M.
-    * Each further level is a tenth of the one below, and at most three more: a second of at least 10 clusters,
+    * Each further level, at most three more, is a tenth of the one below: a second of at least 10 clusters,
       a third and fourth of at least 50. A few dozen clusters over two other levels gave selections less
       balanced by 2 to 10 % on three of four pools, and more balanced by 2 % on one (`benchmarks/RESULTS.md`).
     * Ten resamplings a level, with half the average cluster size, as published; none where the level has more
