@@ -24,6 +24,7 @@ import faiss
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 
 from curated_data.clustering import ClusterTree, Level, hierarchical_kmeans, kmeans
 from curated_data.clustering.kmeans import prepare
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="repeat with so many seeds; medians are printed")
     parser.add_argument("--reference", action="store_true", help="run the reference's algorithm in full too")
     arguments = parser.parse_args()
+    threadpool_limits(arguments.threads)  # of scikit-learn and numpy
     torch.set_num_threads(arguments.threads)
     faiss.omp_set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, faiss {faiss.__version__}, {arguments.threads} thread(s)")
