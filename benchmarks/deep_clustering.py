@@ -17,12 +17,12 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
-from pretraining import GREY, RESNET, Labelled, fit, load, score
+from pretraining import GREY, RESNET, Labelled, build, fit, load, score
 from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_modules import SP2OT, SimCLR
+from lightning_modules import SP2OT
 from lightning_modules.evaluation.clustering import clustering
 from lightning_modules.evaluation.online import embed_share, evaluation_mode
 from lightning_modules.pretraining.base import PretrainingModule
@@ -61,16 +61,8 @@ def main() -> None:
 def run(sets: Sets, seed: int, options: argparse.Namespace) -> dict[str, list[float]]:
     """Each method's figures from one pretraining."""
     L.seed_everything(seed, verbose=False)
-    simclr = SimCLR(
-        **RESNET,
-        temperature=0.2,
-        optimizer="sgd",
-        learning_rate=0.2,
-        weight_decay=5e-4,
-        warmup_epochs=1,
-        augmentation=GREY,
-    )
-    seconds = fit(simclr, sets[0][0], 64, options.pretraining_epochs)
+    simclr, batch_size, epochs = build("simclr", options.pretraining_epochs)
+    seconds = fit(simclr, sets[0][0], batch_size, epochs)
     began = time.process_time()
     train, test = (features(simclr, *some) for some in sets)
     unit = [torch.nn.functional.normalize(some, dim=1).numpy() for some in (train, test)]
