@@ -16,12 +16,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from curated_data.errors import ConfigError, CuratedDataError
+from curated_data.progress import log_to_terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 2 after printing what was wrong with the input."""
     parsed = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING if parsed.quiet else logging.INFO, format="%(message)s")
+    log_to_terminal(logging.WARNING if parsed.quiet else logging.INFO)
     try:
         parsed.run(parsed)
     except (CuratedDataError, ValueError, FileNotFoundError) as error:

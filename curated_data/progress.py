@@ -1,6 +1,7 @@
 """Progress of long work: one bar, on rank zero, where somebody watches; log lines otherwise."""
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 
@@ -49,3 +50,10 @@ def progress(description: str, total: int | None, unit: str = "") -> Iterator[Ca
             bar.update(task, advance=n, note=note)
 
         yield advance
+
+
+def log_to_terminal(level: int = logging.INFO) -> None:
+    """Print log lines as they are: for programs, which own the process's logging; never for a library."""
+    logging.basicConfig(level=level, format="%(message)s")
+    # As it is imported, faiss tells of each instruction set that its wheel was not built for.
+    logging.getLogger("faiss.loader").setLevel(max(level, logging.WARNING))

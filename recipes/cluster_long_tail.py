@@ -12,7 +12,6 @@ classes, mean and deviation over seeds. Labels are used for these figures alone.
 """
 
 import argparse
-import logging
 import sys
 
 import numpy as np
@@ -23,6 +22,7 @@ from curated_data import ShardPool, kmeans
 from curated_data.cache import open_cache
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import CuratedDataError, PoolError
+from curated_data.progress import log_to_terminal
 from lightning_modules.evaluation.clustering import clustering
 from lightning_modules.transport_clustering import cluster_embeddings
 
@@ -42,7 +42,7 @@ def main() -> int:
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_terminal()
     try:
         Console(width=None if sys.stdout.isatty() else 120).print(compare(options))
     except CuratedDataError as error:

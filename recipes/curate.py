@@ -20,7 +20,6 @@ labels, over classes. The command line tool `curated-data` does the same stage b
 
 import argparse
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +42,7 @@ from curated_data.embedding import Embedder
 from curated_data.errors import ConfigError, CuratedDataError
 from curated_data.export import export
 from curated_data.pipeline import Curation
+from curated_data.progress import log_to_terminal
 from curated_data.report.comparison import Row, compare_with_random, comparison_table
 from curated_data.report.page import write_report
 
@@ -185,7 +185,7 @@ def print_comparison(rows: dict[str, Row], what: str = "samples") -> None:
 
 def report_errors(name: str, work: Callable[[], None]) -> int:
     """Call `work`; the exit status: 0, or 2 after one line that says what was wrong with the input."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_terminal()
     try:
         work()
     except CuratedDataError as error:

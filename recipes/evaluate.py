@@ -27,6 +27,7 @@ from rich.markdown import Markdown
 from curated_data.cache import atomic_path, atomic_write_json, open_cache
 from curated_data.embedding import resolve_embedder
 from curated_data.errors import ConfigError, CuratedDataError
+from curated_data.progress import log_to_terminal
 from lightning_modules.evaluation.comparison import ComparisonResult, comparison
 from recipes.evaluations import Features, Figures, evaluate, evaluate_shifted
 from recipes.suite import Dataset, Part, load_suite, open_suite
@@ -51,7 +52,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="of embedder and heads (default: %(default)s)")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_terminal()
     try:
         return run(options)
     except CuratedDataError as error:

@@ -36,6 +36,7 @@ from curated_data.cache import atomic_path, fingerprint, open_cache
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import CuratedDataError
 from curated_data.pipeline import Curation
+from curated_data.progress import log_to_terminal
 from curated_data.report import figures
 from curated_data.report.examples import cluster_rows
 from curated_data.report.metrics import class_balance
@@ -69,7 +70,7 @@ class Data:
 def main() -> int:
     """Run the quickstart; returns the exit status."""
     options = parse_options()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_terminal()
     quieten_lightning()
     try:
         run(options)

@@ -37,7 +37,7 @@ from torchvision.transforms import v2
 from curated_data import CuratedDataModule, ShardPool
 from curated_data.cache import atomic_path, atomic_write_json, fingerprint, locked, open_cache, read_json
 from curated_data.errors import ConfigError, CuratedDataError
-from curated_data.progress import progress
+from curated_data.progress import log_to_terminal, progress
 from lightning_modules.evaluation.ranking import RankingResult, ranking
 from lightning_modules.supervised import Supervised, build_classifier
 
@@ -78,7 +78,7 @@ class Budget:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train what is not known, report; returns 0, or 2 for bad input."""
     options = parse_options(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_terminal()
     for noisy in ("lightning", "lightning.pytorch", "lightning.fabric", "curated_data.streaming"):
         logging.getLogger(noisy).setLevel(logging.ERROR)  # lines of every training
     try:

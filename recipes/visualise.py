@@ -9,7 +9,6 @@ at most 20,000 of them train the map.
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from curated_data import ShardPool, curate
 from curated_data.errors import CuratedDataError
+from curated_data.progress import log_to_terminal
 from curated_data.report.examples import thumbnails
 from curated_data.report.page import write_report
 from lightning_modules.maps import draw_map, embed_2d, save_coordinates
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--out", default="runs/map", help="folder of what is drawn (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_terminal()
     try:
         visualise(options)
     except CuratedDataError as error:
