@@ -2,10 +2,14 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 
 from curated_data.errors import CuratedDataError
+from lightning_modules import DINOv2
 from recipes import evaluate, pretrain
 
 ROOT = Path(__file__).parents[1]
@@ -113,3 +117,28 @@ def test_a_suite_runs_and_names_what_is_missing(tmp_path, write_pool, monkeypatc
     assert "pixels:4 − pixels:2" in table
     assert (out / "results.json").exists()
     assert (out / "results.png").stat().st_size > 10_000
+
+
+def test_the_web_scale_config_is_dinov2s_published_setting():
+    config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "pretrain" / "dinov2_web_paper.yaml"))
+    data, trainer = config["data"], config["trainer"]
+    devices = trainer["devices"] * trainer["num_nodes"]
+    assert data["batch_size"] * devices == 2048
+    assert trainer["strategy"]["init_args"] == {"data_parallel_size": devices, "tensor_parallel_size": 1}
+    with torch.device("meta"):  # a ViT-L, its teacher and heads without their gigabytes
+        module = DINOv2(**config["model"]["init_args"])
+    assert round(sum(p.numel() for p in module.backbone.parameters()) / 1e6) == 303
+    assert module.backbone.net.num_prefix_tokens == 5
+    module.global_batch_size = 2048
+    module._trainer = SimpleNamespace(
+        num_training_batches=data["curation"]["target_size"] // 2048,
+        accumulate_grad_batches=1,
+        estimated_stepping_batches=trainer["max_steps"],
+    )
+    assert module.peak_learning_rate == pytest.approx(2e-4 * 2**0.5)
+    steps = [
+        module.epochs_to_steps(module.hparams[f"{name}_epochs"])
+        for name in ("warmup", "teacher_temperature_warmup", "freeze_last_layer")
+    ]
+    assert steps == pytest.approx([80 * 1250, 30 * 1250, 1250], rel=0.003)
+    assert module.warmup_steps == steps[0]

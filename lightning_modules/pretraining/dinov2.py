@@ -2,13 +2,13 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.optim import AdamW, Optimizer
 
 from lightning_modules.backbones import Backbone
@@ -51,7 +51,8 @@ class DINOv2(PretrainingModule):
     match the teacher's on the other global views (DINO), its masked patches the teacher's patches (iBOT), and
     KoLeo spreads the class tokens. Defaults are the paper's for a ViT-L, for a global batch of 1024 and more
     on 8 and more GPUs: `L.Trainer(precision="bf16-mixed", strategy="ddp")`, or where weights and averages do
-    not fit into one GPU, `strategy=ModelParallelStrategy()`, which shards them. For one small machine:
+    not fit into one GPU, `strategy=ModelParallelStrategy(data_parallel_size=8, tensor_parallel_size=1)`,
+    which shards them over 8. For one small machine:
     `DINOv2("timm:vit_tiny_patch16_224", image_size=32, local_image_size=16, **SMALL)`.
 
     Args:
@@ -59,6 +60,8 @@ class DINOv2(PretrainingModule):
             `backbone_options={"reg_tokens": 4}`.
         image_size, local_image_size: sides of global and local views in pixels, multiples of the patch size.
         n_local_views: 0 or more.
+        global_scale, local_scale: areas of the crops, as shares of the image's. The paper's are for
+            photographs; a twentieth of a small image shows nothing.
         drop_path: of the student.
         n_prototypes, ibot_prototypes: K of the two heads; `ibot_prototypes` is `n_prototypes` unless given.
         head_hidden, head_bottleneck: widths of the heads.
@@ -88,6 +91,8 @@ class DINOv2(PretrainingModule):
         image_size: int = 224,
         local_image_size: int = 98,
         n_local_views: int = 8,
+        global_scale: Sequence[float] = (0.32, 1.0),
+        local_scale: Sequence[float] = (0.05, 0.32),
         pretrained: bool | str = False,
         frozen_blocks: int = 0,
         backbone_options: Mapping[str, Any] | None = None,
@@ -181,14 +186,16 @@ class DINOv2(PretrainingModule):
         small = self.image_size <= 64
         options = {"jitter": (0.4, 0.4, 0.2, 0.1), **(self.hparams.augmentation or {})}
 
-        def view(size: int, scale: tuple[float, float], blur: float, solarize: float) -> Augmentation:
+        def view(size: int, scale: Sequence[float], blur: float, solarize: float) -> Augmentation:
+            if small:
+                blur = solarize = 0.0
             return Augmentation(
-                size, **{"scale": scale, "blur": 0.0 if small else blur, "solarize": solarize, **options}
+                size, **{"scale": tuple(scale), "blur": blur, "solarize": solarize, **options}
             )
 
-        first = view(self.image_size, (0.32, 1.0), 1.0, 0.0)
-        second = view(self.image_size, (0.32, 1.0), 0.1, 0.0 if small else 0.2)
-        local = view(self.hparams.local_image_size, (0.05, 0.32), 0.5, 0.0)
+        first = view(self.image_size, self.hparams.global_scale, blur=1.0, solarize=0.0)
+        second = view(self.image_size, self.hparams.global_scale, blur=0.1, solarize=0.2)
+        local = view(self.hparams.local_image_size, self.hparams.local_scale, blur=0.5, solarize=0.0)
         return Views((first, second, *[local] * self.hparams.n_local_views))
 
     def loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -261,12 +268,25 @@ class DINOv2(PretrainingModule):
         return cosine(step, total=self.n_steps, start=self.hparams.teacher_momentum, final=1.0)
 
     def configure_model(self) -> None:
-        """Shard the weights where the Trainer has `strategy=ModelParallelStrategy()` (FSDP 2)."""
+        """Shard the weights where the Trainer has a `ModelParallelStrategy` (FSDP 2).
+
+        Raises:
+            ValueError: the strategy's default, which gives the GPUs of a node to tensor parallelism: they
+                would train on different samples and never join their gradients.
+        """
         if self.device_mesh is None or isinstance(self.backbone, FSDPModule):
             return
+        if (size := self.device_mesh["tensor_parallel"].size()) > 1:
+            raise ValueError(
+                f"DINOv2 has no tensor parallelism, but tensor_parallel_size is {size}: give "
+                f"ModelParallelStrategy(data_parallel_size={self.device_mesh.size()}, tensor_parallel_size=1)"
+            )
         for unit in [m for m in self.modules() if isinstance(m, FSDP_UNITS)][::-1]:  # inner units first
             fully_shard(unit, mesh=self.device_mesh["data_parallel"])
         fully_shard(self, mesh=self.device_mesh["data_parallel"])
+        # FSDP gathers a module's own parameters, here the mask token, when `forward` is called; the Trainer
+        # calls this instead.
+        register_fsdp_forward_method(self, "training_step")
 
     def configure_optimizers(self) -> Optimizer:
         groups = layer_groups(
