@@ -17,7 +17,7 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
-from pretraining import GREY, RESNET, Labelled, build, fit, load, score
+from pretraining import Images, Labelled, build, fit, load, score
 from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -28,7 +28,14 @@ from lightning_modules.evaluation.online import embed_share, evaluation_mode
 from lightning_modules.pretraining.base import PretrainingModule
 
 N_CLUSTERS = 10
-Sets = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+NETWORK = {
+    "backbone": "resnet18",
+    "image_size": 28,
+    "small_images": True,
+    "backbone_options": {"width": 16},
+    "augmentation": {"jitter": [0.4, 0.4, 0.0, 0.0], "grey": 0.0, "scale": [0.3, 1.0]},  # images are grey
+}
+Sets = tuple[Images, Images]
 
 
 def main() -> None:
@@ -61,8 +68,8 @@ def main() -> None:
 def run(sets: Sets, seed: int, options: argparse.Namespace) -> dict[str, list[float]]:
     """Each method's figures from one pretraining."""
     L.seed_everything(seed, verbose=False)
-    simclr, batch_size, epochs = build("simclr", options.pretraining_epochs)
-    seconds = fit(simclr, sets[0][0], batch_size, epochs)
+    simclr, batch_size, _ = build("simclr", len(sets[0][0]), **NETWORK)
+    seconds = fit(simclr, sets[0][0], batch_size, options.pretraining_epochs)
     began = time.process_time()
     train, test = (features(simclr, *some) for some in sets)
     unit = [torch.nn.functional.normalize(some, dim=1).numpy() for some in (train, test)]
@@ -79,12 +86,11 @@ def run(sets: Sets, seed: int, options: argparse.Namespace) -> dict[str, list[fl
             L.seed_everything(seed, verbose=False)
             module = SP2OT(
                 N_CLUSTERS,
-                **RESNET,
+                **NETWORK,
                 method=method,
                 pretrained=str(weights),
                 frozen_blocks=options.frozen_blocks,
                 buffer_size=1280,
-                augmentation=GREY,
             )
             seconds = fit(module, sets[0][0], 128, options.epochs)
             with evaluation_mode(module):

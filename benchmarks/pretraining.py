@@ -1,140 +1,140 @@
 """Does each pretraining method beat its own random initialisation, by k-NN, after minutes on a CPU?
 
-    python benchmarks/pretraining.py --methods simclr mae dinov2 tsimcne --threads 1
+    python benchmarks/pretraining.py --seeds 3 --out pretraining.json
 
-Trains on the long-tailed Fashion-MNIST shards of recipes/data (4,196 images of 28 x 28, labels unused) and
-classifies the 1,500 balanced held-out images by their nearest neighbours among the training images, before
-and after. Prints a Markdown table; `--map PATH` also draws t-SimCNE's map of the held-out and training
-images.
+Trains each small setting of configs/pretrain on the long-tailed Fashion-MNIST shards of recipes/data (all
+4,196 images of 28 x 28, labels unused) and classifies the 1,500 balanced held-out images by their nearest
+neighbours among the training images, before and after. The configs train on a curated selection of 1,000;
+here whatever they count in epochs is less by that share, so that the steps are as many. Prints a Markdown
+table; a second run goes on from what `--out` holds. `--map PATH` also draws t-SimCNE's map.
 """
 
 import argparse
+import importlib
 import io
+import json
 import logging
 import tarfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_modules import MAE, DINOv2, SimCLR, TSimCNE
+from lightning_modules import TSimCNE
 from lightning_modules.evaluation.knn import knn
 from lightning_modules.evaluation.online import embed_share, evaluation_mode
 from lightning_modules.maps import draw_map
 from lightning_modules.pretraining.base import PretrainingModule
-from lightning_modules.pretraining.dinov2 import SMALL
 
-DATA = Path(__file__).parents[1] / "recipes" / "data" / "fashion-lt50"
-RESNET: dict[str, Any] = {
-    "backbone": "resnet18",
-    "image_size": 28,
-    "small_images": True,
-    "backbone_options": {"width": 16},
-}
-VIT: dict[str, Any] = {
-    "backbone": "timm:vit_tiny_patch16_224",
-    "image_size": 28,
-    "backbone_options": {"patch_size": 4, "depth": 6, "embed_dim": 96, "num_heads": 3},
-}
-GREY = {"jitter": [0.4, 0.4, 0.0, 0.0], "grey": 0.0, "scale": [0.3, 1.0]}  # nothing to learn from colour here
-
-
-def build(method: str, epochs: int) -> tuple[PretrainingModule, int, int]:
-    """The module, its batch size, and its epochs."""
-    if method == "simclr":
-        module = SimCLR(
-            **RESNET,
-            temperature=0.2,
-            optimizer="sgd",
-            learning_rate=0.2,
-            weight_decay=5e-4,
-            warmup_epochs=1,
-            augmentation=GREY,
-        )
-        return module, 64, epochs or 10
-    if method == "mae":
-        module = MAE(
-            **VIT,
-            decoder_dimension=64,
-            decoder_depth=2,
-            decoder_heads=2,
-            learning_rate=2e-3,
-            warmup_epochs=2,
-            augmentation={"scale": (0.5, 1.0)},
-        )
-        return module, 64, epochs or 20
-    if method == "dinov2":
-        module = DINOv2(
-            VIT["backbone"],
-            image_size=28,
-            local_image_size=16,
-            backbone_options={"patch_size": 4, "depth": 4, "embed_dim": 64, "num_heads": 2, "reg_tokens": 2},
-            drop_path=0.0,
-            augmentation={"jitter": (0.4, 0.4, 0.0, 0.0), "grey": 0.0},
-            **SMALL | {"n_local_views": 2},
-        )
-        return module, 64, epochs or 10
-    epochs = epochs or 12
-    stages = (round(0.7 * epochs), round(0.1 * epochs), epochs - round(0.7 * epochs) - round(0.1 * epochs))
-    module = TSimCNE(**RESNET, epochs=stages, warmup_epochs=1, learning_rate=0.12, augmentation=GREY)
-    return module, 128, epochs
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "recipes" / "data" / "fashion-lt50"
+METHODS = ("simclr", "dinov2", "mae", "tsimcne", "sp2ot")
+COLUMNS = ("CPU minutes", "1-NN before", "after", "10-NN before", "after")
+Images = tuple[Tensor, Tensor]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", default=["simclr", "mae", "dinov2", "tsimcne"])
-    parser.add_argument("--epochs", type=int, default=0, help="0: each method's own")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--map", type=Path, help="where t-SimCNE's map is drawn")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="keep what is measured; a second run goes on from it")
+    parser.add_argument("--map", type=Path, help="where the map of t-SimCNE's first seed is drawn")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING)
+    warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(arguments.threads)
+    kept = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {}
     train, test = load("fashion-lt50-train-*.tar"), load("fashion-test-*.tar")
-    print("| method | backbone | images, epochs | CPU minutes | 10-NN before | after | 1-NN before | after |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for seed in range(arguments.seeds):
+        for method in arguments.methods:
+            if f"{method} {seed}" not in kept:
+                map_path = arguments.map if seed == 0 else None
+                kept[f"{method} {seed}"] = measure(method, seed, train, test, map_path)
+                if arguments.out:
+                    arguments.out.write_text(json.dumps(kept, indent=1))
+            print(f"{method} {seed}: {json.dumps(kept[f'{method} {seed}'])}", flush=True)
+    print(f"\n| method | backbone | images x epochs, batch | {' | '.join(COLUMNS)} |")
+    print("|---|---|---|" + "---|" * len(COLUMNS))
     for method in arguments.methods:
-        L.seed_everything(arguments.seed, verbose=False)
-        module, batch_size, epochs = build(method, arguments.epochs)
-        before = score(module, train, test)
-        seconds = fit(module, train[0], batch_size, epochs)
-        after = score(module, train, test)
-        size = sum(p.numel() for p in module.backbone.parameters()) / 1e6
-        print(
-            f"| {method} | {module.backbone.name.split(':')[-1]}, {size:.2f} M | {len(train[0])} x {epochs} "
-            f"| {seconds / 60:.1f} | {100 * before[10]:.1f} | {100 * after[10]:.1f} "
-            f"| {100 * before[1]:.1f} | {100 * after[1]:.1f} |",
-            flush=True,
-        )
-        if isinstance(module, TSimCNE):
-            report_map(module, train, test, arguments.map)
+        runs = [kept[f"{method} {seed}"] for seed in range(arguments.seeds)]
+        figures = np.array([run["figures"] for run in runs])
+        cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(figures.mean(0), figures.std(0), strict=True)]
+        print(f"| {method} | {runs[0]['backbone']} | {runs[0]['training']} | {' | '.join(cells)} |")
+    maps = [
+        kept[f"tsimcne {seed}"]["map"] for seed in range(arguments.seeds) if "tsimcne" in arguments.methods
+    ]
+    if maps:
+        print(f"\nt-SimCNE, 15-NN on the 2-D map: {np.mean(maps):.1f} ± {np.std(maps):.1f} %")
 
 
-def report_map(
-    module: TSimCNE, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], path: Path | None
-) -> None:
-    """k-NN on the two-dimensional map, and its figure."""
+def measure(method: str, seed: int, train: Images, test: Images, map_path: Path | None) -> dict[str, Any]:
+    """Figures of one training: CPU minutes and k-NN in %, in the order of `COLUMNS`."""
+    L.seed_everything(seed, verbose=False)
+    module, batch_size, epochs = build(method, len(train[0]))
+    before = score(module, train, test)
+    seconds = fit(module, train[0], batch_size, epochs)
+    after = score(module, train, test)
+    size = sum(p.numel() for p in module.backbone.parameters()) / 1e6
+    result = {
+        "backbone": f"{module.backbone.name.split(':')[-1]}, {size:.2f} M",
+        "training": f"{len(train[0])} x {epochs}, {batch_size}",
+        "figures": [seconds / 60, *(100 * some[k] for k in (1, 10) for some in (before, after))],
+    }
+    if isinstance(module, TSimCNE):
+        result["map"] = score_map(module, train, test, map_path)
+    return result
+
+
+def build(
+    method: str, n_images: int, *, steps: float = 1.0, **options: Any
+) -> tuple[PretrainingModule, int, int]:
+    """The module of configs/pretrain/METHOD_fashion.yaml, its batch size, and its epochs over `n_images`.
+
+    Args:
+        n_images: of the set to train on; epochs are scaled to it.
+        steps: how many times the config's steps.
+        options: replace the module's.
+    """
+    config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "pretrain" / f"{method}_fashion.yaml"))
+    share = steps * config["data"]["curation"]["target_size"] / n_images
+    arguments = config["model"]["init_args"] | options
+    epochs = round(share * config["trainer"]["max_epochs"])
+    for name, value in arguments.items():
+        if name.endswith("_epochs"):
+            arguments[name] = share * value
+    if "epochs" in arguments:  # t-SimCNE's stages
+        _, second, third = (max(round(share * n), 1) for n in arguments["epochs"])
+        arguments["epochs"] = (epochs - second - third, second, third)
+    path, _, name = config["model"]["class_path"].rpartition(".")
+    module = getattr(importlib.import_module(path), name)(**arguments)
+    return module, config["data"]["batch_size"], epochs
+
+
+def score_map(module: TSimCNE, train: Images, test: Images, path: Path | None) -> float:
+    """k-NN on the two-dimensional map in %, and its figure."""
     module.embed = module.coordinates
     with evaluation_mode(module):
-        sets = [embed_share(module, Labelled(images, labels, module)) for images, labels in (train, test)]
-    result = knn(*sets[0], *sets[1], k=15, metric="euclidean")
-    print(f"\nt-SimCNE, 15-NN on the 2-D map: {100 * result.accuracy[15]:.1f} %")
+        sets = [embed_share(module, Labelled(*some, module)) for some in (train, test)]
     if path is not None:
         images = torch.cat([train[0], test[0]])
-        coordinates = torch.cat([sets[0][0], sets[1][0]]).numpy()
         figure = draw_map(
-            coordinates,
+            torch.cat([sets[0][0], sets[1][0]]).numpy(),
             labels=torch.cat([train[1], test[1]]).numpy(),
             thumbnail=lambda i: images[i].permute(1, 2, 0).numpy(),
             title="t-SimCNE of long-tailed Fashion-MNIST",
         )
         figure.savefig(path)
+    return 100 * knn(*sets[0], *sets[1], k=15, metric="euclidean").accuracy[15]
 
 
 def fit(module: PretrainingModule, images: Tensor, batch_size: int, epochs: int) -> float:
@@ -152,9 +152,7 @@ def fit(module: PretrainingModule, images: Tensor, batch_size: int, epochs: int)
     return time.process_time() - start
 
 
-def score(
-    module: PretrainingModule, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
-) -> dict[int, float]:
+def score(module: PretrainingModule, train: Images, test: Images) -> dict[int, float]:
     """Accuracy of k-NN on frozen features for k of 1 and 10."""
     with evaluation_mode(module):
         sets = [embed_share(module, Labelled(images, labels, module)) for images, labels in (train, test)]
@@ -187,7 +185,7 @@ class Labelled(Dataset):
         return {"image": self.transform(self.images[i]), "label": self.labels[i]}
 
 
-def load(pattern: str) -> tuple[Tensor, Tensor]:
+def load(pattern: str) -> Images:
     """Images (n, 3, H, W) uint8 and labels (n,) of shards of recipes/data."""
     images, labels = [], []
     for path in sorted(DATA.glob(pattern)):

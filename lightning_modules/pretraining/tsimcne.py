@@ -48,7 +48,7 @@ class TSimCNE(PretrainingModule):
         frozen_blocks: int = 0,
         backbone_options: Mapping[str, Any] | None = None,
         epochs: Sequence[int] = (1000, 50, 450),
-        warmup_epochs: int = 10,
+        warmup_epochs: float = 10,
         learning_rate: float = 0.03,
         fine_tuning_rate: float = 1e-3,
         hidden_dimension: int = 1024,
