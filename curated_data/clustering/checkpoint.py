@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import time
 import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from curated_data.cache import MANIFEST, atomic_path, read_manifest, write_manif
 from curated_data.errors import CacheError
 
 Arrays = dict[str, np.ndarray]
+
+_WRITING_SHARE = 0.1  # of the time may go to writing the state of work in progress
 
 
 class Checkpoint:
@@ -75,8 +79,8 @@ class Checkpoint:
         return self._on_rank_zero(lambda: sorted(p.parent.name for p in folder.glob(f"[!.]*/{MANIFEST}")))
 
     def drop(self, name: str) -> None:
-        """Remove a piece that another now replaces."""
-        if self.folder is None or distributed.rank() != 0 or not (self.folder / name).exists():
+        """Remove a piece that another now replaces, from this rank."""
+        if self.folder is None or not (self.folder / name).exists():
             return
         aside = self.folder / f".tmp-dropped-{name}"  # a kill half-way leaves no half piece under the name
         shutil.rmtree(aside, ignore_errors=True)
@@ -103,6 +107,61 @@ class Checkpoint:
         if "error" in message:
             raise CacheError(message["error"])
         return message["answer"]
+
+
+class Running:
+    """The state of a k-means in progress, kept so that a kill loses minutes and not hours.
+
+    It is written at most every `seconds`, and so that writing takes no more than a tenth of the time: what is
+    done sooner than that writes nothing. Pieces are numbered; a new one is there before the last is dropped.
+
+    Args:
+        saved: the run's checkpoint.
+        name: of the pieces; no other piece's name may begin with it.
+        seconds: the least time between two writes.
+        alone: this process works by itself, whatever group it is in; else all ranks call each method at once.
+    """
+
+    def __init__(self, saved: Checkpoint, name: str, seconds: float, *, alone: bool = False) -> None:
+        self.saved, self.name, self.seconds, self.alone = saved, name, seconds, alone
+        self.last, self.took = time.monotonic(), 0.0
+        self.number = 0
+
+    def load(self, names: Iterable[str] | None = None) -> Arrays | None:
+        """The last state kept; None without one. All ranks call this at once, also with `alone`.
+
+        Args:
+            names: of the checkpoint's pieces, where the caller knows them.
+        """
+        names = self.saved.names() if names is None else names
+        pieces = sorted(piece for piece in names if piece.startswith(f"{self.name}-"))
+        if not pieces:
+            return None
+        self.number = int(pieces[-1].rpartition("-")[2])
+        return self.saved.load(pieces[-1])
+
+    def offer(self, state: Callable[[], Arrays]) -> None:
+        """Keep `state()`, if it is time."""
+        if self.saved.folder is None:
+            return
+        began = time.monotonic()
+        due = began - self.last >= max(self.seconds, self.took / _WRITING_SHARE)
+        if not self.alone:  # by the first rank's clock
+            due = bool(distributed.broadcast(np.array([due], np.int64))[0])
+        if not due:
+            return
+        arrays = state()
+        self.number += 1
+        if self.alone or distributed.rank() == 0:
+            self.saved.save(f"{self.name}-{self.number:06d}", arrays)
+            self.saved.drop(f"{self.name}-{self.number - 1:06d}")
+        self.last = time.monotonic()
+        self.took = self.last - began
+
+    def clear(self) -> None:
+        """Remove what was kept: the work is finished."""
+        if self.alone or distributed.rank() == 0:
+            self.saved.drop(f"{self.name}-{self.number:06d}")
 
 
 def _open(folder: Path, run: str) -> None:

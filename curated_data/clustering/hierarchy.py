@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ import torch
 
 from curated_data import distributed
 from curated_data.cache import fingerprint
-from curated_data.clustering.checkpoint import Checkpoint
-from curated_data.clustering.kmeans import INITS, METRICS, fit_rows, full_precision, prepare, uncentred
+from curated_data.clustering.checkpoint import Arrays, Checkpoint, Running
+from curated_data.clustering.kmeans import check_settings, fit_rows, full_precision, prepare, uncentred
 from curated_data.clustering.lloyd import Fit
 from curated_data.clustering.nearest import nearest, squared_distances
-from curated_data.clustering.rows import Rows, rank_range, read_rows
+from curated_data.clustering.neighbourhoods import loses_little, nearest_nearby, sampled_loss
+from curated_data.clustering.rows import Rows, describe_memory, peak_memory, rank_range, read_rows
 from curated_data.clustering.splits import split_level
 from curated_data.clustering.tree import ClusterTree
 from curated_data.progress import progress
@@ -78,6 +79,7 @@ def hierarchical_kmeans(
     seed: int = 0,
     device: str | torch.device = "auto",
     checkpoint: Path | str | None = None,
+    checkpoint_seconds: float = 300.0,
     valid: np.ndarray | None = None,
     nonfinite: str = "exclude",
     seeding_rows: int | None = None,
@@ -105,6 +107,9 @@ def hierarchical_kmeans(
         checkpoint: a folder of this run's own. Each finished k-means is kept there, and a run that was killed
             goes on from the last one and ends with the same tree. The folder stays; remove it when the tree
             is saved.
+        checkpoint_seconds: a k-means in progress is kept there too, after an iteration, when so many seconds
+            have passed since it was last kept (or ten times as long as that took to write, if that is more).
+            Its state takes 16 bytes a row and 12 bytes a centroid's dimension.
         target_size: the size of selection in mind; for `levels="auto"` alone.
 
     Returns:
@@ -115,13 +120,19 @@ def hierarchical_kmeans(
         ValueError: settings out of range or that contradict the data.
         CacheError: (a ValueError) the checkpoint is of another run, or damaged.
     """
-    for name, value, allowed in (
-        ("resample", resample, RESAMPLES),
-        ("init", init, INITS),
-        ("metric", metric, METRICS),
+    if resample not in RESAMPLES:
+        raise ValueError(f"resample needs one of {RESAMPLES}, got {resample!r}")
+    if resample_n_iter is None:
+        resample_n_iter = n_iter
+    elif (
+        isinstance(resample_n_iter, bool) or not hasattr(resample_n_iter, "__index__") or resample_n_iter < 0
     ):
-        if value not in allowed:
-            raise ValueError(f"{name} needs one of {allowed}, got {value!r}")
+        raise ValueError(f"resample_n_iter needs an integer of at least 0 or None, got {resample_n_iter!r}")
+    if isinstance(checkpoint_seconds, str) or not checkpoint_seconds >= 0:
+        raise ValueError(f"checkpoint_seconds needs a number of at least 0, got {checkpoint_seconds!r}")
+    check_settings(
+        init=init, metric=metric, n_iter=n_iter, tol=tol, n_init=n_init, seed=seed, seeding_rows=seeding_rows
+    )
     rows = prepare(x, metric=metric, device=device, valid=valid, nonfinite=nonfinite, max_memory=max_memory)
     if isinstance(levels, str):
         if levels != "auto":
@@ -132,33 +143,33 @@ def hierarchical_kmeans(
         "resample": resample, "init": init, "metric": metric, "n_iter": n_iter, "tol": tol, "n_init": n_init,
         "seed": seed, "seeding_rows": seeding_rows,
     }  # fmt: skip
-    if resample_n_iter is not None and (isinstance(resample_n_iter, bool) or resample_n_iter < 0):
-        raise ValueError(f"resample_n_iter needs an integer of at least 0 or None, got {resample_n_iter!r}")
-    if resample_n_iter not in (None, n_iter):
-        settings["resample_n_iter"] = resample_n_iter  # left out where it is as ever: older checkpoints go on
-    run_kmeans = _Runner(n_iter, tol, init, n_init, seeding_rows)
-    run_resampled = replace(run_kmeans, n_iter=n_iter if resample_n_iter is None else resample_n_iter)
+    if resample_n_iter != n_iter:
+        settings["resample_n_iter"] = resample_n_iter
+    run_kmeans = _Kmeans(n_iter, tol, init, n_init, seeding_rows)
     run = "" if checkpoint is None else _run_fingerprint(x, rows, levels, settings)
     saved = Checkpoint(checkpoint, run)
+    log.info("clustering %s", describe_memory(rows))
 
     centroids: dict[int, np.ndarray] = {}
     parent: dict[int, np.ndarray] = {}
     distance: np.ndarray | None = None
     source, n = rows, len(x)
-    with progress("clustering", sum(1 + level.n_resamples for level in levels), "k-means") as advance:
+    with progress("clustering", 100) as advance:
+        work = _Work(
+            resample, seed, run_kmeans, replace(run_kmeans, n_iter=resample_n_iter), saved,
+            checkpoint_seconds, _Shares(levels, len(rows), advance),
+        )  # fmt: skip
         for number, level in enumerate(levels, 1):
             name = f"level-{number}"
             done = saved.load(name)
             if done is None:
-                done = _cluster_level(
-                    source, level, number, resample, seed, run_kmeans, run_resampled, saved, advance
-                )
+                done = _cluster_level(source, level, number, work)
                 if distributed.rank() == 0:
                     saved.save(name, done)
             else:
-                advance(1 + level.n_resamples)
+                work.shares.finished(number, range(1 + level.n_resamples))
             for piece in saved.names():
-                if piece.startswith(f"{name}."):
+                if piece.startswith(f"{name}.") and distributed.rank() == 0:
                     saved.drop(piece)
             centroids[number] = done["centroids"]
             parent[number] = np.full(n, -1, np.int64)
@@ -170,6 +181,7 @@ def hierarchical_kmeans(
             filled = np.bincount(done["assignment"], minlength=len(done["centroids"])) > 0
             n = len(filled)
             if number < len(levels):
+                _check_filled(levels[number], number, filled)
                 source = prepare(
                     centroids[number], metric=metric, device=device, valid=filled, nonfinite="raise",
                     max_memory=max_memory,
@@ -217,7 +229,7 @@ def choose_levels(n: int, target_size: int | None = None) -> list[Level]:
 
 
 @dataclass(frozen=True)
-class _Runner:
+class _Kmeans:
     """k-means with this run's settings."""
 
     n_iter: int
@@ -226,80 +238,95 @@ class _Runner:
     n_init: int
     seeding_rows: int | None
 
-    def __call__(
-        self, rows: Rows, k: int, seeds: np.random.SeedSequence, note: Callable[[str], None] | None = None, *,
-        alone: bool = False,
-    ) -> Fit:  # fmt: skip
-        return fit_rows(
-            rows, k, n_iter=self.n_iter, tol=self.tol, init=self.init, seeds=seeds, n_init=self.n_init,
-            seeding_rows=self.seeding_rows, alone=alone, note=note,
-        )  # fmt: skip
+    def __call__(self, rows: Rows, k: int, seeds: np.random.SeedSequence, **how: Any) -> Fit:
+        return fit_rows(rows, k, seeds=seeds, **vars(self), **how)
 
 
-def _cluster_level(
-    rows: Rows,
-    level: Level,
-    number: int,
-    resample: str,
-    seed: int,
-    run_kmeans: _Runner,
-    run_resampled: _Runner,
-    saved: Checkpoint,
-    advance: Callable[..., None],
-) -> dict[str, np.ndarray]:
+class _Shares:
+    """Progress in percent: each k-means counts by the products it may need, rows times clusters."""
+
+    def __init__(self, levels: list[Level], n: int, advance: Callable[..., None]) -> None:
+        self.advance = advance
+        cost = {}
+        for number, level in enumerate(levels, 1):
+            k = level.n_clusters
+            r = level.sample_size or n / k / 2
+            for step in range(1 + level.n_resamples):
+                cost[number, step] = k * (n if step == 0 else min(n, r * k)) + n * level.n_splits
+            n = k * level.n_splits
+        self.share = {step: 100 * c / sum(cost.values()) for step, c in cost.items()}
+
+    def finished(self, number: int, steps: Iterable[int]) -> None:
+        """Some steps of a level are done."""
+        self.advance(sum(self.share[number, step] for step in steps))
+
+    def note(self, number: int, what: str) -> None:
+        """Show where a level stands."""
+        self.advance(0, note=f"level {number} of {max(self.share)[0]}, {what}")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all levels share."""
+
+    resample: str
+    seed: int
+    kmeans: _Kmeans
+    resampled: _Kmeans
+    saved: Checkpoint
+    checkpoint_seconds: float
+    shares: _Shares
+
+
+def _cluster_level(rows: Rows, level: Level, number: int, work: _Work) -> Arrays:
     """One level: (k, d) centroids, (n,) assignment and (n,) squared distance of its usable rows."""
     began = time.monotonic()
     if level.n_splits > 1:
         found = split_level(
-            rows, level, np.random.SeedSequence((seed, number)), run_kmeans, saved, f"level-{number}"
-        )
-        advance()
+            rows, level, np.random.SeedSequence((work.seed, number)), work.kmeans, work.saved,
+            f"level-{number}", work.checkpoint_seconds, lambda what: work.shares.note(number, what),
+        )  # fmt: skip
+        work.shares.finished(number, [0])
     else:
-        found = _resampled(rows, level, number, resample, seed, run_kmeans, run_resampled, saved, advance)
-    _log_level(number, found, time.monotonic() - began)
+        found = _resampled(rows, level, number, work)
+    _log_level(number, found, time.monotonic() - began, rows)
     return found
 
 
-def _resampled(
-    rows: Rows,
-    level: Level,
-    number: int,
-    resample: str,
-    seed: int,
-    run_kmeans: _Runner,
-    run_resampled: _Runner,
-    saved: Checkpoint,
-    advance: Callable[..., None],
-) -> dict[str, np.ndarray]:
+def _resampled(rows: Rows, level: Level, number: int, work: _Work) -> Arrays:
     """The first k-means of a level and its resamplings, from the last one kept."""
-    k = level.n_clusters
+    saved, k = work.saved, level.n_clusters
     r = level.sample_size or max(2, round(len(rows) / k / 2))
     n_steps = level.n_resamples if r > 1 else 0
     names = [f"level-{number}.step-{step}" for step in range(n_steps + 1)]
     kept = set(saved.names())
     last = max((step for step, name in enumerate(names) if name in kept), default=-1)
     state = saved.load(names[last]) if last >= 0 else None
-    advance(last + 1)
+    work.shares.finished(number, range(last + 1))
     for step in range(last + 1, n_steps + 1):
-        seeds = np.random.SeedSequence((seed, number, step))
-
-        def note(text: str, step: int = step) -> None:
-            advance(0, note=f"level {number}, step {step}/{n_steps}: {text}")
-
+        how = {
+            # What only says which rows the next resampling takes may be wrong for a few.
+            "exact": step == n_steps,
+            "note": lambda text, step=step: work.shares.note(number, f"step {step} of {n_steps}, {text}"),
+            "running": Running(saved, f"{names[step]}.running", work.checkpoint_seconds),
+        }
+        seeds = np.random.SeedSequence((work.seed, number, step))
         if state is None:
-            fit = run_kmeans(rows, k, seeds, note)
+            fit = work.kmeans(rows, k, seeds, **how)
             assignment, squared = fit.assignment, fit.squared
         else:
-            rng = np.random.default_rng(np.random.SeedSequence((seed, number, step, 1)))
-            picked = _balanced_sample(state["assignment"], state["squared"], k, r, resample, rng)
-            fit = run_resampled(rows.subset(picked), k, seeds, note)
+            rng = np.random.default_rng(np.random.SeedSequence((work.seed, number, step, 1)))
+            picked = _balanced_sample(state["assignment"], state["squared"], k, r, work.resample, rng)
+            fit = work.resampled(rows.subset(picked), k, seeds, **how)
             assignment, squared = _extend(rows, picked, fit)
         state = {"centroids": uncentred(fit.centroids, rows), "assignment": assignment, "squared": squared}
         if distributed.rank() == 0:
             saved.save(names[step], state)
             if step:
                 saved.drop(names[step - 1])
-        advance()
+        how["running"].clear()
+        work.shares.finished(number, [step])
+    work.shares.finished(number, range(n_steps + 1, level.n_resamples + 1))
     assert state is not None
     return state
 
@@ -327,7 +354,12 @@ def _extend(rows: Rows, picked: np.ndarray, fit: Fit) -> tuple[np.ndarray, np.nd
     rest = np.setdiff1d(np.arange(len(rows)), picked, assume_unique=True)
     first, last = rank_range(len(rest), distributed.rank(), distributed.world_size())
     mine = rows.subset(rest[first:last])
-    own = nearest(mine, fit.centroids)
+    own = None if fit.exact else nearest_nearby(mine, fit.centroids)
+    if own is not None:
+        loss = sampled_loss(mine, fit.centroids, own, first=first, n=len(rest))
+        own = own if loses_little(distributed.all_reduce(loss)) else None
+    if own is None:
+        own = nearest(mine, fit.centroids)
     gaps = squared_distances(mine, fit.centroids, own).astype(np.float32)
     assignment[rest] = np.concatenate(distributed.all_gather(own))
     squared[rest] = np.concatenate(distributed.all_gather(gaps))
@@ -354,6 +386,16 @@ def _checked(levels: Sequence[Any], n: int) -> list[Level]:
     return found
 
 
+def _check_filled(level: Level, below: int, filled: np.ndarray) -> None:
+    """Rows that repeat leave clusters empty; the next level has the others alone."""
+    if level.n_clusters > filled.sum():
+        raise ValueError(
+            f"level {below + 1} asks for {level.n_clusters} clusters, but only {filled.sum()} of the "
+            f"{len(filled)} clusters of level {below} hold a row, as rows repeat; lower n_clusters, or "
+            "remove duplicates first"
+        )
+
+
 def _run_fingerprint(x: Any, rows: Rows, levels: list[Level], settings: dict[str, Any]) -> str:
     """Identity of data and settings; of the data: shape, which rows are used, their mean, and 4096 rows."""
     n = len(x)
@@ -363,17 +405,18 @@ def _run_fingerprint(x: Any, rows: Rows, levels: list[Level], settings: dict[str
     ids = np.zeros(0, np.int64) if rows.ids is None else rows.ids
     return fingerprint(
         shape=list(x.shape), dtype=str(x.dtype), sample=sample, mean=mean, ids=ids,
-        levels=[asdict(level) for level in levels], settings=settings, version=2,
+        levels=[asdict(level) for level in levels], settings=settings, version=3,
     )  # fmt: skip
 
 
-def _log_level(number: int, found: dict[str, np.ndarray], seconds: float) -> None:
+def _log_level(number: int, found: Arrays, seconds: float, rows: Rows) -> None:
     k, n = len(found["centroids"]), len(found["assignment"])
     sizes = np.bincount(found["assignment"], minlength=k)
     share = sizes[sizes > 0] / n
     log.info(
         "level %d: %d clusters of %d rows, sizes %d/%d/%d (min/median/max), perplexity %.0f, %d empty, "
-        "inertia %.6g, %.1f s",
+        "inertia %.6g, %.1f s, %.1f GiB of memory at most",
         number, k, n, sizes.min(), np.median(sizes), sizes.max(), math.exp(-(share * np.log(share)).sum()),
         (sizes == 0).sum(), found["squared"].sum(dtype=np.float64), seconds,
+        peak_memory(rows.device) / 2**30,
     )  # fmt: skip

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from curated_data import distributed
-from curated_data.clustering.lloyd import MANY, Fit, Lloyd
+from curated_data.clustering.checkpoint import Arrays, Running
+from curated_data.clustering.lloyd import Fit, Lloyd
+from curated_data.clustering.neighbourhoods import MANY
 from curated_data.clustering.rows import (
     BLOCK,
     Rows,
@@ -113,13 +115,11 @@ def kmeans(
     Raises:
         ValueError: arguments out of range, more clusters than valid rows, or non-finite rows under "raise".
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric needs one of {METRICS}, got {metric!r}")
-    if init not in INITS:
-        raise ValueError(f"init needs one of {INITS}, got {init!r}")
-    for name, value, least in (("n_clusters", n_clusters, 1), ("n_init", n_init, 1), ("n_iter", n_iter, 0)):
-        if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-            raise ValueError(f"{name} needs an integer of at least {least}, got {value!r}")
+    if isinstance(n_clusters, bool) or not hasattr(n_clusters, "__index__") or n_clusters < 1:
+        raise ValueError(f"n_clusters needs an integer of at least 1, got {n_clusters!r}")
+    check_settings(
+        init=init, metric=metric, n_iter=n_iter, tol=tol, n_init=n_init, seed=seed, seeding_rows=seeding_rows
+    )
     rows = prepare(x, metric=metric, device=device, valid=valid, nonfinite=nonfinite, max_memory=max_memory)
     fit = fit_rows(
         rows,
@@ -132,6 +132,22 @@ def kmeans(
         seeding_rows=seeding_rows,
     )
     return spread(fit, rows, len(x))
+
+
+def check_settings(
+    *, init: Any, metric: Any, n_iter: Any, tol: Any, n_init: Any, seed: Any, seeding_rows: Any
+) -> None:
+    """Refuse settings out of range, by name."""
+    for name, value, allowed in (("init", init, INITS), ("metric", metric, METRICS)):
+        if value not in allowed:
+            raise ValueError(f"{name} needs one of {allowed}, got {value!r}")
+    for name, value, least in (("n_iter", n_iter, 0), ("n_init", n_init, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+            raise ValueError(f"{name} needs an integer of at least {least}, got {value!r}")
+    if seeding_rows is not None and (not hasattr(seeding_rows, "__index__") or seeding_rows < 1):
+        raise ValueError(f"seeding_rows needs an integer of at least 1 or None, got {seeding_rows!r}")
+    if isinstance(tol, str) or not tol >= 0:
+        raise ValueError(f"tol needs a number of at least 0, got {tol!r}")
 
 
 def prepare(
@@ -180,10 +196,20 @@ def prepare(
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device meant by "auto", or the one named."""
+    """The device meant by "auto", or the one named.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f'device={str(device)!r} cannot be used here ({reason}); give "cpu" or "auto"'
+        ) from error
 
 
 def _survey(x: Any, valid: np.ndarray | None, cosine: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -217,10 +243,20 @@ def fit_rows(
     seeds: np.random.SeedSequence,
     n_init: int = 1,
     seeding_rows: int | None = None,
+    exact: bool = True,
     alone: bool = False,
-    note: Callable[[str], None] | None = None,
+    note: Callable[[str], None] = lambda text: None,
+    running: Running | None = None,
 ) -> Fit:
-    """The best of `n_init` runs; with `alone` this process works by itself, whatever group it is in."""
+    """The best of `n_init` runs.
+
+    Args:
+        exact: False lets one row in a hundred go to another than its nearest centroid, where k is large and
+            that saves much: for an assignment that will be replaced.
+        alone: this process works by itself, whatever group it is in.
+        note: told after each iteration.
+        running: keeps the state, and gives that of a killed process, from which the same result follows.
+    """
     if k > len(rows):
         raise ValueError(f"{k} clusters need at least as many usable rows, got {len(rows)}; lower n_clusters")
     rank, world = (0, 1) if alone else (distributed.rank(), distributed.world_size())
@@ -228,21 +264,45 @@ def fit_rows(
     mine = rows.part(first, last).hold()
     within = rows.budget // (4 * rows.dimension)
     limit = max(k, seeding_rows) if seeding_rows else max(5 * k, min(20 * k, within))
-    best: Fit | None = None
-    for child in seeds.spawn(n_init):
-        seeds_at = seed_rows(
-            rows, k, init, np.random.default_rng(child), max_rows=limit, rank=rank, world=world
-        )
-        if world > 1:
-            seeds_at = distributed.broadcast(seeds_at)
-        run = Lloyd(mine, rows.take(seeds_at), world)
-        # Rows on disk are better read in order; all ranks must decide alike, so not by what fits on one.
-        rough = k >= MANY and rows.fits()
-        fit = run.run(n_iter, tol, rough, note or (lambda text: None))
+    # Rows on disk are better read in order; all ranks must decide alike, so not by what fits on one.
+    rough = k >= MANY and rows.fits()
+
+    state = (running.load() if running else None) or {}
+    best = Fit.from_state(_under("best", state), rows.device) if "best.numbers" in state else None
+    for number, child in enumerate(seeds.spawn(n_init)):
+        if state and number < state["run"][0]:
+            continue
+        seeds_at = state.get("seeds")
+        if seeds_at is None:
+            seeds_at = seed_rows(
+                rows, k, init, np.random.default_rng(child), max_rows=limit, rank=rank, world=world
+            )
+            if world > 1:
+                seeds_at = distributed.broadcast(seeds_at)
+        run = Lloyd(mine, rows.take(seeds_at), world, first)
+        if "lloyd.progress" in state:
+            run.restore(_under("lloyd", state))
+        state = {}
+        so_far = {"run": np.array([number]), "seeds": seeds_at} | _over("best", best.state() if best else {})
+
+        def keep(lloyd: Callable[[], Arrays], so_far: Arrays = so_far) -> None:
+            if running:
+                running.offer(lambda: so_far | _over("lloyd", lloyd()))
+
+        keep(dict)  # the seeding alone
+        fit = run.run(n_iter, tol, rough=rough, exact=exact, note=note, keep=keep)
         if best is None or fit.inertia < best.inertia:
             best = fit
     assert best is not None
     return best
+
+
+def _over(name: str, arrays: Arrays) -> Arrays:
+    return {f"{name}.{key}": array for key, array in arrays.items()}
+
+
+def _under(name: str, arrays: Arrays) -> Arrays:
+    return {key.partition(".")[2]: array for key, array in arrays.items() if key.startswith(f"{name}.")}
 
 
 def spread(fit: Fit, rows: Rows, n: int) -> KMeansResult:

@@ -2,17 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Self
 
 import numpy as np
 import torch
 
 from curated_data import distributed
-from curated_data.clustering.nearest import Centroids, nearest, nearest_columns, squared_distances, step
+from curated_data.clustering.checkpoint import Arrays
+from curated_data.clustering.nearest import Centroids, squared_distances, step
+from curated_data.clustering.neighbourhoods import Neighbourhoods, coarse_centres, loses_little, sampled_loss
 from curated_data.clustering.rows import Rows, blocks, parallel_map
-
-MANY = 1024  # from so many clusters on, the first iterations look at a part of the centroids only
-_CANDIDATES = 256  # so many
 
 
 @dataclass
@@ -25,6 +24,24 @@ class Fit:
     inertia: float
     n_iter: int
     n_repaired: int
+    exact: bool  # else some rows may be in the cluster of their second nearest centroid
+
+    def state(self) -> Arrays:
+        """As arrays, to be kept."""
+        numbers = np.array([self.inertia, self.n_iter, self.n_repaired, self.exact], np.float64)
+        return {
+            "centroids": self.centroids.cpu().numpy(), "assignment": self.assignment, "squared": self.squared,
+            "numbers": numbers,
+        }  # fmt: skip
+
+    @classmethod
+    def from_state(cls, state: Arrays, device: torch.device) -> Self:
+        """What `state` gave."""
+        inertia, n_iter, n_repaired, exact = state["numbers"].tolist()
+        return cls(
+            torch.from_numpy(state["centroids"]).to(device), state["assignment"], state["squared"],
+            inertia, int(n_iter), int(n_repaired), bool(exact),
+        )  # fmt: skip
 
 
 class Lloyd:
@@ -32,81 +49,127 @@ class Lloyd:
 
     Exact, without computing every distance again: for each row the score of its own centroid is kept, and a
     lower bound on the score of any other. When some centroids moved, a row needs comparing with those alone,
-    unless its own score rose above the bound: then with all.
+    unless its own score rose above the bound: then with all. From `MANY` centroids on, the first iterations
+    look at each row's neighbourhood alone; the exact ones then mend what these missed.
     """
 
-    def __init__(self, rows: Rows, centroids: torch.Tensor, world: int) -> None:
-        self.rows, self.centroids, self.world = rows, centroids.clone(), world
+    def __init__(self, rows: Rows, centroids: torch.Tensor, world: int = 1, first: int = 0) -> None:
+        self.rows, self.centroids, self.world, self.first = rows, centroids.clone(), world, first
         self.k = len(centroids)
         n = len(rows)
         self.assignment = np.full(n, -1, np.int64)
-        self.own = np.empty(n, np.float32)
-        self.other = np.empty(n, np.float32)
+        self.own = np.zeros(n, np.float32)
+        self.other = np.zeros(n, np.float32)
         self.sums = np.zeros((self.k, rows.dimension))
         self.counts = np.zeros(self.k, np.int64)
         norms = parallel_map(lambda a, b: rows.block(a, b).square().sum(1).cpu().numpy(), list(blocks(n)))
         self.norms = np.concatenate([np.empty(0, np.float32), *norms])
-        self.n_repaired = 0
+        self.done, self.before, self.inertia, self.n_repaired = 0, np.inf, np.inf, 0
+        self.centres: torch.Tensor | None = None  # of the neighbourhoods
+        self.exact = False  # whether the iterations have come to compare with all centroids
 
-    def run(self, n_iter: int, tol: float, rough: bool, note: Callable[[str], None]) -> Fit:
-        """Iterate until the inertia falls by less than a share `tol`; `rough` lets neighbourhoods begin."""
-        done, inertia = self._approach(n_iter, tol, note) if rough else (0, np.inf)
-        before, inertia = inertia, self._assign(np.ones(self.k, bool))
-        while done < n_iter and (before - inertia > tol * before or before == np.inf):
-            moved = self._update()
-            if not moved.any():
-                break
-            done += 1
-            before, inertia = inertia, self._assign(moved)
-            note(f"iteration {done}, inertia {inertia:.5g}")
+    def run(
+        self,
+        n_iter: int,
+        tol: float,
+        *,
+        rough: bool,
+        exact: bool,
+        note: Callable[[str], None],
+        keep: Callable[[Callable[[], Arrays]], None],
+    ) -> Fit:
+        """Iterate until the inertia falls by less than a share `tol`.
+
+        Args:
+            rough: let iterations within neighbourhoods come first.
+            exact: let exact ones follow; if not, they do so all the same where neighbourhoods miss too much.
+            note: told after each iteration.
+            keep: given `self.state` after each iteration.
+        """
+        if rough and not self.exact:
+            if self.centres is None:
+                self.centres = coarse_centres(self.centroids)
+            near = Neighbourhoods(self.rows, self.centres)
+            if self.inertia == np.inf:
+                self.inertia = self._approach(near, None)
+            self._iterate(lambda moved: self._approach(near, moved), n_iter - exact, tol, note, keep)
+        if exact or not rough or self.exact or not self._loses_little():
+            if not self.exact:
+                self.before, self.inertia = self.inertia, self._assign(None)
+                self.exact = True
+            self._iterate(self._assign, n_iter, tol, note, keep)
         squared = squared_distances(self.rows, self.centroids, self.assignment)
         assignment = np.concatenate(self._gather(self.assignment))
         squared = np.concatenate(self._gather(squared))
         inertia = float(squared.sum())
-        return Fit(self.centroids, assignment, squared.astype(np.float32), inertia, done, self.n_repaired)
+        return Fit(
+            self.centroids, assignment, squared.astype(np.float32), inertia, self.done, self.n_repaired,
+            self.exact,
+        )  # fmt: skip
 
-    def _approach(self, n_iter: int, tol: float, note: Callable[[str], None]) -> tuple[int, float]:
-        """Iterations that compare each row with the centroids around its neighbourhood alone.
+    def state(self) -> Arrays:
+        """All that the iterations to come depend on, of all ranks' rows; every rank calls this at once."""
+        progress = (self.done, self.before, self.inertia, self.n_repaired, self.exact)
+        state = {
+            "centroids": self.centroids.cpu().numpy(), "sums": self.sums, "counts": self.counts,
+            "progress": np.array(progress, np.float64),
+        }  # fmt: skip
+        if self.centres is not None:
+            state["centres"] = self.centres.cpu().numpy()
+        for name in ("assignment", "own", "other"):
+            state[name] = np.concatenate(self._gather(getattr(self, name)))
+        return state
 
-        Neighbourhoods are cells around a few centres, found once; each looks at its `_CANDIDATES` nearest
-        centroids. Returns how many iterations were made, and the inertia so far; the exact ones that follow
-        mend what it missed.
-        """
-        centres = _coarse(self.centroids)
-        cell_of = nearest(self.rows, centres)
-        order = np.argsort(cell_of, kind="stable")
-        edges = np.concatenate([[0], np.cumsum(np.bincount(cell_of, minlength=len(centres)))])
-        cells = [(c, a, b) for c, (a, b) in enumerate(pairwise(edges)) if b > a]
-        sorted_rows = self.rows.subset(order)
-        seen = np.full((len(centres), min(_CANDIDATES, self.k)), -1)
-        moved, inertia, done = np.ones(self.k, bool), np.inf, 0
-        while True:
-            near = nearest_columns(centres, self.centroids, seen.shape[1]).sort(1).values.cpu().numpy()
-            stale = moved[near].any(1) | (near != seen).any(1)
-            seen = near
-            before = self.assignment.copy()
+    def restore(self, state: Arrays) -> None:
+        """Go on from a state."""
+        self.centroids = torch.from_numpy(state["centroids"]).to(self.centroids.device)
+        self.sums, self.counts = state["sums"], state["counts"]
+        if "centres" in state:
+            self.centres = torch.from_numpy(state["centres"]).to(self.centroids.device)
+        for name in ("assignment", "own", "other"):
+            setattr(self, name, state[name][self.first : self.first + len(self.rows)].copy())
+        self.done, self.before, self.inertia, self.n_repaired, self.exact = (
+            kind(value) for kind, value in zip((int, float, float, int, bool), state["progress"], strict=True)
+        )
 
-            def look(c: int, a: int, b: int, near: np.ndarray = near) -> None:
-                ids = near[c]
-                some = Centroids(self.centroids[torch.from_numpy(ids).to(self.centroids.device)], padded=True)
-                index, best = some.two_nearest(sorted_rows.block(a, b))[:2]
-                self.assignment[order[a:b]], self.own[order[a:b]] = ids[index], best
-
-            parallel_map(look, [cell for cell in cells if stale[cell[0]]])
-            self._move_sums(before)
-            last, inertia = inertia, self._inertia()
-            if done + 1 >= n_iter or last - inertia <= tol * last < np.inf:
-                return done, inertia
+    def _iterate(
+        self,
+        assign: Callable[[np.ndarray], float],
+        n_iter: int,
+        tol: float,
+        note: Callable[[str], None],
+        keep: Callable[[Callable[[], Arrays]], None],
+    ) -> None:
+        """Means and assignments in turn, from the present assignment."""
+        while self.done < n_iter and (
+            self.before - self.inertia > tol * self.before or self.before == np.inf
+        ):
             moved = self._update()
-            done += 1
-            note(f"iteration {done}, inertia {inertia:.5g}")
+            if not moved.any():
+                break
+            self.done += 1
+            self.before, self.inertia = self.inertia, assign(moved)
+            note(f"iteration {self.done}, inertia {self.inertia:.5g}")
+            keep(self.state)
 
-    def _assign(self, moved: np.ndarray) -> float:
-        """Give every row its nearest centroid, after some moved; returns the inertia."""
+    def _approach(self, near: Neighbourhoods, moved: np.ndarray | None) -> float:
+        """Give every row the nearest centroid of its neighbourhood; returns the inertia."""
+        before = self.assignment.copy()
+        near.look(self.centroids, moved, self.assignment, self.own)
+        self._move_sums(before)
+        return self._inertia()
+
+    def _loses_little(self) -> bool:
+        n = int(self._sum(np.array([len(self.rows)]))[0])
+        loss = sampled_loss(self.rows, self.centroids, self.assignment, first=self.first, n=n)
+        return loses_little(self._sum(loss))
+
+    def _assign(self, moved: np.ndarray | None) -> float:
+        """Give every row its nearest centroid, after some moved, or all (None); returns the inertia."""
         before = self.assignment.copy()
         pieces = list(blocks(len(self.rows), step(self.rows)))
         everything = Centroids(self.centroids)
-        if moved.sum() > 0.5 * self.k:
+        if moved is None or moved.sum() > 0.5 * self.k:
             parallel_map(
                 lambda a, b: self._look_at_all(np.arange(a, b), self.rows.block(a, b), everything), pieces
             )
@@ -210,16 +273,3 @@ def _add_segments(sums: np.ndarray, rows: Rows, at: np.ndarray, clusters: np.nda
 
     for ids, partial in parallel_map(one, list(blocks(len(at)))):
         sums[ids] += sign * partial
-
-
-def _coarse(centroids: torch.Tensor) -> torch.Tensor:
-    """About k / 32 centres for neighbourhoods: a rough k-means of the centroids, the same on every rank."""
-    centres = centroids[::32]
-    for _ in range(3):
-        norms = centres.square().sum(1)
-        parts = [(norms - 2 * centroids[a:b] @ centres.T).argmin(1) for a, b in blocks(len(centroids))]
-        index = torch.cat(parts)
-        sums = torch.zeros_like(centres).index_add_(0, index, centroids)
-        counts = torch.bincount(index, minlength=len(centres))[:, None]
-        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
-    return centres

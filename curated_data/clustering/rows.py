@@ -1,6 +1,8 @@
 """The rows of an input array as float32 tensors, whatever holds them: numpy, a memory map, or a tensor."""
 
 import os
+import resource
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -170,6 +172,24 @@ def memory_budget(max_memory: int | None) -> int:
     """
     if max_memory is None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 12
-    if max_memory <= 0:
-        raise ValueError(f"max_memory needs a positive number of bytes, got {max_memory}")
+    if not isinstance(max_memory, int | float | np.number) or not max_memory > 0:
+        raise ValueError(f"max_memory needs a positive number of bytes, got {max_memory!r}")
     return int(max_memory) // 3
+
+
+def describe_memory(rows: Rows) -> str:
+    """Where the rows are kept, for a log line."""
+    size, allowed = len(rows) * rows.dimension * 4 / 2**30, 3 * rows.budget / 2**30
+    where = (
+        f"held as float32, {size:.2f} of {allowed:.2f} GiB allowed"
+        if rows.fits()
+        else f"read in blocks at every pass: {size:.2f} GiB as float32 are more than a third of {allowed:.2f}"
+    )
+    return f"{len(rows)} x {rows.dimension} rows on {rows.device}, {where}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has held: on an accelerator those of torch, else all that is resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

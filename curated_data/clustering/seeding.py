@@ -34,6 +34,7 @@ CELL = 128  # rows in a cell; down to a quarter where there are few, so that cel
 _MANY_FIRST = 2048  # so many first centres are found by cells themselves
 _STRIP = 1024  # places whose gaps are summed before one is drawn
 _ROUND_BYTES = 128 << 20  # of scores kept in a round
+_TABLE_BYTES = 64 << 20  # of all distances of few rows
 _TINY = 3e-6  # D² below this share of |x|² is rounding: the row repeats a centre
 
 
@@ -99,6 +100,8 @@ def plain_greedy(x: torch.Tensor, k: int, generator: np.random.Generator, trials
     """Greedy k-means++ as it is defined, on any device: step by step, every candidate against every row."""
     n = len(x)
     norms = x.square().sum(1)
+    if n * n * 4 <= _TABLE_BYTES and k * trials >= n:
+        return _greedy_by_table(_gaps(x, norms, np.arange(n)).cpu().numpy(), k, generator, trials)
     chosen = np.empty(k, np.int64)
     chosen[0] = generator.integers(n)
     padded = torch.zeros(-(-n // _STRIP) * _STRIP, device=x.device)
@@ -112,6 +115,22 @@ def plain_greedy(x: torch.Tensor, k: int, generator: np.random.Generator, trials
         best = int(lower.sum(1).argmin())
         chosen[i] = candidates[best]
         gap.copy_(lower[best])
+    return chosen
+
+
+def _greedy_by_table(gaps: np.ndarray, k: int, generator: np.random.Generator, trials: int) -> np.ndarray:
+    """The same where all pairs' squared distances (n, n) fit in memory, and cost no more than the steps'."""
+    chosen = np.empty(k, np.int64)
+    chosen[0] = generator.integers(len(gaps))
+    gap = gaps[chosen[0]]
+    for i in range(1, k):
+        cumulative = gap.cumsum(dtype=np.float64)
+        if cumulative[-1] <= 0:
+            return _fill(chosen, i, len(gaps), generator)
+        candidates = _draw(cumulative, trials, generator)
+        lower = np.minimum(gaps[candidates], gap)
+        best = int(lower.sum(1).argmin())
+        chosen[i], gap = candidates[best], lower[best]
     return chosen
 
 

@@ -1,11 +1,12 @@
 """A level too large for one k-means: groups first, then every group apart."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from curated_data import distributed
-from curated_data.clustering.checkpoint import Checkpoint
+from curated_data.clustering.checkpoint import Arrays, Checkpoint, Running
 from curated_data.clustering.kmeans import uncentred
 from curated_data.clustering.rows import Rows
 
@@ -19,7 +20,9 @@ def split_level(
     run_kmeans: Any,
     saved: Checkpoint,
     name: str,
-) -> dict[str, np.ndarray]:
+    checkpoint_seconds: float = 300.0,
+    note: Callable[[str], None] = lambda text: None,
+) -> Arrays:
     """k-means into `level.n_clusters` groups, each into `level.n_splits`; ranks share the groups by size.
 
     Returns:
@@ -29,9 +32,11 @@ def split_level(
     first, second = seeds.spawn(2)
     groups = saved.load(f"{name}.groups")
     if groups is None:
-        groups = {"assignment": run_kmeans(rows, n_groups, first).assignment}
+        running = Running(saved, f"{name}.running", checkpoint_seconds)
+        groups = {"assignment": run_kmeans(rows, n_groups, first, note=note, running=running).assignment}
         if distributed.rank() == 0:
             saved.save(f"{name}.groups", groups)
+        running.clear()
     group_of = groups["assignment"]
     order = np.argsort(group_of, kind="stable")
     start = np.concatenate([[0], np.cumsum(np.bincount(group_of, minlength=n_groups))])
@@ -40,20 +45,28 @@ def split_level(
 
     loads = np.array([start[p[-1] + 1] - start[p[0]] for p in portions])
     there = set(saved.names())
-    done = [f"{name}.portion-{i:03d}" in there for i in range(len(portions))]
+    pieces = [f"{name}.portion-{i:03d}" for i in range(len(portions))]
+    done = [piece in there for piece in pieces]
     owner = _by_size(np.where(done, 0, loads), distributed.world_size())
-    parts: list[dict[str, np.ndarray]] = []
-    for i, portion in enumerate(portions):
-        piece = f"{name}.portion-{i:03d}"
-        if done[i]:
-            loaded = saved.load(piece)  # by all ranks together, kept by one
-            assert loaded is not None
-            if distributed.rank() == 0:
-                parts.append(loaded)
-        elif owner[i] == distributed.rank():
-            part = _split(rows, portion, order, start, n_splits, children, run_kmeans)
-            saved.save(piece, part)
-            parts.append(part)
+    mine = [i for i in range(len(portions)) if not done[i] and owner[i] == distributed.rank()]
+    parts: list[Arrays] = []
+    begun: dict[int, tuple[Running, Arrays]] = {}
+    for i, piece in enumerate(pieces):  # what is there is loaded by all ranks together, and kept by one
+        running = Running(saved, f"{piece}.running", checkpoint_seconds, alone=True)
+        loaded = saved.load(piece) if done[i] else running.load(there)
+        if loaded is not None and done[i] and distributed.rank() == 0:
+            parts.append(loaded)
+        elif loaded is not None and i in mine:
+            begun[i] = running, loaded
+    for count, i in enumerate(mine, 1):
+        running, part = begun.pop(i, None) or (
+            Running(saved, f"{pieces[i]}.running", checkpoint_seconds, alone=True), _nothing(rows)
+        )  # fmt: skip
+        part = _split(rows, portions[i], order, start, n_splits, children, run_kmeans, running, part)
+        saved.save(pieces[i], part)
+        running.clear()
+        parts.append(part)
+        note(f"portion {count} of {len(mine)}")
     return _together(rows, parts, n_groups * n_splits)
 
 
@@ -65,37 +78,53 @@ def _split(
     n_splits: int,
     children: list[np.random.SeedSequence],
     run_kmeans: Any,
-) -> dict[str, np.ndarray]:
-    """Each group of a portion into its own clusters, by this process alone."""
-    slots, centroids, at, assignment, squared = [], [], [], [], []
-    for g in portion:
+    running: Running,
+    begun: Arrays,
+) -> Arrays:
+    """Each group of a portion into clusters of its own, by this process alone, after those in `begun`."""
+    parts = [begun]
+    after = int(begun["last"][0]) if "last" in begun else -1
+    for g in portion[portion > after]:
         members = order[start[g] : start[g + 1]]
-        if not len(members):
-            continue
-        part = rows.subset(members)
-        fit = run_kmeans(part, min(n_splits, len(members)), children[g], alone=True)
-        slots.append(g * n_splits + np.arange(len(fit.centroids)))
-        centroids.append(uncentred(fit.centroids, rows))
-        at.append(members)
-        assignment.append(g * n_splits + fit.assignment)
-        squared.append(fit.squared)
-    d = rows.dimension
+        if len(members):
+            fit = run_kmeans(rows.subset(members), min(n_splits, len(members)), children[g], alone=True)
+            parts.append(
+                {
+                    "slots": g * n_splits + np.arange(len(fit.centroids)),
+                    "centroids": uncentred(fit.centroids, rows),
+                    "at": members,
+                    "assignment": g * n_splits + fit.assignment,
+                    "squared": fit.squared,
+                }
+            )
+        running.offer(lambda g=g: _joined(parts) | {"last": np.array([g])})
+    return _joined(parts)
+
+
+def _nothing(rows: Rows) -> Arrays:
+    """No group's clusters."""
+    ids, d = np.empty(0, np.int64), rows.dimension
+    none = np.empty(0, np.float32)
     return {
-        "slots": np.concatenate([np.empty(0, np.int64), *slots]),
-        "centroids": np.concatenate([np.empty((0, d), np.float32), *centroids]),
-        "at": np.concatenate([np.empty(0, np.int64), *at]),
-        "assignment": np.concatenate([np.empty(0, np.int64), *assignment]),
-        "squared": np.concatenate([np.empty(0, np.float32), *squared]),
+        "slots": ids,
+        "centroids": np.empty((0, d), np.float32),
+        "at": ids,
+        "assignment": ids,
+        "squared": none,
     }
 
 
-def _together(rows: Rows, parts: list[dict[str, np.ndarray]], n_slots: int) -> dict[str, np.ndarray]:
+def _joined(parts: list[Arrays]) -> Arrays:
+    return {
+        key: np.concatenate([part[key] for part in parts])
+        for key in ("slots", "centroids", "at", "assignment", "squared")
+    }
+
+
+def _together(rows: Rows, parts: list[Arrays], n_slots: int) -> Arrays:
     """All ranks' portions as one level: slots that hold no row are dropped, the others numbered in order."""
-    empty = _split(rows, np.empty(0, np.int64), np.empty(0), np.empty(0), 1, [], None)
-    every = {
-        key: np.concatenate(distributed.all_gather(np.concatenate([empty[key], *(p[key] for p in parts)])))
-        for key in empty
-    }
+    mine = _joined([_nothing(rows), *parts])
+    every = {key: np.concatenate(distributed.all_gather(array)) for key, array in mine.items()}
     assignment, squared = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
     assignment[every["at"]], squared[every["at"]] = every["assignment"], every["squared"]
     filled = np.bincount(assignment, minlength=n_slots) > 0

@@ -48,7 +48,7 @@ def hierarchical_sample(
     Raises:
         ValueError: an argument is out of range, or distances are needed and cannot be had.
     """
-    _check(target_size, strategy, max_repeats)
+    _check(target_size, strategy, max_repeats, seed)
     sizes = {level: tree.sizes(level) for level in tree.centroids}
     target_size = _attainable(target_size, int(sizes[tree.n_levels].sum()), max_repeats)
     # No more repeats than that are of use, and the products below stay within int64.
@@ -81,10 +81,10 @@ def flat_sample(
 
     The other arguments, the result and the errors are those of `hierarchical_sample`.
     """
-    _check(target_size, strategy, max_repeats)
+    _check(target_size, strategy, max_repeats, seed)
     level = 1 if level is None else level
-    if not 1 <= level <= tree.n_levels:
-        raise ValueError(f"level={level}: the tree has levels 1 to {tree.n_levels}")
+    if level not in tree.centroids:
+        raise ValueError(f"level={level!r}: the tree has levels 1 to {tree.n_levels}")
     sizes = tree.sizes(level)
     target_size = _attainable(target_size, int(sizes.sum()), max_repeats)
     max_repeats = max(min(max_repeats, target_size), 1)
@@ -223,8 +223,12 @@ def _attainable(target_size: int, n_samples: int, max_repeats: int) -> int:
     return min(target_size, capacity)
 
 
-def _check(target_size: int, strategy: str, max_repeats: int) -> None:
-    for name, value, lowest in (("target_size", target_size, 0), ("max_repeats", max_repeats, 1)):
+def _check(target_size: int, strategy: str, max_repeats: int, seed: int) -> None:
+    for name, value, lowest in (
+        ("target_size", target_size, 0),
+        ("max_repeats", max_repeats, 1),
+        ("seed", seed, 0),
+    ):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < lowest:
             raise ValueError(f"{name}={value!r}: give an integer of at least {lowest}")
     if strategy not in ("random", "closest", "furthest"):

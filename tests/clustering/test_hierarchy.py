@@ -4,9 +4,12 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 
 from curated_data.clustering import ClusterTree, Level, choose_levels, hierarchical_kmeans, kmeans
 from curated_data.clustering.hierarchy import _balanced_sample
+from curated_data.clustering.kmeans import prepare
+from curated_data.clustering.neighbourhoods import loses_little, nearest_nearby, sampled_loss
 from tests.oracles.clustering import clouds, kl_to_uniform, squared_distances, two_dimensional
 
 
@@ -151,6 +154,45 @@ def test_one_huge_cluster():
     check(x, tree)
 
 
+def test_rows_that_repeat_too_often_for_a_level_get_one_clear_error():
+    x = np.repeat(clouds(5, 3, 5, seed=0), 40, axis=0)
+    assert (hierarchical_kmeans(x, [Level(20, 2, 4), Level(5, 2, 2)]).sizes(2) == 40).all()
+    with pytest.raises(
+        ValueError, match="level 2 asks for 8 clusters, but only 5 of the 20 clusters of level 1"
+    ):
+        hierarchical_kmeans(x, [Level(20, 2, 4), Level(8, 2, 2)])
+
+
+def test_resampling_of_many_clusters_ends_exact():
+    """Steps before the last may look at neighbourhoods alone; the tree's own assignment does not."""
+    x = clouds(9000, 2, 300, seed=0)
+    tree = hierarchical_kmeans(x, [Level(1100, 2, 4)], seed=0)
+    check(x, tree)
+    gaps = squared_distances(x, tree.centroids[1])
+    assert (gaps[np.arange(9000), tree.parent[1]] - gaps.min(1)).max() < 1e-4 * gaps.min(1).mean()
+
+
+@pytest.mark.parametrize(("kind", "enough"), [("clusters", True), ("noise", False)])
+def test_a_sample_tells_what_neighbourhoods_missed(kind, enough):
+    rng = np.random.default_rng(0)
+    x = clouds(6000, 2, 300, seed=0) if kind == "clusters" else rng.normal(size=(6000, 32)).astype(np.float32)
+    rows = prepare(x, metric="l2", device="cpu", valid=None, nonfinite="raise", max_memory=None)
+    centroids = torch.from_numpy(kmeans(x, 1500, seed=0).centroids - rows.mean.astype(np.float32))
+    found = nearest_nearby(rows, centroids)
+    gaps = squared_distances(rows.block(0, 6000).numpy(), centroids.numpy())
+    right, lost = (found == gaps.argmin(1)).mean(), gaps[np.arange(6000), found].sum() / gaps.min(1).sum() - 1
+    halves = [
+        sampled_loss(rows.part(a, b), centroids, found[a:b], first=a, n=6000)
+        for a, b in ((0, 2048), (2048, 6000))
+    ]
+    loss = sampled_loss(rows, centroids, found, first=0, n=6000)
+    np.testing.assert_allclose(np.sum(halves, axis=0), loss, rtol=1e-9)
+    assert loss[1] / loss[0] == pytest.approx(right, abs=0.05)
+    assert loss[2] / loss[3] == pytest.approx(lost, abs=0.05)
+    assert loses_little(loss) == enough
+    assert (right > 0.99 and lost < 0.01) == enough
+
+
 def test_sample_size_of_one_means_no_resampling():
     x = clouds(500, 3, 10, seed=0)
     one, none = (hierarchical_kmeans(x, [level], seed=2) for level in (Level(30, 5, 1), Level(30)))
@@ -168,6 +210,13 @@ def test_sample_size_of_one_means_no_resampling():
         ([Level(10)], {"resample": "far"}, "resample needs one of"),
         ([Level(10)], {"init": "x"}, "init needs one of"),
         ([Level(10)], {"metric": "x"}, "metric needs one of"),
+        ([Level(10)], {"n_iter": -1}, "n_iter needs"),
+        ([Level(10)], {"n_init": 0}, "n_init needs"),
+        ([Level(10)], {"tol": -0.1}, "tol needs"),
+        ([Level(10)], {"seed": "one"}, "seed needs"),
+        ([Level(10)], {"resample_n_iter": 1.5}, "resample_n_iter needs"),
+        ([Level(10)], {"checkpoint_seconds": -1}, "checkpoint_seconds needs"),
+        ([Level(10)], {"checkpoint_seconds": "5m"}, "checkpoint_seconds needs"),
     ],
 )
 def test_wrong_settings_get_one_clear_error(levels, arguments, message):
@@ -223,8 +272,9 @@ def test_automatic_levels_have_the_published_shape():
 
 def test_one_log_line_a_level(caplog):
     with caplog.at_level(logging.INFO, "curated_data.clustering"):
-        hierarchical_kmeans(clouds(500, 3, 10, seed=0), [Level(50, 1, 3), Level(5)])
+        hierarchical_kmeans(clouds(500, 3, 10, seed=0), [Level(50, 1, 3), Level(5)], max_memory=3 << 30)
     lines = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
+    assert lines.pop(0) == "clustering 500 x 3 rows on cpu, held as float32, 0.00 of 3.00 GiB allowed"
     assert len(lines) == 2
     assert "level 1: 50 clusters of 500 rows, sizes " in lines[0]
     assert "perplexity" in lines[0]

@@ -39,6 +39,9 @@ def test_plain_form_is_the_definition(seed):
     x = clouds(3000, 6, 40, seed=seed)
     ours = plain_greedy(torch.from_numpy(x), 60, np.random.default_rng(seed), trials=6)
     np.testing.assert_array_equal(ours, by_definition(x.astype(np.float64), 60, seed, 6))
+    few = x[:400]  # all distances are computed first
+    ours = plain_greedy(torch.from_numpy(few), 150, np.random.default_rng(seed), trials=7)
+    np.testing.assert_array_equal(ours, by_definition(few.astype(np.float64), 150, seed, 7))
 
 
 def test_candidates_are_drawn_in_proportion_to_their_gaps():

@@ -208,6 +208,7 @@ def test_flat_closest_at_an_upper_level_measures_to_its_own_centroids():
         ({"target_size": 2.5}, "target_size=2.5"),
         ({"target_size": True}, "target_size=True"),
         ({"target_size": 2, "max_repeats": 0}, "max_repeats=0"),
+        ({"target_size": 2, "seed": -1}, "seed=-1: give an integer of at least 0"),
         ({"target_size": 2, "strategy": "nearest"}, "strategy='nearest'"),
         ({"target_size": 2, "strategy": "closest"}, "embeddings="),
     ],
@@ -222,7 +223,7 @@ def test_embeddings_of_another_pool_are_refused():
     tree = make_tree([[0, 0, 1]], [2])
     with pytest.raises(ValueError, match="4 rows, the tree 3 samples"):
         hierarchical_sample(tree, 2, strategy="closest", embeddings=np.zeros((4, 2), np.float32))
-    with pytest.raises(ValueError, match="level=3"):
+    with pytest.raises(ValueError, match="level=3: the tree has"):
         flat_sample(tree, 2, level=3)
 
 
