@@ -34,7 +34,7 @@ from curated_data.selection.sampling import flat_sample, hierarchical_sample
 
 log = logging.getLogger(__name__)
 
-VERSIONS = {"near_duplicates": 1, "tree": 2, "selection": 1}
+VERSIONS = {"near_duplicates": 1, "tree": 3, "selection": 1}
 """Raised when a stage computes something else from the same inputs: its older artifacts are then stale."""
 
 
