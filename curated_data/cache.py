@@ -2,21 +2,21 @@
 
 An artifact is a file or a folder under the cache root whose name holds a fingerprint of everything that went
 into it. Nothing under its final name is ever half-written: builders write to a temporary name beside it,
-flush to disk, and rename. Locks are `flock`s, which the kernel drops when their holder dies, so a killed run
-never blocks the next.
+flush to disk, and rename. Its manifest holds the size and the checksum of every file, so that what a disk or
+a hand changed is named, not used. Locks are `flock`s, which the kernel drops when their holder dies, so a
+killed run never blocks the next.
 """
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import shutil
-import socket
-import time
+import stat
+import tokenize
 import uuid
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,15 @@ from typing import Any
 import numpy as np
 
 from curated_data.errors import CacheError
-
-log = logging.getLogger(__name__)
+from curated_data.locks import locked, remove_if_free, writable
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+_MARKER = "cache.json"
+_SEAL = "seal"
+_SWEPT = ".swept"
+_DAY = 24 * 3600.0
+_BLOCK = 1 << 22
 _TEMPORARY = ".tmp-"
 
 
@@ -57,19 +61,20 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     process that was faster, is kept and ours is dropped: both were built from the same fingerprint.
     """
     path = Path(path)
-    with _writable(path.parent, makes_folder=True):
+    with writable(path.parent, makes_folder=True):
         path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}"
     try:
-        with _writable(path.parent):
+        with writable(path.parent):
             yield temporary
-        _flush(temporary)
-        try:
-            os.replace(temporary, path)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        _flush_entry(path.parent)
+        with writable(path):
+            _flush(temporary)
+            try:
+                os.replace(temporary, path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            _flush_entry(path.parent)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -89,32 +94,43 @@ def atomic_write_json(path: Path | str, content: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: Path | str) -> dict[str, Any]:
-    """Read a JSON object that `atomic_write_json` wrote.
+def read_json(path: Path | str, remedy: str | None = None) -> dict[str, Any]:
+    """Read a JSON object that `atomic_write_json` wrote; errors say what to do by `remedy`.
 
     Raises:
-        CacheError: the file is missing or no JSON object.
+        CacheError: the file is missing, no JSON object, or not the one that was written (see `sealed`).
     """
+    path = Path(path)
+    remedy = remedy or _remedy(path)
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CacheError(
-            f"{path}: not a readable JSON object ({error}); remove its folder to rebuild it"
-        ) from error
+        raise _unreadable(path, error, remedy) from error
     if not isinstance(content, dict):
-        raise CacheError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        raise CacheError(f"{path}: expected a JSON object, found {type(content).__name__}; {remedy}")
+    seal, is_ours = content.pop(_SEAL, None), content.get("format", FORMAT_VERSION) == FORMAT_VERSION
+    if is_ours and seal not in (None, _checksum(content)):  # another format is said by who reads it
+        raise CacheError(f"{path}: damaged (its checksum differs); {remedy}")
     return content
 
 
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with a checksum of itself, which `read_json` looks at and takes off."""
+    return {**content, _SEAL: _checksum(content)}
+
+
 def write_manifest(folder: Path, stage: str, content: Mapping[str, Any]) -> None:
-    """Write an artifact folder's `manifest.json`: its stage, the cache's format version, and what the stage
-    says.
+    """Write an artifact folder's `manifest.json`: its stage, the cache's format version, what the stage says,
+    and the size and checksum of each file that lies beside it; so write it last.
     """
-    atomic_write_json(folder / MANIFEST, {"stage": stage, "format": FORMAT_VERSION, **content})
+    files = {path.name: file_seal(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    files.pop(MANIFEST, None)
+    content = {"stage": stage, "format": FORMAT_VERSION, "files": files, **content}
+    atomic_write_json(folder / MANIFEST, sealed(content))
 
 
 def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
-    """Read and check an artifact folder's manifest.
+    """Read and check an artifact folder's manifest, and that its files are there in the size written.
 
     Raises:
         CacheError: it is missing, damaged, of another stage, or of another format version.
@@ -126,40 +142,107 @@ def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
             f"{FORMAT_VERSION}; give another cache_dir, or remove this one to rebuild it"
         )
     if manifest.get("stage") != stage:
-        raise CacheError(f"{folder}: is an artifact of {manifest.get('stage')!r}, expected {stage!r}")
+        raise CacheError(
+            f"{folder}: is an artifact of {manifest.get('stage')!r}, expected {stage!r}; "
+            f"{_remedy(folder / MANIFEST)}"
+        )
+    for name, seal in manifest.get("files", {}).items():
+        check_size(folder / name, seal, _remedy(folder / name))
     return manifest
 
 
-@contextlib.contextmanager
-def locked(path: Path | str, *, wait: bool = True) -> Iterator[bool]:
-    """Hold an exclusive lock on a file beside `path`, across processes; yields whether it is held.
+def read_array(
+    folder: Path, name: str, manifest: Mapping[str, Any], *, memory_map: bool = False
+) -> np.ndarray:
+    """An artifact's array `name`.npy, checked against the manifest that `read_manifest` gave.
 
-    With `wait=False` it yields False at once where another process holds it: that process is at work, take
-    another piece. The lock file stays behind on purpose: removing it would race with a process that has just
-    opened it.
+    Args:
+        memory_map: leave it on disk; its checksum is then not looked at, which would read all of it.
+
+    Raises:
+        CacheError: it is missing, holds pickles, or is not what was written.
     """
-    lock = Path(path).parent / ".locks" / f"{Path(path).name}.lock"
-    with _writable(lock.parent, makes_folder=True):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    held = False
+    path = folder / f"{name}.npy"
+    if not memory_map and path.name in manifest.get("files", {}):
+        check_file(path, manifest["files"][path.name], _remedy(path))
+    return load_npy(path, _remedy(path), memory_map=memory_map)
+
+
+def load_npy(path: Path, remedy: str, *, memory_map: bool = False) -> np.ndarray:
+    """`np.load` of plain numbers; whatever a damaged file makes of it is one error that ends with `remedy`.
+
+    Raises:
+        CacheError: it cannot be read.
+    """
     try:
-        held = _try_lock(handle)
-        if not held and wait:
-            log.info("waiting for %s, which builds %s", _holder(lock), Path(path).name)
-            while (
-                not held
-            ):  # polling, so that Ctrl-C works and network file systems that lose wake-ups do no harm
-                time.sleep(0.2)
-                held = _try_lock(handle)
-        if held:
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"{socket.gethostname()} pid {os.getpid()}".encode(), 0)
-        yield held
-    finally:
-        if held:
-            fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it to children forked meanwhile
-        os.close(handle)
+        return np.load(path, mmap_mode="r" if memory_map else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError) as error:
+        raise _unreadable(path, error, remedy) from error
+
+
+def check_artifact(folder: Path) -> None:
+    """Read all files of an artifact's folder and compare them with its manifest.
+
+    Raises:
+        CacheError: the manifest is damaged, or names a file that is missing or damaged.
+    """
+    for name, seal in read_json(folder / MANIFEST).get("files", {}).items():
+        check_file(folder / name, seal, _remedy(folder / name))
+
+
+def file_seal(path: Path) -> dict[str, int]:
+    """A file's size and checksum, for `check_file`."""
+    crc, size = 0, 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return {"bytes": size, "crc32": crc}
+
+
+def check_size(path: Path, seal: Mapping[str, int], remedy: str) -> None:
+    """That a file is there in the size it was written in.
+
+    Raises:
+        CacheError: it is not; says what to do by `remedy`.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error, remedy) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CacheError(f"{path}: is no regular file; {remedy}")
+    if status.st_size != seal["bytes"]:
+        raise CacheError(f"{path}: damaged ({status.st_size} bytes of {seal['bytes']} written); {remedy}")
+
+
+def check_file(path: Path, seal: Mapping[str, int], remedy: str) -> None:
+    """That a file holds what was written, byte for byte: reads all of it.
+
+    Raises:
+        CacheError: it does not; says what to do by `remedy`.
+    """
+    check_size(path, seal, remedy)
+    try:
+        found = file_seal(path)
+    except OSError as error:
+        raise _unreadable(path, error, remedy) from error
+    if found != seal:
+        raise CacheError(f"{path}: damaged (its checksum differs); {remedy}")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether an artifact stands under its name.
+
+    Raises:
+        CacheError: something else does: artifacts appear whole, so somebody has changed it since.
+    """
+    if (folder / MANIFEST).is_file():
+        return True
+    if os.path.lexists(folder):
+        raise CacheError(
+            f"{folder}: is no artifact (it has no {MANIFEST}); move it away, the next run builds it again"
+        )
+    return False
 
 
 def build_once(folder: Path | str, build: Callable[[Path], None]) -> tuple[Path, bool]:
@@ -169,12 +252,15 @@ def build_once(folder: Path | str, build: Callable[[Path], None]) -> tuple[Path,
     Args:
         folder: the final name; its last component holds the fingerprint.
         build: writes the whole artifact, manifest included, into the temporary folder that it is given.
+
+    Raises:
+        CacheError: something stands under the name that is no artifact, or the cache cannot be written.
     """
     folder = Path(folder)
-    if (folder / MANIFEST).exists():
+    if is_complete(folder):
         return folder, True
     with locked(folder):
-        if (folder / MANIFEST).exists():
+        if is_complete(folder):
             return folder, True
         with atomic_path(folder) as temporary:
             temporary.mkdir()
@@ -190,12 +276,13 @@ def open_cache(root: Path | str) -> Path:
         CacheError: it cannot be written, or another format version wrote it.
     """
     root = Path(root).expanduser().absolute()
-    with _writable(root, makes_folder=True):
+    with writable(root, makes_folder=True):
         root.mkdir(parents=True, exist_ok=True)
         probe = root / f"{_TEMPORARY}{uuid.uuid4().hex[:12]}-probe"
         probe.touch()
+        now = probe.stat().st_mtime  # by the file server's clock, which also dates what is swept
         probe.unlink()
-    marker = root / "cache.json"
+    marker = root / _MARKER
     if marker.exists():
         written = read_json(marker).get("format")
         if written != FORMAT_VERSION:
@@ -205,7 +292,7 @@ def open_cache(root: Path | str) -> Path:
             )
     else:
         atomic_write_json(marker, {"format": FORMAT_VERSION})
-    _sweep(root)
+    _sweep(root, now)
     return root
 
 
@@ -241,30 +328,28 @@ def _update(digest: Any, value: Any) -> None:
         raise TypeError(f"cannot take the fingerprint of a {type(value).__name__}")
 
 
-@contextlib.contextmanager
-def _writable(path: Path, makes_folder: bool = False) -> Iterator[None]:
-    """Turn the system's refusals to write below `path` into one clear error.
+def _remedy(path: Path) -> str:
+    """What to remove where a file is damaged: all of the artifact that it is a part of."""
+    if path.name == _MARKER:
+        return f"see what else {path.parent} has lost, and remove that file, or give another cache_dir"
+    folders = [folder for folder in path.parents if (folder.parent.parent / _MARKER).exists()]
+    return f"remove {folders[0] if folders else path.parent} to have it built again"
 
-    Where the block only makes the folder, "no such file" is such a refusal too, as below /proc.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.ENOTDIR,
-            *((errno.ENOENT,) if makes_folder else ()),
-        ):
-            raise
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CacheError(
-                f"{path}: no space left ({error}); free some, or give another cache_dir"
-            ) from error
-        raise CacheError(f"{path}: cannot be written ({error}); give a cache_dir that can be") from error
+
+def _unreadable(path: Path, error: BaseException, remedy: str) -> CacheError:
+    """The error for a file that cannot be read: what is there but refused is not damaged."""
+    code = getattr(error, "errno", None)
+    if code in (errno.EMFILE, errno.ENFILE):
+        return CacheError(f"{path}: too many open files; raise `ulimit -n`")
+    if isinstance(error, OSError) and code not in (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
+        return CacheError(f"{path}: cannot be read ({error.strerror}); see to its permissions and its disk")
+    if code is not None:
+        return CacheError(f"{path}: missing, or no file ({error.strerror}); {remedy}")
+    return CacheError(f"{path}: damaged ({error}); {remedy}")
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _flush(path: Path) -> None:
@@ -283,25 +368,18 @@ def _flush_entry(path: Path) -> None:
         os.close(handle)
 
 
-def _try_lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _holder(lock: Path) -> str:
-    try:
-        return lock.read_text().strip() or "another process"
-    except OSError:
-        return "another process"
-
-
-def _sweep(root: Path, older_than: float = 7 * 24 * 3600.0) -> None:
-    """Remove temporaries that no living run can still be writing."""
-    limit = time.time() - older_than
-    for path in root.glob(f"*/{_TEMPORARY}*"):
-        with contextlib.suppress(OSError):
-            if path.stat().st_mtime < limit:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _sweep(root: Path, now: float) -> None:
+    """Remove what killed runs left and no living one can still be using; looks once a day."""
+    last = root / _SWEPT
+    if last.exists() and abs(now - last.stat().st_mtime) < _DAY:
+        return
+    with contextlib.suppress(OSError):  # of another user's cache, say: sweeping is a courtesy
+        last.touch()
+        for pattern in (f"{_TEMPORARY}*", f"*/{_TEMPORARY}*", f"embeddings/*/{_TEMPORARY}*"):
+            for path in root.glob(pattern):
+                with contextlib.suppress(OSError):
+                    if path.stat().st_mtime < now - 7 * _DAY:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for pattern in ("*/.locks/*", "embeddings/*/.locks/*"):
+            for path in root.glob(pattern):
+                remove_if_free(path, older_than=now - 7 * _DAY)

@@ -5,7 +5,9 @@ command.
 import argparse
 import json
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,22 +17,33 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from curated_data.errors import ConfigError, CuratedDataError
+from curated_data.errors import CacheError, ConfigError, CuratedDataError
 from curated_data.progress import log_to_terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 after printing what was wrong with the input."""
+    """Run one command; returns the exit status: 0, 2 after printing what was wrong with the input, or 130
+    after Ctrl-C. A polite kill (SIGTERM) cleans up first, too, and ends in 143.
+    """
     parsed = _parser().parse_args(arguments)
     log_to_terminal(logging.WARNING if parsed.quiet else logging.INFO)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)
     try:
         parsed.run(parsed)
+    except KeyboardInterrupt:
+        print(f"curated-data {parsed.command}: stopped; run it again to go on", file=sys.stderr)
+        return 130
     except (CuratedDataError, ValueError, FileNotFoundError) as error:
         if parsed.traceback:
             raise
         print(f"curated-data {parsed.command}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _end(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,6 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("cache_dir", metavar="CACHE", help="the --cache-dir of earlier commands")
     command.add_argument("--json", action="store_true", help="print everything as JSON")
+    command.add_argument(
+        "--verify", action="store_true", help="read everything and compare it with its checksums"
+    )
     command.add_argument(
         "--sample", type=int, metavar="ID", help="say why this sample of the pool was selected, or was not"
     )
@@ -200,7 +216,7 @@ def _embed(parsed: argparse.Namespace) -> None:
     store = embed_pool(
         _pool(parsed), resolve_embedder(parsed.embedder), open_cache(parsed.cache_dir), device=parsed.device
     )
-    count = len(store.failures)
+    count = store.n_failures
     print(f"{len(store):,} embeddings of length {store.shape[1]}, {count:,} failed: {store.folder}")
 
 
@@ -323,13 +339,19 @@ def _class_names(path: str | None) -> list[str] | None:
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
-    from curated_data.inspect import age, inspect_cache
+    from curated_data.inspect import age, inspect_cache, verify_cache
 
     if parsed.sample is not None:
         _explain(parsed)
         return
     if parsed.selection is not None:
         raise ConfigError("--selection: goes with --sample")
+    if parsed.verify:
+        problems = verify_cache(parsed.cache_dir)
+        if problems:
+            raise CacheError("\n".join(["damaged:", *problems]))
+        print(f"{parsed.cache_dir}: everything is as it was written")
+        return
     artifacts = inspect_cache(parsed.cache_dir)
     if parsed.json:
         print(json.dumps([vars(artifact) for artifact in artifacts], indent=2))

@@ -2,15 +2,21 @@
 nothing.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from curated_data.cache import MANIFEST, build_once
+from curated_data.cache import MANIFEST, build_once, is_complete
+from curated_data.errors import CacheError, ConfigError
+from curated_data.sign import Sign
+
+_SHARED_WITHIN = 3.0  # seconds in which a file system shows on all ranks what one has written
 
 
 def is_distributed() -> bool:
@@ -41,9 +47,10 @@ def all_reduce(array: np.ndarray, op: str = "sum") -> np.ndarray:
     if not is_distributed():
         return array
     tensor = _to_backend(array)
-    dist.all_reduce(
-        tensor, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op]
-    )
+    with _explained():
+        dist.all_reduce(
+            tensor, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op]
+        )
     return tensor.cpu().numpy()
 
 
@@ -58,7 +65,8 @@ def all_gather(array: np.ndarray) -> list[np.ndarray]:
     padded[: len(array)] = array
     tensor = _to_backend(padded)
     parts = [torch.empty_like(tensor) for _ in lengths]
-    dist.all_gather(parts, tensor)
+    with _explained():
+        dist.all_gather(parts, tensor)
     return [part.cpu().numpy()[:length] for part, length in zip(parts, lengths, strict=True)]
 
 
@@ -67,48 +75,126 @@ def broadcast(array: np.ndarray, source: int = 0) -> np.ndarray:
     if not is_distributed():
         return array
     tensor = _to_backend(array)
-    dist.broadcast(tensor, source)
+    with _explained():
+        dist.broadcast(tensor, source)
     return tensor.cpu().numpy()
 
 
-def build_together(folder: Path, build: Callable[[Path | None], None]) -> tuple[Path, bool]:
+def check_same(**parts: str) -> None:
+    """Refuse ranks that were given different things, which would wait for each other for ever.
+
+    Args:
+        parts: what must agree, by what the error calls it.
+
+    Raises:
+        ConfigError: a part differs; on every rank, naming the ranks.
+    """
+    if not is_distributed():
+        return
+    own = np.array([zlib.crc32(value.encode()) for value in parts.values()], np.int64)
+    everyones = np.stack(all_gather(own[None]))[:, 0]
+    for number, name in enumerate(parts):
+        others = np.flatnonzero(everyones[:, number] != everyones[0, number])
+        if len(others):
+            raise ConfigError(
+                f"{name}: rank {others[0]} was given another than rank 0 ({len(others)} of {world_size()} "
+                "ranks differ from it); give all ranks the same"
+            )
+
+
+def check_shared(folder: Path) -> None:
+    """Refuse a folder that is not one for all ranks.
+
+    Raises:
+        CacheError: some rank does not see what rank zero writes there; on every rank, naming it.
+    """
+    if not is_distributed():
+        return
+    token = folder / f".tmp-seen-by-all-{broadcast(_random())[0]}"
+    if rank() == 0:
+        token.touch()
+    barrier()
+    started = time.monotonic()
+    while not (seen := token.exists()) and time.monotonic() - started < _SHARED_WITHIN:
+        time.sleep(0.05)
+    blind = np.flatnonzero(np.concatenate(all_gather(np.array([not seen]))))
+    if rank() == 0:
+        token.unlink(missing_ok=True)
+    if len(blind):
+        raise CacheError(
+            f"{folder}: what rank 0 writes to its cache_dir, rank {blind[0]} does not see; give all ranks "
+            "one folder of a file system that they share"
+        )
+
+
+def build_together(
+    folder: Path, build: Callable[[Path | None], None], check: Callable[[], None] | None = None
+) -> tuple[Path, bool]:
     """`build_once` for an artifact that all ranks build with collective calls of their own.
 
     No rank waits in a collective for the lock, which an unrelated run may hold for hours: rank zero waits for
-    it, and the others watch for a file that says whether to begin.
+    it, and the others watch what it says in a file. If rank zero fails or dies they end too: at once on its
+    host, after ten minutes without a sign of life on others.
 
     Args:
         folder: the artifact's final name, on a file system that all ranks see.
         build: called on every rank at once; rank zero gets the temporary folder to write to, the others None.
+        check: called before it on rank zero alone, while the others wait outside of any collective.
 
     Returns:
         The folder, and whether it was there already.
+
+    Raises:
+        ConfigError: ranks ask for different artifacts.
+        RuntimeError: rank zero failed or died; on the others.
     """
+
+    def build_alone(temporary: Path) -> None:
+        if check is not None:
+            check()
+        build(temporary)
+
     if not is_distributed():
-        return build_once(folder, build)
-    complete = folder / MANIFEST
-    found, run = broadcast(np.array([complete.exists(), np.random.SeedSequence().entropy % 2**62], np.int64))
+        return build_once(folder, build_alone)
+    check_same(**{f"what determines {folder.parent.name}/{folder.name}": folder.name})
+    found, run = broadcast(np.array([is_complete(folder), _random()[0]], np.int64))
     if found:
         return folder, True
-    begin = folder.parent / ".locks" / f"{folder.name}.begin-{run}"
+    sign = Sign(folder.parent / f"{folder.name}-{run}")
     if rank() == 0:
 
         def build_as_first(temporary: Path) -> None:
-            begin.touch()
+            if check is not None:
+                check()
+            sign.say("begin")
             build(temporary)
 
-        try:
+        with sign.shown():
+            barrier()
             return build_once(folder, build_as_first)
-        finally:
-            begin.unlink(missing_ok=True)
-    while not begin.exists() and not complete.exists():
-        time.sleep(0.05)
-    built_by_others = not begin.exists()
-    if not built_by_others:
+    barrier()  # from here on there is a sign to watch
+    complete = folder / MANIFEST
+    began = sign.wait_for(lambda said: said == "begin" or complete.exists()) == "begin"
+    if began:
         build(None)
-        while not complete.exists():  # rank zero is writing it
-            time.sleep(0.05)
-    return folder, built_by_others
+        sign.wait_for(lambda said: complete.exists())  # rank zero is writing it
+    return folder, not began
+
+
+def _random() -> np.ndarray:
+    return np.array([np.random.SeedSequence().entropy % 2**62], np.int64)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Say in the error of a collective what it means: its own words are of sockets."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {rank()} of {world_size()}: another rank has ended, or is behind by more than the process "
+            f"group's timeout; see the first error of the other ranks ({str(error).splitlines()[0][:300]})"
+        ) from error
 
 
 def _to_backend(array: np.ndarray) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from curated_data.cache import build_once, fingerprint, open_cache, read_manifest
+from curated_data.cache import build_once, fingerprint, open_cache, read_array, read_manifest
 from curated_data.clustering.kmeans import prepare
 from curated_data.clustering.nearest import nearest, squared_distances
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
@@ -22,7 +22,7 @@ from curated_data.config import CurationConfig, load_config
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.embedding.extract import Decoders
 from curated_data.errors import CacheError, PoolError
-from curated_data.pipeline import Curation, publish_tree, report_of, select
+from curated_data.pipeline import Curation, publish_tree, read_ids, report_of, select
 from curated_data.pool import ShardPool
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def extend(
     grown = ClusterTree.load(folder / "tree")
     drift = read_manifest(folder, "clustering")["drift"]
     selection, was_selected = select(root, grown, config, folder.name)
-    ids = np.load(selection / "ids.npy", allow_pickle=False)
+    ids = read_ids(selection)
     log.info(
         "extended by %d samples to %d: median distance %.2f of the old ones', %.1f %% outlying%s",
         drift["n_new"],
@@ -141,8 +141,9 @@ def _grow(
     device: str | torch.device,
 ) -> tuple[ClusterTree, np.ndarray]:
     """The tree over the grown pool, and (n,) bool: which samples the old one knew."""
-    old_shards = [name.decode() for name in np.load(base / "shards.npy", allow_pickle=False)]
-    old_ranges = np.load(base / "shard_ranges.npy", allow_pickle=False)
+    manifest = read_manifest(base, "clustering")
+    old_shards = [name.decode() for name in read_array(base, "shards", manifest)]
+    old_ranges = read_array(base, "shard_ranges", manifest)
     place = {name: number for number, name in enumerate(old_shards)}
     ranges = pool.shard_ranges()
     parent = np.full(len(pool), EXCLUDED, np.int64)

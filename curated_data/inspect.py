@@ -1,11 +1,14 @@
 """What a cache folder holds, and why: each artifact with its size, age and the inputs that named it."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curated_data.cache import FORMAT_VERSION, MANIFEST, read_json
+from curated_data.cache import FORMAT_VERSION, MANIFEST, check_artifact, read_json
+from curated_data.embedding.store import check_shard
 from curated_data.errors import CacheError
 
 
@@ -37,12 +40,7 @@ def inspect_cache(cache_dir: str | Path) -> list[Artifact]:
         CacheError: the folder is no cache, or one of another format version.
     """
     root = Path(cache_dir).expanduser()
-    marker = root / "cache.json"
-    if not marker.exists():
-        raise CacheError(f"{root}: no cache here (it has no cache.json); give the cache_dir of a curation")
-    written = read_json(marker).get("format")
-    if written != FORMAT_VERSION:
-        raise CacheError(f"{root}: written in cache format {written!r}, this version reads {FORMAT_VERSION}")
+    check_is_cache(root)
     stages = ["index", "pool", "embeddings", "near_duplicates", "tree", "selection"]
     others = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     found: list[Artifact] = []
@@ -51,6 +49,51 @@ def inspect_cache(cache_dir: str | Path) -> list[Artifact]:
         artifacts = [_artifact(stage, folder) for folder in folders]
         found += sorted(artifacts, key=lambda artifact: -artifact.modified)
     return found
+
+
+def check_is_cache(root: Path) -> None:
+    """Refuse a folder that is no cache of this version, without making anything there.
+
+    Raises:
+        CacheError: it is none.
+    """
+    marker = root / "cache.json"
+    if not marker.exists():
+        raise CacheError(f"{root}: no cache here (it has no cache.json); give the cache_dir of a curation")
+    written = read_json(marker).get("format")
+    if written != FORMAT_VERSION:
+        raise CacheError(f"{root}: written in cache format {written!r}, this version reads {FORMAT_VERSION}")
+
+
+def verify_cache(cache_dir: str | Path) -> list[str]:
+    """Read every artifact and compare it with the checksums in the manifests; what is wrong, a line each.
+
+    Curations look at sizes and at the checksums of what they read whole; this looks at all, which for a large
+    pool takes as long as reading its embeddings once.
+
+    Raises:
+        CacheError: as of `inspect_cache`.
+    """
+    root = Path(cache_dir).expanduser()
+    check_is_cache(root)
+    problems = []
+    for manifest in sorted(root.glob(f"[!.]*/[!.]*/**/{MANIFEST}")):
+        if any(part.startswith(".") for part in manifest.relative_to(root).parts):
+            continue
+        with _collected(problems):
+            check_artifact(manifest.parent)
+    for details in sorted(root.glob("embeddings/[!.]*/*.json")):
+        with _collected(problems):
+            check_shard(details.parent, details.stem)
+    return problems
+
+
+@contextlib.contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except CacheError as error:
+        problems.append(str(error))
 
 
 def _artifact(stage: str, folder: Path) -> Artifact:
@@ -74,7 +117,7 @@ def _artifact(stage: str, folder: Path) -> Artifact:
         name=folder.name,
         size=sum(path.stat().st_size for path in files),
         modified=max((path.stat().st_mtime for path in files), default=folder.stat().st_mtime),
-        details={name: value for name, value in content.items() if name not in ("stage", "format")},
+        details={name: value for name, value in content.items() if name not in ("stage", "format", "files")},
         complete=complete,
     )
 

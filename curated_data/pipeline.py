@@ -19,11 +19,11 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from curated_data.cache import build_once, fingerprint, open_cache, write_manifest
+from curated_data.cache import build_once, fingerprint, open_cache, read_array, read_manifest, write_manifest
 from curated_data.clustering.hierarchy import Level, choose_levels, hierarchical_kmeans
 from curated_data.clustering.tree import ClusterTree
 from curated_data.config import CurationConfig, load_config
-from curated_data.distributed import build_together, rank
+from curated_data.distributed import build_together, check_same, check_shared, rank
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.embedding.extract import Decoders
 from curated_data.errors import ConfigError, PoolError
@@ -91,6 +91,8 @@ def curate(
     config = load_config(config)
     root = open_cache(cache_dir)
     pool = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
+    check_shared(root)
+    check_same(curation=fingerprint(config=dataclasses.asdict(config)), pool=pool.fingerprint)
     seconds: dict[str, float] = {}
     cached: dict[str, bool] = {}
 
@@ -114,11 +116,16 @@ def curate(
                 root, pool, store, valid, held_out, config, origin
             )
         folders["near_duplicates"] = folder
-        valid &= np.load(folder / "keep.npy", allow_pickle=False)
+        valid &= read_keep(folder)
         origin["near_duplicates"] = folder.name
     n_valid = int(valid.sum())
     if not n_valid:
-        first = store.failures[0]
+        first = next(store.iterate_failures(), None)
+        if first is None:
+            raise PoolError(
+                f"near-duplicates: all of the pool's {n_samples} samples are copies of held-out ones; raise "
+                "near_duplicates.threshold, or look at what held_out names"
+            )
         raise PoolError(
             f"none of the pool's {n_samples} samples could be embedded; the first: {first['shard']}, key "
             f"{first['key']!r}: {first['reason']}"
@@ -131,7 +138,7 @@ def curate(
         tree = ClusterTree.load(folders["tree"] / "tree")
     with _timed(seconds, "sample"):
         folders["selection"], cached["selection"] = select(root, tree, config, folders["tree"].name)
-        ids = np.load(folders["selection"] / "ids.npy", allow_pickle=False)
+        ids = read_ids(folders["selection"])
     report = report_of(pool, store, valid, tree, ids, config) | {"cached": cached, "seconds": seconds}
     log.info(
         "selection: %d of %d samples%s",
@@ -174,6 +181,7 @@ def _near_duplicates(
     name = near_duplicates_name(config, origin)
 
     def build(folder: Path) -> None:
+        store.verify()
         contents = image_contents(pool) if config.near_duplicates.prefer == "largest" else None
         found = near_duplicates(
             store,
@@ -193,6 +201,11 @@ def _near_duplicates(
         log.info("near-duplicates: %d samples removed", removed)
 
     return build_once(root / "near_duplicates" / name, build)
+
+
+def read_keep(folder: Path) -> np.ndarray:
+    """(n,) bool: which samples the near-duplicates found in a folder leave."""
+    return read_array(folder, "keep", read_manifest(folder, "near_duplicates"))
 
 
 def near_duplicates_name(config: CurationConfig, origin: dict[str, str]) -> str:
@@ -242,7 +255,7 @@ def build_tree(
             tree = tree if complete is None else complete(tree)
             publish_tree(temporary, tree, pool, {"inputs": origin, "settings": settings | {"levels": levels}})
 
-    _, cached = build_together(folder, build)
+    _, cached = build_together(folder, build, check=store.verify)
     if rank() == 0:
         shutil.rmtree(checkpoint, ignore_errors=True)
     return folder, cached
@@ -294,6 +307,11 @@ def select(root: Path, tree: ClusterTree, config: CurationConfig, tree_name: str
     return build_once(root / "selection" / name, build)
 
 
+def read_ids(folder: Path) -> np.ndarray:
+    """The ids of a selection's folder."""
+    return read_array(folder, "ids", read_manifest(folder, "selection"))
+
+
 def selection_settings(config: CurationConfig) -> dict[str, Any]:
     """The settings that determine a selection from a tree."""
     names = ("target_size", "strategy", "sampling", "max_repeats", "seed")
@@ -327,8 +345,8 @@ def report_of(
     return {
         "shards": len(pool.urls),
         "samples": len(pool),
-        "failed": len(store.failures),
-        "near_duplicates": int(len(pool) - len(store.failures) - valid.sum()),
+        "failed": store.n_failures,
+        "near_duplicates": int(len(pool) - store.n_failures - valid.sum()),
         "target_size": config.target_size,
         "selected": len(ids),
         "distinct": len(np.unique(ids)),

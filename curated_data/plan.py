@@ -27,8 +27,8 @@ from curated_data.config import CurationConfig, load_config
 from curated_data.distributed import world_size
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.embedding.extract import Decoders, embeddings_name
-from curated_data.embedding.store import is_embedded
-from curated_data.pipeline import check_levels, near_duplicates_name, selection_name, tree_name
+from curated_data.embedding.store import missing_shards
+from curated_data.pipeline import check_levels, near_duplicates_name, read_keep, selection_name, tree_name
 from curated_data.pool import ShardPool
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def plan(
     settings = dataclasses.asdict(config.embedding)
     folder = root / "embeddings" / embeddings_name(embedder, device=device, decoders=decoders, **settings)
     ranges = pool.shard_ranges()
-    missing = [i for i, shard in enumerate(pool.shard_fingerprints) if not is_embedded(folder, shard)]
+    missing = missing_shards(folder, pool.shard_fingerprints)
     n_missing = int(sum(ranges[number + 1] - ranges[number] for number in missing))
 
     store = None if missing else EmbeddingStore(
@@ -306,7 +306,7 @@ def _cached(
         cached["near_duplicates"] = (folder / MANIFEST).exists()
         if not cached["near_duplicates"]:
             return cached, valid
-        valid = valid & np.load(folder / "keep.npy", allow_pickle=False)
+        valid = valid & read_keep(folder)
         origin["near_duplicates"] = name
     config = dataclasses.replace(config, levels=config.levels or choose_levels(int(valid.sum())))
     tree = tree_name(config, origin)

@@ -29,7 +29,7 @@ from curated_data.config import CurationConfig
 from curated_data.embedding import Embedder, embed_pool, resolve_embedder
 from curated_data.embedding.extract import Decoders
 from curated_data.errors import ConfigError, PoolError
-from curated_data.pipeline import Curation, build_tree, check_levels, report_of, select
+from curated_data.pipeline import Curation, build_tree, check_levels, read_ids, report_of, select
 from curated_data.pool import ShardPool
 
 log = logging.getLogger(__name__)
@@ -105,11 +105,11 @@ def recurate(
     tree = ClusterTree.load(folders["tree"] / "tree")
     clustered = time.monotonic()
     folders["selection"], selection_cached = select(root, tree, config, folders["tree"].name)
-    ids = np.load(folders["selection"] / "ids.npy", allow_pickle=False)
+    ids = read_ids(folders["selection"])
 
     report = report_of(pool, base.embeddings, tree.parent[1] != EXCLUDED, tree, ids, config)
     report["near_duplicates"] = base.report["near_duplicates"]
-    report["failed"] += len(store.failures)
+    report["failed"] += store.n_failures
     report |= {
         "share": share,
         "fresh": len(fresh),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from curated_data.cache import MANIFEST, open_cache, read_manifest
+from curated_data.cache import MANIFEST, open_cache, read_array, read_manifest
 from curated_data.clustering.hierarchy import Level
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig
@@ -45,7 +45,7 @@ def open_curation(cache_dir: str | Path, selection: str) -> Curation:
     grown = read_manifest(folders["tree"], "clustering")
     inputs, settings = grown["inputs"], grown["settings"]
     tree = ClusterTree.load(folders["tree"] / "tree")
-    shards = [name.decode() for name in np.load(folders["tree"] / "shards.npy", allow_pickle=False)]
+    shards = [name.decode() for name in read_array(folders["tree"], "shards", grown)]
     source = inputs
     if "share" in inputs:  # the embeddings of the pool are those of the curation that it began with
         folders["fresh_embeddings"] = root / "embeddings" / inputs["embedder"]
@@ -57,7 +57,7 @@ def open_curation(cache_dir: str | Path, selection: str) -> Curation:
     known = {item.name for item in dataclasses.fields(CurationConfig)}
     values = {name: value for name, value in (settings | chosen["settings"]).items() if name in known}
     values["levels"] = [Level(**level) for level in settings.get("levels") or []] or None
-    ids = np.load(folders["selection"] / "ids.npy", allow_pickle=False)
+    ids = read_array(folders["selection"], "ids", chosen)
     return Curation(ids, tree, store, _report(tree, store, ids, values), CurationConfig(**values), folders)
 
 
@@ -75,7 +75,7 @@ def _store(folder: Path, shards: list[str]) -> EmbeddingStore:
 def _report(
     tree: ClusterTree, store: EmbeddingStore, ids: np.ndarray, values: dict[str, Any]
 ) -> dict[str, Any]:
-    failed = len(store.failures)
+    failed = store.n_failures
     return {
         "shards": len(store.shard_fingerprints),
         "samples": tree.n_samples,

@@ -168,7 +168,7 @@ def test_bad_caches_are_named(tmp_path):
     with pytest.raises(CacheError, match=r"cache format 999.*another cache_dir"):
         open_cache(root)
     (root / "cache.json").write_text("{")
-    with pytest.raises(CacheError, match=r"cache\.json: not a readable JSON object"):
+    with pytest.raises(CacheError, match=r"cache\.json: damaged .*give another cache_dir"):
         open_cache(root)
     (tmp_path / "file").touch()
     with pytest.raises(CacheError, match="cannot be written"):
@@ -184,9 +184,23 @@ def test_only_old_temporaries_are_swept(tmp_path):
     old, young = root / "tree" / ".tmp-old", root / "tree" / ".tmp-young"
     old.mkdir()
     young.mkdir()
+    rows, lock = root / "embeddings" / "a" / ".tmp-rows", root / "tree" / ".locks" / "b.lock"
+    for path in (rows, lock):
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (0, 0))
     os.utime(old, (0, 0))
-    open_cache(tmp_path)
+    with locked(root / "tree" / "c"):
+        held = root / "tree" / ".locks" / "c.lock"
+        os.utime(held, (0, 0))
+        open_cache(tmp_path)
+        assert old.exists()  # it was looked for today
+        os.utime(root / ".swept", (0, 0))
+        open_cache(tmp_path)
+        assert held.exists()
     assert not old.exists()
+    assert not rows.exists()
+    assert not lock.exists()
     assert young.exists()
 
 

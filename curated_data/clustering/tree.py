@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from scipy import sparse
 
-from curated_data.cache import MANIFEST, atomic_path, atomic_save, read_manifest, write_manifest
+from curated_data.cache import MANIFEST, atomic_path, atomic_save, read_array, read_manifest, write_manifest
 from curated_data.errors import CacheError
 
 log = logging.getLogger(__name__)
@@ -177,15 +177,9 @@ class ClusterTree:
         """
         path = Path(path)
         manifest = read_manifest(path, "tree")
-        mode = "r" if memory_map else None
 
         def read(name: str) -> np.ndarray:
-            try:
-                return np.load(path / f"{name}.npy", mmap_mode=mode, allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise CacheError(
-                    f"{path / name}.npy: cannot be read ({error}); remove the tree to rebuild it"
-                ) from error
+            return read_array(path, name, manifest, memory_map=memory_map)
 
         try:
             levels = range(1, int(manifest["n_levels"]) + 1)
@@ -196,6 +190,10 @@ class ClusterTree:
             )
         except (KeyError, TypeError) as error:
             raise CacheError(f"{path}: manifest lacks {error}; remove the tree to rebuild it") from error
+        except ValueError as error:
+            if isinstance(error, CacheError):
+                raise
+            raise CacheError(f"{path}: damaged ({error}); remove the tree to rebuild it") from error
         if tree._manifest() != {key: manifest.get(key) for key in tree._manifest()}:
             raise CacheError(f"{path}: arrays do not match the manifest; remove the tree to rebuild it")
         return tree

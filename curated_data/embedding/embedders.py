@@ -83,7 +83,13 @@ class ModuleEmbedder(nn.Module):
     def forward(self, batch: Tensor) -> Tensor:
         """(B, ...) to (B, d), in evaluation mode; a network in training is left as it was."""
         with evaluating(self):
-            return self.network(batch).flatten(1)
+            output = self.network(batch)
+        if not isinstance(output, Tensor):
+            raise EmbedderError(
+                f"embedder {self.name}: gave a {type(output).__name__}, expected a tensor (B, d); wrap it so "
+                "that it returns the embedding alone"
+            )
+        return output.flatten(1)
 
 
 @contextlib.contextmanager

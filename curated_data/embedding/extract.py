@@ -19,9 +19,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from curated_data.cache import fingerprint, locked
 from curated_data.distributed import rank, world_size
-from curated_data.embedding.embedders import Embedder
-from curated_data.embedding.store import VERSION, EmbeddingStore, is_embedded, write_shard
-from curated_data.errors import CuratedDataError, EmbedderError, SampleError
+from curated_data.embedding.embedders import Embedder, evaluating
+from curated_data.embedding.identity import module_fingerprint
+from curated_data.embedding.store import (
+    VERSION,
+    EmbeddingStore,
+    forget_table,
+    is_embedded,
+    missing_shards,
+    store_fingerprint,
+    write_shard,
+)
+from curated_data.errors import ConfigError, CuratedDataError, EmbedderError, SampleError
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import decode_sample
 from curated_data.progress import progress
@@ -75,8 +84,9 @@ def embed_pool(
     folder = Path(cache_root) / "embeddings" / name
     shards = pool.shard_fingerprints
     ranges = pool.shard_ranges() if ids is None else np.searchsorted(ids, pool.shard_ranges())
-    missing = [number for number, shard in enumerate(shards) if not is_embedded(folder, shard)]
+    missing = missing_shards(folder, shards)
     if missing:
+        forget_table(folder, store_fingerprint(folder, shards, dtype))
         if isinstance(embedder, torch.nn.Module):
             embedder.to(device)
         samples = int(sum(ranges[number + 1] - ranges[number] for number in missing))
@@ -90,18 +100,19 @@ def embed_pool(
                 missing[rank() * len(missing) // world_size() :]
                 + missing[: rank() * len(missing) // world_size()]
             )
-            for wait in (False, True):
-                done += _embed_shards(turned, folder, loader, wait, dtype, use_bf16, advance)
+            # That pass may wait for a shard while it holds others, so all processes go in one order.
+            in_one_order = sorted(missing, key=shards.__getitem__)
+            for wait, numbers in ((False, turned), (True, in_one_order)):
+                done += _embed_shards(numbers, folder, loader, wait, dtype, use_bf16, advance)
         seconds = time.monotonic() - started
         if done:
             log.info("embedded %d samples at %.0f samples/s with %s", done, done / seconds, _name(embedder))
     store = EmbeddingStore(folder, shards, embedder.dimension, dtype, ids=ids)
-    failures = store.failures
-    if failures:
-        first = failures[0]
+    if store.n_failures:
+        first = next(store.iterate_failures())
         log.warning(
             "%d of %d samples could not be embedded and will not be selected, the first: %s, key %r: %s",
-            len(failures), len(store), first["shard"], first["key"], first["reason"],
+            store.n_failures, len(store), first["shard"], first["key"], first["reason"],
         )  # fmt: skip
     log.info("embeddings: %d x %d %s, %d shards were cached", *store.shape, dtype, len(shards) - len(missing))
     return store
@@ -122,10 +133,24 @@ def embeddings_name(
         embedder=embedder.fingerprint,
         dtype=dtype,
         precision=precision,
-        decoders=sorted(decoders or ()),
+        decoders=_decoder_fingerprints(decoders),
         version=VERSION,
         **subset,
     )
+
+
+def _decoder_fingerprints(decoders: Decoders | None) -> list[Any]:
+    """Of each decoder by its extension, its code and what it holds."""
+    found = []
+    for extension, decode in sorted((decoders or {}).items()):
+        try:
+            found.append([extension, module_fingerprint(decode)])
+        except EmbedderError as error:
+            raise ConfigError(
+                f"decoders[{extension!r}]: its identity cannot be told; give it an attribute `fingerprint` "
+                "(a string that changes whenever its output would)"
+            ) from error
+    return found
 
 
 class _Loader:
@@ -168,7 +193,16 @@ class _Loader:
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
         )
-        yield from loader
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise CuratedDataError(
+                "a worker process that decodes samples was killed, for want of memory most likely "
+                f"({' '.join(str(error).split())[:300]}); lower embedding.num_workers or "
+                "embedding.batch_size, and run again to go on"
+            ) from error
 
     def samples(self, rows: np.ndarray) -> np.ndarray:
         """The ids of the samples that stand in these rows of the store."""
@@ -310,8 +344,7 @@ def _embed(
         return values, reasons
     good = np.array([not reason for reason in reasons])
     device = loader.device
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
-        output = loader.embedder(inputs.to(device, non_blocking=True))
+    output = _forward(loader.embedder, inputs, device, use_bf16)
     expected = (int(good.sum()), loader.embedder.dimension)
     if tuple(output.shape) != expected:
         raise EmbedderError(
@@ -325,6 +358,34 @@ def _embed(
         "its embedding is not finite" if is_bad else reason
         for is_bad, reason in zip(bad, reasons, strict=True)
     ]
+
+
+def _forward(embedder: Embedder, inputs: Tensor, device: torch.device, use_bf16: bool) -> Tensor:
+    """One batch through the embedder in evaluation mode; what it raises is said to be its own."""
+    network = embedder if isinstance(embedder, torch.nn.Module) else torch.nn.Identity()
+    try:
+        with (
+            evaluating(network),
+            torch.inference_mode(),
+            torch.autocast(device.type, torch.bfloat16, enabled=use_bf16),
+        ):
+            output = embedder(inputs.to(device, non_blocking=True))
+    except CuratedDataError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise EmbedderError(
+            f"{_name(embedder)}: out of memory on {device} with {len(inputs)} samples at once; lower "
+            "embedding.batch_size"
+        ) from error
+    except Exception as error:  # of a network given by the user: anything
+        raise EmbedderError(
+            f"{_name(embedder)}: fails on a batch of shape {tuple(inputs.shape)} on {device} "
+            f"({type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}); is its "
+            "`preprocess` the one that it needs?"
+        ) from error
+    if not isinstance(output, Tensor):
+        raise EmbedderError(f"{_name(embedder)}: gave a {type(output).__name__}, expected a tensor (B, d)")
+    return output
 
 
 def _device(device: str | torch.device) -> torch.device:

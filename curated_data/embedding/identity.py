@@ -1,11 +1,18 @@
 """Fingerprints of networks and functions: equal where they would give equal embeddings, as far as can be
 told.
+
+Of the user's own code everything counts that can be reached by name from where it is entered: methods, the
+globals and closures that they name, the attributes of their objects. Code of installed packages counts by its
+name alone: an upgrade should not embed a whole pool again.
 """
 
 import functools
 import hashlib
+import logging
+import re
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,73 +22,204 @@ from torch import nn
 from curated_data.cache import fingerprint
 from curated_data.errors import EmbedderError
 
-# Their networks are told by their printed form and weights: an upgrade should not embed a whole pool again.
-_LIBRARIES = ("torch", "torchvision", "timm", "numpy", "builtins")
+# The printed form of these libraries' networks holds their settings.
+_PRINTED_WHOLE = ("torch", "torchvision", "timm")
+_OWN_NAMES = frozenset(vars(nn.Module()))
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def module_fingerprint(*parts: Callable[..., Any]) -> str:
     """A name for networks and functions together: their code, their settings, every weight and buffer.
 
-    Functions count with what they hold (defaults, closures) and with the globals that their code names.
+    Functions count with what they hold (defaults, closures) and with the globals that their code names;
+    networks with the methods and attributes that their `forward` reaches.
 
     Raises:
         EmbedderError: a part holds something whose identity cannot be told; says to give it a `fingerprint`.
     """
-    return fingerprint(parts=[_identity(part, ()) for part in parts])
+    walk = _Walk()
+    return fingerprint(parts=[walk.identity(part) for part in parts])
 
 
-def _identity(value: Any, above: tuple[int, ...]) -> Any:
-    """A value as something that `fingerprint` takes. `above`: ids of the callables being described, against
-    cycles.
+class _Walk:
+    """Turns values into what `fingerprint` takes; what was met before is told by the place it had, so that a
+    web of functions that name each other ends.
     """
-    if value is None or isinstance(value, bool | int | float | str | bytes | np.ndarray | np.generic):
-        return value
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().numpy()
-    if isinstance(value, torch.dtype | torch.device | torch.Size):
-        return str(value)
+
+    def __init__(self) -> None:
+        self.met: dict[int, tuple[int, Any]] = {}  # by id; holds the values, so that no id is used twice
+
+    def identity(self, value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | float | str | bytes | np.generic):
+            return value
+        if isinstance(value, np.ndarray):
+            return value if not value.dtype.hasobject else [self.identity(item) for item in value.tolist()]
+        if isinstance(value, torch.Tensor):
+            return [str(value.dtype), list(value.shape), bytes(_tensor_bytes(value))]
+        if isinstance(value, torch.dtype | torch.device | torch.Size | complex | range | slice):
+            return str(value)
+        if isinstance(value, list | tuple):
+            return [type(value).__name__, *(self.identity(item) for item in value)]
+        if isinstance(value, set | frozenset):
+            return sorted(_printed(item) for item in value)
+        if isinstance(value, dict):
+            return {str(key): self.identity(item) for key, item in value.items()}
+        if isinstance(value, types.ModuleType):
+            return ["python module", value.__name__]
+        if isinstance(value, logging.Logger):
+            return ["logger"]
+        if id(value) in self.met:
+            return ["met", self.met[id(value)][0]]
+        self.met[id(value)] = len(self.met), value
+        own = getattr(value, "fingerprint", None)
+        if isinstance(own, str):
+            return ["own", own]
+        if isinstance(value, nn.Module):
+            return self._network(value)
+        if isinstance(value, functools.partial):
+            return ["partial", *(self.identity(part) for part in (value.func, value.args, value.keywords))]
+        if isinstance(value, types.MethodType):
+            return ["method", self.identity(value.__func__), self._object(value.__self__, {value.__name__})]
+        if isinstance(value, types.FunctionType):
+            return ["function", *self._function(value)]
+        if isinstance(value, type):
+            return ["class", _class_name(value), *_class_code(value)]
+        if isinstance(value, functools._lru_cache_wrapper):
+            return ["cached", self.identity(value.__wrapped__)]
+        if hasattr(value, "__qualname__") or isinstance(value, np.ufunc):  # of C code
+            return ["named", str(getattr(value, "__module__", "")), value.__name__]
+        if hasattr(value, "__dict__"):
+            return self._object(value, {"__call__"})
+        raise EmbedderError(
+            f"the embedder holds a {type(value).__name__}, whose identity its value does not tell; give the "
+            "embedder an attribute `fingerprint` (a string that changes whenever its output would)"
+        )
+
+    def _network(self, module: nn.Module) -> list[Any]:
+        parts = dict(module.named_modules())
+        hooks = [
+            [name, self.identity(hook)]
+            for name, part in parts.items()
+            for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
+        ]
+        return [
+            *("module", _class_name(type(module)), _printed(module), _weights_digest(module), hooks),
+            # The code of a scripted or traced network is its own, not its class's.
+            [[name, str(part.code)] for name, part in parts.items() if _has_own_code(part)],
+            self._reached(parts, {"forward"}),
+        ]
+
+    def _object(self, value: Any, entries: set[str]) -> Any:
+        if isinstance(value, nn.Module):
+            return [self.identity(value), self._reached(dict(value.named_modules()), entries)]
+        kept = vars(value) if hasattr(value, "__dict__") else {}
+        return [
+            *("object", _class_name(type(value)), self._reached({"": value}, entries)),
+            {name: self.identity(item) for name, item in kept.items()},
+        ]
+
+    def _reached(self, parts: dict[str, Any], entries: Iterable[str]) -> list[Any]:
+        """The methods of the parts' own classes that can be reached from those named, and the attributes that
+        these name.
+        """
+        kinds = {
+            _class_name(kind): kind
+            for part in parts.values()
+            for kind in type(part).__mro__
+            if not _is_library(kind.__module__)
+        }
+        names, code = set(entries), {}
+        todo = True
+        while todo:
+            todo = False
+            for kind_name, kind in sorted(kinds.items()):
+                for name in sorted(names & set(vars(kind))):
+                    if f"{kind_name}.{name}" not in code:
+                        functions = list(_functions(vars(kind)[name]))
+                        code[f"{kind_name}.{name}"] = [self._function(function) for function in functions]
+                        names |= {name for function in functions for name in _names(function.__code__)}
+                        todo = True
+        attributes = {
+            f"{path}.{name}": self.identity(value)
+            for path, part in parts.items()
+            if isinstance(part, nn.Module) and _root(type(part).__module__) not in _PRINTED_WHOLE
+            for name, value in sorted(vars(part).items())
+            if name not in _OWN_NAMES
+            and (_is_plain(value) if _is_library(type(part).__module__) else name in names)
+        }
+        return [code, attributes]
+
+    def _function(self, function: types.FunctionType) -> list[Any]:
+        if _is_library(function.__module__ or ""):
+            return [function.__module__, function.__qualname__]
+        code = function.__code__
+        named = {}
+        for name in _names(code):
+            value = function.__globals__.get(name)
+            if isinstance(value, types.ModuleType) and not _is_library(value.__name__):
+                held = {inner: getattr(value, inner) for inner in _names(code) if hasattr(value, inner)}
+                named[name] = [value.__name__, self.identity(held)]
+            elif name in function.__globals__:
+                named[name] = self.identity(value)
+        held = [_content(cell) for cell in function.__closure__ or ()]
+        parts = (held, function.__defaults__, function.__kwdefaults__)
+        return [function.__qualname__, _code(code), *(self.identity(part) for part in parts), named]
+
+
+def _root(module: str) -> str:
+    return module.partition(".")[0]
+
+
+@functools.cache
+def _is_library(module: str) -> bool:
+    """Whether a module is of Python itself or of an installed package."""
+    if _root(module) == "__main__":
+        return False
+    if _root(module) in sys.stdlib_module_names:
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return "site-packages" in file or "dist-packages" in file
+
+
+def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
-        return [_identity(item, above) for item in value]
-    if isinstance(value, set | frozenset):
-        return sorted(repr(item) for item in value)
-    if isinstance(value, dict):
-        return {str(key): _identity(item, above) for key, item in value.items()}
-    if isinstance(value, types.ModuleType):
-        return ["python module", value.__name__]
-    if id(value) in above:
-        return ["itself"]
-    above = (*above, id(value))
-    own = getattr(value, "fingerprint", None)
-    if isinstance(own, str):
-        return ["own", own]
-    if isinstance(value, nn.Module):
-        return ["module", _class_name(type(value)), repr(value), _forward_code(value), _weights_digest(value)]
-    if isinstance(value, functools.partial):
-        return ["partial", *(_identity(part, above) for part in (value.func, value.args, value.keywords))]
-    if isinstance(value, types.MethodType):
-        return ["method", _identity(value.__func__, above), _identity(value.__self__, above)]
-    if isinstance(value, types.FunctionType):
-        return ["function", *_function_identity(value, above)]
-    if isinstance(value, types.BuiltinFunctionType | type):
-        return ["named", str(value.__module__), value.__qualname__]
-    if hasattr(value, "__dict__"):
-        call = type(value).__call__ if callable(value) else None
-        code = _code(call.__code__) if isinstance(call, types.FunctionType) else []
-        return ["object", _class_name(type(value)), code, _identity(vars(value), above)]
-    raise EmbedderError(
-        f"the embedder holds a {type(value).__name__}, whose identity its value does not tell; give the "
-        "embedder an attribute `fingerprint` (a string that changes whenever its output would)"
-    )
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
-def _function_identity(function: types.FunctionType, above: tuple[int, ...]) -> list[Any]:
-    if function.__module__.partition(".")[0] in _LIBRARIES:
-        return [function.__module__, function.__qualname__]
-    code = function.__code__
-    named = {name: function.__globals__[name] for name in _names(code) if name in function.__globals__}
-    held = [cell.cell_contents for cell in function.__closure__ or ()]
-    parts = (held, function.__defaults__, function.__kwdefaults__, named)
-    return [function.__qualname__, _code(code), *(_identity(part, above) for part in parts)]
+def _has_own_code(part: nn.Module) -> bool:
+    return isinstance(part, torch.jit.ScriptModule | torch.fx.GraphModule)
+
+
+def _functions(attribute: Any) -> Iterator[types.FunctionType]:
+    """The Python functions behind a class's attribute."""
+    if isinstance(attribute, property):
+        found = (attribute.fget,)
+    elif isinstance(attribute, functools.cached_property):
+        found = (attribute.func,)
+    else:
+        found = (getattr(attribute, "__wrapped__", None), getattr(attribute, "__func__", attribute))
+    for function in found:
+        if isinstance(function, types.FunctionType):
+            yield function
+
+
+def _class_code(kind: type) -> list[Any]:
+    """What the methods of a class outside the libraries do, by themselves."""
+    if _is_library(kind.__module__):
+        return []
+    return [
+        [name, _code(function.__code__)]
+        for name, attribute in sorted(vars(kind).items())
+        for function in _functions(attribute)
+    ]
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet: a function that names itself before it is there
+        return None
 
 
 def _names(code: types.CodeType) -> list[str]:
@@ -99,26 +237,27 @@ def _code(code: types.CodeType) -> list[Any]:
     return [code.co_code, list(code.co_names), constants]
 
 
-def _forward_code(module: nn.Module) -> list[Any]:
-    classes = {_class_name(type(part)): type(part) for part in module.modules()}
-    return [
-        [name, _code(kind.forward.__code__)]
-        for name, kind in sorted(classes.items())
-        if kind.__module__.partition(".")[0] not in _LIBRARIES
-        and isinstance(kind.forward, types.FunctionType)
-    ]
-
-
 def _weights_digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    state = module.state_dict()
+    state |= {name: tensor for name, tensor in module.named_buffers() if name not in state}
+    for name, tensor in sorted(state.items()):
         if not isinstance(tensor, torch.Tensor):  # extra state of a module: plain settings
             digest.update(f"{name}:{tensor!r};".encode())
             continue
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        raw = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(raw.view(torch.uint8).numpy().data if raw.numel() else b"")
+        digest.update(_tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> bytes | memoryview:
+    raw = tensor.detach().cpu().contiguous().reshape(-1)
+    return raw.view(torch.uint8).numpy().data if raw.numel() else b""
+
+
+def _printed(value: Any) -> str:
+    """Its printed form without places in memory, which differ in every process."""
+    return _ADDRESS.sub("", repr(value))
 
 
 def _class_name(kind: type) -> str:

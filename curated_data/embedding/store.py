@@ -1,25 +1,42 @@
 """Embeddings on disk: one `.npy` a shard, beside it which samples failed and why."""
 
+import contextlib
+import os
 import threading
+import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from curated_data.cache import FORMAT_VERSION, atomic_save, atomic_write_json, fingerprint, read_json
+from curated_data.cache import (
+    FORMAT_VERSION,
+    atomic_path,
+    atomic_write_json,
+    check_file,
+    file_seal,
+    fingerprint,
+    load_npy,
+    read_json,
+    sealed,
+)
 from curated_data.errors import CacheError
 
 VERSION = 1
 """Of what extraction computes; a change to it makes older embeddings stale."""
 
-
 _OPEN_MAPS = 256
+_REMEDY = "remove the shard's .npy and .json there to embed it again"
 
 
 class EmbeddingStore:
     """The embeddings of a pool, read through memory maps that open on first use.
+
+    Opening a pool of many shards is a look at one file: what their details say together is kept beside them.
 
     Args:
         folder: holds `<shard fingerprint>.npy` and `<shard fingerprint>.json` for each shard.
@@ -48,9 +65,10 @@ class EmbeddingStore:
         self.dtype = np.dtype(dtype)
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()  # the clustering reads from several threads
-        self._details = [_read_shard_details(self.folder, name) for name in self.shard_fingerprints]
-        self._starts = np.cumsum([0, *(details["samples"] for details in self._details)])
+        self._table = _shard_table(self.folder, self.fingerprint, self.shard_fingerprints)
+        self._starts = np.concatenate([[0], np.cumsum(self._table.samples)])
         self.shape = (int(self._starts[-1]), dimension)
+        self._is_verified = False
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -61,29 +79,53 @@ class EmbeddingStore:
     @property
     def fingerprint(self) -> str:
         """Of the embedder (the folder's name), the shards and the stored type."""
-        return fingerprint(
-            embedder=self.folder.name, shards=self.shard_fingerprints, dtype=self.dtype.str, version=VERSION
-        )
+        return store_fingerprint(self.folder, self.shard_fingerprints, self.dtype)
 
     @property
     def valid(self) -> np.ndarray:
         """(n,) bool: False where a sample could not be decoded or its embedding is not finite."""
         mask = np.ones(len(self), bool)
-        for start, details in zip(self._starts[:-1], self._details, strict=True):
-            mask[start + np.array([failure["place"] for failure in details["failures"]], np.int64)] = False
+        mask[self._table.failed] = False
         return mask
+
+    @property
+    def n_failures(self) -> int:
+        """How many samples were left out."""
+        return len(self._table.failed)
 
     @property
     def failures(self) -> list[dict[str, Any]]:
         """What was left out: `id`, `shard`, `key` and `reason` of each sample, in pool order."""
-        return [
-            {
-                "id": self._sample(int(start) + failure["place"]),
-                **{name: failure[name] for name in ("shard", "key", "reason")},
-            }
-            for start, details in zip(self._starts[:-1], self._details, strict=True)
-            for failure in details["failures"]
-        ]
+        return list(self.iterate_failures())
+
+    def iterate_failures(self) -> Iterator[dict[str, Any]]:
+        """`failures` one by one: the details of a shard are read when it is reached."""
+        for number in np.unique(self.shard_of(self._table.failed)).tolist():
+            for failure in _read_shard_details(self.folder, self.shard_fingerprints[number])["failures"]:
+                yield {
+                    "id": self._sample(int(self._starts[number]) + failure["place"]),
+                    **{name: failure[name] for name in ("shard", "key", "reason")},
+                }
+
+    def shard_of(self, rows: np.ndarray) -> np.ndarray:
+        """The number of the shard that each row belongs to, (m,) int64."""
+        return np.searchsorted(self._starts, rows, side="right") - 1
+
+    def verify(self) -> None:
+        """Compare every byte of the rows with the checksums taken when they were written; once a store.
+
+        What is built from all rows calls it first: beside that, one more reading is cheap.
+
+        Raises:
+            CacheError: a shard's file is missing or damaged; names the first.
+        """
+        if self._is_verified:
+            return
+        known = np.flatnonzero(self._table.size >= 0).tolist()
+        with ThreadPoolExecutor(4) as threads:
+            for _ in threads.map(self._verify_shard, known):
+                pass
+        self._is_verified = True
 
     def __getitem__(self, which: slice | np.ndarray) -> np.ndarray:
         """Rows by a slice or by an array of ids, as of one array in memory: the clustering reads blocks of
@@ -131,6 +173,11 @@ class EmbeddingStore:
             out[start : start + len(block)] = block
         return out
 
+    def _verify_shard(self, number: int) -> None:
+        path = self.folder / f"{self.shard_fingerprints[number]}.npy"
+        seal = {"bytes": int(self._table.size[number]), "crc32": int(self._table.crc32[number])}
+        check_file(path, seal, _REMEDY)
+
     def _sample(self, row: int) -> int:
         return row if self.ids is None else int(self.ids[row])
 
@@ -141,17 +188,11 @@ class EmbeddingStore:
                 self._maps.move_to_end(number)
                 return self._maps[number]
             path = self.folder / f"{self.shard_fingerprints[number]}.npy"
-            try:
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise CacheError(
-                    f"{path}: cannot be read ({error}); remove it and its .json to embed its shard again"
-                ) from error
-            expected = (self._details[number]["samples"], self.shape[1])
+            array = load_npy(path, _REMEDY, memory_map=True)
+            expected = (int(self._table.samples[number]), self.shape[1])
             if array.shape != expected or array.dtype != self.dtype:
                 raise CacheError(
-                    f"{path}: holds {array.shape} {array.dtype}, expected {expected} {self.dtype}; remove it "
-                    "and its .json to embed its shard again"
+                    f"{path}: holds {array.shape} {array.dtype}, expected {expected} {self.dtype}; {_REMEDY}"
                 )
             self._maps[number] = array
             if len(self._maps) > _OPEN_MAPS:
@@ -166,9 +207,90 @@ class EmbeddingStore:
         self._maps, self._lock = OrderedDict(), threading.Lock()
 
 
+def store_fingerprint(folder: Path, shard_fingerprints: Sequence[str], dtype: Any) -> str:
+    """The name of the embeddings of some shards: of the folder they lie in, the shards, the stored type."""
+    return fingerprint(
+        embedder=folder.name, shards=list(shard_fingerprints), dtype=np.dtype(dtype).str, version=VERSION
+    )
+
+
 def is_embedded(folder: Path, shard_fingerprint: str) -> bool:
     """Whether a shard's embeddings are there, whole. The details are published last."""
-    return (folder / f"{shard_fingerprint}.json").exists()
+    return all((folder / f"{shard_fingerprint}{end}").exists() for end in (".npy", ".json"))
+
+
+def missing_shards(folder: Path, shard_fingerprints: Sequence[str]) -> list[int]:
+    """The numbers of the shards that are not embedded yet, by one listing of the folder."""
+    try:
+        there = set(os.listdir(folder))
+    except FileNotFoundError:
+        there = set()
+    return [
+        number
+        for number, name in enumerate(shard_fingerprints)
+        if not (f"{name}.npy" in there and f"{name}.json" in there)
+    ]
+
+
+def forget_table(folder: Path, store_fingerprint: str) -> None:
+    """Have a store read its shards' details again: some of them are about to be written anew."""
+    _table_path(folder, store_fingerprint).unlink(missing_ok=True)
+
+
+def check_shard(folder: Path, shard_fingerprint: str) -> None:
+    """Read a shard's embeddings and compare them with the checksum that its details hold.
+
+    Raises:
+        CacheError: they are missing or damaged, or the details are.
+    """
+    details = _read_shard_details(folder, shard_fingerprint)
+    if "file" in details:
+        check_file(folder / f"{shard_fingerprint}.npy", details["file"], _REMEDY)
+
+
+class _Table(NamedTuple):
+    """What a store needs of all its shards' details; derived from them, so that a damaged one is dropped."""
+
+    samples: np.ndarray  # (n_shards,) int64
+    size: np.ndarray  # (n_shards,) int64, bytes of the file; -1 where that was not written down
+    crc32: np.ndarray  # (n_shards,) int64, of the file
+    failed: np.ndarray  # int64, the rows left out, ascending
+
+
+def _table_path(folder: Path, store_fingerprint: str) -> Path:
+    return folder / ".pools" / f"{store_fingerprint}.npz"
+
+
+def _shard_table(folder: Path, store_fingerprint: str, shards: Sequence[str]) -> _Table:
+    path = _table_path(folder, store_fingerprint)
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            table = _Table(*(saved[name] for name in _Table._fields))
+        if len(table.samples) == len(shards):
+            return table
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        pass  # not there yet, or damaged: the archive has checksums of its own
+    details = [_read_shard_details(folder, name) for name in shards]
+    samples = np.array([item["samples"] for item in details], np.int64)
+    starts = np.cumsum(samples) - samples
+    seals = [item.get("file", {"bytes": -1, "crc32": 0}) for item in details]
+    table = _Table(
+        samples=samples,
+        size=np.array([seal["bytes"] for seal in seals], np.int64),
+        crc32=np.array([seal["crc32"] for seal in seals], np.int64),
+        failed=np.array(
+            [
+                start + place
+                for start, item in zip(starts, details, strict=True)
+                for place in sorted(failure["place"] for failure in item["failures"])
+            ],
+            np.int64,
+        ),
+    )
+    # Where it cannot be kept, the next opening reads the details again.
+    with contextlib.suppress(CacheError), atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **table._asdict())
+    return table
 
 
 def write_shard(
@@ -184,16 +306,17 @@ def write_shard(
         failures: `place` in the shard, `shard`, `key` and `reason` of each sample left out.
         origin: what the manifest says of where the rows come from.
     """
-    atomic_save(folder / f"{shard_fingerprint}.npy", rows)
-    content = {"format": FORMAT_VERSION, "samples": len(rows), "failures": failures, **origin}
-    atomic_write_json(folder / f"{shard_fingerprint}.json", content)
+    with atomic_path(folder / f"{shard_fingerprint}.npy") as temporary:
+        with open(temporary, "wb") as file:
+            np.save(file, rows, allow_pickle=False)
+        seal = file_seal(temporary)
+    content = {"format": FORMAT_VERSION, "samples": len(rows), "failures": failures, "file": seal, **origin}
+    atomic_write_json(folder / f"{shard_fingerprint}.json", sealed(content))
 
 
 def _read_shard_details(folder: Path, shard_fingerprint: str) -> dict[str, Any]:
     path = folder / f"{shard_fingerprint}.json"
-    details = read_json(path)
+    details = read_json(path, _REMEDY)
     if details.get("format") != FORMAT_VERSION:
-        raise CacheError(
-            f"{path}: written in cache format {details.get('format')!r}; remove its folder to rebuild it"
-        )
+        raise CacheError(f"{path}: written in cache format {details.get('format')!r}; {_REMEDY}")
     return details

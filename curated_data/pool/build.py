@@ -134,8 +134,8 @@ def _each(
                     yield tasks[done], done.result()
                     advance()
             except BrokenProcessPool as error:
-                raise RuntimeError(
-                    "an indexing process was killed (out of memory?); run again to go on"
+                raise PoolError(
+                    "an indexing process was killed, for want of memory most likely; run again to go on"
                 ) from error
             finally:
                 executor.shutdown(wait=True, cancel_futures=True)

@@ -8,13 +8,15 @@ samples are a handful of memory maps and no Python object each.
 import logging
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from curated_data.cache import atomic_path, read_manifest, write_manifest
+from curated_data.cache import atomic_path, read_array, read_manifest, write_manifest
 from curated_data.errors import CacheError, PoolError
 from curated_data.pool.tar import Source, local_source, read_members
 
@@ -152,11 +154,13 @@ def load_shard_index(folder: Path) -> ShardIndex:
         CacheError: missing, damaged, or written by another version.
     """
     manifest = read_manifest(folder, STAGE)
-    try:
+    try:  # the archive has checksums of its own
         with np.load(folder / "arrays.npz", allow_pickle=False) as arrays:
             return ShardIndex(manifest["extensions"], **{name: arrays[name] for name in _ARRAYS})
-    except (OSError, ValueError, KeyError) as error:
-        raise CacheError(f"{folder}: damaged ({error}); remove it to index the shard again") from error
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise CacheError(
+            f"{folder / 'arrays.npz'}: damaged ({error}); remove {folder} to index the shard again"
+        ) from error
 
 
 def concatenate(indexes: Sequence[ShardIndex]) -> PoolIndex:
@@ -227,18 +231,19 @@ def load_pool_index(folder: Path) -> PoolIndex:
     try:
         arrays = {
             # A plain view of the map: np.memmap's own indexing costs microseconds a call.
-            name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
+            name: np.asarray(read_array(folder, name, manifest, memory_map=True))
             for name in (*_ARRAYS, "shard_start")
         }
+        _check_layout(folder, arrays, len(manifest["shards"]), manifest["n_samples"])
         return PoolIndex(
             manifest["extensions"],
             **arrays,
             n_duplicate_keys=manifest["n_duplicate_keys"],
             duplicate_example=manifest["duplicate_example"],
         )
-    except (OSError, ValueError, KeyError) as error:
+    except KeyError as error:
         raise CacheError(
-            f"{folder}: damaged ({error}); remove it to rebuild it from the shards' indexes"
+            f"{folder}: damaged (it lacks {error}); remove it to rebuild it from the shards' indexes"
         ) from error
 
 
@@ -340,6 +345,17 @@ def _layout(n_samples: int, n_members: int, n_key_bytes: int) -> dict[str, tuple
         "member_offset": (np.int64, (n_members,)),
         "member_size": (np.int64, (n_members,)),
     }
+
+
+def _check_layout(folder: Path, arrays: dict[str, np.ndarray], n_shards: int, n_samples: int) -> None:
+    """That mapped arrays, of which the sizes alone were looked at, have the form that was written."""
+    layout = _layout(n_samples, arrays["member_size"].size, arrays["key_bytes"].size)
+    for name, (dtype, shape) in (layout | {"shard_start": (np.int64, (n_shards + 1,))}).items():
+        if arrays[name].dtype != dtype or arrays[name].shape != shape:
+            raise CacheError(
+                f"{folder / name}.npy: holds {arrays[name].dtype} {arrays[name].shape}, expected "
+                f"{np.dtype(dtype)} {shape}; remove {folder} to rebuild it from the shards' indexes"
+            )
 
 
 def _empty_arrays(indexes: Sequence[ShardIndex]) -> dict[str, np.ndarray]:

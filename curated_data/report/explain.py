@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from curated_data.cache import read_array, read_manifest
+
 if TYPE_CHECKING:
     from curated_data.pipeline import Curation
 
@@ -67,8 +69,8 @@ def _kept_copy(curation: "Curation", sample: int) -> str:
     folder = curation.folders.get("near_duplicates")
     if folder is None:
         return "the clustering excluded it"
-    group = np.load(folder / "group.npy", mmap_mode="r", allow_pickle=False)
-    keep = np.load(folder / "keep.npy", mmap_mode="r", allow_pickle=False)
+    manifest = read_manifest(folder, "near_duplicates")
+    group, keep = (read_array(folder, name, manifest, memory_map=True) for name in ("group", "keep"))
     kept = np.flatnonzero((group == group[sample]) & keep)
     if group[sample] < 0 or not len(kept):
         return "it was left out before the clustering"

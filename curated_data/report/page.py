@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from curated_data.cache import atomic_path
+from curated_data.cache import atomic_path, read_array, read_manifest
 from curated_data.report import metrics
 from curated_data.report.examples import cluster_rows, random_subset, thumbnails
 
@@ -281,8 +281,8 @@ def _duplicates(curation: "Curation", images: _Images, n_groups: int = 12) -> di
     folder = curation.folders.get("near_duplicates")
     if folder is None:
         return None
-    keep = np.load(folder / "keep.npy", allow_pickle=False)
-    group = np.load(folder / "group.npy", allow_pickle=False)
+    manifest = read_manifest(folder, "near_duplicates")
+    keep, group = (read_array(folder, name, manifest) for name in ("keep", "group"))
     members = np.bincount(group[group >= 0], minlength=len(group))
     largest = np.argsort(-members, kind="stable")[:n_groups]
     groups = []

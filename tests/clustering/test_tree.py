@@ -1,11 +1,9 @@
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curated_data.cache import atomic_write_json
+from curated_data.cache import atomic_write_json, read_json, sealed
 from curated_data.clustering.tree import ClusterTree, take_groups
 from curated_data.errors import CacheError
 
@@ -127,17 +125,20 @@ def test_load_refuses_what_is_damaged_or_foreign(tmp_path):
     tree.save(tmp_path / "torn")
     data = (tmp_path / "torn" / "parent_1.npy").read_bytes()
     (tmp_path / "torn" / "parent_1.npy").write_bytes(data[: len(data) // 2])
-    with pytest.raises(CacheError, match=r"parent_1\.npy: cannot be read"):
+    with pytest.raises(CacheError, match=r"parent_1\.npy: damaged .*remove .*torn"):
         ClusterTree.load(tmp_path / "torn")
     tree.save(tmp_path / "pickled")
     np.save(tmp_path / "pickled" / "parent_1.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(CacheError, match=r"parent_1\.npy"):
         ClusterTree.load(tmp_path / "pickled")
     tree.save(tmp_path / "other")
-    manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
+    manifest = read_json(tmp_path / "other" / "manifest.json")
     atomic_write_json(tmp_path / "other" / "manifest.json", manifest | {"format": 999})
     with pytest.raises(CacheError, match=r"999"):
         ClusterTree.load(tmp_path / "other")
-    atomic_write_json(tmp_path / "other" / "manifest.json", manifest | {"n_samples": 7})
+    atomic_write_json(tmp_path / "other" / "manifest.json", sealed(manifest) | {"n_samples": 7})
+    with pytest.raises(CacheError, match=r"its checksum differs"):
+        ClusterTree.load(tmp_path / "other")
+    atomic_write_json(tmp_path / "other" / "manifest.json", sealed(manifest | {"n_samples": 7}))
     with pytest.raises(CacheError, match=r"do not match"):
         ClusterTree.load(tmp_path / "other")

@@ -183,7 +183,7 @@ def test_damaged_files_of_the_store_are_named(write_pool, tmp_path, embedder):
     array = store.folder / f"{pool.shard_fingerprints[0]}.npy"
     array.write_bytes(array.read_bytes()[:40])
     again = EmbeddingStore(store.folder, pool.shard_fingerprints, 3, "float16")
-    with pytest.raises(CacheError, match=r"remove it and its .json to embed its shard again"):
+    with pytest.raises(CacheError, match=r"remove the shard's .npy and .json there"):
         again.rows([0])
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from curated_data.cache import write_manifest
 from curated_data.clustering.tree import ClusterTree
 from curated_data.pool import ShardPool, ShardWriter
 from curated_data.report import metrics
@@ -36,6 +37,7 @@ def curation(small, tmp_path_factory):
     found = near_duplicates(small.x, threshold=0.9999, valid=small.tree.parent[1] >= 0)
     np.save(folder / "keep.npy", found.keep)
     np.save(folder / "group.npy", found.group)
+    write_manifest(folder, "near_duplicates", {})
     return SimpleNamespace(
         ids=small.ids,
         tree=small.tree,

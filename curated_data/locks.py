@@ -1,0 +1,166 @@
+"""Locks across processes and hosts, and the one clear error where a folder refuses to be written."""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from curated_data.errors import CacheError
+
+log = logging.getLogger(__name__)
+
+_POLL = 0.2  # seconds between looks at a lock; no blocking call, so that Ctrl-C works and no wake-up is lost
+_REMIND = 600.0  # seconds between log lines of one that waits
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_HANDLES = (errno.EMFILE, errno.ENFILE)
+_REFUSED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE),
+)
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def locked(path: Path | str, *, wait: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock on a file beside `path`, across processes; yields whether it is held.
+
+    With `wait=False` it yields False at once where another process holds it: that process is at work, take
+    another piece. The kernel drops the lock when its holder dies, on a network file system when the holder's
+    host is known to be gone. The lock file goes with the lock; whoever removes one by hand breaks the lock.
+
+    Raises:
+        CacheError: the lock file cannot be written, or the file system has no locks.
+    """
+    lock = Path(path).parent / ".locks" / f"{Path(path).name}.lock"
+    with writable(lock.parent, makes_folder=True):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    handle = _acquire(lock, wait)
+    if handle is None:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with contextlib.suppress(OSError):
+            if _is_same(handle, lock):
+                lock.unlink()  # before the lock is dropped: who opens the path now makes a file of its own
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it to children forked meanwhile
+        os.close(handle)
+
+
+def is_locked(path: Path | str) -> bool:
+    """Whether some process holds the lock of `path` now."""
+    try:
+        handle = os.open(Path(path).parent / ".locks" / f"{Path(path).name}.lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return not _try_lock(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_if_free(lock: Path, older_than: float) -> None:
+    """Remove a lock file that a killed process left before a time, if no process holds it."""
+    with contextlib.suppress(OSError):
+        if lock.stat().st_mtime >= older_than:
+            return
+        handle = os.open(lock, os.O_RDWR)
+        try:
+            if _try_lock(handle) and _is_same(handle, lock):
+                lock.unlink()
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def writable(path: Path, makes_folder: bool = False) -> Iterator[None]:
+    """Turn the system's refusals to write below `path` into one clear error.
+
+    Where the block only makes the folder, "no such file" is such a refusal too, as below /proc.
+    """
+    try:
+        yield
+    except OSError as error:
+        code = error.errno
+        if code in _FULL or (code is None and " requested and " in str(error)):  # numpy's own short write
+            raise CacheError(
+                f"{path}: no space left ({error}); free some, or give another cache_dir"
+            ) from error
+        if code in _HANDLES:
+            raise CacheError(f"{path}: too many open files ({error}); raise `ulimit -n`") from error
+        if code in _REFUSED or (makes_folder and code in (errno.ENOENT, errno.EEXIST)):
+            raise CacheError(f"{path}: cannot be written ({error}); give a cache_dir that can be") from error
+        raise
+
+
+def _acquire(lock: Path, wait: bool) -> int | None:
+    """A handle that holds the lock on the file at `lock`; None where another holds it and we do not wait."""
+    started, reminded = time.monotonic(), None
+    while True:
+        with writable(lock):
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            held = _try_lock(handle)
+            if held and _is_same(handle, lock):  # else its last holder removed the file as we opened it
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"{socket.gethostname()} pid {os.getpid()}".encode(), 0)
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        holder = "" if held else _holder(handle)
+        os.close(handle)
+        if held:
+            continue
+        if not wait:
+            return None
+        now = time.monotonic()
+        if reminded is None or now - reminded > _REMIND:
+            reminded = now
+            name = lock.name.removesuffix(".lock")
+            log.info(
+                "waiting for %s, which builds %s%s",
+                holder,
+                name,
+                f", since {(now - started) / 60:.0f} min; if it is gone for good, remove {lock}"
+                if now - started > _REMIND
+                else "",
+            )
+        time.sleep(_POLL)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if error.errno in _NO_LOCKS:
+            raise CacheError(
+                f"file locks are refused ({error}) in the cache's file system; mount it with locks (Lustre: "
+                "-o flock), or give a cache_dir elsewhere"
+            ) from error
+        raise
+    return True
+
+
+def _is_same(handle: int, path: Path) -> bool:
+    """Whether the open file is the one that stands at the path."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except OSError:  # removed, or stale on a network file system
+        return False
+
+
+def _holder(handle: int) -> str:
+    try:
+        return os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+    except OSError:
+        return "another process"

@@ -1,0 +1,108 @@
+"""How the ranks of a group learn what rank zero does, for hours, without a collective call that would time
+out.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from curated_data.locks import is_locked, locked
+
+_BEAT = 10.0  # seconds between signs of life
+_SILENCE = 600.0  # seconds without one after which rank zero counts as dead
+_POLL = 0.05
+
+
+class Sign:
+    """A line that one process shows and others watch, through a file that all of them see.
+
+    Beside the line stands a number that goes up, a sign of life; on the same host, a lock tells more quickly
+    that the process has died. (Across hosts it would not do: some file systems lock within each host alone.)
+
+    Args:
+        path: a name of its own for each use; nothing is written there but in `.locks` beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.parent / ".locks" / f"{path.name}.sign"
+        self._said = "wait"
+        self._beats = 0
+        self._writing = threading.Lock()
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the sign for the block. What the block raises is said to the others, then raised."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(_BEAT):
+                with contextlib.suppress(OSError):  # a moment's trouble; a lasting one shows elsewhere
+                    self._write()
+
+        with locked(self.path):
+            self.say(self._said)
+            thread = threading.Thread(target=beat, daemon=True)
+            thread.start()
+            try:
+                yield
+            except BaseException as error:
+                with contextlib.suppress(OSError):
+                    self.say(f"failed: {type(error).__name__}: {error}")
+                raise
+            else:
+                self._file.unlink(missing_ok=True)
+            finally:
+                ended.set()
+                thread.join()
+
+    def say(self, line: str) -> None:
+        """Change the line."""
+        self._said = line
+        self._write()
+
+    def wait_for(self, is_due: Callable[[str], bool]) -> str:
+        """Watch until `is_due(line)`; returns the line.
+
+        Raises:
+            RuntimeError: who shows it failed, or died.
+        """
+        beats, since = -1, time.monotonic()
+        while True:
+            line, found, host = self._read()
+            is_near = host == socket.gethostname()
+            died = is_near and not is_locked(self.path)
+            if died:  # or done: what it said last counts, and what it left
+                line, *_ = self._read()
+            if is_due(line):
+                return line
+            if line.startswith("failed"):
+                raise RuntimeError(f"rank 0 {line} (while it built {self.path.parent.name}/{self.path.name})")
+            if found != beats:
+                beats, since = found, time.monotonic()
+            if died or time.monotonic() - since > _SILENCE:
+                raise RuntimeError(
+                    f"rank 0 died or hangs (while it built {self.path.parent.name}/{self.path.name}); see "
+                    "its output, and start all ranks again to go on"
+                )
+            time.sleep(_POLL)
+
+    def _write(self) -> None:
+        with self._writing:
+            self._beats += 1
+            content = f"{socket.gethostname()}\n{self._beats}\n{self._said}"
+            temporary = self._file.with_name(f".tmp-{os.getpid()}-{self._file.name}")
+            temporary.write_text(content)
+            os.replace(temporary, self._file)
+
+    def _read(self) -> tuple[str, int, str]:
+        """The line, the number and the host; of a sign that is not or no longer there, an empty line."""
+        try:
+            host, beats, line = self._file.read_text().split("\n", 2)
+        except (OSError, ValueError):
+            return "", -1, ""
+        return line, int(beats), host
