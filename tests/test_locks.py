@@ -1,0 +1,130 @@
+"""Locks: one holder at a time however many processes come and go, and nothing left behind."""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import multiprocessing
+import multiprocessing.dummy
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from curated_data import ShardPool, locks
+from curated_data.cache import atomic_save, open_cache
+from curated_data.embedding import embed_pool, resolve_embedder
+from curated_data.errors import CacheError
+from curated_data.locks import is_locked, locked
+
+CONTEXT = multiprocessing.get_context("fork")
+
+
+def _count(folder: Path, times: int) -> None:
+    for _ in range(times):
+        with locked(folder / "counter"):
+            value = int((folder / "value").read_text())
+            time.sleep(0.0005)
+            (folder / "value").write_text(str(value + 1))
+
+
+def test_no_two_hold_a_lock_whose_file_comes_and_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "_POLL", 0.0)
+    (tmp_path / "value").write_text("0")
+    processes = [CONTEXT.Process(target=_count, args=(tmp_path, 100)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert (tmp_path / "value").read_text() == "400"
+    assert list((tmp_path / ".locks").iterdir()) == []
+
+
+def test_a_lock_is_seen_refused_and_broken_by_hand(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "_REMIND", 0.3)
+    assert not is_locked(tmp_path / "a")
+    with locked(tmp_path / "a"):
+        assert is_locked(tmp_path / "a")
+        with locked(tmp_path / "a", wait=False) as held:
+            assert not held
+        (lock,) = (tmp_path / ".locks").iterdir()
+
+        def wait():
+            with caplog.at_level(logging.INFO), locked(tmp_path / "a"):
+                pass
+
+        waiting = multiprocessing.dummy.Process(target=wait)
+        waiting.start()
+        time.sleep(1)
+        assert waiting.is_alive()
+        lock.unlink()  # as the log says to do where the holder's host is gone for good
+        waiting.join(5)
+        assert not waiting.is_alive()
+    assert f"pid {os.getpid()}, which builds a" in caplog.text
+    assert f"if it is gone for good, remove {lock}" in caplog.text
+    assert list((tmp_path / ".locks").iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(handle, operation):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.raises(CacheError, match=r"file locks are refused .*give a cache_dir elsewhere"),
+        locked(tmp_path / "a"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, "no space left .*free some"),
+        (errno.EFBIG, "no space left"),
+        (errno.EMFILE, "too many open files .*ulimit -n"),
+        (errno.EIO, "cannot be written"),
+        (errno.EROFS, "cannot be written .*give a cache_dir that can be"),
+    ],
+)
+def test_what_the_system_refuses_is_one_error(code, message, tmp_path, monkeypatch):
+    def refuse(path):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(CacheError, match=message):
+        atomic_save(tmp_path / "a.npy", np.zeros(3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def _embed(shards, root, start):
+    start.wait()
+    embed_pool(ShardPool(shards), resolve_embedder("pixels:2"), root, num_workers=1, batch_size=64)
+
+
+def test_runs_that_wait_for_several_shards_never_wait_for_each_other(write_pool, tmp_path):
+    """Each fetches ahead, so it holds one shard while it waits for the next: all must go in one order."""
+    shards, root = write_pool([3, 3, 3, 3]), open_cache(tmp_path / "cache")
+    pool = ShardPool(shards)
+    folder = embed_pool(pool, resolve_embedder("pixels:2"), root, num_workers=0).folder
+    for path in [*folder.glob("*.npy"), *folder.glob("*.json")]:
+        path.unlink()
+    start = CONTEXT.Event()
+    with contextlib.ExitStack() as held:
+        for name in pool.shard_fingerprints:
+            held.enter_context(locked(folder / name))
+        orders = (shards, shards[::-1])
+        processes = [CONTEXT.Process(target=_embed, args=(order, root, start)) for order in orders]
+        for process in processes:
+            process.start()
+        start.set()
+        time.sleep(2)  # both have passed by and wait now
+    for process in processes:
+        process.join(30)
+        alive = process.is_alive()
+        process.kill()
+        assert not alive, "the runs wait for each other"
+        assert process.exitcode == 0
