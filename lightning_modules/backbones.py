@@ -1,11 +1,10 @@
-"""Feature networks: any network of timm or torchvision without its classifier, and narrow ResNets.
+"""Feature networks by name: any network of timm or torchvision without its classifier, or our own ResNets.
 
 `build_backbone("timm:vit_small_patch16_224", image_size=96, patch_size=8)` gives a `Backbone`: images
 (B, 3, S, S) in, features (B, dimension) out.
 """
 
 import difflib
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,12 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from lightning_modules.resnet import RESNETS, ResNet, use_small_stem
 from lightning_modules.vit import encode
-
-log = logging.getLogger(__name__)
-
-# Blocks a stage. ResNet-10 has half the blocks of ResNet-18: for small images on small machines.
-RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
-    "resnet10": (BasicBlock, (1, 1, 1, 1)),
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-}
+from lightning_modules.weights import load_weights
 
 
 def build_backbone(
@@ -70,10 +60,10 @@ def build_backbone(
         build = _build_torchvision if source == "torchvision" else _build_timm
         net = build(model, image_size, from_hub, options)
         if small_images:
-            _use_small_stem(net, name)
+            use_small_stem(net, name)
     backbone = Backbone(net, name=name, image_size=image_size or _default_image_size(net))
     if pretrained and not from_hub:
-        load_weights(backbone, pretrained)
+        load_weights(net, pretrained, name=name)
     backbone.freeze(frozen_blocks)
     return backbone
 
@@ -206,96 +196,6 @@ class Backbone(nn.Module):
         return features.shape[1]
 
 
-class ResNet(nn.Module):
-    """A ResNet without classifier, of any width; torchvision's weights fit at width 64.
-
-    Args:
-        depth: a key of `RESNETS`.
-        width: channels of the first stage; each later stage doubles them.
-        small_images: 3x3 first convolution with stride 1 and no max-pool (He et al. 2016, section 4.2).
-    """
-
-    def __init__(self, depth: str = "resnet18", *, width: int = 64, small_images: bool = False) -> None:
-        super().__init__()
-        block, n_blocks = RESNETS[depth]
-        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        if small_images:
-            _use_small_stem(self, depth)
-        channels = width
-        for stage, n in enumerate(n_blocks):
-            inner = width * 2**stage
-            layers = []
-            for i in range(n):
-                stride = 2 if i == 0 and stage > 0 else 1
-                outer = inner * block.expansion
-                shortcut = None
-                if stride != 1 or channels != outer:
-                    shortcut = nn.Sequential(
-                        nn.Conv2d(channels, outer, 1, stride, bias=False), nn.BatchNorm2d(outer)
-                    )
-                layers.append(block(channels, inner, stride, shortcut))
-                channels = outer
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.avgpool(x).flatten(1)
-
-
-def load_weights(backbone: Backbone, path: str | Path) -> None:
-    """Load a file of weights into a backbone; classifier weights and common prefixes in it are put aside.
-
-    Raises:
-        ValueError: no such file, not a file of tensors, or weights of another network (names some of them).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(
-            f"pretrained {str(path)!r}: no such file; give a .pth, .pt, .ckpt or .safetensors file"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a truncated zip, a pickle, a text file: torch raises many kinds
-        raise ValueError(
-            f"pretrained {str(path)!r}: not a file of tensors that can be read safely ({error})"
-        ) from error
-    state = _state_dict_of(content)
-    if not state:
-        raise ValueError(f"pretrained {str(path)!r}: holds no state dict")
-    expected = backbone.net.state_dict()
-    state = _strip_prefixes(state, expected)
-    if isinstance(
-        backbone.net, VisionTransformer
-    ):  # resamples position embeddings to another grid, renames DINOv2's own
-        state = checkpoint_filter_fn(state, backbone.net)
-    missing = [key for key in expected if key not in state]
-    wrong = [k for k in expected if k in state and state[k].shape != expected[k].shape]
-    if missing or wrong:
-        shown = [
-            *missing[:3],
-            *(f"{k} {tuple(state[k].shape)} != {tuple(expected[k].shape)}" for k in wrong[:3]),
-        ]
-        raise ValueError(
-            f"pretrained {str(path)!r} does not fit backbone {backbone.name!r}: "
-            f"{len(missing)} weights missing, {len(wrong)} of another shape, for example {shown}"
-        )
-    backbone.net.load_state_dict({key: state[key] for key in expected})
-    log.info("backbone %s: weights of %s", backbone.name, path)
-
-
 def _build_timm(model: str, image_size: int | None, from_hub: bool, options: Mapping[str, Any]) -> nn.Module:
     base = model.split(".")[0]
     if not timm.is_model(base):
@@ -355,21 +255,6 @@ def _build_torchvision(
     return net
 
 
-def _use_small_stem(net: nn.Module, name: str) -> None:
-    """Put a 3x3 convolution of stride 1 for a ResNet's first convolution and max-pool."""
-    first = getattr(net, "conv1", None)
-    if not isinstance(first, nn.Conv2d) or not hasattr(net, "maxpool"):
-        raise ValueError(
-            f"small_images: backbone {name!r} has no ResNet stem (conv1, maxpool) to replace; "
-            "use a ResNet, or a transformer with a small patch_size"
-        )
-    net.conv1 = nn.Conv2d(
-        first.in_channels, first.out_channels, 3, stride=1, padding=1, bias=first.bias is not None
-    )
-    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-    net.maxpool = nn.Identity()
-
-
 def _blocks(net: nn.Module) -> list[nn.Module]:
     stages = [
         getattr(net, f"layer{i}")
@@ -406,29 +291,6 @@ def _default_image_size(net: nn.Module) -> int:
     if size is None:
         size = (getattr(net, "default_cfg", None) or {}).get("input_size", (3, 224, 224))[-1]
     return size[0] if isinstance(size, Sequence) else size
-
-
-def _state_dict_of(content: Any) -> dict[str, Tensor]:
-    """The tensors of a state dict, or of the one inside a usual checkpoint."""
-    if not isinstance(content, Mapping):
-        return {}
-    for key in ("state_dict", "model", "teacher", "model_state_dict"):
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    return {k: v for k, v in content.items() if isinstance(v, Tensor)}
-
-
-def _strip_prefixes(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the leading components that make most names fit."""
-    best, best_hits = state, sum(key in state for key in expected)
-    prefixes = {key[: -len(name)] for name in list(expected)[:3] for key in state if key.endswith("." + name)}
-    for prefix in sorted(prefixes):
-        stripped = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        hits = sum(key in stripped for key in expected)
-        if hits > best_hits:
-            best, best_hits = stripped, hits
-    return best
 
 
 def _hub_help(name: str, error: Exception, where: str | None) -> str:

@@ -10,8 +10,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from lightning_modules.backbones import RESNETS, build_backbone
+from lightning_modules.backbones import build_backbone
 from lightning_modules.optim import build_optimizer, parameter_groups
+from lightning_modules.resnet import RESNETS
 from lightning_modules.schedules import warmup_cosine
 
 SMALL_IMAGES = 64  # up to so many pixels, networks made for 224 get a finer stem
