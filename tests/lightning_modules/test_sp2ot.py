@@ -204,6 +204,35 @@ def test_resumes_exactly(tmp_path):
     assert whole.best == resumed.best
 
 
+class Stop(L.Callback):
+    """Save after so many batches, and stop there as a kill would."""
+
+    def __init__(self, batches: int, path: str) -> None:
+        self.left, self.path = batches, path
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        self.left -= 1
+        if not self.left:
+            trainer.save_checkpoint(self.path)
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("method", "stop"), [("sp2ot", 6), ("p2ot", 3)])
+def test_resumes_exactly_within_an_epoch(tmp_path, method, stop):
+    # The same sixteen samples in every batch: a stock loader starts anew within an epoch, and what is tested
+    # is the module, whose buffer, potentials, ρ and selection go on.
+    same = DataLoader(Patches(), 16, sampler=list(range(0, 64, 4)) * 4)
+    path = str(tmp_path / "stopped.ckpt")
+    whole, resumed = module(method=method), module(method=method)
+    trainer(tmp_path, 3).fit(whole, same)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer(tmp_path, 3, callbacks=[Stop(stop, path)]).fit(module(method=method), same)
+    trainer(tmp_path, 3).fit(resumed, same, ckpt_path=path)
+    for (name, want), got in zip(whole.state_dict().items(), resumed.state_dict().values()):
+        assert torch.equal(want, got), name
+    assert whole.best == resumed.best
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
