@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _pool_command(commands, "report", "write one HTML page about a curation", _report)
     _curation_options(command)
     command.add_argument("--out", default="report.html", help="the page to write (default: %(default)s)")
+    command.add_argument("--title", default="Curation report", help="of the page (default: %(default)s)")
     command.add_argument(
         "--coordinates",
         metavar="FILE.npy",
@@ -309,7 +310,7 @@ def _report(parsed: argparse.Namespace) -> None:
     arrays = {name: _array(getattr(parsed, name), name) for name in ("coordinates", "labels")}
     names = _class_names(parsed.class_names)
     pool, curation = _run_curation(parsed)
-    print(write_report(curation, pool, parsed.out, class_names=names, **arrays))
+    print(write_report(curation, pool, parsed.out, title=parsed.title, class_names=names, **arrays))
 
 
 def _array(path: str | None, name: str) -> Any:

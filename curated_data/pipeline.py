@@ -30,11 +30,12 @@ from curated_data.errors import ConfigError, PoolError
 from curated_data.pool import ShardPool
 from curated_data.report.metrics import cluster_balance
 from curated_data.selection.near_duplicates import exact_groups, image_contents, near_duplicates
+from curated_data.selection.removed import Removed
 from curated_data.selection.sampling import flat_sample, hierarchical_sample
 
 log = logging.getLogger(__name__)
 
-VERSIONS = {"near_duplicates": 1, "tree": 3, "selection": 1}
+VERSIONS = {"near_duplicates": 2, "tree": 3, "selection": 1}
 """Raised when a stage computes something else from the same inputs: its older artifacts are then stale."""
 
 
@@ -192,12 +193,13 @@ def _near_duplicates(
             prefer=None if contents is None else contents.n_pixels,
             held_out=None if held_out is None else held_out.as_array()[held_out.valid],
         )
-        np.save(folder / "keep.npy", found.keep)
-        np.save(folder / "group.npy", found.group)
+        match = found.held_out_match
+        if held_out is not None:  # rows that were compared, as samples of the held-out pool
+            match = np.where(match >= 0, np.flatnonzero(held_out.valid)[match], -1)
+        Removed(found.keep, found.group, match).save(folder)
         removed = int((valid & ~found.keep).sum())
-        write_manifest(
-            folder, "near_duplicates", {"inputs": origin, "settings": settings, "removed": removed}
-        )
+        counts = {"removed": removed, "held_out_matches": int((match >= 0).sum())}
+        write_manifest(folder, "near_duplicates", {"inputs": origin, "settings": settings} | counts)
         log.info("near-duplicates: %d samples removed", removed)
 
     return build_once(root / "near_duplicates" / name, build)

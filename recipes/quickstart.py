@@ -13,10 +13,11 @@ Any shards of images:
 Prints one table: how balanced the pool, a random selection and the curated one are, and the k-NN accuracy of
 SimCLR pretrained on either, over all classes and over the rarest three. The k-NN bank is the whole labelled
 pool for both models, so that only their features differ. A pool without labels is curated and drawn, not
-compared. A second run finds everything cached.
+compared. Beside the table: two figures, and the report page. A second run finds everything cached.
 """
 
 import argparse
+import json
 import logging
 import sys
 import time
@@ -40,14 +41,14 @@ from curated_data.progress import log_to_terminal
 from curated_data.report import figures
 from curated_data.report.examples import cluster_rows
 from curated_data.report.metrics import class_balance
+from curated_data.report.page import write_report
 from lightning_modules import SimCLR
 from lightning_modules.evaluation.knn import knn
 
 log = logging.getLogger("quickstart")
 
 FASHION = Path(__file__).parent / "data" / "fashion-lt50"
-FASHION_CLASSES = ["T-shirt", "trouser", "pullover", "dress", "coat"]
-FASHION_CLASSES += ["sandal", "shirt", "sneaker", "bag", "boot"]
+FASHION_CLASSES = json.loads((FASHION / "classes.json").read_text())
 CIFAR_CLASSES = ["aeroplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "lorry"]
 BATCH_SIZE = 64
 RAREST = 3
@@ -124,6 +125,7 @@ def run(options: argparse.Namespace) -> None:
     print_table(rows, caption)
     for path in draw(out, pool, curation, labels, chosen, data):
         print(f"figure: {path}")
+    print(f"report: {write_report(curation, pool, out / 'report.html', class_names=data.class_names)}")
     print(f"cache:  {cache}")
     seconds = time.monotonic() - started
     print(f"everything was found in the cache, {seconds:.0f} s" if all_cached else f"{seconds:.0f} s in all")

@@ -11,6 +11,7 @@ import torch
 
 from curated_data import ClusterTree, CurationConfig, Level, ShardPool, curate
 from curated_data.errors import CacheError, ConfigError, PoolError
+from curated_data.selection.removed import Removed
 from tests.processes import run_ranks
 
 LEVELS = [{"n_clusters": 12, "n_resamples": 2, "sample_size": 3}, {"n_clusters": 4}]
@@ -110,6 +111,9 @@ def test_held_out_images_leave_the_pool_and_the_largest_copy_stays(write_pool, t
     # The held-out shard begins with the very images that the pool begins with.
     assert set(range(40)) - set(found.ids) == {0, 1, 2, 4}
     assert found.report["near_duplicates"] == 4
+    removed = Removed.load(found.folders["near_duplicates"])
+    assert removed.held_out[:4].tolist() == [0, 1, 2, -1]
+    assert removed.copy_of(np.array([0, 3, 4])).tolist() == [-1, -1, 27]
 
 
 def test_derived_levels_and_every_form_of_pool(write_pool, tmp_path):

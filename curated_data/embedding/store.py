@@ -82,6 +82,11 @@ class EmbeddingStore:
         return store_fingerprint(self.folder, self.shard_fingerprints, self.dtype)
 
     @property
+    def embedder(self) -> str:
+        """The name of what embedded the shards, for people: `fingerprint` is what tells embedders apart."""
+        return ", ".join(sorted({details["embedder"] for details in self._details if "embedder" in details}))
+
+    @property
     def valid(self) -> np.ndarray:
         """(n,) bool: False where a sample could not be decoded or its embedding is not finite."""
         mask = np.ones(len(self), bool)

@@ -47,14 +47,15 @@ def cluster_rows(
     n_clusters: int = 4,
     n_images: int = 8,
     exclude: Sequence[int] = (),
+    least: int = 1,
     seed: int = 0,
 ) -> list[ClusterRow]:
     """Clusters worth looking at, with random examples of what they kept and dropped.
 
     Args:
-        choose: the clusters with the most samples, with the fewest (but one), or with the largest share
-            dropped.
+        choose: the clusters with the most samples, with the fewest, or with the largest share dropped.
         exclude: clusters to pass over, such as those shown already.
+        least: samples that a cluster must hold to be shown.
         n_images: examples of each kind.
     """
     sizes = tree.sizes(level)
@@ -63,7 +64,7 @@ def cluster_rows(
     if key is None:
         raise ValueError(f"choose={choose!r}: give 'largest', 'smallest' or 'most cut'")
     order = np.lexsort((-sizes, key))
-    order = order[(sizes[order] > 0) & ~np.isin(order, list(exclude))][:n_clusters]
+    order = order[(sizes[order] >= max(least, 1)) & ~np.isin(order, list(exclude))][:n_clusters]
     kept_mask = np.zeros(tree.n_samples, bool)
     kept_mask[ids] = True
     rows = []

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from curated_data.cache import read_array, read_manifest
+from curated_data.selection.removed import Removed
 
 if TYPE_CHECKING:
     from curated_data.pipeline import Curation
@@ -27,7 +27,7 @@ def explain(curation: "Curation", sample: int) -> list[str]:
     if failure is not None:
         return [f"Sample {sample} took no part: {failure['reason']}."]
     if tree.parent[1][sample] < 0:
-        return [f"Sample {sample} took no part: {_kept_copy(curation, sample)}."]
+        return [f"Sample {sample} took no part: {_why_removed(curation, sample)}."]
 
     path = []
     node = sample
@@ -65,13 +65,14 @@ def explain(curation: "Curation", sample: int) -> list[str]:
     return lines
 
 
-def _kept_copy(curation: "Curation", sample: int) -> str:
+def _why_removed(curation: "Curation", sample: int) -> str:
     folder = curation.folders.get("near_duplicates")
     if folder is None:
         return "the clustering excluded it"
-    manifest = read_manifest(folder, "near_duplicates")
-    group, keep = (read_array(folder, name, manifest, memory_map=True) for name in ("group", "keep"))
-    kept = np.flatnonzero((group == group[sample]) & keep)
-    if group[sample] < 0 or not len(kept):
+    removed = Removed.load(folder)
+    if removed.held_out[sample] >= 0:
+        return f"it is a near-duplicate of sample {removed.held_out[sample]} of the held-out pool"
+    stayed = removed.copy_of(np.array([sample]))[0]
+    if stayed < 0:
         return "it was left out before the clustering"
-    return f"it is a near-duplicate of sample {kept[0]}, which stayed"
+    return f"it is a near-duplicate of sample {stayed}, which stayed"

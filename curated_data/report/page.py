@@ -11,7 +11,7 @@ import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,12 @@ import numpy as np
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from curated_data.cache import atomic_path, read_array, read_manifest
+from curated_data.cache import atomic_path
+from curated_data.clustering.hierarchy import Level
+from curated_data.config import CurationConfig
 from curated_data.report import metrics
 from curated_data.report.examples import cluster_rows, random_subset, thumbnails
+from curated_data.selection.removed import Removed
 
 if TYPE_CHECKING:
     from curated_data.pipeline import Curation
@@ -62,7 +65,7 @@ def write_report(
         class_names: of the classes; None takes `classes.json` from beside the first shard, or numbers them.
         title: of the page.
         n_map_points: samples on the map, and that "why was this chosen" knows of; a random subset of a larger
-            pool, half of it selected.
+            pool, half of it selected, and all that the page shows elsewhere.
         n_map_images: how many of these have a thumbnail.
         n_coverage: samples whose distance to the nearest selected one is measured.
         seed: of the subsets.
@@ -87,7 +90,12 @@ def write_report(
         class_names = _names_beside(pool)
     rng = np.random.default_rng(seed)
     images = _Images(pool)
-    shown = _shown(curation, n_map_points, rng)
+    examples = {
+        "sheets": _sheets(curation, images, seed),
+        "singles": _singles(curation, images, rng),
+        "duplicates": _duplicates(curation, images),
+    }
+    shown = np.union1d(_shown(curation, n_map_points, rng), list(images.shown)).astype(np.int64)
 
     data = {
         "title": title,
@@ -95,17 +103,21 @@ def write_report(
         "selected": len(curation.ids),
         "unique": len(np.unique(curation.ids)),
         "failed": len(curation.embeddings.failures),
+        "embedder": _embedder(curation),
+        "origin": [["pool", " … ".join(dict.fromkeys(map(str, (pool.urls[0], pool.urls[-1]))))]],
         "settings": _settings(curation.config),
+        "tree": _tree_settings(curation.config),
         "seconds": curation.report.get("seconds", {}),
         "levels": _levels(curation, rng),
         "classes": _classes(curation, labels, class_names, rng),
         "coverage": _coverage(curation, n_coverage, rng),
-        "sheets": _sheets(curation, images, seed),
-        "duplicates": _duplicates(curation, images),
+        **examples,
         "failures": _failures(curation),
         "clusters": _cluster_tables(curation, shown),
         "map": _map(curation, pool, shown, coordinates, labels, images, n_map_images, rng),
     }
+    if data["embedder"]:
+        data["origin"].append(["embedder", data["embedder"]])
     data["map"]["made_by"] = coordinates_name if coordinates is not None else "principal components"
     data["tiles"] = {"size": _TILE, "columns": _COLUMNS, "image": images.sheet()}
     page = _TEMPLATE.read_text(encoding="utf-8").replace("{{title}}", html.escape(title))
@@ -123,10 +135,12 @@ class _Images:
     def __init__(self, pool: "ShardPool"):
         self.pool = pool
         self.place: dict[int, int] = {}
+        self.shown: set[int] = set()
         self.available = any(e in pool.index().extensions for e in pool.image_extensions)
 
     def add(self, ids: np.ndarray) -> list[int]:
         """Each id's tile; -1 where the pool has no images."""
+        self.shown.update(ids.tolist())
         if not self.available:
             return [-1] * len(ids)
         return [self.place.setdefault(int(i), len(self.place)) for i in ids]
@@ -157,19 +171,40 @@ def _shown(curation: "Curation", most: int, rng: np.random.Generator) -> np.ndar
     return np.sort(np.concatenate([selected, others]))
 
 
-def _settings(config: Any) -> list[list[str]]:
-    """Dotted names and values of the configuration, in its own order."""
+def _embedder(curation: "Curation") -> str:
+    """What the features came from, as the embeddings say; empty where they do not."""
+    return getattr(curation.embeddings, "embedder", "")
 
-    def walk(prefix: str, value: Any) -> list[list[str]]:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            value = dataclasses.asdict(value)
+
+def _settings(config: Any) -> list[list[Any]]:
+    """Dotted name, value, and whether that is the default, of each setting but the levels."""
+    default = dict(_flat(CurationConfig(target_size=0)))
+    return [[name, value, default.get(name) == value] for name, value in _flat(config)]
+
+
+def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    for name, value in fields.items():
         if isinstance(value, Mapping):
-            return [row for name, item in value.items() for row in walk(f"{prefix}.{name}", item)]
-        if isinstance(value, list | tuple) and value and not isinstance(value[0], str | int | float):
-            return [row for i, item in enumerate(value) for row in walk(f"{prefix}[{i}]", item)]
-        return [[prefix.lstrip("."), "none" if value is None else str(value)]]
+            yield from _flat(value, f"{prefix}{name}.")
+        elif name != "levels":
+            if isinstance(value, list | tuple):
+                value = ", ".join(map(str, value)) or "none"
+            words = {None: "none", True: "yes", False: "no"}
+            yield prefix + name, words[value] if value is None or isinstance(value, bool) else str(value)
 
-    return walk("", config)
+
+def _tree_settings(config: Any) -> list[list[str]]:
+    """One row a level: its number, clusters, resamplings, samples a cluster in each of them, splits."""
+    levels = config.get("levels") if isinstance(config, Mapping) else config.levels
+    rows = []
+    for number, level in enumerate(levels or (), 1):
+        level = level if isinstance(level, Level) else Level(**level)
+        size = "half the mean size" if level.sample_size is None else f"{level.sample_size:,}"
+        resampled = level.n_resamples if level.n_splits == 1 else 0
+        clusters = f"{level.n_clusters * level.n_splits:,}"
+        rows.append([str(number), clusters, str(resampled), size if resampled else "", str(level.n_splits)])
+    return rows
 
 
 def _levels(curation: "Curation", rng: np.random.Generator) -> list[dict[str, Any]]:
@@ -262,12 +297,19 @@ def _random_selection(curation: "Curation", rng: np.random.Generator) -> np.ndar
 
 
 def _sheets(curation: "Curation", images: _Images, seed: int) -> list[dict[str, Any]]:
-    """Rows of the contact sheets, level 1, no cluster twice."""
+    """Rows of the contact sheets, level 1, no cluster twice, and none of a single sample."""
     sheets: list[dict[str, Any]] = []
     for choose in ("largest", "smallest", "most cut"):
         seen = [sheet["cluster"] for sheet in sheets]
         for row in cluster_rows(
-            curation.tree, curation.ids, choose=choose, n_clusters=4, n_images=9, exclude=seen, seed=seed
+            curation.tree,
+            curation.ids,
+            choose=choose,
+            n_clusters=4,
+            n_images=9,
+            exclude=seen,
+            least=2,
+            seed=seed,
         ):
             content = dataclasses.asdict(row)
             for kind in ("kept", "dropped"):
@@ -276,19 +318,35 @@ def _sheets(curation: "Curation", images: _Images, seed: int) -> list[dict[str, 
     return sheets
 
 
+def _singles(curation: "Curation", images: _Images, rng: np.random.Generator) -> dict[str, Any] | None:
+    """The lowest clusters of one sample: how many there are, how many were kept, and examples of both."""
+    leaf = curation.tree.parent[1]
+    single = np.append(curation.tree.sizes(1) == 1, False)  # the last for -1, excluded
+    alone = np.flatnonzero(single[leaf])
+    if not len(alone):
+        return None
+    kept = np.isin(alone, curation.ids)
+    sides = {}
+    for name, ids in (("kept", alone[kept]), ("dropped", alone[~kept])):
+        some = np.sort(random_subset(ids, 18, rng))
+        sides[name] = [some.tolist(), images.add(some)]
+    return {"n": len(alone), "n_kept": int(kept.sum()), **sides}
+
+
 def _duplicates(curation: "Curation", images: _Images, n_groups: int = 12) -> dict[str, Any] | None:
-    """The largest groups of near-duplicates: what was kept of each, and some of what was not."""
+    """The largest groups of near-duplicates, what was kept of each and some of what was not; and the copies
+    of held-out samples.
+    """
     folder = curation.folders.get("near_duplicates")
     if folder is None:
         return None
-    manifest = read_manifest(folder, "near_duplicates")
-    keep, group = (read_array(folder, name, manifest) for name in ("keep", "group"))
-    members = np.bincount(group[group >= 0], minlength=len(group))
+    found = Removed.load(folder)
+    members = np.bincount(found.group[found.group >= 0], minlength=len(found.group))
     largest = np.argsort(-members, kind="stable")[:n_groups]
     groups = []
     for first in largest[members[largest] > 1].tolist():
-        ids = np.flatnonzero(group == first)
-        kept, dropped = ids[keep[ids]][:3], ids[~keep[ids]][:9]
+        ids = np.flatnonzero(found.group == first)
+        kept, dropped = ids[found.keep[ids]][:3], ids[~found.keep[ids]][:9]
         groups.append(
             {
                 "size": len(ids),
@@ -296,8 +354,11 @@ def _duplicates(curation: "Curation", images: _Images, n_groups: int = 12) -> di
                 "dropped": [dropped.tolist(), images.add(dropped)],
             }
         )
+    held_out = np.flatnonzero(found.held_out >= 0)
     return {
-        "removed": int(((group >= 0) & ~keep).sum()),
+        "removed": int(((found.group >= 0) & ~found.keep).sum()) - len(held_out),
+        "held_out": len(held_out),
+        "held_out_examples": [held_out[:18].tolist(), images.add(held_out[:18])],
         "n_groups": int((members > 1).sum()),
         "groups": groups,
     }
@@ -358,6 +419,8 @@ def _map(
     placed = np.where(finite[:, None], (xy - low) / scale * 65_534 + 1, 0)  # 0 says: nowhere on the map
     leaf = tree.parent[1][shown]
     count = np.bincount(curation.ids, minlength=tree.n_samples)[shown]
+    folder = curation.folders.get("near_duplicates")
+    wide = tree.n_samples >= 2**31
     tile = np.full(len(shown), -1, np.int32)
     with_image = np.sort(rng.permutation(len(shown))[:n_images])
     tile[with_image] = images.add(shown[with_image])
@@ -369,8 +432,9 @@ def _map(
         "keys": pool.keys(shown),
         "shards": [Path(url).name for url in pool.urls] if len(pool.urls) <= 10_000 else [],
         "shard": _packed(pool.shard_of(shown), np.int32),
-        "id": _packed(shown, np.int32 if tree.n_samples < 2**31 else np.float64),
-        "wide_ids": tree.n_samples >= 2**31,
+        "id": _packed(shown, np.float64 if wide else np.int32),
+        "wide_ids": wide,
+        "copy": None if folder is None else _packed(_copies(folder, shown), np.float64 if wide else np.int32),
         "x": _packed(placed[:, 0], np.uint16),
         "y": _packed(placed[:, 1], np.uint16),
         "leaf": _packed(np.where(leaf >= 0, np.searchsorted(np.unique(leaf[leaf >= 0]), leaf), -1), np.int32),
@@ -380,6 +444,12 @@ def _map(
         "rank": None if tree.distance is None else _packed(_leaf_ranks(tree)[shown], np.int32),
         "distance": None if tree.distance is None else _packed(tree.distance[shown], np.float32),
     }
+
+
+def _copies(folder: Path, shown: np.ndarray) -> np.ndarray:
+    """(m,) the sample that stayed in a copy's place, -2 for a copy of a held-out one, -1 for no copy."""
+    found = Removed.load(folder)
+    return np.where(found.held_out[shown] >= 0, -2, found.copy_of(shown))
 
 
 def _leaf_ranks(tree: Any) -> np.ndarray:

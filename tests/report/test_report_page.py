@@ -14,12 +14,15 @@ import pytest
 from PIL import Image
 
 from curated_data.cache import write_manifest
+from curated_data.clustering.hierarchy import Level
 from curated_data.clustering.tree import ClusterTree
+from curated_data.config import CurationConfig
 from curated_data.pool import ShardPool, ShardWriter
 from curated_data.report import metrics
 from curated_data.report.explain import explain
 from curated_data.report.page import write_report
 from curated_data.selection.near_duplicates import near_duplicates
+from curated_data.selection.removed import Removed
 from curated_data.selection.sampling import hierarchical_sample
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -74,7 +77,9 @@ def test_numbers_are_those_of_the_metrics(page, small, curation):
         assert level["curves"]["pool"][1] == sorted(small.tree.sizes(level["level"]), reverse=True)
     assert data["classes"]["before"] == [140, 50, 10]
     assert data["classes"]["after"] == np.bincount(small.labels[small.ids], minlength=3).tolist()
-    assert ["levels[1].n_clusters", "4"] in data["settings"]
+    assert ["target_size", "60", False] in data["settings"]
+    assert ["strategy", "random", True] in data["settings"]
+    assert [row[:3] for row in data["tree"]] == [["1", "12", "0"], ["2", "4", "0"]]
     assert data["failures"]["examples"] == [[7, "pool-000000.tar", "img<007>", "not an <image>"]]
     keep = np.load(curation.folders["near_duplicates"] / "keep.npy")
     assert data["duplicates"]["removed"] == 199 - keep.sum()
@@ -114,9 +119,13 @@ def test_a_large_pool_is_shown_in_part(small, curation, tmp_path):
     path = write_report(curation, small.pool, tmp_path / "report.html", n_map_points=50, n_map_images=5)
     data = content(path)
     ids = unpack(data["map"]["id"], "<i4")
-    assert len(ids) == 50
+    examples = np.unique(
+        np.concatenate([sheet[side][0] for sheet in data["sheets"] for side in ("kept", "dropped")])
+    )
+    assert np.isin(examples, ids).all()  # each is explained when it is chosen
+    assert 50 <= len(ids) < 200
     assert (np.diff(ids) > 0).all()
-    assert np.isin(ids, small.ids).sum() == 25
+    assert np.isin(ids, small.ids).sum() >= 25
     assert not data["map"]["whole"]
 
 
@@ -213,7 +222,8 @@ def test_the_page_runs_in_a_browser_without_an_error(page, small, tmp_path):
     assert f'data-sample="{chosen}"' in opening
     assert "A <b>pool</b>" in shown
     assert "60 samples selected from 200 in 3 shards" in shown
-    assert f"Sample {chosen}, key <b>img<{chosen:03d}></b>" in shown
+    assert f'Sample <a href="#sample={chosen}">{chosen}</a>, key <b>img<{chosen:03d}></b>' in shown
+    assert re.search(r'aria-label="sample \d+, class red"', shown)
     assert "not an <image>" in shown
     assert "</script><b>blue" in shown
     assert shown.count("<svg") == small.tree.n_levels + 1
@@ -268,10 +278,89 @@ def test_the_map_zooms_by_wheel_fingers_buttons_and_keys(page, tmp_path):
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_the_page_of_texts_runs_in_a_browser(text_page, tmp_path):
     _, shown = in_browser(f"{text_page.as_uri()}#sample=3", tmp_path)
-    assert "Sample 3, key <b>t3</b>" in shown
+    assert 'Sample <a href="#sample=3">3</a>, key <b>t3</b>' in shown
     assert "Selected 2 times" in shown
     assert "Classes, before" not in shown
     assert "Near-duplicates" not in shown
+
+
+@pytest.fixture(scope="module")
+def copies(small, tmp_path_factory):
+    """A curation where sample 20 was found a copy of sample 10, and sample 30 one of a held-out sample."""
+    folder = tmp_path_factory.mktemp("copies")
+    keep, group, held_out = np.ones(200, bool), np.arange(200), np.full(200, -1)
+    keep[[20, 30]] = False
+    group[20], held_out[30] = 10, 4
+    Removed(keep, group, held_out).save(folder)
+    write_manifest(folder, "near_duplicates", {})
+    parent = small.tree.parent | {1: np.where(keep, small.tree.parent[1], -1)}
+    tree = ClusterTree(small.tree.centroids, parent, small.tree.distance)
+    return SimpleNamespace(
+        ids=np.setdiff1d(small.ids, [20, 30]),
+        tree=tree,
+        embeddings=small.x.view(Rows),
+        report={},
+        config=CurationConfig(target_size=60, levels=[Level(12, n_resamples=3), Level(4)], seed=5),
+        folders={"near_duplicates": folder},
+    )
+
+
+def test_copies_are_explained_by_what_stayed(copies, small, tmp_path):
+    assert explain(copies, 20) == [
+        "Sample 20 took no part: it is a near-duplicate of sample 10, which stayed."
+    ]
+    assert explain(copies, 30) == [
+        "Sample 30 took no part: it is a near-duplicate of sample 4 of the held-out pool."
+    ]
+    data = content(write_report(copies, small.pool, tmp_path / "report.html", n_coverage=10))
+    copy = unpack(data["map"]["copy"], "<i4")
+    assert (copy[20], copy[30], (copy == -1).sum()) == (10, -2, 198)
+    found = data["duplicates"]
+    assert (found["removed"], found["held_out"], found["n_groups"]) == (1, 1, 1)
+    assert found["held_out_examples"][0] == [30]
+    changed = {name: value for name, value, usual in data["settings"] if not usual}
+    assert changed == {"target_size": "60", "seed": "5"}
+    assert data["tree"] == [["1", "12", "3", "half the mean size", "1"], ["2", "4", "0", "", "1"]]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_copies_in_a_browser(copies, small, tmp_path):
+    page = write_report(copies, small.pool, tmp_path / "report.html", n_coverage=10)
+    _, shown = in_browser(f"{page.as_uri()}#sample=20", tmp_path / "first")
+    assert 'It is a near-duplicate of sample <a href="#sample=10">10</a>, which stayed.' in shown
+    assert "1 copy in 1 group left the pool" in shown
+    assert "1 sample left because it is a copy of held-out ones." in shown
+    _, shown = in_browser(f"{page.as_uri()}#sample=30", tmp_path / "second")
+    assert "It is a copy of a held-out sample." in shown
+    _, shown = in_browser(f"{page.as_uri()}#sample=999", tmp_path / "third")
+    assert "The pool has ids 0 to 199." in shown
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_many_classes_are_a_curve_and_a_table(small, curation, tmp_path):
+    labels = np.arange(200) % 120
+    names = [f"class {c} with a name that is as long as those of some taxonomies are" for c in range(120)]
+    page = write_report(
+        curation, small.pool, tmp_path / "report.html", labels=labels, class_names=names, n_coverage=10
+    )
+    _, shown = in_browser(page.as_uri(), tmp_path / "profile")
+    assert "all 120 classes" in shown
+    assert f"<td>{names[119]}</td>" in shown
+    assert 'class="bar"' not in shown
+
+
+def test_clusters_of_one_sample_are_counted_once(small, tmp_path):
+    parent = small.tree.parent | {1: small.tree.parent[1].copy()}
+    of_first = small.tree.members(1, 0)
+    parent[1][of_first[1:]] = 1  # cluster 0 is left with one sample
+    tree = ClusterTree(small.tree.centroids, parent, small.tree.distance)
+    curation = SimpleNamespace(
+        ids=of_first[:1], tree=tree, embeddings=small.x.view(Rows), report={}, config={}, folders={}
+    )
+    data = content(write_report(curation, small.pool, tmp_path / "report.html", n_coverage=10))
+    assert (data["singles"]["n"], data["singles"]["n_kept"]) == (1, 1)
+    assert data["singles"]["kept"][0] == of_first[:1].tolist()
+    assert all(sheet["size"] > 1 for sheet in data["sheets"])
 
 
 def test_explain_follows_the_tree(small, curation):

@@ -1,0 +1,55 @@
+"""What left a pool before it was clustered because it is there, or in an evaluation set, already."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from curated_data.cache import read_array, read_manifest
+
+
+@dataclass(frozen=True)
+class Removed:
+    """Near-duplicates of a pool of n samples, as the cache keeps them.
+
+    Attributes:
+        keep: (n,) bool, whether the sample stayed.
+        group: (n,) int64, the smallest id of the sample's group of copies, -1 where it took no part.
+        held_out: (n,) int64, the sample of the held-out pool that it is a copy of, -1 for none.
+    """
+
+    keep: np.ndarray
+    group: np.ndarray
+    held_out: np.ndarray
+
+    @classmethod
+    def load(cls, folder: Path) -> "Removed":
+        """From the folder of a near-duplicates artifact.
+
+        Raises:
+            CacheError: it is missing or damaged.
+        """
+        manifest = read_manifest(folder, "near_duplicates")
+        keep, group = (read_array(folder, name, manifest) for name in ("keep", "group"))
+        if "held_out.npy" not in manifest["files"]:
+            return cls(keep, group, np.broadcast_to(np.int64(-1), keep.shape))
+        return cls(keep, group, read_array(folder, "held_out", manifest))
+
+    def save(self, folder: Path) -> None:
+        """Write the arrays into an artifact's folder, before its manifest; that of held-out matches only where
+        there are some.
+        """
+        np.save(folder / "keep.npy", self.keep)
+        np.save(folder / "group.npy", self.group)
+        if (self.held_out >= 0).any():
+            np.save(folder / "held_out.npy", self.held_out)
+
+    def copy_of(self, ids: np.ndarray) -> np.ndarray:
+        """(m,) int64: for each of the ids (m,) the sample that stayed in its place; -1 where none did, as for
+        samples that stayed themselves, that took no part, or that are copies of held-out ones.
+        """
+        stayed = np.full(len(self.keep), -1, np.int64)
+        kept = np.flatnonzero(self.keep & (self.group >= 0))
+        stayed[self.group[kept]] = kept
+        left = ~self.keep[ids] & (self.group[ids] >= 0) & (self.held_out[ids] < 0)
+        return np.where(left, stayed[self.group[ids]], -1)
