@@ -1,13 +1,18 @@
 """Near-duplicates by cells against an exact search of all pairs: CPU seconds, and the share of links found.
 
     python benchmarks/near_duplicates.py [--samples 100000] [--dimension 128] [--threads 2]
+    python benchmarks/near_duplicates.py --memory --samples 1000000 --dimension 256
 
 The pool is a mixture of 1,000 components, a tenth of it noisy copies of other rows. The peer is faiss's exact
-search (`IndexFlatIP`, 17 neighbours, which is what the cells are searched with too).
+search (`IndexFlatIP`, 17 neighbours, which is what the cells are searched with too). `--memory` keeps the
+rows in a file as float16, as embeddings are kept, and prints what the search adds to the process (Linux).
 """
 
 import argparse
+import tempfile
+import threading
 import time
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -23,8 +28,13 @@ def main() -> None:
     parser.add_argument("--dimension", type=int, default=128)
     parser.add_argument("--threshold", type=float, default=0.95)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--cell-size", type=int, default=1_024, help="with --memory (default: %(default)s)")
     parsed = parser.parse_args()
     faiss.omp_set_num_threads(parsed.threads)
+    if parsed.memory:
+        memory(parsed)
+        return
     x = pool(parsed.samples, parsed.dimension)
     print(f"{x.shape[0]:,} x {x.shape[1]}, threshold {parsed.threshold}, faiss {faiss.__version__}")
 
@@ -46,8 +56,45 @@ def main() -> None:
             )
 
 
-def pool(n: int, dimension: int) -> np.ndarray:
-    rng = np.random.default_rng(0)
+def memory(parsed: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = np.lib.format.open_memmap(
+            f"{folder}/x.npy", "w+", np.float16, (parsed.samples, parsed.dimension)
+        )
+        for start in range(0, parsed.samples, 100_000):
+            part = pool(min(100_000, parsed.samples - start), parsed.dimension, seed=start)
+            rows[start : start + len(part)] = part
+        del rows, part
+        rows = np.load(f"{folder}/x.npy", mmap_mode="r")
+        near_duplicates(rows[:2_000], threshold=parsed.threshold)
+        before = status("RssAnon")
+        height, start = before, time.process_time()
+        done = threading.Event()
+
+        def watch() -> None:
+            nonlocal height
+            while not done.wait(0.02):
+                height = max(height, status("RssAnon"))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        found = near_duplicates(rows, threshold=parsed.threshold, cell_size=parsed.cell_size)
+        done.set()
+        watcher.join()
+        seconds, mb = time.process_time() - start, rows.nbytes / 1e6
+        print(f"{parsed.samples:,} x {parsed.dimension}, cells of {parsed.cell_size:,}")
+        print(f"{len(found.pairs):,} links, {seconds:.0f} CPU s")
+        print(f"{height - before:,.0f} MB beside the mapped rows, which are {mb:,.0f} MB")
+
+
+def status(field: str) -> float:
+    """MB, of a line of the process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line for line in lines if line.startswith(field)).split()[1]) / 1e3
+
+
+def pool(n: int, dimension: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
     centres = rng.normal(size=(1_000, dimension))
     x = centres[rng.integers(1_000, size=n)] + 0.8 * rng.normal(size=(n, dimension))
     copies = rng.choice(n, n // 10, replace=False)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.selections                  # the embedded Fashion-MNIST, 3 seeds
     python -m benchmarks.selections --data FOLDER    # shards *train*.tar and *test*.tar with .cls labels
+    python -m benchmarks.selections --data FOLDER --epochs 0    # how balanced they are, nothing trained
 
 The ways: at random; from flat k-means; from a hierarchy without resampling, and with it; the latter drawn
 anew twice during training with the model's own features (`RecurationCallback`); and by the true labels, as
@@ -92,14 +93,19 @@ def parse_options() -> argparse.Namespace:
         "--metric", choices=("l2", "cosine"), help="of the clustering (default: what suits the data)"
     )
     parser.add_argument("--target-size", type=int, help="samples to select (default: a fifth of the pool)")
-    parser.add_argument("--epochs", type=int, default=30, help="over a selection (default: %(default)s)")
+    parser.add_argument(
+        "--epochs", type=int, default=30, help="over a selection; 0: train nothing (default: %(default)s)"
+    )
     parser.add_argument(
         "--jobs", type=int, default=2, help="trainings at once, a core each (default: %(default)s)"
     )
     parser.add_argument("--out", default="runs/selections", help="(default: %(default)s)")
     parser.add_argument("--figure", metavar="PNG", help="draw the table there")
     parser.set_defaults(pool=None, test=[], small=False, image_size=None, backbone="resnet10")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not options.epochs:
+        options.ways = [way for way in options.ways if way not in ("recurated", "untrained")]
+    return options
 
 
 def quiet() -> None:
@@ -144,6 +150,9 @@ def measure(
     labels = pool.labels(np.arange(len(pool)))
     config = configuration(way, seed, data, options, len(pool))
     ids = select(way, seed, pool, labels, config, options, cache)
+
+    if not options.epochs:
+        return quickstart.balance(labels, ids)
 
     model = quickstart.simclr_settings(data, options.backbone)
     steps = options.epochs * (data.target_size // quickstart.BATCH_SIZE)
@@ -228,7 +237,8 @@ def print_table(rows: dict[str, list[dict[str, Any]]]) -> None:
             values = [scale * seed[name] for seed in figures if name in seed]
             cells.append(spread(values, digits))
         base = rows.get("random") if way != "random" else None
-        gains = [100 * (ours["all"] - other["all"]) for ours, other in zip(figures, base)] if base else []
+        pairs = [(ours, other) for ours, other in zip(figures, base or ()) if "all" in ours]
+        gains = [100 * (ours["all"] - other["all"]) for ours, other in pairs]
         cells.append(spread(gains, 1))
         cells.append(f"{np.mean([seed['cpu_seconds'] for seed in figures]):.0f}")
         print(f"| {WAYS[way]} | " + " | ".join(cells) + " |")

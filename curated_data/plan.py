@@ -1,8 +1,8 @@
 """What a curation would do and take, before anything long starts: sizes, memory, and hours by a small probe.
 
 What the cache holds already costs nothing. The rest is extrapolated from rates that are measured here:
-samples embedded a second on a few hundred samples from all over the pool, and floating-point operations a
-second of a small k-means on their embeddings.
+samples embedded a second on a few hundred samples from all over the pool, and the speed of a small k-means on
+their embeddings and of a matrix product. `benchmarks/plans.py` compares plans with what was then measured.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import torch
 from omegaconf import DictConfig
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from curated_data.cache import MANIFEST, open_cache
 from curated_data.clustering.hierarchy import Level, choose_levels
 from curated_data.clustering.kmeans import kmeans
+from curated_data.clustering.rows import BLOCK
 from curated_data.config import CurationConfig, load_config
 from curated_data.distributed import world_size
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
@@ -30,12 +32,15 @@ from curated_data.embedding.extract import Decoders, embeddings_name
 from curated_data.embedding.store import missing_shards
 from curated_data.pipeline import check_levels, near_duplicates_name, read_keep, selection_name, tree_name
 from curated_data.pool import ShardPool
+from curated_data.selection.near_duplicates import CELL_SIZE, N_PROBES
 
 log = logging.getLogger(__name__)
 
-_SEEDING_ROWS = 20  # for each centroid, as `kmeans` takes them
 _PROBE_CLUSTERS = 256
+_PROBE_ROWS = 4096  # that k-means is timed on
 _PLACES = 4  # in the pool, that a probe is taken from
+_ROWS_ON_THEIR_WAY = 8 * BLOCK  # converted at once
+_LIBRARIES = 60_000_000  # bytes of buffers that torch, BLAS and faiss take when they are first used
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Plan:
         levels: of the tree, derived ones filled in.
         embedding_bytes: of the whole pool's embeddings, on disk.
         tree_bytes: of centroids and of the arrays with an entry for each sample, on disk.
-        peak_bytes: of memory that clustering takes at its height, on each rank.
+        peak_bytes: of memory that near-duplicates and clustering add to a rank's process at their height.
         stages: in order.
     """
 
@@ -92,11 +97,13 @@ class Rates:
 
     Attributes:
         samples: embedded; None where the probe could embed none.
-        flops: floating-point operations of k-means, counted as `clustering_flops` counts them.
+        kmeans: units of `kmeans_work`.
+        product: floating-point operations of a product of matrices, as nearest neighbours are searched by.
     """
 
     samples: float | None
-    flops: float
+    kmeans: float
+    product: float
 
 
 def plan(
@@ -143,8 +150,10 @@ def plan(
     if store is None:
         rows, samples_a_second = _embed_probe(pool, embedder, probe, config, device, decoders)
     else:
-        rows, samples_a_second = store.rows(probe[valid[probe]]), None
-    rates = Rates(samples_a_second, _kmeans_rate(rows, config, device))
+        usable = np.flatnonzero(valid)
+        some = np.random.default_rng(0).choice(usable, min(_PROBE_ROWS, len(usable)), replace=False)
+        rows, samples_a_second = store.rows(np.sort(some)), None
+    rates = Rates(samples_a_second, _kmeans_rate(rows, config, device), _product_rate(embedder.dimension))
     stages = expected_stages(
         n_valid, embedder.dimension, config, rates, n_missing=n_missing, cached=cached, ranks=world_size()
     )
@@ -185,61 +194,74 @@ def expected_stages(
     stages = [Stage("embed", not n_missing, embed, f"{n_missing:,} samples to embed, length {dimension}")]
     work: list[tuple[str, float, str]] = []
     if config.near_duplicates.enabled:
-        flops = 2.0 * n * n * dimension  # every pair, as the flat search does
-        work.append(("near_duplicates", flops, "each sample's nearest neighbours"))
+        seconds = near_duplicates_flops(n, dimension) / rates.product  # one rank looks for all
+        work.append(("near_duplicates", seconds, "each sample's nearest neighbours"))
     shape = " > ".join(f"{total:,}" for total in totals)
-    flops = clustering_flops(n, dimension, config)
-    work.append(("cluster", flops, f"clusters {shape}; {flops / 1e12:,.3g} TFLOP at most"))
-    for name, flops, note in work:
-        seconds = 0.0 if cached.get(name) else flops / rates.flops / ranks
-        stages.append(Stage(name, bool(cached.get(name)), seconds, note))
+    seconds = clustering_work(n, dimension, config) / rates.kmeans / ranks
+    work.append(("cluster", seconds, f"clusters {shape}"))
+    for name, seconds, note in work:
+        is_cached = bool(cached.get(name))
+        stages.append(Stage(name, is_cached, 0.0 if is_cached else seconds, note))
     is_sampled = bool(cached.get("sample"))
     stages.append(Stage("sample", is_sampled, 0.0 if is_sampled else n * 1e-6, f"{config.target_size:,} ids"))
     return stages
 
 
-def clustering_flops(n: int, dimension: int, config: CurationConfig) -> float:
-    """Floating-point operations of the tree, if every k-means takes its `n_iter` iterations in full.
+def clustering_work(n: int, dimension: int, config: CurationConfig) -> float:
+    """The tree's k-means runs in units of `kmeans_work`, and the assignments after resamplings.
 
-    They mostly end earlier, and look only at what moved: a bound from above, which the probe's rate, measured
-    by the same count, brings near the truth.
+    A resampling's rows are a few around each centroid, which settle sooner than a whole level's.
     """
-    flops = 0.0
+    work = 0.0
     for level in config.levels or ():
         k, d = level.n_clusters, dimension
-        flops += config.n_init * kmeans_flops(n, k, d, config.n_iter)
+        work += config.n_init * kmeans_work(n, k, d)
         if level.n_splits > 1:  # each group apart, by all its rows
-            flops += k * kmeans_flops(n / k, level.n_splits, d, config.n_iter)
+            work += k * kmeans_work(n / k, level.n_splits, d)
         else:
             size = level.sample_size or max(2, round(n / k / 2))
-            resampled = kmeans_flops(min(n, size * k), k, d, config.n_iter) + 2.0 * n * k * d
-            flops += level.n_resamples * resampled if size > 1 else 0.0
+            resampled = 0.6 * kmeans_work(min(n, size * k), k, d) + 0.125 * kmeans_work(n, k, d)
+            work += level.n_resamples * resampled if size > 1 else 0.0
         n = k * level.n_splits
-    return flops
+    return work
 
 
-def kmeans_flops(n: float, k: int, dimension: int, n_iter: int) -> float:
-    """Of greedy k-means++ on 20 rows a centroid, 2 + ln k candidates a step, and `n_iter` Lloyd
-    iterations.
+def kmeans_work(n: float, k: int, dimension: int) -> float:
+    """What the time of one k-means is proportional to: n d sqrt(k).
+
+    Not n k d: seeding looks into cells, iterations only at what may move, and with more clusters there are
+    fewer iterations. The constant stayed within a factor of 1.5 from 2,000 rows and 100 clusters to 50,000
+    and 2,500, and is that of 1,000,000 rows and 100,000 clusters too (`benchmarks/plans.py`; on CPUs).
     """
-    candidates = 2 + int(np.log(k))
-    seeding = 2.0 * min(n, _SEEDING_ROWS * k) * k * candidates * dimension
-    return seeding + 2.0 * n * k * dimension * n_iter
+    return n * dimension * float(k) ** 0.5
+
+
+def near_duplicates_flops(n: int, dimension: int) -> float:
+    """Of the products of every sample with its own cell and the others that are looked at."""
+    return 2.0 * n * min(n, (1 + N_PROBES) * CELL_SIZE) * dimension
 
 
 def expected_bytes(n: int, dimension: int, config: CurationConfig) -> dict[str, int]:
     """Sizes on disk and the height of memory, by the fields of `Plan`."""
-    clusters = sum(level.n_clusters * level.n_splits for level in config.levels or ())
+    levels = config.levels or ()
+    clusters = sum(level.n_clusters * level.n_splits for level in levels)
     itemsize = np.dtype(config.embedding.dtype).itemsize
     tree = n * (8 + 4) + clusters * (4 * dimension + 8)
-    # Rows as float32, in three arrays at most, within the limit; beside them 40 bytes a row, and the
-    # centroids.
-    rows = min(3 * 4 * n * dimension, int(config.max_memory_gb * 1e9))
-    lowest = config.levels[0].n_clusters if config.levels else 0
+    row = 4 * dimension
+    # Clustering: all rows and a resampling's as float32, within the limit; three blocks of rows on their way;
+    # four blocks of distances; centroids with their sums; some forty bytes a row.
+    lowest = levels[0].n_clusters if levels else 0
+    resampled = 0
+    if levels and levels[0].n_resamples:
+        resampled = min(n, lowest * (levels[0].sample_size or max(2, round(n / lowest / 2))))
+    held = min((n + resampled) * row, int(config.max_memory_gb * 1e9))
+    peak = held + 3 * min(n, _ROWS_ON_THEIR_WAY) * row + 4 * BLOCK * 4 * lowest + 3 * lowest * row + 40 * n
+    if config.near_duplicates.enabled:  # the rows of a cell, of those compared with it, and faiss's copies
+        peak = max(peak, 6 * min(n, CELL_SIZE) * row + 60 * n)
     return {
         "embedding_bytes": n * dimension * itemsize,
         "tree_bytes": tree,
-        "peak_bytes": rows + 40 * n + 12 * lowest * dimension,
+        "peak_bytes": _LIBRARIES + peak,
     }
 
 
@@ -361,14 +383,36 @@ def _embed_probe(
 
 
 def _kmeans_rate(rows: np.ndarray, config: CurationConfig, device: str | torch.device) -> float:
-    """Operations a second of a k-means on the probe's rows, jittered to a few thousand."""
+    """Units of `kmeans_work` a second, of a k-means on the probe's rows; a few are made more by mixing pairs.
+
+    Copies with noise would not do: clusters that are balls far apart settle at once, unlike those of images.
+    """
     if not len(rows):
         rows = np.ones((1, 64), np.float32)
     rng = np.random.default_rng(0)
     rows = np.asarray(rows, np.float32)
-    many = rows[rng.integers(0, len(rows), 4096)]
-    many = many + rng.normal(0, 0.1 * float(rows.std()) + 1e-6, many.shape).astype(np.float32)
+    if len(rows) < _PROBE_ROWS:
+        first, second = rng.integers(0, len(rows), (2, _PROBE_ROWS))
+        share = rng.random((_PROBE_ROWS, 1), np.float32)
+        rows = share * rows[first] + (1 - share) * rows[second]
+        rows += rng.normal(0, 0.1 * float(rows.std()) + 1e-6, rows.shape).astype(np.float32)
     k = _PROBE_CLUSTERS
+
+    def seconds() -> float:
+        began = time.monotonic()
+        kmeans(rows, k, n_iter=config.n_iter, tol=config.tol, device=device, metric=config.metric)
+        return time.monotonic() - began
+
+    kmeans(rows[:512], 16, n_iter=2, device=device)  # what is set up once
+    return kmeans_work(len(rows), k, rows.shape[1]) / min(seconds(), seconds())
+
+
+def _product_rate(dimension: int) -> float:
+    """Operations a second of exact nearest neighbours, as near-duplicates are searched by (on the CPU)."""
+    rows = np.random.default_rng(0).normal(size=(2048, dimension)).astype(np.float32)
+    index = faiss.IndexFlatIP(dimension)
+    index.add(rows)
+    index.search(rows[:256], 17)  # what is set up once
     began = time.monotonic()
-    kmeans(many, k, n_iter=config.n_iter, tol=config.tol, device=device, metric=config.metric)
-    return kmeans_flops(len(many), k, rows.shape[1], config.n_iter) / (time.monotonic() - began)
+    index.search(rows, 17)
+    return 2.0 * len(rows) * len(rows) * dimension / (time.monotonic() - began)

@@ -18,7 +18,7 @@ from curated_data import ShardPool, curate
 from curated_data.errors import CuratedDataError
 from curated_data.progress import log_to_terminal
 from curated_data.report.examples import thumbnails
-from curated_data.report.page import write_report
+from curated_data.report.page import class_names_beside, write_report
 from lightning_modules.maps import draw_map, embed_2d, save_coordinates
 
 
@@ -65,6 +65,7 @@ def visualise(options: argparse.Namespace) -> None:
     figure = draw_map(
         coordinates[ids],
         labels=shown[ids],
+        names=class_names_beside(pool) if has_labels else None,
         selected=np.isin(ids, curation.ids),
         thumbnail=lambda row: thumbnails(pool, ids[[row]], 32)[0],
         title=f"{len(ids):,} images by {'class' if has_labels else 'cluster'}; the selected are drawn larger",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from curated_data import CurationConfig, Level, ShardPool, curate
 from curated_data.clustering.hierarchy import choose_levels
 from curated_data.config import EmbeddingConfig
-from curated_data.plan import Rates, clustering_flops, expected_bytes, expected_stages, plan, plan_tables
+from curated_data.plan import Rates, clustering_work, expected_bytes, expected_stages, plan, plan_tables
 from recipes import pretrain
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ def test_before_and_after_a_curation(write_pool, tmp_path):
     st.integers(100, 10**9), st.integers(0, 10**9), st.integers(1, 2048), st.booleans(), st.integers(1, 64)
 )
 def test_more_samples_never_cost_less(n, more, dimension, auto, ranks):
-    rates = Rates(100.0, 1e9)
+    rates = Rates(100.0, 1e9, 1e9)
     small, large = (
         config(levels=choose_levels(size) if auto else [Level(50, n_resamples=3), Level(5)])
         for size in (n, n + more)
@@ -68,15 +68,31 @@ def test_more_samples_never_cost_less(n, more, dimension, auto, ranks):
     assert sum(stage.seconds for stage in done) == 0
 
 
-def test_operations_of_the_published_setting():
-    """ViT-L features of 743M images, 4 levels: counted by hand, to a few per cent."""
+def test_work_of_the_published_setting():
+    """ViT-L features of 743M images, 4 levels: rows times the root of clusters, counted by hand."""
     levels = [Level(100_000, n_splits=100), Level(500_000, 9, 10), Level(50_000, 9, 5), Level(10_000, 9, 3)]
-    published = config(levels=levels)
-    lloyd = 2 * 1024 * 50 * (743e6 * 1e5 + 743e6 * 100 + 1e7 * 5e5 + 5e5 * 5e4 + 5e4 * 1e4)
-    resampled = 9 * 2 * 1024 * (50 * 5e6 * 5e5 + 1e7 * 5e5 + 50 * 2.5e5 * 5e4 + 5e5 * 5e4 + 50 * 3e4 * 1e4)
-    seeding = 2 * 1024 * 20 * (1e10 * 13 + 1e5 * 1e4 * 6 + 2.5e11 * 15 * 10)
-    expected = lloyd + resampled + seeding
-    assert clustering_flops(743_000_000, 1024, published) == pytest.approx(expected, rel=0.06)
+    whole = 743e6 * 1e5**0.5 + 743e6 * 100**0.5 + 1e7 * 5e5**0.5 + 5e5 * 5e4**0.5 + 5e4 * 1e4**0.5
+    resampled = 5e6 * 5e5**0.5 + 2.5e5 * 5e4**0.5 + 3e4 * 1e4**0.5
+    assigned = 1e7 * 5e5**0.5 + 5e5 * 5e4**0.5 + 5e4 * 1e4**0.5
+    expected = 1024 * (whole + 9 * (0.6 * resampled + 0.125 * assigned))
+    assert clustering_work(743_000_000, 1024, config(levels=levels)) == pytest.approx(expected)
+
+
+def test_near_duplicates_take_one_rank_and_grow_with_the_pool_alone():
+    """Beyond a few cells' size the search is in cells; no rank takes a share of it."""
+    settings = config()
+    settings.near_duplicates.enabled = True
+    rates = Rates(100.0, 1e9, 1e9)
+    seconds = {
+        (n, ranks): {
+            stage.name: stage.seconds
+            for stage in expected_stages(n, 8, settings, rates, n_missing=n, cached={}, ranks=ranks)
+        }
+        for n, ranks in ((10**6, 1), (10**7, 1), (10**7, 4))
+    }
+    near = {case: stages["near_duplicates"] for case, stages in seconds.items()}
+    assert near[10**7, 1] == near[10**7, 4] == pytest.approx(10 * near[10**6, 1])
+    assert seconds[10**7, 4]["cluster"] == pytest.approx(seconds[10**7, 1]["cluster"] / 4)
 
 
 def test_dry_run_of_the_recipe(write_pool, tmp_path, monkeypatch, capsys):

@@ -87,7 +87,7 @@ def write_report(
     if labels is None and "cls" in pool.index().extensions:
         labels = pool.labels(np.arange(n))
     if class_names is None:
-        class_names = _names_beside(pool)
+        class_names = class_names_beside(pool)
     rng = np.random.default_rng(seed)
     images = _Images(pool)
     examples = {
@@ -264,7 +264,7 @@ def _classes(
     }
 
 
-def _names_beside(pool: "ShardPool") -> list[str] | None:
+def class_names_beside(pool: "ShardPool") -> list[str] | None:
     """The class names that `import_folder` and `export_labelled` leave beside local shards."""
     path = Path(pool.urls[0]).parent / "classes.json"
     if "://" in str(pool.urls[0]) or not path.is_file():

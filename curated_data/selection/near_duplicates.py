@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CELL_SIZE = 16_384
+"""Mean number of samples in a cell that is searched as a whole."""
+N_PROBES = 4
+"""Other cells that a sample is compared with, at most."""
+
 
 @dataclass(frozen=True)
 class NearDuplicates:
@@ -59,8 +64,8 @@ def near_duplicates(
     same: np.ndarray | None = None,
     prefer: np.ndarray | None = None,
     held_out: np.ndarray | None = None,
-    n_probes: int = 4,
-    cell_size: int = 16_384,
+    n_probes: int = N_PROBES,
+    cell_size: int = CELL_SIZE,
     seed: int = 0,
 ) -> NearDuplicates:
     """Find groups of near-duplicates, and choose the one of each group to keep.

@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.cluster import DBSCAN
 from sklearn.metrics.pairwise import cosine_similarity
 
+from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import PoolError
 from curated_data.pool import ShardPool, ShardWriter
 from curated_data.selection.near_duplicates import (
@@ -120,6 +121,99 @@ def test_held_out_images_leave_the_pool_and_another_copy_may_stay():
     assert found.held_out_match.tolist() == [1, 1, -1, -1, -1, -1]
     assert found.keep.tolist() == [False, False, True, True, True, True]
     assert match_held_out(x, np.empty((0, 16)), threshold=0.9).tolist() == [-1] * 6
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 60),
+    m=st.integers(1, 20),
+    noise=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    threshold=st.sampled_from([0.2, 0.7, 0.95, 1.0]),
+    prefer_largest=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_nothing_within_the_threshold_of_a_held_out_image_stays(n, m, noise, threshold, prefer_largest, seed):
+    rng = np.random.default_rng(seed)
+    held_out = rng.normal(size=(m, 6)).astype(np.float32)
+    x = held_out[rng.integers(0, m, n)] + noise * rng.normal(size=(n, 6))
+    x = (x * rng.uniform(0.1, 9, (n, 1))).astype(np.float32)
+    valid = rng.random(n) < 0.9
+    prefer = rng.integers(0, 5, n) if prefer_largest else None
+    found = near_duplicates(
+        x, valid=valid, threshold=threshold, prefer=prefer, held_out=held_out, cell_size=16
+    )
+    nearest = cosine_similarity(x.astype(np.float64), held_out.astype(np.float64)).max(axis=1)
+    assert (nearest[found.keep] < threshold).all()
+    matched = found.held_out_match >= 0
+    assert (nearest[matched] > threshold - 1e-5).all()
+    assert not (matched & ~valid).any()
+    if threshold == 1.0 and noise == 0.0:
+        assert not found.keep.any()
+
+
+def _planted(images: list[np.ndarray]) -> dict[str, list[bytes]]:
+    """Files of each image, as a crawl finds them again: untouched, recompressed, scaled, cropped, flipped."""
+
+    def file(image: Image.Image, kind: str = "PNG", **options: int) -> bytes:
+        content = io.BytesIO()
+        image.save(content, kind, **options)
+        return content.getvalue()
+
+    pictures = [Image.fromarray(image).convert("RGB") for image in images]
+    return {
+        "original": [file(picture) for picture in pictures],
+        "exact": [file(picture) for picture in pictures],
+        "jpeg": [file(picture, "JPEG", quality=85) for picture in pictures],
+        "larger": [file(picture.resize((56, 56), Image.Resampling.BICUBIC)) for picture in pictures],
+        "cropped": [file(picture.crop((1, 1, 27, 27))) for picture in pictures],
+        "mirrored": [file(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) for picture in pictures],
+    }
+
+
+@pytest.fixture(scope="module")
+def planted(fashion_train, tmp_path_factory):
+    """Thirty real images, each with five planted copies, embedded by a real network; the kinds in order."""
+    source = ShardPool(fashion_train[0])
+    ids = np.random.default_rng(0).choice(len(source), 30, replace=False)
+    images = [np.asarray(Image.open(io.BytesIO(sample["png"]))) for sample in source.read(ids, ["png"])]
+    folder, kinds = tmp_path_factory.mktemp("planted"), _planted(images)
+    with ShardWriter(folder / "pool-%06d.tar") as writer:
+        for kind, files in kinds.items():
+            for i, content in enumerate(files):
+                member = "jpg" if kind == "jpeg" else "png"
+                writer.write({"__key__": f"{kind}{i}", member: content})
+    pool = ShardPool(str(folder / "pool-*.tar"), cache_dir=folder / "cache")
+    embedder = resolve_embedder("efficientnet_lite0:64")
+    return pool, embed_pool(pool, embedder, folder / "cache", num_workers=0), list(kinds)
+
+
+def test_planted_copies_of_real_images_are_found(planted):
+    """Each copy is linked to its own original; what is another garment is linked to none."""
+    pool, store, kinds = planted
+    found = near_duplicates(store, threshold=0.9)
+    of_original = np.arange(len(pool)) % 30
+    assert (of_original[found.pairs[:, 0]] == of_original[found.pairs[:, 1]]).all()
+    group = found.group.reshape(len(kinds), 30)
+    linked = dict(zip(kinds, (group == group[0]).mean(axis=1)))
+    print(linked)
+    assert linked["exact"] == 1
+    assert min(linked["jpeg"], linked["larger"]) > 0.7
+    assert found.keep.reshape(len(kinds), 30).sum(axis=0).min() >= 1  # something of each image stays
+
+
+def test_of_planted_copies_the_largest_stays(planted):
+    pool, store, kinds = planted
+    contents = image_contents(pool)
+    found = near_duplicates(
+        store, threshold=0.9, same=exact_groups(contents.digest), prefer=contents.n_pixels
+    )
+    stayed = found.keep.reshape(len(kinds), 30)
+    larger = kinds.index("larger")
+    linked = found.group.reshape(len(kinds), 30)
+    with_larger = linked[larger] == linked[0]
+    assert stayed[larger].all()
+    assert not stayed[0][with_larger].any()
+    assert not stayed[kinds.index("exact")].any()  # the same bytes as the original
 
 
 def test_known_copies_are_joined():
