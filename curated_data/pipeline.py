@@ -195,7 +195,7 @@ def _near_duplicates(
         )
         match = found.held_out_match
         if held_out is not None:  # rows that were compared, as samples of the held-out pool
-            match = np.where(match >= 0, np.flatnonzero(held_out.valid)[match], -1)
+            match = np.append(np.flatnonzero(held_out.valid), -1)[match]
         Removed(found.keep, found.group, match).save(folder)
         removed = int((valid & ~found.keep).sum())
         counts = {"removed": removed, "held_out_matches": int((match >= 0).sum())}

@@ -36,9 +36,7 @@ class Removed:
         return cls(keep, group, read_array(folder, "held_out", manifest))
 
     def save(self, folder: Path) -> None:
-        """Write the arrays into an artifact's folder, before its manifest; that of held-out matches only where
-        there are some.
-        """
+        """Write the arrays, before the folder's manifest; `held_out` where there are such matches."""
         np.save(folder / "keep.npy", self.keep)
         np.save(folder / "group.npy", self.group)
         if (self.held_out >= 0).any():
