@@ -6,6 +6,7 @@ The bank may be a memory map or a store on disk, of any float type; it is read o
 
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,8 +14,12 @@ from torch import Tensor
 from lightning_modules.distributed import all_reduce
 from lightning_modules.evaluation.inputs import as_tensor
 
-_QUERIES, _TILE = 512, 4096  # scores of 8 MiB: memory of that size is kept and used again, larger is not
-_GROUP = 32  # scores that are searched as one
+_QUERIES, _TILE, _TILE_NUMBERS = 512, 4096, 2**21  # a tile of 8 MiB at most, scores of that size or less
+# The C library gives freed memory back to the system, which clears each page before it lends it again: slower
+# than what is computed there. It keeps up to twice the size of the largest block that was freed so far, so
+# one is made and freed at first; blocks above 32 MiB do not count.
+_KEPT = 31 * 2**20
+_GROUP = 16  # scores that are searched as one
 _DEVICE_QUERIES, _DEVICE_TILE = 8192, 65536
 
 
@@ -51,27 +56,37 @@ def top_rows(
     k = min(k, n)
     on_cpu = queries.device.type == "cpu"
     size, width = (_QUERIES, _TILE) if on_cpu else (_DEVICE_QUERIES, _DEVICE_TILE)
-    values, rows = queries.new_empty(m, 0), torch.empty(m, 0, dtype=torch.int64, device=queries.device)
+    if on_cpu:
+        torch.empty(_KEPT, dtype=torch.uint8)
+        width = min(width, max(512, _TILE_NUMBERS // queries.shape[1] // _GROUP * _GROUP))
     product = _Product(metric, on_cpu)
-    asked = [product.prepared(queries[first : first + size]) for first in range(0, m, size)]
+    blocks = [(product.prepared(part), _Best(part, k)) for part in queries.split(size)] if m else []
     bad: list[int] = []
     for start in range(0, n, width):
         tile = as_tensor(bank[start : min(start + width, n)]).to(queries.device, torch.float32)
-        finite = torch.isfinite(torch.linalg.vector_norm(tile, torch.inf, dim=1))
-        if not bool(finite.all()):
-            bad += (start + (~finite).nonzero().flatten()).tolist()
-            tile = tile.masked_fill(~finite[:, None], 0)
-        tile = product.prepared(F.normalize(tile, dim=1) if metric == "cosine" else tile)
-        kept = []
-        for first, block in zip(range(0, m, size), asked):
-            part = slice(first, first + size)
-            kept.append(_merged(product(block, tile), start, values[part], rows[part], k))
-        if kept:
-            values, rows = (torch.cat(parts) for parts in zip(*kept))
+        tile, wrong = _scaled(tile, metric)
+        bad += [start + row for row in wrong]
+        tile = product.prepared(tile)
+        for block, best in blocks:
+            best.add(product(block, tile), start)
     if int(all_reduce(torch.tensor([len(bad)], device=queries.device))):
         raise ValueError(f"{name}: {len(bad)} rows of features are not finite, the first at {bad[:5]}")
-    values, order = values.sort(dim=1, descending=True, stable=True)
-    return values, rows.gather(1, order)
+    if not m:
+        return queries.new_empty(0, k), torch.empty(0, k, dtype=torch.int64, device=queries.device)
+    values, rows = (torch.cat(parts) for parts in zip(*(best.sorted() for _, best in blocks)))
+    return values, rows
+
+
+def _scaled(tile: Tensor, metric: str) -> tuple[Tensor, list[int]]:
+    """Rows of norm 1 for "cosine", else as they are; 0 for those that are not finite, which are named."""
+    norms = torch.linalg.vector_norm(tile, dim=1, keepdim=True)
+    wrong: list[int] = []
+    if not bool(torch.isfinite(norms).all()):  # or the square of a finite one is not
+        finite = torch.isfinite(tile).all(1, keepdim=True)
+        wrong = (~finite).flatten().nonzero().flatten().tolist()
+        tile = tile.masked_fill(~finite, 0)
+        return (F.normalize(tile.double(), dim=1).float() if metric == "cosine" else tile), wrong
+    return (tile / norms.clamp_min(1e-12) if metric == "cosine" else tile), wrong
 
 
 class _Product:
@@ -97,44 +112,84 @@ class _Product:
         return -torch.cdist(queries, tile, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _merged(scores: Tensor, start: int, values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of the scores (m, t) of bank rows from `start` and of those found so far, in no order."""
-    t = scores.shape[1]
-    found = None
-    if values.shape[1] == k and t % _GROUP == 0:
-        found = _above(scores, values.amin(1))
-    if found is None:  # the first tiles, and the last
-        more, columns = scores.topk(min(k, t), dim=1, sorted=False)
-    else:
-        more, columns = found
-    values, rows = torch.cat([values, more], 1), torch.cat([rows, columns + start], 1)
-    if values.shape[1] > k:
-        values, order = values.topk(k, dim=1, sorted=False)
-        rows = rows.gather(1, order)
-    return values, rows
+class _Best:
+    """The best rows so far for each of some queries, and some more: they are sorted out when these are many.
+
+    Of a tile, what is above a query's k-th best is added: in all some k for each doubling of the rows seen,
+    where these come in no order.
+    """
+
+    def __init__(self, queries: Tensor, k: int) -> None:
+        m, self.k, self.capacity = len(queries), k, 3 * k + 32
+        self.values = queries.new_full((m, self.capacity), -torch.inf)
+        self.rows = torch.zeros(m, self.capacity, dtype=torch.int64, device=queries.device)
+        self.first = self.capacity * torch.arange(m, device=queries.device)  # where each query's places begin
+        self.filled = torch.zeros_like(self.first)
+        self.least: Tensor | None = None  # the k-th best when last sorted out; none at first
+
+    def add(self, scores: Tensor, start: int) -> None:
+        """Scores (m, t) of the bank's rows from `start`."""
+        if self.least is not None:
+            m, t = scores.shape
+            place = _above(scores, self.least)
+            row = place.div(t, rounding_mode="floor")
+            counts = torch.bincount(row, minlength=m)
+            if int((self.filled + counts).max()) > self.capacity:
+                self._sort_out()
+            if int((self.filled + counts).max()) <= self.capacity:
+                # Places are in order of their queries: a query's come one after another.
+                to = (self.first + self.filled - counts.cumsum(0) + counts)[row]
+                to += torch.arange(len(row), device=row.device)
+                self.values.view(-1)[to] = scores.view(-1)[place]
+                self.rows.view(-1)[to] = place - (t * row - start)
+                self.filled += counts
+                return
+        # The first tiles; and one that is nearly all above, as in a bank in rising order.
+        values, columns = scores.topk(min(self.k, scores.shape[1]), dim=1, sorted=False)
+        if int(self.filled.max()) + values.shape[1] > self.capacity:
+            self._sort_out()
+        to = int(self.filled.max())
+        part = slice(to, to + values.shape[1])
+        self.values[:, part], self.rows[:, part] = values, columns + start
+        self.filled += part.stop - self.filled
+        if self.least is None and part.stop >= self.k:
+            self._sort_out()
+
+    def _sort_out(self) -> None:
+        self.values[:, : self.k], self.rows[:, : self.k] = self._best(sorted=False)
+        self.values[:, self.k :] = -torch.inf
+        self.filled.fill_(self.k)
+        self.least = self.values[:, : self.k].amin(1)
+
+    def sorted(self) -> tuple[Tensor, Tensor]:
+        """The best (m, k) in falling order, and their rows."""
+        return self._best(sorted=True)
+
+    def _best(self, *, sorted: bool) -> tuple[Tensor, Tensor]:
+        used = max(self.k, int(self.filled.max()))
+        values, order = self.values[:, :used].topk(self.k, dim=1, sorted=sorted)
+        return values, self.rows[:, :used].gather(1, order)
 
 
-def _above(scores: Tensor, least: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Each row's scores (m, t) above its `least`, and their columns, filled up with -inf; None if these are
-    many.
+def _above(scores: Tensor, least: Tensor) -> Tensor:
+    """Flat places of each query's scores (m, t) above its `least` (m,), those of a query one after another.
 
-    The largest of each group of scores is looked at, then the groups that hold something.
+    The largest of each group of scores is looked at; where few are above, only their groups are.
     """
     m, t = scores.shape
     groups = t // _GROUP
-    row, group = (scores.view(m, _GROUP, groups).amax(1) > least[:, None]).nonzero().unbind(1)
-    if 8 * len(row) > m * groups:
-        return None
-    column = (group[:, None] + groups * torch.arange(_GROUP, device=scores.device)).flatten()
-    row = row.repeat_interleave(_GROUP)
-    score = scores.flatten()[row * t + column]
-    above = (score > least[row]).nonzero().flatten()
-    row, column, score = row[above], column[above], score[above]  # rows in rising order
-    counts = torch.bincount(row, minlength=m)
-    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    width = int(counts.max())
-    values = scores.new_full((m, width), -torch.inf)
-    columns = torch.zeros(m, width, dtype=torch.int64, device=scores.device)
-    # Groups of one row follow one another, but not their columns: the order within a row does not matter.
-    values[row, place], columns[row, place] = score, column
-    return values, columns
+    if t % _GROUP == 0:
+        largest = scores.view(m, _GROUP, groups).amax(1)
+        found = _places(largest > least[:, None])
+        if len(found) * 16 < m * groups:
+            row = found.div(groups, rounding_mode="floor")
+            first = found + row * (t - groups)
+            place = first[:, None] + groups * torch.arange(_GROUP, device=scores.device)
+            return place[scores.view(-1)[place] > least[row][:, None]]
+    return _places(scores > least[:, None])
+
+
+def _places(mask: Tensor) -> Tensor:
+    if mask.device.type == "cpu":  # numpy's search is several times faster than torch's
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.view(-1).nonzero().view(-1)

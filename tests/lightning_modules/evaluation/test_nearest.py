@@ -35,6 +35,25 @@ def test_top_rows_are_those_of_faiss(n, k, metric):
     assert (found_rows.numpy() == rows).mean() > 0.999
 
 
+@pytest.mark.parametrize(("tile", "k"), [(512, 5), (512, 300), (1000, 40), (4096, 200)])
+def test_tiles_of_all_sizes(monkeypatch, tile, k):
+    """Few and many scores above the k-th best; more and fewer rows than k in a tile; a shorter last one."""
+    monkeypatch.setattr(nearest, "_TILE", tile)
+    generator = torch.Generator().manual_seed(tile)
+    bank, queries = (F.normalize(torch.randn(n, 16, generator=generator), dim=1) for n in (9001, 20))
+    want, rows = faiss.knn(queries.numpy(), bank.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+    found, found_rows = nearest.top_rows(queries, 3 * bank, k)
+    np.testing.assert_allclose(found.numpy(), want, atol=1e-6)
+    assert (found_rows.numpy() == rows).mean() > 0.999
+
+
+def test_norms_beyond_the_range_of_their_squares():
+    bank = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    spread = bank * torch.logspace(-10, 25, 300)[:, None]
+    for want, found in zip(nearest.top_rows(bank[:9], bank, 7), nearest.top_rows(bank[:9], spread, 7)):
+        torch.testing.assert_close(found, want)
+
+
 def test_equal_rows_are_all_found():
     bank = torch.eye(4).repeat(100, 1)
     values, rows = nearest.top_rows(torch.eye(4), bank, 100)
