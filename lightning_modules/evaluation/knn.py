@@ -125,7 +125,7 @@ def knn(
     present = total.nonzero().flatten()
     shares = right[:, present].double() / total[present]
     return KNNResult(
-        accuracy={n: float(right[i].sum() / total.sum()) for i, n in enumerate(ks)},
+        accuracy={n: int(right[i].sum()) / counts[1] for i, n in enumerate(ks)},
         class_accuracy={n: float(shares[i].mean()) for i, n in enumerate(ks)},
         per_class={n: dict(zip(present.tolist(), shares[i].tolist())) for i, n in enumerate(ks)},
         n_train=counts[0],
