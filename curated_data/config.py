@@ -118,7 +118,7 @@ _LEAST = {
     "n_iter": 1,
     "tol": 0,
     "seed": 0,
-    "max_memory_gb": 0,
+    "max_memory_gb": 1e-3,
     "embedding.batch_size": 1,
     "embedding.num_workers": 0,
     "near_duplicates.threshold": -1,
@@ -146,6 +146,7 @@ def load_config(source: "CurationConfig | Mapping[str, Any] | DictConfig | str |
         raise ConfigError(f"curation: expected a CurationConfig, a mapping or a YAML file, got {kind}")
     if not isinstance(content, Mapping | DictConfig):
         raise ConfigError(f"curation: expected fields and values, got {type(content).__name__}")
+    _check_containers(CurationConfig, content)
     if content.get("levels", None) == "auto":
         content = {**content, "levels": None}
     config = structured(CurationConfig, content)
@@ -175,6 +176,23 @@ def structured(schema: type, content: Mapping[str, Any] | DictConfig) -> Any:
         raise ConfigError(f"{name}{str(error).splitlines()[0]}") from error
     except ValueError as error:  # a dataclass's own check
         raise ConfigError(str(error)) from error
+
+
+def _check_containers(schema: type, content: Any, above: str = "") -> None:
+    """That sections are mappings and lists are lists: OmegaConf's own errors do not name the field."""
+    if isinstance(content, DictConfig):
+        content = OmegaConf.to_container(content, resolve=False)
+    for item in dataclasses.fields(schema):
+        value, name = content.get(item.name), f"{above}{item.name}"
+        if value is None or (isinstance(value, str) and value.startswith(("${", "???"))):
+            continue
+        if dataclasses.is_dataclass(item.default_factory):
+            if not isinstance(value, Mapping | DictConfig):
+                raise ConfigError(f"{name}: expected fields and values, got {value!r}")
+            _check_containers(item.default_factory, value, f"{name}.")
+        elif isinstance(value, Mapping | DictConfig):
+            kind = "list" if "list" in str(item.type) else "plain value"
+            raise ConfigError(f"{name}: expected a {kind}, got fields and values {dict(value)!r}")
 
 
 def _check(config: CurationConfig) -> None:

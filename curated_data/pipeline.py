@@ -26,7 +26,7 @@ from curated_data.config import CurationConfig, load_config
 from curated_data.distributed import build_together, check_same, check_shared, rank
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.embedding.extract import Decoders
-from curated_data.errors import ConfigError, PoolError
+from curated_data.errors import ConfigError, CuratedDataError, PoolError
 from curated_data.pool import ShardPool
 from curated_data.report.metrics import cluster_balance
 from curated_data.selection.near_duplicates import exact_groups, image_contents, near_duplicates
@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 VERSIONS = {"near_duplicates": 2, "tree": 3, "selection": 1}
 """Raised when a stage computes something else from the same inputs: its older artifacts are then stale."""
+
+
+_NO_LIMIT_GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -241,15 +244,20 @@ def build_tree(
     checkpoint = root / "checkpoints" / f"tree-{name}"
 
     def cluster() -> ClusterTree:
-        return hierarchical_kmeans(
-            store,
-            config.levels,
-            valid=valid,
-            device=device,
-            checkpoint=checkpoint,
-            max_memory=int(config.max_memory_gb * 1e9),
-            **settings,
-        )
+        try:
+            return hierarchical_kmeans(
+                store,
+                config.levels,
+                valid=valid,
+                device=device,
+                checkpoint=checkpoint,
+                max_memory=int(min(config.max_memory_gb, _NO_LIMIT_GB) * 1e9),
+                **settings,
+            )
+        except CuratedDataError:
+            raise
+        except ValueError as error:  # found only in the rows: many that are equal leave few clusters
+            raise ConfigError(f"levels: {error}; or leave `levels` out to have them derived") from error
 
     def build(temporary: Path | None) -> None:
         tree = cluster()

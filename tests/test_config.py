@@ -61,11 +61,27 @@ def test_auto_levels():
         ({"near_duplicates": {"threshold": 1.5}}, "a cosine is at most 1, got 1.5"),
         ({"target_size": "${nowhere}"}, "nowhere"),
         ({"tol": float("nan")}, "tol"),
+        ({"max_memory_gb": 0}, "max_memory_gb: expected at least 0.001"),
+        ({"embedding": 3}, "embedding: expected fields and values, got 3"),
+        ({"near_duplicates": [1]}, r"near_duplicates: expected fields and values, got \[1\]"),
+        ({"levels": {"n_clusters": 3}}, "levels: expected a list, got fields and values"),
+        ({"near_duplicates": {"held_out": {"a": 1}}}, r"near_duplicates\.held_out: expected a list"),
+        ({"target_size": {"a": 1}}, "target_size: expected a plain value"),
     ],
 )
 def test_bad_settings_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
         load_config({**GOOD, **change})
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(CurationConfig), ids=lambda field: field.name)
+def test_a_value_of_another_kind_is_named_by_its_field(field):
+    """Of each field: a list, a mapping, a word, a fraction or a truth value, where it takes another kind."""
+    for value in ([1], {"a": 1}, "many", 1.5, True, -1):
+        if field.name in ("tol", "max_memory_gb") and value == 1.5:
+            continue
+        with pytest.raises(ConfigError, match=field.name if field.name != "levels" else "levels|Level"):
+            load_config({**GOOD, field.name: value})
 
 
 def test_what_is_no_configuration(tmp_path):

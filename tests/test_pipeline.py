@@ -1,7 +1,9 @@
 """The walk from pool to selection: what is redone when, who may run at once, and what stops it."""
 
+import dataclasses
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from curated_data import ClusterTree, CurationConfig, Level, ShardPool, curate
+from curated_data.embedding import ModuleEmbedder
 from curated_data.errors import CacheError, ConfigError, PoolError
 from curated_data.selection.removed import Removed
 from tests.processes import run_ranks
@@ -52,6 +55,120 @@ def test_a_second_call_is_a_look_up_and_changes_redo_what_depends_on_them(write_
     repeats = run(shards, cache, target_size=100, max_repeats=2)
     assert len(repeats.ids) == 100
     assert np.unique(repeats.ids, return_counts=True)[1].max() == 2
+
+
+# What each setting determines: the first stage that is done anew where it changes.
+REDONE = {
+    "target_size": (25, "selection"),
+    "levels": (LEVELS[:1], "tree"),
+    "strategy": ("closest", "selection"),
+    "sampling": ("flat", "selection"),
+    "max_repeats": (2, "selection"),
+    "resample": ("random", "tree"),
+    "metric": ("cosine", "tree"),
+    "init": ("random", "tree"),
+    "n_init": (2, "tree"),
+    "n_iter": (40, "tree"),
+    "tol": (1e-3, "tree"),
+    "seed": (1, "tree"),
+    "max_memory_gb": (1.0, None),
+    "embedding.batch_size": (8, None),
+    "embedding.num_workers": (1, None),
+    "embedding.dtype": ("float16", "embeddings"),
+    "embedding.precision": ("32", "embeddings"),
+    "near_duplicates.enabled": (False, "tree"),
+    "near_duplicates.threshold": (0.98, "near_duplicates"),
+    "near_duplicates.n_neighbours": (5, "near_duplicates"),
+    "near_duplicates.prefer": ("largest", "near_duplicates"),
+    "near_duplicates.held_out": (None, "near_duplicates"),
+}
+STAGES = ("embeddings", "near_duplicates", "tree", "selection")
+
+
+def _all_settings():
+    from curated_data.config import EmbeddingConfig, NearDuplicateConfig
+
+    sections = {"embedding": EmbeddingConfig, "near_duplicates": NearDuplicateConfig}
+    for item in dataclasses.fields(CurationConfig):
+        inner = dataclasses.fields(sections[item.name]) if item.name in sections else ()
+        yield from (f"{item.name}.{one.name}" for one in inner) if inner else (item.name,)
+
+
+def test_each_setting_redoes_what_it_determines_and_nothing_else(write_pool, tmp_path):
+    assert set(REDONE) == set(_all_settings()), "a new setting must say what it determines"
+    shards, held_out = write_pool([30]), write_pool([3], name="held-out", seed=9)
+    near_duplicates = {"enabled": True, "threshold": 0.99}
+    base = {**CONFIG, "near_duplicates": near_duplicates, "max_memory_gb": 2.0, "target_size": 20}
+
+    def stages(config, pool=shards):
+        folders = curate(pool, config, embedder="pixels:4", cache_dir=tmp_path / "cache").folders
+        return {name: folders[name] for name in STAGES if name in folders}
+
+    before = stages(base)
+    for setting, (value, first) in REDONE.items():
+        section, _, field = setting.rpartition(".")
+        value = held_out if field == "held_out" else value
+        changed = {**base, section: {**base[section], field: value}} if section else {**base, field: value}
+        after = stages(changed)
+        redone = [name for name in STAGES if after.get(name) != before[name]]
+        expected = list(STAGES[STAGES.index(first) :]) if first else []
+        if setting == "near_duplicates.enabled":
+            expected = ["near_duplicates", "tree", "selection"]
+        assert redone == expected, setting
+
+
+def test_the_same_settings_and_pool_in_other_words_are_the_same_run(write_pool, tmp_path, monkeypatch):
+    """Whole numbers for real ones, numpy's, another order of fields, other spellings of the shards' paths."""
+    shards, cache = write_pool([30, 25]), tmp_path / "cache"
+    first = run(shards, cache)
+    monkeypatch.chdir(tmp_path)
+    forms = [
+        (CONFIG, [os.path.basename(shard) for shard in shards]),
+        (CONFIG, [tmp_path / ".." / tmp_path.name / os.path.basename(shard) for shard in shards]),
+        (dict(reversed(CONFIG.items())), shards),
+        ({**CONFIG, "target_size": np.int32(20), "tol": np.float64(1e-4), "max_memory_gb": 8}, shards),
+        (CurationConfig(**{**CONFIG, "levels": [Level(**level) for level in LEVELS]}), shards),
+    ]
+    for config, pool in forms:
+        found = curate(pool, config, embedder="pixels:4", cache_dir=cache)
+        assert found.report["cached"] == {"tree": True, "selection": True}
+        assert found.folders == first.folders
+
+
+def test_shards_that_moved_or_were_touched_are_other_shards_with_the_same_selection(write_pool, tmp_path):
+    """A shard is told by its place, size and time: what is promised is the same ids, not a look-up."""
+    shards, cache = write_pool([30, 25]), tmp_path / "cache"
+    first = run(shards, cache)
+    os.utime(shards[0], (1, 1))
+    touched = run(shards, cache)
+    (tmp_path / "moved").mkdir()
+    moved = run([shutil.copy(shard, tmp_path / "moved") for shard in shards], cache)
+    for found in (touched, moved):
+        assert found.report["cached"] == {"tree": False, "selection": False}
+        np.testing.assert_array_equal(found.ids, first.ids)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_batches_and_workers_leave_the_embeddings_as_they_are(write_pool, tmp_path, dtype):
+    """Workers: bit for bit. Batches: as close as the arithmetic of another batch size is."""
+    shards = write_pool([30, 25])
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 32, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(32 * 36, 64)
+        )
+    embedder = ModuleEmbedder(network, lambda image: image.float() / 255, dimension=64)
+
+    def rows(batch_size, num_workers):
+        settings = {"batch_size": batch_size, "num_workers": num_workers, "dtype": dtype}
+        cache = tmp_path / f"cache-{batch_size}-{num_workers}"
+        found = curate(shards, {**CONFIG, "embedding": settings}, embedder=embedder, cache_dir=cache)
+        return np.asarray(found.embeddings)
+
+    reference = rows(16, 0)
+    np.testing.assert_array_equal(rows(16, 2), reference)
+    np.testing.assert_allclose(rows(5, 0), reference, rtol=2e-3 if dtype == "float16" else 1e-4, atol=1e-4)
 
 
 def test_a_grown_pool_embeds_only_its_new_shard(write_pool, tmp_path):

@@ -77,6 +77,10 @@ def embed_pool(
         PoolError: a shard cannot be read.
     """
     device = _device(device)
+    if not isinstance(embedder.dimension, int) or embedder.dimension < 1:
+        raise EmbedderError(
+            f"{_name(embedder)}: its dimension is {embedder.dimension!r}, expected a positive integer"
+        )
     use_bf16 = precision == "bf16" or (
         precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     )
@@ -87,8 +91,7 @@ def embed_pool(
     missing = missing_shards(folder, shards)
     if missing:
         forget_table(folder, store_fingerprint(folder, shards, dtype))
-        if isinstance(embedder, torch.nn.Module):
-            embedder.to(device)
+        _move(embedder, device)
         samples = int(sum(ranges[number + 1] - ranges[number] for number in missing))
         started = time.monotonic()
         with progress(f"embedding ({device.type})", samples, "images") as advance:
@@ -194,7 +197,10 @@ class _Loader:
             pin_memory=self.device.type == "cuda",
         )
         try:
-            yield from loader
+            for item in loader:
+                if isinstance(item, CuratedDataError):
+                    raise item
+                yield item
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -224,13 +230,22 @@ class _Once:
 
 
 class _Preprocessed(Dataset):
-    """Indexed by rows and their samples' ids, gives the rows and the preprocessed inputs stacked."""
+    """Indexed by rows and their samples' ids, gives the rows and the preprocessed inputs stacked; or the
+    error that stops all, which as a result comes whole from a worker, not within a traceback.
+    """
 
     def __init__(self, pool: ShardPool, preprocess: Callable[[Any], Tensor], decoders: Decoders | None):
         self.pool, self.preprocess, self.decoders = pool, preprocess, decoders
 
-    def __getitem__(self, cut: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, Tensor | None, list[str]]:
-        rows, ids = cut
+    def __getitem__(
+        self, cut: tuple[np.ndarray, np.ndarray]
+    ) -> tuple[np.ndarray, Tensor | None, list[str]] | CuratedDataError:
+        try:
+            return self._inputs(*cut)
+        except CuratedDataError as error:
+            return error
+
+    def _inputs(self, rows: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, Tensor | None, list[str]]:
         inputs, reasons = [], []
         for sample in self.pool.read(ids):
             try:
@@ -238,7 +253,7 @@ class _Preprocessed(Dataset):
                 value = next((decoded[name] for name in ("image", "text", "array") if name in decoded), None)
                 if value is None:
                     raise SampleError(f"nothing to embed among its members: {sorted(sample)}")
-                inputs.append(self.preprocess(value))
+                inputs.append(_checked_input(self.preprocess(value)))
                 reasons.append("")
             except EmbedderError:
                 raise  # a wrong embedder for this pool, not a wrong sample
@@ -252,6 +267,12 @@ class _Preprocessed(Dataset):
                 f"preprocess gave inputs of different shapes, as {sorted(shapes)[:2]}: it must fix the size"
             )
         return rows, torch.stack(inputs) if inputs else None, reasons
+
+
+def _checked_input(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise EmbedderError(f"preprocess gave a {type(value).__name__}, expected a tensor")
+    return value
 
 
 def _unchanged(batch: Any) -> Any:
@@ -383,8 +404,9 @@ def _forward(embedder: Embedder, inputs: Tensor, device: torch.device, use_bf16:
             f"({type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}); is its "
             "`preprocess` the one that it needs?"
         ) from error
-    if not isinstance(output, Tensor):
-        raise EmbedderError(f"{_name(embedder)}: gave a {type(output).__name__}, expected a tensor (B, d)")
+    if not isinstance(output, Tensor) or output.is_complex():
+        kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
+        raise EmbedderError(f"{_name(embedder)}: gave {kind}, expected a tensor of real numbers (B, d)")
     return output
 
 
@@ -395,7 +417,26 @@ def _device(device: str | torch.device) -> torch.device:
             if torch.cuda.is_available()
             else torch.device("cpu")
         )
-    return torch.device(device)
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise _unusable(device, error) from error
+
+
+def _move(embedder: Embedder, device: torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch that was built without it asserts
+        raise _unusable(device, error) from error
+    if isinstance(embedder, torch.nn.Module):
+        embedder.to(device)
+
+
+def _unusable(device: str | torch.device, error: BaseException) -> ConfigError:
+    return ConfigError(
+        f"device: {str(device)!r} cannot be used ({str(error).splitlines()[0][:200]}); give 'cpu', 'cuda', "
+        "'cuda:1', …, or 'auto'"
+    )
 
 
 def _name(embedder: Embedder) -> str:

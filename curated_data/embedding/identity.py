@@ -25,6 +25,7 @@ from curated_data.errors import EmbedderError
 # The printed form of these libraries' networks holds their settings.
 _PRINTED_WHOLE = ("torch", "torchvision", "timm")
 _OWN_NAMES = frozenset(vars(nn.Module()))
+_PYTHON_CLASS = 1 << 9  # Py_TPFLAGS_HEAPTYPE: what a class of C code holds does not show in its __dict__
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -88,7 +89,7 @@ class _Walk:
             return ["cached", self.identity(value.__wrapped__)]
         if hasattr(value, "__qualname__") or isinstance(value, np.ufunc):  # of C code
             return ["named", str(getattr(value, "__module__", "")), value.__name__]
-        if hasattr(value, "__dict__"):
+        if hasattr(value, "__dict__") and type(value).__flags__ & _PYTHON_CLASS:
             return self._object(value, {"__call__"})
         raise EmbedderError(
             f"the embedder holds a {type(value).__name__}, whose identity its value does not tell; give the "

@@ -3,7 +3,7 @@
 import difflib
 import glob
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ def expand_urls(
         PoolError: an empty list, a pattern without a match (with the nearest thing there), a folder, a shard
             twice.
     """
+    if not isinstance(urls, Iterable):
+        raise PoolError(f"a pool is a path, a URL or a list of these, not {urls!r}")
     patterns = [urls] if isinstance(urls, str | Path) else list(urls)
     if not patterns:
         raise PoolError("the pool is empty: the list of shards has no entry")

@@ -16,7 +16,9 @@ from PIL import Image
 
 from curated_data.cache import open_cache
 from curated_data.embedding import EmbeddingStore, ModuleEmbedder, embed_pool, resolve_embedder
-from curated_data.errors import CacheError, EmbedderError
+from curated_data.embedding import extract as extract_module
+from curated_data.embedding import store as store_module
+from curated_data.errors import CacheError, ConfigError, CuratedDataError, EmbedderError
 from curated_data.pool import ShardPool
 
 
@@ -175,6 +177,137 @@ def test_wrong_embedders_stop_at_once(write_pool, tmp_path):
     uneven.fingerprint = "uneven"
     with pytest.raises(EmbedderError, match="must fix the size"):
         embed_pool(pool, ModuleEmbedder(mean_colours, uneven, dimension=3), root, num_workers=0)
+
+
+class Odd:
+    """An embedder by the protocol alone, wrong in one way."""
+
+    name = "odd"
+    dimension = 3
+
+    def __init__(self, fingerprint, **changes):
+        self.fingerprint = fingerprint
+        vars(self).update(changes)
+
+    def preprocess(self, image):
+        return as_float(image)
+
+    def __call__(self, batch):
+        return self.output(batch)
+
+
+def _fails(batch):
+    raise RuntimeError("boom\nand more")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output": _fails}, r"odd: fails on a batch of shape \(4, 3, 8, 8\) on cpu \(RuntimeError: boom\)"),
+        ({"output": lambda batch: {"x": batch}}, "odd: gave dict, expected a tensor of real numbers"),
+        ({"output": lambda batch: batch.mean((2, 3)) * 1j}, "odd: gave torch.complex64"),
+        ({"dimension": 0}, "odd: its dimension is 0, expected a positive integer"),
+        ({"dimension": "3"}, "odd: its dimension is '3'"),
+        ({"preprocess": lambda image: image.numpy()}, "preprocess gave a ndarray, expected a tensor"),
+    ],
+)
+def test_embedders_that_are_wrong_in_one_way_are_named(changes, message, write_pool, tmp_path):
+    pool, root = ShardPool(write_pool([4])), open_cache(tmp_path / "c")
+    with pytest.raises(EmbedderError, match=message):
+        embed_pool(pool, Odd("odd", **changes), root, num_workers=0)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(device, write_pool, tmp_path):
+    pool, root = ShardPool(write_pool([4])), open_cache(tmp_path / "c")
+    with pytest.raises(ConfigError, match=f"device: '{device}' cannot be used .*give 'cpu'"):
+        embed_pool(pool, resolve_embedder("pixels:2"), root, num_workers=0, device=device)
+
+
+def test_a_network_in_training_embeds_in_evaluation_mode_and_is_left_as_it_was(write_pool, tmp_path):
+    """Also one that brings all that an embedder needs, so that nothing is put around it."""
+
+    class Whole(torch.nn.Module):
+        dimension, fingerprint = 3, "whole"
+
+        def __init__(self):
+            super().__init__()
+            self.norm, self.drop = torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5)
+
+        def preprocess(self, image):
+            return as_float(image)
+
+        def forward(self, batch):
+            return self.drop(self.norm(batch)).mean((2, 3))
+
+    network = Whole().train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    pool = ShardPool(write_pool([6]))
+    found = [
+        np.asarray(embed_pool(pool, network, open_cache(tmp_path / name), num_workers=0)) for name in "ab"
+    ]
+    np.testing.assert_array_equal(*found)
+    assert network.training
+    assert network.drop.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_another_decoder_embeds_anew(write_pool, tmp_path):
+    pool, root = ShardPool(write_pool([3])), open_cache(tmp_path / "c")
+
+    def decoder(value):
+        return lambda data: torch.full((3, 8, 8), value, dtype=torch.uint8)
+
+    found = [
+        embed_pool(pool, resolve_embedder("pixels:2"), root, num_workers=0, decoders={"png": decoder(value)})
+        for value in (1, 200, 1)
+    ]
+    assert found[0].folder == found[2].folder != found[1].folder
+    assert not np.array_equal(np.asarray(found[0]), np.asarray(found[1]))
+    with open("/dev/null") as held, pytest.raises(ConfigError, match=r"decoders\['png'\]: its identity"):
+        embed_pool(pool, resolve_embedder("pixels:2"), root, decoders={"png": lambda data: (held, data)})
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_errors_of_workers_are_one_line(write_pool, tmp_path, num_workers):
+    pool, root = ShardPool(write_pool([4])), open_cache(tmp_path / "c")
+    decoders = {"png": lambda data: 1}
+    with pytest.raises(EmbedderError, match=r"^this embedder takes images .* the pool gave int; [^\n]*$"):
+        embed_pool(pool, resolve_embedder("pixels:2"), root, num_workers=num_workers, decoders=decoders)
+
+
+def test_a_killed_worker_is_said_to_be_one(write_pool, tmp_path):
+    pool, root = ShardPool(write_pool([4])), open_cache(tmp_path / "c")
+    deadly = Odd("deadly", preprocess=lambda image: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(CuratedDataError, match=r"worker process that decodes .* was killed.*lower embedding"):
+        embed_pool(pool, deadly, root, num_workers=1)
+
+
+def test_a_store_of_many_shards_is_opened_by_one_file(write_pool, tmp_path, monkeypatch):
+    pool, root = (
+        ShardPool(write_pool([5, 0, 4], bad={(2, 1): b"?", (0, 3): b"?"})),
+        open_cache(tmp_path / "c"),
+    )
+    embedder = resolve_embedder("pixels:2")
+    first = embed_pool(pool, embedder, root, num_workers=0)
+    read = []
+    details = store_module._read_shard_details
+    monkeypatch.setattr(
+        store_module, "_read_shard_details", lambda *which: read.append(which) or details(*which)
+    )
+    again = EmbeddingStore(first.folder, pool.shard_fingerprints, first.shape[1], "float16")
+    assert (len(again), again.n_failures, read) == (9, 2, [])
+    np.testing.assert_array_equal(again.valid, first.valid)
+    assert [failure["id"] for failure in again.iterate_failures()] == [3, 6]
+    assert len(read) == 2
+    # A shard that is embedded again brings its own failures.
+    for path in first.folder.glob(f"{pool.shard_fingerprints[2]}.*"):
+        path.unlink()
+    decoders = {"png": lambda data: torch.zeros((3, 8, 8), dtype=torch.uint8)}
+    monkeypatch.setattr(extract_module, "_decoder_fingerprints", lambda decoders: [])
+    healed = embed_pool(pool, embedder, root, num_workers=0, decoders=decoders)
+    assert [failure["id"] for failure in healed.failures] == [3]
+    assert healed.valid.sum() == 8
 
 
 def test_damaged_files_of_the_store_are_named(write_pool, tmp_path, embedder):
