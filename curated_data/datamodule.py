@@ -1,38 +1,48 @@
 """The DataModule: curate a pool, or find it curated, and stream the selection to every rank of a Trainer."""
 
 import logging
-import os
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as TF
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from curated_data.arguments import (
+    Ids,
+    Pool,
+    check_arguments,
+    checked_selection,
+    load_ids,
+    load_labels,
+    open_pool,
+)
 from curated_data.config import CurationConfig, load_config
-from curated_data.distributed import rank, world_size
-from curated_data.errors import ConfigError
 from curated_data.pool import ShardPool
 from curated_data.pool.urls import is_remote
-from curated_data.streaming.dataset import (
-    OnError,
-    PoolDataset,
-    SampleLabels,
-    StreamLoader,
-    StreamStatistics,
-    collate,
-)
+from curated_data.streaming.batch import collate
+from curated_data.streaming.crop import CenterCrop
+from curated_data.streaming.dataset import OnError, PoolDataset
 from curated_data.streaming.device import DeviceViews
+from curated_data.streaming.encoded import DeviceDecoder
+from curated_data.streaming.loader import StreamLoader
 from curated_data.streaming.order import EpochOrder, LastBatch, Shuffle
 from curated_data.streaming.sampler import GlobalBatchSampler
+from curated_data.streaming.statistics import StreamStatistics
 from curated_data.streaming.training import TrainingStream
+from curated_data.trainer import (
+    cores_a_rank,
+    end_resumed_epoch,
+    epochs_to_come,
+    from_module,
+    n_trained,
+    ranks,
+    setting,
+)
 
 if TYPE_CHECKING:
     from curated_data.pipeline import Curation
@@ -40,7 +50,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SPARES = 6  # that all are bad too, with a tenth of the pool bad, happens once in ten million samples
-Pool = ShardPool | str | Path | Sequence[str | Path]
 
 
 class CuratedDataModule(pl.LightningDataModule):
@@ -68,6 +77,8 @@ class CuratedDataModule(pl.LightningDataModule):
             by default: the image cropped to `image_size`, still uint8) and the samples' seeds: a function of
             (B, C, H, W) and (B,) int64 as in `curated_data.streaming.device`, to a list of tensors or to one.
             Takes most of the work from the CPU cores where these are few for a fast device.
+        decode_on_device: decode JPEGs there too, a batch at a time, before `device_views`: workers only read
+            them, and decode what is none.
         batch_size: samples a rank takes a step.
         num_workers: processes that read, decode and augment; None takes the cores that this rank may use, 16
             at most.
@@ -118,12 +129,13 @@ class CuratedDataModule(pl.LightningDataModule):
         embedder: str | nn.Module | Callable[[Tensor], Tensor] | Any | None = None,
         views: Callable[[Tensor], Any] | None = None,
         device_views: DeviceViews | None = None,
+        decode_on_device: bool = False,
         batch_size: int = 64,
         num_workers: int | None = None,
         seed: int = 0,
         cache_dir: str | Path | None = None,
-        selection: str | Path | np.ndarray | None = None,
-        labels: str | Path | np.ndarray | None = None,
+        selection: Ids | None = None,
+        labels: Ids | None = None,
         val_pool: Pool | None = None,
         eval_transform: Callable[[Tensor], Any] | None = None,
         eval_batch_size: int | None = None,
@@ -143,12 +155,13 @@ class CuratedDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self.pool = _open_pool(pool, cache_dir)
-        self.val_pool = None if val_pool is None else _open_pool(val_pool, cache_dir)
+        self.pool = open_pool(pool, cache_dir)
+        self.val_pool = None if val_pool is None else open_pool(val_pool, cache_dir)
         self.curation_config = None if curation is None else load_config(curation)
         self.embedder = embedder
         self.views = views
         self.device_views = device_views
+        self.decode_on_device = decode_on_device
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -172,18 +185,18 @@ class CuratedDataModule(pl.LightningDataModule):
         self.statistics = StreamStatistics(max_skipped)
         self._given_selection = selection
         self._given_labels = labels
-        self._check_arguments()
+        check_arguments(self, selection, labels)
         self._stream = TrainingStream(self._n_trained, self.cache_dir)
         self._is_set_up = False
         self._reload_every: int | None = None
+        self._decoder: DeviceDecoder | None = None
         self._planned: np.ndarray | None = None  # the selection that remote reading was planned for
         if device_views is not None:
             # On the instance, as Lightning asks: with the hook in the class, a module's own would never run.
             self.on_after_batch_transfer = self._make_device_views
-        if val_pool is None:  # `val_dataloader` is there all the same, for who gives one
-            warnings.filterwarnings(
-                "ignore", "You passed in a `val_dataloader` but have no `validation_step`"
-            )
+        if val_pool is None and type(self).val_dataloader is CuratedDataModule.val_dataloader:
+            # As if there were no such method: a Trainer warns of one where the module has no validation_step.
+            self.val_dataloader = super().val_dataloader
 
     @property
     def selection(self) -> np.ndarray | None:
@@ -211,37 +224,37 @@ class CuratedDataModule(pl.LightningDataModule):
         Args:
             ids: (n,) integers, with repeats where samples should be seen as often.
         """
-        self._stream.replace(self._checked_selection(np.asarray(ids), "ids"))
+        self._stream.replace(checked_selection(np.asarray(ids), self.pool, "ids"))
         self._follow_selection()
 
     def train_dataloader(self) -> DataLoader:
         if not self._is_set_up:
             self._select()
-        overfits = bool(self._trainer_asks("overfit_batches"))
+        overfits = bool(setting(self.trainer, "overfit_batches"))
         shuffle = "none" if overfits else self.shuffle
         settings = (
             self.batch_size,
-            self._ranks()[1],
+            ranks(self.trainer)[1],
             self.seed,
             shuffle,
             self.last_batch,
             self.stratify_level,
         )
         order = self._stream.prepare(self.trainer, settings, lambda ids: self._training_order(ids, shuffle))
-        self._end_resumed_epoch(order)
+        if self.trainer is not None and self._stream.resumed_between_selections:
+            self._stream.resumed_between_selections = not end_resumed_epoch(self.trainer, order.n_batches)
         self._follow_selection()
-        if self.device_views is not None:
-            views = self.views or CenterCrop(self.image_size, scale=False)
-        else:
-            views = self.views or self._from_module("views") or CenterCrop(self.image_size)
-        dataset = self._dataset(self.pool, views)
+        dataset = self._dataset(self.pool, self._training_views())
         dataset.statistics = self.statistics
-        dataset.labels = self._labels()
+        dataset.labels = load_labels(self._given_labels, self._given_selection, self.pool)
         dataset.seeds_for_device = self.device_views is not None
+        dataset.encoded = self.decode_on_device
+        if self.decode_on_device:
+            self._decoder = DeviceDecoder(dataset, CenterCrop(self.image_size, scale=False))
         self._plan_access(order)
         keep = self.persistent_workers
         if keep is None:  # kept workers, pinned memory and a reload leak file handles (Lightning #18487)
-            keep = not (self._pins() and self._trainer_asks("reload_dataloaders_every_n_epochs"))
+            keep = not (self._pins() and setting(self.trainer, "reload_dataloaders_every_n_epochs"))
         return self._loader(
             dataset,
             order,
@@ -252,9 +265,9 @@ class CuratedDataModule(pl.LightningDataModule):
             endless=self.trainer is not None and not overfits,
         )
 
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """The whole of `val_pool` in its order, each sample once; an empty list where there is none."""
-        return [] if self.val_pool is None else self._evaluation_loader(self.val_pool)
+    def val_dataloader(self) -> DataLoader:
+        """The whole of `val_pool` in its order, each sample once. Without one, there is no such method."""
+        return self._evaluation_loader(self.val_pool)
 
     def predict_dataloader(self) -> DataLoader:
         """The whole pool in its order, each sample once."""
@@ -297,8 +310,8 @@ class CuratedDataModule(pl.LightningDataModule):
             self.base_curation = self.curation
             self._stream.start_with(self.curation.ids)
         elif self._given_selection is not None:
-            ids = _load_ids(self._given_selection)
-            self._stream.start_with(self._checked_selection(ids, "selection"))
+            ids = load_ids(self._given_selection)
+            self._stream.start_with(checked_selection(ids, self.pool, "selection"))
         else:
             self.pool.index()
         self._is_set_up = True
@@ -310,7 +323,7 @@ class CuratedDataModule(pl.LightningDataModule):
         order = EpochOrder(
             len(self.pool) if ids is None else ids,
             seed=self.seed,
-            batch_size=self.batch_size * self._ranks()[1],
+            batch_size=self.batch_size * ranks(self.trainer)[1],
             shuffle=shuffle,
             last_batch=self.last_batch,
             shard_starts=self.pool.shard_ranges() if shuffle == "block" else None,
@@ -321,17 +334,13 @@ class CuratedDataModule(pl.LightningDataModule):
         )
         return order
 
-    def _labels(self) -> SampleLabels | None:
-        if self._given_labels is None:
+    def _training_views(self) -> Callable[[Tensor], Any] | None:
+        """What the workers make of an image."""
+        if self.decode_on_device:
             return None
-        ids = None if self._given_selection is None else _load_ids(self._given_selection)
-        labels = _load_ids(self._given_labels, "labels")
-        if ids is None and len(labels) != len(self.pool):
-            raise ConfigError(
-                f"labels: {len(labels)} of them for a pool of {len(self.pool)} samples; give one for each, "
-                "or with `selection` the samples that they belong to"
-            )
-        return SampleLabels(ids, labels)
+        if self.device_views is not None:
+            return self.views or CenterCrop(self.image_size, scale=False)
+        return self.views or from_module(self.trainer, "views") or CenterCrop(self.image_size)
 
     def _plan_access(self, order: EpochOrder) -> None:
         """For a remote pool, choose ranges or whole shards by what will be read of each."""
@@ -340,27 +349,17 @@ class CuratedDataModule(pl.LightningDataModule):
             return
         whole = isinstance(order.selection, int)
         ids = np.arange(len(self.pool)) if whole else np.unique(order.selection)
-        self.pool.plan_access(ids, epochs=self._epochs_to_come(order))
+        self.pool.plan_access(ids, epochs=epochs_to_come(self.trainer, order.n_batches))
         self._planned = order.selection
-
-    def _epochs_to_come(self, order: EpochOrder) -> int:
-        """How often the selection will be read, as far as the Trainer's limits tell; 1 if they do not."""
-        trainer = self.trainer
-        if trainer is None:
-            return 1
-        limits = []
-        if trainer.max_epochs is not None and trainer.max_epochs > 0:
-            limits.append(trainer.max_epochs - trainer.current_epoch)
-        if trainer.max_steps is not None and trainer.max_steps > 0:
-            batches = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
-            limits.append(-(-batches // order.n_batches))
-        return max(1, min(limits, default=1))
 
     def _make_device_views(self, batch: Any, dataloader_idx: int) -> Any:
         """Lightning's `on_after_batch_transfer`; evaluation's batches pass unchanged."""
         if not isinstance(batch, dict) or "view_seed" not in batch:
             return batch
-        views = self.device_views(batch.pop("image"), batch.pop("view_seed"))
+        seeds = batch.pop("view_seed")
+        if "encoded" in batch:
+            self._decoder(batch, seeds.device)
+        views = self.device_views(batch.pop("image"), seeds)
         if isinstance(views, Tensor):
             batch["image"] = views
         else:
@@ -371,7 +370,7 @@ class CuratedDataModule(pl.LightningDataModule):
         """Batches whose optimizer step is done; without a Trainer, batches handed out."""
         if self.trainer is None:
             return self.statistics.n_batches
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        return n_trained(self.trainer)
 
     def _follow_selection(self) -> None:
         """While a selection waits for an epoch, have the Trainer ask for a new loader when that begins."""
@@ -384,29 +383,22 @@ class CuratedDataModule(pl.LightningDataModule):
         elif not waiting and self._reload_every is not None:
             self.trainer.reload_dataloaders_every_n_epochs, self._reload_every = self._reload_every, None
 
-    def _end_resumed_epoch(self, order: EpochOrder) -> None:
-        """Tell a Trainer that resumes after an epoch's last batch that it was the last.
-
-        It compares what was done with the length of the loader, which is the next selection's by now.
-        """
-        if self.trainer is None or not self._stream.resumed_between_selections:
-            return
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        if not progress.is_last_batch:  # not restored yet: a loader is asked for once more
-            return
-        if progress.current.completed < progress.current.processed:  # it was saved as that batch ended
-            progress.current.completed = max(progress.current.completed, order.n_batches)
-        self._stream.resumed_between_selections = False
-
     def _evaluation_loader(self, pool: ShardPool) -> DataLoader:
-        transform = self.eval_transform or self._from_module("eval_transform") or CenterCrop(self.image_size)
+        transform = (
+            self.eval_transform or from_module(self.trainer, "eval_transform") or CenterCrop(self.image_size)
+        )
         size = self.eval_batch_size or self.batch_size
         order = EpochOrder(
-            len(pool), seed=self.seed, batch_size=size * self._ranks()[1], shuffle="none", last_batch="short"
+            len(pool),
+            seed=self.seed,
+            batch_size=size * ranks(self.trainer)[1],
+            shuffle="none",
+            last_batch="short",
         )
-        return self._loader(self._dataset(pool, transform), order, size, keep_workers=False)
+        dataset = self._dataset(pool, transform or CenterCrop(self.image_size))
+        return self._loader(dataset, order, size, keep_workers=False)
 
-    def _dataset(self, pool: ShardPool, views: Callable[[Tensor], Any]) -> PoolDataset:
+    def _dataset(self, pool: ShardPool, views: Callable[[Tensor], Any] | None) -> PoolDataset:
         return PoolDataset(
             pool,
             views,
@@ -420,7 +412,7 @@ class CuratedDataModule(pl.LightningDataModule):
     def _loader(
         self, dataset: PoolDataset, order: EpochOrder, batch_size: int, *, keep_workers: bool, **sampling: Any
     ) -> DataLoader:
-        number, n_ranks = self._ranks()
+        number, n_ranks = ranks(self.trainer)
         sampler = GlobalBatchSampler(
             None,
             batch_size,
@@ -430,7 +422,9 @@ class CuratedDataModule(pl.LightningDataModule):
             world_size=n_ranks,
             **sampling,
         )
-        n_workers = self._n_workers()
+        n_workers = self.num_workers
+        if n_workers is None:
+            n_workers = min(16, cores_a_rank(self.trainer))
         loader = StreamLoader(
             dataset,
             batch_sampler=sampler,
@@ -446,115 +440,5 @@ class CuratedDataModule(pl.LightningDataModule):
         loader.slow_after = self.slow_after
         return loader
 
-    def _from_module(self, name: str) -> Callable[[Tensor], Any] | None:
-        module = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
-        factory = getattr(module, name, None)
-        return factory() if callable(factory) else None
-
-    def _trainer_asks(self, name: str) -> Any:
-        return 0 if self.trainer is None else getattr(self.trainer, name)
-
-    def _ranks(self) -> tuple[int, int]:
-        """This process's rank and how many there are."""
-        if self.trainer is None:
-            return rank(), world_size()
-        return self.trainer.global_rank, self.trainer.world_size
-
-    def _n_workers(self) -> int:
-        if self.num_workers is not None:
-            return self.num_workers
-        n_local = 1 if self.trainer is None else self.trainer.num_devices
-        return max(1, min(16, len(os.sched_getaffinity(0)) // n_local))
-
     def _pins(self) -> bool:
         return torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
-
-    def _checked_selection(self, ids: np.ndarray, name: str) -> np.ndarray:
-        if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids):
-            raise ConfigError(
-                f"{name}: expected one or more integer ids, found {ids.dtype} of shape {ids.shape}"
-            )
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= len(self.pool):
-            raise ConfigError(
-                f"{name}: id {low if low < 0 else high} is not in the pool, whose ids go from 0 to "
-                f"{len(self.pool) - 1}; was it made for another pool?"
-            )
-        return ids.astype(np.int64, copy=False)
-
-    def _check_arguments(self) -> None:
-        if self.curation_config is not None:
-            if self._given_selection is not None:
-                raise ConfigError("selection: given together with curation, which makes one; drop either")
-            if self.embedder is None:
-                raise ConfigError(
-                    "embedder: a curation needs one, say 'hub:dinov2_vitl14_reg' or a module of yours"
-                )
-            if self.cache_dir is None:
-                raise ConfigError(
-                    "cache_dir: a curation needs a folder for its artifacts, shared by all ranks"
-                )
-        elif self.stratify_level is not None:
-            raise ConfigError("stratify_level: needs a curation, whose tree has the clusters")
-        if self.stratify_level is not None and self.shuffle != "full":
-            raise ConfigError(f'stratify_level: takes shuffle="full", found {self.shuffle!r}')
-        for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0), ("image_size", 1)):
-            value = getattr(self, name)
-            optional = name in ("eval_batch_size", "num_workers")
-            if not (optional and value is None) and not (isinstance(value, int) and value >= least):
-                raise ConfigError(f"{name}: expected an integer of at least {least}, found {value!r}")
-        for name in ("views", "device_views", "eval_transform"):
-            value = getattr(self, name)
-            if value is not None and not callable(value):
-                of_what = "a batch of images and seeds" if name == "device_views" else "an image"
-                raise ConfigError(f"{name}: expected a function of {of_what}, found {value!r}")
-        if self._given_labels is not None and self.curation_config is not None:
-            raise ConfigError("labels: given together with curation; give the `selection` they belong to")
-        if self.slow_after < 0:
-            raise ConfigError(f"slow_after: expected seconds, 0 or more, found {self.slow_after!r}")
-        if not 0 <= self.max_skipped <= 1:
-            raise ConfigError(f"max_skipped: expected a share in 0..1, found {self.max_skipped!r}")
-        EpochOrder(
-            1,
-            seed=0,
-            batch_size=1,
-            shuffle=self.shuffle,
-            last_batch=self.last_batch,
-            shard_starts=np.zeros(2),
-        )
-        PoolDataset(self.pool, on_error=self.on_error)
-
-
-@dataclass(frozen=True)
-class CenterCrop:
-    """Resize the shorter side, crop the centre: uint8 (C, H, W) to (C, size, size).
-
-    Args:
-        size: in pixels.
-        scale: to float32 in 0..1, else still uint8.
-    """
-
-    size: int
-    scale: bool = True
-
-    def __call__(self, image: Tensor) -> Tensor:
-        resized = TF.resize(image, [self.size], antialias=True)
-        cropped = TF.center_crop(resized, [self.size, self.size])
-        return TF.to_dtype(cropped, torch.float32, scale=True) if self.scale else cropped
-
-
-def _open_pool(pool: Pool, cache_dir: str | Path | None) -> ShardPool:
-    if not isinstance(pool, ShardPool):
-        return ShardPool(pool, cache_dir=cache_dir)
-    return pool if cache_dir is None or pool.cache_dir is not None else pool.with_cache(cache_dir)
-
-
-def _load_ids(selection: str | Path | np.ndarray, name: str = "selection") -> np.ndarray:
-    if not isinstance(selection, str | Path):
-        return np.asarray(selection)
-    try:
-        return np.load(selection, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{name}: {selection} cannot be read as a .npy file of integers ({error})"
-        ) from error

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -242,11 +243,47 @@ def test_memory_is_pinned_where_there_is_a_gpu_and_harmless_elsewhere(write_pool
     assert batches[0]["image"].is_pinned() == (loader.pin_memory and torch.cuda.is_available())
 
 
-def test_without_validation_nothing_is_warned_about(write_pool):
-    data = CuratedDataModule(write_pool([6]), batch_size=3, num_workers=0, image_size=8)
-    with warnings.catch_warnings(record=True) as caught:
-        trained(data)
-    assert not [str(w.message) for w in caught if "val_dataloader" in str(w.message)]
+class Validated(Seen):
+    """Keeps the ids that it validates on."""
+
+    def validation_step(self, batch, batch_idx):
+        self.validated = batch["sample_id"].tolist()
+
+
+class TestValidationDataloader:
+    """It is there for a Trainer where there is a pool for it, or a subclass that has its own."""
+
+    def test_without_a_pool_a_trainer_finds_none(self, write_pool):
+        data = CuratedDataModule(write_pool([6]), batch_size=3, num_workers=0, image_size=8)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trained(data)
+        assert not [str(w.message) for w in caught if "val_dataloader" in str(w.message)]
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        with pytest.raises(MisconfigurationException, match="`val_dataloader` must be implemented"):
+            trainer.validate(Validated(), data)
+
+    def test_the_filters_of_warnings_are_left_alone(self, write_pool):
+        before = list(warnings.filters)
+        CuratedDataModule(write_pool([6]))
+        assert warnings.filters == before
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_with_a_pool_or_in_a_subclass_it_is_asked(self, write_pool):
+        class Own(CuratedDataModule):
+            def val_dataloader(self):
+                return torch.utils.data.DataLoader([{"sample_id": 7}])
+
+        paths = write_pool([4])
+        settings = {"batch_size": 4, "num_workers": 0, "image_size": 8}
+        for data, expected in (
+            (CuratedDataModule(paths, val_pool=paths, **settings), [0, 1, 2, 3]),
+            (Own(paths, **settings), [7]),
+        ):
+            module = Validated()
+            quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+            pl.Trainer(accelerator="cpu", max_epochs=1, **quiet).fit(module, data)
+            assert module.validated == expected
 
 
 class TestRemotePools:

@@ -8,7 +8,7 @@ simplejpeg, but deprecated since torchvision 0.29, and its PNG decoder ends the 
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -37,6 +37,13 @@ TEXT_EXTENSIONS = ("txt", "text")
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 
 Decoders = Mapping[str, Callable[[bytes], Any]]
+
+
+class EncodedImage(NamedTuple):
+    """An image member that is still to be decoded."""
+
+    member: str
+    data: bytes
 
 
 def decode_image(data: bytes, *, min_size: int | None = None) -> torch.Tensor:
@@ -82,6 +89,7 @@ def decode_sample(
     decoders: Decoders | None = None,
     image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
     min_size: int | None = None,
+    encoded: bool = False,
 ) -> dict[str, Any]:
     """Decode what a sample holds to the fields that embedding and training know.
 
@@ -92,6 +100,7 @@ def decode_sample(
         image_extensions: which members are images, the preferred first. Of several the preferred is taken, of
             those the first in the archive.
         min_size: see `decode_image`.
+        encoded: leave an image for which there is no own decoder to the caller, as an `EncodedImage`.
 
     Returns:
         `image` uint8 (3, H, W), or what its decoder gave; where there is none, `array` (from `.npy`) or
@@ -112,14 +121,17 @@ def decode_sample(
         try:
             return decoder(members[name])
         except Exception as error:  # whatever an own decoder raises is this sample's fault, and must name it
-            reason = str(error) if isinstance(error, SampleError) else f"{type(error).__name__}: {error}"
-            raise SampleError(f"{_place(sample)}, member {name!r}: {reason}") from error
+            raise undecodable(sample, name, error) from error
 
     image = _first(members, image_extensions)
     array = _first(members, ("npy",))
     text = _first(members, TEXT_EXTENSIONS)
     if image is not None:
-        decoded["image"] = decode(image, lambda data: decode_image(data, min_size=min_size))
+
+        def default(data: bytes) -> Any:
+            return EncodedImage(image, data) if encoded else decode_image(data, min_size=min_size)
+
+        decoded["image"] = decode(image, default)
     if array is not None:
         decoded["array"] = decode(array, decode_array)
     if text is not None:
@@ -138,8 +150,21 @@ def decode_sample(
     if not decoded.keys() - {"label", "metadata"}:
         has = ", ".join(sample.get("__members__") or members) or "nothing"
         wanted = "/".join(image_extensions[:4])
-        raise SampleError(f"{_place(sample)}: no image member ({wanted}, ...), array or text; it has: {has}")
+        raise SampleError(
+            f"{place_of(sample)}: no image member ({wanted}, ...), array or text; it has: {has}"
+        )
     return decoded
+
+
+def place_of(sample: Mapping[str, Any]) -> str:
+    """How messages name a sample: by shard and key."""
+    return f"{sample.get('__url__', 'sample')}: sample {sample.get('__key__', '?')!r}"
+
+
+def undecodable(sample: Mapping[str, Any], member: str, error: Exception) -> SampleError:
+    """The error for a member that cannot be decoded; names shard, key, member and reason."""
+    reason = str(error) if isinstance(error, SampleError) else f"{type(error).__name__}: {error}"
+    return SampleError(f"{place_of(sample)}, member {member!r}: {reason}")
 
 
 def _decode_jpeg(data: bytes, min_size: int | None) -> np.ndarray | None:
@@ -216,10 +241,6 @@ def _text_from_metadata(decoded: dict[str, Any]) -> None:
         if isinstance(metadata, dict) and isinstance(metadata.get(field), str):
             decoded["text"] = metadata[field]
             return
-
-
-def _place(sample: Mapping[str, Any]) -> str:
-    return f"{sample.get('__url__', 'sample')}: sample {sample.get('__key__', '?')!r}"
 
 
 def _check_pixels(width: int, height: int) -> None:

@@ -1,9 +1,12 @@
 """From a selection to batches: an epoch's order, its cut into global batches, reading, augmenting."""
 
-from curated_data.streaming.dataset import BatchReport, PoolDataset, StreamLoader, StreamStatistics, collate
+from curated_data.streaming.batch import collate
+from curated_data.streaming.dataset import PoolDataset
 from curated_data.streaming.device import PerSample, ResizedCrops
+from curated_data.streaming.loader import StreamLoader
 from curated_data.streaming.order import EpochOrder, permuted
 from curated_data.streaming.sampler import BatchRequest, GlobalBatchSampler
+from curated_data.streaming.statistics import BatchReport, StreamStatistics
 from curated_data.streaming.training import StreamPosition, TrainingStream
 
 __all__ = [

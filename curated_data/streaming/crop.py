@@ -1,0 +1,25 @@
+"""What becomes of an image where nothing else was asked for."""
+
+from dataclasses import dataclass
+
+import torch
+import torchvision.transforms.v2.functional as TF
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """Resize the shorter side, crop the centre: uint8 (C, H, W) to (C, size, size).
+
+    Args:
+        size: in pixels.
+        scale: to float32 in 0..1, else still uint8.
+    """
+
+    size: int
+    scale: bool = True
+
+    def __call__(self, image: Tensor) -> Tensor:
+        resized = TF.resize(image, [self.size], antialias=True)
+        cropped = TF.center_crop(resized, [self.size, self.size])
+        return TF.to_dtype(cropped, torch.float32, scale=True) if self.scale else cropped
