@@ -9,9 +9,9 @@ import torch
 
 from curated_data import distributed
 from curated_data.clustering.checkpoint import Arrays
-from curated_data.clustering.nearest import Centroids, squared_distances, step
+from curated_data.clustering.nearest import Centroids, squared_distances
 from curated_data.clustering.neighbourhoods import Neighbourhoods, coarse_centres, loses_little, sampled_loss
-from curated_data.clustering.rows import Rows, blocks, parallel_map
+from curated_data.clustering.rows import BLOCK, Rows, blocks
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Lloyd:
         self.other = np.zeros(n, np.float32)
         self.sums = np.zeros((self.k, rows.dimension))
         self.counts = np.zeros(self.k, np.int64)
-        norms = parallel_map(lambda a, b: rows.block(a, b).square().sum(1).cpu().numpy(), list(blocks(n)))
+        norms = rows.map(lambda start, stop, block: block.square().sum(1).cpu().numpy())
         self.norms = np.concatenate([np.empty(0, np.float32), *norms])
         self.done, self.before, self.inertia, self.n_repaired = 0, np.inf, np.inf, 0
         self.centres: torch.Tensor | None = None  # of the neighbourhoods
@@ -167,18 +167,21 @@ class Lloyd:
     def _assign(self, moved: np.ndarray | None) -> float:
         """Give every row its nearest centroid, after some moved, or all (None); returns the inertia."""
         before = self.assignment.copy()
-        pieces = list(blocks(len(self.rows), step(self.rows)))
         everything = Centroids(self.centroids)
         if moved is None or moved.sum() > 0.5 * self.k:
-            parallel_map(
-                lambda a, b: self._look_at_all(np.arange(a, b), self.rows.block(a, b), everything), pieces
+            self.rows.map(
+                lambda start, stop, block: self._look_at_all(np.arange(start, stop), block, everything)
             )
         else:
             ids = np.flatnonzero(moved)
             some = Centroids(self.centroids[torch.from_numpy(ids).to(self.centroids.device)])
             column = np.full(self.k, -1)
             column[ids] = np.arange(len(ids))
-            parallel_map(lambda a, b: self._look_at_moved(a, b, some, ids, column, everything), pieces)
+            self.rows.map(
+                lambda start, stop, block: self._look_at_moved(
+                    start, stop, block, some, ids, column, everything
+                )
+            )
         self._move_sums(before)
         return self._inertia()
 
@@ -192,12 +195,12 @@ class Lloyd:
         self,
         start: int,
         stop: int,
+        rows: torch.Tensor,
         some: Centroids,
         ids: np.ndarray,
         column: np.ndarray,
         everything: Centroids,
     ) -> None:
-        rows = self.rows.block(start, stop)
         assignment, own, other = (a[start:stop] for a in (self.assignment, self.own, self.other))
         index, best, second, mine = some.two_nearest(rows, skip=column[assignment])
         np.copyto(own, mine, where=~np.isnan(mine))
@@ -261,15 +264,32 @@ class Lloyd:
 
 
 def _add_segments(sums: np.ndarray, rows: Rows, at: np.ndarray, clusters: np.ndarray, sign: int) -> None:
-    """Add `sign` times the rows at `at` to the sums of their clusters, in float64, by sorted segments."""
-    order = np.argsort(clusters, kind="stable")
-    at, clusters = at[order], clusters[order]
+    """Add `sign` times the rows at `at` to the sums of their clusters, in float64, by sorted segments.
 
-    def one(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        part = clusters[start:stop]
-        first = np.flatnonzero(np.concatenate([[True], part[1:] != part[:-1]]))
-        values = rows.take(at[start:stop]).cpu().numpy()
-        return part[first], np.add.reduceat(values, first, axis=0, dtype=np.float64)
+    Rows in memory are sorted by cluster all at once; others, read in their own order, block by block.
+    """
+    if rows.held:
+        order = np.argsort(clusters, kind="stable")
+        at, clusters = at[order], clusters[order]
 
-    for ids, partial in parallel_map(one, list(blocks(len(at)))):
-        sums[ids] += sign * partial
+    # Some blocks at a time: partial sums, where rows are not sorted, are as large as the rows.
+    for begin, end in blocks(len(at), 32 * BLOCK):
+
+        def one(start: int, stop: int, block: torch.Tensor, begin: int = begin) -> tuple[np.ndarray, ...]:
+            part = clusters[begin + start : begin + stop]
+            if not rows.held:
+                order = np.argsort(part, kind="stable")
+                part, block = part[order], block[torch.from_numpy(order).to(block.device)]
+            first = np.flatnonzero(np.concatenate([[True], part[1:] != part[:-1]]))
+            return part[first], segment_sums(block, first)
+
+        for ids, partial in rows.map(one, positions=at[begin:end]):
+            sums[ids] += sign * partial
+
+
+def segment_sums(values: torch.Tensor, first: np.ndarray) -> np.ndarray:
+    """Sums of the runs of rows that begin at `first`, (len(first), d) float64, in one order on any device."""
+    if values.device.type == "cpu":
+        return np.add.reduceat(values.numpy(), first, axis=0, dtype=np.float64)
+    lengths = torch.from_numpy(np.diff(first, append=len(values))).to(values.device)
+    return torch.segment_reduce(values.double(), "sum", lengths=lengths, axis=0).cpu().numpy()

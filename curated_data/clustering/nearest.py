@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from curated_data.clustering.rows import BLOCK, Rows, blocks, parallel_map
+from curated_data.clustering.rows import Rows, blocks, parallel_map
 
 _ROWS, _COLUMNS = (
     1024,
@@ -111,9 +111,7 @@ def onednn_is_faster() -> bool:
 def nearest(rows: Rows, centroids: torch.Tensor) -> np.ndarray:
     """The index of each row's nearest centroid, (n,) int64; the lowest of equal ones."""
     ready = Centroids(centroids)
-    parts = parallel_map(
-        lambda a, b: ready.two_nearest(rows.block(a, b))[0], list(blocks(len(rows), step(rows)))
-    )
+    parts = rows.map(lambda start, stop, block: ready.two_nearest(block)[0])
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
@@ -132,14 +130,9 @@ def nearest_columns(rows: torch.Tensor, centroids: torch.Tensor, count: int) -> 
 def squared_distances(rows: Rows, centroids: torch.Tensor, assignment: np.ndarray) -> np.ndarray:
     """|x - c|^2 of each row and its assigned centroid, (n,) float64, by subtraction: no cancellation."""
 
-    def one(start: int, stop: int) -> np.ndarray:
+    def one(start: int, stop: int, block: torch.Tensor) -> np.ndarray:
         own = centroids[torch.from_numpy(assignment[start:stop]).to(centroids.device)]
-        return (rows.block(start, stop) - own).double().square().sum(1).cpu().numpy()
+        return (block - own).double().square().sum(1).cpu().numpy()
 
-    parts = parallel_map(one, list(blocks(len(rows))))
+    parts = rows.map(one)
     return np.concatenate(parts) if parts else np.empty(0)
-
-
-def step(rows: Rows) -> int:
-    """How many rows a thread (or the accelerator) takes at once."""
-    return BLOCK if rows.device.type == "cpu" else BLOCK * 16

@@ -60,14 +60,48 @@ class Rows:
     def dimension(self) -> int:
         return int(self.source.shape[1])
 
+    @property
+    def held(self) -> bool:
+        """Whether all rows are in memory, converted."""
+        return self._held is not None
+
     def hold(self) -> "Rows":
         """Convert all rows now, if they fit the budget."""
         if self._held is None and self.fits():
             held = torch.empty((len(self), self.dimension), dtype=torch.float32, device=self.device)
-            for start, stop in blocks(len(self), BLOCK * 8):
-                held[start:stop] = self._read(slice(start, stop))
+            self.map(lambda start, stop, block: held[start:stop].copy_(block), BLOCK * 8)
             self._held = held
         return self
+
+    def map(
+        self,
+        work: Callable[[int, int, torch.Tensor], T],
+        size: int | None = None,
+        positions: np.ndarray | None = None,
+    ) -> list[T]:
+        """`work(start, stop, rows[start:stop])` of block after block, on several threads; results in order.
+
+        Rows that are not held are read ahead: the next blocks while the present ones are worked on, and on an
+        accelerator through pinned memory on a stream of its own.
+
+        Args:
+            size: rows in a block; by default what a thread, or the accelerator, does best with.
+            positions: (m,) the rows to take, best ascending where they are not held; None for all.
+        """
+        n = len(self) if positions is None else len(positions)
+        on_cpu = self.device.type == "cpu"
+        pieces = list(blocks(n, size or (BLOCK if on_cpu else BLOCK * 16)))
+        workers = torch.get_num_threads() if on_cpu else 2  # one fills the device's queue, one empties it
+
+        def which(start: int, stop: int) -> slice | np.ndarray:
+            return slice(start, stop) if positions is None else positions[start:stop]
+
+        if self._held is not None:
+            take = self.block if positions is None else lambda start, stop: self.take(which(start, stop))
+            return parallel_map(lambda start, stop: work(start, stop, take(start, stop)), pieces, workers)
+        with _ReadAhead([which(*piece) for piece in pieces], self._fetch, workers) as ahead:
+            places = [(i,) for i in range(len(pieces))]
+            return parallel_map(lambda i: work(*pieces[i], ahead.take(i)), places, workers)
 
     def block(self, start: int, stop: int) -> torch.Tensor:
         """Rows start..stop, (stop - start, d)."""
@@ -104,9 +138,33 @@ class Rows:
         return rows.hold()
 
     def _read(self, which: slice | np.ndarray) -> torch.Tensor:
-        if self.ids is not None:
-            which = self.ids[which]
-        rows = read_rows(self.source, which).to(self.device)
+        return self._converted(self._read_source(which).to(self.device))
+
+    def _fetch(self, which: slice | np.ndarray) -> Callable[[], torch.Tensor]:
+        """`_read` from a thread that reads ahead; what it returns gives the rows to the thread that calls."""
+        if self.device.type != "cuda":
+            rows = self._read(which)
+            return lambda: rows
+        with torch.cuda.device(self.device), torch.cuda.stream(_side_stream(self.device)):
+            rows = self._read_source(which)
+            if rows.device.type == "cpu":
+                rows = rows.pin_memory()
+            rows = self._converted(rows.to(self.device, non_blocking=True))
+            ready = torch.cuda.current_stream().record_event()
+
+        def wait() -> torch.Tensor:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(ready)
+            rows.record_stream(stream)  # its memory is not given away before that stream is done with it
+            return rows
+
+        return wait
+
+    def _read_source(self, which: slice | np.ndarray) -> torch.Tensor:
+        return read_rows(self.source, which if self.ids is None else self.ids[which])
+
+    def _converted(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the source, as they are computed with."""
         if self.normalise:
             # In float64 inside: the norm of a float16 or float32 row must not overflow or vanish.
             wide = rows.double()
@@ -114,6 +172,43 @@ class Rows:
         if self._mean is not None:
             rows = rows - self._mean
         return rows.contiguous()
+
+
+class _ReadAhead:
+    """Pieces read by threads of their own, a few ahead of those that are asked for, which are so in order."""
+
+    def __init__(
+        self,
+        pieces: list[slice | np.ndarray],
+        fetch: Callable[[Any], Callable[[], torch.Tensor]],
+        workers: int,
+    ) -> None:
+        # Reading waits more than it works; a reader to a few that compute keeps up where products are large.
+        readers = max(1, workers // 4)
+        self.pieces, self.fetch, self.depth = pieces, fetch, workers + readers
+        self.pool = _pool(os.getpid(), readers, torch.get_num_threads(), "curated-data-read")
+        self.lock, self.next, self.reads = threading.Lock(), 0, {}
+
+    def take(self, i: int) -> torch.Tensor:
+        """The i-th piece; the next ones are begun."""
+        with self.lock:
+            while self.next < min(i + self.depth, len(self.pieces)):
+                self.reads[self.next] = self.pool.submit(self.fetch, self.pieces[self.next])
+                self.next += 1
+            read = self.reads.pop(i)
+        return read.result()()
+
+    def __enter__(self) -> "_ReadAhead":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for read in self.reads.values():  # none are left, but where a piece failed
+            read.cancel()
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def read_rows(source: Any, which: slice | np.ndarray) -> torch.Tensor:
@@ -138,29 +233,32 @@ def rank_range(n: int, rank: int, world_size: int) -> tuple[int, int]:
     return min(first * BLOCK, n), min(last * BLOCK, n)
 
 
-def parallel_map(work: Callable[..., T], pieces: list[Any]) -> list[T]:
+def parallel_map(work: Callable[..., T], pieces: list[Any], workers: int | None = None) -> list[T]:
     """`[work(*piece) for piece in pieces]` on as many threads as torch is set to use, one core each.
 
     One core a piece beats all cores in each product: no waiting at its end, and results that do not depend on
     the number of threads.
     """
-    workers = min(torch.get_num_threads(), len(pieces))
-    if workers <= 1:
+    workers = workers or torch.get_num_threads()
+    if min(workers, len(pieces)) <= 1:
         return [work(*piece) for piece in pieces]
-    return list(_pool(os.getpid(), torch.get_num_threads()).map(lambda piece: work(*piece), pieces))
+    pool = _pool(os.getpid(), workers, torch.get_num_threads(), "curated-data-kmeans")
+    return list(pool.map(lambda piece: work(*piece), pieces))
 
 
 @cache
-def _pool(pid: int, workers: int) -> ThreadPoolExecutor:
-    """This process's threads in which torch computes on one core; `pid` keeps them from crossing a fork."""
-    pool = ThreadPoolExecutor(
-        workers, "curated-data-kmeans", initializer=torch.set_num_threads, initargs=(1,)
-    )
+def _pool(pid: int, workers: int, default: int, name: str) -> ThreadPoolExecutor:
+    """This process's threads in which torch computes on one core; `pid` keeps them from crossing a fork.
+
+    Args:
+        default: torch's number of threads elsewhere, which stays.
+    """
+    pool = ThreadPoolExecutor(workers, name, initializer=torch.set_num_threads, initargs=(1,))
     # torch's setting is each thread's own, but the default for later threads is shared: start all workers,
     # each held until the last is there, then put the default back.
     together = threading.Barrier(workers)
     list(pool.map(lambda _: together.wait(), range(workers)))
-    torch.set_num_threads(workers)
+    torch.set_num_threads(default)
     return pool
 
 

@@ -27,7 +27,7 @@ import torch
 
 from curated_data import distributed
 from curated_data.clustering.nearest import TILE, nearest_columns
-from curated_data.clustering.rows import Rows, blocks, parallel_map, rank_range
+from curated_data.clustering.rows import Rows, parallel_map, rank_range
 
 PROBES = 24  # cells that a candidate is compared with
 CELL = 128  # rows in a cell; down to a quarter where there are few, so that cells stay many more than probes
@@ -329,14 +329,13 @@ class _Cells:
         weight, bias = -2 * centres.T, centres.square().sum(1)
         start, end = rank_range(len(self.rows), self.rank, self.world)
 
-        def one(a: int, b: int) -> tuple[np.ndarray, ...]:
-            x = self.rows.block(start + a, start + b)
+        def one(a: int, b: int, x: torch.Tensor) -> tuple[np.ndarray, ...]:
             tile = torch.addmm(bias, x, weight).numpy()
             at = tile.argmin(1)
             return x.square().sum(1).numpy(), at, tile[np.arange(len(tile)), at]
 
         none = (np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.float32))
-        parts = [none, *parallel_map(one, list(blocks(end - start)))]
+        parts = [none, *self.rows.map(one, positions=np.arange(start, end))]
         norms, centre_of, score = (
             np.concatenate(self._gather(np.concatenate(part))) for part in zip(*parts, strict=True)
         )
