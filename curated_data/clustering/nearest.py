@@ -1,5 +1,7 @@
 """The nearest centroid of every row, exactly, without ever holding a rows x centroids matrix."""
 
+import math
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,24 +16,50 @@ _ROWS, _COLUMNS = (
 )  # one tile of scores, 4 MiB: stays in the cache between the product and the search
 TILE = 256  # rows whose nearest few are sought at once
 _DEVICE_ROWS, _DEVICE_COLUMNS = 32768, 4096  # the same on an accelerator, 512 MiB
+PRODUCTS = "float32"  # on an accelerator; `python benchmarks/kmeans.py gpu` compares it with the others
+_precision_lock = threading.Lock()
 
 
 class Centroids:
     """Centroids made ready for many products: the score of row x and centroid c is |c|^2 - 2 x.c.
 
     Adding |x|^2 makes it the squared distance; comparisons for one x do not need that.
+
+    Args:
+        centroids: (k, d) float32.
+        padded: rows come in many different numbers; whole tiles of them are multiplied then.
+        products: "float32", or "tf32", "bf16" or "bf16x3": multiplied in that on an accelerator (rounded so
+            elsewhere), with close calls decided in float32, see `_decide`. "bf16x3" takes each number for the
+            sum of two in bfloat16, for three times the products and few close calls. None for what is the
+            default on this device.
     """
 
-    def __init__(self, centroids: torch.Tensor, padded: bool = False) -> None:
-        self.k, self.padded = len(centroids), padded
+    def __init__(self, centroids: torch.Tensor, padded: bool = False, products: str | None = None) -> None:
+        self.centroids, self.k, self.padded = centroids, len(centroids), padded
         self.on_cpu = centroids.device.type == "cpu"
         self.onednn = self.on_cpu and onednn_is_faster()
-        weight, bias = -2.0 * centroids, centroids.square().sum(1)
-        size = _COLUMNS if self.on_cpu else _DEVICE_COLUMNS
-        self.tiles = []
-        for start, stop in blocks(self.k, size):
-            w, b = weight[start:stop].contiguous(), bias[start:stop].contiguous()
+        self.products = products or ("float32" if self.on_cpu else PRODUCTS)
+        self.norms = centroids.square().sum(1)
+        self._make_tiles()
+        self.n_rechecked = 0  # rows decided in float32
+
+    def _make_tiles(self) -> None:
+        weight = -2.0 * self.centroids
+        self.tiles, self.reduced_tiles = [], []
+        for start, stop in blocks(self.k, _COLUMNS if self.on_cpu else _DEVICE_COLUMNS):
+            w, b = weight[start:stop].contiguous(), self.norms[start:stop].contiguous()
             self.tiles.append((start, w.to_mkldnn(), b.to_mkldnn()) if self.onednn else (start, w.T, b))
+            if self.products.startswith("bf16"):
+                high, low = _halves(w)
+                parts = [high] if self.products == "bf16" else [high, low, high]
+                self.reduced_tiles.append((start, _with_bias(parts, b), None))
+            elif self.products == "tf32":
+                self.reduced_tiles.append((start, w.T, b))
+        if self.products != "float32":
+            rest = self.centroids - _rounded(self.centroids, self.products)
+            self.largest = float(self.norms.max().sqrt())
+            self.largest_rest = float(rest.norm(dim=1).max())
+            self.largest_low = float(_halves(self.centroids)[1].float().norm(dim=1).max())
 
     def scores(self, rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """For tile after tile of centroids the first one's index, and (m, width) scores to be overwritten."""
@@ -46,6 +74,21 @@ class Centroids:
             else:
                 yield start, torch.addmm(bias, rows, weight)
 
+    def reduced_scores(self, rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """The same, of products in reduced precision, added up in float32."""
+        if self.products.startswith("bf16"):
+            high, low = _halves(rows)
+            parts = [high] if self.products == "bf16" else [high, high, low]
+            n_ones = len(self.reduced_tiles[0][1]) - len(parts) * rows.shape[1]
+            ones = high.new_ones(len(rows), n_ones)  # they meet what `_with_bias` has joined to the weights
+            rows = torch.cat([*parts, ones], dim=1)
+        for start, weight, bias in self.reduced_tiles:
+            yield start, _product(bias, rows, weight, self.products)
+
+    def nearest(self, rows: torch.Tensor) -> np.ndarray:
+        """The nearest centroid of each row, (m,) int64; the lowest on ties."""
+        return self._in_blocks(rows, None, False)[0]
+
     def two_nearest(self, rows: torch.Tensor, skip: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
         """The nearest centroid of each row, its score, and the score of the second nearest (inf where k = 1).
 
@@ -56,12 +99,16 @@ class Centroids:
 
         Returns:
             (m,) int64 index (the lowest on ties; -1 where none is left), (m,) float32 score, (m,) float32
-            second.
+            second: with products in reduced precision a lower bound on it.
         """
+        return self._in_blocks(rows, skip, True)
+
+    def _in_blocks(self, rows: torch.Tensor, skip: np.ndarray | None, second: bool) -> tuple[np.ndarray, ...]:
         size = _ROWS if self.on_cpu else _DEVICE_ROWS
+        on_cpu = self.on_cpu and self.products == "float32"
+        search = self._search_on_cpu if on_cpu else self._search_on_device
         parts = [
-            self._two_nearest(rows[a:b], None if skip is None else skip[a:b])
-            for a, b in blocks(len(rows), size)
+            search(rows[a:b], None if skip is None else skip[a:b], second) for a, b in blocks(len(rows), size)
         ]
         if not parts:
             return (
@@ -70,33 +117,155 @@ class Centroids:
             )
         return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
-    def _two_nearest(self, rows: torch.Tensor, skip: np.ndarray | None) -> tuple[np.ndarray, ...]:
+    def _search_on_cpu(
+        self, rows: torch.Tensor, skip: np.ndarray | None, need_second: bool
+    ) -> tuple[np.ndarray, ...]:
         m = len(rows)
         index, best, second = np.full(m, -1), np.full(m, np.inf, np.float32), np.full(m, np.inf, np.float32)
         skipped = np.full(m, np.nan, np.float32)
         every = np.arange(m)
         for start, tile in self.scores(rows):
+            scores = tile.numpy()  # numpy's search is tenfold faster than torch's
             if skip is not None:
-                own = np.flatnonzero((skip >= start) & (skip < start + tile.shape[1]))
+                own = np.flatnonzero((skip >= start) & (skip < start + scores.shape[1]))
                 column = skip[own] - start
-                skipped[own] = tile[own, column].cpu().numpy()
-                tile[own, column] = torch.inf
-            if self.on_cpu:  # numpy's search is tenfold faster than torch's
-                scores = tile.numpy()
-                at = scores.argmin(1)
-                low = scores[every, at]
-                scores[every, at] = np.inf
-                next_low = scores.min(1)
-            else:
-                low_, at_ = tile.min(1)
-                tile.scatter_(1, at_[:, None], torch.inf)
-                low, at, next_low = low_.cpu().numpy(), at_.cpu().numpy(), tile.amin(1).cpu().numpy()
+                skipped[own] = scores[own, column]
+                scores[own, column] = np.inf
+            at = scores.argmin(1)
+            low = scores[every, at]
             better = low < best
-            second = np.minimum(np.where(better, best, low), np.minimum(second, next_low))
+            if need_second:
+                scores[every, at] = np.inf
+                second = np.minimum(np.where(better, best, low), np.minimum(second, scores.min(1)))
             index = np.where(better, at + start, index)
             best = np.where(better, low, best)
         index = index.astype(np.int64)
         return (index, best, second) if skip is None else (index, best, second, skipped)
+
+    def _search_on_device(
+        self, rows: torch.Tensor, skip: np.ndarray | None, need_second: bool
+    ) -> tuple[np.ndarray, ...]:
+        own = None if skip is None else torch.from_numpy(skip).to(rows.device)
+        if self.products == "float32":
+            found = _search(self.scores(rows), rows, own, need_second)
+        else:
+            found = self._decide(rows, own, *_search(self.reduced_scores(rows), rows, own, True))
+        return tuple(part.cpu().numpy() for part in found)  # until here the host need not wait
+
+    def _decide(
+        self, rows: torch.Tensor, skip: torch.Tensor | None, index: torch.Tensor, *scores: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """What float32 finds, from what reduced precision has found.
+
+        With x = x' + e and c = c' + f, the rounded ones primed, a score is off by 2 (e.c + x'.f). That of the
+        winner is computed again in float32, so its error is known. Any other's is taken to be at most twice
+        that (where errors go together, as in rows that repeat one value, those of near centroids are alike),
+        plus six standard deviations of 2 (e.c + x'.f) for e and f in random directions, which are
+        |e||c| / sqrt(d) and |x'||f| / sqrt(d), with the largest |c| and |f| there are. Where that leaves the
+        second in doubt, the row is compared with all centroids in float32; so exact ties always are.
+        """
+        best, second, skipped = *scores[:2], scores[2] if len(scores) > 2 else None
+        exact = self._score(rows, index)
+        rest = (rows - _rounded(rows, self.products)).norm(dim=1)
+        spread = rest * self.largest + rows.norm(dim=1) * self.largest_rest
+        if self.products == "bf16x3":  # the product of both lower halves is left out
+            spread += _halves(rows)[1].float().norm(dim=1) * self.largest_low
+        lower = second - 2 * (best - exact).abs() - 12 / math.sqrt(rows.shape[1]) * spread
+        doubt = torch.nonzero(~(lower > exact) & (index >= 0))[:, 0]
+        self.n_rechecked += len(doubt)
+        found = [index, *(torch.where(index >= 0, score, torch.inf) for score in (exact, lower))]
+        if skip is not None:
+            found.append(torch.where(skipped.isnan(), skipped, self._score(rows, skip)))
+        if len(doubt):
+            again = _search(
+                self.scores(rows[doubt]), rows[doubt], None if skip is None else skip[doubt], True
+            )
+            for whole, part in zip(found, again, strict=True):
+                whole[doubt] = part
+        return tuple(found)
+
+    def _score(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """The score of each row and one centroid, in float32; anything where that is -1."""
+        at = index.clamp(min=0)
+        return self.norms[at] - 2 * (rows * self.centroids[at]).sum(1)
+
+
+def _search(
+    scores: Iterator[tuple[int, torch.Tensor]],
+    rows: torch.Tensor,
+    skip: torch.Tensor | None,
+    need_second: bool,
+) -> tuple[torch.Tensor, ...]:
+    """`Centroids.two_nearest` from tiles of scores, all on the rows' device.
+
+    A tile is written once and read once for the nearest, once more for the second.
+    """
+    best = torch.full((len(rows),), torch.inf, device=rows.device)
+    second, skipped = best.clone(), torch.full_like(best, torch.nan)
+    index = torch.full_like(best, -1, dtype=torch.int64)
+    for start, tile in scores:
+        if skip is not None:
+            inside = (skip >= start) & (skip < start + tile.shape[1])
+            column = torch.where(inside, skip - start, 0)[:, None]
+            own = tile.gather(1, column)[:, 0]
+            skipped = torch.where(inside, own, skipped)
+            tile.scatter_(1, column, torch.where(inside, torch.inf, own)[:, None])
+        low, at = tile.min(1)
+        better = low < best
+        if need_second:
+            tile.scatter_(1, at[:, None], torch.inf)
+            second = torch.minimum(torch.where(better, best, low), torch.minimum(second, tile.amin(1)))
+        index = torch.where(better, at + start, index)
+        best = torch.where(better, low, best)
+    return (index, best, second) if skip is None else (index, best, second, skipped)
+
+
+def _rounded(x: torch.Tensor, products: str) -> torch.Tensor:
+    """Float32 values as the products see them; TF32 keeps ten bits of the fraction, and cuts off the rest."""
+    if products == "bf16":
+        return x.bfloat16().float()
+    if products == "bf16x3":
+        return sum(half.float() for half in _halves(x))
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two numbers in bfloat16 for each in float32, which add up to sixteen bits of it."""
+    high = x.bfloat16()
+    return high, (x - high.float()).bfloat16()
+
+
+def _with_bias(parts: list[torch.Tensor], bias: torch.Tensor) -> torch.Tensor:
+    """Weights in bfloat16 side by side, transposed, and the bias as three columns that add up to its float32.
+
+    The tile of scores is then written once, by the product. Zeros fill up to a multiple of eight.
+    """
+    columns, left = list(parts), bias
+    for _ in range(3):
+        columns.append(left.bfloat16()[:, None])
+        left = left - columns[-1][:, 0].float()
+    width = sum(column.shape[1] for column in columns)
+    columns.append(parts[0].new_zeros(len(bias), -width % 8))
+    return torch.cat(columns, dim=1).T
+
+
+def _product(
+    bias: torch.Tensor | None, rows: torch.Tensor, weight: torch.Tensor, products: str
+) -> torch.Tensor:
+    """bias + rows @ weight, multiplied in reduced precision and added up in float32."""
+    if rows.device.type != "cuda":  # what the device does, in float32: products of rounded values are exact
+        if bias is not None:
+            rows, weight = _rounded(rows, products), _rounded(weight.contiguous(), products)
+        scores = torch.mm(rows.float(), weight.float())
+        return scores if bias is None else scores.add_(bias)
+    if bias is None:
+        return torch.mm(rows, weight, out_dtype=torch.float32)
+    with _precision_lock:  # the setting is the process's: nothing else of ours is launched meanwhile
+        torch.set_float32_matmul_precision("high")
+        try:
+            return torch.addmm(bias, rows, weight)
+        finally:
+            torch.set_float32_matmul_precision("highest")
 
 
 def onednn_is_faster() -> bool:
@@ -111,7 +280,7 @@ def onednn_is_faster() -> bool:
 def nearest(rows: Rows, centroids: torch.Tensor) -> np.ndarray:
     """The index of each row's nearest centroid, (n,) int64; the lowest of equal ones."""
     ready = Centroids(centroids)
-    parts = rows.map(lambda start, stop, block: ready.two_nearest(block)[0])
+    parts = rows.map(lambda start, stop, block: ready.nearest(block))
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
