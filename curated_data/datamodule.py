@@ -348,7 +348,7 @@ class CuratedDataModule(pl.LightningDataModule):
         if planned or not any(map(is_remote, self.pool.urls)):
             return
         whole = isinstance(order.selection, int)
-        ids = np.arange(len(self.pool)) if whole else np.unique(order.selection)
+        ids = None if whole else np.unique(order.selection)
         self.pool.plan_access(ids, epochs=epochs_to_come(self.trainer, order.n_batches))
         self._planned = order.selection
 

@@ -48,7 +48,11 @@ def build_in_memory(shards: Sequence[ShardFile], index_one: Indexer, num_workers
 
 
 def build_in_cache(
-    shards: Sequence[ShardFile], index_one: Indexer, num_workers: int | None, cache_dir: str | Path
+    shards: Sequence[ShardFile],
+    fingerprints: Sequence[str],
+    index_one: Indexer,
+    num_workers: int | None,
+    cache_dir: str | Path,
 ) -> tuple[PoolIndex, Path]:
     """Open the pool's index in the cache, after indexing the shards that are new to it; and where it lies.
 
@@ -56,12 +60,11 @@ def build_in_cache(
     waits at the end for those that others still work on.
     """
     root = open_cache(cache_dir)
-    prints = [shard.fingerprint for shard in shards]
-    folder = root / "pool" / pool_fingerprint(prints)
+    folder = root / "pool" / pool_fingerprint(fingerprints)
     if (folder / MANIFEST).exists():
         return load_pool_index(folder), folder
     started = time.monotonic()
-    folders = [root / "index" / name for name in prints]
+    folders = [root / "index" / name for name in fingerprints]
     missing = [number for number, path in enumerate(folders) if not (path / MANIFEST).exists()]
     task = partial(_index_to_cache, index_one=index_one, root=root)
     for _ in _each(task, shards, missing, num_workers):

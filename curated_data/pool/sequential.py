@@ -87,7 +87,11 @@ class SequentialPool(ShardPool):
             yield from zip(block.tolist(), self.read(block, extensions))
 
     def plan_access(
-        self, ids: Sequence[int] | np.ndarray, extensions: Sequence[str] | None = None, *, epochs: int = 1
+        self,
+        ids: Sequence[int] | np.ndarray | None,
+        extensions: Sequence[str] | None = None,
+        *,
+        epochs: int = 1,
     ) -> np.ndarray:
         """Nothing is to be chosen: every shard streams."""
         return np.zeros(len(self.urls), bool)

@@ -11,6 +11,7 @@ import numpy as np
 
 from curated_data.cache import open_cache
 from curated_data.errors import PoolError, SampleError
+from curated_data.pool.access import DOWNLOAD, RANGES, RemoteOptions, choose_access
 from curated_data.pool.build import (
     Indexer,
     build_in_cache,
@@ -21,13 +22,14 @@ from curated_data.pool.build import (
 from curated_data.pool.decode import IMAGE_EXTENSIONS
 from curated_data.pool.index import PoolIndex, load_pool_index
 from curated_data.pool.reader import LocalReader, ReadCounters
-from curated_data.pool.remote import DOWNLOAD, RANGES, RemoteOptions, RemoteReader, choose_access
+from curated_data.pool.remote import RemoteReader
 from curated_data.pool.storage import ShardFile, stat_shards
 from curated_data.pool.urls import expand_urls, is_remote
 
 log = logging.getLogger(__name__)
 
 _BLOCK = 65_536  # samples whose labels are read at once
+_SIZED = 1 << 20  # samples of a selection whose sizes are looked up to plan with
 
 
 class ShardPool:
@@ -108,7 +110,7 @@ class ShardPool:
                 self._index = load_pool_index(self._index_folder)
             elif self.cache_dir is not None:
                 self._index, self._index_folder = build_in_cache(
-                    self.shards, self._indexer, self.num_workers, self.cache_dir
+                    self.shards, self.shard_fingerprints, self._indexer, self.num_workers, self.cache_dir
                 )
             else:
                 self._index = build_in_memory(self.shards, self._indexer, self.num_workers)
@@ -219,16 +221,20 @@ class ShardPool:
         return labels
 
     def plan_access(
-        self, ids: Sequence[int] | np.ndarray, extensions: Sequence[str] | None = None, *, epochs: int = 1
+        self,
+        ids: Sequence[int] | np.ndarray | None,
+        extensions: Sequence[str] | None = None,
+        *,
+        epochs: int = 1,
     ) -> np.ndarray:
         """Decide for each remote shard whether to download it or to read its selected samples by ranges.
 
-        By the cost model of `curated_data.pool.remote.choose_access`, unless `RemoteOptions.access` says
+        By the cost model of `curated_data.pool.access.choose_access`, unless `RemoteOptions.access` says
         which. Reads from now on, of copies of this pool in workers too, keep to it. Local shards are read as
         they are.
 
         Args:
-            ids: the selection that will be read, without repeats.
+            ids: the selection that will be read, without repeats; None for the whole pool.
             extensions: the members that will be read; None for all.
             epochs: how often.
 
@@ -238,13 +244,7 @@ class ShardPool:
         remote = np.array([is_remote(url) for url in self.urls])
         if not remote.any():
             return remote
-        ids = self._checked(ids)
-        n_bytes, n_samples = np.zeros(len(self.urls)), np.zeros(len(self.urls))
-        for first in range(0, len(ids), _BLOCK):
-            block = ids[first : first + _BLOCK]
-            shard = self.shard_of(block)
-            n_bytes += np.bincount(shard, self.sizes(block, extensions), minlength=len(self.urls))
-            n_samples += np.bincount(shard, minlength=len(self.urls))
+        n_samples, n_bytes = self._amounts(ids, extensions)
         size = np.array([shard.size for shard in self.shards])
         chosen = choose_access(size, n_bytes, n_samples, epochs=epochs, options=self.remote)
         if self.cache_dir is None:
@@ -260,6 +260,27 @@ class ShardPool:
             int(chosen.sum()),
         )
         return chosen
+
+    def _amounts(
+        self, ids: Sequence[int] | np.ndarray | None, extensions: Sequence[str] | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Samples and bytes of a selection in each shard; bytes by the sizes of a million at most."""
+        if ids is None:
+            n_samples = np.diff(self.shard_ranges())
+            some = np.arange(0, len(self), max(1, len(self) // _SIZED))
+        else:
+            ids = np.sort(self._checked(ids))
+            n_samples = np.diff(np.searchsorted(ids, self.shard_ranges()))
+            some = ids[:: max(1, len(ids) // _SIZED)]
+        of_some, n_bytes = np.zeros(len(self.urls)), np.zeros(len(self.urls))
+        for first in range(0, len(some), _BLOCK):
+            block = some[first : first + _BLOCK]
+            shard = self.shard_of(block)
+            n_bytes += np.bincount(shard, self.sizes(block, extensions), minlength=len(self.urls))
+            of_some += np.bincount(shard, minlength=len(self.urls))
+        mean = np.full(len(self.urls), n_bytes.sum() / max(1, len(some)))
+        np.divide(n_bytes, of_some, out=mean, where=of_some > 0)
+        return n_samples, n_samples * mean
 
     @property
     def counters(self) -> ReadCounters:

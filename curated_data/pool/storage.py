@@ -3,14 +3,14 @@
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from curated_data.cache import fingerprint
 from curated_data.errors import PoolError
+from curated_data.pool.access import RemoteOptions
 from curated_data.pool.index import CODE_VERSION
-from curated_data.pool.urls import is_remote, missing_shard
+from curated_data.pool.urls import is_remote, map_files, missing_shard
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,11 @@ class ShardFile:
 
 
 def stat_shards(
-    urls: Sequence[str], storage_options: Mapping[str, Any] | None = None, options: Any = None
+    urls: Sequence[str],
+    storage_options: Mapping[str, Any] | None = None,
+    options: RemoteOptions | None = None,
 ) -> list[ShardFile]:
-    """The present state of each shard; remote ones are asked for at once.
+    """The present state of each shard; many are asked for at once.
 
     Args:
         urls: local paths and remote URLs.
@@ -49,15 +51,15 @@ def stat_shards(
     Raises:
         PoolError: a shard is missing, no file, or cannot be reached.
     """
-    if not any(is_remote(url) for url in urls):
-        return [_stat_local(url) for url in urls]
-    from curated_data.pool.remote import stat_remote  # which builds on this module
+    local = [url for url in urls if not is_remote(url)]
+    states = dict(zip(local, map_files(_stat_local, local), strict=True))
+    remote = [url for url in urls if is_remote(url)]
+    if remote:
+        from curated_data.pool.store import Store  # which builds on this module
 
-    def stat_any(url: str) -> ShardFile:
-        return stat_remote(url, storage_options, options) if is_remote(url) else _stat_local(url)
-
-    with ThreadPoolExecutor(32) as threads:
-        return list(threads.map(stat_any, urls))
+        store = Store(storage_options, options or RemoteOptions())
+        states |= zip(remote, store.stat_all(remote), strict=True)
+    return [states[url] for url in urls]
 
 
 def check_unchanged(shard: ShardFile, status: os.stat_result, was_linked: bool = False) -> None:

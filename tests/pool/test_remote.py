@@ -1,5 +1,6 @@
 """Remote shards, read from real servers on this machine."""
 
+import contextlib
 import http.server
 import multiprocessing
 import os
@@ -16,11 +17,13 @@ import pytest
 pytest.importorskip("aiohttp")
 
 from curated_data.errors import PoolError
-from curated_data.pool import RemoteOptions, ShardPool, ShardWriter
-from curated_data.pool.remote import choose_access
+from curated_data.pool import RemoteOptions, ShardPool, ShardWriter, shards, store
+from curated_data.pool.access import choose_access
 from curated_data.pool.shard_cache import ShardCache
 from curated_data.pool.storage import ShardFile
+from curated_data.pool.store import Store
 
+STAT = Store.stat
 QUICK = {"attempts": 4, "backoff": 0.01}
 
 
@@ -171,6 +174,18 @@ def test_ranges_are_merged_over_gaps(serve):
     assert requests == {0: 100, 64 << 10: 4}
 
 
+def test_reads_ask_for_the_bytes_alone(serve, expected):
+    """Answers tell of which version they are: looking again before each would double the requests."""
+    server = serve()
+    pool = ShardPool(server.url + PATTERN, remote=RemoteOptions(recheck=0, gap=0))
+    pool.read([0])
+    server.requests.clear()
+    assert contents(pool.read([5, 30, 99], ["bin"])) == [
+        {name: value for name, value in expected[i].items() if name != "cls"} for i in (5, 30, 99)
+    ]
+    assert server.requests == {"GET": 3}
+
+
 def test_requests_run_at_once(serve, expected):
     server = serve(latency=0.05)
     pool = ShardPool(server.url + PATTERN, remote=RemoteOptions(gap=0, n_threads=20))
@@ -207,6 +222,15 @@ def test_without_ranges_and_cache_the_error_says_what_to_do(serve):
         len(pool)
 
 
+def sizes_in(folder: Path) -> set[tuple[int, int]]:
+    """Inode and size of each file."""
+    found = set()
+    for path in folder.glob("*.tar"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.stat().st_ino, path.stat().st_size))
+    return found
+
+
 def test_the_cache_is_bounded_and_shared(serve, expected, tmp_path, folder):
     """Room for two of four shards, two processes that read at random: never more, always right."""
     server = serve(ranges=False)
@@ -231,13 +255,9 @@ def test_the_cache_is_bounded_and_shared(serve, expected, tmp_path, folder):
         run.start()
     most = 0
     while any(run.is_alive() for run in runs):
-        sizes = []
-        for path in (tmp_path / "cache" / "shards").glob("*.tar"):
-            try:
-                sizes.append(path.stat().st_size)
-            except FileNotFoundError:
-                continue
-        most = max(most, sum(sizes))
+        files = sizes_in(tmp_path / "cache" / "shards")
+        if files == sizes_in(tmp_path / "cache" / "shards"):  # else some went and came while we looked
+            most = max(most, sum(size for _, size in files))
         time.sleep(0.002)
     assert [results.get(timeout=30) for _ in runs] == ["right", "right"]
     assert 0 < most <= limit
@@ -390,6 +410,21 @@ class TestPlan:
                 pool.shard_fingerprints[number] for number in np.flatnonzero(plan)
             }
 
+    def test_the_whole_pool_and_sizes_of_a_few(self, serve, tmp_path, monkeypatch):
+        """What is known of some samples is taken for all."""
+        pool = ShardPool(serve().url + PATTERN, cache_dir=tmp_path)
+        samples, n_bytes = pool._amounts(np.random.default_rng(0).permutation(100), None)
+        assert samples.tolist() == [25] * 4
+        assert n_bytes.sum() == pool.sizes(np.arange(100)).sum()
+        assert pool.plan_access(None).tolist() == pool.plan_access(np.arange(100)).tolist()
+        for ids in (None, np.arange(100)):
+            assert np.array_equal(pool._amounts(ids, None)[1], n_bytes)
+        monkeypatch.setattr(shards, "_SIZED", 20)
+        for ids in (None, np.arange(100)):
+            some_samples, some_bytes = pool._amounts(ids, None)
+            assert some_samples.tolist() == [25] * 4
+            np.testing.assert_allclose(some_bytes, n_bytes, rtol=0.3)
+
     def test_local_pools_have_nothing_to_plan(self, folder):
         assert not ShardPool(folder / "*.tar").plan_access([0, 1]).any()
 
@@ -402,8 +437,8 @@ def test_local_and_remote_shards_mix(serve, expected, folder, tmp_path):
     assert plain.shard_fingerprints[0] == pool.shard_fingerprints[0]
 
 
-def test_s3(expected, folder):
-    """Against moto's S3 server: listing by a glob, ranges, and a change noticed by the ETag."""
+def test_s3(expected, folder, monkeypatch):
+    """Against moto's S3 server: listings by a glob and for many shards, ranges, a change told by the ETag."""
     pytest.importorskip("s3fs")
     server_module = pytest.importorskip("moto.server")
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -422,11 +457,19 @@ def test_s3(expected, folder):
         ids = np.random.default_rng(0).permutation(100)
         assert contents(pool.read(ids)) == [expected[i] for i in ids]
         assert pool.urls == [f"s3://bucket/pool/p-00{i}.tar" for i in range(4)]
+        looked_at = []
+        monkeypatch.setattr(Store, "stat", lambda self, url: looked_at.append(url) or STAT(self, url))
+        pool.read(ids)
+        assert not looked_at  # answers tell of which version they are
+        monkeypatch.setattr(store, "_LISTED_FROM", 4)
+        listed = ShardPool("s3://bucket/pool/p-{000..003}.tar", storage_options=options)
+        assert listed.shards == pool.shards
+        assert looked_at == listed.urls[:1]  # to see that it says what the listing says
         with pytest.raises(PoolError, match=r"no shard matches 's3://bucket/pool/q-\*\.tar'"):
             ShardPool("s3://bucket/pool/q-*.tar", storage_options=options)
         bucket.pipe("bucket/pool/p-000.tar", (folder / "p-001.tar").read_bytes())
         with pytest.raises(PoolError, match=r"p-000\.tar: changed since it was indexed"):
-            pool.read([0])  # as it looks again each time
+            pool.read([0])
         again = ShardPool("s3://bucket/pool/p-*.tar", storage_options=options)
         same = [a == b for a, b in zip(pool.shard_fingerprints, again.shard_fingerprints)]
         assert same == [False, True, True, True]
@@ -434,7 +477,7 @@ def test_s3(expected, folder):
         server.stop()
 
 
-def test_any_fsspec_url(folder, expected):
+def test_any_fsspec_url(folder, expected, monkeypatch):
     """fsspec's memory file system stands for the protocols that are not HTTP or S3."""
     import fsspec
 
@@ -443,4 +486,10 @@ def test_any_fsspec_url(folder, expected):
         memory.pipe(f"/pool/{path.name}", path.read_bytes())
     pool = ShardPool("memory://pool/p-{000..003}.tar")
     assert contents(pool.read(np.arange(100))) == expected
+    monkeypatch.setattr(store, "_LISTED_FROM", 1)
+    assert ShardPool("memory://pool/p-{000..003}.tar").shards == pool.shards
+    with pytest.raises(PoolError, match=r"memory://pool/p-004\.tar: is not there"):
+        ShardPool("memory://pool/p-{000..004}.tar", remote=RemoteOptions(**QUICK)).shards  # noqa: B018
+    with pytest.raises(PoolError, match=r"memory://other/p-000\.tar: is not there"):
+        ShardPool("memory://other/p-000.tar", remote=RemoteOptions(**QUICK)).shards  # noqa: B018
     assert ShardPool("memory://pool/*.tar").urls[0].endswith("pool/p-000.tar")

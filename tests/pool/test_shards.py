@@ -20,6 +20,19 @@ from curated_data.pool import ShardPool, build
 from curated_data.pool.index import index_shard
 
 
+def test_a_folder_of_many_shards(tmp_path):
+    """As many as are looked at by several threads: in order, and each missing one is named."""
+    paths = [tmp_path / f"p-{number:04d}.tar" for number in range(1000)]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes(number))
+    pool = ShardPool(tmp_path / "p-{0000..0999}.tar")
+    assert pool.urls == list(map(str, paths))
+    assert [shard.size for shard in pool.shards] == list(range(1000))
+    paths[700].unlink()
+    with pytest.raises(PoolError, match=r"p-0700\.tar.*1 of the 1000 shards"):
+        ShardPool(tmp_path / "p-{0000..0999}.tar")
+
+
 def everything(pool: ShardPool) -> list[dict]:
     return pool.read(np.arange(len(pool)))
 
