@@ -105,12 +105,13 @@ class LocalReader:
     """Reads members of local shards: from a map of the file, or with `os.pread`.
 
     A copy out of a map takes half the time of a system call that copies: a whole read of a random member of
-    23 KB in the page cache 8.4 against 13.3 µs, in a first epoch 12 against 15. That is what raw reading is
-    ahead of other readers by, so it is kept beside `pread`; decoding does not notice. It is taken for shards on a block device, of pools of at most `MAPPED_POOL` bytes (so that
-    neither page tables nor what tools show as resident memory grow with the pool), when a probe finds the
-    batch in the page cache; what has to come from the disk is read by `pread`, where a fault of the disk is
-    an `OSError`. A shard that is truncated in place within the microseconds between the check and the copy
-    ends the process with a bus error; one truncated before is an error that names it, as everywhere.
+    23 KB in the page cache 8.4 against 13.3 µs, in a first epoch 12 against 15. By that raw reading is ahead
+    of other readers, which read from maps too. It is taken for shards on a block device, of pools of at most
+    `MAPPED_POOL` bytes (so that neither page tables nor what tools show as resident memory grow with the
+    pool), when a probe finds the batch in the page cache; what has to come from the disk is read by `pread`,
+    where a fault of the disk is an `OSError`. A shard that is truncated in place within the microseconds
+    between the check and the copy ends the process with a bus error; one truncated before is an error that
+    names it, as everywhere.
 
     Keeps at most `max_open` files open, the least recently used closed first. May be used from several
     threads, and after a fork (a positioned read shares no file position); it pickles without its handles.
