@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 class RecurationCallback(pl.Callback):
     """Embeds the pool again with the model in training, rebuilds the tree, and draws a new selection.
 
-    The stream goes on with the new selection at the next epoch, in the same process, on all ranks. The tree
+    The stream goes on with the new selection at the next epoch, in the same process, on all ranks; step
+    counts and progress bars follow its size, a schedule that was made for the first size does not. The tree
     is seeded afresh: warm starts harm the method. Every rank takes its share of the embedding; training waits
     meanwhile. A run that is killed during or after a re-curation resumes to the same selection and sample.
 
@@ -204,6 +205,13 @@ class RecurationCallback(pl.Callback):
             100 * figures["new"],
             figures["minutes"],
         )
+        if len(old) != len(curation.ids) and trainer.max_steps < 0:
+            log.warning(
+                "the selection went from %d to %d samples: a schedule made for estimated_stepping_batches "
+                "was made for the first size; max_steps fixes the number of steps (docs/troubleshooting.md)",
+                len(old),
+                len(curation.ids),
+            )
         return {f"recuration/{name}": float(value) for name, value in figures.items()}
 
     def _restore(self, data: CuratedDataModule) -> None:

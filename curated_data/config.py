@@ -60,7 +60,7 @@ class CurationConfig:
     Attributes:
         target_size: how many samples the selection should have.
         levels: of the cluster tree, bottom up, fewer clusters at each; None (or "auto") derives them from the
-            pool's size and the target.
+            pool's size.
         strategy: which samples a lowest cluster gives: "random", "closest" to its centroid, or "furthest".
         sampling: "hierarchical" shares the target from the top of the tree, "flat" over the lowest clusters
             alone.

@@ -1,20 +1,25 @@
-"""Write docs/api.md from the packages: `python docs/make_api.py`; a test compares the two.
+"""Write docs/api.md and docs/settings.md from the code: `python docs/make_api.py`; a test compares them.
 
 A name is public if its module lists it in `__all__`, if it is the function that an evaluation's file is named
 after, or if it is listed here.
 """
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning_modules.evaluation
+from curated_data.clustering.hierarchy import Level
+from curated_data.config import CurationConfig, EmbeddingConfig, NearDuplicateConfig
 
 PAGE = Path(__file__).parent / "api.md"
+SETTINGS_PAGE = Path(__file__).parent / "settings.md"
 HEAD = """# Public names
 
 Written by `python docs/make_api.py`; do not edit. Each name's docstring says more: arguments with shapes and
@@ -57,8 +62,9 @@ SECTIONS: dict[str, dict[str, list[str] | None]] = {
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the pages."""
     PAGE.write_text(page())
+    SETTINGS_PAGE.write_text(settings_page())
 
 
 def page() -> str:
@@ -75,6 +81,47 @@ def page() -> str:
                     parts.extend(entry(module, name, value))
                     seen.add(id(value))
     return "\n".join(parts)
+
+
+SETTINGS_HEAD = """# All settings of a curation
+
+Written by `python docs/make_api.py` from the docstrings; do not edit. They are the fields of
+`curated_data.CurationConfig`, the same in Python, in YAML below `curation:` (`recipes/curate.py`) or below
+`data: curation:` (`recipes/pretrain.py`), and after `--set` on the command line. Only `target_size` has no
+default. [How it works](how_it_works.md) says how to choose those that matter: the embedder (not among them),
+`metric`, `levels`.
+"""
+SETTINGS = {
+    "": ("CurationConfig", CurationConfig),
+    "levels[]": ("Each of `levels`", Level),
+    "embedding": ("Below `embedding:`", EmbeddingConfig),
+    "near_duplicates": ("Below `near_duplicates:`", NearDuplicateConfig),
+}
+
+
+def settings_page() -> str:
+    """A table of each dataclass: field, default, and what its docstring says."""
+    parts = [SETTINGS_HEAD]
+    for heading, schema in SETTINGS.values():
+        parts.append(f"## {heading}\n\n| field | default | what |\n|---|---|---|")
+        words = attributes(schema)
+        for item in dataclasses.fields(schema):
+            if item.default is not dataclasses.MISSING:
+                default = f"`{item.default}`".replace("`None`", "derived").replace("``", "empty")
+            elif item.default_factory is not dataclasses.MISSING:
+                default = "none" if item.default_factory is list else "see below"
+            else:
+                default = "must be given"
+            parts.append(f"| `{item.name}` | {default} | {words[item.name]} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def attributes(schema: type) -> dict[str, str]:
+    """What a docstring's `Attributes:` say of each field."""
+    text = inspect.getdoc(schema).split("Attributes:\n")[1]
+    found = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", text, re.DOTALL | re.MULTILINE)
+    return {name: " ".join(words.split()).replace("|", "\\|") for name, words in found}
 
 
 def sections() -> dict[str, dict[str, list[str] | None]]:

@@ -21,27 +21,41 @@ def blocks(text: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def test_the_tutorial_prints_what_it_shows(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    os.symlink(ROOT / "recipes", tmp_path / "recipes")
-    names: dict = {}
+def run_page(page: str, folder: Path, monkeypatch) -> dict:
+    """The names that a page's Python blocks leave, run one after the other from a folder like a checkout's
+    root; each block of text is what the one before it printed, `…` for what may differ.
+    """
+    monkeypatch.chdir(folder)
+    os.symlink(ROOT / "recipes", folder / "recipes")
+    names: dict = {"__name__": "__main__"}
     printed = ""
-    found = blocks((DOCS / "tutorial.md").read_text())
-    assert [language for language, _ in found] == ["python", "text"] * (len(found) // 2)
-    for number, (language, content) in enumerate(found, 1):
+    for number, (language, content) in enumerate(blocks((DOCS / page).read_text()), 1):
         if language == "python":
             output = io.StringIO()
             with contextlib.redirect_stdout(output):
-                exec(compile(content, f"tutorial.md, block {number}", "exec"), names)
+                exec(compile(content, f"{page}, block {number}", "exec"), names)
             printed = output.getvalue()
-        else:  # `…` stands for what may differ
+        elif language == "text":
             pattern = re.sub(r"([\[\]?*])", r"[\1]", content).replace("…", "*")
-            assert fnmatch.fnmatchcase(printed, pattern), f"block {number} printed:\n{printed}"
+            assert fnmatch.fnmatchcase(printed, pattern), f"{page}, block {number} printed:\n{printed}"
+    return names
+
+
+def test_the_tutorial_prints_what_it_shows(tmp_path, monkeypatch):
+    found = blocks((DOCS / "tutorial.md").read_text())
+    assert [language for language, _ in found] == ["python", "text"] * (len(found) // 2)
+    names = run_page("tutorial.md", tmp_path, monkeypatch)
     entropy = {
         name: names["class_balance"](names["labels"], ids).entropy_after
         for name, ids in (("random", names["random"]), ("curated", names["curation"].ids))
     }
     assert entropy["curated"] > entropy["random"]
+
+
+def test_answers_to_questions_run(tmp_path, monkeypatch):
+    names = run_page("questions.md", tmp_path, monkeypatch)
+    perplexity = list(names["sizes"].values())
+    assert perplexity[-1] == min(perplexity[1:])  # falls back towards the pool's, as the page says
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
@@ -54,11 +68,10 @@ def test_links_and_named_files_exist(page):
         assert (ROOT / path).exists() or "NAME" in path, f"{page.name}: {path}"
 
 
-def test_the_api_page_is_that_of_the_packages():
+def test_generated_pages_are_those_of_the_code():
     make_api = runpy.run_path(str(DOCS / "make_api.py"))
-    assert (DOCS / "api.md").read_text() == make_api["page"](), (
-        "docs/api.md is stale: python docs/make_api.py"
-    )
+    for name, page in (("api.md", "page"), ("settings.md", "settings_page")):
+        assert (DOCS / name).read_text() == make_api[page](), f"docs/{name} is stale: python docs/make_api.py"
 
 
 def test_every_exported_name_is_on_the_api_page():

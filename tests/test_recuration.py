@@ -11,6 +11,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import nn
 
 from curated_data import CuratedDataModule, RecurationCallback
@@ -112,6 +113,53 @@ def test_each_epoch_streams_the_latest_selection(write_pool, tmp_path, caplog):
     assert trainer.global_step == 12
     # Of the re-curations, only the last one's embeddings stay, beside the first curation's.
     assert len(list((tmp_path / "cache" / "embeddings").iterdir())) == 2
+
+
+class Bars(TQDMProgressBar):
+    """Notes each epoch's length as the bar and the Trainer have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.lengths: list[tuple[int, int]] = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.lengths.append((self.train_progress_bar.total, trainer.num_training_batches))
+        super().on_train_epoch_end(trainer, pl_module)
+
+
+class OneCycle(TinyModule):
+    """Trained by a schedule over as many steps as the Trainer expects."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        self.expected = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=self.expected)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@pytest.mark.parametrize("max_steps", [-1, 20])
+def test_steps_and_bars_follow_a_selection_of_another_size(write_pool, tmp_path, caplog, max_steps):
+    """The module's six features find more near-duplicates than the pixels did, so fewer samples are left."""
+    lightning.seed_everything(0, verbose=False)
+    bars, module = Bars(), OneCycle(str(tmp_path / "a"))
+    data = datamodule(write_pool(SIZES), tmp_path / "cache")
+    data.curation_config.near_duplicates.enabled = True
+    data.curation_config.near_duplicates.threshold = 0.9
+    data.curation_config.target_size = 64
+    trainer = lightning.Trainer(
+        max_epochs=3 if max_steps < 0 else -1, max_steps=max_steps, accelerator="cpu", logger=False,
+        callbacks=[RecurationCallback(1, most=1), bars], enable_model_summary=False,
+        enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    epochs = by_epoch(seen(tmp_path / "a"))
+    lengths = [len(ids) // 8 for ids in epochs.values()]
+    shown, expected = zip(*bars.lengths, strict=True)
+    assert shown == expected
+    assert shown[0] == 8 > shown[1] > 0
+    assert trainer.global_step == sum(lengths) == (20 if max_steps > 0 else 8 + 2 * shown[1])
+    assert module.expected == (24 if max_steps < 0 else 20)
+    assert ("max_steps fixes the number of steps" in caplog.text) == (max_steps < 0)
 
 
 def test_a_stop_and_a_resume_change_nothing(write_pool, tmp_path):
