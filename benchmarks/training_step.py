@@ -27,7 +27,12 @@ from lightning_modules import MAE, SP2OT, DINOv2, SimCLR, TSimCNE
 from lightning_modules.pretraining.base import PretrainingModule
 from lightning_modules.pretraining.dinov2 import SMALL, update_average
 
-RESNET: dict[str, Any] = {"backbone": "resnet18", "image_size": 32, "small_images": True}
+RESNET: dict[str, Any] = {
+    "backbone": "resnet18",
+    "image_size": 32,
+    "small_images": True,
+    "backbone_options": {"width": 16},
+}
 VIT: dict[str, Any] = {
     "backbone": "timm:vit_tiny_patch16_224",
     "image_size": 32,
@@ -37,7 +42,7 @@ BUILD: dict[str, Callable[[], PretrainingModule]] = {
     "simclr": lambda: SimCLR(**RESNET, optimizer="sgd", learning_rate=0.1),
     "mae": lambda: MAE(**VIT, decoder_dimension=128, decoder_depth=2, decoder_heads=4),
     "dinov2": lambda: DINOv2(**VIT, local_image_size=16, drop_path=0.0, **SMALL),
-    "tsimcne": lambda: TSimCNE("resnet18", epochs=(1, 0, 0)),
+    "tsimcne": lambda: TSimCNE(**RESNET, epochs=(1, 0, 0)),
     "sp2ot": lambda: SP2OT(10, **RESNET, buffer_size=320),
 }
 

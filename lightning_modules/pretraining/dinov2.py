@@ -21,12 +21,16 @@ from lightning_modules.randomness import mix, seeded
 from lightning_modules.schedules import cosine, linear
 from lightning_modules.views import Augmentation, Views
 
-# For one machine and images of about 32 pixels: few prototypes, a fast teacher, a short warm-up of its
-# temperature, no rising weight decay. With the settings for large runs the loss of a small one stays at
-# log(n_prototypes) for epochs.
+# For one machine and images of about 32 pixels: no more prototypes than a batch has global views, since
+# Sinkhorn-Knopp gives every prototype an equal share of them; crops in which something is left to see; a fast
+# teacher, a short warm-up of its temperature, no rising weight decay. With the settings for large runs the
+# loss of a small one stays at log(n_prototypes) for epochs. To a narrow network also give
+# `backbone_options={"weight_init": "jax"}`: timm's default deviation of 0.02 is for wide ones.
 SMALL: dict[str, Any] = {
     "n_local_views": 4,
-    "n_prototypes": 1024,
+    "global_scale": (0.4, 1.0),
+    "local_scale": (0.15, 0.4),
+    "n_prototypes": 128,
     "head_hidden": 256,
     "head_bottleneck": 64,
     "teacher_momentum": 0.98,

@@ -17,6 +17,8 @@ from lightning_modules.views import Augmentation, Views
 class MAE(PretrainingModule):
     """Masked autoencoder. One view of each image; masks depend on seed, batch and sample, not on the rank.
 
+    Encoder and decoder start as in the paper (appendix A.1), by Xavier's uniform rule.
+
     Args:
         backbone: a timm vision transformer with a class token.
         image_size: side of the views in pixels.
@@ -68,6 +70,8 @@ class MAE(PretrainingModule):
         if not 0 < mask_ratio < 1:
             raise ValueError(f"mask_ratio must lie between 0 and 1, got {mask_ratio}")
         encoder = self.backbone.vision_transformer()
+        if not pretrained:
+            encoder.init_weights("jax")  # timm's name for that rule
         self.n_patches = encoder.patch_embed.num_patches
         self.n_keep = max(round(self.n_patches * (1 - mask_ratio)), 1)
         if self.n_keep == self.n_patches:
@@ -137,6 +141,10 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(dimension)
         self.to_pixels = nn.Linear(dimension, patch_values)
         nn.init.normal_(self.mask_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
 
     def forward(self, class_token: Tensor, seen: Tensor, restore: Tensor) -> Tensor:
         seen = self.project(seen)

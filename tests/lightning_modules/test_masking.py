@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_modules import MAE
 from lightning_modules.masking import block_mask, random_mask
 from lightning_modules.pretraining.mae import patchify, reconstruction_loss, sine_cosine_positions, unpatchify
 from lightning_modules.randomness import mix, sample_noise, seeded
@@ -73,6 +74,17 @@ def test_patches_round_trip_and_are_in_reading_order():
     assert patches.shape == (2, 6, 48)
     torch.testing.assert_close(patches[1, 4].view(4, 4, 3), images[1, :, 4:8, 4:8].permute(1, 2, 0))
     torch.testing.assert_close(unpatchify(patches, 4, (2, 3)), images)
+
+
+def test_mae_starts_by_xaviers_rule():
+    options = {"patch_size": 4, "depth": 1, "embed_dim": 96, "num_heads": 3}
+    module = MAE("timm:vit_tiny_patch16_224", image_size=16, backbone_options=options, decoder_dimension=64,
+                 decoder_depth=1, decoder_heads=2)  # fmt: skip
+    for block in (module.backbone.net.blocks[0], module.decoder.blocks[0]):
+        for weight in (block.mlp.fc1.weight, block.attn.qkv.weight):
+            bound = (6 / sum(weight.shape)) ** 0.5
+            assert 0.95 * bound < weight.abs().max() <= bound
+        assert not block.attn.qkv.bias.any()
 
 
 def test_reconstruction_loss_is_the_loop():

@@ -291,6 +291,11 @@ def test_dinov2_schedules_and_frozen_parts():
     assert any(k.startswith("backbone.") for k in moved)
 
 
+def test_dinov2_crops_take_their_scales():
+    views = build("dinov2", global_scale=[0.5, 0.9], local_scale=[0.2, 0.3]).views().augmentations
+    assert [view.scale for view in views] == [(0.5, 0.9)] * 2 + [(0.2, 0.3)] * 2
+
+
 def test_layer_groups_cover_every_parameter_once():
     module = build("dinov2", layer_decay=0.5, patch_embed_rate=0.2)
     groups = module.configure_optimizers().param_groups
