@@ -190,6 +190,20 @@ def check_artifact(folder: Path) -> None:
         check_file(folder / name, seal, _remedy(folder / name))
 
 
+def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A zero array in a new .npy file, mapped for writing, its space on the disk reserved: writing to a map
+    of space that is not there ends the process with a bus error.
+
+    Raises:
+        CacheError: the disk has not that much space.
+    """
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with writable(path), open(path, "r+b") as file, _unless(errno.EOPNOTSUPP, errno.EINVAL):
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
 def file_seal(path: Path) -> dict[str, int]:
     """A file's size and checksum, for `check_file`."""
     crc, size = 0, 0
@@ -275,6 +289,8 @@ def open_cache(root: Path | str) -> Path:
     Raises:
         CacheError: it cannot be written, or another format version wrote it.
     """
+    if not str(root):
+        raise CacheError("cache_dir: is empty; give a folder")
     root = Path(root).expanduser().absolute()
     with writable(root, makes_folder=True):
         root.mkdir(parents=True, exist_ok=True)
@@ -326,6 +342,16 @@ def _update(digest: Any, value: Any) -> None:
             _update(digest, item)
     else:
         raise TypeError(f"cannot take the fingerprint of a {type(value).__name__}")
+
+
+@contextlib.contextmanager
+def _unless(*codes: int) -> Iterator[None]:
+    """Pass over an `OSError` with one of the codes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in codes:
+            raise
 
 
 def _remedy(path: Path) -> str:

@@ -173,6 +173,8 @@ def test_bad_caches_are_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CacheError, match="cannot be written"):
         open_cache(tmp_path / "file" / "cache")
+    with pytest.raises(CacheError, match="cache_dir: is empty"):
+        open_cache("")
     write_manifest(root, "tree", {})
     with pytest.raises(CacheError, match="artifact of 'tree', expected 'index'"):
         read_manifest(root, "index")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from curated_data import ShardPool, locks
-from curated_data.cache import atomic_save, open_cache
+from curated_data.cache import atomic_save, new_array, open_cache
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import CacheError
 from curated_data.locks import is_locked, locked
@@ -98,6 +98,22 @@ def test_what_the_system_refuses_is_one_error(code, message, tmp_path, monkeypat
     with pytest.raises(CacheError, match=message):
         atomic_save(tmp_path / "a.npy", np.zeros(3))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mapped_array_reserves_its_space(tmp_path, monkeypatch):
+    array = new_array(tmp_path / "a.npy", np.int64, (1000,))
+    array[:] = 3
+    array.flush()
+    assert (tmp_path / "a.npy").stat().st_blocks * 512 >= 8000
+    assert (np.load(tmp_path / "a.npy") == 3).all()
+    assert len(new_array(tmp_path / "empty.npy", np.uint8, (0,))) == 0
+
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(CacheError, match=r"b\.npy: no space left"):
+        new_array(tmp_path / "b.npy", np.int64, (1000,))
 
 
 def _embed(shards, root, start):

@@ -3,6 +3,8 @@
 import dataclasses
 import multiprocessing
 import os
+import re
+import resource
 import shutil
 import signal
 import time
@@ -270,6 +272,32 @@ def test_a_cache_of_another_version_is_refused(write_pool, tmp_path):
     (tmp_path / "cache" / "cache.json").write_text('{"format": 0}')
     with pytest.raises(CacheError, match="written in cache format 0"):
         run(write_pool([30]), tmp_path / "cache")
+
+
+def _curate_on_a_small_disk(shards, cache, n_bytes):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+    try:
+        run(shards, cache)
+    except CacheError as error:
+        is_clear = re.search("no space left .*free some, or give another cache_dir", str(error))
+        os._exit(3 if is_clear else 4)
+
+
+def test_no_space_at_any_stage_is_one_error_and_the_next_run_goes_on(write_pool, tmp_path):
+    shards, cache = write_pool([60, 50]), tmp_path / "cache"
+    expected = run(shards, tmp_path / "alone").ids
+    codes = []
+    for n_bytes in (500, 2_500, 6_000, 14_000):
+        process = multiprocessing.get_context("fork").Process(
+            target=_curate_on_a_small_disk, args=(shards, cache, n_bytes)
+        )
+        process.start()
+        process.join()
+        codes.append(process.exitcode)
+        assert not list(cache.rglob(".tmp-*"))
+    assert codes[0] == 3
+    assert set(codes) <= {0, 3}
+    np.testing.assert_array_equal(run(shards, cache).ids, expected)
 
 
 def _curate_and_save(shards, cache, out, barrier=None):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from curated_data.cache import fingerprint, locked
 from curated_data.distributed import rank, world_size
@@ -266,13 +266,31 @@ class _Preprocessed(Dataset):
             raise EmbedderError(
                 f"preprocess gave inputs of different shapes, as {sorted(shapes)[:2]}: it must fix the size"
             )
-        return rows, torch.stack(inputs) if inputs else None, reasons
+        return rows, _shared(torch.stack(inputs)) if inputs else None, reasons
 
 
 def _checked_input(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise EmbedderError(f"preprocess gave a {type(value).__name__}, expected a tensor")
     return value
+
+
+def _shared(batch: Tensor) -> Tensor:
+    """A batch in the memory that a worker shares with the process it works for.
+
+    Put there at once: where it is full (64 MB in a container that was not told otherwise), the thread that
+    would put it there later only prints its error, and the other side waits for ever.
+    """
+    if get_worker_info() is None:
+        return batch
+    try:
+        return batch.share_memory_()
+    except RuntimeError as error:
+        raise CuratedDataError(
+            f"no shared memory for a batch of {batch.nbytes / 1e6:,.1f} MB ({str(error).splitlines()[0]}); "
+            "make /dev/shm larger (docker run --shm-size=8g), lower embedding.batch_size, or set "
+            "embedding.num_workers to 0"
+        ) from error
 
 
 def _unchanged(batch: Any) -> Any:

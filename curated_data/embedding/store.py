@@ -1,6 +1,7 @@
 """Embeddings on disk: one `.npy` a shard, beside it which samples failed and why."""
 
 import contextlib
+import io
 import os
 import threading
 import zipfile
@@ -293,8 +294,10 @@ def _shard_table(folder: Path, store_fingerprint: str, shards: Sequence[str]) ->
         ),
     )
     # Where it cannot be kept, the next opening reads the details again.
-    with contextlib.suppress(CacheError), atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **table._asdict())
+    content = io.BytesIO()
+    np.savez(content, **table._asdict())
+    with contextlib.suppress(CacheError), atomic_path(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
     return table
 
 

@@ -5,6 +5,7 @@ the base name. All arrays are flat (a row's part of `b` is `b[start[row] : start
 samples are a handful of memory maps and no Python object each.
 """
 
+import io
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from curated_data.cache import atomic_path, read_array, read_manifest, write_manifest
+from curated_data.cache import atomic_path, new_array, read_array, read_manifest, write_manifest
 from curated_data.errors import CacheError, PoolError
 from curated_data.pool.tar import Source, local_source, read_members
 
@@ -132,7 +133,9 @@ def save_shard_index(folder: Path, index: ShardIndex, *, url: str) -> None:
     """Publish a shard's index as an artifact folder."""
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        np.savez(temporary / "arrays.npz", **{name: getattr(index, name) for name in _ARRAYS})
+        arrays = io.BytesIO()  # an archive that cannot be finished, on a full disk, complains once more
+        np.savez(arrays, **{name: getattr(index, name) for name in _ARRAYS})
+        (temporary / "arrays.npz").write_bytes(arrays.getbuffer())
         write_manifest(
             temporary,
             STAGE,
@@ -193,7 +196,7 @@ def write_pool_index(folder: Path, shard_folders: Sequence[Path]) -> None:
         sum(manifest[name] for manifest in manifests) for name in ("n_samples", "n_members", "n_key_bytes")
     )
     arrays = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
+        name: new_array(folder / f"{name}.npy", dtype, shape)
         for name, (dtype, shape) in _layout(n_samples, n_members, n_key_bytes).items()
     }
     extensions: dict[str, int] = {}

@@ -283,6 +283,18 @@ def test_a_killed_worker_is_said_to_be_one(write_pool, tmp_path):
         embed_pool(pool, deadly, root, num_workers=1)
 
 
+def test_full_shared_memory_is_said_and_not_waited_for(write_pool, tmp_path, monkeypatch):
+    def refuse(tensor):
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1>: No space left on device"
+        )
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    pool, root = ShardPool(write_pool([4])), open_cache(tmp_path / "c")
+    with pytest.raises(CuratedDataError, match=r"no shared memory for a batch .*make /dev/shm larger"):
+        embed_pool(pool, resolve_embedder("pixels:2"), root, num_workers=1)
+
+
 def test_a_store_of_many_shards_is_opened_by_one_file(write_pool, tmp_path, monkeypatch):
     pool, root = (
         ShardPool(write_pool([5, 0, 4], bad={(2, 1): b"?", (0, 3): b"?"})),
