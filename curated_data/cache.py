@@ -56,7 +56,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path` to write a file or a folder to; it takes the final name when the block
     ends.
 
-    The content is flushed to disk before the rename, and the folder's entry after it. If the block raises,
+    The content is flushed to disk before the rename, and the folder's entry after it; within a temporary
+    folder neither is, since that is flushed as a whole. If the block raises,
     the temporary is removed and nothing changes. An existing file is replaced; an existing folder, made by a
     process that was faster, is kept and ours is dropped: both were built from the same fingerprint.
     """
@@ -67,14 +68,17 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     try:
         with writable(path.parent):
             yield temporary
+        is_inside = any(part.startswith(_TEMPORARY) for part in path.parent.parts)
         with writable(path):
-            _flush(temporary)
+            if not is_inside:
+                _flush(temporary)
             try:
                 os.replace(temporary, path)
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-            _flush_entry(path.parent)
+            if not is_inside:
+                _flush_entry(path.parent)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from curated_data.cache import fingerprint
@@ -27,7 +28,7 @@ class ShardFile:
     size: int
     version: str
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """The name of everything that is derived from this shard alone: 20 hexadecimal digits."""
         place = self.url if is_remote(self.url) else os.path.abspath(self.url)
