@@ -57,9 +57,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     ends.
 
     The content is flushed to disk before the rename, and the folder's entry after it; within a temporary
-    folder neither is, since that is flushed as a whole. If the block raises,
-    the temporary is removed and nothing changes. An existing file is replaced; an existing folder, made by a
-    process that was faster, is kept and ours is dropped: both were built from the same fingerprint.
+    folder neither is, since that is flushed as a whole. If the block raises, the temporary is removed and
+    nothing changes. An existing file is replaced; an existing folder, made by a process that was faster, is
+    kept and ours is dropped: both were built from the same fingerprint.
     """
     path = Path(path)
     with writable(path.parent, makes_folder=True):
