@@ -402,3 +402,7 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_short(item) for item in value[:6]) + (", …]" if len(value) > 6 else "]")
     return str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

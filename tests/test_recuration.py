@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import nn
 
 from curated_data import CuratedDataModule, RecurationCallback
-from curated_data.errors import ConfigError
+from curated_data.errors import ConfigError, EmbedderError
 
 SIZES = [30, 20, 14]
 
@@ -250,9 +250,10 @@ def test_a_failure_keeps_the_selection_or_stops(write_pool, tmp_path, caplog):
     fit(shards, tmp_path / "cache", tmp_path / "kept", epochs=3, callbacks=[keep])
     epochs = by_epoch(seen(tmp_path / "kept"))
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
-    assert "the old selection stays: OSError: the disk is gone" in caplog.text
+    assert "the old selection stays: EmbedderError: Unreadable" in caplog.text
+    assert "the disk is gone" in caplog.text
     stop = RecurationCallback(every_n_epochs=1, embedder=lambda module: Unreadable())
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(EmbedderError, match="the disk is gone"):
         fit(shards, tmp_path / "cache", None, epochs=3, callbacks=[stop])
 
 
