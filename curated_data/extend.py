@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from curated_data.cache import build_once, fingerprint, open_cache, read_array, read_manifest
+from curated_data.cache import MANIFEST, build_once, fingerprint, open_cache, read_array, read_manifest
 from curated_data.clustering.kmeans import prepare
 from curated_data.clustering.nearest import nearest, squared_distances
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
@@ -87,6 +87,8 @@ def extend(
     root = open_cache(cache_dir)
     pool = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
     base = Path(tree)
+    if not (base / MANIFEST).exists():
+        raise CacheError(f"{base}: holds no tree; give the folder that `curate` printed, CACHE/tree/NAME")
     manifest = read_manifest(base, "clustering")
     old = ClusterTree.load(base / "tree")
     metric = manifest["settings"]["metric"]

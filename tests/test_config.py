@@ -65,6 +65,7 @@ def test_auto_levels():
         ({"embedding": 3}, "embedding: expected fields and values, got 3"),
         ({"near_duplicates": [1]}, r"near_duplicates: expected fields and values, got \[1\]"),
         ({"levels": {"n_clusters": 3}}, "levels: expected a list, got fields and values"),
+        ({"near_duplicates": {"held_out": "a.tar"}}, r"held_out: expected a list.*write \[a\.tar\]"),
         ({"near_duplicates": {"held_out": {"a": 1}}}, r"near_duplicates\.held_out: expected a list"),
         ({"target_size": {"a": 1}}, "target_size: expected a plain value"),
     ],
