@@ -77,6 +77,10 @@ class _OnlineProbe(L.Callback):
             self._warn(f"on rank {rank()}", error)
         if failed:
             return None
+        # A rank without a sample may not know how long features are; the others do.
+        longest = max(features.shape[1] for features, _ in sets)
+        longest = int(all_reduce(torch.tensor([longest], device=pl_module.device), "max"))
+        sets = [(x if len(x) else x.new_zeros(0, longest), labels) for x, labels in sets]
         try:  # what is checked here is the same on every rank, so all raise or none
             return self.scores(*sets, pl_module.device)
         except Exception as caught:

@@ -257,6 +257,25 @@ def test_ranks_share_the_probe_and_skip_it_together():
         assert results[0]["linear"][f"linear/{name}"] == pytest.approx(head[name])
 
 
+class Flat(L.LightningModule):
+    """A module that does not say how long its features are."""
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+
+def _fewer_samples_than_ranks(rank: int) -> dict:
+    probe = OnlineKNN(Labelled(41), Labelled(1), k=5)
+    return probe._probe(_Trainer(), Flat())
+
+
+def test_a_rank_without_a_sample_takes_part():
+    module = Flat()
+    expected = knn(*(part for n in (41, 1) for part in embed_share(module, Labelled(n))), k=5)
+    for scores in on_two_ranks(_fewer_samples_than_ranks):
+        assert scores["knn/5"] == expected.accuracy[5]
+
+
 def test_sets_of_pairs_and_unlabelled_samples():
     module = small_module().eval()
     images, labels = torch.randn(6, 3, 16, 16), torch.tensor([0, -1, 1, 2, -1, 0])
