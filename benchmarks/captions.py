@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,14 +122,19 @@ def senses(parsed: argparse.Namespace) -> None:
                 captions.append(sense.examples[i])
                 truth.append(sense.id == of.id)
     right = np.array(truth)
+    others = [CaptionClass(s.id, tuple(sorted(s.words)), s.definition) for s in known]
     print(f"{len(classes):,} classes, one sense of a word each; {len(right):,} sentences with one class's "
           f"word, {right.sum():,} of them in its sense\n")  # fmt: skip
     print("| rule | kept | precision | recall | F1 | classes left |\n|---|---|---|---|---|---|")
     embed = remembered(resolve_text_embedder(parsed.embedder))
-    rules: dict[str, dict[str, float]] = {"every sentence with the word": {"threshold": -1.0}}
+    rules: dict[str, dict[str, Any]] = {"every sentence with the word": {"threshold": -1.0}}
     rules |= {f"threshold {t}": {"threshold": t} for t in (0.2, 0.3, 0.4, 0.5, 0.6)}
     rules |= {f"margin {m:g}" + " (default)" * (m == 0): {"margin": m} for m in (-0.1, -0.05, 0.0, 0.05, 0.1)}
     rules["threshold 0.3 and margin 0"] = {"threshold": 0.3, "margin": 0.0}
+    for m in (None, 0.0, 0.05):
+        rules["nearest of the word's senses" + ("" if m is None else f", margin {m:g}")] = {
+            "rivals": others, "margin": m,
+        }  # fmt: skip
     for name, rule in rules.items():
         block = CaptionBlock(np.arange(len(captions)), captions)
         found = label_captions([block], classes, embedder=embed, min_per_class=1, **rule)

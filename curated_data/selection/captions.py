@@ -21,7 +21,7 @@ from curated_data.cache import atomic_path, read_manifest, write_manifest
 from curated_data.errors import CacheError, ConfigError, EmbedderError, PoolError, SampleError
 from curated_data.pool.writer import ShardWriter
 from curated_data.progress import progress
-from curated_data.selection.names import CaptionClass, NameMatcher, read_classes
+from curated_data.selection.names import CaptionClass, NameMatcher, read_classes, sharing_a_name
 from curated_data.selection.text import TextEmbedder, resolve_text_embedder
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def label_captions(
     embedder: str | TextEmbedder,
     threshold: float | None = None,
     margin: float | None = None,
+    rivals: Sequence[CaptionClass] = (),
     per_class: int | None = None,
     min_per_class: int | None = None,
     avoid: Collection[str] = (),
@@ -116,7 +117,10 @@ def label_captions(
             every other class's (a class without a definition: to its name). With 0 the nearest definition of
             all must be its own. A word that is shared in another sense cannot help a caption here, and no
             scale of the embedder's matters. Memory is block x classes. None for no such test; without
-            threshold and per_class it is 0.
+            threshold, rivals and per_class it is 0.
+        rivals: other senses, which are no classes to look for, as all of WordNet's (`read_wordnet`). A
+            caption must be as near to its class's definition as to that of every rival that shares a name
+            with the class, and nearer by `margin` if that is given. None but those are embedded.
         per_class: keep this many of each class, the most similar. None keeps all.
         min_per_class: a class that ends with fewer is dropped; None takes `per_class`, so that all classes
             are equally large, or 1.
@@ -129,7 +133,7 @@ def label_captions(
     Raises:
         ConfigError: classes that do not fit together, a number out of range, or an unknown embedder.
     """
-    if threshold is None and per_class is None and margin is None:
+    if threshold is None and per_class is None and margin is None and not rivals:
         margin = 0.0
     if not classes:
         raise ConfigError("no classes to look for: give at least one")
@@ -138,7 +142,8 @@ def label_captions(
     matcher = NameMatcher(classes)
     embed = resolve_text_embedder(embedder)
     class_rows = _embedded(embed, [c.text for c in classes])
-    definitions = _embedded(embed, [c.definition or c.text for c in classes]) if margin is not None else None
+    definitions = _embedded(embed, [c.definition or c.text for c in classes])
+    senses = _other_senses(embed, classes, rivals) if rivals else None
     usable = np.array([c.id not in set(avoid) for c in classes])
     counts: Counter[str] = Counter()
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -155,9 +160,13 @@ def label_captions(
         if len(place):
             rows = _embedded(embed, [block.captions[i] for i in place])
             similarity = np.einsum("nd,nd->n", rows, class_rows[label[place]]).astype(np.float32)
-            if definitions is not None and margin is not None:
+            if margin is not None:
                 near = _lead(rows, definitions, label[place]) >= margin
                 counts["nearer to another class"] += int((~near).sum())
+                place, rows, similarity = place[near], rows[near], similarity[near]
+            if senses is not None:
+                near = _lead_of_sense(rows, definitions, senses, label[place]) >= (margin or 0)
+                counts["nearer to another sense"] += int((~near).sum())
                 place, similarity = place[near], similarity[near]
             found.append((np.asarray(block.ids)[place], label[place], similarity))
     ids, labels, similarity = (np.concatenate(parts) for parts in zip(*found)) if found else _nothing()
@@ -288,6 +297,31 @@ def _lead(rows: np.ndarray, definitions: np.ndarray, own: np.ndarray) -> np.ndar
     to_own = similarity[np.arange(len(rows)), own]
     similarity[np.arange(len(rows)), own] = -np.inf
     return to_own - similarity.max(1)
+
+
+def _other_senses(
+    embed: TextEmbedder, classes: Sequence[CaptionClass], rivals: Sequence[CaptionClass]
+) -> list[np.ndarray]:
+    """For each class the rows (r, d) of the definitions of its rivals."""
+    sharing = sharing_a_name(classes, rivals)
+    used = sorted({i for own in sharing for i in own})
+    log.info("captions: %d other senses of %d classes' names", len(used), sum(map(bool, sharing)))
+    rows = _embedded(embed, [rivals[i].definition or rivals[i].text for i in used]) if used else None
+    number = {i: at for at, i in enumerate(used)}
+    none = np.empty((0, 0), np.float32)
+    return [rows[[number[i] for i in own]] if rows is not None and own else none for own in sharing]
+
+
+def _lead_of_sense(
+    rows: np.ndarray, definitions: np.ndarray, senses: Sequence[np.ndarray], own: np.ndarray
+) -> np.ndarray:
+    """How much nearer (n,) each row is to its own definition than to its rivals'; inf where there is none."""
+    lead = np.full(len(rows), np.inf)
+    for label in np.unique(own):
+        if len(senses[label]):
+            of = own == label
+            lead[of] = rows[of] @ definitions[label] - (rows[of] @ senses[label].T).max(1)
+    return lead
 
 
 def _filtered(

@@ -97,6 +97,18 @@ class NameMatcher:
         return classes
 
 
+def sharing_a_name(classes: Sequence[CaptionClass], others: Sequence[CaptionClass]) -> list[list[int]]:
+    """For each class the places of those `others` that have a name of its own and another id."""
+    users: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for i, other in enumerate(others):
+        for name in other.names:
+            users[tuple(_normal(name).split())].append(i)
+    return [
+        sorted({i for name in c.names for i in users[tuple(_normal(name).split())] if others[i].id != c.id})
+        for c in classes
+    ]
+
+
 def read_classes(path: str | Path) -> list[CaptionClass]:
     """Classes from a JSON file: a list of objects with `id`, `names` and `definition`.
 
@@ -127,7 +139,8 @@ def read_wordnet(path: str | Path, ids: Collection[str] | None = None) -> list[C
     """Classes from WordNet's `data.noun` file: id "n" and the eight-digit offset, names, and definition.
 
     Args:
-        path: of the file, or of the folder that holds it.
+        path: of the file, or of the folder that holds it; `data.verb`, `data.adj` and `data.adv` are read
+            too (ids "v", "a" or "s", "r"): they give `label_captions` its rivals.
         ids: which to read, in file order; None for all.
 
     Raises:
@@ -143,14 +156,16 @@ def read_wordnet(path: str | Path, ids: Collection[str] | None = None) -> list[C
                     continue
                 data, _, gloss = line.partition("|")
                 fields = data.split()
-                if wanted is not None and "n" + fields[0] not in wanted:
+                id = fields[2] + fields[0]  # the part of speech, and the place in the file
+                if wanted is not None and id not in wanted:
                     continue
                 n_words = int(fields[3], 16)
-                names = tuple(word.replace("_", " ") for word in fields[4 : 4 + 2 * n_words : 2])
+                words = fields[4 : 4 + 2 * n_words : 2]  # adjectives may end in a marker, as "afraid(p)"
+                names = tuple(word.partition("(")[0].replace("_", " ") for word in words)
                 definition = gloss.partition('; "')[0].strip()
-                classes.append(CaptionClass("n" + fields[0], names, definition))
+                classes.append(CaptionClass(id, names, definition))
     except (OSError, IndexError, ValueError) as error:
-        raise ConfigError(f"{path}: not a readable WordNet data.noun file ({error})") from error
+        raise ConfigError(f"{path}: not a readable WordNet data file ({error})") from error
     missing = set() if wanted is None else wanted - {c.id for c in classes}
     if missing:
         raise ConfigError(

@@ -158,6 +158,34 @@ def test_a_caption_must_be_nearest_to_the_definition_of_what_it_names(margin):
     assert "nearer to another class" not in loose.report["counts"]
 
 
+@pytest.mark.parametrize("margin", [None, 0.1])
+def test_a_caption_must_be_nearest_to_its_sense_of_the_word(margin):
+    senses = [
+        CaptionClass("crane-bird", ("Crane",), "large wading bird with a long neck"),
+        CaptionClass("to-dog", ("tag", "dog"), "go after somebody, as in the street"),
+        CaptionClass("puppy", ("puppy",), CAPTIONS[0]),  # nearest of all, but shares no name
+        CLASSES[0],  # a class is no rival of itself
+    ]
+    found = label_captions([block()], CLASSES, embedder=embed, rivals=senses, margin=margin)
+    labelled = label_captions(
+        [block()], CLASSES, embedder=embed, **({"threshold": -1} if margin is None else {"margin": margin})
+    )
+    expected = []
+    for id, label in zip(labelled.ids.tolist(), labelled.labels.tolist()):
+        own = labelled.classes[label]
+        others = [s for s in senses if s.id != own.id and {n.lower() for n in s.names} & set(own.names)]
+        between = cosine_similarity(
+            embed([CAPTIONS[id - 100]]), embed([c.definition or c.text for c in [own, *others]])
+        )[0]
+        if not others or between[0] >= between[1:].max() + (margin or 0):
+            expected.append(id)
+    assert found.ids.tolist() == expected
+    counts = found.report["counts"]
+    assert counts["nearer to another sense"] == len(labelled.ids) - len(expected)
+    if margin is None:
+        assert 0 < len(expected) < len(labelled.ids)
+
+
 def test_the_same_number_of_each_class_and_the_most_similar():
     found = label_captions([block()], CLASSES, embedder=embed, per_class=2)
     assert [c.id for c in found.classes] == ["dog", "hotdog"]
@@ -279,6 +307,10 @@ def test_wordnet_nouns(tmp_path):
     assert dog.names == ("dog", "domestic dog", "Canis familiaris")
     assert dog.text == "dog: a member of the genus Canis; has been domesticated"
     assert read_wordnet(tmp_path / "data.noun", ["n02012849"]) == [crane]
+    (tmp_path / "data.adj").write_text('00114 00 s 02 dog-tired(p) 0 spent 0 000 | very tired; "so spent"\n')
+    assert read_wordnet(tmp_path / "data.adj") == [
+        CaptionClass("s00114", ("dog-tired", "spent"), "very tired")
+    ]
     with pytest.raises(ConfigError, match="no synset n00000001"):
         read_wordnet(tmp_path, ["n00000001"])
 
