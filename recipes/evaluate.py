@@ -1,8 +1,7 @@
-"""Evaluate embedders on a suite of datasets: each is embedded once, cached, and every evaluation runs on it.
+r"""Evaluate embedders on a suite of datasets: each is embedded once, cached, and every evaluation runs on it.
 
     uv run recipes/evaluate.py efficientnet_lite0:64 pixels:28 --suite configs/suites/small.yaml --compare
-    uv run recipes/evaluate.py checkpoint:runs/a.ckpt checkpoint:runs/b.ckpt --suite configs/suites/paper.yaml
-    \
+    uv run recipes/evaluate.py checkpoint:a.ckpt checkpoint:b.ckpt --suite configs/suites/paper.yaml \
         --root /datasets --compare
 
 One column an embedder, one row a figure. With --compare each other embedder's difference to the first has an
@@ -204,6 +203,7 @@ def draw(results: Results) -> Drawing:
         axes.bar_label(bars, fmt="%.3f", padding=2, fontsize=7)
     axes.set_yticks(np.arange(len(rows)), [f"{d}: {title}" for d, title in rows], fontsize=8)
     axes.set_xlim(0, 1.08)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     drawing.legend(
