@@ -366,9 +366,17 @@ def _duplicates(curation: "Curation", images: _Images, n_groups: int = 12) -> di
 
 def _failures(curation: "Curation", n_examples: int = 50) -> dict[str, Any]:
     failures = curation.embeddings.failures
-    reasons = Counter(failure["reason"] for failure in failures)
-    examples = [[f["id"], Path(f["shard"]).name, f["key"], f["reason"]] for f in failures[:n_examples]]
-    return {"count": len(failures), "reasons": reasons.most_common(10), "examples": examples}
+    plain = [_without_sample(failure) for failure in failures]
+    examples = [
+        [f["id"], Path(f["shard"]).name, f["key"], reason] for f, reason in zip(failures[:n_examples], plain)
+    ]
+    return {"count": len(failures), "reasons": Counter(plain).most_common(10), "examples": examples}
+
+
+def _without_sample(failure: Mapping[str, Any]) -> str:
+    """A failure's reason without the shard and key that it begins with, so that equal reasons are equal."""
+    reason = failure["reason"].removeprefix(f"{failure['shard']}: ")
+    return reason.removeprefix(f"sample {failure['key']!r}, ")
 
 
 def _cluster_tables(curation: "Curation", shown: np.ndarray) -> list[dict[str, str]]:

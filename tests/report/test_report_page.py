@@ -349,6 +349,19 @@ def test_many_classes_are_a_curve_and_a_table(small, curation, tmp_path):
     assert 'class="bar"' not in shown
 
 
+def test_equal_reasons_of_failures_are_counted_together(small, curation, tmp_path):
+    rows = small.x.view(Rows)
+    rows.failures = tuple(
+        {"id": i, "shard": "far/p.tar", "key": f"k{i}",
+         "reason": f"far/p.tar: sample 'k{i}', member 'png': {what}"}
+        for i, what in enumerate(["is empty", "is empty", "cannot be decoded"])
+    )  # fmt: skip
+    failed = SimpleNamespace(**vars(curation) | {"embeddings": rows})
+    found = content(write_report(failed, small.pool, tmp_path / "report.html", n_coverage=10))["failures"]
+    assert found["reasons"] == [["member 'png': is empty", 2], ["member 'png': cannot be decoded", 1]]
+    assert found["examples"][1] == [1, "p.tar", "k1", "member 'png': is empty"]
+
+
 def test_clusters_of_one_sample_are_counted_once(small, tmp_path):
     parent = small.tree.parent | {1: small.tree.parent[1].copy()}
     of_first = small.tree.members(1, 0)
