@@ -164,7 +164,7 @@ class SP2OT(PretrainingModule):
         features = self.backbone(torch.cat(batch["views"]))
         logits = self._classify(features).unflatten(1, (2, -1)).float()  # (heads, 2, B, K)
         rho = self.rho_at(self.global_step)
-        labels = self._labels(logits.detach(), self.sample_ids(batch), rho)
+        labels = self._labels(logits.detach(), self._ids(batch), rho)
         a, b = logits.log_softmax(-1).unbind(1)
         from_a, from_b = labels.unbind(1)
         losses = -0.5 * ((from_b * a).sum(-1) + (from_a * b).sum(-1)).mean(1)  # (heads,)
@@ -227,6 +227,14 @@ class SP2OT(PretrainingModule):
         saved = checkpoint["sp2ot"]
         self.best_head, self.best = saved["best_head"], saved["best"]
         self.state = {name: value.to(self.device) for name, value in saved["state"].items()}
+
+    def _ids(self, batch: Mapping[str, Any]) -> Tensor:
+        if self.hparams.method == "sp2ot" and "sample_id" not in batch:
+            raise ValueError(
+                "SP²OT finds a sample's neighbours by its id, and the batch has none: give each sample a "
+                "'sample_id', or take method='p2ot'"
+            )
+        return self.sample_ids(batch)
 
     def _classify(self, features: Tensor) -> Tensor:
         features = F.normalize(features, dim=-1)
@@ -325,14 +333,14 @@ class SP2OT(PretrainingModule):
             for batch in loader:
                 batch = self.trainer.strategy.batch_to_device(batch)
                 own = torch.stack([self.backbone(view).float() for view in batch["views"]], 1)  # (B, 2, d)
-                batch_ids = all_gather_rows(self.sample_ids(batch))
+                batch_ids = all_gather_rows(self._ids(batch))
                 n_seen += len(batch_ids)
                 if fill_buffer:
                     logits = self._classify(own.flatten(0, 1)).unflatten(1, own.shape[:2]).permute(1, 0, 2, 3)
                     self._push(all_gather_rows(logits.float().contiguous()), batch_ids)
                 if find_neighbors:
                     features.append(own.mean(1))
-                    ids.append(self.sample_ids(batch))
+                    ids.append(self._ids(batch))
                 elif n_seen >= self.hparams.buffer_size:
                     break
         if not n_seen:

@@ -268,6 +268,19 @@ def test_bad_batches_are_named(tmp_path):
         trainer(tmp_path).fit(module(method="p2ot"), broken)
 
 
+class Nameless(Patches):
+    """Samples without ids, as a plain data set gives them."""
+
+    def __getitem__(self, i: int) -> dict:
+        return {"views": super().__getitem__(i)["views"]}
+
+
+def test_neighbours_need_sample_ids(tmp_path):
+    with pytest.raises(ValueError, match="'sample_id', or take method='p2ot'"):
+        trainer(tmp_path).fit(module(), DataLoader(Nameless(), 16))
+    trainer(tmp_path, 1).fit(module(method="p2ot"), DataLoader(Nameless(), 16))
+
+
 def blobs(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(seed)
     labels = np.repeat(np.arange(6), [300, 150, 80, 40, 20, 10])
