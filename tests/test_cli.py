@@ -1,6 +1,7 @@
 """The command line, on real shards: each command does what it says, and bad input ends in one line."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -115,3 +116,27 @@ def test_help_of_every_command(capsys):
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
         assert f"curated-data {command}" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_one_line_and_status_130(monkeypatch, capsys):
+    def stopped(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("curated_data.inspect.inspect_cache", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["inspect", "cache"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "curated-data inspect: stopped; run it again to go on\n"
+
+
+def test_verify_names_what_is_damaged(fashion_test, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    assert main(["-q", "index", *fashion_test, "--cache-dir", str(cache)]) == 0
+    assert main(["inspect", str(cache), "--verify"]) == 0
+    assert "everything is as it was written" in capsys.readouterr().out
+    (path,) = cache.glob("pool/*/key_bytes.npy")
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert main(["inspect", str(cache), "--verify"]) == 2
+    assert f"{path}: damaged (its checksum differs); remove {path.parent}" in capsys.readouterr().err

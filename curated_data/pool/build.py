@@ -26,6 +26,7 @@ from curated_data.pool.index import (
 from curated_data.pool.storage import ShardFile, check_unchanged
 from curated_data.pool.tar import Source, local_source
 from curated_data.pool.urls import is_remote
+from curated_data.processes import end_with_parent
 from curated_data.progress import progress
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,12 @@ def _executor(workers: int, remote: bool) -> Iterator[Executor]:
     if remote:
         executor: Executor = ThreadPoolExecutor(workers)
     else:
-        executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
+        executor = ProcessPoolExecutor(
+            workers,
+            mp_context=multiprocessing.get_context("fork"),
+            initializer=end_with_parent,
+            initargs=(os.getpid(),),
+        )
     with executor:
         yield executor
 
