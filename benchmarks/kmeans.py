@@ -19,8 +19,10 @@ import argparse
 import math
 import resource
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import faiss
@@ -203,7 +205,9 @@ class Throttled:
 
 
 def streamed(seeds: int, reference: bool) -> None:
-    """One assignment of 300,000 x 256 on disk, 293 MiB, with 60 MiB allowed: wall time, medians of 3."""
+    """One assignment of 300,000 x 256 on disk, 293 MiB, with 60 MiB allowed: wall time, medians of 3; and the
+    memory that a tree of them takes.
+    """
     with tempfile.TemporaryDirectory() as folder:
         x = np.lib.format.open_memmap(f"{folder}/x.npy", "w+", np.float32, (300_000, 256))
         for start in range(0, len(x), 50_000):
@@ -228,6 +232,34 @@ def streamed(seeds: int, reference: bool) -> None:
                 "read ahead": wall(lambda rows=rows: nearest(rows, ready.centroids)),
             }
             print(f"{name}: " + ", ".join(f"{what} {s:.2f} s" for what, s in seconds.items()), flush=True)
+        for allowed, k in ((60, 300), (240, 2_000)):
+            more = memory_added(
+                lambda k=k, allowed=allowed: hierarchical_kmeans(
+                    x, [Level(k, 1, 10)], n_iter=4, max_memory=allowed << 20
+                )
+            )
+            print(f"k = {k}, one resampling, {allowed} MiB allowed: {more:.0f} MiB of memory added at most")
+
+
+def memory_added(run: Callable[[], Any]) -> float:
+    """MiB of memory of our own, files' pages not counted, that a call adds at most."""
+
+    def anonymous() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) // 1024
+
+    before, most, done = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            most[0] = max(most[0], anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run()
+    done.set()
+    watcher.join()
+    return most[0] - before
 
 
 def wall(run: Callable[[], Any]) -> float:

@@ -109,8 +109,8 @@ def kmeans(
             warning, or "raise".
         max_memory: bytes for rows held as float32, three arrays of them at most; where one would take more
             than a third, rows are read in blocks from `x` at every pass. None means a quarter of the
-            machine's memory. What is kept per row besides, 40 bytes or so, and 12 bytes a centroid's
-            dimension, are not counted.
+            machine's memory. What is kept per row besides, 40 bytes or so, 12 bytes a centroid's dimension,
+            and up to 200 MiB of blocks and scores being worked on are not counted.
 
     Raises:
         ValueError: arguments out of range, more clusters than valid rows, or non-finite rows under "raise".

@@ -9,7 +9,7 @@ import torch
 
 from curated_data import distributed
 from curated_data.clustering.checkpoint import Arrays
-from curated_data.clustering.nearest import Centroids, squared_distances
+from curated_data.clustering.nearest import Centroids, fill, squared_distances
 from curated_data.clustering.neighbourhoods import Neighbourhoods, coarse_centres, loses_little, sampled_loss
 from curated_data.clustering.rows import BLOCK, Rows, blocks
 
@@ -62,8 +62,9 @@ class Lloyd:
         self.other = np.zeros(n, np.float32)
         self.sums = np.zeros((self.k, rows.dimension))
         self.counts = np.zeros(self.k, np.int64)
-        norms = rows.map(lambda start, stop, block: block.square().sum(1).cpu().numpy())
-        self.norms = np.concatenate([np.empty(0, np.float32), *norms])
+        self.norms = fill(
+            rows, np.empty(n, np.float32), lambda start, stop, block: block.square().sum(1).cpu().numpy()
+        )
         self.done, self.before, self.inertia, self.n_repaired = 0, np.inf, np.inf, 0
         self.centres: torch.Tensor | None = None  # of the neighbourhoods
         self.exact = False  # whether the iterations have come to compare with all centroids
@@ -273,7 +274,7 @@ def _add_segments(sums: np.ndarray, rows: Rows, at: np.ndarray, clusters: np.nda
         at, clusters = at[order], clusters[order]
 
     # Some blocks at a time: partial sums, where rows are not sorted, are as large as the rows.
-    for begin, end in blocks(len(at), 32 * BLOCK):
+    for begin, end in blocks(len(at), 4 * torch.get_num_threads() * BLOCK):
 
         def one(start: int, stop: int, block: torch.Tensor, begin: int = begin) -> tuple[np.ndarray, ...]:
             part = clusters[begin + start : begin + stop]

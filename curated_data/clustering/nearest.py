@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -280,8 +280,7 @@ def onednn_is_faster() -> bool:
 def nearest(rows: Rows, centroids: torch.Tensor) -> np.ndarray:
     """The index of each row's nearest centroid, (n,) int64; the lowest of equal ones."""
     ready = Centroids(centroids)
-    parts = rows.map(lambda start, stop, block: ready.nearest(block))
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+    return fill(rows, np.empty(len(rows), np.int64), lambda start, stop, block: ready.nearest(block))
 
 
 def nearest_columns(rows: torch.Tensor, centroids: torch.Tensor, count: int) -> torch.Tensor:
@@ -303,5 +302,18 @@ def squared_distances(rows: Rows, centroids: torch.Tensor, assignment: np.ndarra
         own = centroids[torch.from_numpy(assignment[start:stop]).to(centroids.device)]
         return (block - own).double().square().sum(1).cpu().numpy()
 
-    parts = rows.map(one)
-    return np.concatenate(parts) if parts else np.empty(0)
+    return fill(rows, np.empty(len(rows)), one)
+
+
+def fill(rows: Rows, out: np.ndarray, work: Callable[[int, int, torch.Tensor], np.ndarray]) -> np.ndarray:
+    """`rows.map` of what gives a number for each row, written to `out` as it comes.
+
+    A list of small results would do, but these, allocated between large blocks that come and go, keep the
+    allocator from giving the blocks' memory out again: hundreds of MiB where tens are in use.
+    """
+
+    def one(start: int, stop: int, block: torch.Tensor) -> None:
+        out[start:stop] = work(start, stop, block)
+
+    rows.map(one)
+    return out

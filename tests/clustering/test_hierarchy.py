@@ -1,12 +1,14 @@
 """Hierarchical k-means: the paper's figures on its 2-D data, the reference's defects, splits, hard input."""
 
+import contextlib
 import logging
+import re
 
 import numpy as np
 import pytest
 import torch
 
-from curated_data.clustering import ClusterTree, Level, choose_levels, hierarchical_kmeans, kmeans
+from curated_data.clustering import ClusterTree, Level, choose_levels, hierarchical_kmeans, hierarchy, kmeans
 from curated_data.clustering.hierarchy import _balanced_sample
 from curated_data.clustering.kmeans import prepare
 from curated_data.clustering.neighbourhoods import loses_little, nearest_nearby, sampled_loss
@@ -268,6 +270,26 @@ def test_automatic_levels_have_the_published_shape():
     assert tree.n_clusters == {1: 200, 2: 20}
     assert [level.n_clusters for level in choose_levels(10_000, 1_000)] == [2000, 200]
     assert [level.n_clusters for level in choose_levels(100_000)] == [5000, 500, 50]
+
+
+def test_progress_tells_level_step_iteration_and_inertia(monkeypatch):
+    shown = []
+
+    @contextlib.contextmanager
+    def progress(description, total, unit=""):
+        yield lambda n=1, note="": shown.append((n, note))
+
+    monkeypatch.setattr(hierarchy, "progress", progress)
+    hierarchical_kmeans(
+        clouds(3000, 3, 10, seed=0), [Level(50, 2, 10), Level(10, n_splits=2), Level(5, 3, 1)]
+    )
+    assert sum(n for n, _ in shown) == pytest.approx(100)
+    notes = [note for _, note in shown if note]
+    assert re.fullmatch(r"level 1 of 3, step 0 of 2, iteration 1, inertia [\d.e+]+", notes[0])
+    steps = list(dict.fromkeys(note.split(", iteration")[0] for note in notes))
+    assert steps[:3] == [f"level 1 of 3, step {step} of 2" for step in range(3)]
+    assert "level 2 of 3, portion 10 of 10" in steps
+    assert steps[-1] == "level 3 of 3, step 0 of 0"
 
 
 def test_one_log_line_a_level(caplog):
