@@ -4,6 +4,7 @@ Real images, two processes over gloo; slow, as every process imports everything 
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,9 @@ def test_under_slurm_a_signal_requeues_and_the_next_start_resumes(arguments, tmp
 def test_the_sbatch_script_is_sound():
     script = ROOT / "configs" / "slurm" / "pretrain.sbatch"
     assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
+    if shutil.which("shellcheck"):
+        found = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout
     text = script.read_text()
     for line in ("--requeue", "--signal=SIGUSR1@120", "--open-mode=append"):
         assert f"#SBATCH {line}" in text
