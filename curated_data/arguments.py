@@ -36,7 +36,7 @@ def load_ids(selection: Ids, name: str = "selection") -> np.ndarray:
         return np.asarray(selection)
     try:
         return np.load(selection, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ConfigError(
             f"{name}: {selection} cannot be read as a .npy file of integers ({error})"
         ) from error

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from curated_data.cache import MANIFEST, open_cache, read_array, read_manifest
+from curated_data.cache import MANIFEST, load_npy, open_cache, read_array, read_manifest
 from curated_data.clustering.hierarchy import Level
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig
@@ -63,10 +63,8 @@ def open_curation(cache_dir: str | Path, selection: str) -> Curation:
 
 def _store(folder: Path, shards: list[str]) -> EmbeddingStore:
     for shard in shards:
-        path = folder / f"{shard}.npy"
-        if not path.exists():
-            raise CacheError(f"{path}: no longer there; run the curation again to embed its shard")
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        remedy = "run the curation again to embed its shard, after removing it where it is damaged"
+        rows = load_npy(folder / f"{shard}.npy", remedy, memory_map=True)
         if len(rows):
             break
     return EmbeddingStore(folder, shards, rows.shape[1], rows.dtype.name)

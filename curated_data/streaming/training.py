@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curated_data.cache import atomic_save, fingerprint, open_cache
+from curated_data.cache import atomic_save, fingerprint, load_npy, open_cache
 from curated_data.errors import CacheError, ConfigError
 from curated_data.streaming.order import EpochOrder
 
@@ -159,7 +159,7 @@ class TrainingStream:
         """Go on where `state_dict` was taken; `owner` as of `prepare`.
 
         Raises:
-            CacheError: a selection that `replace` was given is no longer in the cache.
+            CacheError: a selection that `replace` was given is no longer in the cache, or damaged.
         """
         if not state:
             return
@@ -215,7 +215,11 @@ class TrainingStream:
                 f"the checkpoint was trained on a selection given to set_selection, and "
                 f"{path or 'its cache'} is not there; pass the cache_dir of that run"
             )
-        return np.load(path, allow_pickle=False)
+        remedy = "remove it and give that selection to set_selection again, or resume from another checkpoint"
+        ids = load_npy(path, remedy)
+        if fingerprint(selection=ids) != name:
+            raise CacheError(f"{path}: damaged (its ids are not those that it is named by); {remedy}")
+        return ids
 
 
 _NOBODY = object()
