@@ -2,6 +2,7 @@
 
     python benchmarks/indexing.py                    # three kinds of shards, one core: a minute
     python benchmarks/indexing.py --samples 1000000  # a whole pool, all cores, as a user has it
+    python benchmarks/indexing.py --shards 100000    # opening an indexed pool of so many shards
 
 Prints samples per second of wall and of CPU time, medians of several rounds in which the readers take turns,
 so that what else the machine does falls on all alike. Files are read once before: this measures the work, not
@@ -10,17 +11,23 @@ headers), 8 to 9 times webdataset's pass; 1e6 samples in 100 shards in 23 s.
 """
 
 import argparse
+import pickle
 import statistics
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from curated_data.pool import ShardPool, index_shard
+from curated_data import CuratedDataModule
+from curated_data.cache import atomic_path, open_cache, write_manifest
+from curated_data.pool import PoolIndex, ShardPool, index_shard
+from curated_data.pool.index import ARRAYS, POOL_STAGE
 
 
 def write_shard(path: Path, n_samples: int, image_bytes: int, *, float_times: bool = False) -> None:
@@ -101,18 +108,77 @@ def index_pool(folder: Path, n_samples: int) -> None:
         print(f"{n_found:,} samples in {n_shards} shards {what} in {seconds:.2f} s")
 
 
+def open_pool(folder: Path, n_shards: int, per_shard: int = 100) -> None:
+    """An indexed pool of many shards, opened as a training run does it, up to its first batches.
+
+    The shards are holes of the right size, and their index is written as it would be for members that lie in
+    rows, so that the pool takes no room; what is read of it are zeros.
+    """
+    for number in range(n_shards):
+        with open(folder / f"pool-{number:06d}.tar", "wb") as file:
+            file.truncate(per_shard * 25_600)
+    pattern, cache = str(folder / f"pool-{{000000..{n_shards - 1:06d}}}.tar"), folder / "cache"
+    n = n_shards * per_shard
+    rows = np.arange(n + 1)
+    index = PoolIndex(
+        ["bin"],
+        rows * 8,
+        np.full(8 * n, ord("k"), np.uint8),
+        rows,
+        np.zeros(n, np.int32),
+        np.tile(np.arange(per_shard) * 25_600 + 512, n_shards),
+        np.full(n, 23_000),
+        shard_start=np.arange(n_shards + 1) * per_shard,
+    )
+    pool = ShardPool(pattern, cache_dir=cache)
+    with atomic_path(open_cache(cache) / POOL_STAGE / pool.fingerprint) as temporary:
+        temporary.mkdir()
+        for name in (*ARRAYS, "shard_start"):
+            np.save(temporary / f"{name}.npy", getattr(index, name))
+        content = {"extensions": ["bin"], "n_samples": n, "n_duplicate_keys": 0, "duplicate_example": None}
+        write_manifest(temporary, POOL_STAGE, content | {"shards": pool.urls, "n_bytes": n * 23_000})
+
+    def timed(what: str, step: Callable[[], Any]) -> Any:
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = step()
+        print(f"  {what:28}{time.perf_counter() - wall:8.3f} s{time.process_time() - cpu:8.3f} s of CPU time")
+        return result
+
+    print(f"{n:,} samples in {n_shards:,} shards, indexed")
+    pool = timed("pattern to names", lambda: ShardPool(pattern, cache_dir=cache))
+    timed("sizes and times of shards", lambda: pool.shards)
+    timed("their fingerprints", lambda: pool.fingerprint)
+    timed("the index", pool.index)
+    print(f"  {'pickled for a worker':28}{len(pickle.dumps(pool)) / 1e6:8.1f} MB")
+    for shuffle in ("full", "block"):
+        data = CuratedDataModule(
+            pool,
+            shuffle=shuffle,
+            views=lambda content: content,
+            decoders={"bin": lambda content: torch.zeros(1)},
+            num_workers=0,
+        )
+        data.pool.image_extensions = ("bin",)
+        batches = iter(data.train_dataloader())
+        timed(f"first batch of 64, {shuffle}", lambda batches=batches: next(batches))
+        timed(f"20 more, {shuffle}", lambda batches=batches: [next(batches) for _ in range(20)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--samples", type=int, default=0, help="index a pool of that many small samples instead"
     )
+    parser.add_argument("--shards", type=int, default=0, help="open a pool of that many shards instead")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--folder", type=Path, default=None, help="where the shards are written (1.5 KB a sample)"
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        if arguments.samples:
+        if arguments.shards:
+            open_pool(Path(folder), arguments.shards)
+        elif arguments.samples:
             index_pool(Path(folder), arguments.samples)
         else:
             compare(Path(folder), arguments.rounds)

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 STAGE = "index"
 POOL_STAGE = "pool"
 CODE_VERSION = 1  # raise it when the arrays or the grouping change: it is part of every shard's fingerprint
-_ARRAYS = ("key_start", "key_bytes", "member_start", "member_extension", "member_offset", "member_size")
+ARRAYS = ("key_start", "key_bytes", "member_start", "member_extension", "member_offset", "member_size")
 _RESERVED = ("__key__", "__url__", "__bad__", "__local_path__")  # webdataset's own fields of a sample
 
 # What webdataset takes as key and extension, and the names that it passes over.
@@ -134,7 +134,7 @@ def save_shard_index(folder: Path, index: ShardIndex, *, url: str) -> None:
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         arrays = io.BytesIO()  # an archive that cannot be finished, on a full disk, complains once more
-        np.savez(arrays, **{name: getattr(index, name) for name in _ARRAYS})
+        np.savez(arrays, **{name: getattr(index, name) for name in ARRAYS})
         (temporary / "arrays.npz").write_bytes(arrays.getbuffer())
         write_manifest(
             temporary,
@@ -159,7 +159,7 @@ def load_shard_index(folder: Path) -> ShardIndex:
     manifest = read_manifest(folder, STAGE)
     try:  # the archive has checksums of its own
         with np.load(folder / "arrays.npz", allow_pickle=False) as arrays:
-            return ShardIndex(manifest["extensions"], **{name: arrays[name] for name in _ARRAYS})
+            return ShardIndex(manifest["extensions"], **{name: arrays[name] for name in ARRAYS})
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise CacheError(
             f"{folder / 'arrays.npz'}: damaged ({error}); remove {folder} to index the shard again"
@@ -235,7 +235,7 @@ def load_pool_index(folder: Path) -> PoolIndex:
         arrays = {
             # A plain view of the map: np.memmap's own indexing costs microseconds a call.
             name: np.asarray(read_array(folder, name, manifest, memory_map=True))
-            for name in (*_ARRAYS, "shard_start")
+            for name in (*ARRAYS, "shard_start")
         }
         _check_layout(folder, arrays, len(manifest["shards"]), manifest["n_samples"])
         return PoolIndex(

@@ -1,8 +1,10 @@
 """The global random generators, which views draw from."""
 
 import contextlib
+import pickle
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +15,11 @@ def generators_kept() -> Iterator[Callable[[], bool]]:
     """Leave the global random generators as they were found; tells whether Python's or numpy's were drawn
     from.
     """
-    of_torch, of_python, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    of_torch, of_python, of_numpy = torch.get_rng_state(), random.getstate(), _numpy_state()
+    numpy_bytes = pickle.dumps(of_numpy)  # whichever bit generator it is of, its state can be compared so
 
     def others_moved() -> bool:
-        now = np.random.get_state()  # noqa: NPY002
-        same = now[2:] == of_numpy[2:] and np.array_equal(now[1], of_numpy[1])
-        return not same or random.getstate() != of_python
+        return pickle.dumps(_numpy_state()) != numpy_bytes or random.getstate() != of_python
 
     try:
         yield others_moved
@@ -33,3 +34,7 @@ def seed_generators(seed: int, all_of_them: bool) -> None:
     if all_of_them:
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
+
+
+def _numpy_state() -> dict[str, Any]:
+    return np.random.get_state(legacy=False)  # noqa: NPY002

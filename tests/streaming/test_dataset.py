@@ -24,6 +24,7 @@ from curated_data.streaming import (
     StreamPosition,
     collate,
 )
+from curated_data.streaming.generators import generators_kept
 
 
 def noisy(image: Tensor) -> Tensor:
@@ -114,6 +115,32 @@ def test_the_global_generators_are_left_alone(write_pool):
         for _ in loader_of(PoolDataset(pool, two_views), num_workers):
             pass
         assert [first, drawn()] == expected
+
+
+@pytest.mark.parametrize("kind", [np.random.MT19937, np.random.Philox])
+def test_generators_are_put_back_and_draws_noticed(kind):
+    usual = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(kind(5))
+        for draw in (random.random, np.random.random, np.random.normal, lambda: np.random.bytes(3000)):  # noqa: NPY002
+            next_numbers = []
+            for draws in (0, 1, 3):
+                torch.manual_seed(3)
+                random.seed(3)
+                np.random.set_bit_generator(kind(5))
+                np.random.random(600)  # noqa: NPY002
+                with generators_kept() as others_moved:
+                    assert not others_moved()
+                    torch.rand(draws)
+                    assert not others_moved()
+                    for _ in range(draws):
+                        draw()
+                    assert others_moved() == (draws > 0)
+                numbers = np.random.normal(size=100).tolist()  # noqa: NPY002
+                next_numbers.append([*numbers, random.random(), torch.rand(1).item()])
+            assert next_numbers[0] == next_numbers[1] == next_numbers[2]
+    finally:
+        np.random.set_bit_generator(usual)
 
 
 def test_what_samples_hold_becomes_the_batch(tmp_path):
