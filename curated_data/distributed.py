@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from curated_data.cache import MANIFEST, build_once, is_complete
 from curated_data.errors import CacheError, ConfigError
-from curated_data.sign import Sign
+from curated_data.heartbeat import Heartbeat
 
-_SHARED_WITHIN = 3.0  # seconds in which a file system shows on all ranks what one has written
+_SHARED_WITHIN = 30.0  # seconds in which a file system shows on all ranks what one has written
 
 
 def is_distributed() -> bool:
@@ -134,7 +134,7 @@ def build_together(
 
     No rank waits in a collective for the lock, which an unrelated run may hold for hours: rank zero waits for
     it, and the others watch what it says in a file. If rank zero fails or dies they end too: at once on its
-    host, after ten minutes without a sign of life on others.
+    host, after ten minutes without a heartbeat on others.
 
     Args:
         folder: the artifact's final name, on a file system that all ranks see.
@@ -160,24 +160,24 @@ def build_together(
     found, run = broadcast(np.array([is_complete(folder), _random()[0]], np.int64))
     if found:
         return folder, True
-    sign = Sign(folder.parent / f"{folder.name}-{run}")
+    heartbeat = Heartbeat(folder.parent / f"{folder.name}-{run}")
     if rank() == 0:
 
         def build_as_first(temporary: Path) -> None:
             if check is not None:
                 check()
-            sign.say("begin")
+            heartbeat.say("begin")
             build(temporary)
 
-        with sign.shown():
+        with heartbeat.kept_up():
             barrier()
             return build_once(folder, build_as_first)
-    barrier()  # from here on there is a sign to watch
+    barrier()  # from here on there is a heartbeat to watch
     complete = folder / MANIFEST
-    began = sign.wait_for(lambda said: said == "begin" or complete.exists()) == "begin"
+    began = heartbeat.wait_for(lambda said: said == "begin" or complete.exists()) == "begin"
     if began:
         build(None)
-        sign.wait_for(lambda said: complete.exists())  # rank zero is writing it
+        heartbeat.wait_for(lambda said: complete.exists())  # rank zero is writing it
     return folder, not began
 
 

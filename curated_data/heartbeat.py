@@ -12,16 +12,17 @@ from pathlib import Path
 
 from curated_data.locks import is_locked, locked
 
-_BEAT = 10.0  # seconds between signs of life
+_BEAT = 10.0  # seconds between beats
 _SILENCE = 600.0  # seconds without one after which rank zero counts as dead
 _POLL = 0.05
 
 
-class Sign:
+class Heartbeat:
     """A line that one process shows and others watch, through a file that all of them see.
 
-    Beside the line stands a number that goes up, a sign of life; on the same host, a lock tells more quickly
-    that the process has died. (Across hosts it would not do: some file systems lock within each host alone.)
+    Beside the line stands a number that goes up every ten seconds; on the same host, a lock tells more
+    quickly that the process has died. (Across hosts it would not do: some file systems lock within each host
+    alone.)
 
     Args:
         path: a name of its own for each use; nothing is written there but in `.locks` beside it.
@@ -29,14 +30,14 @@ class Sign:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.parent / ".locks" / f"{path.name}.sign"
+        self._file = path.parent / ".locks" / f"{path.name}.heartbeat"
         self._said = "wait"
         self._beats = 0
         self._writing = threading.Lock()
 
     @contextlib.contextmanager
-    def shown(self) -> Iterator[None]:
-        """Show the sign for the block. What the block raises is said to the others, then raised."""
+    def kept_up(self) -> Iterator[None]:
+        """Beat for the block. What the block raises is said to the others, then raised."""
         ended = threading.Event()
 
         def beat() -> None:
@@ -69,7 +70,7 @@ class Sign:
         """Watch until `is_due(line)`; returns the line.
 
         Raises:
-            RuntimeError: who shows it failed, or died.
+            RuntimeError: who keeps it up failed, or died.
         """
         beats, since = -1, time.monotonic()
         while True:
@@ -100,7 +101,7 @@ class Sign:
             os.replace(temporary, self._file)
 
     def _read(self) -> tuple[str, int, str]:
-        """The line, the number and the host; of a sign that is not or no longer there, an empty line."""
+        """The line, the number and the host; of a file that is not or no longer there, an empty line."""
         try:
             host, beats, line = self._file.read_text().split("\n", 2)
         except (OSError, ValueError):
