@@ -84,7 +84,7 @@ class Backbone(nn.Module):
         self.name = name
         self.image_size = image_size
         self.patch_size = _patch_size(net)
-        self._frozen: list[nn.Module] = []
+        self._n_frozen_layers = 0  # of the network's innermost modules, in order
         # Convolutions run up to 1.5 times faster on channels-last images. The weights stay contiguous:
         # kernels reorder them on the fly, and state dicts remain what every other tool expects.
         self._channels_last = self.patch_size is None
@@ -154,7 +154,7 @@ class Backbone(nn.Module):
                 f"frozen_blocks {n_blocks}: backbone {self.name!r} has {len(blocks)} blocks (-1: freeze all)"
             )
         if n_blocks == -1:
-            self._frozen = [self.net]
+            self._n_frozen_layers = len(_layers(self.net))
             self.net.requires_grad_(False)
         else:
             # Registration order is execution order up to the blocks: what comes first is the stem.
@@ -162,17 +162,21 @@ class Backbone(nn.Module):
             last = max(i for i, p in enumerate(self.net.parameters()) if id(p) in inside)
             for parameter in list(self.net.parameters())[: last + 1]:
                 parameter.requires_grad_(False)
-            leaves = [m for m in self.net.modules() if not any(m.children())]
-            end = max(
-                i for i, m in enumerate(leaves) if any(m is leaf for leaf in blocks[n_blocks - 1].modules())
+            last_block = set(blocks[n_blocks - 1].modules())
+            self._n_frozen_layers = 1 + max(
+                i for i, layer in enumerate(_layers(self.net)) if layer in last_block
             )
-            self._frozen = leaves[: end + 1]
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Backbone":
         super().train(mode)
-        for module in self._frozen:  # frozen BatchNorm keeps its statistics, frozen dropout drops nothing
-            module.eval()
+        # Frozen BatchNorm keeps its statistics, frozen dropout drops nothing. Layers are counted, not kept: a
+        # Trainer's sync_batchnorm puts others in their places. A block goes with its layers, since some read
+        # their own mode.
+        frozen = set(_layers(self.net)[: self._n_frozen_layers])
+        for module in self.net.modules() if frozen else ():
+            if frozen.issuperset(_layers(module)):
+                module.training = False
         return self
 
     @torch.no_grad()
@@ -253,6 +257,11 @@ def _build_torchvision(
     parent, _, attribute = linear[-1].rpartition(".")
     setattr(net.get_submodule(parent), attribute, nn.Identity())
     return net
+
+
+def _layers(net: nn.Module) -> list[nn.Module]:
+    """The modules that hold no others, in the order of registration."""
+    return [module for module in net.modules() if next(module.children(), None) is None]
 
 
 def _blocks(net: nn.Module) -> list[nn.Module]:

@@ -47,6 +47,9 @@ def load_weights(net: nn.Module, path: str | Path, *, name: str) -> None:
     if isinstance(net, VisionTransformer):
         # Resamples position embeddings to another grid, renames DINOv2's own.
         state = checkpoint_filter_fn(state, net)
+    for key in expected:  # BatchNorm's count of batches, which files of before it and converted ones lack
+        if key.endswith("num_batches_tracked"):
+            state.setdefault(key, expected[key])
     missing = [key for key in expected if key not in state]
     wrong = [k for k in expected if k in state and state[k].shape != expected[k].shape]
     if missing or wrong:

@@ -87,6 +87,19 @@ def test_freezing_everything():
         build_backbone("resnet10", image_size=32, width=8, frozen_blocks=5)
 
 
+@pytest.mark.parametrize("name", ["resnet10", "timm:resnet10t"])
+def test_frozen_statistics_stay_where_batchnorm_is_synchronised(name):
+    options = {"width": 8} if name == "resnet10" else {}
+    backbone = build_backbone(name, image_size=32, frozen_blocks=2, **options)
+    backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(backbone).train()
+    modes = {n: m.training for n, m in backbone.net.named_modules() if isinstance(m, torch.nn.SyncBatchNorm)}
+    assert modes
+    for layer, mode in modes.items():
+        assert mode == layer.startswith(("layer3", "layer4")), layer
+    assert not backbone.net.layer2.training
+    assert backbone.net.training
+
+
 def test_weights_from_files(tmp_path):
     from safetensors.torch import save_file
 
@@ -99,6 +112,10 @@ def test_weights_from_files(tmp_path):
         loaded = build_backbone("resnet10", image_size=32, width=8, pretrained=str(file))
         for key, value in source.net.state_dict().items():
             torch.testing.assert_close(loaded.net.state_dict()[key], value)
+    # Files from before BatchNorm counted its batches, or converted from elsewhere.
+    old = {k: v for k, v in source.net.state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(old, tmp_path / "old.pth")
+    build_backbone("resnet10", image_size=32, width=8, pretrained=tmp_path / "old.pth")
     with pytest.raises(ValueError, match=r"another shape.*conv1"):
         build_backbone("resnet10", image_size=32, width=16, pretrained=path)
     with pytest.raises(ValueError, match="missing"):
