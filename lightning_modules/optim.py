@@ -41,8 +41,8 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
     Parameters that need no gradient are left out; a parameter that several modules share appears once.
     """
     parameters = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}.values()
-    weights = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
+    weights = [p for p in parameters if not _is_vector(p)]
+    vectors = [p for p in parameters if _is_vector(p)]
     groups = [
         {"params": weights, "weight_decay": weight_decay, "adapt": True},
         {"params": vectors, "weight_decay": 0.0, "adapt": False},
@@ -51,6 +51,16 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
     if not groups:
         raise ValueError("nothing to train: every parameter is frozen")
     return groups
+
+
+def mark_vectors(module: nn.Module) -> None:
+    """Note of each parameter whether it is a vector, before FSDP makes vectors of them all."""
+    for parameter in module.parameters():
+        parameter.is_vector = parameter.ndim <= 1
+
+
+def _is_vector(parameter: Tensor) -> bool:
+    return getattr(parameter, "is_vector", parameter.ndim <= 1)
 
 
 class LARS(Optimizer):

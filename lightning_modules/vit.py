@@ -1,5 +1,6 @@
 """What masked methods need of a timm vision transformer: its tokens, some masked or left out."""
 
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, cat, where
 
@@ -27,5 +28,8 @@ def encode(
     if keep is not None:
         seen = tokens[:, n_prefix:].gather(1, keep[..., None].expand(-1, -1, tokens.shape[-1]))
         tokens = cat([tokens[:, :n_prefix], seen], dim=1)
-    tokens = net.norm(net.blocks(net.norm_pre(tokens)))
+    tokens = net.norm_pre(tokens)
+    # After `net.set_grad_checkpointing()` blocks are computed once more for their gradients, to save memory.
+    tokens = checkpoint_seq(net.blocks, tokens) if net.grad_checkpointing else net.blocks(tokens)
+    tokens = net.norm(tokens)
     return tokens[:, 0], tokens[:, n_prefix:]

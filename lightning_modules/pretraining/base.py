@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_modules.backbones import build_backbone
 from lightning_modules.distributed import rank, world_size
+from lightning_modules.optim import mark_vectors
 from lightning_modules.schedules import scaled_learning_rate, warmup_cosine
 from lightning_modules.views import EvalTransform, eval_transform
 
@@ -57,7 +58,7 @@ class PretrainingModule(L.LightningModule):
         self.warmup_epochs = warmup_epochs
         self.learning_rate_scaling = learning_rate_scaling
         self.reference_batch_size = reference_batch_size
-        self.global_batch_size: int | None = None  # known from the first batch on, then kept through resumes
+        self.global_batch_size: int | None = None  # of the run's first batch, kept when it is resumed
         self.draw = 0  # counts batches: what random draws of a step depend on besides the seed and the sample
         self._n_steps: int | None = None
         self.backbone = build_backbone(
@@ -113,7 +114,7 @@ class PretrainingModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         check_views(batch, self.n_views)
-        if self.global_batch_size is None:
+        if self.global_batch_size is None or self.global_step == 0:  # a run that begins, not one that goes on
             self.global_batch_size = (
                 len(batch["views"][0]) * world_size() * int(self.trainer.accumulate_grad_batches)
             )
@@ -163,14 +164,28 @@ class PretrainingModule(L.LightningModule):
         return self._n_steps
 
     def epochs_to_steps(self, epochs: float) -> int:
-        """Optimiser steps in so many epochs."""
-        steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        return round(epochs * steps)
+        """Optimiser steps in so many epochs.
+
+        Raises:
+            ValueError: the loader has no length, so nobody knows what an epoch is.
+        """
+        batches = self.trainer.num_training_batches
+        if epochs == 0:
+            return 0
+        if math.isinf(batches):
+            raise ValueError(
+                "the training loader has no length, so a warm-up and other times in epochs cannot be counted "
+                "in steps: give the Trainer limit_train_batches, the batches of an epoch"
+            )
+        return round(epochs * math.ceil(batches / self.trainer.accumulate_grad_batches))
 
     @property
     def warmup_steps(self) -> int:
         """Steps of the warm-up: of a run shorter than twice the warm-up, half the run."""
         return min(self.epochs_to_steps(self.warmup_epochs), self.n_steps // 2)
+
+    def setup(self, stage: str) -> None:
+        mark_vectors(self)  # the strategy, which may be FSDP, wraps the module after this
 
     def on_fit_start(self) -> None:
         self._n_steps = None  # another fit may be longer

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -276,8 +277,14 @@ class DINOv2(PretrainingModule):
 
         Raises:
             ValueError: the strategy's default, which gives the GPUs of a node to tensor parallelism: they
-                would train on different samples and never join their gradients.
+                would train on different samples and never join their gradients; or `FSDPStrategy`.
         """
+        if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "DINOv2 cannot train with strategy='fsdp', which cuts teacher and student differently, so "
+                "that no moving average can be taken: give ModelParallelStrategy(data_parallel_size="
+                f"{self.trainer.world_size}, tensor_parallel_size=1)"
+            )
         if self.device_mesh is None or isinstance(self.backbone, FSDPModule):
             return
         if (size := self.device_mesh["tensor_parallel"].size()) > 1:
@@ -291,6 +298,15 @@ class DINOv2(PretrainingModule):
         # FSDP gathers a module's own parameters, here the mask token, when `forward` is called; the Trainer
         # calls this instead.
         register_fsdp_forward_method(self, "training_step")
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        kind = self.mask_token.dtype
+        if kind in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"DINOv2 cannot train with weights of {kind}: the moving average's steps are smaller than "
+                "such numbers can tell, and the teacher would stand still; give precision='bf16-mixed'"
+            )
 
     def configure_optimizers(self) -> Optimizer:
         groups = layer_groups(
@@ -322,6 +338,8 @@ class DINOv2(PretrainingModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         for teacher, student in zip(self.teacher_parts, self.student.values()):
             update_average(teacher.parameters(), student.parameters(), momentum)
+            for kept, new in zip(teacher.buffers(), student.buffers()):  # BatchNorm's, in a hybrid's stem
+                kept.copy_(new)
 
     def _targets(self, logits: Tensor, center_name: str) -> Tensor:
         temperature = self.teacher_temperature_at(self.global_step)

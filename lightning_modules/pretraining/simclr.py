@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -88,5 +89,11 @@ class SimCLR(PretrainingModule):
         return a, b
 
     def configure_optimizers(self) -> Optimizer:
+        sharded = self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy)
+        if sharded and self.hparams.optimizer == "lars":
+            raise ValueError(
+                "optimizer 'lars' scales by the norms of whole weights, which strategy='fsdp' cuts: take "
+                "strategy='ddp', or optimizer 'adamw'"
+            )
         groups = parameter_groups([self.backbone, self.head], self.hparams.weight_decay)
         return build_optimizer(self.hparams.optimizer, groups, learning_rate=self.learning_rate)

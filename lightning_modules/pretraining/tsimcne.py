@@ -90,7 +90,7 @@ class TSimCNE(PretrainingModule):
 
     def coordinates(self, images: Tensor) -> Tensor:
         """The map: (B, 2) for images (B, 3, S, S) as `eval_transform()` makes them."""
-        return self.low(self.hidden(self.backbone(images)))
+        return _exact(self.low, self.hidden(self.backbone(images)))
 
     def stage_at(self, epoch: int) -> int:
         """The stage, 1 to 3, of an epoch counted from 0."""
@@ -103,7 +103,7 @@ class TSimCNE(PretrainingModule):
         layer, unused = (self.high, self.low) if stage == 1 else (self.low, self.high)
         with torch.set_grad_enabled(torch.is_grad_enabled() and stage != 2):
             hidden = self.hidden(self.backbone(images))
-        a, b = layer(hidden).chunk(2)
+        a, b = _exact(layer, hidden).chunk(2)
         loss = cauchy_contrast(a, b)
         if world_size() > 1:  # DDP waits for a gradient of every parameter; these get zeros
             idle = [unused, *([self.backbone, self.hidden] if stage == 2 else [])]
@@ -169,3 +169,11 @@ class TSimCNE(PretrainingModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.stage = checkpoint["stage"]
+
+
+def _exact(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A layer's outputs without autocast: at a distance of 100 from the centre bfloat16 has steps of a half,
+    which is the distance of neighbours on the map.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.to(layer.weight.dtype))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_modules import MAE, DINOv2, SimCLR, TSimCNE
 from lightning_modules.pretraining.dinov2 import layer_groups, update_average
@@ -236,6 +236,40 @@ def test_a_run_without_an_end_has_no_schedule():
         fit(build("simclr"), max_epochs=-1)
 
 
+class Endless(IterableDataset):
+    """Images for ever, as a stream without an index gives them."""
+
+    def __init__(self, module: L.LightningModule) -> None:
+        self.images = Images(module)
+
+    def __iter__(self):
+        while True:
+            yield from (self.images[i] for i in range(len(self.images)))
+
+
+def test_a_loader_without_a_length_needs_the_batches_of_an_epoch():
+    options = {"accelerator": "cpu", "max_steps": 3, "logger": False, "enable_checkpointing": False,
+               "enable_progress_bar": False, "enable_model_summary": False}  # fmt: skip
+    module = build("simclr")
+    with pytest.raises(ValueError, match="limit_train_batches"):
+        L.Trainer(**options).fit(module, DataLoader(Endless(module), batch_size=4))
+    trainer = L.Trainer(**options, limit_train_batches=2)
+    trainer.fit(module, DataLoader(Endless(module), batch_size=4))
+    assert trainer.global_step == 3
+    module = build("simclr", warmup_epochs=0)  # nothing is counted in epochs
+    L.Trainer(**options).fit(module, DataLoader(Endless(module), batch_size=4))
+
+
+def test_a_second_run_scales_its_rate_to_its_own_batch():
+    module = build("simclr", learning_rate=0.256)
+    fit(module, max_epochs=1)
+    assert module.peak_learning_rate == pytest.approx(0.004)
+    loader = DataLoader(Images(module), batch_size=8)
+    L.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
+              enable_progress_bar=False, enable_model_summary=False).fit(module, loader)  # fmt: skip
+    assert module.peak_learning_rate == pytest.approx(0.008)
+
+
 def test_learning_rate_follows_its_closed_form():
     module = build("simclr", optimizer="sgd", learning_rate=0.5, warmup_epochs=0.5)
     rates = []
@@ -259,6 +293,41 @@ def test_teacher_is_the_closed_form_average():
         s * (1 - m) * math.prod(momenta[i + 1 :]) for i, (s, m) in enumerate(zip(students, momenta))
     )
     torch.testing.assert_close(teacher, expected)
+
+
+def test_the_teacher_takes_the_students_buffers():
+    module = build("dinov2")  # a hybrid's BatchNorm has some
+    module.backbone.net.register_buffer("statistics", torch.zeros(3))
+    module.student["backbone"].net.register_buffer("statistics", torch.tensor([1.0, 2, 3]))
+    fit(module, max_epochs=1)
+    assert module.backbone.net.statistics.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["mae", "dinov2"])
+def test_checkpointed_blocks_give_the_same_gradients(name):
+    def gradients(enable: bool) -> dict[str, torch.Tensor]:
+        module = build(name)
+        calls = []
+        for network in {module.backbone, *getattr(module, "student", {}).values()}:
+            if hasattr(network, "vision_transformer"):
+                network.net.set_grad_checkpointing(enable)
+                network.net.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+        loss = module.loss(batch_of(module))
+        (loss[0] if isinstance(loss, tuple) else loss).backward()
+        n_calls.append(len(calls))
+        return {k: p.grad for k, p in module.named_parameters() if p.grad is not None}
+
+    n_calls: list[int] = []
+    plain, checkpointed = gradients(False), gradients(True)
+    assert n_calls[1] > n_calls[0]  # computed once more on the way back
+    for key, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[key], gradient)
+
+
+def test_a_teacher_of_half_precision_is_refused():
+    with pytest.raises(ValueError, match="bf16-mixed"):
+        fit(build("dinov2"), precision="bf16-true")
+    fit(build("simclr"), precision="bf16-true", max_epochs=1)
 
 
 def test_dinov2_schedules_and_frozen_parts():
@@ -339,6 +408,18 @@ def test_tsimcne_stages():
     peak = 0.64 * 4 / 256
     assert [log[i][2] for i in (0, 8, 12)] == pytest.approx([peak, peak, peak / 1000])
     assert module.eval().coordinates(torch.zeros(2, 3, 16, 16)).shape == (2, 2)
+
+
+def test_maps_are_exact_under_autocast():
+    module = build("tsimcne").eval()
+    with torch.no_grad():
+        module.low.bias.fill_(100.0)  # a cluster far out, where bfloat16 has steps of a half
+    images = batch_of(module)["views"][0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        coordinates = module.coordinates(images)
+        assert coordinates.dtype == torch.float32
+    assert len(coordinates.detach().unique(dim=0)) == len(images)
+    assert not torch.equal(coordinates, coordinates.bfloat16().float())
 
 
 def test_tsimcne_epochs_must_fit_the_trainer():

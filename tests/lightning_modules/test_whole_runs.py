@@ -7,7 +7,8 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
 from lightning_modules import SP2OT, DINOv2
@@ -96,12 +97,40 @@ def test_sharded_dinov2_trains_as_one_process_does(tmp_path):
         np.testing.assert_array_equal(weight.detach(), ranks[0]["weights"][key], err_msg=key)
 
 
-def _refused(rank: int) -> str:
+class FSDPOnCPU(FSDPStrategy):
+    """Without a GPU Lightning refuses FSDPStrategy itself; the module refuses any before it wraps."""
+
+
+def _refused(rank: int, strategy: type) -> str:
     with pytest.raises(ValueError) as error:
-        whole_run(rank, "dinov2", 2, ModelParallelStrategy())
+        whole_run(rank, "dinov2", 2, strategy())
     return str(error.value)
 
 
-def test_tensor_parallelism_is_refused():
-    for message in on_two_ranks(_refused):
+@pytest.mark.parametrize("strategy", [ModelParallelStrategy, FSDPOnCPU])
+def test_strategies_that_do_not_suit_the_teacher_are_refused(strategy):
+    for message in on_two_ranks(_refused, strategy):
         assert "data_parallel_size=2, tensor_parallel_size=1" in message
+
+
+def _decayed(rank: int, name: str) -> list[list[tuple[int, float]]]:
+    """Numbers in each group of the optimiser, and their decay: whole, and as FSDP leaves them to a rank."""
+    module = module_of(name)
+
+    def groups() -> list[tuple[int, float]]:
+        found = module.configure_optimizers().param_groups
+        return [(sum(p.numel() for p in group["params"]), group["weight_decay"]) for group in found]
+
+    module.setup("fit")
+    whole = groups()
+    FullyShardedDataParallel(module, use_orig_params=True, device_id=torch.device("cpu"))
+    return [whole, groups()]
+
+
+@pytest.mark.parametrize("name", ["simclr", "mae"])
+def test_weights_that_fsdp_flattens_still_decay(name):
+    ranks = on_two_ranks(_decayed, name)
+    for i, (whole, decay) in enumerate(ranks[0][0]):
+        assert sum(sharded[i][0] for _, sharded in ranks) == pytest.approx(whole, abs=2)  # padding
+        assert all(sharded[i][1] == decay for _, sharded in ranks)
+    assert ranks[0][0][0][1] > 0
