@@ -168,7 +168,8 @@ class SP2OT(PretrainingModule):
         a, b = logits.log_softmax(-1).unbind(1)
         from_a, from_b = labels.unbind(1)
         losses = -0.5 * ((from_b * a).sum(-1) + (from_a * b).sum(-1)).mean(1)  # (heads,)
-        self._add("selection_sum", torch.cat([losses.detach() / rho, losses.new_ones(1)]))
+        # Summed over ranks at once, since rank zero alone saves it.
+        self._add("selection_sum", all_reduce(torch.cat([losses.detach() / rho, losses.new_ones(1)])))
         return losses.sum(), {"rho": losses.new_tensor(rho)}
 
     def on_train_start(self) -> None:
@@ -180,7 +181,7 @@ class SP2OT(PretrainingModule):
     def on_train_epoch_end(self) -> None:
         if "selection_sum" not in self.state:
             return
-        total = all_reduce(self.state.pop("selection_sum").to(self.device))
+        total = self.state.pop("selection_sum")
         means = (total[:-1] / total[-1]).tolist()
         self.best_head = min(range(len(means)), key=means.__getitem__)
         value = means[self.best_head]
@@ -237,8 +238,9 @@ class SP2OT(PretrainingModule):
         return self.sample_ids(batch)
 
     def _classify(self, features: Tensor) -> Tensor:
-        features = F.normalize(features, dim=-1)
-        return self.hparams.scale * (features @ F.normalize(self.prototypes, dim=-1).mT)
+        with torch.autocast(features.device.type, enabled=False):  # ten times a cosine in bfloat16 is coarse
+            cosine = F.normalize(features.float(), dim=-1) @ F.normalize(self.prototypes.float(), dim=-1).mT
+            return self.hparams.scale * cosine
 
     @torch.no_grad()
     def _labels(self, logits: Tensor, ids: Tensor, rho: float) -> Tensor:
@@ -332,6 +334,7 @@ class SP2OT(PretrainingModule):
         with evaluation_mode(self), self.trainer.precision_plugin.forward_context():
             for batch in loader:
                 batch = self.trainer.strategy.batch_to_device(batch)
+                batch = self.trainer.precision_plugin.convert_input(batch)
                 own = torch.stack([self.backbone(view).float() for view in batch["views"]], 1)  # (B, 2, d)
                 batch_ids = all_gather_rows(self._ids(batch))
                 n_seen += len(batch_ids)

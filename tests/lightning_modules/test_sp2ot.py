@@ -82,6 +82,13 @@ def test_the_first_pass_leaves_the_trainers_own_workers_alone(tmp_path):
     assert model.best is not None
 
 
+def test_trains_with_weights_of_bf16(tmp_path):
+    trained = module(method="sp2ot")
+    trainer(tmp_path, 1, precision="bf16-true").fit(trained, loader())
+    assert trained.prototypes.dtype == torch.bfloat16
+    assert len(trained.state["neighbor_ids"]) == 64
+
+
 def test_trains_in_bf16_with_accumulated_gradients(tmp_path):
     model = module()
     trainer(tmp_path, 1, precision="bf16-mixed", accumulate_grad_batches=2).fit(model, loader())
@@ -153,7 +160,7 @@ def test_loss_is_the_swapped_cross_entropy():
     assert float(loss) == pytest.approx(want, rel=1e-5)
 
 
-def _loss_and_gradients(rank: int, world: int) -> tuple[Tensor, list[Tensor]]:
+def _loss_and_gradients(rank: int, world: int) -> tuple[Tensor, list[Tensor], Tensor]:
     model = module(
         buffer_from_epoch=0, buffer_size=32
     ).eval()  # evaluation mode: BatchNorm's statistics are per rank
@@ -174,12 +181,15 @@ def _loss_and_gradients(rank: int, world: int) -> tuple[Tensor, list[Tensor]]:
         else:
             losses.append(model.loss(batch(rows))[0])
     losses[0].backward()
-    return losses[0], [p.grad for p in model.parameters() if p.grad is not None]
+    return losses[0], [p.grad for p in model.parameters() if p.grad is not None], model.state["selection_sum"]
 
 
 def test_two_ranks_have_the_loss_and_gradients_of_one():
-    loss, gradients = _loss_and_gradients(0, 1)
+    loss, gradients, selection = _loss_and_gradients(0, 1)
     ranks = on_two_ranks(_loss_and_gradients, 2)
+    # Of checkpoints written within an epoch, which rank zero writes and every rank reads.
+    np.testing.assert_array_equal(ranks[0][2], ranks[1][2])
+    np.testing.assert_allclose(ranks[0][2][:-1] / ranks[0][2][-1], selection[:-1], rtol=1e-5)
     assert (ranks[0][0] + ranks[1][0]) / 2 == pytest.approx(float(loss.detach()), rel=1e-5)
     for i, want in enumerate(gradients):
         np.testing.assert_allclose((ranks[0][1][i] + ranks[1][1][i]) / 2, want, atol=1e-5)
