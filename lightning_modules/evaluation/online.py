@@ -46,7 +46,8 @@ class _OnlineProbe(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
-        if trainer.sanity_checking or (epoch % self.every_n_epochs and epoch != trainer.max_epochs):
+        is_last = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
+        if trainer.sanity_checking or (epoch % self.every_n_epochs and not is_last):
             return
         scores = self._probe(trainer, pl_module)
         if scores is not None:
@@ -203,7 +204,8 @@ def embed_share(
 ) -> tuple[Tensor, Tensor]:
     """This rank's share of a labelled set's features (n, d) and labels (n,), by `module.embed`.
 
-    Samples r, r + world, r + 2 world, ... belong to rank r.
+    Samples r, r + world, r + 2 world, ... belong to rank r. All ranks embed as many batches, the last sample
+    once more where the set cannot be shared out evenly: in a sharded module (FSDP) each is a collective.
 
     Raises:
         TypeError: no map-style dataset, or samples without image and label.
@@ -216,7 +218,9 @@ def embed_share(
         raise TypeError(
             f"a probe needs a map-style dataset, which ranks can share out; got {type(source).__name__}"
         )
-    share = Subset(source, range(rank(), len(source), world_size()))
+    places = range(rank(), -(-len(source) // world_size()) * world_size(), world_size())
+    n_own = len(range(rank(), len(source), world_size()))
+    share = Subset(source, [min(place, len(source) - 1) for place in places])
     # A generator of its own: a loader draws its workers' seed from the global one otherwise.
     loader = DataLoader(
         share, batch_size=batch_size, num_workers=num_workers, collate_fn=collate, generator=torch.Generator()
@@ -224,8 +228,14 @@ def embed_share(
     features, labels = [], []
     for batch in loader:
         images, targets = _image_and_label(batch)
-        known = targets >= 0
-        embedded = module.embed(images.to(module.device))
+        images = images.to(module.device)
+        if (
+            getattr(module, "_trainer", None) is not None
+        ):  # weights may be of another type than images, as by "bf16-true"
+            images = module.trainer.precision_plugin.convert_input(images)
+        embedded = module.embed(images)
+        known = (targets >= 0) & (torch.arange(len(targets), device=targets.device) < n_own)
+        n_own -= len(targets)
         features.append(embedded.float()[known.to(embedded.device)])
         labels.append(targets[known])
     if not features:

@@ -25,9 +25,10 @@ class RetrievalResult(Result):
     """Means over queries that have something right to find.
 
     Attributes:
-        scores: for labels: {"k": {"map", "recall", "hit_rate"}} by k: mean average precision and recall of
-            the first k, and the share of queries with something right among them. For instances, by
-            difficulty: "map" (the trapezoid rule of the Oxford protocol) and "precision@k".
+        scores: for labels: {"k": {"map", "recall", "hit_rate"}} by k: mean average precision of the first k
+            (the mean of the precisions at what is right among them, as torchmetrics has it, 0 for nothing),
+            recall, and the share of queries with something right among them. For instances, by difficulty:
+            "map" (the trapezoid rule of the Oxford protocol) and "precision@k".
         n_queries: queries counted in each row.
         n_without: queries that have nothing right to find, left out of each row.
         average_precision: for each row, that of each of this rank's queries, NaN where it is left out.

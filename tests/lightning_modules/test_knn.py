@@ -257,6 +257,32 @@ def test_ranks_share_the_probe_and_skip_it_together():
         assert results[0]["linear"][f"linear/{name}"] == pytest.approx(head[name])
 
 
+class Counted(L.LightningModule):
+    """Embeds by a collective, as a sharded module does."""
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        torch.distributed.all_reduce(torch.zeros(1))
+        return images.flatten(1)
+
+
+def _embed_by_collectives(rank: int) -> tuple:
+    return embed_share(Counted(), Labelled(9), batch_size=4)
+
+
+def test_ranks_embed_as_many_batches():
+    images = torch.stack([Labelled(9)[i]["image"] for i in range(9)]).flatten(1)
+    labels = torch.tensor([int(Labelled(9)[i]["label"]) for i in range(9)])
+    for rank, (features, found) in enumerate(on_two_ranks(_embed_by_collectives)):  # two batches, and one
+        np.testing.assert_array_equal(features, images[rank::2])
+        np.testing.assert_array_equal(found, labels[rank::2])
+
+
+def test_probes_follow_the_trainers_precision_and_see_the_last_step():
+    probe = OnlineKNN(Labelled(40), Labelled(13), k=5, every_n_epochs=9)
+    fit([probe], precision="bf16-true", max_steps=1)
+    assert [row["epoch"] for row in probe.history] == [1]
+
+
 class Flat(L.LightningModule):
     """A module that does not say how long its features are."""
 
