@@ -4,6 +4,7 @@ blocks.
 
 import copy
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -70,7 +71,8 @@ class Squeezed:
 
 
 class BlockEmbedder(ModuleEmbedder):
-    """A transformer's class tokens of the last 4 blocks, and the average of the last one's patch tokens: 5 d.
+    """A transformer's class tokens of the last 4 blocks (or all, where it has fewer), and the average of the
+    last one's patch tokens: 5 d.
 
     `kinds` cuts the four kinds of features of the linear grid out of them (arXiv 2304.07193, appendix B.3).
     """
@@ -79,23 +81,24 @@ class BlockEmbedder(ModuleEmbedder):
         network = _transformer(embedder)
         if network is None:
             raise EmbedderError(f"{_name(embedder)}: no transformer with a class token")
-        blocks = _Blocks(network)
+        n = min(N_BLOCKS, len(network.blocks))
         super().__init__(
-            blocks,
+            _Blocks(network, n),
             embedder.preprocess,
-            dimension=(N_BLOCKS + 1) * network.embed_dim,
+            dimension=(n + 1) * network.embed_dim,
             name=f"{_name(embedder)}, blocks",
         )
+        self.n_blocks = n
 
     def kinds(self, x: Tensor) -> dict[str, Tensor]:
         """(n, 5 d) to the features of each kind."""
-        d = self.dimension // (N_BLOCKS + 1)
-        last = x[:, (N_BLOCKS - 1) * d : N_BLOCKS * d]
+        d = self.dimension // (self.n_blocks + 1)
+        last = x[:, -2 * d : -d]
         return {
             "class token": last,
-            "class token, average": torch.cat([last, x[:, -d:]], 1),
-            "4 blocks": x[:, : N_BLOCKS * d],
-            "4 blocks, average": x,
+            "class token, average": x[:, -2 * d :],
+            f"{self.n_blocks} blocks": x[:, :-d],
+            f"{self.n_blocks} blocks, average": x,
         }
 
 
@@ -105,26 +108,24 @@ def block_embedder(embedder: Embedder) -> BlockEmbedder | None:
 
 
 class _Blocks(nn.Module):
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Any, n: int) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.n = network, n
 
     def forward(self, images: Tensor) -> Tensor:
-        outputs = self.network.get_intermediate_layers(
-            images, n=N_BLOCKS, return_prefix_tokens=True, norm=True
-        )
-        return torch.cat([*(prefix[:, 0] for _, prefix in outputs), outputs[-1][0].mean(1)], 1)
+        outputs = _last_blocks(self.network, images, self.n)
+        return torch.cat([*(token for token, _ in outputs), outputs[-1][1].mean(1)], 1)
 
 
 class _PatchTokens(nn.Module):
-    """(B, h, w, d) of a timm vision transformer."""
+    """(B, h, w, d) of a vision transformer."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        tokens = self.network.get_intermediate_layers(images, n=1, norm=True)[0]
+        tokens = _last_blocks(self.network, images, 1)[0][1]
         side = round(tokens.shape[1] ** 0.5)
         return tokens.view(len(tokens), side, side, -1)
 
@@ -186,16 +187,32 @@ def _tokens_of(embedder: Embedder, image: Tensor) -> nn.Module:
 
 
 def _transformer(embedder: Embedder) -> Any:
-    """The timm vision transformer with a class token in an embedder; None where there is none."""
+    """The vision transformer with a class token in an embedder, timm's or DINOv2's own; None where there is
+    none.
+    """
     network = _network_of(embedder)
     for candidate in (network, getattr(getattr(network, "module", None), "backbone", None)):
         candidate = getattr(candidate, "net", candidate)
-        if (
-            hasattr(candidate, "get_intermediate_layers")
-            and getattr(candidate, "cls_token", None) is not None
-        ):
+        if getattr(candidate, "cls_token", None) is not None and _asks_for_class_token(candidate):
             return candidate
     return None
+
+
+def _asks_for_class_token(network: Any) -> str | None:
+    """The option by which `get_intermediate_layers` gives class tokens, too: timm's, or that of DINOv2's hub
+    entries; None where it has neither.
+    """
+    method = getattr(network, "get_intermediate_layers", None)
+    known = inspect.signature(method).parameters if method is not None else {}
+    return next((o for o in ("return_prefix_tokens", "return_class_token") if o in known), None)
+
+
+def _last_blocks(network: Any, images: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
+    """Class token (B, d) and patch tokens (B, N, d) of the last blocks, normalised, the last one last."""
+    option = _asks_for_class_token(network)
+    outputs = network.get_intermediate_layers(images, n=n, norm=True, **{option: True})
+    # timm gives the class token and the registers, (B, p, d)
+    return [(token[:, 0] if token.ndim == 3 else token, patches) for patches, token in outputs]
 
 
 def _network_of(embedder: Embedder) -> nn.Module:

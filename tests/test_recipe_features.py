@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from curated_data.embedding import ModuleEmbedder, resolve_embedder
 from curated_data.errors import EmbedderError
@@ -43,3 +44,39 @@ def test_a_convolutional_networks_last_map():
     assert block_embedder(embedder) is None
     with pytest.raises(EmbedderError, match="no network in it"):
         TokenEmbedder(ModuleEmbedder(lambda x: x.flatten(1), embedder.preprocess, dimension=3))
+
+
+class HubTransformer(nn.Module):
+    """A transformer with the methods of DINOv2's hub entries, around timm's."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.timm, self.cls_token, self.blocks, self.embed_dim = net, net.cls_token, net.blocks, net.embed_dim
+
+    def forward(self, images):
+        return self.timm(images)
+
+    def get_intermediate_layers(self, x, n=1, reshape=False, return_class_token=False, norm=True):
+        outputs = self.timm.get_intermediate_layers(x, n=n, return_prefix_tokens=True, norm=norm)
+        patches, tokens = zip(*((patches, prefix[:, 0]) for patches, prefix in outputs))
+        return tuple(zip(patches, tokens)) if return_class_token else patches
+
+
+@pytest.mark.parametrize("depth", [2, 5])  # of fewer than four blocks all are taken
+def test_transformers_of_dinov2s_hub_give_what_timms_do(depth):
+    torch.manual_seed(0)
+    net = build_backbone("timm:vit_tiny_patch16_224", image_size=32, patch_size=8, depth=depth).eval().net
+    preprocess = SimCLR("resnet10", image_size=32).eval_transform()
+    ours, theirs = (ModuleEmbedder(network, preprocess) for network in (net, HubTransformer(net)))
+    batch = preprocess(torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8))[None]
+    torch.testing.assert_close(TokenEmbedder(ours)(batch), TokenEmbedder(theirs)(batch))
+    kinds, expected = (b.kinds(b(batch)) for b in map(block_embedder, (theirs, ours)))
+    assert list(kinds)[2] == f"{min(depth, 4)} blocks"
+    for name in expected:
+        torch.testing.assert_close(kinds[name], expected[name])
+
+    class Older(HubTransformer):  # DINO's own, which gives no class tokens apart
+        def get_intermediate_layers(self, x, n=1):
+            raise AssertionError
+
+    assert block_embedder(ModuleEmbedder(Older(net), preprocess)) is None
