@@ -40,8 +40,9 @@ class NameMatcher:
     """Finds which classes' names captions hold, as whole words, whatever the case.
 
     Words are runs of letters and digits; the words of a name may be parted by spaces, hyphens, underscores or
-    apostrophes, not by other punctuation. A caption without the first word of any name, which is nearly all
-    of them, costs one set look-up a word.
+    apostrophes, and by other punctuation only where the name itself has it ("St. Bernard" is found as it is
+    written and without the stop). A caption without the first word of any name, which is nearly all of them,
+    costs one set look-up a word.
 
     Args:
         classes: names that belong to several of them are ignored, and listed in `ambiguous`.
@@ -55,13 +56,16 @@ class NameMatcher:
                 f"class id {Counter(c.id for c in classes).most_common(1)[0][0]!r} is given twice"
             )
         owners: dict[tuple[str, ...], set[int]] = defaultdict(set)
+        written: dict[tuple[str, ...], set[tuple[str, ...]]] = defaultdict(set)
         for i, c in enumerate(classes):
             for name in c.names:
                 words = tuple(_normal(name).split())
                 if words:
                     owners[words].add(i)
+                    written[words] |= {words, tuple(_words(_normal(name)))}
         self.ambiguous = sorted(" ".join(words) for words, who in owners.items() if len(who) > 1)
-        self.names = {words: who.pop() for words, who in owners.items() if len(who) == 1}
+        self.names = {form: min(owners[words]) for words, forms in written.items() if len(owners[words]) == 1
+                      for form in forms}  # fmt: skip
         self.nameless = sorted(set(range(len(classes))) - set(self.names.values()))
         self._first = frozenset(words[0] for words in self.names)
         lengths: dict[str, set[int]] = defaultdict(set)
@@ -87,13 +91,12 @@ class NameMatcher:
 
     def _classes(self, text: str) -> set[int]:
         classes = set()
-        for phrase in text.split("\n"):
-            words = phrase.split()
-            for at, word in enumerate(words):
-                for length in self._lengths.get(word, ()):
-                    owner = self.names.get(tuple(words[at : at + length]))
-                    if owner is not None:
-                        classes.add(owner)
+        words = _words(text)
+        for at, word in enumerate(words):
+            for length in self._lengths.get(word, ()):
+                owner = self.names.get(tuple(words[at : at + length]))
+                if owner is not None:
+                    classes.add(owner)
         return classes
 
 
@@ -172,6 +175,15 @@ def read_wordnet(path: str | Path, ids: Collection[str] | None = None) -> list[C
             f"{path}: has no synset {sorted(missing)[0]} ({len(missing)} of {len(wanted or ())} missing)"
         )
     return classes
+
+
+def _words(text: str) -> list[str]:
+    """The words of a normalised text, and between its phrases a line's end."""
+    words: list[str] = []
+    for phrase in text.split("\n"):
+        if own := phrase.split():
+            words += ["\n", *own] if words else own
+    return words
 
 
 class _Separators(dict[int, int]):

@@ -89,6 +89,19 @@ def test_matching_against_regular_expressions(parts):
         assert label == (NameMatcher.SEVERAL if expected else NameMatcher.NONE)
 
 
+def test_a_name_with_punctuation_is_found_as_it_is_written():
+    matcher = NameMatcher([
+        CaptionClass("dog", ("St. Bernard",)),
+        CaptionClass("aircraft", ("U.S. Air Force jet", "F-16")),
+        CaptionClass("club", ("A.C. Milan",)),
+        CaptionClass("road", ("street",)),
+    ])  # fmt: skip
+    captions = ["my St. Bernard dog", "St Bernard", "st.bernard!", "St, Bernard", "the saint. Bernard", "St.",
+                "a u.s. air force jet", "US Air Force jet", "AC Milan", "A.C. Milan", "A. C. Milan won",
+                "At the 'St.' Bernard waits."]  # fmt: skip
+    assert matcher.match(captions).tolist() == [0, 0, 0, 0, -1, -1, 1, -1, -1, 2, 2, 0]
+
+
 def test_names_of_several_classes_are_no_names():
     matcher = NameMatcher(CLASSES)
     assert matcher.ambiguous == ["crane"]
