@@ -8,7 +8,7 @@ One column an embedder, one row a figure. With --compare each other embedder's d
 interval (95 %, paired bootstrap over the test images). Writes table.md, results.json, results.csv and
 results.png to --out, what each test image gave to samples.npz, and to duplicates.csv the test images that are
 also in train, where a dataset asks for `duplicates`. A dataset that is not there is named with what to put
-where; the others run.
+where, an evaluation that a dataset does not allow (one class only, say) with the reason; the others run.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from curated_data.embedding import resolve_embedder
 from curated_data.errors import ConfigError, CuratedDataError
 from curated_data.progress import log_to_terminal
 from lightning_modules.evaluation.comparison import ComparisonResult, comparison
-from recipes.evaluations import Features, Figures, evaluate, evaluate_shifted
+from recipes.evaluations import Features, Figures, evaluate, evaluate_shifted, first_line
 from recipes.suite import Dataset, Part, load_suite, open_suite
 
 log = logging.getLogger("evaluate")
@@ -38,7 +38,7 @@ Comparisons = dict[tuple[str, str, str], ComparisonResult]  # by embedder, datas
 
 
 def main() -> int:
-    """Run the suite; returns 0, or 1 where a dataset was missing, or 2 for bad input."""
+    """Run the suite; returns 0, or 1 where something could not be evaluated, or 2 for bad input."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -70,7 +70,8 @@ def run(options: argparse.Namespace) -> int:
     results: Results = {}
     for name in names:
         features = Features(resolve_embedder(name), cache, options.workers, options.device)
-        results[name] = evaluate_all(suite, parts, features)
+        results[name], failures = evaluate_all(suite, parts, features)
+        missing += [f"{name}, {line}" for line in failures]
     compared = compare(results) if options.compare else {}
     write(results, compared, out)
     table = as_table(results, compared)
@@ -83,15 +84,24 @@ def run(options: argparse.Namespace) -> int:
 
 def evaluate_all(
     suite: Mapping[str, Dataset], parts: Mapping[str, Mapping[str, Part]], features: Features
-) -> dict[str, Figures]:
-    """Every dataset's figures, in the suite's order; the sets of one base share its head."""
-    found = {name: evaluate(suite[name], parts[name], features) for name in parts}
+) -> tuple[dict[str, Figures], list[str]]:
+    """Every dataset's figures, in the suite's order, and a line for each evaluation that cannot be done; the
+    sets of one base share its head.
+    """
+    found: dict[str, Figures] = {}
+    failures = []
+    for name in parts:
+        found[name], own_failures = evaluate(suite[name], parts[name], features)
+        failures += [f"{name}, {line}" for line in own_failures]
     shifted = [name for name in parts if {"robustness", "fairness"} & set(suite[name].evaluations)]
     for base in dict.fromkeys(suite[name].base for name in shifted):
         own = {name: suite[name] for name in shifted if suite[name].base == base}
-        for name, figures in evaluate_shifted(own, parts, parts[base]["train"], features).items():
-            found[name] |= figures
-    return found
+        try:
+            for name, figures in evaluate_shifted(own, parts, parts[base]["train"], features).items():
+                found[name] |= figures
+        except ValueError as error:
+            failures.append(f"{', '.join(own)}: {first_line(error)}")
+    return found, failures
 
 
 def compare(results: Results) -> Comparisons:

@@ -79,7 +79,7 @@ class Features:
     def labelled(self, part: Part, embedder: Embedder | None = None) -> tuple["Rows", np.ndarray]:
         """The rows of the images that can be read and have a label, and the labels."""
         store = self.store(part, embedder)
-        labels = part.pool.labels(np.arange(len(part.pool)))
+        labels = part.labels()
         ids = np.flatnonzero(store.valid & (labels >= 0))
         if not len(ids):
             raise PoolError(f"{part.pool.urls[0]}: no image has a label")
@@ -101,19 +101,34 @@ class Rows:
         return self[:].astype(np.float32)
 
 
-def evaluate(dataset: Dataset, parts: Mapping[str, Part], features: Features) -> Figures:
-    """Every figure of one dataset but those of sets with a base, which `evaluate_shifted` gives."""
+def evaluate(dataset: Dataset, parts: Mapping[str, Part], features: Features) -> tuple[Figures, list[str]]:
+    """Every figure of one dataset but those of sets with a base, which `evaluate_shifted` gives; and a line
+    for each evaluation that its images or labels do not allow.
+    """
     figures: Figures = {}
+    failures = []
     for name in dataset.evaluations:
         if name in _BY_NAME:
-            figures |= _BY_NAME[name](dataset, parts, features)
-    return figures
+            try:
+                figures |= _BY_NAME[name](dataset, parts, features)
+            except ValueError as error:
+                failures.append(f"{name}: {first_line(error)}")
+    return figures, failures
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def evaluate_shifted(
     datasets: Mapping[str, Dataset], parts: Mapping[str, Mapping[str, Part]], base: Part, features: Features
 ) -> dict[str, Figures]:
-    """Robustness and fairness of all sets of one base: a head is fitted once on the base's train part."""
+    """Robustness and fairness of all sets of one base: a head is fitted once on the base's train part.
+
+    Raises:
+        ValueError: what the sets do not allow.
+    """
     train, labels = features.labelled(base)
     found: dict[str, Figures] = {name: {} for name in datasets}
     for evaluation, top in (("robustness", 1), ("fairness", 5)):
@@ -185,8 +200,8 @@ def _heads(protocol: str) -> Callable[[Dataset, Mapping[str, Part], Features], F
         for head, hits in zip(result.heads, result.correct):
             name = f"linear, {head['protocol']}"
             figures[name] = Figure(head["accuracy"], hits)
+            figures[f"{name}, class average"] = Figure(head["class_average"])
             if "long_tail" in dataset.evaluations:
-                figures[f"{name}, class average"] = Figure(head["class_average"])
                 figures |= {f"{name}, {group} classes": Figure(head[group]) for group in GROUPS}
         return figures
 
@@ -348,7 +363,7 @@ def _shifted_set(part: Part, features: Features) -> tuple[ShiftedSet, np.ndarray
     if images is not None and images.labels is not None:
         labels, classes = images.labels, images.class_map
     else:
-        labels, classes = part.pool.labels(np.arange(len(part.pool))), None
+        labels, classes = part.labels(), None
     return ShiftedSet(store.rows(ids).astype(np.float32), labels[ids], classes), ids
 
 
@@ -358,7 +373,11 @@ def _by_group(groups: Mapping[str, list[str]], ids: np.ndarray, hits: np.ndarray
     known = np.isfinite(hits)
     for column, names in groups.items():
         own = [names[i] for i in ids[known]]
-        result = fairness(hits[known], own)
+        try:
+            result = fairness(hits[known], own)
+        except ValueError as error:
+            log.warning("no figures by %s: %s", column, error)
+            continue
         for name, values in result.groups.items():
             of_group = np.full(len(hits), np.nan)
             of_group[known] = np.where(np.array(own) == name, hits[known], np.nan)

@@ -1,11 +1,13 @@
 """Suites of evaluation datasets: their YAML, and each part of a dataset as a pool of shards in the cache."""
 
 import io
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import OmegaConf
 
 from curated_data import ShardPool, ShardWriter
@@ -13,7 +15,11 @@ from curated_data.cache import atomic_path, fingerprint, locked
 from curated_data.config import read_yaml, structured
 from curated_data.errors import ConfigError, CuratedDataError, PoolError
 from curated_data.pool import import_folder
+from curated_data.report.page import class_names_beside
 from recipes.layouts import LAYOUTS, Images, to_shards
+from recipes.layouts.images import image_files
+
+log = logging.getLogger("evaluate")
 
 EVALUATIONS = {  # by name: which of the parts "train" and "test" it reads, and whether those of `base`
     "knn": "train test",
@@ -64,10 +70,20 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a dataset: its pool, and what the layout knows of its images, in the pool's order."""
+    """One part of a dataset: its pool, and what the layout knows of its images, in the pool's order.
+
+    Attributes:
+        numbers: of a test part whose class folders are not train's, each class's number among train's.
+    """
 
     pool: ShardPool
     images: Images | None = None
+    numbers: np.ndarray | None = None
+
+    def labels(self) -> np.ndarray:
+        """(n,) classes as train numbers them, -1 for none."""
+        labels = self.pool.labels(np.arange(len(self.pool)))
+        return labels if self.numbers is None else np.where(labels >= 0, self.numbers[labels], -1)
 
 
 def load_suite(path: str | Path) -> dict[str, Dataset]:
@@ -77,9 +93,15 @@ def load_suite(path: str | Path) -> dict[str, Dataset]:
         ConfigError: an unknown field, layout or evaluation, a base that is not there, or a missing part.
     """
     content = OmegaConf.to_container(read_yaml(Path(path)))
-    suite = {name: structured(Dataset, fields) for name, fields in content.get("datasets", {}).items()}
-    if not suite:
-        raise ConfigError(f"{path}: no datasets; list them below `datasets:`")
+    datasets = content.get("datasets") if isinstance(content, dict) else None
+    if not datasets or not isinstance(datasets, dict):
+        raise ConfigError(f"{path}: no datasets; list them below `datasets:`, as NAME: {{layout: ...}}")
+    suite = {}
+    for name, fields in datasets.items():
+        try:
+            suite[str(name)] = structured(Dataset, fields)
+        except ConfigError as error:
+            raise ConfigError(f"{name}.{error}") from error
     layouts = ("shards", "folder", "torchvision", *LAYOUTS)
     for name, dataset in suite.items():
         if dataset.layout not in layouts:
@@ -92,7 +114,10 @@ def load_suite(path: str | Path) -> dict[str, Dataset]:
         needed = {word for each in dataset.evaluations for word in EVALUATIONS[each].split()}
         if ("base" in needed or dataset.base) and dataset.base not in suite:
             raise ConfigError(f"{name}.base: expected another dataset of the suite, got {dataset.base!r}")
-        if "base" in needed and suite[dataset.base].layout not in ("shards", "folder", "torchvision"):
+        if "base" in needed and (
+            suite[dataset.base].layout not in ("shards", "folder", "torchvision")
+            or suite[dataset.base].train is None
+        ):
             raise ConfigError(f"{name}.base: {dataset.base} has no train part to fit a head on")
         for part in ("train", "test"):
             from_base = part == "train" and dataset.base
@@ -120,6 +145,8 @@ def open_suite(
                 for part in ("train", "test")
                 if getattr(dataset, part) is not None
             }
+            if dataset.layout == "folder" and {"train", "test"} <= opened[name].keys():
+                opened[name]["test"] = _numbered_as(opened[name]["train"], opened[name]["test"], name)
             if dataset.base:
                 opened[name].setdefault("train", opened[dataset.base]["train"])
         except (CuratedDataError, FileNotFoundError, RuntimeError) as error:
@@ -139,10 +166,13 @@ def open_part(name: str, suite: Mapping[str, Dataset], part: str, root: Path, ca
     if dataset.layout == "shards":
         patterns = [source] if isinstance(source, str) else source
         return Part(ShardPool([str(folder / pattern) for pattern in patterns], cache_dir=cache))
-    if dataset.layout in ("folder", "torchvision"):
+    images = None
+    if dataset.layout == "torchvision":
         key = fingerprint(dataset=dataset.dataset, source=source, root=folder.absolute(),
                           layout=dataset.layout, version=1)  # fmt: skip
-        images = None
+    elif dataset.layout == "folder":
+        files = image_files(folder / source, "a folder of images for each class")
+        key = fingerprint(**Images(folder, files).identity(), layout=dataset.layout, version=1)
     else:
         options = {"base": _classes(suite[dataset.base], root)} if dataset.layout in SHIFTED else {}
         images = LAYOUTS[dataset.layout](folder, str(source), **options)
@@ -158,6 +188,19 @@ def open_part(name: str, suite: Mapping[str, Dataset], part: str, root: Path, ca
                 else:
                     _convert(dataset.dataset, source, folder, temporary)
     return Part(ShardPool(str(shards / "*.tar"), cache_dir=cache), images)
+
+
+def _numbered_as(train: Part, test: Part, name: str) -> Part:
+    """The test part with its classes numbered as train's of the same name, others after them."""
+    classes, own = class_names_beside(train.pool), class_names_beside(test.pool)
+    if classes is None or own is None or classes == own:
+        return test
+    number = {each: i for i, each in enumerate(dict.fromkeys([*classes, *own]))}
+    log.warning(
+        "%s: test has no folder for %d of train's classes, and %d that train has not",
+        name, len(set(classes) - set(own)), len(set(own) - set(classes)),
+    )  # fmt: skip
+    return replace(test, numbers=np.array([number[each] for each in own]))
 
 
 def _classes(base: Dataset, root: Path) -> list[str]:
@@ -178,9 +221,17 @@ def _convert(dataset: str, part: Mapping[str, Any], root: Path, out: Path) -> No
 
     if not hasattr(datasets, dataset):
         raise ConfigError(f"torchvision.datasets has no {dataset!r}")
-    data = getattr(datasets, dataset)(root, **part)
+    try:
+        data = getattr(datasets, dataset)(root, **part)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"torchvision.datasets.{dataset} does not take {part}: {error}") from error
     with ShardWriter(out / "part-%05d.tar") as writer:
         for number, (image, label) in enumerate(data):
+            if not isinstance(label, int | np.integer):
+                raise ConfigError(
+                    f"torchvision.datasets.{dataset} has targets of {type(label).__name__}; the layout "
+                    "torchvision is for classification, with one class an image"
+                )
             content = io.BytesIO()
             image.convert("RGB").save(content, "PNG")
             writer.write({"__key__": f"{number:07d}", "png": content.getvalue(), "cls": int(label)})

@@ -261,6 +261,10 @@ def test_missing_folders_and_bad_suites_are_named(root, tmp_path, monkeypatch, c
     assert f"city: {root / 'cs' / 'leftImg8bit' / 'train'} is not there: put Cityscapes'" in errors
     assert run(monkeypatch, tmp_path / "suite.yaml", root, tmp_path, "pixels:2", "--compare") == 2
     assert "two embedders" in capsys.readouterr().err
+    for content in ("datasets: [a]", "datasets:", "[1, 2]", "name: x"):
+        (tmp_path / "bad.yaml").write_text(content)
+        with pytest.raises(ConfigError, match="no datasets; list them below"):
+            load_suite(tmp_path / "bad.yaml")
     for fields, message in (
         (
             "layout: objectnet, test: x, base: b, evaluations: [robustness]",
@@ -268,10 +272,61 @@ def test_missing_folders_and_bad_suites_are_named(root, tmp_path, monkeypatch, c
         ),
         ("layout: ade20k, test: x, evaluations: [segmentation]", "a.train: is missing"),
         ("layout: folder, train: x, test: x, steps: 0", "a.steps"),
+        ("layout: folder, trian: x", "a.trian: Dataset has no such field; did you mean 'train'"),
     ):
         (tmp_path / "bad.yaml").write_text(f"datasets: {{a: {{{fields}}}}}")
         with pytest.raises(ConfigError, match=message):
             load_suite(tmp_path / "bad.yaml")
+
+
+def test_what_a_dataset_does_not_allow_is_named_and_the_rest_runs(root, tmp_path, monkeypatch, capsys):
+    for i in range(4):
+        picture(tmp_path / "one" / "train" / "only" / f"{i}.png", 0, i)
+    shutil.copytree(tmp_path / "one" / "train", tmp_path / "one" / "test")
+    (tmp_path / "suite.yaml").write_text(
+        "datasets:\n"
+        f"  one: {{layout: folder, root: {tmp_path / 'one'}, train: train, test: test}}\n"
+        "  dtd: {layout: torchvision, dataset: DTD, train: {split: trian}, test: {split: test}}\n"
+        "  voc: {layout: torchvision, dataset: FakeData, train: {size: 2, target_transform: x}, test: {}}\n"
+    )
+    assert run(monkeypatch, tmp_path / "suite.yaml", root, tmp_path, "pixels:2") == 1
+    errors = capsys.readouterr().err
+    assert "not evaluated, pixels:2, one, linear: train has one class only" in errors
+    assert "not evaluated, dtd: torchvision.datasets.DTD does not take {'split': 'trian'}" in errors
+    values = json.loads((tmp_path / "out" / "results.json").read_text())["pixels:2"]["one"]
+    assert values["k-NN, k = 1"] == 1.0
+
+
+def test_test_folders_without_one_of_the_classes(tmp_path, monkeypatch, caplog):
+    for label, name in enumerate("abcd"):
+        for i in range(4):
+            if name != "d":
+                picture(tmp_path / "train" / name / f"{i}.png", label, i)
+            if name != "b":
+                picture(tmp_path / "test" / name / f"{i}.png", label, 10 + i)
+    (tmp_path / "suite.yaml").write_text(
+        "datasets: {few: {layout: folder, train: train, test: test, evaluations: [knn]}}"
+    )
+
+    def accuracy() -> float:
+        assert run(monkeypatch, tmp_path / "suite.yaml", tmp_path, tmp_path, "pixels:4") == 0
+        return json.loads((tmp_path / "out" / "results.json").read_text())["pixels:4"]["few"]["k-NN, k = 10"]
+
+    assert accuracy() == pytest.approx(2 / 3)  # of a and c; train has no d
+    assert "test has no folder for 1 of train's classes, and 1 that train has not" in caplog.text
+    picture(tmp_path / "test" / "b" / "0.png", 1, 20)  # the folder is read again when there is more in it
+    assert accuracy() == pytest.approx(9 / 13)
+
+
+def test_a_misspelt_part_is_no_other_part(tmp_path):
+    savemat(tmp_path / "allsplit.mat", {"alltest": np.array([["x"]], object)})
+    for layout, part in (("cub", "trian"), ("folder_split", "val"), ("revisited", "query"),
+                         ("sun_rgbd", "val")):  # fmt: skip
+        with pytest.raises(PoolError, match=f"part '{part}': expected '"):
+            LAYOUTS[layout](tmp_path, part)
+    (tmp_path / "allsplit.mat").write_bytes(b"no MATLAB file")
+    with pytest.raises(PoolError, match="not the toolbox's split"):
+        LAYOUTS["sun_rgbd"](tmp_path, "test")
 
 
 def test_layouts_of_lists_and_tables(tmp_path):
@@ -303,6 +358,12 @@ def test_layouts_of_lists_and_tables(tmp_path):
     text(tmp_path / "list.csv", "c0/0.png 0\ngone.png 1\n")
     with pytest.raises(PoolError, match=r"gone\.png is not there \(1 of 2"):
         LAYOUTS["file_list"](tmp_path, "list.csv")
+    text(tmp_path / "train_test_split.txt", "1 1\n2 0 x\n3 1\n")
+    with pytest.raises(PoolError, match=r"train_test_split.txt, line 2: expected two words, got '2 0 x'"):
+        LAYOUTS["cub"](tmp_path, "train")
+    text(tmp_path / "train_test_split.txt", "1 1\n4 1\n")
+    with pytest.raises(PoolError, match="lists do not fit together"):
+        LAYOUTS["cub"](tmp_path, "train")
     text(tmp_path / "list.csv", "c0/0.png\n")
     with pytest.raises(PoolError, match="line 1: expected a path and a label"):
         LAYOUTS["file_list"](tmp_path, "list.csv")

@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 
 from curated_data.errors import PoolError
-from recipes.layouts.images import Images, existing, image_files, need, read_lines, subfolders
+from recipes.layouts.images import (
+    Images,
+    existing,
+    image_files,
+    need,
+    read_lines,
+    subfolders,
+    train_or_test,
+)
 
 
 def file_list(root: Path, part: str) -> Images:
@@ -68,14 +76,18 @@ def cub(root: Path, part: str) -> Images:
     test.
     """
     what = "CUB_200_2011, as its archive unpacks"
+    wanted = "1" if train_or_test(part) == "train" else "0"
     tables = {
-        name: dict(line.split() for line in read_lines(root / f"{name}.txt", what))
+        name: _pairs(root / f"{name}.txt", what)
         for name in ("images", "image_class_labels", "train_test_split")
     }
-    wanted = "1" if part == "train" else "0"
-    ids = sorted((i for i, flag in tables["train_test_split"].items() if flag == wanted), key=int)
-    files = existing((root / "images" / tables["images"][i] for i in ids), what)
-    return Images(root, files, np.array([int(tables["image_class_labels"][i]) - 1 for i in ids]))
+    try:
+        ids = sorted((i for i, flag in tables["train_test_split"].items() if flag == wanted), key=int)
+        names = [tables["images"][i] for i in ids]
+        labels = np.array([int(tables["image_class_labels"][i]) - 1 for i in ids], np.int64)
+    except (KeyError, ValueError) as error:
+        raise PoolError(f"{root}: CUB's lists do not fit together ({error})") from error
+    return Images(root, existing((root / "images" / name for name in names), what), labels)
 
 
 def voc2007(root: Path, part: str) -> Images:
@@ -86,7 +98,7 @@ def voc2007(root: Path, part: str) -> Images:
     lists = sorted(need(root / "ImageSets" / "Main", what).glob(f"?*_{part}.txt"))
     if not lists:
         raise PoolError(f"{root / 'ImageSets' / 'Main'} has no list <class>_{part}.txt: put {what} there")
-    flags = [dict(line.split() for line in read_lines(path, what)) for path in lists]
+    flags = [_pairs(path, what) for path in lists]
     names = sorted(flags[0])
     mark = {"1": 1, "-1": 0, "0": -1}
     try:
@@ -103,6 +115,7 @@ def folder_split(
     """A folder a class without an official split, as Caltech-101: a seeded draw of `per_class` images of each
     trains, the others test (part: train or test).
     """
+    train_or_test(part)
     folders = [folder for folder in subfolders(root, "a folder for each class") if folder.name != left_out]
     files, labels = [], []
     for label, folder in enumerate(folders):
@@ -114,3 +127,12 @@ def folder_split(
     if not files:
         raise PoolError(f"{root}: no class has more than {per_class} images, so none is left to test")
     return Images(root, files, np.array(labels), [folder.name for folder in folders])
+
+
+def _pairs(path: Path, what: str) -> dict[str, str]:
+    """A file of two words a line: the second by the first."""
+    lines = [line.split() for line in read_lines(path, what)]
+    for number, words in enumerate(lines, 1):
+        if len(words) != 2:
+            raise PoolError(f"{path}, line {number}: expected two words, got {' '.join(words)!r}")
+    return dict(lines)

@@ -7,7 +7,16 @@ import numpy as np
 from scipy.io import loadmat
 
 from curated_data.errors import PoolError
-from recipes.layouts.images import Images, Maps, existing, image_files, need, read_lines, read_map
+from recipes.layouts.images import (
+    Images,
+    Maps,
+    existing,
+    image_files,
+    need,
+    read_lines,
+    read_map,
+    train_or_test,
+)
 
 IGNORED = 255
 # Ids of Cityscapes' 19 evaluated classes in the order of their train ids.
@@ -100,8 +109,14 @@ def sun_rgbd(root: Path, part: str) -> Images:
         found = [p for p in (root / "allsplit.mat", root.parent / "allsplit.mat") if p.is_file()]
         if not found:
             raise PoolError(f"{root / 'allsplit.mat'} is not there: put it there, or say `test: all`")
-        listed = loadmat(found[0])[f"all{part}"].ravel()
-        paths = [str(np.ravel(entry)[0]).rpartition("SUNRGBD/")[2].strip("/") for entry in listed]
+        train_or_test(part)
+        try:
+            listed = loadmat(found[0])[f"all{part}"].ravel()
+            paths = [str(np.ravel(entry)[0]).rpartition("SUNRGBD/")[2].strip("/") for entry in listed]
+        except Exception as error:  # a damaged file raises almost anything
+            raise PoolError(
+                f"{found[0]}: not the toolbox's split ({type(error).__name__}: {error})"
+            ) from error
         scenes = [root / path for path in paths]
     files, maps = [], []
     for scene in scenes:

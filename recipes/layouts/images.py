@@ -96,6 +96,17 @@ def to_shards(images: Images, out: Path) -> None:
             advance()
 
 
+def train_or_test(part: str) -> str:
+    """The part, if it is one of the two: of a misspelt one the other would be taken.
+
+    Raises:
+        PoolError: it is not.
+    """
+    if part not in ("train", "test"):
+        raise PoolError(f"part {part!r}: expected 'train' or 'test'")
+    return part
+
+
 def need(path: Path, what: str) -> Path:
     """The path, if it is there.
 

@@ -22,6 +22,8 @@ def revisited(root: Path, part: str) -> Images:
         root: holds the ground truth and `jpg`.
         part: "queries" or "gallery".
     """
+    if part not in ("queries", "gallery"):
+        raise PoolError(f"part {part!r}: expected 'queries' or 'gallery'")
     what = f"gnd_{root.name}.pkl (or .json), and the images below jpg/"
     found = sorted(need(root, what).glob("gnd_*.pkl")) + sorted(root.glob("gnd_*.json"))
     if not found:
