@@ -21,7 +21,7 @@ from rich.table import Table
 from curated_data import ShardPool, kmeans
 from curated_data.cache import open_cache
 from curated_data.embedding import embed_pool, resolve_embedder
-from curated_data.errors import CuratedDataError, PoolError
+from curated_data.errors import ConfigError, CuratedDataError, PoolError
 from curated_data.progress import log_to_terminal
 from lightning_modules.evaluation.clustering import clustering
 from lightning_modules.transport_clustering import cluster_embeddings
@@ -53,6 +53,8 @@ def main() -> int:
 
 def compare(options: argparse.Namespace) -> Table:
     """A row a method, a column a figure."""
+    if options.clusters < 2 or options.seeds < 1:
+        raise ConfigError(f"--clusters {options.clusters}, --seeds {options.seeds}: need 2 clusters, 1 seed")
     root = open_cache(options.cache_dir)
     pool = ShardPool(options.pool, cache_dir=root)
     store = embed_pool(pool, resolve_embedder(options.embedder), root)
@@ -60,6 +62,8 @@ def compare(options: argparse.Namespace) -> Table:
     ids = np.flatnonzero(store.valid & (labels >= 0))
     if not len(ids):
         raise PoolError(f"{pool.urls[0]}: the pool has no labels (.cls members) to compare clusters with")
+    if options.clusters > len(ids):
+        raise ConfigError(f"--clusters {options.clusters}: there are only {len(ids)} labelled images")
     x, labels = store.rows(ids).astype(np.float32), np.unique(labels[ids], return_inverse=True)[1]
     counts = np.bincount(labels)
 

@@ -35,7 +35,7 @@ from rich.table import Table
 from curated_data import CuratedDataModule, CurationConfig, ShardPool, ShardWriter, curate
 from curated_data.cache import atomic_path, fingerprint, open_cache
 from curated_data.embedding import embed_pool, resolve_embedder
-from curated_data.errors import CuratedDataError
+from curated_data.errors import ConfigError, CuratedDataError, PoolError
 from curated_data.pipeline import Curation
 from curated_data.progress import log_to_terminal
 from curated_data.report import figures
@@ -44,6 +44,7 @@ from curated_data.report.metrics import class_balance
 from curated_data.report.page import write_report
 from lightning_modules import SimCLR
 from lightning_modules.evaluation.knn import knn
+from lightning_modules.evaluation.longtail import mean_known
 
 log = logging.getLogger("quickstart")
 
@@ -95,6 +96,13 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
     cache = open_cache(out / "cache")
     data = choose_data(options)
+    if options.epochs < 1 or options.workers < 0:
+        raise ConfigError(f"--epochs {options.epochs}, --workers {options.workers}: need an epoch or more")
+    if data.test:  # built here once, not first after minutes of curation
+        try:
+            SimCLR(**simclr_settings(data, options.backbone))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     pool = ShardPool(data.pool, cache_dir=cache)
     config = CurationConfig(
         target_size=data.target_size, metric=options.metric or data.metric, seed=options.seed
@@ -282,20 +290,23 @@ def accuracies(
     }
     bank = np.flatnonzero(features["pool"].valid & (labels >= 0))
     test_labels = test.labels(np.arange(len(test)))
+    asked = np.flatnonzero(features["test"].valid & (test_labels >= 0))
+    if not len(asked):
+        raise PoolError(f"{test.urls[0]}: no image of the test set can be read and has a label (.cls)")
     result = knn(
         features["pool"].as_array()[bank],
         labels[bank],
-        features["test"].as_array(),
-        test_labels,
-        k=NEIGHBOURS,
+        features["test"].as_array()[asked],
+        test_labels[asked],
+        k=min(NEIGHBOURS, len(bank)),
     )
     counts = np.bincount(labels[bank])
     rarest = np.argsort(np.where(counts > 0, counts, len(labels)))[:RAREST]
-    per_class = result.per_class[NEIGHBOURS]
+    k = next(iter(result.per_class))
     return {
-        "all": result.class_accuracy[NEIGHBOURS],
-        "rarest": float(np.mean([per_class[c] for c in rarest if c in per_class])),
-        "n_test": len(test),
+        "all": result.class_accuracy[k],
+        "rarest": mean_known(np.array([result.per_class[k].get(c, np.nan) for c in rarest.tolist()])),
+        "n_test": len(asked),
     }
 
 

@@ -170,6 +170,16 @@ def check_options(options: argparse.Namespace) -> None:
         if getattr(options, name) < least:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag}: expected at least {least}, got {getattr(options, name)}")
+    if not 0 < options.confidence < 1:
+        raise ConfigError(f"--confidence: expected a number between 0 and 1, got {options.confidence}")
+    if not options.learning_rate > 0 or not options.weight_decay >= 0:
+        raise ConfigError(
+            f"--learning-rate {options.learning_rate}, --weight-decay {options.weight_decay}: expected a "
+            "positive rate, a decay from 0"
+        )
+    for side in SIDES:
+        if (n_test := getattr(options, f"n_test_{side}")) is not None and n_test < 1:
+            raise ConfigError(f"--n-test-{side}: expected at least 1, got {n_test}")
     if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
         raise ConfigError(f"--seeds: expected different numbers from 0, got {options.seeds}")
 

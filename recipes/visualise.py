@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from curated_data import ShardPool, curate
-from curated_data.errors import CuratedDataError
+from curated_data.errors import ConfigError, CuratedDataError
 from curated_data.progress import log_to_terminal
 from curated_data.report.examples import thumbnails
 from curated_data.report.page import class_names_beside, write_report
@@ -50,6 +50,8 @@ def main() -> int:
 
 def visualise(options: argparse.Namespace) -> None:
     """The map as a figure and a table, and the report that holds it."""
+    if options.epochs < 1:
+        raise ConfigError(f"--epochs {options.epochs}: the map needs one pass or more")
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     pool = ShardPool(options.pool, cache_dir=options.cache_dir)

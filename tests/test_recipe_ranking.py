@@ -171,6 +171,9 @@ def test_json_with_seeds_gives_students_intervals(tmp_path):
         (["--steps", "0"], ["--steps", "0"]),
         (["--a", "nowhere", "--small"], ["--a nowhere", "*train*.tar"]),
         (["--known", "nowhere.csv"], ["nowhere.csv", "accuracy_a"]),
+        (["--confidence", 95], ["--confidence", "95"]),
+        (["--learning-rate", 0], ["--learning-rate"]),
+        (["--n-test-b", 0], ["--n-test-b"]),
     ],
 )
 def test_bad_options_give_one_clear_error(arguments, words, tmp_path, capsys):
