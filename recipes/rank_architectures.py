@@ -45,7 +45,7 @@ log = logging.getLogger("rank_architectures")
 
 FASHION = Path(__file__).parent / "data" / "fashion-lt50"
 FAMILIES = ["alexnet", "vgg11", "resnet18", "densenet121", "efficientnet_b0", "convnext_tiny"]
-SMALL_FAMILIES = ["resnet10:16", "resnet18:16", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5",
+SMALL_FAMILIES = ["resnet10:16", "resnet18:16", "mobilenet_v2", "squeezenet1_1", "shufflenet_v2_x0_5",
                   "regnet_y_400mf"]  # fmt: skip
 SIDES = ("a", "b")
 Accuracies = dict[str, dict[str, list[float]]]  # by side and model, one for each seed

@@ -13,8 +13,9 @@ from tests.lightning_modules.ranks import on_two_ranks
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    monkeypatch.setattr(nearest, "_QUERIES", 7)
-    monkeypatch.setattr(nearest, "_TILE", 64)
+    monkeypatch.setattr(nearest, "_TILE_NUMBERS", 64 * 24)
+    monkeypatch.setattr(nearest, "_TILE_ROWS", 1)
+    monkeypatch.setattr(nearest, "_SCORES", 7 * 64)
 
 
 @pytest.mark.parametrize(("n", "k"), [(1000, 1), (1000, 17), (1000, 100), (50, 80), (64, 64), (129, 5)])
@@ -22,8 +23,6 @@ def _small_tiles(monkeypatch):
 def test_top_rows_are_those_of_faiss(n, k, metric):
     generator = torch.Generator().manual_seed(n + k)
     bank, queries = (torch.randn(count, 24, generator=generator) for count in (n, 30))
-    # Rising similarity is the worst order for a search that keeps what is above the k-th so far.
-    bank = bank[(F.normalize(bank, dim=1) @ queries[0]).argsort()]
     kind = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
     if metric == "cosine":
         queries = F.normalize(queries, dim=1)
@@ -35,10 +34,10 @@ def test_top_rows_are_those_of_faiss(n, k, metric):
     assert (found_rows.numpy() == rows).mean() > 0.999
 
 
-@pytest.mark.parametrize(("tile", "k"), [(512, 5), (512, 300), (1000, 40), (4096, 200)])
+@pytest.mark.parametrize(("tile", "k"), [(1, 5), (512, 5), (512, 700), (1000, 40), (4096, 200)])
 def test_tiles_of_all_sizes(monkeypatch, tile, k):
-    """Few and many scores above the k-th best; more and fewer rows than k in a tile; a shorter last one."""
-    monkeypatch.setattr(nearest, "_TILE", tile)
+    """More and fewer rows than k in a tile; a shorter last one."""
+    monkeypatch.setattr(nearest, "_TILE_NUMBERS", 16 * tile)
     generator = torch.Generator().manual_seed(tile)
     bank, queries = (F.normalize(torch.randn(n, 16, generator=generator), dim=1) for n in (9001, 20))
     want, rows = faiss.knn(queries.numpy(), bank.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
@@ -52,6 +51,13 @@ def test_norms_beyond_the_range_of_their_squares():
     spread = bank * torch.logspace(-10, 25, 300)[:, None]
     for want, found in zip(nearest.top_rows(bank[:9], bank, 7), nearest.top_rows(bank[:9], spread, 7)):
         torch.testing.assert_close(found, want)
+
+
+def test_no_queries_or_no_bank():
+    bank = torch.eye(5)
+    for m, n in ((0, 5), (2, 0), (0, 0)):
+        values, rows = nearest.top_rows(bank[:m], bank[:n], 3)
+        assert values.shape == rows.shape == (m, min(3, n))
 
 
 def test_equal_rows_are_all_found():
