@@ -306,6 +306,8 @@ def _pixels(rest: str) -> Embedder:
 class _Embed(nn.Module):
     """A pretraining module's `embed` as the module's forward."""
 
+    _entries = ("embed",)  # of what it wraps, for the fingerprint
+
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module

@@ -107,7 +107,7 @@ class _Walk:
             *("module", _class_name(type(module)), _printed(module), _weights_digest(module), hooks),
             # The code of a scripted or traced network is its own, not its class's.
             [[name, str(part.code)] for name, part in parts.items() if _has_own_code(part)],
-            self._reached(parts, {"forward"}),
+            self._reached(parts, {"forward", *getattr(type(module), "_entries", ())}),
         ]
 
     def _object(self, value: Any, entries: set[str]) -> Any:
@@ -130,6 +130,7 @@ class _Walk:
             if not _is_library(kind.__module__)
         }
         names, code = set(entries), {}
+        names |= {name for kind in kinds.values() for name in vars(kind) if _overrides(kind, name)}
         todo = True
         while todo:
             todo = False
@@ -143,10 +144,9 @@ class _Walk:
         attributes = {
             f"{path}.{name}": self.identity(value)
             for path, part in parts.items()
-            if isinstance(part, nn.Module) and _root(type(part).__module__) not in _PRINTED_WHOLE
-            for name, value in sorted(vars(part).items())
-            if name not in _OWN_NAMES
-            and (_is_plain(value) if _is_library(type(part).__module__) else name in names)
+            if isinstance(part, nn.Module)
+            for name, value in _own_attributes(part)
+            if _is_untold(part, value) or (name in names and not _is_library(type(part).__module__))
         }
         return [code, attributes]
 
@@ -180,6 +180,53 @@ def _is_library(module: str) -> bool:
         return True
     file = getattr(sys.modules.get(module), "__file__", None) or ""
     return "site-packages" in file or "dist-packages" in file
+
+
+def _overrides(kind: type, name: str) -> bool:
+    """Whether a class has a method in place of a library's, whose other methods may then call it."""
+    return not name.startswith("__") and any(name in vars(base) for base in _library_bases(kind))
+
+
+def _library_bases(kind: type) -> list[type]:
+    """The libraries' classes that a class is made of, but those that have no part in embedding."""
+    return [
+        base
+        for base in kind.__mro__
+        if base not in (object, nn.Module)
+        and _is_library(base.__module__)
+        and _root(base.__module__) not in ("lightning", "pytorch_lightning")
+    ]
+
+
+def _own_attributes(part: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in sorted(vars(part).items()) if name not in _OWN_NAMES]
+
+
+def _is_untold(part: nn.Module, value: Any) -> bool:
+    """Whether a library's code may read an attribute of a module that nothing printed of it tells."""
+    if not _library_bases(type(part)):
+        return False
+    kind = type(part).__module__
+    return _is_users(value) or (_is_library(kind) and _root(kind) not in _PRINTED_WHOLE and _is_plain(value))
+
+
+def _is_users(value: Any) -> bool:
+    """Whether a value is, or holds, code of the user's."""
+    if isinstance(value, list | tuple):
+        return any(map(_is_users, value))
+    if isinstance(value, dict):
+        return any(map(_is_users, value.values()))
+    if isinstance(value, nn.Module):
+        return any(
+            not _is_library(type(part).__module__)
+            or any(_is_users(item) for _, item in _own_attributes(part))
+            for part in value.modules()
+        )
+    if isinstance(value, functools.partial):
+        return any(map(_is_users, (value.func, value.args, value.keywords)))
+    if isinstance(value, types.FunctionType | types.MethodType | type):
+        return not _is_library(value.__module__ or "")
+    return not _is_library(type(value).__module__)
 
 
 def _is_plain(value: Any) -> bool:

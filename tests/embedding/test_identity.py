@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.transforms import v2
 
+from curated_data.embedding import identity
 from curated_data.embedding.embedders import resolve_embedder
 from curated_data.embedding.identity import module_fingerprint
 
@@ -177,6 +179,90 @@ def test_helpers_in_a_users_module_count(tmp_path):
         module, module.helpers = loaded(body)
         prints.append(module_fingerprint(module.network))
     assert prints[0] == prints[2] != prints[1]
+
+
+OVERRIDING = """
+from torch import nn
+from torchvision.transforms import v2
+
+class Scaled(v2.Transform):
+    def transform(self, image, params):
+        return image * 2
+
+    def __repr__(self):
+        return "Scaled()"
+
+def faded(x):
+    return x / 3
+
+class Layer(nn.TransformerEncoderLayer):
+    def __init__(self, *sizes):
+        super().__init__(*sizes, activation=faded)
+
+    def _ff_block(self, x):
+        return x + 1
+
+    def train(self, mode=True):
+        return super().train(mode)
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "counts"),
+    [
+        ("image * 2", "image * 3", "preprocess"),
+        ("x + 1", "x + 2", "network"),
+        ("super().train(mode)", "super().train(False)", None),
+        ("activation=faded", "activation=lambda x: x / 4", "network"),
+    ],
+)
+def test_methods_that_a_librarys_call_count(old, new, counts):
+    """Nothing of the user's names them: a method of the library's base class calls them."""
+
+    def fingerprints(source):
+        users = load(source)
+        torch.manual_seed(0)
+        with_transform = v2.Compose([v2.Identity(), v2.Compose([users.Scaled()])])
+        return {
+            "preprocess": module_fingerprint(nn.Identity(), with_transform),
+            "network": module_fingerprint(nn.Sequential(users.Layer(4, 1)), with_transform.transforms[0]),
+        }
+
+    before, after = fingerprints(OVERRIDING), fingerprints(OVERRIDING.replace(old, new))
+    assert {name for name in before if before[name] != after[name]} == ({counts} if counts else set())
+    assert fingerprints(OVERRIDING) == before
+
+
+def test_the_embedding_of_a_module_counts_where_this_package_is_installed(monkeypatch):
+    """Its own code then counts by its name, and names nothing of the module that it wraps."""
+    monkeypatch.setattr(
+        identity,
+        "_is_library",
+        lambda module, rest=identity._is_library: module.startswith("curated_data") or rest(module),
+    )
+
+    def fingerprint(source):
+        return resolve_embedder(load(source).Trained()).fingerprint
+
+    assert fingerprint(TRAINED) == fingerprint(TRAINED)
+    assert fingerprint(TRAINED) != fingerprint(TRAINED.replace("x.mean((2, 3))", "x.amax((2, 3))"))
+
+
+TRAINED = """
+from torch import nn
+
+class Trained(nn.Module):
+    embedding_dimension = 3
+
+    def embed(self, images):
+        return self.pooled(images)
+
+    def pooled(self, x):
+        return x.mean((2, 3))
+
+    def eval_transform(self):
+        return nn.Identity()
+"""
 
 
 def test_printed_addresses_do_not_count():
