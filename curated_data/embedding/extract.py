@@ -389,14 +389,28 @@ def _embed(
         raise EmbedderError(
             f"{_name(loader.embedder)}: gave shape {tuple(output.shape)}, expected {expected}"
         )
+    wide = output.float().cpu().numpy()
     with np.errstate(over="ignore"):  # what float16 cannot hold becomes inf, and is reported below
-        values[good] = output.float().cpu().numpy().astype(dtype)
-    bad = ~np.isfinite(values).all(axis=1)
-    values[bad] = 0
-    return values, [
-        "its embedding is not finite" if is_bad else reason
-        for is_bad, reason in zip(bad, reasons, strict=True)
-    ]
+        rows = wide.astype(dtype)
+    lost = ~np.isfinite(rows).all(axis=1) | (wide.any(axis=1) & ~rows.any(axis=1))
+    rows[lost] = 0
+    values[good] = rows
+    reasons = list(reasons)
+    for place, row in zip(np.flatnonzero(good)[lost].tolist(), wide[lost], strict=True):
+        reasons[place] = _why_lost(row, dtype)
+    return values, reasons
+
+
+def _why_lost(row: np.ndarray, dtype: str) -> str:
+    """Why an embedding cannot be kept: it is not finite, or becomes so, or 0, in the stored type.
+
+    In the same words for all that share a reason, so that these are counted together.
+    """
+    if not np.isfinite(row).all():
+        return "its embedding is not finite"
+    limits = np.finfo(dtype)
+    what = f"exceeds {limits.max:g}" if np.abs(row).max() > 1 else f"is below {limits.smallest_subnormal:.0e}"
+    return f"its embedding {what}, beyond what {dtype} can hold; set embedding.dtype to float32"
 
 
 def _forward(embedder: Embedder, inputs: Tensor, device: torch.device, use_bf16: bool) -> Tensor:

@@ -93,9 +93,37 @@ def test_failures_are_counted_and_named(write_pool, tmp_path, num_workers):
         assert failure["shard"] == shards[number >= 6]
         assert failure["reason"]
         if number not in (2, 6, 10):
-            assert failure["reason"] == "its embedding is not finite"
+            assert failure["reason"].startswith("its embedding exceeds 65504, beyond what float16")
     assert np.isfinite(np.asarray(store)).all()
     assert (np.asarray(store)[~store.valid] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("scale", "reason"),
+    [
+        (1e6, "its embedding exceeds 65504, beyond what float16 can hold; set embedding.dtype to float32"),
+        (1e-9, "its embedding is below 6e-08, beyond what float16 can hold; set embedding.dtype to float32"),
+        (float("inf"), "its embedding is not finite"),
+    ],
+)
+def test_embeddings_that_float16_cannot_hold_are_said_to_be_so(write_pool, tmp_path, scale, reason):
+    class Scaled(torch.nn.Module):
+        dimension = 192
+
+        def preprocess(self, image):
+            return image.float() / 255
+
+        def forward(self, images):
+            return images.flatten(1) * scale
+
+    pool = ShardPool(write_pool([4]), cache_dir=tmp_path)
+    embedder = resolve_embedder(Scaled())
+    narrow = embed_pool(pool, embedder, tmp_path, num_workers=0)
+    assert not narrow.valid.any()
+    assert not np.asarray(narrow).any()
+    assert {failure["reason"] for failure in narrow.failures} == {reason}
+    wide = embed_pool(pool, embedder, tmp_path, num_workers=0, dtype="float32")
+    assert wide.valid.all() == (scale < float("inf"))
 
 
 def test_second_call_and_new_shards_embed_only_what_is_missing(write_pool, tmp_path):
