@@ -14,11 +14,13 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from curated_data.cache import MANIFEST, build_once, fingerprint, open_cache, read_array, read_manifest
+from curated_data.cache import MANIFEST, fingerprint, open_cache, read_array, read_manifest
 from curated_data.clustering.kmeans import prepare
 from curated_data.clustering.nearest import nearest, squared_distances
+from curated_data.clustering.rows import rank_range
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig, load_config
+from curated_data.distributed import all_gather, build_together, check_shared, rank, world_size
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.embedding.extract import Decoders
 from curated_data.errors import CacheError, PoolError
@@ -66,7 +68,8 @@ def extend(
     """Select from a pool that has gained or lost shards, by the clusters of an earlier curation's tree.
 
     Shards are recognised by their identity, wherever they now stand in the pool: their samples keep their
-    clusters. Samples of new shards go to the nearest centroid of the lowest level.
+    clusters. Samples of new shards go to the nearest centroid of the lowest level. In a process group every
+    rank calls it, takes its share, and returns the same.
 
     Args:
         pool: the grown pool.
@@ -86,6 +89,7 @@ def extend(
     config = load_config(config)
     root = open_cache(cache_dir)
     pool = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
+    check_shared(root)
     base = Path(tree)
     if not (base / MANIFEST).exists():
         raise CacheError(f"{base}: holds no tree; give the folder that `curate` printed, CACHE/tree/NAME")
@@ -109,13 +113,14 @@ def extend(
     inputs = {"embedder": store.folder.name, "embeddings": store.fingerprint, "base": base.name}
     name = fingerprint(inputs=inputs, version=VERSION)
 
-    def build(folder: Path) -> None:
+    def build(folder: Path | None) -> None:
         grown, known = _grow(pool, store, old, base, metric, device)
-        drift = _drift(grown, known, rebuild_above)
-        settings = manifest["settings"]
-        publish_tree(folder, grown, pool, {"inputs": inputs, "settings": settings, "drift": vars(drift)})
+        if folder is not None:
+            drift = vars(_drift(grown, known, rebuild_above))
+            settings = manifest["settings"]
+            publish_tree(folder, grown, pool, {"inputs": inputs, "settings": settings, "drift": drift})
 
-    folder, found = build_once(root / "tree" / name, build)
+    folder, found = build_together(root / "tree" / name, build)
     grown = ClusterTree.load(folder / "tree")
     drift = read_manifest(folder, "clustering")["drift"]
     selection, was_selected = select(root, grown, config, folder.name)
@@ -167,10 +172,12 @@ def _grow(
         centroids = torch.from_numpy(old.centroids[1]).to(rows.device)
         if rows.mean is not None:
             centroids = centroids - torch.from_numpy(rows.mean.astype(np.float32)).to(rows.device)
-        assignment = nearest(rows, centroids)
+        mine = rows.part(*rank_range(len(rows), rank(), world_size()))
+        own = nearest(mine, centroids)
+        squared = squared_distances(mine, centroids, own)
         ids = np.flatnonzero(new) if rows.ids is None else rows.ids
-        parent[ids] = assignment
-        distance[ids] = np.sqrt(squared_distances(rows, centroids, assignment))
+        parent[ids] = np.concatenate(all_gather(own))
+        distance[ids] = np.sqrt(np.concatenate(all_gather(squared)))
     return ClusterTree(old.centroids, old.parent | {1: parent}, distance), known
 
 

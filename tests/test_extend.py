@@ -2,6 +2,8 @@
 told.
 """
 
+import shutil
+
 import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
@@ -10,6 +12,7 @@ from curated_data import curate
 from curated_data.cli import main
 from curated_data.errors import CacheError, PoolError
 from curated_data.extend import extend
+from tests.processes import run_ranks
 
 CONFIG = {
     "target_size": 24,
@@ -41,6 +44,25 @@ def test_old_samples_stay_and_new_ones_go_to_the_nearest(write_pool, tmp_path, m
     assert grown.report["drift"]["n_old"] == 44
     assert extend(shards, config, **place).report["cached"] == {"tree": True, "selection": True}
     np.testing.assert_array_equal(extend(shards, config, **place).ids, grown.ids)
+
+
+def extend_by_rank(rank, shards, folder, tree):
+    grown = extend(shards, CONFIG, tree=tree, embedder="pixels:4", cache_dir=folder)
+    np.savez(folder / f"{rank}.npz", ids=grown.ids, parent=grown.tree.parent[1], distance=grown.tree.distance)
+
+
+def test_two_ranks_extend_together(write_pool, tmp_path):
+    shards = write_pool([30, 3000])
+    old = curate(shards[:1], CONFIG, embedder="pixels:4", cache_dir=tmp_path)
+    tree = old.folders["tree"]
+    run_ranks(extend_by_rank, 2, shards, tmp_path, tree)
+    shutil.rmtree(tmp_path / "tree" / sorted({p.name for p in tree.parent.glob("[!.]*")} - {tree.name})[0])
+    alone = extend(shards, CONFIG, tree=tree, embedder="pixels:4", cache_dir=tmp_path)
+    for rank in (0, 1):
+        found = np.load(tmp_path / f"{rank}.npz")
+        np.testing.assert_array_equal(found["parent"], alone.tree.parent[1])
+        np.testing.assert_array_equal(found["distance"], alone.tree.distance)
+        np.testing.assert_array_equal(found["ids"], alone.ids)
 
 
 def test_drift_tells_a_new_domain_from_more_of_the_same(tmp_path, write_pool):
