@@ -286,6 +286,11 @@ def build_once(folder: Path | str, build: Callable[[Path], None]) -> tuple[Path,
     return folder, False
 
 
+def absolute(path: Path | str) -> Path:
+    """A path that stays the same place when the process changes its working directory."""
+    return Path(path).expanduser().absolute()
+
+
 def open_cache(root: Path | str) -> Path:
     """Make or check a cache root: writable, and of this format version. Sweeps temporaries of runs killed
     long ago.
@@ -295,7 +300,7 @@ def open_cache(root: Path | str) -> Path:
     """
     if not str(root):
         raise CacheError("cache_dir: is empty; give a folder")
-    root = Path(root).expanduser().absolute()
+    root = absolute(root)
     with writable(root, makes_folder=True):
         root.mkdir(parents=True, exist_ok=True)
         probe = root / f"{_TEMPORARY}{uuid.uuid4().hex[:12]}-probe"

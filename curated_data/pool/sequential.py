@@ -62,11 +62,11 @@ class SequentialPool(ShardPool):
     @cached_property
     def shards(self) -> list[ShardFile]:
         """Each shard in the state it had when the pool first looked; of a pipe the command is all we know."""
-        files = [url for url in self.urls if not is_pipe(url)]
+        files = [url for url in self._places if not is_pipe(url)]
         states = iter(stat_shards(files, self.storage_options, self.remote))
         return [
             ShardFile(url, 0, "sequential pipe") if is_pipe(url) else _in_sequence(next(states))
-            for url in self.urls
+            for url in self._places
         ]
 
     def iterate(

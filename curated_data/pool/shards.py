@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from curated_data.cache import open_cache
+from curated_data.cache import absolute, open_cache
 from curated_data.errors import PoolError, SampleError
 from curated_data.pool.access import DOWNLOAD, RANGES, RemoteOptions, choose_access
 from curated_data.pool.build import (
@@ -24,7 +24,7 @@ from curated_data.pool.index import PoolIndex, load_pool_index
 from curated_data.pool.reader import LocalReader, ReadCounters
 from curated_data.pool.remote import RemoteReader
 from curated_data.pool.storage import ShardFile, stat_shards
-from curated_data.pool.urls import expand_urls, is_remote
+from curated_data.pool.urls import absolute_url, expand_urls, is_remote
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ class ShardPool:
     ):
         self.storage_options = dict(storage_options or {})
         self.urls = expand_urls(urls, self.storage_options, pipes=self._takes_pipes)
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self._places = [absolute_url(url) for url in self.urls]
+        self.cache_dir = None if cache_dir is None else absolute(cache_dir)
         self.num_workers = num_workers
         self.image_extensions = tuple(extension.lower() for extension in image_extensions)
         self.remote = remote or RemoteOptions()
@@ -91,7 +92,7 @@ class ShardPool:
     @cached_property
     def shards(self) -> list[ShardFile]:
         """Each shard in the state it had when the pool first looked."""
-        return stat_shards(self.urls, self.storage_options, self.remote)
+        return stat_shards(self._places, self.storage_options, self.remote)
 
     @cached_property
     def shard_fingerprints(self) -> list[str]:
@@ -126,7 +127,7 @@ class ShardPool:
         """The same pool with its index kept under another cache, or in memory."""
         pool = object.__new__(type(self))
         pool.__dict__.update(self.__getstate__())
-        pool.cache_dir = None if cache_dir is None else Path(cache_dir)
+        pool.cache_dir = None if cache_dir is None else absolute(cache_dir)
         if pool.cache_dir != self.cache_dir:
             pool._index = pool._index_folder = None
         return pool

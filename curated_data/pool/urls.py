@@ -28,6 +28,11 @@ def is_pipe(url: str) -> bool:
     return url.startswith("pipe:")
 
 
+def absolute_url(url: str) -> str:
+    """A local path from the root on, so that it holds when the process changes its working directory."""
+    return url if is_remote(url) or is_pipe(url) else os.path.abspath(url)
+
+
 def expand_urls(
     urls: str | Path | Sequence[str | Path],
     storage_options: Mapping[str, Any] | None = None,
@@ -61,7 +66,7 @@ def expand_urls(
         expanded.extend(_expand(os.fspath(pattern), storage_options or {}, pipes))
     seen: set[str] = set()
     for url in expanded:
-        place = url if is_remote(url) or is_pipe(url) else os.path.abspath(url)
+        place = absolute_url(url)
         if place in seen:
             raise PoolError(f"{url}: is given twice in the pool's {len(expanded)} shards; name each once")
         seen.add(place)
@@ -117,6 +122,9 @@ def _expand(pattern: str, storage_options: Mapping[str, Any], pipes: bool) -> li
         if remote and "*" in piece:
             found.extend(_glob_remote(piece, storage_options))
         elif not remote and glob.has_magic(piece) and not os.path.isfile(piece):
+            folder, name = os.path.split(piece)
+            if glob.has_magic(folder) and os.path.isdir(folder):  # a folder named so, as "runs [1]"
+                piece = os.path.join(glob.escape(folder), name)
             matches = sorted(path for path in glob.glob(piece, recursive=True) if os.path.isfile(path))
             if not matches:
                 raise missing_shard(piece)

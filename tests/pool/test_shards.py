@@ -117,6 +117,17 @@ class TestUrls:
         path = write_tar("odd[1]{a,b}*.tar", [("a.jpg", b"x")])
         assert ShardPool(path).urls == [str(path)]
 
+    @pytest.mark.parametrize("pattern", ["pool-*.tar", "pool-{000000..000002}.tar", "pool-00000[0-2].tar"])
+    def test_a_folder_may_be_called_like_a_pattern(self, small_pool, tmp_path, pattern):
+        folder = tmp_path / "runs [1] ü"
+        other = tmp_path / "runs 1 ü"  # what a pattern would find
+        for place in (folder, other):
+            place.mkdir()
+        for path in small_pool:
+            shutil.copy(path, folder)
+        shutil.copy(small_pool[0], other)
+        assert ShardPool(folder / pattern).urls == [str(folder / path.name) for path in small_pool]
+
     @pytest.mark.parametrize(
         ("urls", "message"),
         [
@@ -346,3 +357,27 @@ def test_relative_and_absolute_paths_name_the_same_shard(small_pool, monkeypatch
     absolute = ShardPool(small_pool).fingerprint
     monkeypatch.chdir(small_pool[0].parent)
     assert ShardPool([Path(path.name) for path in small_pool]).fingerprint == absolute
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_relative_pool_stays_where_it_was(small_pool, tmp_path, monkeypatch, cached):
+    """When the process changes its working directory, before the pool is first looked at and after."""
+    expected = everything(ShardPool(small_pool))
+    place = tmp_path / "here"
+    place.mkdir()
+    for path in small_pool:
+        shutil.copy(path, place)
+    monkeypatch.chdir(place)
+    names = [path.name for path in small_pool]
+    pools = [ShardPool(names, cache_dir="cache" if cached else None) for _ in range(2)]
+    assert len(pools[0]) == 9
+    monkeypatch.chdir(tmp_path)
+    for pool in pools:
+        assert [sample["__url__"] for sample in pool.read([0, 8])] == [names[0], names[-1]]
+        assert [without_url(s) for s in pool.read(range(9))] == [without_url(s) for s in expected]
+    assert (place / "cache").is_dir() == cached
+    assert not (tmp_path / "cache").exists()
+
+
+def without_url(sample):
+    return {name: value for name, value in sample.items() if name != "__url__"}
