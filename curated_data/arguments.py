@@ -102,6 +102,8 @@ def check_arguments(data: "CuratedDataModule", selection: Ids | None, labels: Id
         optional = name in ("eval_batch_size", "num_workers")
         if not (optional and value is None) and not (isinstance(value, int) and value >= least):
             raise ConfigError(f"{name}: expected an integer of at least {least}, found {value!r}")
+    if not isinstance(data.seed, int):
+        raise ConfigError(f"seed: expected an integer, found {data.seed!r}")
     for name in ("views", "device_views", "eval_transform"):
         value = getattr(data, name)
         if value is not None and not callable(value):

@@ -523,6 +523,7 @@ CURATED = {"curation": {"target_size": 5}, "selection": None, "embedder": Pixels
         ),
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 2.5}, "batch_size"),
+        ({"seed": "a"}, "seed: expected an integer, found 'a'"),
         ({"num_workers": -1}, "num_workers"),
         ({"eval_batch_size": "8"}, "eval_batch_size"),
         ({"shuffle": "yes"}, "shuffle"),

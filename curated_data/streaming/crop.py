@@ -6,6 +6,8 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
+from curated_data.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class CenterCrop:
@@ -20,6 +22,11 @@ class CenterCrop:
     scale: bool = True
 
     def __call__(self, image: Tensor) -> Tensor:
+        if not isinstance(image, Tensor):
+            raise ConfigError(
+                f"views: the default ones take images, and the pool gave a {type(image).__name__}; for texts "
+                "and arrays give `views` (and `eval_transform`) of your own"
+            )
         resized = TF.resize(image, [self.size], antialias=True)
         cropped = TF.center_crop(resized, [self.size, self.size])
         return TF.to_dtype(cropped, torch.float32, scale=True) if self.scale else cropped

@@ -21,6 +21,8 @@ from curated_data.streaming.statistics import BatchReport, Skipped, StreamStatis
 
 OnError = Literal["raise", "skip"]
 
+_FOLLOWING = 16  # samples to look for one among that can be decoded
+
 
 class PoolDataset(Dataset):
     """All samples of a pool by id; `__getitems__` makes a whole batch.
@@ -141,7 +143,9 @@ class PoolDataset(Dataset):
                 self._seeds_all = True
                 skipped.clear()
                 loaded = self._loaded_or_spare(ids, members, seeds, skipped)
-        _fill(loaded, skipped)
+        if all(sample is None for sample in loaded):
+            loaded[0] = self._stand_in(ids[0], seeds[0], skipped) | {"padding": True}
+        _fill(loaded)
         if self.labels is not None:
             found = self.labels.of(np.array([sample["sample_id"] for sample in loaded]))
             for sample, label in zip(loaded, found.tolist(), strict=True):
@@ -195,6 +199,17 @@ class PoolDataset(Dataset):
                 except SampleError as error:
                     loaded[place] = self._skipped(error, members[place], skipped)
         return loaded
+
+    def _stand_in(self, sample_id: int, seed: int, skipped: list[Skipped]) -> dict[str, Any]:
+        """One of the samples that follow in the pool, to pad a batch with of which none can be decoded."""
+        following = [(sample_id + step) % len(self) for step in range(1, min(len(self), _FOLLOWING))]
+        try:
+            return self.spare(following, seed, list(skipped))
+        except SampleError as error:
+            raise SampleError(
+                f"no sample of a batch can be decoded, nor any of the {len(following)} that follow; the "
+                f"first: {skipped[0].reason}"
+            ) from error
 
     def _skipped(self, error: SampleError, members: dict[str, Any], skipped: list[Skipped]) -> None:
         """Count a sample that will not do; to be called where its error is handled."""
@@ -271,11 +286,9 @@ def _decoded_image(image: EncodedImage, members: dict[str, Any], min_size: int |
         raise undecodable(members, image.member, error) from error
 
 
-def _fill(loaded: LoadedSamples, skipped: list[Skipped]) -> None:
+def _fill(loaded: LoadedSamples) -> None:
     """Where nothing may be replaced, as in validation, a skipped place holds padding."""
-    good = next((sample for sample in loaded if sample is not None), None)
-    if good is None:
-        raise SampleError(f"no sample of a batch can be decoded; the first: {skipped[0].reason}")
+    good = next(sample for sample in loaded if sample is not None)
     for place, sample in enumerate(loaded):
         if sample is None:
             loaded[place] = good | {"padding": True}

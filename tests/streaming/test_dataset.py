@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from curated_data.errors import ConfigError, PoolError, SampleError
-from curated_data.pool import ShardPool
+from curated_data.pool import ShardPool, ShardWriter
 from curated_data.streaming import (
     EpochOrder,
     GlobalBatchSampler,
@@ -24,6 +24,7 @@ from curated_data.streaming import (
     StreamPosition,
     collate,
 )
+from curated_data.streaming.crop import CenterCrop
 from curated_data.streaming.generators import generators_kept
 
 
@@ -188,6 +189,13 @@ def test_text_and_arrays_stream_as_images_do(tmp_path):
     assert custom[0]["text"] == "SOME WORDS"
 
 
+def test_default_views_of_what_is_no_image_say_what_to_give(tmp_path):
+    with ShardWriter(tmp_path / "text-%d.tar") as writer:
+        writer.write({"__key__": "a", "txt": "a text"})
+    with pytest.raises(ConfigError, match="the pool gave a str; for texts and arrays give `views`"):
+        PoolDataset(ShardPool(str(tmp_path / "text-0.tar")), CenterCrop(8))[0]
+
+
 def test_views_of_different_shapes_are_one_clear_error(write_pool):
     dataset = PoolDataset(
         ShardPool(write_pool([4])), lambda image: torch.zeros(int(torch.randint(2, 50, (1,))))
@@ -259,6 +267,23 @@ def test_in_validation_a_skipped_sample_is_padding(write_pool):
     assert [len(batch["sample_id"]) for batch in batches] == [4, 3]
     real = torch.cat([batch["sample_id"][~batch["padding"]] for batch in batches])
     assert real.tolist() == [0, 1, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("n_bad", [2, 5])
+def test_in_validation_a_batch_of_skipped_samples_is_padding(write_pool, n_bad):
+    """Also at the pool's end; where all are broken there is nothing to pad with."""
+    pool = ShardPool(write_pool([5], bad={(0, 4 - place): b"broken" for place in range(n_bad)}))
+    dataset = PoolDataset(pool, noisy, on_error="skip", max_skipped=1.0)
+    order = EpochOrder(5, seed=0, batch_size=1, shuffle="none", last_batch="short")
+    sampler = GlobalBatchSampler(None, 1, False, order=order, rank=0, world_size=1)
+    loader = StreamLoader(dataset, batch_sampler=sampler, collate_fn=collate)
+    if n_bad == 5:
+        with pytest.raises(SampleError, match="no sample of a batch can be decoded, nor any of the 4"):
+            list(loader)
+        return
+    batches = list(loader)
+    assert [batch["padding"].tolist() for batch in batches] == [[False]] * 3 + [[True]] * 2
+    assert dataset.statistics.n_skipped == 2
 
 
 def test_too_many_skipped_are_an_error(write_pool):
