@@ -305,10 +305,11 @@ def _export(parsed: argparse.Namespace) -> None:
 
 
 def _report(parsed: argparse.Namespace) -> None:
-    from curated_data.report.page import write_report
+    from curated_data.report.page import check_arrays, write_report
 
     arrays = {name: _array(getattr(parsed, name), name) for name in ("coordinates", "labels")}
     names = _class_names(parsed.class_names)
+    check_arrays(len(_pool(parsed)), **arrays)
     pool, curation = _run_curation(parsed)
     print(write_report(curation, pool, parsed.out, title=parsed.title, class_names=names, **arrays))
 

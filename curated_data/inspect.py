@@ -1,6 +1,8 @@
 """What a cache folder holds, and why: each artifact with its size, age and the inputs that named it."""
 
 import contextlib
+import os
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,27 +82,29 @@ def verify_cache(cache_dir: str | Path) -> list[str]:
     for manifest in sorted(root.glob(f"[!.]*/[!.]*/**/{MANIFEST}")):
         if any(part.startswith(".") for part in manifest.relative_to(root).parts):
             continue
-        with _collected(problems):
+        with _collected(problems, manifest):
             check_artifact(manifest.parent)
     for details in sorted(root.glob("embeddings/[!.]*/*.json")):
-        with _collected(problems):
+        with _collected(problems, details):
             check_shard(details.parent, details.stem)
     return problems
 
 
 @contextlib.contextmanager
-def _collected(problems: list[str]) -> Iterator[None]:
+def _collected(problems: list[str], manifest: Path) -> Iterator[None]:
+    """Keep what is wrong with an artifact, unless a run has taken it away meanwhile."""
     try:
         yield
     except CacheError as error:
-        problems.append(str(error))
+        if manifest.exists():
+            problems.append(str(error))
 
 
 def _artifact(stage: str, folder: Path) -> Artifact:
-    files = [path for path in folder.rglob("*") if path.is_file() and ".locks" not in path.parts]
+    files = dict(_sizes(folder))
     manifest = folder / MANIFEST
     if stage == "embeddings":
-        shards = [path for path in files if path.suffix == ".json"]
+        shards = [path for path in files if path.suffix == ".json" and path.name[0] != "."]
         details = [read_json(path) for path in shards]
         content: dict[str, Any] = {
             "embedder": next((item.get("embedder") for item in details), None),
@@ -115,11 +119,22 @@ def _artifact(stage: str, folder: Path) -> Artifact:
     return Artifact(
         stage=stage,
         name=folder.name,
-        size=sum(path.stat().st_size for path in files),
-        modified=max((path.stat().st_mtime for path in files), default=folder.stat().st_mtime),
+        size=sum(status.st_size for status in files.values()),
+        modified=max((status.st_mtime for status in files.values()), default=time.time()),
         details={name: value for name, value in content.items() if name not in ("stage", "format", "files")},
         complete=complete,
     )
+
+
+def _sizes(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The files of an artifact, but for its locks and what a run at work takes away meanwhile."""
+    for place, folders, names in os.walk(folder):  # which passes over folders that are gone
+        folders[:] = [name for name in folders if name != ".locks"]
+        for path in map(Path(place).joinpath, names):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                if stat.S_ISREG(status.st_mode):
+                    yield path, status
 
 
 def age(seconds_since_epoch: float) -> str:

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from curated_data.cache import MANIFEST, load_npy, open_cache, read_array, read_manifest
+from curated_data.cache import MANIFEST, absolute, load_npy, read_array, read_manifest
 from curated_data.clustering.hierarchy import Level
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig
 from curated_data.embedding import EmbeddingStore
 from curated_data.errors import CacheError
+from curated_data.inspect import check_is_cache
 from curated_data.pipeline import Curation
 from curated_data.report.metrics import cluster_balance
 
@@ -35,7 +36,8 @@ def open_curation(cache_dir: str | Path, selection: str) -> Curation:
     Raises:
         CacheError: no such selection, or its tree or embeddings are no longer in the cache.
     """
-    root = open_cache(cache_dir)
+    root = absolute(cache_dir)  # nothing is written there, so it may be another's
+    check_is_cache(root)
     folders = {"selection": root / "selection" / selection}
     if not (folders["selection"] / MANIFEST).exists():
         known = ", ".join(selections(root)[:5]) or "none"

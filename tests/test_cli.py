@@ -36,11 +36,13 @@ def test_the_walk_by_commands(write_pool, tmp_path, capsys):
     assert len(ids) == 15
 
     why = ["inspect", cache, "--sample"]
+    changed = (tmp_path / "cache").stat().st_mtime_ns  # nothing is written to look: it may be another's
     for sample in (int(ids[0]), int(np.setdiff1d(np.arange(55), ids)[0])):
         assert main([*why, str(sample)]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line.split(":")[0] for line in lines[1:3]] == ["Level 2", "Level 1"]
         assert lines[3].startswith(f"Sample {sample} was {'' if sample in ids else 'not '}selected")
+    assert (tmp_path / "cache").stat().st_mtime_ns == changed
     assert main([*why, "55"]) == 2
     assert "the pool has ids 0 to 54" in capsys.readouterr().err
     assert main([*why, "1", "--selection", "abc"]) == 2
@@ -63,8 +65,16 @@ def test_the_walk_by_commands(write_pool, tmp_path, capsys):
     assert '"names":["even","odd"]' in text
     assert '"before":[28,27]' in text
     assert '"made_by":"t-SimCNE"' in text
+    assert '"embedder":"pixels:4"' in text
     assert main(["report", *shards, *place, *CURATION, "--labels", str(tmp_path / "names.txt")]) == 2
     assert "cannot be read as a .npy file" in capsys.readouterr().err
+    # Arrays of another pool are refused before anything long, such as another embedding, begins.
+    np.save(tmp_path / "labels.npy", np.arange(54))
+    before = set((tmp_path / "cache" / "embeddings").iterdir())
+    other = ["--embedder", "pixels:2", "--target-size", "15", "--labels", str(tmp_path / "labels.npy")]
+    assert main(["report", *shards, *place, *other]) == 2
+    assert "labels need shape (55,), got (54,)" in capsys.readouterr().err
+    assert set((tmp_path / "cache" / "embeddings").iterdir()) == before
 
     assert main(["inspect", cache]) == 0
     shown = capsys.readouterr().out

@@ -84,8 +84,10 @@ class EmbeddingStore:
 
     @property
     def embedder(self) -> str:
-        """The name of what embedded the shards, for people: `fingerprint` is what tells embedders apart."""
-        return ", ".join(sorted({details["embedder"] for details in self._details if "embedder" in details}))
+        """The name of what embedded the first shard, for people; `fingerprint` is what tells embedders
+        apart.
+        """
+        return _read_shard_details(self.folder, self.shard_fingerprints[0]).get("embedder", "")
 
     @property
     def valid(self) -> np.ndarray:

@@ -78,10 +78,7 @@ def write_report(
         CacheError: the path cannot be written.
     """
     n = len(pool)
-    if coordinates is not None and np.shape(coordinates) != (n, 2):
-        raise ValueError(f"coordinates need shape ({n}, 2), got {np.shape(coordinates)}")
-    if labels is not None and np.shape(labels) != (n,):
-        raise ValueError(f"labels need shape ({n},), got {np.shape(labels)}")
+    check_arrays(n, coordinates=coordinates, labels=labels)
     if curation.tree.n_samples != n:
         raise ValueError(f"the curation is of {curation.tree.n_samples} samples, the pool has {n}")
     if labels is None and "cls" in pool.index().extensions:
@@ -127,6 +124,18 @@ def write_report(
         temporary.write_text(page, encoding="utf-8")
     log.info("report: %s, %.1f MB", path, path.stat().st_size / 1e6)
     return path
+
+
+def check_arrays(n: int, *, coordinates: np.ndarray | None, labels: np.ndarray | None) -> None:
+    """Refuse what `write_report` is given beside a curation of n samples, before that is made.
+
+    Raises:
+        ValueError: an array whose length is not the pool's.
+    """
+    if coordinates is not None and np.shape(coordinates) != (n, 2):
+        raise ValueError(f"coordinates need shape ({n}, 2), got {np.shape(coordinates)}")
+    if labels is not None and np.shape(labels) != (n,):
+        raise ValueError(f"labels need shape ({n},), got {np.shape(labels)}")
 
 
 class _Images:
@@ -269,7 +278,10 @@ def class_names_beside(pool: "ShardPool") -> list[str] | None:
     path = Path(pool.urls[0]).parent / "classes.json"
     if "://" in str(pool.urls[0]) or not path.is_file():
         return None
-    names = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON list of class names ({error}); mend it, or remove it") from error
     return [str(name) for name in names]
 
 
