@@ -12,12 +12,13 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from curated_data.cache import open_cache
 from curated_data.clustering.tree import EXCLUDED
 from curated_data.datamodule import CuratedDataModule
-from curated_data.distributed import all_reduce, is_distributed, rank
+from curated_data.distributed import all_reduce, broadcast, is_distributed, rank
 from curated_data.embedding import Embedder, resolve_embedder
 from curated_data.embedding.sharded import unsharded
 from curated_data.errors import CacheError, ConfigError
@@ -47,7 +48,8 @@ class RecurationCallback(pl.Callback):
     Args:
         every_n_epochs: re-curate at the end of every n-th epoch.
         every_n_steps: at the end of the first epoch by which n optimizer steps were made since the last time.
-        monitor: at the end of an epoch by which this logged metric has not improved for `patience` epochs.
+        monitor: at the end of an epoch by which this logged metric has not improved for `patience` epochs;
+            of several ranks the first one's value counts.
         mode: "min" or "max", the better direction of the metric.
         patience: see `monitor`.
         start_epoch: not before this epoch has ended, counted from 0.
@@ -113,9 +115,13 @@ class RecurationCallback(pl.Callback):
         self._last_step = 0
         self._best: float | None = None
         self._epochs_without_gain = 0
-        self._unfinished: dict[str, int] | None = None  # an epoch whose batches are done but whose end is not
+        # An epoch whose batches are done, and whose end is not, or left a re-curation to whoever goes on.
+        self._unfinished: dict[str, int] | None = None
         self._artifacts: list[str] = []  # of the last re-curation, relative to the cache
         self._selection: str | None = None  # the name of its selection in the cache
+        self._resuming: tuple[pl.Trainer, pl.LightningModule] | None = None
+        self._is_loaded = False  # and not begun to train
+        self._made_up: int | None = None  # the epoch that was ended as the run resumed
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -135,15 +141,17 @@ class RecurationCallback(pl.Callback):
                     "`embedder`, a function from the module to what embeds"
                 )
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._resuming = trainer, pl_module  # for `load_state_dict`, which follows
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restore(_datamodule(trainer))
-        # A checkpoint written after an epoch's last batch: Lightning resumes with the next epoch and never
-        # ends this one, so its re-curation is made up for here, before the loader is built.
-        if self._unfinished is not None:
-            epoch, step = self._unfinished["epoch"], self._unfinished["step"]
-            figures = self._end_epoch(trainer, pl_module, epoch, step)
-            for logger in trainer.loggers if figures else ():
-                logger.log_metrics(figures, step=step)
+        resumes, self._is_loaded = self._is_loaded, False
+        if self._unfinished is not None and not resumes and trainer.global_step != self._unfinished["step"]:
+            self._unfinished = None  # of an earlier run of another Trainer
+        self._make_up(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -152,6 +160,10 @@ class RecurationCallback(pl.Callback):
             self._unfinished = {"epoch": trainer.current_epoch, "step": trainer.global_step}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        made_up, self._made_up = self._made_up, None
+        if made_up == trainer.current_epoch:
+            self._unfinished = None
+            return
         figures = self._end_epoch(trainer, pl_module, trainer.current_epoch, trainer.global_step)
         if figures:
             pl_module.log_dict(figures, rank_zero_only=True)
@@ -175,6 +187,25 @@ class RecurationCallback(pl.Callback):
         self._unfinished = state_dict["unfinished"]
         self._artifacts = state_dict["artifacts"]
         self._selection = state_dict.get("selection")
+        self._is_loaded = True
+        if self._resuming is not None:
+            (trainer, pl_module), self._resuming = self._resuming, None
+            self._restore(_datamodule(trainer))
+            if trainer.strategy.restore_checkpoint_after_setup:  # and so after `on_fit_start`
+                self._is_loaded = False
+                self._make_up(trainer, pl_module)
+
+    def _make_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End an epoch that was saved after its last batch, before the loader is built.
+
+        Lightning does so itself only where it was saved after a validation: then once is enough.
+        """
+        if self._unfinished is not None:
+            epoch, step = self._unfinished["epoch"], self._unfinished["step"]
+            self._made_up = epoch
+            figures = self._end_epoch(trainer, pl_module, epoch, step)
+            for logger in trainer.loggers if figures else ():
+                logger.log_metrics(figures, step=step)
 
     def _end_epoch(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, step: int
@@ -182,6 +213,9 @@ class RecurationCallback(pl.Callback):
         """Re-curate if it is time; the figures to log, none where nothing was done."""
         self._unfinished = None
         if not self._is_due(trainer, epoch, step):
+            return {}
+        if _has_ended(trainer, epoch, step):  # nothing will be trained on it, unless the run is extended
+            self._unfinished = {"epoch": epoch, "step": step}
             return {}
         started = time.monotonic()
         data = _datamodule(trainer)
@@ -217,6 +251,8 @@ class RecurationCallback(pl.Callback):
     def _restore(self, data: CuratedDataModule) -> None:
         """Have a resumed run's data module show the re-curation that it streams, not the first curation."""
         current = data.curation.folders["selection"].name if data.curation is not None else None
+        if self._selection is None:
+            data.curation = data.base_curation
         if self._selection in (None, current):
             return
         try:
@@ -230,8 +266,6 @@ class RecurationCallback(pl.Callback):
         stalled = self._has_stalled(trainer)  # counts every epoch, due or not
         if epoch < self.start_epoch or (self.most is not None and self.n_recurations >= self.most):
             return False
-        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch + 1:
-            return False  # nothing will be trained on it
         if self.every_n_epochs is not None:
             return (epoch + 1) % self.every_n_epochs == 0
         if self.every_n_steps is not None:
@@ -239,15 +273,20 @@ class RecurationCallback(pl.Callback):
         return stalled
 
     def _has_stalled(self, trainer: pl.Trainer) -> bool:
-        if (
-            self.monitor is None or not trainer.callback_metrics
-        ):  # none at all: resuming, nothing is logged yet
+        if self.monitor is None:
             return False
-        if self.monitor not in trainer.callback_metrics:
-            known = ", ".join(sorted(trainer.callback_metrics)) or "none"
+        logged = trainer.callback_metrics
+        told = np.array([len(logged) > 0, self.monitor in logged, float(logged.get(self.monitor, 0))])
+        # By rank zero's word: ranks that log unlike values, or none, must not go unlike ways.
+        any_logged, found, value = broadcast(told).tolist()
+        if not any_logged:  # resuming, nothing is logged yet
+            return self._epochs_without_gain >= self.patience
+        if not found:
+            known = ", ".join(sorted(logged)) or "none"
             raise ConfigError(f"RecurationCallback.monitor: nothing logs {self.monitor!r}; logged: {known}")
-        value = float(trainer.callback_metrics[self.monitor])
-        better = self._best is None or (value < self._best if self.mode == "min" else value > self._best)
+        better = not math.isnan(value) and (
+            self._best is None or (value < self._best if self.mode == "min" else value > self._best)
+        )
         if better:
             self._best, self._epochs_without_gain = value, 0
         else:
@@ -313,6 +352,12 @@ def _datamodule(trainer: pl.Trainer) -> CuratedDataModule:
             f"RecurationCallback: needs `trainer.fit(module, datamodule=CuratedDataModule(...))`, got {kind}"
         )
     return data
+
+
+def _has_ended(trainer: pl.Trainer, epoch: int, step: int) -> bool:
+    """Whether a limit of the Trainer ends the run with this epoch."""
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    return (epochs is not None and 0 <= epochs <= epoch + 1) or 0 <= steps <= step
 
 
 def _agree_on_buffers(module: nn.Module) -> None:

@@ -21,6 +21,7 @@ from curated_data.arguments import (
     load_labels,
     open_pool,
 )
+from curated_data.cache import absolute
 from curated_data.config import CurationConfig, load_config
 from curated_data.pool import ShardPool
 from curated_data.pool.urls import is_remote
@@ -38,7 +39,9 @@ from curated_data.trainer import (
     cores_a_rank,
     end_resumed_epoch,
     epochs_to_come,
+    forget_loader,
     from_module,
+    is_between_epochs,
     n_trained,
     ranks,
     setting,
@@ -154,7 +157,7 @@ class CuratedDataModule(pl.LightningDataModule):
         slow_after: float = 60.0,
     ) -> None:
         super().__init__()
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.cache_dir = None if cache_dir is None else absolute(cache_dir)
         self.pool = open_pool(pool, cache_dir)
         self.val_pool = None if val_pool is None else open_pool(val_pool, cache_dir)
         self.curation_config = None if curation is None else load_config(curation)
@@ -194,9 +197,7 @@ class CuratedDataModule(pl.LightningDataModule):
         if device_views is not None:
             # On the instance, as Lightning asks: with the hook in the class, a module's own would never run.
             self.on_after_batch_transfer = self._make_device_views
-        if val_pool is None and type(self).val_dataloader is CuratedDataModule.val_dataloader:
-            # As if there were no such method: a Trainer warns of one where the module has no validation_step.
-            self.val_dataloader = super().val_dataloader
+        self._hide_val_dataloader()
 
     @property
     def selection(self) -> np.ndarray | None:
@@ -280,7 +281,7 @@ class CuratedDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream: what was trained on, not what workers have fetched ahead."""
-        return self._stream.state_dict()
+        return self._stream.state_dict(self.trainer is not None and is_between_epochs(self.trainer))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken.
@@ -292,6 +293,21 @@ class CuratedDataModule(pl.LightningDataModule):
         if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
             self._stream.load_state_dict(state_dict, self.trainer)
             self._follow_selection()
+            if self.trainer is not None:
+                forget_loader(self.trainer)
+
+    def _hide_val_dataloader(self) -> None:
+        if self.val_pool is None and type(self).val_dataloader is CuratedDataModule.val_dataloader:
+            # As if there were no such method: a Trainer warns of one where the module has no validation_step.
+            self.val_dataloader = super().val_dataloader
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A method that hides another would be pickled by its name, and come back as the one that it hides.
+        return {name: value for name, value in self.__dict__.items() if name != "val_dataloader"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._hide_val_dataloader()
 
     def _select(self) -> None:
         if self._is_set_up:

@@ -6,6 +6,11 @@ import threading
 import time
 
 
+def n_cores() -> int:
+    """CPU cores that this process may use; where the system does not say (macOS), all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def end_with_parent(parent: int) -> None:
     """As the initializer of a pool's workers: leave Ctrl-C to the parent, and end when it is gone.
 

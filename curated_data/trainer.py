@@ -1,12 +1,12 @@
 """What the data module asks the Trainer that it is attached to, which may be none, and what it tells it."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 
 from curated_data.distributed import rank, world_size
+from curated_data.processes import n_cores
 
 
 def ranks(trainer: pl.Trainer | None) -> tuple[int, int]:
@@ -17,7 +17,7 @@ def ranks(trainer: pl.Trainer | None) -> tuple[int, int]:
 def cores_a_rank(trainer: pl.Trainer | None) -> int:
     """CPU cores that this rank may count as its own."""
     n_local = 1 if trainer is None else trainer.num_devices
-    return max(1, len(os.sched_getaffinity(0)) // n_local)
+    return max(1, n_cores() // n_local)
 
 
 def setting(trainer: pl.Trainer | None, name: str) -> Any:
@@ -35,6 +35,21 @@ def from_module(trainer: pl.Trainer | None, name: str) -> Callable[[Any], Any] |
 def n_trained(trainer: pl.Trainer) -> int:
     """Batches whose optimizer step is done."""
     return trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+
+def is_between_epochs(trainer: pl.Trainer) -> bool:
+    """Whether the Trainer has taken the last batch of its epoch, and none of the next."""
+    epochs = trainer.fit_loop.epoch_progress.current
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or epochs.processed == epochs.ready > 0
+
+
+def forget_loader(trainer: pl.Trainer) -> None:
+    """Have the Trainer ask for the training loader again, where it holds one from before it resumed.
+
+    Strategies that restore a checkpoint late (FSDP, ModelParallel, DeepSpeed) have by then let a module ask
+    for its `estimated_stepping_batches`, for which the loader is made and begins to be read.
+    """
+    trainer.fit_loop._combined_loader = None  # as Lightning's own learning rate finder does
 
 
 def epochs_to_come(trainer: pl.Trainer | None, n_batches: int) -> int:

@@ -26,7 +26,7 @@ from curated_data.pool.index import (
 from curated_data.pool.storage import ShardFile, check_unchanged
 from curated_data.pool.tar import Source, local_source
 from curated_data.pool.urls import is_remote
-from curated_data.processes import end_with_parent
+from curated_data.processes import end_with_parent, n_cores
 from curated_data.progress import progress
 
 log = logging.getLogger(__name__)
@@ -170,8 +170,7 @@ def _workers(num_workers: int | None, remote: bool) -> int:
         return max(1, num_workers)
     if remote:
         return 16
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // world_size())
+    return max(1, n_cores() // world_size())
 
 
 def _report(pool: PoolIndex, n_shards: int, n_indexed: int, seconds: float) -> None:

@@ -79,6 +79,7 @@ class TrainingStream:
         self.order: EpochOrder | None = None
         self.resumed_between_selections = False
         self._settings: Hashable = None  # that the order was made with
+        self._first: np.ndarray | None = None  # what a run selects by itself
         self._selected: np.ndarray | None = None
         self._name: str | Tensor | None = None  # how checkpoints name it; None: whoever resumes has it
         self._next: tuple[np.ndarray, str | Tensor] | None = None
@@ -97,6 +98,7 @@ class TrainingStream:
 
     def start_with(self, ids: np.ndarray | None) -> None:
         """Stream what a resumed run selects by itself; a checkpoint's or `replace`'s goes before."""
+        self._first = ids
         if self._name is None:
             self._selected = ids
 
@@ -107,10 +109,12 @@ class TrainingStream:
             name = fingerprint(selection=ids)
             if not self._path(name).exists():
                 atomic_save(self._path(name), ids)
-        if self.order is None:
-            self._selected, self._name = ids, name
-        else:
+        if self.order is not None or self._resumes_inside:
             self._next = ids, name
+            return
+        self._selected, self._name = ids, name
+        if self._loaded is not None:
+            self._begin_resumed_epoch()
 
     def prepare(
         self, owner: object, settings: Hashable, build: Callable[[np.ndarray | None], EpochOrder]
@@ -128,10 +132,11 @@ class TrainingStream:
         """
         self._attach(owner)
         if self._next is not None and self.order is not None:
-            n_batches = self.order.n_batches
-            resumes_inside = self.position.now(n_batches)[1] > 0 and not self.position.moved
-            if not resumes_inside:
+            n_batches, resumes = self.order.n_batches, not self.position.moved
+            between = self._loaded is not None and not self._resumes_inside
+            if not resumes or between or self.position.now(n_batches)[1] == 0:
                 self.position.skip_to_epoch(n_batches)
+                self.resumed_between_selections |= resumes and between and self._loaded["n_trained"] > 0
                 self._loaded = None
                 (self._selected, self._name), self._next = self._next, None
                 self.order = None
@@ -140,19 +145,23 @@ class TrainingStream:
         self._check_resumed(self.order)
         return self.order
 
-    def state_dict(self) -> dict[str, Any]:
-        """The place in the stream: what was trained on, not what was fetched ahead."""
-        if self.order is None:
-            return {}
-        epoch, batch = self.position.now(self.order.n_batches)
-        return {
+    def state_dict(self, between_epochs: bool = False) -> dict[str, Any]:
+        """The place in the stream: what was trained on, not what was fetched ahead.
+
+        Args:
+            between_epochs: the training loop has ended its epoch, at whatever place of ours.
+        """
+        names = {"selection": self._name, "next_selection": None if self._next is None else self._next[1]}
+        if self.order is None and self._loaded is not None:  # nothing was trained since
+            return self._loaded | names
+        epoch, batch = (0, 0) if self.order is None else self.position.now(self.order.n_batches)
+        return names | {
             "epoch": epoch,
             "batch": batch,
-            "global_batch_size": self.order.batch_size,
-            "order": self.order.fingerprint,
+            "global_batch_size": None if self.order is None else self.order.batch_size,
+            "order": None if self.order is None else self.order.fingerprint,
             "n_trained": self.position.n_trained(),
-            "selection": self._name,
-            "next_selection": None if self._next is None else self._next[1],
+            "between_epochs": between_epochs,
         }
 
     def load_state_dict(self, state: dict[str, Any], owner: object) -> None:
@@ -163,19 +172,33 @@ class TrainingStream:
         """
         if not state:
             return
-        if state["selection"] is not None:
-            self._selected, self._name = self._find(state["selection"]), state["selection"]
+        name = state["selection"]
+        self._selected, self._name = self._first if name is None else self._find(name), name
         self._next = None
         if state["next_selection"] is not None:
             self._next = self._find(state["next_selection"]), state["next_selection"]
-            if state["batch"] == 0:  # written after an epoch's last batch: nothing of the old one is to come
-                (self._selected, self._name), self._next = self._next, None
-                self.resumed_between_selections = True
         self.order = None
         self._loaded = state
         self._owner = owner if owner is not None else _NOBODY
         # A Trainer restores its loops, and with them the count, after this, and may ask for a loader before.
         self.position.restart(state["epoch"], state["batch"], None if owner is None else state["n_trained"])
+        if self._next is not None and not self._resumes_inside:
+            (self._selected, self._name), self._next = self._next, None
+            self._begin_resumed_epoch()
+
+    @property
+    def _resumes_inside(self) -> bool:
+        """Whether a state was loaded that was taken within an epoch, of which there is more to come."""
+        state = self._loaded
+        return state is not None and state["batch"] > 0 and not state.get("between_epochs", False)
+
+    def _begin_resumed_epoch(self) -> None:
+        """After a state that was taken between two epochs: the next one has another selection."""
+        epoch = self._loaded["epoch"] + (self._loaded["batch"] > 0)
+        self._loaded = {**self._loaded, "epoch": epoch, "batch": 0}
+        n_trained = None if self._owner is _NOBODY else self._loaded["n_trained"]
+        self.position.restart(epoch, 0, n_trained)
+        self.resumed_between_selections = self._loaded["n_trained"] > 0
 
     def _attach(self, owner: object) -> None:
         if self._owner is owner:
