@@ -60,7 +60,7 @@ class Rated(Listing):
 def test_a_search_for_a_learning_rate_leaves_the_stream_where_it_was(folder, tmp_path):
     kept = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     module, loaded, run = Rated(), data(folder, 1), trainer(folder, 1, callbacks=[kept])
-    Tuner(run).lr_find(module, datamodule=loaded, num_training=12)
+    Tuner(run).lr_find(module, datamodule=loaded, num_training=12, early_stop_threshold=None)
     assert len(module.trained) == 12
     module.trained.clear()
     run.fit(module, loaded)
