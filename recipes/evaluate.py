@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure as Drawing
 from rich.console import Console
 from rich.markdown import Markdown
@@ -49,7 +50,7 @@ def main() -> int:
     parser.add_argument("--cache-dir", default="runs/cache", help="(default: %(default)s)")
     parser.add_argument("--out", default="runs/evaluation", help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="of embedder and heads (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="of embedder and heads (default: %(default)s)")
     options = parser.parse_args()
     log_to_terminal()
     try:
@@ -64,6 +65,9 @@ def run(options: argparse.Namespace) -> int:
     names = list(dict.fromkeys(options.embedders))
     if options.compare and len(names) < 2:
         raise ConfigError("--compare: give two embedders or more, the first is what others are compared with")
+    if options.workers < 0:
+        raise ConfigError(f"--workers: expected 0 or more, got {options.workers}")
+    options.device = usable_device(options.device)
     suite = load_suite(options.suite)
     cache, out = open_cache(options.cache_dir), Path(options.out)
     parts, missing = open_suite(suite, Path(options.root), cache)
@@ -80,6 +84,21 @@ def run(options: argparse.Namespace) -> int:
         print(f"not evaluated, {line}", file=sys.stderr)
     print(f"{out / 'table.md'}, {out / 'results.json'}, {out / 'results.csv'}, {out / 'results.png'}")
     return 1 if missing else 0
+
+
+def usable_device(device: str) -> str:
+    """The device, or for "auto" the GPU if there is one.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch that was built without it asserts
+        raise ConfigError(f"--device {device}: cannot be used ({first_line(error)})") from error
+    return device
 
 
 def evaluate_all(

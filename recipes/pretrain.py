@@ -25,7 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
 from curated_data import CuratedDataModule
-from curated_data.errors import CuratedDataError
+from curated_data.errors import ConfigError, CuratedDataError
 from curated_data.plan import Stage, duration, plan, plan_tables
 
 _PROBE_STEPS = 8
@@ -51,8 +51,21 @@ def main(
     )
 
 
-class Pretrain(LightningCLI):
-    """LightningCLI with `--dry-run`."""
+class RecipeCLI(LightningCLI):
+    """LightningCLI that says in one line what a module or the data does not take."""
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # The parser tries each type of a setting in turn, and tells of all of them and of every value.
+            if isinstance(error.__cause__, ValueError) and not isinstance(error, CuratedDataError):
+                raise ConfigError(str(error.__cause__)) from error
+            raise
+
+
+class Pretrain(RecipeCLI):
+    """The command line with `--dry-run`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(

@@ -96,8 +96,9 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
     cache = open_cache(out / "cache")
     data = choose_data(options)
-    if options.epochs < 1 or options.workers < 0:
-        raise ConfigError(f"--epochs {options.epochs}, --workers {options.workers}: need an epoch or more")
+    for name, least in (("epochs", 1), ("workers", 0), ("target_size", 1), ("image_size", 1)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
     if data.test:  # built here once, not first after minutes of curation
         try:
             SimCLR(**simclr_settings(data, options.backbone))

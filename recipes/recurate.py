@@ -14,7 +14,7 @@ import sys
 
 import lightning
 import numpy as np
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
 
@@ -45,8 +45,8 @@ class History(lightning.Callback):
         self.perplexities.append(lowest.get("selected_perplexity", float("nan")))
 
 
-class RecurationCLI(LightningCLI):
-    """LightningCLI with the callback's settings beside the trainer's."""
+class RecurationCLI(pretrain.RecipeCLI):
+    """The command line with the callback's settings beside the trainer's."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RecurationCallback, "recuration")

@@ -46,6 +46,19 @@ def test_a_misspelt_field_is_named_before_anything_starts(monkeypatch):
         pretrain.main(["fit", *BASE, "--config", config, "--data.curation.target_sise", "3"])
 
 
+def test_what_a_module_does_not_take_is_said_in_one_line(monkeypatch, tmp_path, write_pool):
+    write_pool([4])
+    monkeypatch.chdir(tmp_path)
+    config = str(ROOT / "configs" / "pretrain" / "simclr_fashion.yaml")
+    arguments = ["fit", *BASE, "--config", config, "--data.pool", str(tmp_path / "pool-*.tar")]
+    for name, value, message in (
+        ("temperature", "-1", "^temperature must be positive, got -1.0$"),
+        ("backbone", "rsnet18", "^timm has no model 'rsnet18'; did you mean"),
+    ):
+        with pytest.raises(CuratedDataError, match=message):
+            pretrain.main([*arguments, f"--model.init_args.{name}", value])
+
+
 def test_a_config_trains(monkeypatch, tmp_path, write_pool):
     shards = write_pool([40, 24])
     monkeypatch.chdir(tmp_path)

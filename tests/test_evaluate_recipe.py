@@ -182,8 +182,8 @@ datasets:
 
 
 def run(monkeypatch, suite: Path, root: Path, folder: Path, *embedders: str) -> int:
-    arguments = [*embedders, "--suite", suite, "--root", root, "--cache-dir", folder / "cache",
-                 "--out", folder / "out", "--workers", 0]  # fmt: skip
+    arguments = ["--suite", suite, "--root", root, "--cache-dir", folder / "cache",
+                 "--out", folder / "out", "--workers", 0, *embedders]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
     return evaluate.main()
 
@@ -261,6 +261,9 @@ def test_missing_folders_and_bad_suites_are_named(root, tmp_path, monkeypatch, c
     assert f"city: {root / 'cs' / 'leftImg8bit' / 'train'} is not there: put Cityscapes'" in errors
     assert run(monkeypatch, tmp_path / "suite.yaml", root, tmp_path, "pixels:2", "--compare") == 2
     assert "two embedders" in capsys.readouterr().err
+    for option, value in (("--workers", "-1"), ("--device", "abacus")):
+        assert run(monkeypatch, tmp_path / "suite.yaml", root, tmp_path, "pixels:2", option, value) == 2
+        assert f"evaluate: {option}" in capsys.readouterr().err
     for content in ("datasets: [a]", "datasets:", "[1, 2]", "name: x"):
         (tmp_path / "bad.yaml").write_text(content)
         with pytest.raises(ConfigError, match="no datasets; list them below"):
