@@ -6,7 +6,8 @@ Trains each small setting of configs/pretrain on the long-tailed Fashion-MNIST s
 4,196 images of 28 x 28, labels unused) and classifies the 1,500 balanced held-out images by their nearest
 neighbours among the training images, before and after. The configs train on a curated selection of 1,000;
 here whatever they count in epochs is less by that share, so that the steps are as many. Prints a Markdown
-table; a second run goes on from what `--out` holds. `--map PATH` also draws t-SimCNE's map.
+table; a second run goes on from what `--out` holds, so another `--longer` takes another. `--map PATH` also
+draws t-SimCNE's map.
 """
 
 import argparse
@@ -45,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*METHODS, "sp2ot"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--longer", type=int, default=1, help="train so many times as long as the configs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="keep what is measured; a second run goes on from it")
     parser.add_argument("--map", type=Path, help="where the map of t-SimCNE's first seed is drawn")
@@ -59,7 +61,7 @@ def main() -> None:
         for method in arguments.methods:
             if f"{method} {seed}" not in kept:
                 map_path = arguments.map if seed == 0 else None
-                kept[f"{method} {seed}"] = measure(method, seed, train, test, map_path)
+                kept[f"{method} {seed}"] = measure(method, seed, train, test, arguments.longer, map_path)
                 if arguments.out:
                     arguments.out.write_text(json.dumps(kept, indent=1))
             print(f"{method} {seed}: {json.dumps(kept[f'{method} {seed}'])}", flush=True)
@@ -77,10 +79,12 @@ def main() -> None:
         print(f"\nt-SimCNE, 15-NN on the 2-D map: {np.mean(maps):.1f} ± {np.std(maps):.1f} %")
 
 
-def measure(method: str, seed: int, train: Images, test: Images, map_path: Path | None) -> dict[str, Any]:
+def measure(
+    method: str, seed: int, train: Images, test: Images, longer: int, map_path: Path | None
+) -> dict[str, Any]:
     """Figures of one training: CPU minutes and k-NN in %, in the order of `COLUMNS`."""
     L.seed_everything(seed, verbose=False)
-    module, batch_size, epochs = build(method, len(train[0]))
+    module, batch_size, epochs = build(method, len(train[0]), longer)
     before = score(module, train, test)
     seconds = fit(module, train[0], batch_size, epochs)
     after = score(module, train, test)
@@ -95,16 +99,17 @@ def measure(method: str, seed: int, train: Images, test: Images, map_path: Path 
     return result
 
 
-def build(method: str, n_images: int, **options: Any) -> tuple[PretrainingModule, int, int]:
+def build(method: str, n_images: int, longer: int = 1, **options: Any) -> tuple[PretrainingModule, int, int]:
     """The module of configs/pretrain/METHOD_fashion.yaml, its batch size, and its epochs over `n_images`.
 
     Args:
         n_images: of the set to train on; epochs are scaled to it.
+        longer: so many times as many epochs.
         options: replace the module's.
     """
     config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "pretrain" / f"{method}_fashion.yaml"))
     n_configured = config["data"].get("curation", {}).get("target_size", n_images)
-    share = n_configured / n_images
+    share = longer * n_configured / n_images
     arguments = config["model"]["init_args"] | options
     epochs = round(share * config["trainer"]["max_epochs"])
     for name, value in arguments.items():
