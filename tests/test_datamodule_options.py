@@ -18,7 +18,7 @@ from curated_data.pool import RemoteOptions, ShardPool
 from curated_data.selection.captions import CaptionLabels
 from curated_data.streaming.device import PerSample, ResizedCrops, uniform
 from curated_data.streaming.order import _mix
-from tests.pool.test_remote import Server
+from tests.pool.server import Server
 
 
 class Seen(pl.LightningModule):
