@@ -21,7 +21,6 @@ import os
 import shutil
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -32,6 +31,7 @@ import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from process_memory import memory_added
 
 from lightning_modules.evaluation.knn import KNNResult, knn
 from lightning_modules.evaluation.nearest import top_rows
@@ -160,22 +160,11 @@ def _search(folder: Path, send: Connection) -> None:
     bank, queries = np.load(folder / "bank.npy", mmap_mode="r"), np.load(folder / "queries.npy")
     unit = F.normalize(torch.from_numpy(queries), dim=1)
     top_rows(unit, bank[:5000], PLANTED)  # what libraries allocate once
-    before, peak, ended = _anonymous(), 0.0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not ended.wait(0.02):
-            peak = max(peak, _anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     wall, cpu = time.time(), time.process_time()
-    rows = top_rows(unit, bank, PLANTED)[1].numpy()
+    rows, added = memory_added(lambda: top_rows(unit, bank, PLANTED)[1].numpy(), every=0.02)
     wall, cpu = time.time() - wall, time.process_time() - cpu
-    ended.set()
-    watcher.join()
     planted = np.load(folder / "planted.npy")
-    send.send((peak - before, cpu, wall, (np.sort(rows) == np.sort(planted)).all(1).mean()))
+    send.send((added / 2**20, cpu, wall, (np.sort(rows) == np.sort(planted)).all(1).mean()))
 
 
 def in_shares(folder: Path) -> None:
@@ -214,14 +203,6 @@ def _of_share(folder: Path, rank: int, world: int) -> KNNResult:
     mine = slice(len(bank) * rank // world, len(bank) * (rank + 1) // world)
     asked = slice(len(queries) * rank // world, len(queries) * (rank + 1) // world)
     return knn(bank[mine], labels[mine], queries[asked], truth[asked], k=(1, 20, 200))
-
-
-def _anonymous() -> float:
-    """This process's memory in MiB but for the pages of files, which the system takes back at will."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("/proc/self/status has no RssAnon: this part needs Linux")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ rows in a file as float16, as embeddings are kept, and prints what the search ad
 
 import argparse
 import tempfile
-import threading
 import time
-from pathlib import Path
 
 import faiss
 import numpy as np
+from process_memory import memory_added
 
 from curated_data.selection.near_duplicates import near_duplicates
 
@@ -67,30 +66,14 @@ def memory(parsed: argparse.Namespace) -> None:
         del rows, part
         rows = np.load(f"{folder}/x.npy", mmap_mode="r")
         near_duplicates(rows[:2_000], threshold=parsed.threshold)
-        before = status("RssAnon")
-        height, start = before, time.process_time()
-        done = threading.Event()
-
-        def watch() -> None:
-            nonlocal height
-            while not done.wait(0.02):
-                height = max(height, status("RssAnon"))
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        found = near_duplicates(rows, threshold=parsed.threshold, cell_size=parsed.cell_size)
-        done.set()
-        watcher.join()
+        start = time.process_time()
+        found, added = memory_added(
+            lambda: near_duplicates(rows, threshold=parsed.threshold, cell_size=parsed.cell_size), every=0.02
+        )
         seconds, mb = time.process_time() - start, rows.nbytes / 1e6
         print(f"{parsed.samples:,} x {parsed.dimension}, cells of {parsed.cell_size:,}")
         print(f"{len(found.pairs):,} links, {seconds:.0f} CPU s")
-        print(f"{height - before:,.0f} MB beside the mapped rows, which are {mb:,.0f} MB")
-
-
-def status(field: str) -> float:
-    """MB, of a line of the process's status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return float(next(line for line in lines if line.startswith(field)).split()[1]) / 1e3
+        print(f"{added / 1e6:,.0f} MB beside the mapped rows, which are {mb:,.0f} MB")
 
 
 def pool(n: int, dimension: int, seed: int = 0) -> np.ndarray:

@@ -12,14 +12,13 @@ which finds the embeddings in the cache.
 import argparse
 import multiprocessing
 import tempfile
-import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from process_memory import memory_added
 
 from curated_data import CurationConfig, ShardPool, curate, pipeline
 from curated_data import plan as planning
@@ -96,26 +95,7 @@ def memory(pool: str, embedder: str, cache: str) -> float:
     config.near_duplicates.threshold -= 1e-3  # so that both are made anew
     place = {"embedder": embedder, "cache_dir": cache}
     planning.resolve_embedder(embedder)
-    before = height = status("RssAnon")
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal height
-        while not done.wait(0.01):
-            height = max(height, status("RssAnon"))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    curate(pool, config, **place)
-    done.set()
-    watcher.join()
-    return height - before
-
-
-def status(field: str) -> float:
-    """MB, of a line of the process's status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return float(next(line for line in lines if line.startswith(field)).split()[1]) / 1e3
+    return memory_added(lambda: curate(pool, config, **place))[1] / 1e6
 
 
 if __name__ == "__main__":

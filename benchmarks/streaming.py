@@ -2,14 +2,13 @@
 
 Photo-like JPEGs of 256 x 256 (23 KB on average) in 20 shards, 10 % (chosen at random) and all of them, as raw
 bytes and decoded to 224 x 224, with 0 and 2 loader workers. Figures are samples per CPU second (user and
-system, of the process and its workers, page cache warm, after a first epoch, or three
-times as long as is measured),
-medians over the repeats, which take turns so that other load on the machine meets all readers alike. Every
-reader decodes and crops with the same functions.
+system, of the process and its workers, with a warm page cache, after a first epoch or three times the time
+that is measured), medians over the repeats, in which readers take turns so that other load on the machine
+affects all alike. All readers decode and crop with the same functions.
 
-Decoding is compared besides with decoding the same bytes from a list in memory, by as many workers: both in
-one process, a few batches of one, a few of the other, in turn; the median over the turns of what the one
-takes over what the other takes.
+Decoding is also compared with decoding the same bytes from a list in memory, with as many workers: both in
+one
+process, taking turns of a few batches; the figure is the median ratio over the turns.
 
 Peers that are not installed are left out: litdata, mosaicml-streaming, wids (`pip install --no-deps --target
 PEERS ...`, then PYTHONPATH=PEERS). Data and the peers' own formats are made once, in `--folder` (2.5 GB).
@@ -30,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 from cpu_time import apart, cpu_of, measure
+from process_memory import anonymous_bytes
 from streaming_data import N_SAMPLES, a_tenth, make_formats, make_shards
 from streaming_readers import BATCH, READERS, decode, keep, memory, ours
 
@@ -122,13 +122,13 @@ def beginnings(folder: Path) -> None:
             order = EpochOrder(share, seed=0, batch_size=BATCH)
             for batch in range(order.n_batches):
                 pool.read(order.batches(epoch, batch, batch + 1)[1])
-            resident.append(_resident())
+            resident.append(anonymous_bytes())
         read, needed = pool.counters.bytes_read - before[0], pool.counters.bytes_needed - before[1]
         print(
             f"{len(share)} of {N_SAMPLES} samples: {read / needed:.3f} bytes read a byte needed; own memory "
             f"after 1, 2, 3 epochs: {', '.join(f'{size / 1e6:.0f}' for size in resident)} MB"
         )
-    started, before = time.monotonic(), _resident()
+    started, before = time.monotonic(), anonymous_bytes()
     order = EpochOrder(100_000_000, seed=0, batch_size=4096)
     order.batches(3, 12_345, 12_346)
     began = time.monotonic() - started
@@ -137,14 +137,8 @@ def beginnings(folder: Path) -> None:
     per_sample = (time.monotonic() - started - began) / (200 * 4096)
     print(
         f"order of 1e8 samples: first batch, in the middle of an epoch, after {1e3 * began:.1f} ms, "
-        f"{1e9 * per_sample:.0f} ns a sample, {(_resident() - before) / 1e6:.0f} MB"
+        f"{1e9 * per_sample:.0f} ns a sample, {(anonymous_bytes() - before) / 1e6:.0f} MB"
     )
-
-
-def _resident() -> int:
-    """Memory of this process in bytes, without the page cache that is mapped."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
 
 def main() -> None:
