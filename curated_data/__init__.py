@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from curated_data.callbacks import RecurationCallback
-    from curated_data.clustering.hierarchy import Level, hierarchical_kmeans
+    from curated_data.clustering.hierarchy import hierarchical_kmeans
     from curated_data.clustering.kmeans import kmeans
+    from curated_data.clustering.levels import Level
     from curated_data.clustering.tree import ClusterTree
     from curated_data.config import CurationConfig
     from curated_data.datamodule import CuratedDataModule
@@ -43,7 +44,7 @@ _HOMES = {
     "Curation": "pipeline",
     "CurationConfig": "config",
     "CurationLogger": "logging_callback",
-    "Level": "clustering.hierarchy",
+    "Level": "clustering.levels",
     "RecurationCallback": "callbacks",
     "ShardPool": "pool.shards",
     "ShardWriter": "pool.writer",

@@ -1,10 +1,10 @@
-"""Artifacts named by what determined them, published whole or not at all.
+"""Artifacts named by what determined them, published as a whole or not at all.
 
-An artifact is a file or a folder under the cache root whose name holds a fingerprint of everything that went
-into it. Nothing under its final name is ever half-written: builders write to a temporary name beside it,
-flush to disk, and rename. Its manifest holds the size and the checksum of every file, so that what a disk or
-a hand changed is named, not used. Locks are `flock`s, which the kernel drops when their holder dies, so a
-killed run never blocks the next.
+An artifact is a file or a folder under the cache root, named by a fingerprint of everything that went into
+it. It never stands half-written under its final name: builders write to a temporary name beside it, flush to
+disk, and rename. Its manifest holds the size and checksum of every file, so that files that were damaged or
+edited raise an error instead of being used. Locks are `flock`s, which the kernel releases when their holder
+dies, so a killed run never blocks the next.
 """
 
 import contextlib
@@ -13,8 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
-import tokenize
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +23,7 @@ import numpy as np
 
 from curated_data.errors import CacheError
 from curated_data.locks import locked, remove_if_free, writable
+from curated_data.seals import check_file, check_size, file_seal, load_npy, unreadable
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -32,19 +31,18 @@ _MARKER = "cache.json"
 _SEAL = "seal"
 _SWEPT = ".swept"
 _DAY = 24 * 3600.0
-_BLOCK = 1 << 22
 _TEMPORARY = ".tmp-"
 
 
 def fingerprint(**parts: Any) -> str:
-    """A 20-digit hexadecimal name for a set of inputs; equal inputs give equal names, on any machine.
+    """A name for a set of inputs, 20 hexadecimal digits; equal inputs give equal names on any machine.
 
     Args:
         parts: named inputs: numbers, strings, booleans, None, paths, numpy arrays, bytes, and lists, tuples
             or mappings of these.
 
     Raises:
-        TypeError: an input of another type, whose identity cannot be told from its value.
+        TypeError: an input of another type, which has no well-defined identity.
     """
     digest = hashlib.sha256()
     _update(digest, parts)
@@ -53,13 +51,12 @@ def fingerprint(**parts: Any) -> str:
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path` to write a file or a folder to; it takes the final name when the block
-    ends.
+    """A temporary path beside `path` for a file or folder, which is renamed to `path` when the block ends.
 
-    The content is flushed to disk before the rename, and the folder's entry after it; within a temporary
-    folder neither is, since that is flushed as a whole. If the block raises, the temporary is removed and
-    nothing changes. An existing file is replaced; an existing folder, made by a process that was faster, is
-    kept and ours is dropped: both were built from the same fingerprint.
+    The content is flushed to disk before the rename, and the directory entry after it; inside a temporary
+    folder neither is, because that folder is flushed as a whole. If the block raises, the temporary is
+    removed and nothing changes. An existing file is replaced. An existing folder is kept and ours is dropped:
+    a faster process has built it from the same inputs.
     """
     path = Path(path)
     with writable(path.parent, makes_folder=True):
@@ -99,33 +96,37 @@ def atomic_write_json(path: Path | str, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path | str, remedy: str | None = None) -> dict[str, Any]:
-    """Read a JSON object that `atomic_write_json` wrote; errors say what to do by `remedy`.
+    """Read a JSON object that `atomic_write_json` wrote.
+
+    Args:
+        remedy: how error messages end: what to do about the file. None says to remove its artifact.
 
     Raises:
-        CacheError: the file is missing, no JSON object, or not the one that was written (see `sealed`).
+        CacheError: the file is missing, is not a JSON object, or has changed since (see `sealed`).
     """
     path = Path(path)
     remedy = remedy or _remedy(path)
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error, remedy) from error
+        raise unreadable(path, error, remedy) from error
     if not isinstance(content, dict):
         raise CacheError(f"{path}: expected a JSON object, found {type(content).__name__}; {remedy}")
     seal, is_ours = content.pop(_SEAL, None), content.get("format", FORMAT_VERSION) == FORMAT_VERSION
-    if is_ours and seal not in (None, _checksum(content)):  # another format is said by who reads it
+    if is_ours and seal not in (None, _checksum(content)):  # another format: left to the caller
         raise CacheError(f"{path}: damaged (its checksum differs); {remedy}")
     return content
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with a checksum of itself, which `read_json` looks at and takes off."""
+    """A JSON object with a checksum of itself, which `read_json` verifies and removes."""
     return {**content, _SEAL: _checksum(content)}
 
 
 def write_manifest(folder: Path, stage: str, content: Mapping[str, Any]) -> None:
-    """Write an artifact folder's `manifest.json`: its stage, the cache's format version, what the stage says,
-    and the size and checksum of each file that lies beside it; so write it last.
+    """Write the `manifest.json` of an artifact folder. Call it last: it records the files in the folder.
+
+    It holds the stage, the format version, `content`, and the size and checksum of every file.
     """
     files = {path.name: file_seal(path) for path in sorted(folder.iterdir()) if path.is_file()}
     files.pop(MANIFEST, None)
@@ -134,7 +135,7 @@ def write_manifest(folder: Path, stage: str, content: Mapping[str, Any]) -> None
 
 
 def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
-    """Read and check an artifact folder's manifest, and that its files are there in the size written.
+    """Read and check the manifest of an artifact folder, and the presence and size of its files.
 
     Raises:
         CacheError: it is missing, damaged, of another stage, or of another format version.
@@ -158,13 +159,13 @@ def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
 def read_array(
     folder: Path, name: str, manifest: Mapping[str, Any], *, memory_map: bool = False
 ) -> np.ndarray:
-    """An artifact's array `name`.npy, checked against the manifest that `read_manifest` gave.
+    """The array `name`.npy of an artifact, checked against the manifest from `read_manifest`.
 
     Args:
-        memory_map: leave it on disk; its checksum is then not looked at, which would read all of it.
+        memory_map: leave it on disk. Its checksum is then not verified, which would read all of it.
 
     Raises:
-        CacheError: it is missing, holds pickles, or is not what was written.
+        CacheError: it is missing, contains pickles, or has changed since it was written.
     """
     path = folder / f"{name}.npy"
     if not memory_map and path.name in manifest.get("files", {}):
@@ -172,34 +173,24 @@ def read_array(
     return load_npy(path, _remedy(path), memory_map=memory_map)
 
 
-def load_npy(path: Path, remedy: str, *, memory_map: bool = False) -> np.ndarray:
-    """`np.load` of plain numbers; whatever a damaged file makes of it is one error that ends with `remedy`.
-
-    Raises:
-        CacheError: it cannot be read.
-    """
-    try:
-        return np.load(path, mmap_mode="r" if memory_map else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError) as error:
-        raise _unreadable(path, error, remedy) from error
-
-
 def check_artifact(folder: Path) -> None:
-    """Read all files of an artifact's folder and compare them with its manifest.
+    """Read all files of an artifact and compare them with its manifest.
 
     Raises:
-        CacheError: the manifest is damaged, or names a file that is missing or damaged.
+        CacheError: the manifest is damaged, or a file is missing or damaged.
     """
     for name, seal in read_json(folder / MANIFEST).get("files", {}).items():
         check_file(folder / name, seal, _remedy(folder / name))
 
 
 def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A zero array in a new .npy file, mapped for writing, its space on the disk reserved: writing to a map
-    of space that is not there ends the process with a bus error.
+    """A new .npy file of zeros, mapped for writing.
+
+    Its disk space is reserved first: writing to a map without disk space behind it ends the process with a
+    bus error.
 
     Raises:
-        CacheError: the disk has not that much space.
+        CacheError: the disk does not have enough space.
     """
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
     if hasattr(os, "posix_fallocate"):
@@ -208,51 +199,11 @@ def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-def file_seal(path: Path) -> dict[str, int]:
-    """A file's size and checksum, for `check_file`."""
-    crc, size = 0, 0
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return {"bytes": size, "crc32": crc}
-
-
-def check_size(path: Path, seal: Mapping[str, int], remedy: str) -> None:
-    """That a file is there in the size it was written in.
-
-    Raises:
-        CacheError: it is not; says what to do by `remedy`.
-    """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise _unreadable(path, error, remedy) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise CacheError(f"{path}: is no regular file; {remedy}")
-    if status.st_size != seal["bytes"]:
-        raise CacheError(f"{path}: damaged ({status.st_size} bytes of {seal['bytes']} written); {remedy}")
-
-
-def check_file(path: Path, seal: Mapping[str, int], remedy: str) -> None:
-    """That a file holds what was written, byte for byte: reads all of it.
-
-    Raises:
-        CacheError: it does not; says what to do by `remedy`.
-    """
-    check_size(path, seal, remedy)
-    try:
-        found = file_seal(path)
-    except OSError as error:
-        raise _unreadable(path, error, remedy) from error
-    if found != seal:
-        raise CacheError(f"{path}: damaged (its checksum differs); {remedy}")
-
-
 def is_complete(folder: Path) -> bool:
-    """Whether an artifact stands under its name.
+    """Whether there is an artifact at `folder`.
 
     Raises:
-        CacheError: something else does: artifacts appear whole, so somebody has changed it since.
+        CacheError: there is something else. Artifacts appear as a whole, so it was changed afterwards.
     """
     if (folder / MANIFEST).is_file():
         return True
@@ -264,15 +215,17 @@ def is_complete(folder: Path) -> bool:
 
 
 def build_once(folder: Path | str, build: Callable[[Path], None]) -> tuple[Path, bool]:
-    """Return an artifact folder and whether it was there already; else one process builds it, the others
-    wait.
+    """Build an artifact unless it exists: one process builds it while others wait.
 
     Args:
-        folder: the final name; its last component holds the fingerprint.
+        folder: its final path; the last component is the fingerprint.
         build: writes the whole artifact, manifest included, into the temporary folder that it is given.
 
+    Returns:
+        The folder, and whether it already existed.
+
     Raises:
-        CacheError: something stands under the name that is no artifact, or the cache cannot be written.
+        CacheError: something that is not an artifact is in its place, or the cache cannot be written.
     """
     folder = Path(folder)
     if is_complete(folder):
@@ -292,8 +245,9 @@ def absolute(path: Path | str) -> Path:
 
 
 def open_cache(root: Path | str) -> Path:
-    """Make or check a cache root: writable, and of this format version. Sweeps temporaries of runs killed
-    long ago.
+    """Create a cache root, or check that it is writable and of this format version.
+
+    Also removes temporary files of runs that were killed long ago.
 
     Raises:
         CacheError: it cannot be written, or another format version wrote it.
@@ -305,7 +259,7 @@ def open_cache(root: Path | str) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         probe = root / f"{_TEMPORARY}{uuid.uuid4().hex[:12]}-probe"
         probe.touch()
-        now = probe.stat().st_mtime  # by the file server's clock, which also dates what is swept
+        now = probe.stat().st_mtime  # by the file server's clock, like the times of what is removed
         probe.unlink()
     marker = root / _MARKER
     if marker.exists():
@@ -322,7 +276,7 @@ def open_cache(root: Path | str) -> Path:
 
 
 def _update(digest: Any, value: Any) -> None:
-    """Feed a value to a hash with its type and length, so that no two different inputs read the same."""
+    """Feed a value to a hash with its type and length, so that different inputs never give the same bytes."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool | int | float | str | Path):
@@ -336,7 +290,7 @@ def _update(digest: Any, value: Any) -> None:
         if value.dtype.hasobject:
             raise TypeError("cannot take the fingerprint of an object array")
         digest.update(f"array:{value.dtype.str}:{value.shape}:".encode())
-        for start in range(0, len(value), 1 << 20) if value.ndim else ():  # in blocks: it may be a memory map
+        for start in range(0, len(value), 1 << 20) if value.ndim else ():  # in blocks, for memory maps
             digest.update(np.ascontiguousarray(value[start : start + (1 << 20)]).data)
         if not value.ndim:
             digest.update(value.tobytes())
@@ -355,7 +309,7 @@ def _update(digest: Any, value: Any) -> None:
 
 @contextlib.contextmanager
 def _unless(*codes: int) -> Iterator[None]:
-    """Pass over an `OSError` with one of the codes."""
+    """Suppress an `OSError` with one of these codes."""
     try:
         yield
     except OSError as error:
@@ -364,23 +318,11 @@ def _unless(*codes: int) -> Iterator[None]:
 
 
 def _remedy(path: Path) -> str:
-    """What to remove where a file is damaged: all of the artifact that it is a part of."""
+    """What to do about a damaged file: remove the whole artifact that it belongs to."""
     if path.name == _MARKER:
         return f"see what else {path.parent} has lost, and remove that file, or give another cache_dir"
     folders = [folder for folder in path.parents if (folder.parent.parent / _MARKER).exists()]
     return f"remove {folders[0] if folders else path.parent} to have it built again"
-
-
-def _unreadable(path: Path, error: BaseException, remedy: str) -> CacheError:
-    """The error for a file that cannot be read: what is there but refused is not damaged."""
-    code = getattr(error, "errno", None)
-    if code in (errno.EMFILE, errno.ENFILE):
-        return CacheError(f"{path}: too many open files; raise `ulimit -n`")
-    if isinstance(error, OSError) and code not in (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
-        return CacheError(f"{path}: cannot be read ({error.strerror}); see to its permissions and its disk")
-    if code is not None:
-        return CacheError(f"{path}: missing, or no file ({error.strerror}); {remedy}")
-    return CacheError(f"{path}: damaged ({error}); {remedy}")
 
 
 def _checksum(content: Mapping[str, Any]) -> int:
@@ -404,11 +346,11 @@ def _flush_entry(path: Path) -> None:
 
 
 def _sweep(root: Path, now: float) -> None:
-    """Remove what killed runs left and no living one can still be using; looks once a day."""
+    """Remove what killed runs left behind and no running one can still use; at most once a day."""
     last = root / _SWEPT
     if last.exists() and abs(now - last.stat().st_mtime) < _DAY:
         return
-    with contextlib.suppress(OSError):  # of another user's cache, say: sweeping is a courtesy
+    with contextlib.suppress(OSError):  # such as in another user's cache; sweeping is optional
         last.touch()
         for pattern in (f"{_TEMPORARY}*", f"*/{_TEMPORARY}*", f"embeddings/*/{_TEMPORARY}*"):
             for path in root.glob(pattern):

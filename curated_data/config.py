@@ -1,4 +1,4 @@
-"""The settings of a curation, as a structured config that is checked once, before anything long starts."""
+"""The settings of a curation, as a structured config that is validated once, before any long work starts."""
 
 import dataclasses
 import difflib
@@ -12,19 +12,19 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from curated_data.clustering.hierarchy import Level
+from curated_data.clustering.levels import Level
 from curated_data.errors import ConfigError
 
 
 @dataclass
 class EmbeddingConfig:
-    """How the pool is embedded; which network does it is the `embedder` argument.
+    """How the pool is embedded; the network is the `embedder` argument.
 
     Attributes:
-        batch_size: samples a forward pass.
+        batch_size: samples per forward pass.
         num_workers: processes that read and decode.
-        dtype: of the stored rows, "float16" or "float32".
-        precision: "32", "bf16", or "auto" for bf16 where a CUDA device has it.
+        dtype: of the stored embeddings, "float16" or "float32".
+        precision: "32", "bf16", or "auto" for bf16 on CUDA devices that support it.
     """
 
     batch_size: int = 256
@@ -35,15 +35,15 @@ class EmbeddingConfig:
 
 @dataclass
 class NearDuplicateConfig:
-    """Whether copies leave the pool before it is clustered, so that they do not fill the selection.
+    """Removal of near-duplicates before clustering, so that copies do not fill the selection.
 
     Attributes:
-        enabled: look for them at all.
-        threshold: cosine similarity from which two samples are copies of each other.
-        n_neighbours: how many nearest samples of each are compared with it.
-        prefer: which of a group stays: the one nearest its "centroid", or the "largest" image; the latter
-            reads every image once, and takes equal bytes for copies whatever their embeddings say.
-        held_out: shards of evaluation sets; samples within the threshold of one of theirs leave the pool too.
+        enabled: whether to remove near-duplicates.
+        threshold: cosine similarity at or above which two samples are copies of each other.
+        n_neighbours: how many nearest neighbours each sample is compared with.
+        prefer: which sample of a group is kept: the one nearest its "centroid", or the "largest" image. The
+            latter reads every image once, and treats equal bytes as copies whatever their embeddings.
+        held_out: shards of evaluation sets; copies of their samples are removed from the pool too.
     """
 
     enabled: bool = False
@@ -58,22 +58,23 @@ class CurationConfig:
     """What to select, and how.
 
     Attributes:
-        target_size: how many samples the selection should have.
-        levels: of the cluster tree, bottom up, fewer clusters at each; None (or "auto") derives them from the
-            pool's size.
-        strategy: which samples a lowest cluster gives: "random", "closest" to its centroid, or "furthest".
-        sampling: "hierarchical" shares the target from the top of the tree, "flat" over the lowest clusters
-            alone.
+        target_size: number of samples to select.
+        levels: of the cluster tree, bottom up, with fewer clusters at each; None (or "auto") derives them
+            from the size of the pool.
+        strategy: which samples to take from a lowest cluster: "random", "closest" to its centroid, or
+            "furthest".
+        sampling: "hierarchical" divides the target from the top of the tree down, "flat" only among the
+            lowest clusters.
         max_repeats: how often one sample may be selected.
-        resample: which members a resampling step takes of each cluster: "closest" or "random".
+        resample: which members of each cluster a resampling step takes: "closest" or "random".
         metric: "l2" or "cosine". Neither is better everywhere: try both (`docs/how_it_works.md` has figures).
-        init: of k-means: "k-means++" (greedy), or "random", which the paper's method does not survive.
-        n_init: k-means runs a level, of which the best is kept.
-        n_iter: most Lloyd iterations of a k-means.
-        tol: relative fall of the inertia below which a k-means stops.
-        seed: of everything random in clustering and sampling.
-        max_memory_gb: that clustering may hold; embeddings beyond it are read again, in blocks, at every
-            pass.
+        init: how k-means is seeded: "k-means++" (greedy), or "random", with which the paper's method fails.
+        n_init: k-means runs per level; the best one is kept.
+        n_iter: maximum number of Lloyd iterations of a k-means.
+        tol: a k-means stops when an iteration lowers its inertia by less than this share.
+        seed: for everything random in clustering and sampling.
+        max_memory_gb: memory that clustering may use for embeddings; what exceeds it is read again, in
+            blocks, at every pass.
         embedding: see `EmbeddingConfig`.
         near_duplicates: see `NearDuplicateConfig`.
     """
@@ -127,11 +128,11 @@ _LEAST = {
 
 
 def load_config(source: "CurationConfig | Mapping[str, Any] | DictConfig | str | Path") -> CurationConfig:
-    """A checked configuration from an object, a mapping, an OmegaConf node, or the path of a YAML file.
+    """A validated configuration from an object, a mapping, an OmegaConf node, or the path of a YAML file.
 
     Raises:
-        ConfigError: an unknown field (with the nearest valid name), a value of the wrong type or out of
-            range, levels that do not shrink upward, or a file that cannot be read.
+        ConfigError: an unknown field (suggests the nearest valid name), a value of the wrong type or out of
+            range, a level with more clusters than the one below, or a file that cannot be read.
     """
     if isinstance(source, CurationConfig):
         content: Any = _plain(dataclasses.asdict(source))
@@ -179,7 +180,7 @@ def structured(schema: type, content: Mapping[str, Any] | DictConfig) -> Any:
 
 
 def _check_containers(schema: type, content: Any, above: str = "") -> None:
-    """That sections are mappings and lists are lists: OmegaConf's own errors do not name the field."""
+    """Check that sections are mappings and lists are lists: OmegaConf's errors do not name the field."""
     if isinstance(content, DictConfig):
         content = OmegaConf.to_container(content, resolve=False)
     for item in dataclasses.fields(schema):
@@ -225,7 +226,7 @@ def _check(config: CurationConfig) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Numpy scalars as Python's, which are all that OmegaConf takes."""
+    """A copy with Python scalars instead of numpy's, which OmegaConf rejects."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,4 @@
-"""A pool that has grown: give its new samples to the clusters of an existing tree, without building it
-again.
-"""
+"""Extend a curation to a pool that has grown: assign the new samples to the clusters of the existing tree."""
 
 import dataclasses
 import logging
@@ -22,10 +20,10 @@ from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig, load_config
 from curated_data.distributed import all_gather, build_together, check_shared, rank, world_size
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
-from curated_data.embedding.extract import Decoders
 from curated_data.errors import CacheError, PoolError
 from curated_data.pipeline import Curation, publish_tree, read_ids, report_of, select
 from curated_data.pool import ShardPool
+from curated_data.pool.decode import Decoders
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +37,12 @@ class Drift:
 
     Attributes:
         n_new: samples that were assigned.
-        n_old: samples that the tree was built over and the pool still has.
-        distance_ratio: median distance of new samples to their centroid over that of the old ones.
-        outlying: share of the new samples that lie farther from their centroid than 99 % of the old ones. It
-            is about 0.01 where both come from one distribution; a tree with few samples a cluster gives more,
-            since its centroids have adapted to the samples that it was built over.
-        rebuild_due: `outlying` is above the limit, or more samples are new than old.
+        n_old: samples of the tree that are still in the pool.
+        distance_ratio: median distance of new samples to their centroid, divided by that of the old ones.
+        outlying: share of the new samples that are farther from their centroid than 99 % of the old ones:
+            about 0.01 if both come from one distribution, more if clusters are small, since centroids are
+            fitted to the samples that the tree was built from.
+        rebuild_due: `outlying` is above the limit, or there are more new samples than old ones.
     """
 
     n_new: int
@@ -65,25 +63,25 @@ def extend(
     decoders: Decoders | None = None,
     rebuild_above: float = REBUILD_ABOVE,
 ) -> Curation:
-    """Select from a pool that has gained or lost shards, by the clusters of an earlier curation's tree.
+    """Select from a pool that has gained or lost shards, using the tree of an earlier curation.
 
-    Shards are recognised by their identity, wherever they now stand in the pool: their samples keep their
-    clusters. Samples of new shards go to the nearest centroid of the lowest level. In a process group every
-    rank calls it, takes its share, and returns the same.
+    Shards are recognised by their fingerprints, whatever their place in the pool, and their samples keep
+    their clusters. Samples of new shards go to the nearest centroid of the lowest level. In a process group
+    every rank calls it, does a part of the work, and returns the same.
 
     Args:
         pool: the grown pool.
-        config: as of `curate`; `levels` and the settings of the clustering are the tree's own and are not
-            read.
+        config: as for `curate`; `levels` and the other settings of the clustering are ignored, since the tree
+            is given.
         tree: the folder of the earlier tree, `curation.folders["tree"]`.
-        embedder, cache_dir, device, decoders: as of `curate`; the embedder must be the tree's.
-        rebuild_above: the share of outlying new samples from which a rebuild is due.
+        embedder, cache_dir, device, decoders: as for `curate`; the embedder must be that of the tree.
+        rebuild_above: the share of outlying new samples above which a rebuild is due.
 
     Returns:
-        A curation whose report has the entry `drift`, the fields of `Drift`.
+        A curation whose report has an entry `drift`, with the fields of `Drift`.
 
     Raises:
-        CacheError: `tree` is no tree of a curation, or of another embedder.
+        CacheError: `tree` is not the tree of a curation, or was built with another embedder.
         PoolError: the pool has none of the tree's shards.
     """
     config = load_config(config)
@@ -147,7 +145,7 @@ def _grow(
     metric: str,
     device: str | torch.device,
 ) -> tuple[ClusterTree, np.ndarray]:
-    """The tree over the grown pool, and (n,) bool: which samples the old one knew."""
+    """The tree over the grown pool, and (n,) bool: which samples the old tree has."""
     manifest = read_manifest(base, "clustering")
     old_shards = [name.decode() for name in read_array(base, "shards", manifest)]
     old_ranges = read_array(base, "shard_ranges", manifest)

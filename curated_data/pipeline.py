@@ -1,7 +1,8 @@
-"""The walk from a pool to a selection, stage by stage: index, embed, drop near-duplicates, cluster, sample.
+"""From a pool to a selection, stage by stage: index, embed, remove near-duplicates, cluster, sample.
 
-The only place that knows the order. Each stage's artifact is named by a fingerprint of what determined it, so
-a second call is a look-up, and a change redoes what depends on it and nothing else.
+This is the only module that knows the order of the stages. Each artifact is named by a fingerprint of
+everything that determines it, so a second call only reads the cache, and a changed setting redoes only what
+depends on it.
 """
 
 import contextlib
@@ -20,14 +21,15 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from curated_data.cache import build_once, fingerprint, open_cache, read_array, read_manifest, write_manifest
-from curated_data.clustering.hierarchy import Level, choose_levels, hierarchical_kmeans
+from curated_data.clustering.hierarchy import hierarchical_kmeans
+from curated_data.clustering.levels import Level, choose_levels
 from curated_data.clustering.tree import ClusterTree
 from curated_data.config import CurationConfig, load_config
 from curated_data.distributed import build_together, check_same, check_shared, rank
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
-from curated_data.embedding.extract import Decoders
 from curated_data.errors import ConfigError, CuratedDataError, PoolError
 from curated_data.pool import ShardPool
+from curated_data.pool.decode import Decoders
 from curated_data.report.metrics import cluster_balance
 from curated_data.selection.near_duplicates import exact_groups, image_contents, near_duplicates
 from curated_data.selection.removed import Removed
@@ -36,23 +38,22 @@ from curated_data.selection.sampling import flat_sample, hierarchical_sample
 log = logging.getLogger(__name__)
 
 VERSIONS = {"near_duplicates": 2, "tree": 3, "selection": 1}
-"""Raised when a stage computes something else from the same inputs: its older artifacts are then stale."""
-
+"""Increased when a stage computes something else from the same inputs: older artifacts are then not used."""
 
 _NO_LIMIT_GB = 1e9
 
 
 @dataclass(frozen=True)
 class Curation:
-    """What a curation gives.
+    """The result of a curation.
 
     Attributes:
-        ids: (m,) int64, the selected samples, ascending, repeats side by side where `max_repeats` > 1.
+        ids: (m,) int64, the selected samples in ascending order, with repeats if `max_repeats` > 1.
         tree: the clusters; its level 0 is the pool.
         embeddings: of the whole pool.
         report: what each stage found, as plain numbers and strings.
         config: the settings, with derived levels filled in.
-        folders: where each stage's artifact lies in the cache.
+        folders: the folder of each stage's artifact in the cache.
     """
 
     ids: np.ndarray
@@ -74,15 +75,16 @@ def curate(
 ) -> Curation:
     """Select a balanced subset of a pool by hierarchical k-means with resampling (arXiv 2405.15613).
 
-    In a process group every rank calls it, takes its share of each stage, and returns the same result.
+    In a process group every rank calls it, does a part of each stage, and returns the same result.
 
     Args:
-        pool: the shards, or anything that `ShardPool` takes.
+        pool: a `ShardPool`, or anything that `ShardPool` takes.
         config: a `CurationConfig`, its fields as a mapping, or a YAML file of them.
         embedder: a name, a network, a function or an embedder, see `resolve_embedder`.
-        cache_dir: a folder that keeps every stage's artifact; several runs may share it. Ranks need it in
-            common.
-        device: for embedding and clustering; "auto" takes the current CUDA device, else the CPU.
+        cache_dir: a folder for the artifacts of every stage. All ranks need the same one; several runs may
+            share it.
+        device: for embedding and clustering; "auto" takes the current CUDA device, or the CPU if there is
+            none.
         decoders: of pool members by extension, see `decode_sample`.
 
     Raises:
@@ -90,7 +92,7 @@ def curate(
             samples.
         PoolError: no shard matches, or one cannot be read.
         EmbedderError: the embedder cannot be found or does not fit the pool.
-        CacheError: the cache cannot be written or is of another version.
+        CacheError: the cache cannot be written, or another version of the package wrote it.
     """
     config = load_config(config)
     root = open_cache(cache_dir)
@@ -160,7 +162,7 @@ def _held_out(
     device: str | torch.device,
     decoders: Decoders | None,
 ) -> EmbeddingStore | None:
-    """The embedded evaluation sets that the pool must not repeat; None where there are none."""
+    """The embedded evaluation sets whose samples the pool must not contain; None if there are none."""
     shards = config.near_duplicates.held_out
     if not shards:
         return None
@@ -197,7 +199,7 @@ def _near_duplicates(
             held_out=None if held_out is None else held_out.as_array()[held_out.valid],
         )
         match = found.held_out_match
-        if held_out is not None:  # rows that were compared, as samples of the held-out pool
+        if held_out is not None:  # from rows that were compared to samples of the held-out pool
             match = np.append(np.flatnonzero(held_out.valid), -1)[match]
         Removed(found.keep, found.group, match).save(folder)
         removed = int((valid & ~found.keep).sum())
@@ -209,14 +211,12 @@ def _near_duplicates(
 
 
 def read_keep(folder: Path) -> np.ndarray:
-    """(n,) bool: which samples the near-duplicates found in a folder leave."""
+    """(n,) bool, from the folder of a near-duplicates artifact: which samples were kept."""
     return read_array(folder, "keep", read_manifest(folder, "near_duplicates"))
 
 
 def near_duplicates_name(config: CurationConfig, origin: dict[str, str]) -> str:
-    """The name of the folder of the near-duplicates found, by the settings and what they were looked for
-    in.
-    """
+    """The name of a near-duplicates artifact, by its settings and its inputs."""
     settings = dataclasses.asdict(config.near_duplicates)
     return fingerprint(origin=origin, settings=settings, version=VERSIONS["near_duplicates"])
 
@@ -231,10 +231,10 @@ def build_tree(
     device: str | torch.device,
     complete: Callable[[ClusterTree], ClusterTree] | None = None,
 ) -> tuple[Path, bool]:
-    """The cluster tree's folder. In a process group all ranks build it together.
+    """The folder of the cluster tree, and whether it was cached. All ranks of a group build it together.
 
     Args:
-        complete: from the tree over the store's rows to one over the pool, where these are not the same;
+        complete: makes a tree over the pool of the tree over the store's rows, if these are not the same;
             called on rank zero.
     """
     settings = tree_settings(config)
@@ -256,7 +256,7 @@ def build_tree(
             )
         except CuratedDataError:
             raise
-        except ValueError as error:  # found only in the rows: many that are equal leave few clusters
+        except ValueError as error:  # known only from the rows: too many equal ones leave clusters empty
             raise ConfigError(f"levels: {error}; or leave `levels` out to have them derived") from error
 
     def build(temporary: Path | None) -> None:
@@ -279,16 +279,14 @@ def tree_settings(config: CurationConfig) -> dict[str, Any]:
 
 
 def tree_name(config: CurationConfig, origin: dict[str, str]) -> str:
-    """The name of a tree's folder, by its settings and by what it is built over."""
+    """The name of a tree's folder, by its settings and its inputs."""
     settings = tree_settings(config)
     levels = settings.pop("levels")
     return fingerprint(origin=origin, settings=settings, levels=levels, version=VERSIONS["tree"])
 
 
 def publish_tree(folder: Path, tree: ClusterTree, pool: ShardPool, manifest: dict[str, Any]) -> None:
-    """Write a tree and the shards that it covers, so that a pool that has grown can find its old samples in
-    it.
-    """
+    """Write a tree and the shards that it covers, by which a pool that has grown finds its old samples."""
     tree.save(folder / "tree")
     np.save(folder / "shards.npy", np.array(pool.shard_fingerprints, "S20"))
     np.save(folder / "shard_ranges.npy", pool.shard_ranges())
@@ -296,7 +294,7 @@ def publish_tree(folder: Path, tree: ClusterTree, pool: ShardPool, manifest: dic
 
 
 def select(root: Path, tree: ClusterTree, config: CurationConfig, tree_name: str) -> tuple[Path, bool]:
-    """The folder of a selection from a tree, and whether it was there already."""
+    """The folder of a selection from a tree, and whether it was cached."""
     settings = selection_settings(config)
     name = selection_name(config, tree_name)
 
@@ -318,7 +316,7 @@ def select(root: Path, tree: ClusterTree, config: CurationConfig, tree_name: str
 
 
 def read_ids(folder: Path) -> np.ndarray:
-    """The ids of a selection's folder."""
+    """The ids in a selection's folder."""
     return read_array(folder, "ids", read_manifest(folder, "selection"))
 
 
@@ -329,12 +327,12 @@ def selection_settings(config: CurationConfig) -> dict[str, Any]:
 
 
 def selection_name(config: CurationConfig, tree: str) -> str:
-    """The name of a selection's folder, by its settings and its tree's name."""
+    """The name of a selection's folder, by its settings and the name of its tree."""
     return fingerprint(tree=tree, settings=selection_settings(config), version=VERSIONS["selection"])
 
 
 def check_levels(levels: list[Level] | None, n_samples: int) -> None:
-    """Refuse before anything long starts what the clustering would refuse after it."""
+    """Reject levels with more clusters than samples early, before any long stage starts."""
     asked = levels[0].n_clusters * levels[0].n_splits if levels else 0
     if asked > n_samples:
         raise ConfigError(
@@ -351,7 +349,7 @@ def report_of(
     ids: np.ndarray,
     config: CurationConfig,
 ) -> dict[str, Any]:
-    """What went in and out, in numbers that need no second look at the images."""
+    """A curation's numbers: what went in, what was left out and why, what was selected."""
     return {
         "shards": len(pool.urls),
         "samples": len(pool),

@@ -1,8 +1,8 @@
-"""What a curation would do and take, before anything long starts: sizes, memory, and hours by a small probe.
+"""What a curation would do and cost, before any long work starts: disk, memory, and hours from a small probe.
 
-What the cache holds already costs nothing. The rest is extrapolated from rates that are measured here:
-samples embedded a second on a few hundred samples from all over the pool, and the speed of a small k-means on
-their embeddings and of a matrix product. `benchmarks/plans.py` compares plans with what was then measured.
+What is cached costs nothing. The rest is extrapolated from rates measured here: embedding a few hundred
+samples from all over the pool, a small k-means on their embeddings, and a matrix product.
+`benchmarks/plans.py` compares plans with measurements.
 """
 
 import dataclasses
@@ -22,56 +22,37 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from curated_data.cache import MANIFEST, open_cache
-from curated_data.clustering.hierarchy import Level, choose_levels
 from curated_data.clustering.kmeans import kmeans
-from curated_data.clustering.rows import BLOCK
+from curated_data.clustering.levels import Level, choose_levels
 from curated_data.config import CurationConfig, load_config
+from curated_data.costs import Rates, Stage, expected_bytes, expected_stages, kmeans_work
 from curated_data.distributed import world_size
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
-from curated_data.embedding.extract import Decoders, embeddings_name
+from curated_data.embedding.extract import embeddings_name
 from curated_data.embedding.store import missing_shards
 from curated_data.pipeline import check_levels, near_duplicates_name, read_keep, selection_name, tree_name
 from curated_data.pool import ShardPool
-from curated_data.selection.near_duplicates import CELL_SIZE, N_PROBES
+from curated_data.pool.decode import Decoders
 
 log = logging.getLogger(__name__)
 
 _PROBE_CLUSTERS = 256
-_PROBE_ROWS = 4096  # that k-means is timed on
-_PLACES = 4  # in the pool, that a probe is taken from
-_ROWS_ON_THEIR_WAY = 8 * BLOCK  # converted at once
-_LIBRARIES = 60_000_000  # bytes of buffers that torch, BLAS and faiss take when they are first used
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of the walk.
-
-    Attributes:
-        name: index, embed, near_duplicates, cluster, sample, or train.
-        cached: all of it is in the cache.
-        seconds: expected, on the machine that probed; 0 where cached, None where nothing could be measured.
-        note: what it does, in words.
-    """
-
-    name: str
-    cached: bool
-    seconds: float | None
-    note: str
+_PROBE_ROWS = 4096  # on which k-means is timed
+_PLACES = 4  # in the pool, from which a probe is taken
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found.
+    """The result of `plan`.
 
     Attributes:
         n_samples, n_shards: of the pool.
-        pool_bytes: of its samples' members; what embedding and training read.
-        target_size: asked for.
-        levels: of the tree, derived ones filled in.
-        embedding_bytes: of the whole pool's embeddings, on disk.
-        tree_bytes: of centroids and of the arrays with an entry for each sample, on disk.
-        peak_bytes: of memory that near-duplicates and clustering add to a rank's process at their height.
+        pool_bytes: size of its samples' members, which embedding and training read.
+        target_size: number of samples to select.
+        levels: of the tree, with derived ones filled in.
+        embedding_bytes: size of the pool's embeddings on disk.
+        tree_bytes: size of the tree on disk: centroids, and arrays with one entry per sample.
+        peak_bytes: peak memory that near-duplicates and clustering add to each rank's process.
         stages: in order.
     """
 
@@ -87,23 +68,8 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Expected in all, of the stages that could be measured."""
+        """Expected total of the stages that could be measured."""
         return sum(stage.seconds or 0.0 for stage in self.stages)
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What one process does in a second.
-
-    Attributes:
-        samples: embedded; None where the probe could embed none.
-        kmeans: units of `kmeans_work`.
-        product: floating-point operations of a product of matrices, as nearest neighbours are searched by.
-    """
-
-    samples: float | None
-    kmeans: float
-    product: float
 
 
 def plan(
@@ -116,14 +82,14 @@ def plan(
     decoders: Decoders | None = None,
     n_probe: int = 256,
 ) -> Plan:
-    """Say what `curate` with these arguments would do. It indexes the pool, and embeds a probe.
+    """What `curate` would do with these arguments. Indexes the pool, and embeds a few samples as a probe.
 
     Args:
-        pool, config, embedder, cache_dir, device, decoders: as of `curate`.
-        n_probe: samples that are embedded, spread evenly over the pool; none where all embeddings are cached.
+        pool, config, embedder, cache_dir, device, decoders: as for `curate`.
+        n_probe: number of samples to embed, spread over the pool; none if all embeddings are cached.
 
     Raises:
-        ConfigError, PoolError, EmbedderError, CacheError: as `curate` would, in its first minutes.
+        ConfigError, PoolError, EmbedderError, CacheError: as `curate` would in its first minutes.
     """
     config = load_config(config)
     root = open_cache(cache_dir)
@@ -168,105 +134,8 @@ def plan(
     )
 
 
-def expected_stages(
-    n: int,
-    dimension: int,
-    config: CurationConfig,
-    rates: Rates,
-    *,
-    n_missing: int,
-    cached: Mapping[str, bool],
-    ranks: int = 1,
-) -> list[Stage]:
-    """The stages of a curation and the seconds that each is expected to take.
-
-    Args:
-        n: samples that are clustered.
-        dimension: of an embedding.
-        config: with its levels filled in.
-        rates: of one process.
-        n_missing: samples that are not embedded yet.
-        cached: for near_duplicates, cluster and sample, whether the cache holds it.
-        ranks: that share the work.
-    """
-    embed = 0.0 if not n_missing else (n_missing / rates.samples / ranks if rates.samples else None)
-    totals = [level.n_clusters * level.n_splits for level in config.levels or ()]
-    stages = [Stage("embed", not n_missing, embed, f"{n_missing:,} samples to embed, length {dimension}")]
-    work: list[tuple[str, float, str]] = []
-    if config.near_duplicates.enabled:
-        seconds = near_duplicates_flops(n, dimension) / rates.product  # one rank looks for all
-        work.append(("near_duplicates", seconds, "each sample's nearest neighbours"))
-    shape = " > ".join(f"{total:,}" for total in totals)
-    seconds = clustering_work(n, dimension, config) / rates.kmeans / ranks
-    work.append(("cluster", seconds, f"clusters {shape}"))
-    for name, seconds, note in work:
-        is_cached = bool(cached.get(name))
-        stages.append(Stage(name, is_cached, 0.0 if is_cached else seconds, note))
-    is_sampled = bool(cached.get("sample"))
-    stages.append(Stage("sample", is_sampled, 0.0 if is_sampled else n * 1e-6, f"{config.target_size:,} ids"))
-    return stages
-
-
-def clustering_work(n: int, dimension: int, config: CurationConfig) -> float:
-    """The tree's k-means runs in units of `kmeans_work`, and the assignments after resamplings.
-
-    A resampling's rows are a few around each centroid, which settle sooner than a whole level's.
-    """
-    work = 0.0
-    for level in config.levels or ():
-        k, d = level.n_clusters, dimension
-        work += config.n_init * kmeans_work(n, k, d)
-        if level.n_splits > 1:  # each group apart, by all its rows
-            work += k * kmeans_work(n / k, level.n_splits, d)
-        else:
-            size = level.sample_size or max(2, round(n / k / 2))
-            resampled = 0.6 * kmeans_work(min(n, size * k), k, d) + 0.125 * kmeans_work(n, k, d)
-            work += level.n_resamples * resampled if size > 1 else 0.0
-        n = k * level.n_splits
-    return work
-
-
-def kmeans_work(n: float, k: int, dimension: int) -> float:
-    """What the time of one k-means is proportional to: n d sqrt(k).
-
-    Not n k d: seeding looks into cells, iterations only at what may move, and with more clusters there are
-    fewer iterations. The constant stayed within a factor of 1.5 from 2,000 rows and 100 clusters to 50,000
-    and 2,500, and is that of 1,000,000 rows and 100,000 clusters too (`benchmarks/plans.py`; on CPUs).
-    """
-    return n * dimension * float(k) ** 0.5
-
-
-def near_duplicates_flops(n: int, dimension: int) -> float:
-    """Of the products of every sample with its own cell and the others that are looked at."""
-    return 2.0 * n * min(n, (1 + N_PROBES) * CELL_SIZE) * dimension
-
-
-def expected_bytes(n: int, dimension: int, config: CurationConfig) -> dict[str, int]:
-    """Sizes on disk and the height of memory, by the fields of `Plan`."""
-    levels = config.levels or ()
-    clusters = sum(level.n_clusters * level.n_splits for level in levels)
-    itemsize = np.dtype(config.embedding.dtype).itemsize
-    tree = n * (8 + 4) + clusters * (4 * dimension + 8)
-    row = 4 * dimension
-    # Clustering: all rows and a resampling's as float32, within the limit; three blocks of rows on their way;
-    # four blocks of distances; centroids with their sums; some forty bytes a row.
-    lowest = levels[0].n_clusters if levels else 0
-    resampled = 0
-    if levels and levels[0].n_resamples:
-        resampled = min(n, lowest * (levels[0].sample_size or max(2, round(n / lowest / 2))))
-    held = min((n + resampled) * row, int(config.max_memory_gb * 1e9))
-    peak = held + 3 * min(n, _ROWS_ON_THEIR_WAY) * row + 4 * BLOCK * 4 * lowest + 3 * lowest * row + 40 * n
-    if config.near_duplicates.enabled:  # the rows of a cell, of those compared with it, and faiss's copies
-        peak = max(peak, 6 * min(n, CELL_SIZE) * row + 60 * n)
-    return {
-        "embedding_bytes": n * dimension * itemsize,
-        "tree_bytes": tree,
-        "peak_bytes": _LIBRARIES + peak,
-    }
-
-
 def plan_tables(plan: Plan) -> list[Table]:
-    """A plan to print: what there is, and the stages with their time."""
+    """A plan as tables to print: sizes, and the stages with their times."""
     sizes = Table(title="Plan", show_header=False)
     sizes.add_column()
     sizes.add_column(justify="right")
@@ -284,16 +153,14 @@ def plan_tables(plan: Plan) -> list[Table]:
     stages.add_column("time", justify="right")
     stages.add_column("what")
     for stage in plan.stages:
-        time_ = (
-            "cached" if stage.cached else ("unknown" if stage.seconds is None else duration(stage.seconds))
-        )
-        stages.add_row(stage.name, time_, stage.note)
+        expected = "unknown" if stage.seconds is None else duration(stage.seconds)
+        stages.add_row(stage.name, "cached" if stage.cached else expected, stage.note)
     stages.add_row("in all", duration(plan.seconds), "")
     return [sizes, stages]
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
+    """Seconds as text, in a suitable unit."""
     for unit, length in (("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"
@@ -301,7 +168,7 @@ def duration(seconds: float) -> str:
 
 
 def size(n_bytes: int) -> str:
-    """Bytes in the unit that suits them."""
+    """Bytes as text, in a suitable unit."""
     for unit, length in (("TB", 1e12), ("GB", 1e9)):
         if n_bytes >= length:
             return f"{n_bytes / length:,.1f} {unit}"
@@ -311,9 +178,9 @@ def size(n_bytes: int) -> str:
 def _cached(
     root: Path, config: CurationConfig, store: EmbeddingStore | None
 ) -> tuple[dict[str, bool], np.ndarray | None]:
-    """Which stages after the embedding are in the cache, and which samples are clustered, as far as is known.
+    """Which stages after the embedding are cached, and which samples are clustered, as far as is known.
 
-    Without all embeddings none can be: their names tell what they were made from.
+    None is, unless all embeddings are: artifacts are named by what they were made from.
     """
     if store is None:
         return {}, None
@@ -322,7 +189,7 @@ def _cached(
     cached = {}
     if config.near_duplicates.enabled:
         if config.near_duplicates.held_out:
-            return {}, valid  # would take the held-out pool's embeddings to tell
+            return {}, valid  # cannot be known without the embeddings of the held-out pool
         name = near_duplicates_name(config, origin)
         folder = root / "near_duplicates" / name
         cached["near_duplicates"] = (folder / MANIFEST).exists()
@@ -338,7 +205,7 @@ def _cached(
 
 
 def _probe(n: int, most: int) -> np.ndarray:
-    """Ids of up to `most` samples: runs of neighbours, as an embedding reads them, from all over the pool."""
+    """Ids of up to `most` samples: runs of neighbours, as embedding reads them, from all over the pool."""
     if n <= most:
         return np.arange(n)
     length = -(-most // _PLACES)
@@ -362,7 +229,7 @@ def _embed_probe(
     device: str | torch.device,
     decoders: Decoders | None,
 ) -> tuple[np.ndarray, float]:
-    """The probe's embeddings, usable ones alone, and samples a second, without what starting up takes."""
+    """The probe's valid embeddings, and samples embedded per second, start-up excluded."""
 
     def embed(which: np.ndarray) -> tuple[np.ndarray, float]:
         began = time.monotonic()
@@ -375,7 +242,7 @@ def _embed_probe(
             return store.as_array()[store.valid], seconds
 
     few = ids[: max(1, len(ids) // 8)]
-    embed(few)  # the first pass pays for caches, compilation and the device
+    embed(few)  # warms up caches, compilation and the device
     _, start_up = embed(few)
     rows, seconds = embed(ids)
     grown, more = seconds - start_up, len(ids) - len(few)
@@ -383,9 +250,10 @@ def _embed_probe(
 
 
 def _kmeans_rate(rows: np.ndarray, config: CurationConfig, device: str | torch.device) -> float:
-    """Units of `kmeans_work` a second, of a k-means on the probe's rows; a few are made more by mixing pairs.
+    """Units of `kmeans_work` per second, from a k-means on the probe's rows.
 
-    Copies with noise would not do: clusters that are balls far apart settle at once, unlike those of images.
+    Too few rows are mixed in pairs to make more. Noisy copies would not do: well-separated balls converge at
+    once, unlike images.
     """
     if not len(rows):
         rows = np.ones((1, 64), np.float32)
@@ -403,16 +271,18 @@ def _kmeans_rate(rows: np.ndarray, config: CurationConfig, device: str | torch.d
         kmeans(rows, k, n_iter=config.n_iter, tol=config.tol, device=device, metric=config.metric)
         return time.monotonic() - began
 
-    kmeans(rows[:512], 16, n_iter=2, device=device)  # what is set up once
+    kmeans(rows[:512], 16, n_iter=2, device=device)  # one-time set-up
     return kmeans_work(len(rows), k, rows.shape[1]) / min(seconds(), seconds())
 
 
 def _product_rate(dimension: int) -> float:
-    """Operations a second of exact nearest neighbours, as near-duplicates are searched by (on the CPU)."""
+    """Floating-point operations per second of an exact nearest-neighbour search on the CPU, as for
+    near-duplicates.
+    """
     rows = np.random.default_rng(0).normal(size=(2048, dimension)).astype(np.float32)
     index = faiss.IndexFlatIP(dimension)
     index.add(rows)
-    index.search(rows[:256], 17)  # what is set up once
+    index.search(rows[:256], 17)  # one-time set-up
     began = time.monotonic()
     index.search(rows, 17)
     return 2.0 * len(rows) * len(rows) * dimension / (time.monotonic() - began)

@@ -1,14 +1,14 @@
-"""Curate again with new features of a share of the pool; the rest is assigned from old features.
+"""Curate again with new features for a share of the pool; the old features place the rest.
 
-The tree is built over the share, whose samples are the only ones embedded anew. Every other sample follows
-its old cluster: it goes where most of the share's samples of that cluster went, in a pass over a few arrays
-that reads no embedding, at any size of pool.
+Only the share is embedded again, and the tree is built over it. Every other sample follows its old cluster:
+it goes to the new cluster of most of the share's samples in the old one. That takes one pass over a few
+arrays and reads no embeddings, for a pool of any size.
 
 Measured on long-tailed Fashion-MNIST (4,196 images, 3 seeds, a share of 0.3), from pixels to EfficientNet
-features and back: class entropy of 800 selected is 1.83 and 1.94 so, 1.81 and 1.90 where each sample follows
-its exact nearest neighbour of the share in the old features, and 1.79 and 1.90 with all samples embedded and
-given to the same centroids. Of the samples, 38 and 20 % get the cluster that their new features would give
-them, by exact neighbours 36 and 24 %.
+features and from those to pixels: the class entropy of 800 selected is 1.83 and 1.94. It is 1.81 and 1.90 if
+each sample follows its exact nearest neighbour among the share in the old features, and 1.79 and 1.90 if all
+samples are embedded and assigned to the same centroids. 38 and 20 % of the samples get the cluster that their
+new features would give them, against 36 and 24 % by exact neighbours.
 """
 
 import dataclasses
@@ -23,19 +23,19 @@ import torch
 from torch import Tensor, nn
 
 from curated_data.cache import open_cache
-from curated_data.clustering.hierarchy import Level, choose_levels
+from curated_data.clustering.levels import Level, choose_levels
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig
 from curated_data.embedding import Embedder, embed_pool, resolve_embedder
-from curated_data.embedding.extract import Decoders
 from curated_data.errors import ConfigError, PoolError
 from curated_data.pipeline import Curation, build_tree, check_levels, read_ids, report_of, select
 from curated_data.pool import ShardPool
+from curated_data.pool.decode import Decoders
 
 log = logging.getLogger(__name__)
 
 _ROWS_A_CLUSTER = 4
-"""Fresh samples a derived lowest cluster should have at least."""
+"""The fewest fresh samples per lowest cluster, on average, where levels are derived."""
 
 
 def recurate(
@@ -49,22 +49,23 @@ def recurate(
     device: str | torch.device = "auto",
     decoders: Decoders | None = None,
 ) -> Curation:
-    """Select anew by an embedder that sees a share of the pool; every rank calls it and returns the same.
+    """Select again, embedding only a share of the pool. Every rank calls it and returns the same.
 
-    What `base` left out (failures, near-duplicates) stays out. The share is drawn evenly from the rest, by
-    `config.seed`. Level 1 clusters fewer rows than the pool has, so its `sample_size` shrinks with the share;
-    derived levels are those of the whole pool, with at least four fresh samples to a cluster of level 1.
+    Samples that `base` excluded (failures, near-duplicates) stay excluded. The share is drawn uniformly from
+    the rest, by `config.seed`. Level 1 clusters fewer rows than the pool has, so its `sample_size` shrinks
+    with the share. Derived levels are those of the whole pool, but with at least four fresh samples per
+    cluster of level 1.
 
     Args:
         pool: the pool of `base`.
-        config: as of `curate`; near-duplicates are not looked for again.
-        base: an earlier curation of the whole pool, whose clusters place what is not embedded.
+        config: as for `curate`; the search for near-duplicates is not repeated.
+        base: an earlier curation of the whole pool, whose clusters place the samples that are not embedded.
         share: of the samples that are embedded, in (0, 1].
-        embedder, cache_dir, device, decoders: as of `curate`.
+        embedder, cache_dir, device, decoders: as for `curate`.
 
     Returns:
-        A curation whose `embeddings` are still those of `base`, since they cover the pool. The new ones lie
-        in `folders["fresh_embeddings"]`; the report says how many there are (`fresh`).
+        A curation whose `embeddings` are still those of `base`, which cover the pool. The new ones are in
+        `folders["fresh_embeddings"]`; the report has their number (`fresh`).
 
     Raises:
         ConfigError: a share outside (0, 1], or more clusters than the share has samples.
@@ -125,12 +126,12 @@ def recurate(
 
 
 def draw_share(usable: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """The samples that are embedded anew: ids, ascending, ceil(share * usable) of the usable ones.
+    """The samples to embed again: ascending ids of ceil(share * usable) of the usable samples.
 
     Args:
         usable: (n,) bool.
         share: in (0, 1].
-        seed: another seed draws another share.
+        seed: for the draw.
 
     Raises:
         ConfigError: a share outside (0, 1].
@@ -143,10 +144,10 @@ def draw_share(usable: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def levels_of_share(levels: list[Level] | None, base: Curation, share: float) -> list[Level]:
-    """The levels for a share of the pool, from those asked for of the whole."""
+    """The levels for clustering a share of the pool, from those for the whole pool (None: derived)."""
     if levels is None:
         n = int((base.tree.parent[1] != EXCLUDED).sum())
-        # One lowest cluster for twenty samples of the pool, as always, unless too few of them are fresh.
+        # A lowest cluster per twenty samples of the pool, as usual, unless too few of them would be fresh.
         levels = choose_levels(min(n, math.ceil(share * n) * 20 // _ROWS_A_CLUSTER))
     lowest = levels[0]
     if lowest.sample_size is not None and lowest.sample_size > 1:
@@ -155,20 +156,20 @@ def levels_of_share(levels: list[Level] | None, base: Curation, share: float) ->
 
 
 def spread(tree: ClusterTree, fresh: np.ndarray, old: ClusterTree) -> ClusterTree:
-    """A tree over some samples of a pool, carried to the rest by the clusters of an older tree.
+    """Extend a tree over some samples of a pool to the whole pool, by the clusters of an older tree.
 
-    A sample goes where most fresh samples of its old lowest cluster went (the lowest cluster number on ties);
-    where the cluster has none, by the old cluster above it, and so on up; beyond the top, by the nearest top
-    cluster that has some. Its distance to the new centroid is taken to be the mean of those that it follows.
-    Fresh samples that the tree excludes stay excluded.
+    A sample goes to the new cluster of most fresh samples in its old lowest cluster (the lowest number on
+    ties). If that cluster has no fresh samples, the old cluster above it decides, and so on up; at the top,
+    the nearest cluster that has some. The sample's distance to its new centroid is taken as the mean distance
+    of the fresh samples that it follows. Fresh samples that the tree excludes stay excluded.
 
     Args:
         tree: over m samples.
         fresh: (m,) their ids, ascending.
-        old: over the n samples of the pool; what it excludes stays excluded.
+        old: over the n samples of the pool; samples that it excludes stay excluded.
 
     Returns:
-        The tree over n samples, with the centroids and upper levels of `tree`.
+        A tree over n samples, with the centroids and upper levels of `tree`.
     """
     n = old.n_samples
     assignment, distance = np.full(n, EXCLUDED, np.int64), np.full(n, np.nan, np.float32)
@@ -197,8 +198,8 @@ def spread(tree: ClusterTree, fresh: np.ndarray, old: ClusterTree) -> ClusterTre
 def _majority(
     old: np.ndarray, new: np.ndarray, distance: np.ndarray | None, n_clusters: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each old cluster, (n_clusters,) the new one of most of its samples (-1: it has none), and the mean
-    distance of these.
+    """For each old cluster, (n_clusters,): the new cluster of most of its samples (-1 if it has none), and
+    their mean distance to it.
     """
     there, mean = np.full(n_clusters, EXCLUDED, np.int64), np.full(n_clusters, np.nan, np.float32)
     inside = old >= 0
@@ -217,7 +218,7 @@ def _majority(
 def _from_nearest(
     there: np.ndarray, mean: np.ndarray, centroids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Clusters without a goal take that of the nearest cluster that has one."""
+    """Give clusters without a new cluster that of the nearest cluster that has one."""
     have = np.flatnonzero(there != EXCLUDED)
     source = np.arange(len(there))
     for cluster in np.flatnonzero(there == EXCLUDED):

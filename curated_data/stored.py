@@ -1,4 +1,4 @@
-"""Open again what an earlier curation left in the cache, from its selection's name alone."""
+"""Reopen an earlier curation from the cache, by the name of its selection."""
 
 import dataclasses
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from curated_data.cache import MANIFEST, absolute, load_npy, read_array, read_manifest
-from curated_data.clustering.hierarchy import Level
+from curated_data.cache import MANIFEST, absolute, read_array, read_manifest
+from curated_data.clustering.levels import Level
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig
 from curated_data.embedding import EmbeddingStore
@@ -15,23 +15,24 @@ from curated_data.errors import CacheError
 from curated_data.inspect import check_is_cache
 from curated_data.pipeline import Curation
 from curated_data.report.metrics import cluster_balance
+from curated_data.seals import load_npy
 
 
 def selections(cache_dir: str | Path) -> list[str]:
-    """The names of the selections in a cache, the newest first."""
+    """The names of the selections in a cache, newest first."""
     found = [path.parent for path in (Path(cache_dir).expanduser() / "selection").glob(f"*/{MANIFEST}")]
     return [path.name for path in sorted(found, key=lambda path: (-path.stat().st_mtime, path.name))]
 
 
 def open_curation(cache_dir: str | Path, selection: str) -> Curation:
-    """The curation that ended in a selection: ids, tree and embeddings, without the pool or the embedder.
+    """The curation that a selection belongs to: ids, tree and embeddings, without the pool or the embedder.
 
     Args:
         cache_dir: of the curation.
         selection: its name, the last part of `curation.folders["selection"]`.
 
     Returns:
-        A curation with the settings that its artifacts name; the others are defaults.
+        A curation with the settings that its artifacts record; all others have their defaults.
 
     Raises:
         CacheError: no such selection, or its tree or embeddings are no longer in the cache.
@@ -49,7 +50,7 @@ def open_curation(cache_dir: str | Path, selection: str) -> Curation:
     tree = ClusterTree.load(folders["tree"] / "tree")
     shards = [name.decode() for name in read_array(folders["tree"], "shards", grown)]
     source = inputs
-    if "share" in inputs:  # the embeddings of the pool are those of the curation that it began with
+    if "share" in inputs:  # a re-curation: the first curation has the embeddings of the whole pool
         folders["fresh_embeddings"] = root / "embeddings" / inputs["embedder"]
         source = read_manifest(root / "tree" / inputs["base"], "clustering")["inputs"]
     folders["embeddings"] = root / "embeddings" / source["embedder"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning_modules.evaluation
-from curated_data.clustering.hierarchy import Level
+from curated_data.clustering.levels import Level
 from curated_data.config import CurationConfig, EmbeddingConfig, NearDuplicateConfig
 
 PAGE = Path(__file__).parent / "api.md"

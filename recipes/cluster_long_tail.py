@@ -7,8 +7,8 @@ r"""Cluster a long-tailed, labelled pool without its labels: k-means and three t
 
 The methods are k-means, balanced optimal transport, P²OT and SP²OT.
 
-Prints accuracy (Hungarian matching), class average, NMI, ARI and macro F1, by frequent, medium and rare
-classes, mean and deviation over seeds. Labels are used for these figures alone.
+Prints accuracy (Hungarian matching), class average, NMI, ARI and macro F1, and accuracy on frequent, medium
+and rare classes, as mean and deviation over seeds. Labels are only used for these figures.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from rich.table import Table
 from curated_data import ShardPool, kmeans
 from curated_data.cache import open_cache
 from curated_data.embedding import embed_pool, resolve_embedder
-from curated_data.errors import ConfigError, CuratedDataError, PoolError
-from curated_data.progress import log_to_terminal
+from curated_data.errors import ConfigError, PoolError
 from lightning_modules.evaluation.clustering import clustering
 from lightning_modules.transport_clustering import cluster_embeddings
+from recipes.curate import report_errors
 
 
 def main() -> int:
@@ -33,26 +33,23 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("pool", nargs="+", help="shards with .cls labels")
-    parser.add_argument("--clusters", type=int, required=True, help="how many, say one a class")
+    parser.add_argument(
+        "--clusters", type=int, required=True, help="how many clusters, such as one per class"
+    )
     parser.add_argument(
         "--embedder", default="efficientnet_lite0:64", help="network that embeds (default: %(default)s)"
     )
     parser.add_argument(
-        "--cache-dir", default="runs/cache", help="where stages are kept (default: %(default)s)"
+        "--cache-dir", default="runs/cache", help="for the results of all stages (default: %(default)s)"
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
     options = parser.parse_args()
-    log_to_terminal()
-    try:
-        Console(width=None if sys.stdout.isatty() else 120).print(compare(options))
-    except CuratedDataError as error:
-        print(f"cluster_long_tail: {error}", file=sys.stderr)
-        return 2
-    return 0
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    return report_errors("cluster_long_tail", lambda: console.print(compare(options)))
 
 
 def compare(options: argparse.Namespace) -> Table:
-    """A row a method, a column a figure."""
+    """A table with one row per method and one column per figure."""
     if options.clusters < 2 or options.seeds < 1:
         raise ConfigError(f"--clusters {options.clusters}, --seeds {options.seeds}: need 2 clusters, 1 seed")
     root = open_cache(options.cache_dir)
@@ -89,7 +86,7 @@ def compare(options: argparse.Namespace) -> Table:
 
 
 def by_transport(x: np.ndarray, n_clusters: int, method: str, seed: int) -> np.ndarray:
-    """(n,) clusters by transport labels, on centred embeddings."""
+    """(n,) clusters by optimal transport on centred embeddings."""
     return cluster_embeddings(x, n_clusters, method=method, center=True, seed=seed).assignment
 
 

@@ -1,4 +1,5 @@
-r"""Curate a pool as YAML says: index, embed, cluster, select; then export and report what was selected.
+r"""Curate a pool from YAML settings: index, embed, cluster, select; then export the selection and report on
+it.
 
     uv run recipes/curate.py --config configs/curation/base.yaml --config configs/curation/fashion.yaml
     torchrun --nproc-per-node 8 recipes/curate.py --config configs/curation/base.yaml \
@@ -9,12 +10,12 @@ Later --config files override earlier ones, FIELD=VALUE overrides both, ${...} r
     pool         shards: a path or URL with braces or a glob, or a list of these
     embedder     torchvision:MODEL, timm:MODEL, hub:ENTRY, checkpoint:FILE, ...
     curation     fields of CurationConfig: target_size, levels, metric, strategy, near_duplicates, seed, ...
-    cache_dir    where every stage is kept; a second run is a look-up            (default: runs/cache)
+    cache_dir    for the results of all stages; a second run only reads them     (default: runs/cache)
     device       cpu, cuda, cuda:1, ...                                          (default: auto)
-    export       folder that the selection is written to as shards               (default: none)
-    report       HTML file about what went in and out                            (default: none)
+    export       folder to write the selection to as shards                      (default: none)
+    report       HTML file with a report on the curation                         (default: none)
 
-Prints how balanced the pool, a random selection and the curated one are, over clusters and, where there are
+Prints the balance of the pool, of a random selection and of the curated one, over clusters and, if there are
 labels, over classes. The command line tool `curated-data` does the same stage by stage.
 """
 
@@ -49,7 +50,7 @@ from curated_data.report.page import write_report
 
 @dataclass
 class Settings:
-    """What the YAML files hold together."""
+    """The merged content of the YAML files."""
 
     pool: Any = MISSING
     embedder: str = MISSING
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_settings(paths: Sequence[str], overrides: Sequence[str] = ()) -> Settings:
-    """The settings of YAML files, later ones over earlier ones, then of `FIELD=VALUE` items.
+    """The settings from YAML files, later ones overriding earlier ones, and from `FIELD=VALUE` items.
 
     Raises:
         ConfigError: an unreadable file, an unknown or missing field, or an unresolved reference.
@@ -90,7 +91,7 @@ def read_settings(paths: Sequence[str], overrides: Sequence[str] = ()) -> Settin
 
 
 def run(settings: Settings) -> None:
-    """The walk by the settings, and the table."""
+    """Curate by the settings, and print the table."""
     config = load_config(settings.curation)
     pool = ShardPool(settings.pool, cache_dir=settings.cache_dir)
     with process_group():
@@ -117,7 +118,7 @@ def walk(
     export_to: str | None = None,
     report_to: str | None = None,
 ) -> dict[str, Row]:
-    """Curate, write what is asked for, and compare with a random selection of the same size."""
+    """Curate, export and report if asked to, and compare with a random selection of the same size."""
     curation = curate(pool, config, embedder=embedder, cache_dir=cache_dir, device=device)
     if rank() == 0:
         write(curation, pool, export_to, report_to)
@@ -125,7 +126,7 @@ def walk(
 
 
 def write(curation: Curation, pool: ShardPool, export_to: str | None, report_to: str | None) -> None:
-    """Shards and report, where they are asked for; prints where everything is."""
+    """Write shards and report if asked to; prints where everything is."""
     seed = curation.config.seed
     if export_to:
         shards = export(pool, curation.ids, export_to, tree=curation.tree, seed=seed, overwrite=True)
@@ -137,7 +138,7 @@ def write(curation: Curation, pool: ShardPool, export_to: str | None, report_to:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Under `torchrun` a group of all its processes, which then share the work; else nothing."""
+    """Under `torchrun`, a group of all its processes, which then share the work; otherwise nothing."""
     if not dist.is_torchelastic_launched():
         yield
         return
@@ -151,10 +152,10 @@ def process_group() -> Iterator[None]:
 
 
 def add_selection_options(parser: argparse.ArgumentParser, what: str, metric: str = "l2") -> None:
-    """The command line of recipes that make their pool and embedder themselves."""
+    """Add the command line options of recipes that build their own pool and embedder."""
     parser.add_argument("--target-size", type=int, required=True, help=f"{what} to select")
     parser.add_argument(
-        "--cache-dir", default="runs/cache", help="where stages are kept (default: %(default)s)"
+        "--cache-dir", default="runs/cache", help="for the results of all stages (default: %(default)s)"
     )
     parser.add_argument("--export", metavar="FOLDER", help="write the selection there as shards")
     parser.add_argument(
@@ -165,7 +166,7 @@ def add_selection_options(parser: argparse.ArgumentParser, what: str, metric: st
 
 
 def walk_by_options(pool: ShardPool, embedder: Embedder, options: argparse.Namespace) -> dict[str, Row]:
-    """`walk` as `add_selection_options` says."""
+    """`walk` with the options of `add_selection_options`."""
     config = load_config(
         {
             "target_size": options.target_size,
@@ -178,13 +179,13 @@ def walk_by_options(pool: ShardPool, embedder: Embedder, options: argparse.Names
 
 
 def print_comparison(rows: dict[str, Row], what: str = "samples") -> None:
-    """The table of `compare_with_random`."""
+    """Print the table of `compare_with_random`."""
     table = comparison_table(rows, title="Balance, before and after", what=what)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def report_errors(name: str, work: Callable[[], None]) -> int:
-    """Call `work`; the exit status: 0, or 2 after one line that says what was wrong with the input."""
+    """Call `work` and return the exit status: 0, or 2 after one line about an error in the input."""
     log_to_terminal()
     try:
         work()

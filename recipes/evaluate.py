@@ -1,14 +1,16 @@
-r"""Evaluate embedders on a suite of datasets: each is embedded once, cached, and every evaluation runs on it.
+r"""Evaluate embedders on a suite of datasets: each is embedded once, and all evaluations use these features.
 
     uv run recipes/evaluate.py efficientnet_lite0:64 pixels:28 --suite configs/suites/small.yaml --compare
     uv run recipes/evaluate.py checkpoint:a.ckpt checkpoint:b.ckpt --suite configs/suites/paper.yaml \
         --root /datasets --compare
 
-One column an embedder, one row a figure. With --compare each other embedder's difference to the first has an
-interval (95 %, paired bootstrap over the test images). Writes table.md, results.json, results.csv and
-results.png to --out, what each test image gave to samples.npz, and to duplicates.csv the test images that are
-also in train, where a dataset asks for `duplicates`. A dataset that is not there is named with what to put
-where, an evaluation that a dataset does not allow (one class only, say) with the reason; the others run.
+Prints one column per embedder and one row per figure. With --compare, the difference of each other embedder
+to the first has a 95 % interval (paired bootstrap over the test images). Writes table.md, results.json,
+results.csv and results.png to --out, the result of each test image to samples.npz, and, for datasets with the
+evaluation `duplicates`, the test images that are also in train to duplicates.csv. For a missing dataset it
+says what to put where, and for an evaluation that a dataset does not allow (with only one class, say) why;
+the
+others are run.
 """
 
 import argparse
@@ -39,14 +41,14 @@ Comparisons = dict[tuple[str, str, str], ComparisonResult]  # by embedder, datas
 
 
 def main() -> int:
-    """Run the suite; returns 0, or 1 where something could not be evaluated, or 2 for bad input."""
+    """Run the suite; returns 0, 1 if something could not be evaluated, or 2 for bad input."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("embedders", nargs="+", help="names, as checkpoint:FILE or timm:MODEL")
+    parser.add_argument("embedders", nargs="+", help="names, such as checkpoint:FILE or timm:MODEL")
     parser.add_argument("--suite", default="configs/suites/small.yaml", help="(default: %(default)s)")
-    parser.add_argument("--root", default=".", help="folder that the suite's paths are below (default: .)")
-    parser.add_argument("--compare", action="store_true", help="intervals of the differences to the first")
+    parser.add_argument("--root", default=".", help="folder of the suite's paths (default: .)")
+    parser.add_argument("--compare", action="store_true", help="intervals for the differences to the first")
     parser.add_argument("--cache-dir", default="runs/cache", help="(default: %(default)s)")
     parser.add_argument("--out", default="runs/evaluation", help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: %(default)s)")
@@ -61,10 +63,10 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluate every embedder on every dataset that is there; write and print the table."""
+    """Evaluate every embedder on every dataset that exists; write and print the table."""
     names = list(dict.fromkeys(options.embedders))
     if options.compare and len(names) < 2:
-        raise ConfigError("--compare: give two embedders or more, the first is what others are compared with")
+        raise ConfigError("--compare: give two embedders or more; the first one is the reference")
     if options.workers < 0:
         raise ConfigError(f"--workers: expected 0 or more, got {options.workers}")
     options.device = usable_device(options.device)
@@ -104,8 +106,8 @@ def usable_device(device: str) -> str:
 def evaluate_all(
     suite: Mapping[str, Dataset], parts: Mapping[str, Mapping[str, Part]], features: Features
 ) -> tuple[dict[str, Figures], list[str]]:
-    """Every dataset's figures, in the suite's order, and a line for each evaluation that cannot be done; the
-    sets of one base share its head.
+    """The figures of every dataset, in the suite's order, and one line for each evaluation that failed. Sets
+    with the same base share its head.
     """
     found: dict[str, Figures] = {}
     failures = []
@@ -124,7 +126,7 @@ def evaluate_all(
 
 
 def compare(results: Results) -> Comparisons:
-    """Each embedder against the first, by what each test image gave."""
+    """Compare each embedder with the first, by the results of the test images."""
     first, *others = results
     return {
         (other, dataset, name): comparison(
@@ -139,7 +141,7 @@ def compare(results: Results) -> Comparisons:
 
 
 def write(results: Results, compared: Comparisons, out: Path) -> None:
-    """Every file of the report, each whole or not at all."""
+    """Write all result files, each atomically."""
     out.mkdir(parents=True, exist_ok=True)
     with atomic_path(out / "table.md") as path:
         path.write_text(as_table(results, compared) + "\n")
@@ -188,7 +190,7 @@ def write(results: Results, compared: Comparisons, out: Path) -> None:
 
 
 def as_table(results: Results, compared: Comparisons) -> str:
-    """A Markdown table: a row a figure, a column an embedder, then differences to the first."""
+    """A Markdown table: one row per figure, one column per embedder, then differences to the first."""
     first, *others = results
     header = ["dataset", "figure", *results, *(f"{name} − {first}" for name in others)]
     lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * (len(header) - 2)]
@@ -212,12 +214,12 @@ def as_table(results: Results, compared: Comparisons) -> str:
             cells.append(cell)
         lines.append(f"| {dataset} | {title} | " + " | ".join(cells) + " |")
     if compared:
-        lines += ["", "In brackets 95 % intervals, paired bootstrap over the test images; * leaves out 0."]
+        lines += ["", "In brackets: 95 % intervals, by paired bootstrap over the test images; * excludes 0."]
     return "\n".join(lines)
 
 
 def draw(results: Results) -> Drawing:
-    """Bars of every figure that lies in 0..1, grouped by embedder."""
+    """A bar chart of all figures in 0..1, grouped by embedder."""
     rows = list(dict.fromkeys(
         (dataset, title) for found in results.values() for dataset, figures in found.items()
         for title, figure in figures.items() if figure.is_share

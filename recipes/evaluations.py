@@ -1,4 +1,4 @@
-"""Every evaluation of one embedder on one dataset of a suite: from parts to figures that can be compared."""
+"""All evaluations of an embedder on a dataset of a suite, with results per image for comparisons."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -39,10 +39,10 @@ class Figure:
 
     Attributes:
         value: the figure.
-        samples: what each test image gave, for comparisons; None where the figure is no sum over them.
-        statistic: of the means of `samples`; None for the mean itself.
-        is_share: lies in 0..1.
-        details: rows of a table behind it.
+        samples: the result of each test image, for comparisons; None if the figure is not made of them.
+        statistic: computes the figure from the mean of `samples`; None if it is the mean.
+        is_share: whether it lies in 0..1.
+        details: rows of a table with details.
     """
 
     value: float
@@ -56,7 +56,7 @@ Figures = dict[str, Figure]
 
 
 class Features:
-    """The features of every part, by one embedder: embedded once, then read from the cache."""
+    """The features of all parts by one embedder, embedded once and then read from the cache."""
 
     def __init__(self, embedder: Embedder, cache: Path, workers: int, device: str) -> None:
         self.embedder, self.cache, self.workers, self.device = embedder, cache, workers, device
@@ -77,7 +77,7 @@ class Features:
         return store
 
     def labelled(self, part: Part, embedder: Embedder | None = None) -> tuple["Rows", np.ndarray]:
-        """The rows of the images that can be read and have a label, and the labels."""
+        """The rows and labels of the images that can be read and have a label."""
         store = self.store(part, embedder)
         labels = part.labels()
         ids = np.flatnonzero(store.valid & (labels >= 0))
@@ -87,7 +87,7 @@ class Features:
 
 
 class Rows:
-    """Some rows of a store, read from disk when they are asked for."""
+    """Some rows of a store, read from disk on access."""
 
     def __init__(self, store: EmbeddingStore, ids: np.ndarray) -> None:
         self.store, self.ids = store, ids
@@ -97,13 +97,14 @@ class Rows:
         return self.store.rows(self.ids[rows])
 
     def array(self) -> np.ndarray:
-        """All of them in memory, float32."""
+        """All rows in memory, as float32."""
         return self[:].astype(np.float32)
 
 
 def evaluate(dataset: Dataset, parts: Mapping[str, Part], features: Features) -> tuple[Figures, list[str]]:
-    """Every figure of one dataset but those of sets with a base, which `evaluate_shifted` gives; and a line
-    for each evaluation that its images or labels do not allow.
+    """All figures of a dataset, except those with respect to a base (see `evaluate_shifted`), and one line
+    for
+    each evaluation that its images or labels do not allow.
     """
     figures: Figures = {}
     failures = []
@@ -124,10 +125,10 @@ def first_line(error: Exception) -> str:
 def evaluate_shifted(
     datasets: Mapping[str, Dataset], parts: Mapping[str, Mapping[str, Part]], base: Part, features: Features
 ) -> dict[str, Figures]:
-    """Robustness and fairness of all sets of one base: a head is fitted once on the base's train part.
+    """Robustness and fairness on all sets with the same base, with one head fitted on its train part.
 
     Raises:
-        ValueError: what the sets do not allow.
+        ValueError: the sets do not allow it.
     """
     train, labels = features.labelled(base)
     found: dict[str, Figures] = {name: {} for name in datasets}
@@ -150,10 +151,10 @@ def evaluate_shifted(
 
 
 def duplicates(parts: Mapping[str, Part], features: Features) -> list[dict[str, str]]:
-    """Test images that are also in train: of the same bytes, or near by the embedder.
+    """Test images that are also in train, by equal bytes or by the embedder.
 
     Returns:
-        A row each: test and train (keys), kind ("same bytes" or "near").
+        A row for each: test and train (keys), kind ("same bytes" or "near").
     """
     train, test = parts["train"].pool, parts["test"].pool
     digests = [image_contents(pool).digest for pool in (train, test)]
@@ -213,7 +214,7 @@ def _multilabel(dataset: Dataset, parts: Mapping[str, Part], features: Features)
     for name in ("train", "test"):
         store, images = features.store(parts[name]), parts[name].images
         if images is None or images.marks is None:
-            raise PoolError(f"layout {dataset.layout}: has no marks of several classes an image")
+            raise PoolError(f"layout {dataset.layout}: has no marks of several classes per image")
         ids = np.flatnonzero(store.valid)
         sets += [store.rows(ids).astype(np.float32), images.marks[ids]]
     result = multilabel(*sets, device=features.device)
@@ -240,7 +241,7 @@ def _instances(dataset: Dataset, parts: Mapping[str, Part], features: Features) 
     ids = np.flatnonzero(queries.valid)
     result = retrieval(
         queries.rows(ids).astype(np.float32),
-        gallery.as_array(),  # an image that cannot be read is a row of zeros: it keeps its place
+        gallery.as_array(),  # with zero rows for unreadable images, so that places match
         ground_truth=[images.ground_truth[i] for i in ids],
         k=[k for k in (1, 5, 10) if k <= len(gallery)],
         device=features.device,
@@ -327,7 +328,7 @@ class _Tokens:
 
 
 class _Chosen:
-    """Some of the maps, in order."""
+    """A selection of maps."""
 
     def __init__(self, maps: Any, ids: np.ndarray) -> None:
         self.maps, self.ids = maps, ids
@@ -356,7 +357,7 @@ def _settings(dataset: Dataset) -> DenseSettings:
 
 
 def _shifted_set(part: Part, features: Features) -> tuple[ShiftedSet, np.ndarray]:
-    """A shifted set's features, labels and classes, and which of its images these are."""
+    """A shifted set's features, labels and classes, and the ids of its readable images."""
     store = features.store(part)
     ids = np.flatnonzero(store.valid)
     images = part.images
@@ -368,7 +369,7 @@ def _shifted_set(part: Part, features: Features) -> tuple[ShiftedSet, np.ndarray
 
 
 def _by_group(groups: Mapping[str, list[str]], ids: np.ndarray, hits: np.ndarray) -> Figures:
-    """The figure by group, and the gap between the best and the worst."""
+    """Figures by group, and the gap between the best and the worst."""
     figures: Figures = {}
     known = np.isfinite(hits)
     for column, names in groups.items():

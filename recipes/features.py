@@ -1,6 +1,4 @@
-"""What an embedder's network gives besides its embedding: patch tokens, and the outputs of its last
-blocks.
-"""
+"""Other outputs of an embedder's network: patch tokens, and the outputs of its last blocks."""
 
 import copy
 import dataclasses
@@ -19,16 +17,16 @@ N_BLOCKS = 4
 
 
 class TokenEmbedder(ModuleEmbedder):
-    """Patch tokens of the whole image, squeezed to the square that the network takes: (B, h * w * d) rows.
+    """Patch tokens of the whole image, resized to the network's square input: (B, h * w * d) rows.
 
-    A transformer gives its last block's normalised patch tokens; a convolutional network its last feature
-    map; `pixels` its pixels.
+    For a transformer these are the normalised patch tokens of its last block, for a convolutional network its
+    last feature map, and for `pixels` the pixels.
 
     Attributes:
         grid: h, w, d.
 
     Raises:
-        EmbedderError: a network of another kind, or a preprocessing that cannot do without its crop.
+        EmbedderError: a network of another kind, or a preprocessing whose crop cannot be disabled.
     """
 
     def __init__(self, embedder: Embedder) -> None:
@@ -43,8 +41,8 @@ class TokenEmbedder(ModuleEmbedder):
 
 
 class Squeezed:
-    """A preprocessing that squeezes the image to its square instead of cropping it, so that maps of the whole
-    image fit.
+    """A preprocessing that squeezes the image to a square instead of cropping it, to match maps of the whole
+    image.
     """
 
     def __init__(self, preprocess: Any) -> None:
@@ -71,10 +69,11 @@ class Squeezed:
 
 
 class BlockEmbedder(ModuleEmbedder):
-    """A transformer's class tokens of the last 4 blocks (or all, where it has fewer), and the average of the
-    last one's patch tokens: 5 d.
+    """The class tokens of a transformer's last 4 blocks (or of all, if it has fewer), and the mean patch
+    token
+    of the last: 5 d features.
 
-    `kinds` cuts the four kinds of features of the linear grid out of them (arXiv 2304.07193, appendix B.3).
+    `kinds` selects the four kinds of features of the linear grid (arXiv 2304.07193, appendix B.3).
     """
 
     def __init__(self, embedder: Embedder) -> None:
@@ -103,7 +102,7 @@ class BlockEmbedder(ModuleEmbedder):
 
 
 def block_embedder(embedder: Embedder) -> BlockEmbedder | None:
-    """The embedder's last blocks, or None where it is no transformer with a class token."""
+    """The embedder's last blocks, or None if it is not a transformer with a class token."""
     return BlockEmbedder(embedder) if _transformer(embedder) is not None else None
 
 
@@ -187,9 +186,7 @@ def _tokens_of(embedder: Embedder, image: Tensor) -> nn.Module:
 
 
 def _transformer(embedder: Embedder) -> Any:
-    """The vision transformer with a class token in an embedder, timm's or DINOv2's own; None where there is
-    none.
-    """
+    """The vision transformer with a class token in an embedder, timm's or DINOv2's own, or None."""
     network = _network_of(embedder)
     for candidate in (network, getattr(getattr(network, "module", None), "backbone", None)):
         candidate = getattr(candidate, "net", candidate)

@@ -1,15 +1,15 @@
-"""Curate multi-band images that no camera took: satellite bands, microscopy channels, spectrograms.
+"""Curate multi-band arrays other than photographs: satellite bands, microscopy channels, spectrograms.
 
     uv run recipes/multiband_curation.py FOLDER --target-size 10000                  # FOLDER/**/*.npy
     uv run recipes/multiband_curation.py 's2-{000..199}.tar' --target-size 100000 --grid 8
 
-Takes a folder of `.npy` arrays (C, H, W), float or integer, of any height and width and one number of bands
-(folders in it are classes), or shards with `.npy` members. Each array is described by statistics of its bands
-and their means over a coarse grid, every figure standardised over a sample of the pool, so that no unit
-outweighs another. That knows brightness, colour, contrast and layout, no objects: where a network trained on
-such bands exists, give `curate` that network with its own `preprocess` instead.
+Takes a folder of `.npy` arrays (C, H, W), float or integer, of any height and width but with the same number
+of bands (its sub-folders are classes), or shards with `.npy` members. The features of an array are statistics
+of its bands and their means over a coarse grid, standardised over a sample of the pool, so that no unit
+outweighs another. They capture brightness, colour, contrast and layout, but not objects: if a network trained
+on such bands exists, call `curate` with that network and its own `preprocess` instead.
 
-Time: about 300 arrays of 13 x 64 x 64 a second and CPU core.
+Time: about 300 arrays of 13 x 64 x 64 per second and CPU core.
 """
 
 import argparse
@@ -34,23 +34,23 @@ log = logging.getLogger("multiband_curation")
 
 QUANTILES = (0.02, 0.25, 0.5, 0.75, 0.98)
 N_FITTED = 2000
-"""Samples, evenly spread over the pool, whose features give the scale."""
+"""Samples, evenly spread over the pool, from which features are standardised."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write shards where a folder is given, curate, compare; returns the exit status."""
+    """Write shards if given a folder, curate, compare; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("source", nargs="+", help="a folder of .npy files, or shards")
-    parser.add_argument("--grid", type=int, default=4, help="cells a side (default: %(default)s)")
+    parser.add_argument("--grid", type=int, default=4, help="cells per side (default: %(default)s)")
     add_selection_options(parser, "arrays")
     options = parser.parse_args(arguments)
     return report_errors("multiband_curation", lambda: print_comparison(run(options), "arrays"))
 
 
 def run(options: argparse.Namespace) -> dict[str, Row]:
-    """The walk; returns the table's rows."""
+    """Curate; returns the rows of the table."""
     root = open_cache(options.cache_dir)
     folder = Path(options.source[0])
     is_folder = len(options.source) == 1 and folder.is_dir()
@@ -61,18 +61,18 @@ def run(options: argparse.Namespace) -> dict[str, Row]:
 def band_features(array: Any, n_bands: int, grid: int) -> Tensor:
     """Mean, deviation and quantiles of each band, and its means over `grid` x `grid` cells.
 
-    Pixels that are not finite have no data: they count as their band's median.
+    Non-finite pixels have no data, and are replaced by the median of their band.
 
     Args:
         array: (C, H, W) numbers.
-        n_bands: C, as it must be.
-        grid: cells a side.
+        n_bands: the required C.
+        grid: cells per side.
 
     Returns:
         (C * (2 + 5 + grid²),) float32.
 
     Raises:
-        SampleError: another shape, no numbers, or a band without a finite pixel.
+        SampleError: another shape, a dtype that is not numeric, or a band without finite pixels.
     """
     if array.ndim != 3 or array.shape[0] != n_bands or not array.size:
         raise SampleError(f"has shape {array.shape}, expected ({n_bands}, H, W)")
@@ -98,7 +98,7 @@ class BandEmbedder(nn.Module):
 
     Args:
         n_bands: of every array.
-        grid: cells a side.
+        grid: cells per side.
         mean, scale: (dimension,) of each feature over the pool.
     """
 
@@ -116,13 +116,13 @@ class BandEmbedder(nn.Module):
 
     @classmethod
     def fit(cls, pool: ShardPool, *, grid: int = 4) -> "BandEmbedder":
-        """Take the number of bands from the first readable array, the scale from samples all over the pool.
+        """Take the number of bands from the first readable array, and the scale from all over the pool.
 
         Raises:
             PoolError: none of these samples can be used; names the first reason.
         """
         if grid < 1:
-            raise EmbedderError(f"grid={grid}: give at least one cell a side")
+            raise EmbedderError(f"grid={grid}: give at least one cell per side")
         ids = np.unique(np.linspace(0, len(pool) - 1, N_FITTED).astype(np.int64))
         features: list[Tensor] = []
         n_bands, reason = 0, ""
@@ -141,12 +141,12 @@ class BandEmbedder(nn.Module):
             raise PoolError(f"no array to take the scale of bands from; {reason}")
         stacked = torch.stack(features).double()
         scale = stacked.std(0, correction=0)
-        scale[scale <= 1e-6 * stacked.abs().amax(0)] = torch.inf  # constant but for rounding: no information
+        scale[scale <= 1e-6 * stacked.abs().amax(0)] = torch.inf  # constant up to rounding: no information
         log.info("%d bands, scaled by %d samples", n_bands, len(features))
         return cls(n_bands, grid, stacked.mean(0).float(), scale.float())
 
     def preprocess(self, array: Any) -> Tensor:
-        """An array (C, H, W) to its features, not standardised yet."""
+        """An array (C, H, W) to its features, not yet standardised."""
         if not isinstance(array, np.ndarray):
             raise EmbedderError(
                 f"the embedder of bands takes .npy members, the pool gave a {type(array).__name__}; "
@@ -160,10 +160,10 @@ class BandEmbedder(nn.Module):
 
 
 def write_shards(folder: Path, root: Path) -> list[Path]:
-    """A folder's `.npy` files as shards in the cache; folders in it are classes, by their sorted names.
+    """A folder's `.npy` files as shards in the cache; its sub-folders are classes, sorted by name.
 
-    The files are known by name, size and time of change. Their bytes are copied as they are: what is damaged
-    is found, counted and left out when the pool is embedded.
+    Files are identified by name, size and modification time. Their bytes are copied unchanged; damaged ones
+    are found, counted and excluded when the pool is embedded.
 
     Raises:
         PoolError: no `.npy` file below the folder.

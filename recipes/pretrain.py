@@ -7,10 +7,10 @@
 
     uv run recipes/pretrain.py fit --config configs/pretrain/simclr_fashion.yaml --dry-run
 
-`--dry-run` prints what the run would do and take, and the time that it is expected to need by a probe of
-embedder, k-means and a few training steps on this machine. `--config` may be given several times, later ones
-over earlier ones. `--print_config` shows the result; `fit --model.help lightning_modules.SimCLR` and `fit
---help` list every setting. `${…}` refers to other values.
+`--dry-run` prints what the run would do and need, with times estimated by a probe of embedder, k-means and a
+few training steps on this machine. `--config` may be given several times; later files override earlier ones.
+`--print_config` shows the result. `fit --help` and `fit --model.help lightning_modules.SimCLR` list every
+setting. `${…}` refers to other values.
 """
 
 import statistics
@@ -25,8 +25,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
 from curated_data import CuratedDataModule
+from curated_data.costs import Stage
 from curated_data.errors import ConfigError, CuratedDataError
-from curated_data.plan import Stage, duration, plan, plan_tables
+from curated_data.plan import duration, plan, plan_tables
 
 _PROBE_STEPS = 8
 
@@ -37,7 +38,7 @@ def main(
     description: str = "Pretrain any module on a curated pool, from YAML. `fit --help` lists every setting.",
     **options: Any,
 ) -> LightningCLI:
-    """Parse the command line, or the arguments given, and run; the rest is for other recipes."""
+    """Parse the command line, or `arguments`, and run. The other parameters are for other recipes."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     return (cli or Pretrain)(
         lightning.LightningModule,
@@ -71,7 +72,7 @@ class Pretrain(RecipeCLI):
         parser.add_argument(
             "--dry-run",
             action="store_true",
-            help="print sizes, memory and expected hours, and stop (fit alone)",
+            help="print sizes, memory and expected hours, and stop (only with fit)",
         )
 
     def before_fit(self) -> None:
@@ -101,8 +102,8 @@ def show_plan(
 def training_stage(
     module: lightning.LightningModule, data: CuratedDataModule, trainer: lightning.Trainer, settings: Any
 ) -> Stage:
-    """The training as a stage: its steps, and the median time of a few of them on one device, without
-    validation.
+    """The training as a stage: its number of steps, and their time by the median of a few on one device,
+    without validation.
     """
     if data.curation_config is not None:
         n_trained = min(data.curation_config.target_size, len(data.pool) * data.curation_config.max_repeats)
@@ -113,7 +114,7 @@ def training_stage(
     if trainer.max_steps >= 0:
         steps = trainer.max_steps if steps is None else min(steps, trainer.max_steps)
     if steps is None:
-        return Stage("train", False, None, f"{an_epoch:,} steps an epoch, without end")
+        return Stage("train", False, None, f"{an_epoch:,} steps per epoch, without end")
     note = f"{steps:,} steps of {data.batch_size} x {trainer.world_size} samples"
     return Stage("train", False, steps * _step_seconds(module, data, settings), note)
 
@@ -141,7 +142,7 @@ def _step_seconds(module: lightning.LightningModule, data: CuratedDataModule, se
         enable_model_summary=False, limit_val_batches=0,
     )  # fmt: skip
     trainer.fit(module, probe)
-    gaps = np.diff(clock.times)[1:]  # the first steps pay for what is set up once
+    gaps = np.diff(clock.times)[1:]  # the first steps include one-time set-up
     return statistics.median(gaps.tolist())
 
 

@@ -1,6 +1,6 @@
-r"""The whole walk on one machine, in minutes: curate a long-tailed pool, pretrain on the selection, compare.
+r"""Everything on one machine, in minutes: curate a long-tailed pool, pretrain on the selection, compare.
 
-Long-tailed Fashion-MNIST, embedded, no network needed:
+Long-tailed Fashion-MNIST, which is included, so that no network is needed:
     uv run recipes/quickstart.py
 Long-tailed CIFAR-10, downloaded by torchvision:
     uv run recipes/quickstart.py --data cifar10
@@ -10,10 +10,11 @@ Any shards of images:
     uv run recipes/quickstart.py --pool 'my-{000..099}.tar' --target-size 100000 \
         --embedder timm:vit_small_patch14_dinov2.lvd142m --image-size 224
 
-Prints one table: how balanced the pool, a random selection and the curated one are, and the k-NN accuracy of
-SimCLR pretrained on either, over all classes and over the rarest three. The k-NN bank is the whole labelled
-pool for both models, so that only their features differ. A pool without labels is curated and drawn, not
-compared. Beside the table: two figures, and the report page. A second run finds everything cached.
+Prints one table: the balance of the pool, of a random selection and of the curated one, and the k-NN accuracy
+of SimCLR pretrained on either, over all classes and over the rarest three. The k-NN bank is the whole
+labelled pool for both models, so that only their features differ. A pool without labels is curated and
+plotted, but not compared. Also writes two figures and the report page. A second run finds everything in the
+cache.
 """
 
 import argparse
@@ -58,7 +59,7 @@ NEIGHBOURS = 5
 
 @dataclass(frozen=True)
 class Data:
-    """Where the images come from, and what suits them."""
+    """Where the images are, and suitable settings."""
 
     pool: list[str]
     test: list[str]
@@ -83,7 +84,7 @@ def main() -> int:
 
 
 def quieten_lightning() -> None:
-    """Leave out its lines of every epoch, and advice about loggers and validation that are off on purpose."""
+    """Silence its lines per epoch, and its advice about loggers and validation, which are off on purpose."""
     noisy = "lightning", "lightning.pytorch", "lightning.fabric"
     for name in (*noisy, "curated_data.streaming", "curated_data.datamodule"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -224,7 +225,7 @@ def long_tailed_cifar(out: Path, ratio: float = 100.0) -> Path:
 def pretrained(
     name: str, ids: np.ndarray, pool: ShardPool, data: Data, options: argparse.Namespace, cache: Path
 ) -> tuple[SimCLR, bool]:
-    """SimCLR trained on a selection, or as an earlier run left it."""
+    """SimCLR trained on a selection, or loaded from an earlier run."""
     settings = simclr_settings(data, options.backbone)
     key = fingerprint(
         ids=ids, pool=pool.fingerprint, settings=settings, epochs=options.epochs, seed=options.seed, version=1
@@ -250,7 +251,7 @@ def pretrained(
 
 
 def simclr_settings(data: Data, backbone: str) -> dict[str, Any]:
-    """Of SimCLR in small batches: SGD, a low temperature, crops that leave most of the image."""
+    """Settings for SimCLR in small batches: SGD, a low temperature, crops that keep most of the image."""
     small = data.image_size <= 64
     grey = {"jitter": [0.4, 0.4, 0.0, 0.0], "grey": 0.0, "scale": [0.3, 1.0]}
     return {
@@ -282,7 +283,7 @@ def quiet_trainer(**settings: Any) -> lightning.Trainer:
 def accuracies(
     embedder: str | SimCLR, pool: ShardPool, labels: np.ndarray, data: Data, cache: Path
 ) -> dict[str, float]:
-    """k-NN accuracy on the held-out images: over all classes, and the mean over the rarest of the pool."""
+    """k-NN accuracy on the held-out images: over all classes, and the mean over the pool's rarest classes."""
     resolved = resolve_embedder(embedder)
     test = ShardPool(data.test, cache_dir=cache)
     features = {
@@ -312,7 +313,7 @@ def accuracies(
 
 
 def balance(labels: np.ndarray, ids: np.ndarray) -> dict[str, float]:
-    """Size, class entropy and head-to-tail ratio of a selection; the size alone where there are no labels."""
+    """Size, class entropy and head-to-tail ratio of a selection; only the size without labels."""
     found = class_balance(labels, ids)
     if found is None:
         return {"size": len(ids)}
@@ -320,7 +321,7 @@ def balance(labels: np.ndarray, ids: np.ndarray) -> dict[str, float]:
 
 
 def print_table(rows: dict[str, dict[str, float]], caption: str) -> None:
-    """One row a selection; columns that nothing fills are left out."""
+    """Print one row per selection, without empty columns."""
     columns = {
         "size": ("images", "{:,.0f}"),
         "entropy": ("class entropy, nats", "{:.3f}"),
@@ -350,9 +351,7 @@ def draw(
     chosen: dict[str, np.ndarray],
     data: Data,
 ) -> list[Path]:
-    """Class counts before and after, and examples of what the largest and smallest clusters kept and
-    dropped.
-    """
+    """Plot class counts before and after, and examples of what clusters kept and dropped."""
     drawn = []
     if (labels >= 0).any():
         n_classes = int(labels.max()) + 1

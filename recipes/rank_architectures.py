@@ -1,4 +1,4 @@
-r"""Does dataset B order architectures as dataset A does? Train each on each, correlate the accuracies.
+r"""Does dataset B rank architectures as dataset A does? Train each one on both, correlate the accuracies.
 
     uv run recipes/rank_architectures.py --small            # two halves of Fashion-MNIST's classes
     uv run recipes/rank_architectures.py --b cifar10-lt100  # against a folder of *train*.tar and *test*.tar
@@ -7,14 +7,14 @@ r"""Does dataset B order architectures as dataset A does? Train each on each, co
     uv run recipes/rank_architectures.py --selection-a curated.npy --selection-b random.npy
     uv run recipes/rank_architectures.py --known published.csv
 
-Every training has the same number of steps, so the same budget on datasets of different sizes. Finished
-accuracies are kept: a run that was killed goes on with the next training, and several runs of one command
-share the work. Accuracies that are --known stand in for a training: a CSV with the columns model, accuracy_a,
-accuracy_b (in 0..1; one row for each seed; a model without a value for a dataset is trained on it), or JSON,
-{"a": {model: accuracy or list}, "b": ...}. Writes accuracies.csv (in that form), ranking.csv, ranking.json,
-table.md and ranking.png to --out. The question and the statistics are those of ImageNot (arXiv 2404.02112).
+All trainings have the same number of steps, and so the same budget on datasets of different sizes. Accuracies
+are cached: a killed run continues with the next training, and several runs of the same command share the
+work. Accuracies given by --known replace trainings: a CSV with the columns model, accuracy_a, accuracy_b (in
+0..1; one row per seed; a model without a value for a dataset is trained on it), or JSON, {"a": {model:
+accuracy or list}, "b": ...}. Writes accuracies.csv (in that form), ranking.csv, ranking.json, table.md and
+ranking.png to --out. The question and the statistics are those of ImageNot (arXiv 2404.02112).
 
-Time: --small takes some minutes on 2 CPU cores; the six families at their sizes are work for a GPU.
+Time: --small takes a few minutes on 2 CPU cores; the six default families need a GPU.
 """
 
 import argparse
@@ -34,38 +34,25 @@ from rich.console import Console
 from rich.markdown import Markdown
 from torchvision.transforms import v2
 
-from curated_data import CuratedDataModule, ShardPool
+from curated_data import CuratedDataModule
 from curated_data.cache import atomic_path, atomic_write_json, fingerprint, locked, open_cache, read_json
 from curated_data.errors import ConfigError, CuratedDataError
 from curated_data.progress import log_to_terminal, progress
 from lightning_modules.evaluation.ranking import RankingResult, ranking
 from lightning_modules.supervised import Supervised, build_classifier
+from recipes.ranking_data import SIDES, Data, open_data
 
 log = logging.getLogger("rank_architectures")
 
-FASHION = Path(__file__).parent / "data" / "fashion-lt50"
 FAMILIES = ["alexnet", "vgg11", "resnet18", "densenet121", "efficientnet_b0", "convnext_tiny"]
 SMALL_FAMILIES = ["resnet10:16", "resnet18:16", "mobilenet_v2", "squeezenet1_1", "shufflenet_v2_x0_5",
                   "regnet_y_400mf"]  # fmt: skip
-SIDES = ("a", "b")
 Accuracies = dict[str, dict[str, list[float]]]  # by side and model, one for each seed
 
 
 @dataclass(frozen=True)
-class Data:
-    """A labelled dataset: which samples train, which classes count."""
-
-    name: str
-    train: ShardPool
-    test: ShardPool
-    ids: np.ndarray
-    classes: np.ndarray
-    n_test: int
-
-
-@dataclass(frozen=True)
 class Budget:
-    """What every training has in common."""
+    """The settings that all trainings share."""
 
     steps: int
     batch_size: int
@@ -76,11 +63,11 @@ class Budget:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train what is not known, report; returns 0, or 2 for bad input."""
+    """Train what is not known, and report; returns 0, or 2 for bad input."""
     options = parse_options(arguments)
     log_to_terminal()
     for noisy in ("lightning", "lightning.pytorch", "lightning.fabric", "curated_data.streaming"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)  # lines of every training
+        logging.getLogger(noisy).setLevel(logging.ERROR)  # they log lines for every training
     try:
         run(options)
     except CuratedDataError as error:
@@ -90,23 +77,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, with what --small changes."""
+    """Parse the command line, with the defaults of --small."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--a", help="folder of shards *train*.tar and *test*.tar (default: Fashion-MNIST)")
     parser.add_argument("--b", help="(default: the other half of A's classes, or A's other selection)")
     for side in SIDES:
-        parser.add_argument(f"--train-{side}", nargs="+", help="patterns of shards, instead of the folder")
+        parser.add_argument(f"--train-{side}", nargs="+", help="patterns of shards, instead of a folder")
         parser.add_argument(f"--test-{side}", nargs="+", help="likewise")
-        parser.add_argument(f"--selection-{side}", help=".npy of the ids that train (default: all)")
-        parser.add_argument(f"--classes-{side}", type=int, nargs="+", help="labels that count (default: all)")
+        parser.add_argument(f"--selection-{side}", help=".npy of the ids to train on (default: all)")
+        parser.add_argument(f"--classes-{side}", type=int, nargs="+", help="labels to use (default: all)")
         parser.add_argument(f"--name-{side}", help="for the figure's axis")
-        parser.add_argument(f"--n-test-{side}", type=int, help="test images behind known accuracies")
-    parser.add_argument(
-        "--architectures", nargs="+", help="torchvision's names; resnet18:16 has a width of 16"
-    )
-    parser.add_argument("--known", help="CSV or JSON of accuracies that stand in for trainings")
+        parser.add_argument(f"--n-test-{side}", type=int, help="number of test images of known accuracies")
+    parser.add_argument("--architectures", nargs="+", help="names in torchvision; resnet18:16 has width 16")
+    parser.add_argument("--known", help="CSV or JSON of accuracies to use instead of trainings")
     parser.add_argument("--seeds", type=int, nargs="+", help="(default: 0 1 2; with --small: 0)")
     parser.add_argument("--steps", type=int, help="of each training (default: 3000; with --small: 300)")
     parser.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
@@ -126,7 +111,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> RankingResult:
-    """Accuracies of every architecture on both datasets, then the statistics, the table and the figure."""
+    """Find the accuracies of every architecture on both datasets, then write statistics, table and figure."""
     budget = Budget(**{name: getattr(options, name) for name in Budget.__dataclass_fields__})
     check_options(options)
     known = read_known(Path(options.known)) if options.known else {side: {} for side in SIDES}
@@ -139,7 +124,7 @@ def run(options: argparse.Namespace) -> RankingResult:
     if len(set(models)) < 3 or len(set(models)) < len(models):
         raise ConfigError(f"a ranking needs three architectures or more, each once; got {', '.join(models)}")
     untrained = [name for name in models if not all(known[side].get(name) for side in SIDES)]
-    for name in untrained:  # each is built once before hours of training
+    for name in untrained:  # build each once, before hours of training
         try:
             build_classifier(name, 2, image_size=options.image_size)
         except ValueError as error:
@@ -165,7 +150,7 @@ def run(options: argparse.Namespace) -> RankingResult:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise a ConfigError that names the first number that is out of range."""
+    """Raise a ConfigError that names the first option out of range."""
     for name, least in (("steps", 1), ("batch_size", 2), ("image_size", 1), ("workers", 0)):
         if getattr(options, name) < least:
             flag = "--" + name.replace("_", "-")
@@ -185,7 +170,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def read_known(path: Path) -> Accuracies:
-    """Accuracies from a CSV or JSON file, see the recipe's head.
+    """Accuracies from a CSV or JSON file, in the form described at the top.
 
     Raises:
         ConfigError: an unreadable file, a column or side that is missing, a cell that is no number.
@@ -211,109 +196,6 @@ def read_known(path: Path) -> Accuracies:
     return known
 
 
-def open_data(options: argparse.Namespace, sides: Sequence[str], cache: Path) -> dict[str, Data]:
-    """The datasets of the sides that are trained on.
-
-    Where B is not said it is A's images: the other selection, or the other half of the classes.
-
-    Raises:
-        ConfigError: no labels, classes that are not there or not trained, a selection of another pool.
-        PoolError: shards that are not there.
-    """
-    patterns, names = {}, {}
-    for side in SIDES:
-        folder = getattr(options, side)
-        given = getattr(options, f"train_{side}"), getattr(options, f"test_{side}")
-        if any(given) and not all(given):
-            raise ConfigError(f"--train-{side} and --test-{side} go together; give both")
-        if any(given) and folder:
-            raise ConfigError(f"--{side} {folder}: given together with --train-{side}; drop either")
-        if any(given):
-            patterns[side], names[side] = given, Path(given[0][0]).name.split("-train")[0]
-        elif side == "b" and not folder:
-            patterns[side], names[side] = patterns["a"], names["a"]
-        else:
-            path = Path(folder) if folder else FASHION
-            found = tuple(sorted(map(str, path.glob(f"*{part}*.tar"))) for part in ("train", "test"))
-            if not all(found):
-                raise ConfigError(
-                    f"--{side} {path}: expected shards *train*.tar and *test*.tar in this folder; or give "
-                    f"--train-{side} and --test-{side}"
-                )
-            patterns[side], names[side] = found, path.name
-    choices = {side: getattr(options, f"classes_{side}") for side in SIDES}
-    selections = {side: getattr(options, f"selection_{side}") for side in SIDES}
-    if patterns["a"] == patterns["b"] and not any([*choices.values(), *selections.values()]):
-        pool = ShardPool(patterns["a"][0], cache_dir=cache)
-        labels = pool.labels(np.arange(len(pool)))
-        classes = np.unique(labels[labels >= 0])
-        half = (len(classes) + 1) // 2
-        if len(classes) >= 4:
-            choices = {"a": classes[:half].tolist(), "b": classes[half:].tolist()}
-    return {
-        side: open_dataset(side, names[side], patterns[side], choices[side], selections[side], cache)
-        for side in sides
-    }
-
-
-def open_dataset(
-    side: str,
-    name: str,
-    patterns: tuple[list[str], list[str]],
-    chosen: list[int] | None,
-    selection: str | None,
-    cache: Path,
-) -> Data:
-    """One dataset: its pools, the ids that train (those with a label that counts), its classes."""
-    train, test = (ShardPool(pattern, cache_dir=cache) for pattern in patterns)
-    labels, test_labels = (pool.labels(np.arange(len(pool))) for pool in (train, test))
-    for pool, found in ((train, labels), (test, test_labels)):
-        if not (found >= 0).any():
-            raise ConfigError(f"dataset {side}: {pool.urls[0]}: no sample has a label; each needs a .cls")
-    there = np.unique(labels[labels >= 0])
-    classes = there if chosen is None else np.unique(chosen)
-    for where, found in (("training", there), ("test", np.unique(test_labels))):
-        if missing := sorted(set(classes.tolist()) - set(found.tolist())):
-            raise ConfigError(f"dataset {side} ({name}): classes {missing} have no {where} sample")
-    if chosen is None and (
-        extra := sorted(set(test_labels[test_labels >= 0].tolist()) - set(there.tolist()))
-    ):
-        raise ConfigError(
-            f"dataset {side} ({name}): classes {extra} are tested but not trained; choose --classes-{side}"
-        )
-    if len(classes) < 2:
-        raise ConfigError(f"dataset {side} ({name}): needs two classes or more, found {classes.tolist()}")
-    ids = np.arange(len(train)) if selection is None else load_selection(side, selection, len(train))
-    kept = ids[np.isin(labels[ids], classes)]
-    if len(kept) < 2:
-        raise ConfigError(
-            f"--selection-{side} {selection}: {len(kept)} of its samples have a label that counts"
-        )
-    n_test = int(np.isin(test_labels, classes).sum())
-    if len(classes) < len(there):
-        name = f"{name} {','.join(map(str, classes))}"
-    if selection is not None:
-        name = f"{name} ({Path(selection).stem})"
-    log.info("dataset %s, %s: %d training images of %d, %d classes, %d test images", side, name, len(kept),
-             len(train), len(classes), n_test)  # fmt: skip
-    return Data(name, train, test, kept, classes, n_test)
-
-
-def load_selection(side: str, path: str, n_samples: int) -> np.ndarray:
-    """Ids from a .npy file, checked against the size of the pool."""
-    try:
-        ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(f"--selection-{side} {path}: not a readable .npy file ({error})") from error
-    if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids):
-        raise ConfigError(f"--selection-{side} {path}: expected integer ids, found {ids.dtype} {ids.shape}")
-    if ids.min() < 0 or ids.max() >= n_samples:
-        raise ConfigError(
-            f"--selection-{side} {path}: ids {ids.min()}..{ids.max()}, but the pool has {n_samples} samples"
-        )
-    return ids.astype(np.int64)
-
-
 def fill(
     accuracies: Accuracies,
     data: Mapping[str, Data],
@@ -321,9 +203,9 @@ def fill(
     options: argparse.Namespace,
     cache: Path,
 ) -> None:
-    """Train wherever there is no accuracy; finished trainings are found in the cache.
+    """Train wherever an accuracy is missing; finished trainings are read from the cache.
 
-    Another run at work on a training has it locked: this one takes others first, then waits for it.
+    A training that another run is working on is locked: do the others first, then wait for it.
     """
     jobs = {}
     for side, table in accuracies.items():
@@ -354,12 +236,12 @@ def fill(
                         continue
                 log.info("%s on %s, seed %d: accuracy %.3f", spec, data[side].name, seed, found[job])
                 advance(note=spec)
-    for side, spec, seed in jobs:  # in the order of the seeds, whoever trained them
+    for side, spec, seed in jobs:  # in the order of the seeds
         accuracies[side][spec].append(found[side, spec, seed])
 
 
 def train(spec: str, data: Data, seed: int, budget: Budget, n_workers: int) -> float:
-    """One training; the accuracy on the test images of the dataset's classes."""
+    """Train once; returns the accuracy on the test images of the dataset's classes."""
     lightning.seed_everything(seed, verbose=False)
     module = Supervised(
         build_classifier(spec, len(data.classes), image_size=budget.image_size),
@@ -384,8 +266,8 @@ def train(spec: str, data: Data, seed: int, budget: Budget, n_workers: int) -> f
     )
     settings = {"devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")  # advice about what is off on purpose
-        # Networks without normalisation diverge at rates that suit the others unless gradients are clipped.
+        warnings.filterwarnings("ignore", module="lightning")  # advice about features that are off on purpose
+        # Without clipping, networks without normalisation diverge at learning rates that suit the others.
         lightning.Trainer(
             max_epochs=-1,
             max_steps=budget.steps,
@@ -402,7 +284,7 @@ def train(spec: str, data: Data, seed: int, budget: Budget, n_workers: int) -> f
 
 
 def report(result: RankingResult, accuracies: Accuracies, names: Mapping[str, str], out: Path) -> None:
-    """Print the table; write accuracies, statistics and figure, each file whole."""
+    """Print the table; write accuracies, statistics and figure, each file atomically."""
     out.mkdir(parents=True, exist_ok=True)
     text = f"A: {names['a']}; B: {names['b']}\n\n{result.table()}\n"
     for swap in result.swaps:
@@ -423,7 +305,7 @@ def report(result: RankingResult, accuracies: Accuracies, names: Mapping[str, st
 
 
 def write_accuracies(path: Path, accuracies: Accuracies) -> None:
-    """One row for each model and seed, as --known takes it."""
+    """Write one row for each model and seed, in the form of --known."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["model", "accuracy_a", "accuracy_b"])

@@ -1,13 +1,14 @@
-r"""Pretrain on a selection that is drawn anew during training, by the features of the model in training.
+r"""Pretrain on a selection that is renewed during training, with the features of the model in training.
 
     uv run recipes/recurate.py fit --config configs/base.yaml --config configs/pretrain/simclr_fashion.yaml
     uv run recipes/recurate.py fit --config configs/base.yaml --config configs/pretrain/simclr_fashion.yaml \
         --recuration.every_n_epochs 5 --recuration.start_epoch 4 --recuration.most 3
 
-As recipes/pretrain.py, with a RecurationCallback whose settings are the options --recuration.*, every ten
-epochs unless they say otherwise (`fit --help` lists them). At the end prints what each re-curation changed:
-how much of the selection is new, how evenly it is spread over the clusters, and over the classes where the
-pool has labels, which nothing else looks at. A run that was killed goes on with --ckpt_path.
+Like recipes/pretrain.py, with a RecurationCallback set by the options --recuration.* (listed by `fit
+--help`),
+by default every ten epochs. At the end it prints what each re-curation changed: how much of the selection is
+new, and how evenly it is spread over the clusters and, if the pool has labels, over the classes; labels are
+used for nothing else. A killed run continues with --ckpt_path.
 """
 
 import sys
@@ -25,11 +26,11 @@ from recipes import pretrain
 
 
 class History(lightning.Callback):
-    """The selections that a training streamed, in turn.
+    """The selections that a training streamed, in order.
 
     Attributes:
-        selections: (epoch, ids) from each epoch on whose selection differs from the one before.
-        perplexities: of the samples selected from each lowest cluster, of the tree that each came from.
+        selections: (epoch, ids) for each epoch whose selection differs from the previous one.
+        perplexities: for each selection, of the samples selected from each lowest cluster of its tree.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class History(lightning.Callback):
 
 
 class RecurationCLI(pretrain.RecipeCLI):
-    """The command line with the callback's settings beside the trainer's."""
+    """The command line with the callback's settings as options."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RecurationCallback, "recuration")
@@ -54,11 +55,9 @@ class RecurationCLI(pretrain.RecipeCLI):
 
 
 def main(arguments: list[str] | None = None) -> Table:
-    """Train, and print the table of what changed, which is returned."""
+    """Train, then print and return the table of what changed."""
     history = History()
-    description = (
-        "Pretrain on a selection that the model in training draws anew. `fit --help` lists every setting."
-    )
+    description = "Pretrain on a selection that is renewed during training. `fit --help` lists every setting."
     cli = pretrain.main(arguments, RecurationCLI, description, trainer_defaults={"callbacks": [history]})
     table = changes(history, cli.datamodule.pool.labels(np.arange(len(cli.datamodule.pool))))
     if cli.trainer.is_global_zero:
@@ -67,7 +66,7 @@ def main(arguments: list[str] | None = None) -> Table:
 
 
 def changes(history: History, labels: np.ndarray) -> Table:
-    """One row a selection: what is new in it, and how balanced it is."""
+    """One row per selection: what is new in it, and how balanced it is."""
     has_labels = bool((labels >= 0).any())
     table = Table(title="What each re-curation changed")
     headings = ["from epoch", "samples", "new", "Jaccard with the last", "cluster perplexity"]

@@ -1,4 +1,4 @@
-"""Suites of evaluation datasets: their YAML, and each part of a dataset as a pool of shards in the cache."""
+"""Suites of evaluation datasets, described in YAML, and their parts as pools of shards in the cache."""
 
 import io
 import logging
@@ -21,7 +21,7 @@ from recipes.layouts.images import image_files
 
 log = logging.getLogger("evaluate")
 
-EVALUATIONS = {  # by name: which of the parts "train" and "test" it reads, and whether those of `base`
+EVALUATIONS = {  # which of the parts "train" and "test" each reads, and whether it needs a `base`
     "knn": "train test",
     "linear": "train test",
     "logistic": "train test",
@@ -46,16 +46,16 @@ class Dataset:
     """A dataset of a suite.
 
     Attributes:
-        layout: "shards" (WebDataset, with .cls), "folder" (a folder a class), "torchvision", or one of
+        layout: "shards" (WebDataset, with .cls), "folder" (one folder per class), "torchvision", or one of
             `recipes.layouts.LAYOUTS`.
-        root: folder below the suite's root.
-        train, test: below it: shards by pattern, a folder, a file that lists a part, or a part's name; for
-            torchvision the keyword arguments that choose the part, as {split: train}. Of instance retrieval
-            the gallery is "train", the queries are "test".
+        root: its folder, relative to the suite's root.
+        train, test: relative to it: a pattern of shards, a folder, a file that lists a part, or the name of a
+            part; for torchvision the keyword arguments for the part, such as {split: train}. For instance
+            retrieval, "train" is the gallery and "test" are the queries.
         dataset: the torchvision class.
         base: the dataset whose train part, or classes, these images are tested with.
-        evaluations: which to run.
-        steps: of each training by SGD or AdamW; None for the protocol's own.
+        evaluations: to run.
+        steps: of each training with SGD or AdamW; None takes the protocol's number.
     """
 
     layout: str
@@ -70,10 +70,10 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a dataset: its pool, and what the layout knows of its images, in the pool's order.
+    """One part of a dataset: its pool, and the layout's information on its images, in the pool's order.
 
     Attributes:
-        numbers: of a test part whose class folders are not train's, each class's number among train's.
+        numbers: for a test part whose class folders differ from train's, the number of each class in train.
     """
 
     pool: ShardPool
@@ -90,7 +90,7 @@ def load_suite(path: str | Path) -> dict[str, Dataset]:
     """The datasets of a suite by name.
 
     Raises:
-        ConfigError: an unknown field, layout or evaluation, a base that is not there, or a missing part.
+        ConfigError: an unknown field, layout or evaluation, or a missing base or part.
     """
     content = OmegaConf.to_container(read_yaml(Path(path)))
     datasets = content.get("datasets") if isinstance(content, dict) else None
@@ -131,8 +131,9 @@ def load_suite(path: str | Path) -> dict[str, Dataset]:
 def open_suite(
     suite: Mapping[str, Dataset], root: Path, cache: Path
 ) -> tuple[dict[str, dict[str, Part]], list[str]]:
-    """The parts of every dataset that is there, by name; and for each other one a line that says what is
-    missing where. A dataset's "train" is its base's where it has none of its own.
+    """The parts of all datasets that exist, by name, and for each other one a line that says what is missing.
+
+    A dataset without a "train" part takes that of its base.
     """
     opened: dict[str, dict[str, Part]] = {}
     missing = []
@@ -155,11 +156,11 @@ def open_suite(
 
 
 def open_part(name: str, suite: Mapping[str, Dataset], part: str, root: Path, cache: Path) -> Part:
-    """A dataset's train or test part; all that is no shards becomes shards in the cache once.
+    """A dataset's train or test part, which is converted to shards in the cache unless it consists of shards.
 
     Raises:
-        CuratedDataError, FileNotFoundError, RuntimeError: (the last two torchvision's) it is not there, or
-            not what its layout says.
+        CuratedDataError, FileNotFoundError, RuntimeError: (the last two from torchvision) it is missing, or
+            does not match its layout.
     """
     dataset = suite[name]
     source, folder = getattr(dataset, part), root / dataset.root
@@ -207,7 +208,7 @@ def _classes(base: Dataset, root: Path) -> list[str]:
     """The class folders of a base set, in the order of its labels."""
     if base.layout != "folder":
         raise ConfigError(
-            "a set with shifted classes needs a base in the layout `folder`, whose names say them"
+            "a set with shifted classes needs a base in the layout `folder`, for the names of its classes"
         )
     folder = root / base.root / base.train
     if not folder.is_dir():
@@ -216,7 +217,7 @@ def _classes(base: Dataset, root: Path) -> list[str]:
 
 
 def _convert(dataset: str, part: Mapping[str, Any], root: Path, out: Path) -> None:
-    """Write a torchvision classification set as shards, its images losslessly."""
+    """Write a torchvision classification set as shards, with lossless images."""
     from torchvision import datasets
 
     if not hasattr(datasets, dataset):

@@ -1,22 +1,22 @@
-r"""Curate a pool of texts: documents to shards of `.txt` members, embedded, clustered, sampled.
+r"""Curate a pool of texts: documents are written to shards of `.txt` members, embedded, clustered, sampled.
 
     uv run recipes/text_curation.py /usr/share/wordnet --target-size 4500              # glosses, 45 topics
     uv run recipes/text_curation.py news.tsv --text body --label section --target-size 10000
     uv run --extra text recipes/text_curation.py pages.jsonl --embedder minilm --target-size 100000 \
         --export runs/text/selected
 
-Takes a `.txt` file (one document a line), a `.jsonl` or `.tsv` file (a field, or a column named in the first
-line, holds the text, another one perhaps a label), or the folder of Debian's `wordnet-base`, whose glosses
-come with their lexicographer file as label. Prints how balanced the pool, a random selection and the curated
-one are. The embedder `ngrams` needs no network and no training; `minilm` knows meanings.
+Takes a `.txt` file (one document per line), a `.jsonl` or `.tsv` file (with a field, or a column named in the
+first line, for the text, and maybe another for a label), or the folder of Debian's `wordnet-base`, whose
+glosses are labelled by their lexicographer file. Prints the balance of the pool, of a random selection and of
+the curated one. The embedder `ngrams` needs no network and no training; `minilm` captures meaning.
 
-Balance over clusters is not balance over whatever labels there are: on WordNet's nouns (every eighth, 26
-topics) a curated selection has no higher class entropy than a random one, by any embedder or metric tried.
-Their largest topics, artefacts and persons, are also the most varied, so they take more clusters, not fewer;
-plants, all described alike, shrink to a third; small abstract topics lie in the thin middle that few large
-clusters share. Texts are compared by angle, hence `--metric cosine`.
+Balance over clusters is not balance over any given labels: on WordNet's nouns (every eighth, 26 topics) a
+curated selection has no higher class entropy than a random one, with any embedder or metric tried. The
+largest topics, artefacts and persons, are also the most varied, so they get more clusters, not fewer; plants,
+which are all described alike, shrink to a third; small abstract topics lie in the sparse middle, shared by a
+few large clusters. Texts are compared by angle, hence `--metric cosine`.
 
-Time: on one CPU core about 4,000 glosses a second are embedded with `ngrams`, 50 with `minilm`.
+Time: on one CPU core about 4,000 glosses per second with `ngrams`, 50 with `minilm`.
 """
 
 import argparse
@@ -51,7 +51,7 @@ WORDNET_FILES = ("data.adj", "data.adv", "data.noun", "data.verb")
 
 @dataclass(frozen=True)
 class Source:
-    """A file or folder of documents: where they are, and which fields of it are read."""
+    """A file or folder of documents, and the fields to read."""
 
     path: Path
     text: str = "text"
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> dict[str, Row]:
-    """The walk; returns the table's rows."""
+    """Curate; returns the rows of the table."""
     root = open_cache(options.cache_dir)
     embedder = text_embedder(options.embedder)
     shards = write_shards(Source(Path(options.source), options.text, options.label), root)
@@ -83,16 +83,16 @@ def run(options: argparse.Namespace) -> dict[str, Row]:
 
 
 class NgramEmbedder(nn.Module):
-    """Hashed counts of character n-grams, damped by a logarithm, in a fixed random projection.
+    """Hashed counts of character n-grams on a logarithmic scale, in a fixed random projection.
 
-    The projection keeps cosines up to about 1 / sqrt(dimension) (Johnson and Lindenstrauss 1984). Nothing is
-    learned, so a pool may grow without its embeddings changing. On WordNet's nouns (8,000 glosses, 10
-    neighbours) the right topic is found for 0.61 of the rest, by all-MiniLM-L6-v2 for 0.69.
+    The projection preserves cosines up to about 1 / sqrt(dimension) (Johnson and Lindenstrauss 1984). Nothing
+    is learned, so embeddings do not change when a pool grows. On WordNet's nouns (8,000 glosses, 10
+    neighbours), k-NN finds the right topic for 0.61 of the others, with all-MiniLM-L6-v2 for 0.69.
 
     Args:
         dimension: of the embeddings.
-        n_hashes: n-grams are counted in so many bins.
-        ngrams: least and most characters of an n-gram, within words.
+        n_hashes: number of bins in which n-grams are counted.
+        ngrams: minimum and maximum length of an n-gram, within words.
     """
 
     def __init__(self, dimension: int = 512, *, n_hashes: int = 1 << 14, ngrams: tuple[int, int] = (3, 4)):
@@ -108,7 +108,7 @@ class NgramEmbedder(nn.Module):
             ngram_range=ngrams,
             alternate_sign=False,
             norm=None,
-            dtype=np.float32,  # the projection's, which scipy would otherwise copy for every text
+            dtype=np.float32,  # as the projection, which scipy would otherwise copy for every text
         )
         projection = np.random.default_rng(0).standard_normal((n_hashes, dimension), dtype=np.float32)
         self._projection = projection / np.float32(np.sqrt(dimension))
@@ -126,7 +126,7 @@ class NgramEmbedder(nn.Module):
 
 
 def text_embedder(spec: str) -> Embedder:
-    """`ngrams`, `ngrams:DIMENSION`, or whatever `resolve_embedder` knows."""
+    """The embedder `ngrams`, `ngrams:DIMENSION`, or any name for `resolve_embedder`."""
     family, _, rest = spec.partition(":")
     if family != "ngrams":
         return resolve_embedder(spec)
@@ -136,12 +136,13 @@ def text_embedder(spec: str) -> Embedder:
 
 
 def write_shards(source: Source, root: Path) -> list[Path]:
-    """The documents as shards in the cache, members `.txt` and, with labels, `.cls`; `classes.json` beside.
+    """The documents as shards in the cache, with members `.txt` and, if labelled, `.cls`, and `classes.json`.
 
-    A class is numbered by its place among the sorted labels. Lines without text are left out and counted.
+    A class is numbered by its place among the sorted labels. Lines without text are skipped and counted.
 
     Raises:
-        PoolError: no such file, another kind of file, a line that is no document, or no document at all.
+        PoolError: the file is missing or of another kind, a line is not a document, or there are no
+            documents.
     """
     files = source_files(source)
     content = [_digest(path) for path in files]
@@ -181,10 +182,11 @@ def write_shards(source: Source, root: Path) -> list[Path]:
 
 
 def source_files(source: Source) -> list[Path]:
-    """The files that hold the documents.
+    """The files with the documents.
 
     Raises:
-        PoolError: none there, or of a kind that is not read; a label asked of one that has none.
+        PoolError: there are none, they are of an unsupported kind, or of one without labels if a label is
+            set.
     """
     path = source.path
     if path.is_dir():
@@ -202,7 +204,7 @@ def source_files(source: Source) -> list[Path]:
 
 
 def documents(source: Source) -> Iterator[tuple[str, str | None]]:
-    """Text (may be empty) and label of every document, in order, one line of memory at a time.
+    """Text (may be empty) and label of every document, in order, with one line in memory at a time.
 
     Raises:
         PoolError: names the file and the line.
@@ -261,7 +263,7 @@ def _table(path: Path, source: Source) -> Iterator[tuple[str, str | None]]:
 
 
 def _wordnet(path: Path, source: Source) -> Iterator[tuple[str, str | None]]:
-    """`offset file-number type ... | gloss`; lines of the licence begin with a space (wndb(5))."""
+    """Lines `offset file-number type ... | gloss`; those of the licence begin with a space (wndb(5))."""
     for number, line in _lines(path):
         if line.startswith(" "):
             continue
@@ -272,7 +274,7 @@ def _wordnet(path: Path, source: Source) -> Iterator[tuple[str, str | None]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered from 1, without their ends."""
+    """Lines, numbered from 1, without line ends."""
     number = 0
     try:
         with open(path, encoding="utf-8-sig") as file:

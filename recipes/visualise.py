@@ -1,11 +1,11 @@
-r"""Draw a pool: its 2-D map (t-SimCNE on embeddings), coordinates as CSV, and the report page.
+r"""Map a pool in 2-D (t-SimCNE on embeddings): a figure, the coordinates as CSV, and the report page.
 
     uv run recipes/visualise.py 'recipes/data/fashion-lt50/fashion-lt50-train-{00..03}.tar' --target-size 800
     uv run recipes/visualise.py 'pool-{000..999}.tar' --embedder timm:vit_small_patch14_dinov2.lvd142m \
         --target-size 100000 --cache-dir cache --out runs/map
 
-Time: about a minute for 5,000 images on 2 CPU cores once they are embedded; any number of samples is mapped,
-at most 20,000 of them train the map.
+Time: about a minute for 5,000 images on 2 CPU cores, once they are embedded. Any number of samples is mapped,
+but at most 20,000 are used to train the map.
 """
 
 import argparse
@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from curated_data import ShardPool, curate
-from curated_data.errors import ConfigError, CuratedDataError
-from curated_data.progress import log_to_terminal
+from curated_data.errors import ConfigError
 from curated_data.report.examples import thumbnails
 from curated_data.report.page import class_names_beside, write_report
 from lightning_modules.maps import draw_map, embed_2d, save_coordinates
+from recipes.curate import report_errors
 
 
 def main() -> int:
-    """Curate (or find it cached), map, draw; returns the exit status."""
+    """Curate (or read it from the cache), map, plot; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -34,22 +34,16 @@ def main() -> int:
     parser.add_argument("--target-size", type=int, required=True, help="samples to select")
     parser.add_argument("--epochs", type=int, default=40, help="of the map's training (default: %(default)s)")
     parser.add_argument(
-        "--cache-dir", default="runs/cache", help="where stages are kept (default: %(default)s)"
+        "--cache-dir", default="runs/cache", help="for the results of all stages (default: %(default)s)"
     )
-    parser.add_argument("--out", default="runs/map", help="folder of what is drawn (default: %(default)s)")
+    parser.add_argument("--out", default="runs/map", help="folder for the results (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     options = parser.parse_args()
-    log_to_terminal()
-    try:
-        visualise(options)
-    except CuratedDataError as error:
-        print(f"visualise: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return report_errors("visualise", lambda: visualise(options))
 
 
 def visualise(options: argparse.Namespace) -> None:
-    """The map as a figure and a table, and the report that holds it."""
+    """Write the map as a figure and a table, and a report with it."""
     if options.epochs < 1:
         raise ConfigError(f"--epochs {options.epochs}: the map needs one pass or more")
     out = Path(options.out)

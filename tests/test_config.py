@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from curated_data.clustering.hierarchy import Level
+from curated_data.clustering.levels import Level
 from curated_data.config import CurationConfig, load_config
 from curated_data.errors import ConfigError
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from curated_data import curate
-from curated_data.cache import file_seal
 from curated_data.errors import CacheError
 from curated_data.inspect import verify_cache
+from curated_data.seals import file_seal
 
 CONFIG = {
     "target_size": 12,

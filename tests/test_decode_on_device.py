@@ -161,7 +161,7 @@ def test_that_the_host_has_to_help_is_said_once(write, caplog):
         trained(data, max_epochs=2)
     said = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
     assert said == [
-        "2 of a batch's 5 JPEGs were refused by the decoder of cpu; they, and others to come, are decoded on "
+        "the decoder of cpu rejected 2 of the 5 JPEGs of a batch; these, and any later ones, are decoded on "
         "the host"
     ]
 

@@ -1,7 +1,8 @@
-"""k-means, hierarchical k-means with resampling, and the tree they build."""
+"""k-means, hierarchical k-means with resampling, and the resulting cluster tree."""
 
-from curated_data.clustering.hierarchy import Level, choose_levels, hierarchical_kmeans
+from curated_data.clustering.hierarchy import hierarchical_kmeans
 from curated_data.clustering.kmeans import KMeansResult, kmeans
+from curated_data.clustering.levels import Level, choose_levels
 from curated_data.clustering.tree import ClusterTree
 
 __all__ = ["ClusterTree", "KMeansResult", "Level", "choose_levels", "hierarchical_kmeans", "kmeans"]

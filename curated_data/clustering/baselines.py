@@ -1,8 +1,7 @@
-"""What hierarchical k-means is compared with: flat k-means, DBSCAN and agglomerative clustering, as trees of
-one level.
+"""Baselines for hierarchical k-means: flat k-means, DBSCAN and agglomerative clustering, as one-level trees.
 
-DBSCAN and agglomerative clustering are scikit-learn's; both compare all pairs of rows, so they are for some
-tens of thousands of rows.
+DBSCAN and agglomerative clustering are those of scikit-learn, which compare all pairs of rows: they are
+feasible for tens of thousands of rows.
 """
 
 from typing import Any
@@ -10,15 +9,16 @@ from typing import Any
 import numpy as np
 from sklearn.cluster import DBSCAN, AgglomerativeClustering
 
-from curated_data.clustering.hierarchy import Level, hierarchical_kmeans
+from curated_data.clustering.hierarchy import hierarchical_kmeans
 from curated_data.clustering.kmeans import prepare
+from curated_data.clustering.levels import Level
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 
 
 def flat_kmeans(
     x: Any, n_clusters: int, *, metric: str = "l2", seed: int = 0, **settings: Any
 ) -> ClusterTree:
-    """k-means of one level; `settings` as of `hierarchical_kmeans`.
+    """k-means with one level; `settings` as for `hierarchical_kmeans`.
 
     Args:
         x: (n, d) rows.
@@ -30,16 +30,16 @@ def flat_kmeans(
 def dbscan(
     x: Any, *, eps: float, min_samples: int = 5, metric: str = "l2", valid: np.ndarray | None = None
 ) -> ClusterTree:
-    """Density-based clusters (Ester et al. 1996); what it calls noise is excluded (parent -1).
+    """Density-based clusters (Ester et al. 1996); noise is excluded (parent -1).
 
     Args:
         x: (n, d) rows.
-        eps: radius of a neighbourhood, Euclidean; between unit vectors for "cosine".
-        min_samples: neighbours that make a row a core row, itself included.
-        valid: (n,) bool, False for rows to leave out.
+        eps: radius of a neighbourhood, as a Euclidean distance; between unit vectors for "cosine".
+        min_samples: neighbours of a core row, itself included.
+        valid: (n,) bool, False for rows to exclude.
 
     Raises:
-        ValueError: no cluster was found: all rows are noise.
+        ValueError: no cluster was found, because all rows are noise.
     """
     ids, rows = _usable(x, metric, valid)
     labels = DBSCAN(eps=eps, min_samples=min_samples).fit_predict(rows)
@@ -56,12 +56,13 @@ def agglomerative(
     metric: str = "l2",
     valid: np.ndarray | None = None,
 ) -> ClusterTree:
-    """Clusters merged two by two until `n_clusters` are left.
+    """Agglomerative clustering: merge the closest pair of clusters until `n_clusters` are left.
 
     Args:
         x: (n, d) rows.
-        linkage: "ward", "average", "complete" or "single"; Euclidean, between unit vectors for "cosine".
-        valid: (n,) bool, False for rows to leave out.
+        linkage: "ward", "average", "complete" or "single", on Euclidean distances; between unit vectors for
+            "cosine".
+        valid: (n,) bool, False for rows to exclude.
 
     Raises:
         ValueError: more clusters than rows.
@@ -78,7 +79,7 @@ def agglomerative(
 
 
 def _usable(x: Any, metric: str, valid: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of the finite, valid rows, and those rows as (m, d) float64, of unit length for "cosine"."""
+    """Ids of the finite, valid rows, and these rows, (m, d) float64; of unit norm for "cosine"."""
     rows = prepare(x, metric=metric, device="cpu", valid=valid, nonfinite="exclude", max_memory=None)
     ids = np.arange(len(x)) if rows.ids is None else rows.ids
     values = rows.block(0, len(rows)).numpy().astype(np.float64)

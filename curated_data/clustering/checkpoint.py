@@ -1,4 +1,4 @@
-"""Where a long clustering stands, on disk: finished pieces, each written whole or not at all."""
+"""The progress of a long clustering on disk: finished pieces, each written completely or not at all."""
 
 import json
 import shutil
@@ -16,20 +16,21 @@ from curated_data.errors import CacheError
 
 Arrays = dict[str, np.ndarray]
 
-_WRITING_SHARE = 0.1  # of the time may go to writing the state of work in progress
+_WRITING_SHARE = 0.1  # largest share of the time spent on writing the state of work in progress
 
 
 class Checkpoint:
-    """Finished pieces of one run, by name, in a folder; without a folder, none are kept.
+    """The finished pieces of one run, by name, in a folder.
 
-    In a process group rank zero alone looks and reads, and tells the others: they might look a moment later.
+    In a process group only rank zero looks at the folder and tells the others what it found, since they might
+    see a later state.
 
     Args:
-        folder: where to keep them; made if missing. None keeps nothing.
-        run: the fingerprint of data and settings. A folder of another run is refused.
+        folder: for the pieces; created if missing. None keeps nothing.
+        run: the fingerprint of data and settings; a folder of another run is rejected.
 
     Raises:
-        CacheError: the folder holds something else, or another run's pieces; on every rank.
+        CacheError: the folder contains something else, or another run's pieces. Raised on every rank.
     """
 
     def __init__(self, folder: Path | str | None, run: str) -> None:
@@ -38,7 +39,7 @@ class Checkpoint:
             self._on_rank_zero(lambda: _open(Path(folder), run))
 
     def save(self, name: str, arrays: Arrays) -> None:
-        """Write one piece, from this rank."""
+        """Write a piece, on this rank."""
         if self.folder is None:
             return
         with atomic_path(self.folder / name) as temporary:
@@ -48,10 +49,10 @@ class Checkpoint:
             write_manifest(temporary, "clustering-piece", {"crc32": {k: _crc(a) for k, a in arrays.items()}})
 
     def load(self, name: str) -> Arrays | None:
-        """Read one piece; None where it is not there yet.
+        """Read a piece; None if it does not exist yet.
 
         Raises:
-            CacheError: it is damaged; on every rank.
+            CacheError: it is damaged. Raised on every rank.
         """
         if self.folder is None:
             return None
@@ -72,30 +73,30 @@ class Checkpoint:
         }
 
     def names(self) -> list[str]:
-        """The pieces that are there."""
+        """The names of all pieces."""
         if self.folder is None:
             return []
         folder = self.folder
         return self._on_rank_zero(lambda: sorted(p.parent.name for p in folder.glob(f"[!.]*/{MANIFEST}")))
 
     def drop(self, name: str) -> None:
-        """Remove a piece that another now replaces, from this rank."""
+        """Remove a piece that another one replaces, on this rank."""
         if self.folder is None or not (self.folder / name).exists():
             return
-        aside = self.folder / f".tmp-dropped-{name}"  # a kill half-way leaves no half piece under the name
+        aside = self.folder / f".tmp-dropped-{name}"  # if killed half-way, no half piece keeps the name
         shutil.rmtree(aside, ignore_errors=True)
         (self.folder / name).rename(aside)
         shutil.rmtree(aside)
 
     def _on_rank_zero(self, look: Any) -> Any:
-        """`look()` on rank zero; its JSON-like answer, or its error, on every rank."""
+        """Call `look()` on rank zero; return its JSON-like answer, or raise its error, on every rank."""
         if not distributed.is_distributed():
             return look()
         said, failed = b"", None
         if distributed.rank() == 0:
             try:
                 said = json.dumps({"answer": look()}).encode()
-            except Exception as error:  # raised again below: the others must hear of it first
+            except Exception as error:  # raised below, after the others have been told
                 said, failed = json.dumps({"error": str(error)}).encode(), error
         length = int(distributed.broadcast(np.array([len(said)]))[0])
         heard = distributed.broadcast(
@@ -110,16 +111,17 @@ class Checkpoint:
 
 
 class Running:
-    """The state of a k-means in progress, kept so that a kill loses minutes and not hours.
+    """The saved state of a k-means in progress, so that a kill loses minutes instead of hours.
 
-    It is written at most every `seconds`, and so that writing takes no more than a tenth of the time: what is
-    done sooner than that writes nothing. Pieces are numbered; a new one is there before the last is dropped.
+    It is written at most every `seconds`, and rarely enough for writing to take at most a tenth of the time;
+    a k-means that ends sooner writes nothing. Pieces are numbered, and a new one is written before the last
+    is removed.
 
     Args:
         saved: the run's checkpoint.
         name: of the pieces; no other piece's name may begin with it.
-        seconds: the least time between two writes.
-        alone: this process works by itself, whatever group it is in; else all ranks call each method at once.
+        seconds: the minimum time between two writes.
+        alone: this process works by itself, even in a group; otherwise all ranks call each method together.
     """
 
     def __init__(self, saved: Checkpoint, name: str, seconds: float, *, alone: bool = False) -> None:
@@ -128,10 +130,10 @@ class Running:
         self.number = 0
 
     def load(self, names: Iterable[str] | None = None) -> Arrays | None:
-        """The last state kept; None without one. All ranks call this at once, also with `alone`.
+        """The last saved state, or None. All ranks call this together, also with `alone`.
 
         Args:
-            names: of the checkpoint's pieces, where the caller knows them.
+            names: of all pieces of the checkpoint, if the caller has them.
         """
         names = self.saved.names() if names is None else names
         pieces = sorted(piece for piece in names if piece.startswith(f"{self.name}-"))
@@ -141,12 +143,12 @@ class Running:
         return self.saved.load(pieces[-1])
 
     def offer(self, state: Callable[[], Arrays]) -> None:
-        """Keep `state()`, if it is time."""
+        """Save `state()` if it is due."""
         if self.saved.folder is None:
             return
         began = time.monotonic()
         due = began - self.last >= max(self.seconds, self.took / _WRITING_SHARE)
-        if not self.alone:  # by the first rank's clock
+        if not self.alone:  # by rank zero's clock
             due = bool(distributed.broadcast(np.array([due], np.int64))[0])
         if not due:
             return
@@ -159,7 +161,7 @@ class Running:
         self.took = self.last - began
 
     def clear(self) -> None:
-        """Remove what was kept: the work is finished."""
+        """Remove the saved state, because the work is finished."""
         if self.alone or distributed.rank() == 0:
             self.saved.drop(f"{self.name}-{self.number:06d}")
 
@@ -179,7 +181,7 @@ def _open(folder: Path, run: str) -> None:
             f"{folder}: belongs to another run ({found}, this one is {run}): the data or a setting changed; "
             "give another checkpoint folder, or remove this one to start over"
         )
-    for leftover in folder.glob(".tmp-*"):  # of a killed run; this folder has one user at a time
+    for leftover in folder.glob(".tmp-*"):  # of a killed run; the folder has one user at a time
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 

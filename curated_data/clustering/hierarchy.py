@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from curated_data import distributed
 from curated_data.cache import fingerprint
 from curated_data.clustering.checkpoint import Arrays, Checkpoint, Running
 from curated_data.clustering.kmeans import check_settings, fit_rows, full_precision, prepare, uncentred
+from curated_data.clustering.levels import Level, checked_levels, choose_levels, resampled_size
 from curated_data.clustering.lloyd import Fit
 from curated_data.clustering.nearest import nearest, squared_distances
 from curated_data.clustering.neighbourhoods import loses_little, nearest_nearby, sampled_loss
@@ -26,42 +27,6 @@ from curated_data.progress import progress
 log = logging.getLogger(__name__)
 
 RESAMPLES = ("closest", "random")
-
-
-@dataclass
-class Level:
-    """Settings of one level, bottom up; a plain dataclass, so OmegaConf takes it as a structured config.
-
-    Attributes:
-        n_clusters: k_l, the clusters of this level; with `n_splits` the groups of the first pass.
-        n_resamples: how many times the level is clustered anew on a balanced sample of its own clusters,
-            *after* the first k-means, which is not counted. (The paper's configuration file counts it: its
-            "10 steps" are 9 here; its in-memory function counts as we do.)
-        sample_size: r_l, how many members nearest to each centroid (or random ones) a resampling takes; None
-            stands for the paper's rule, half the average cluster size. 1 means no resampling.
-        n_splits: s > 1 clusters in two passes: k-means into `n_clusters` groups, then each group apart into
-            s, so at most k_l * s clusters in all. A level has splits or resampling, not both.
-    """
-
-    n_clusters: int
-    n_resamples: int = 0
-    sample_size: int | None = None
-    n_splits: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("n_clusters", "n_resamples", "sample_size", "n_splits"):
-            value, least = getattr(self, name), 0 if name == "n_resamples" else 1
-            if isinstance(value, str):  # an unresolved OmegaConf interpolation or the mandatory marker "???"
-                continue
-            if value is None and name == "sample_size":
-                continue
-            if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-                raise ValueError(f"Level.{name} needs an integer of at least {least}, got {value!r}")
-        if self.n_splits != 1 and self.n_resamples:
-            raise ValueError(
-                f"a level has splits or resampling, not both: n_splits={self.n_splits}, "
-                f"n_resamples={self.n_resamples}; set one of them back"
-            )
 
 
 @full_precision()
@@ -86,39 +51,38 @@ def hierarchical_kmeans(
     max_memory: int | None = None,
     target_size: int | None = None,
 ) -> ClusterTree:
-    """Cluster rows, then the centroids, and so on, resampling each level towards a uniform density.
+    """Cluster rows, then their centroids, and so on, resampling each level towards a uniform density.
 
-    Level l takes the centroids of level l - 1 (level 1 the rows) to k_l clusters. Each of its resamplings
-    keeps from every cluster the r_l members nearest to the centroid, runs k-means from a fresh seeding on
-    those alone, and gives every point of the level its nearest new centroid.
+    Level l clusters the centroids of level l - 1 (level 1 the rows) into k_l clusters. Each resampling takes
+    the r_l members nearest to the centroid from every cluster, runs k-means with a new seeding on these
+    alone, and assigns every point of the level to the nearest new centroid.
 
-    Under an initialised `torch.distributed` group every rank calls this with the same arguments, `x` whole on
-    each (most cheaply one memory map); each works on its slice, and all return the whole tree.
+    In an initialised `torch.distributed` group every rank calls this with the same arguments and all of `x`
+    (most cheaply as one memory map); each works on its slice, and all return the whole tree.
 
     Args:
         x: (n, d) numpy array, memory map or tensor, any float dtype.
         levels: settings bottom up, or "auto" for `choose_levels(n, target_size)`.
-        resample: take a cluster's "closest" members to a resampling, or "random" ones.
+        resample: whether a resampling takes the "closest" members of a cluster or "random" ones.
         init, metric, n_iter, tol, n_init, device, valid, nonfinite, seeding_rows, max_memory: as in `kmeans`.
-        resample_n_iter: Lloyd iterations of a resampling's k-means; None for as many as `n_iter`, as
-            published. 0 takes the seeding for the centroids: see `benchmarks/settings.py` for what that
-            changes.
-        seed: same seed, same tree.
-        checkpoint: a folder of this run's own. Each finished k-means is kept there, and a run that was killed
-            goes on from the last one and ends with the same tree. The folder stays; remove it when the tree
+        resample_n_iter: Lloyd iterations of a resampling's k-means; None uses `n_iter`, as published. 0 uses
+            the seeding as centroids; `benchmarks/settings.py` shows what that changes.
+        seed: the same seed gives the same tree.
+        checkpoint: a folder for this run only, to which each finished k-means is saved. A killed run
+            continues from the last one and gives the same tree. The folder is kept; remove it once the tree
             is saved.
-        checkpoint_seconds: a k-means in progress is kept there too, after an iteration, when so many seconds
-            have passed since it was last kept (or ten times as long as that took to write, if that is more).
-            Its state takes 16 bytes a row and 12 bytes a centroid's dimension.
-        target_size: the size of selection in mind; for `levels="auto"` alone.
+        checkpoint_seconds: a k-means in progress is saved too, after an iteration, if this many seconds have
+            passed since it was last saved (or ten times as long as writing took, if that is more). Its state
+            takes 16 bytes per row and 12 bytes per dimension of a centroid.
+        target_size: the intended size of the selection; only for `levels="auto"`.
 
     Returns:
-        A tree with `distance` filled. Rows that are not valid, and clusters that stayed empty because rows
-        repeat, have parent -1.
+        A tree with `distance`. Invalid rows, and clusters that stayed empty because of repeated rows, have
+        parent -1.
 
     Raises:
-        ValueError: settings out of range or that contradict the data.
-        CacheError: (a ValueError) the checkpoint is of another run, or damaged.
+        ValueError: settings that are out of range or contradict the data.
+        CacheError: (a ValueError) the checkpoint belongs to another run, or is damaged.
     """
     if resample not in RESAMPLES:
         raise ValueError(f"resample needs one of {RESAMPLES}, got {resample!r}")
@@ -138,7 +102,7 @@ def hierarchical_kmeans(
         if levels != "auto":
             raise ValueError(f'levels needs a sequence of Level or "auto", got {levels!r}')
         levels = choose_levels(len(rows), target_size)
-    levels = _checked(levels, len(rows))
+    levels = checked_levels(levels, len(rows))
     settings = {
         "resample": resample, "init": init, "metric": metric, "n_iter": n_iter, "tol": tol, "n_init": n_init,
         "seed": seed, "seeding_rows": seeding_rows,
@@ -189,45 +153,6 @@ def hierarchical_kmeans(
     return ClusterTree(centroids, parent, distance)
 
 
-def choose_levels(n: int, target_size: int | None = None) -> list[Level]:
-    """Settings for n rows, by the paper's proportions: what `levels="auto"` stands for.
-
-    The published setting takes 743M images to 10M clusters, then 500k, 50k, 10k. Three rules carry its shape
-    to any n, the last by measurement:
-
-    * Level 1 is fine enough that no concept of interest hides inside one cluster, yet leaves about 20 rows to
-      choose among in each: k_1 = n / 20, but at least twice the target, where n allows 4 rows a cluster, so
-      that the selection is balanced by the tree and not by chance inside its leaves; at most 10M.
-    * Each further level, at most three more, is a tenth of the one below: a second of at least 10 clusters,
-      a third and fourth of at least 50. A few dozen clusters over two other levels gave selections less
-      balanced by 2 to 10 % on three of four pools, and more balanced by 2 % on one (`benchmarks/RESULTS.md`).
-    * Ten resamplings a level, with half the average cluster size, as published; none where the level has more
-      than a million clusters: splits of 100 instead.
-
-    Args:
-        n: rows to cluster.
-        target_size: how many are to be selected, if known.
-    """
-    if n < 1:
-        raise ValueError(f"n needs to be at least 1, got {n}")
-    if target_size is not None and target_size < 1:
-        raise ValueError(f"target_size needs to be at least 1, got {target_size}")
-    k = max(1, n // 20)
-    if target_size is not None:
-        k = max(k, min(2 * target_size, n // 4, 100 * k))
-    k = min(k, 10_000_000)
-    levels, below = [], n
-    while k >= 1 and len(levels) < 4:
-        if k > 1_000_000:
-            levels.append(Level(k // 100, n_splits=100))
-        else:
-            levels.append(Level(k, n_resamples=10, sample_size=max(2, round(below / k / 2))))
-        below, k = k, k // 10
-        if k < (10 if len(levels) == 1 else 50):
-            break
-    return levels
-
-
 @dataclass(frozen=True)
 class _Kmeans:
     """k-means with this run's settings."""
@@ -243,7 +168,7 @@ class _Kmeans:
 
 
 class _Shares:
-    """Progress in percent: each k-means counts by the products it may need, rows times clusters."""
+    """Progress in percent; each k-means counts by the products it may need, rows times clusters."""
 
     def __init__(self, levels: list[Level], n: int, advance: Callable[..., None]) -> None:
         self.advance = advance
@@ -257,11 +182,11 @@ class _Shares:
         self.share = {step: 100 * c / sum(cost.values()) for step, c in cost.items()}
 
     def finished(self, number: int, steps: Iterable[int]) -> None:
-        """Some steps of a level are done."""
+        """Report steps of a level as done."""
         self.advance(sum(self.share[number, step] for step in steps))
 
     def note(self, number: int, what: str) -> None:
-        """Show where a level stands."""
+        """Show the state of a level."""
         self.advance(0, note=f"level {number} of {max(self.share)[0]}, {what}")
 
 
@@ -279,7 +204,7 @@ class _Work:
 
 
 def _cluster_level(rows: Rows, level: Level, number: int, work: _Work) -> Arrays:
-    """One level: (k, d) centroids, (n,) assignment and (n,) squared distance of its usable rows."""
+    """Cluster one level: (k, d) centroids, (n,) assignment and (n,) squared distance of its usable rows."""
     began = time.monotonic()
     if level.n_splits > 1:
         found = split_level(
@@ -294,9 +219,9 @@ def _cluster_level(rows: Rows, level: Level, number: int, work: _Work) -> Arrays
 
 
 def _resampled(rows: Rows, level: Level, number: int, work: _Work) -> Arrays:
-    """The first k-means of a level and its resamplings, from the last one kept."""
+    """The first k-means of a level and its resamplings, continued after the last one saved."""
     saved, k = work.saved, level.n_clusters
-    r = level.sample_size or max(2, round(len(rows) / k / 2))
+    r = resampled_size(level, len(rows))
     n_steps = level.n_resamples if r > 1 else 0
     names = [f"level-{number}.step-{step}" for step in range(n_steps + 1)]
     kept = set(saved.names())
@@ -305,7 +230,7 @@ def _resampled(rows: Rows, level: Level, number: int, work: _Work) -> Arrays:
     work.shares.finished(number, range(last + 1))
     for step in range(last + 1, n_steps + 1):
         how = {
-            # What only says which rows the next resampling takes may be wrong for a few.
+            # An assignment that only decides which rows the next resampling takes may have a few errors.
             "exact": step == n_steps,
             "note": lambda text, step=step: work.shares.note(number, f"step {step} of {n_steps}, {text}"),
             "running": Running(saved, f"{names[step]}.running", work.checkpoint_seconds),
@@ -341,14 +266,14 @@ def _balanced_sample(
     start = np.concatenate([[0], np.cumsum(np.bincount(assignment, minlength=k))])
     place = np.arange(n) - start[assignment[order]]
     taken = order[place < r]
-    if len(taken) < k:  # clusters that stayed empty, of repeated rows: the next in line make up the number
+    if len(taken) < k:  # empty clusters, because of repeated rows: the next closest make up the number
         rest = order[place >= r][np.argsort(place[place >= r], kind="stable")]
         taken = np.concatenate([taken, rest[: k - len(taken)]])
     return np.sort(taken)
 
 
 def _extend(rows: Rows, picked: np.ndarray, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
-    """A fit on some rows carried to all: what it assigned stays, the others get their nearest centroid."""
+    """Extend a fit on some rows to all: the others are assigned to their nearest centroid."""
     assignment, squared = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
     assignment[picked], squared[picked] = fit.assignment, fit.squared
     rest = np.setdiff1d(np.arange(len(rows)), picked, assume_unique=True)
@@ -366,28 +291,8 @@ def _extend(rows: Rows, picked: np.ndarray, fit: Fit) -> tuple[np.ndarray, np.nd
     return assignment, squared
 
 
-def _checked(levels: Sequence[Any], n: int) -> list[Level]:
-    if not len(levels):
-        raise ValueError("levels needs at least one Level")
-    below, found = n, []
-    for number, level in enumerate(levels, 1):
-        if not isinstance(level, Level):
-            if not isinstance(level, Mapping):
-                raise ValueError(f"levels needs Level objects, got {type(level).__name__} at level {number}")
-            level = Level(**level)
-        what = "usable rows" if number == 1 else f"clusters of level {number - 1}"
-        if level.n_clusters > below:
-            raise ValueError(
-                f"level {number} asks for {level.n_clusters} clusters of {below} {what}; "
-                "levels go from fine to coarse"
-            )
-        found.append(level)
-        below = min(below, level.n_clusters * level.n_splits)
-    return found
-
-
 def _check_filled(level: Level, below: int, filled: np.ndarray) -> None:
-    """Rows that repeat leave clusters empty; the next level has the others alone."""
+    """Check that enough clusters hold a row for the next level; repeated rows leave some empty."""
     if level.n_clusters > filled.sum():
         raise ValueError(
             f"level {below + 1} asks for {level.n_clusters} clusters, but only {filled.sum()} of the "
@@ -397,7 +302,7 @@ def _check_filled(level: Level, below: int, filled: np.ndarray) -> None:
 
 
 def _run_fingerprint(x: Any, rows: Rows, levels: list[Level], settings: dict[str, Any]) -> str:
-    """Identity of data and settings; of the data: shape, which rows are used, their mean, and 4096 rows."""
+    """A name for data and settings; of the data: shape, which rows are used, their mean, and 4096 rows."""
     n = len(x)
     spread = np.unique(np.linspace(0, n - 1, 4096).astype(np.int64))
     sample = read_rows(x, spread).cpu().numpy()

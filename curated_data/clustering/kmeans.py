@@ -1,4 +1,4 @@
-"""k-means: greedy k-means++ seeding, then Lloyd's iterations that look only at what moved."""
+"""k-means: greedy k-means++ seeding, then Lloyd's iterations that only recompute what moved."""
 
 import contextlib
 import logging
@@ -29,21 +29,21 @@ log = logging.getLogger(__name__)
 METRICS = ("l2", "cosine")
 INITS = ("k-means++", "random")
 
-_LARGEST = 1e36  # squared norms beyond it would overflow float32 on the way
+_LARGEST = 1e36  # larger squared norms would overflow float32 in intermediate results
 
 
 @dataclass(frozen=True)
 class KMeansResult:
-    """What `kmeans` found.
+    """The result of `kmeans`.
 
     Attributes:
         centroids: (k, d) float32; of unit norm under the cosine metric.
         assignment: (n,) int64, each row's nearest centroid; -1 for excluded rows.
         inertia: sum of squared distances of the rows to their centroids (of normalised rows under cosine).
-        n_iter: Lloyd iterations done in the best run.
+        n_iter: Lloyd iterations of the best run.
         distance: (n,) float32 Euclidean distance to the centroid; NaN for excluded rows.
-        n_empty: clusters that ended without a row: only where rows repeat, or the iterations were cut short.
-        n_repaired: how often an emptied cluster was given the row farthest from its centroid.
+        n_empty: clusters without a row, which only occur if rows repeat or iterations were cut short.
+        n_repaired: how often an empty cluster was given the row farthest from its centroid.
     """
 
     centroids: np.ndarray
@@ -57,7 +57,7 @@ class KMeansResult:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """float32 products in float32, whatever a training around us chose: bfloat16 blurs assignments."""
+    """Compute products of float32 in float32, whatever the surrounding training has set."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -84,33 +84,33 @@ def kmeans(
     nonfinite: str = "exclude",
     max_memory: int | None = None,
 ) -> KMeansResult:
-    """Cluster rows into k groups of least inertia.
+    """Partition rows into k clusters of minimal inertia.
 
-    The result depends on the data and the seed alone, not on threads or ranks. Under an initialised
-    `torch.distributed` group every rank calls this with the same arguments, `x` whole on each (most cheaply
-    one memory map); each works on its slice of the rows, and all get the whole result. It equals one
-    process's up to the order of float64 sums.
+    The result depends only on the data and the seed, not on threads or ranks. In an initialised
+    `torch.distributed` group every rank calls this with the same arguments and all of `x` (most cheaply as
+    one memory map); each works on its slice of the rows, and all get the whole result. It equals that of one
+    process up to the order of float64 sums.
 
     Args:
-        x: (n, d) numpy array, memory map or tensor, any float dtype. Never changed.
+        x: (n, d) numpy array, memory map or tensor, any float dtype. Never modified.
         n_clusters: k, at most the number of valid rows.
-        n_iter: at most so many Lloyd iterations.
+        n_iter: maximum number of Lloyd iterations.
         tol: stop when an iteration lowers the inertia by less than this share; 0 runs until nothing moves.
-        init: "k-means++", greedy with 2 + ln k candidates a step, or "random" rows (for comparisons: it
+        init: "k-means++", greedy with 2 + ln k candidates per step, or "random" rows (for comparisons: it
             breaks resampling).
-        metric: "l2", or "cosine": rows are normalised, centroids after each update.
+        metric: "l2", or "cosine", which normalises the rows, and the centroids after each update.
         seed: any non-negative integer.
-        device: "cpu", "cuda", ..., or "auto": a CUDA device if there is one.
-        n_init: runs from fresh seedings; the one of least inertia is kept.
-        seeding_rows: seed on at most so many random rows; None means 20 * k, fewer where
-            they would not fit `max_memory`.
+        device: "cpu", "cuda", …, or "auto" for a CUDA device if there is one.
+        n_init: number of runs with different seedings; the one with the lowest inertia is kept.
+        seeding_rows: seed on at most this many random rows; None takes 20 * k, or fewer if those would exceed
+            `max_memory`.
         valid: (n,) bool, rows to use; None for all.
         nonfinite: what to do with NaN or infinite rows (and zero rows under cosine): "exclude" them with a
             warning, or "raise".
-        max_memory: bytes for rows held as float32, three arrays of them at most; where one would take more
-            than a third, rows are read in blocks from `x` at every pass. None means a quarter of the
-            machine's memory. What is kept per row besides, 40 bytes or so, 12 bytes a centroid's dimension,
-            and up to 200 MiB of blocks and scores being worked on are not counted.
+        max_memory: bytes for rows held as float32, of which there are up to three arrays; if one would take
+            more than a third, rows are read from `x` in blocks at every pass. None takes a quarter of the
+            machine's memory. Not counted: about 40 bytes per row, 12 bytes per dimension of a centroid, and
+            up to 200 MiB of blocks and scores in use.
 
     Raises:
         ValueError: arguments out of range, more clusters than valid rows, or non-finite rows under "raise".
@@ -137,7 +137,7 @@ def kmeans(
 def check_settings(
     *, init: Any, metric: Any, n_iter: Any, tol: Any, n_init: Any, seed: Any, seeding_rows: Any
 ) -> None:
-    """Refuse settings out of range, by name."""
+    """Raise a ValueError that names a setting if it is out of range."""
     for name, value, allowed in (("init", init, INITS), ("metric", metric, METRICS)):
         if value not in allowed:
             raise ValueError(f"{name} needs one of {allowed}, got {value!r}")
@@ -159,7 +159,7 @@ def prepare(
     nonfinite: str,
     max_memory: int | None,
 ) -> Rows:
-    """Check an input array once, and give its usable rows; every later step works on those."""
+    """Check an input array, and return its usable rows, on which all later steps work."""
     shape = tuple(getattr(x, "shape", ()))
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"x needs shape (n, d) with n, d >= 1, got {shape or type(x).__name__}")
@@ -196,10 +196,10 @@ def prepare(
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device meant by "auto", or the one named.
+    """The device with this name; "auto" is a CUDA device if there is one.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: this machine has no such device.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -213,7 +213,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def _survey(x: Any, valid: np.ndarray | None, cosine: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows are usable, and the mean of those, each rank looking at its share."""
+    """Which rows are usable, and their mean; each rank reads its share."""
     n, d = x.shape
     first, last = rank_range(n, distributed.rank(), distributed.world_size())
 
@@ -229,7 +229,7 @@ def _survey(x: Any, valid: np.ndarray | None, cosine: bool) -> tuple[np.ndarray,
     good = np.concatenate(distributed.all_gather(good))
     total = distributed.all_reduce(np.sum([p[1] for p in parts], axis=0) if parts else np.zeros(d))
     used = good if valid is None else good & valid
-    # To float32 and back: every process must subtract the same number.
+    # Rounded to float32: every process must subtract the same numbers.
     return good, (total / max(1, int(used.sum()))).astype(np.float32).astype(np.float64)
 
 
@@ -251,11 +251,11 @@ def fit_rows(
     """The best of `n_init` runs.
 
     Args:
-        exact: False lets one row in a hundred go to another than its nearest centroid, where k is large and
-            that saves much: for an assignment that will be replaced.
-        alone: this process works by itself, whatever group it is in.
-        note: told after each iteration.
-        running: keeps the state, and gives that of a killed process, from which the same result follows.
+        exact: False allows one row in a hundred to miss its nearest centroid if k is large, which saves much
+            time; for an assignment that will be replaced.
+        alone: this process works by itself, even in a group.
+        note: called with a status after each iteration.
+        running: saves the state, and restores that of a killed process, which then gives the same result.
     """
     if k > len(rows):
         raise ValueError(f"{k} clusters need at least as many usable rows, got {len(rows)}; lower n_clusters")
@@ -264,7 +264,7 @@ def fit_rows(
     mine = rows.part(first, last).hold()
     within = rows.budget // (4 * rows.dimension)
     limit = max(k, seeding_rows) if seeding_rows else max(5 * k, min(20 * k, within))
-    # Rows on disk are better read in order; all ranks must decide alike, so not by what fits on one.
+    # Rows on disk are better read in order. All ranks must decide alike, so not by what fits on one.
     rough = k >= MANY and rows.fits()
 
     state = (running.load() if running else None) or {}
@@ -289,7 +289,7 @@ def fit_rows(
             if running:
                 running.offer(lambda: so_far | _over("lloyd", lloyd()))
 
-        keep(dict)  # the seeding alone
+        keep(dict)  # only the seeding
         fit = run.run(n_iter, tol, rough=rough, exact=exact, note=note, keep=keep)
         if best is None or fit.inertia < best.inertia:
             best = fit
@@ -306,7 +306,7 @@ def _under(name: str, arrays: Arrays) -> Arrays:
 
 
 def spread(fit: Fit, rows: Rows, n: int) -> KMeansResult:
-    """A fit as its user sees it: in the input's coordinates, over all n rows."""
+    """A fit as a result for the user: in the input's coordinates, over all n rows."""
     assignment, distance = np.full(n, -1, np.int64), np.full(n, np.nan, np.float32)
     kept = slice(None) if rows.ids is None else rows.ids
     assignment[kept], distance[kept] = fit.assignment, np.sqrt(fit.squared)

@@ -1,4 +1,4 @@
-"""Lloyd's iterations: the nearest centroid of every row, the mean of every cluster, until nothing changes."""
+"""Lloyd's iterations: assign every row to its nearest centroid, move centroids to the means, repeat."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from curated_data.clustering.rows import BLOCK, Rows, blocks
 
 @dataclass
 class Fit:
-    """A finished run, over all ranks' rows, on every rank; centroids in the rows' own (centred) terms."""
+    """A finished run over the rows of all ranks, the same on each; centroids are centred like the rows."""
 
     centroids: torch.Tensor
     assignment: np.ndarray
@@ -24,10 +24,10 @@ class Fit:
     inertia: float
     n_iter: int
     n_repaired: int
-    exact: bool  # else some rows may be in the cluster of their second nearest centroid
+    exact: bool  # False: some rows may have missed their nearest centroid
 
     def state(self) -> Arrays:
-        """As arrays, to be kept."""
+        """The fit as arrays, to be saved."""
         numbers = np.array([self.inertia, self.n_iter, self.n_repaired, self.exact], np.float64)
         return {
             "centroids": self.centroids.cpu().numpy(), "assignment": self.assignment, "squared": self.squared,
@@ -36,7 +36,7 @@ class Fit:
 
     @classmethod
     def from_state(cls, state: Arrays, device: torch.device) -> Self:
-        """What `state` gave."""
+        """The fit from its `state`."""
         inertia, n_iter, n_repaired, exact = state["numbers"].tolist()
         return cls(
             torch.from_numpy(state["centroids"]).to(device), state["assignment"], state["squared"],
@@ -47,10 +47,10 @@ class Fit:
 class Lloyd:
     """Lloyd's iterations over this rank's rows.
 
-    Exact, without computing every distance again: for each row the score of its own centroid is kept, and a
-    lower bound on the score of any other. When some centroids moved, a row needs comparing with those alone,
-    unless its own score rose above the bound: then with all. From `MANY` centroids on, the first iterations
-    look at each row's neighbourhood alone; the exact ones then mend what these missed.
+    They are exact without computing every distance again: each row has the score of its own centroid, and a
+    lower bound on the score of all others. When some centroids have moved, a row is only compared with those,
+    or with all if its own score has risen above the bound. From `MANY` centroids on, the first iterations
+    only search each row's neighbourhood, and exact ones then correct what these missed.
     """
 
     def __init__(self, rows: Rows, centroids: torch.Tensor, world: int = 1, first: int = 0) -> None:
@@ -67,7 +67,7 @@ class Lloyd:
         )
         self.done, self.before, self.inertia, self.n_repaired = 0, np.inf, np.inf, 0
         self.centres: torch.Tensor | None = None  # of the neighbourhoods
-        self.exact = False  # whether the iterations have come to compare with all centroids
+        self.exact = False  # whether the exact iterations have begun
 
     def run(
         self,
@@ -82,10 +82,10 @@ class Lloyd:
         """Iterate until the inertia falls by less than a share `tol`.
 
         Args:
-            rough: let iterations within neighbourhoods come first.
-            exact: let exact ones follow; if not, they do so all the same where neighbourhoods miss too much.
-            note: told after each iteration.
-            keep: given `self.state` after each iteration.
+            rough: begin with iterations within neighbourhoods.
+            exact: always continue with exact iterations; otherwise only if neighbourhoods miss too much.
+            note: called with a status after each iteration.
+            keep: called with `self.state` after each iteration.
         """
         if rough and not self.exact:
             if self.centres is None:
@@ -109,7 +109,7 @@ class Lloyd:
         )  # fmt: skip
 
     def state(self) -> Arrays:
-        """All that the iterations to come depend on, of all ranks' rows; every rank calls this at once."""
+        """All that later iterations depend on, for the rows of all ranks; all ranks call it together."""
         progress = (self.done, self.before, self.inertia, self.n_repaired, self.exact)
         state = {
             "centroids": self.centroids.cpu().numpy(), "sums": self.sums, "counts": self.counts,
@@ -122,7 +122,7 @@ class Lloyd:
         return state
 
     def restore(self, state: Arrays) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
         self.centroids = torch.from_numpy(state["centroids"]).to(self.centroids.device)
         self.sums, self.counts = state["sums"], state["counts"]
         if "centres" in state:
@@ -141,7 +141,7 @@ class Lloyd:
         note: Callable[[str], None],
         keep: Callable[[Callable[[], Arrays]], None],
     ) -> None:
-        """Means and assignments in turn, from the present assignment."""
+        """Alternate means and assignments, starting from the current assignment."""
         while self.done < n_iter and (
             self.before - self.inertia > tol * self.before or self.before == np.inf
         ):
@@ -154,7 +154,7 @@ class Lloyd:
             keep(self.state)
 
     def _approach(self, near: Neighbourhoods, moved: np.ndarray | None) -> float:
-        """Give every row the nearest centroid of its neighbourhood; returns the inertia."""
+        """Assign every row to the nearest centroid in its neighbourhood; returns the inertia."""
         before = self.assignment.copy()
         near.look(self.centroids, moved, self.assignment, self.own)
         self._move_sums(before)
@@ -166,7 +166,7 @@ class Lloyd:
         return loses_little(self._sum(loss))
 
     def _assign(self, moved: np.ndarray | None) -> float:
-        """Give every row its nearest centroid, after some moved, or all (None); returns the inertia."""
+        """Assign every row to its nearest centroid, knowing which moved (None: all); returns the inertia."""
         before = self.assignment.copy()
         everything = Centroids(self.centroids)
         if moved is None or moved.sum() > 0.5 * self.k:
@@ -209,13 +209,13 @@ class Lloyd:
         other[:] = np.minimum(other, np.where(change, np.minimum(own, second), best))
         assignment[change] = ids[index[change]]
         own[change] = best[change]
-        # The bound now counts the moved ones; where it lies below, one that stayed may be nearer.
+        # The bound now includes the moved centroids; if it is lower, one that stayed may be nearer.
         unsure = np.flatnonzero(own > other)
         if len(unsure):
             self._look_at_all(unsure + start, rows[torch.from_numpy(unsure).to(rows.device)], everything)
 
     def _move_sums(self, before: np.ndarray) -> None:
-        """Bring the sums and counts of all ranks' rows up to the new assignment, by the rows that changed."""
+        """Update sums and counts over all ranks to the new assignment, by the rows that changed."""
         changed = np.flatnonzero(before != self.assignment)
         sums, counts = np.zeros_like(self.sums), np.zeros_like(self.counts)
         for clusters, sign in ((self.assignment[changed], 1), (before[changed], -1)):
@@ -226,7 +226,7 @@ class Lloyd:
         self.counts += self._sum(counts)
 
     def _update(self) -> np.ndarray:
-        """Move centroids to the means, empty clusters to far rows; returns which moved, (k,) bool."""
+        """Move centroids to the means, empty clusters' to far rows; returns which moved, (k,) bool."""
         means = self.sums / np.maximum(self.counts, 1)[:, None]
         if self.rows.normalise:
             length = np.linalg.norm(means, axis=1, keepdims=True)
@@ -234,7 +234,7 @@ class Lloyd:
         new = torch.from_numpy(means.astype(np.float32)).to(self.centroids.device)
         still = self.counts == 0
         if self.rows.normalise:
-            still |= length[:, 0] == 0  # unit rows that cancel out have no direction
+            still |= length[:, 0] == 0  # unit rows that cancel out have no mean direction
         still = torch.from_numpy(still).to(new.device)
         new[still] = self.centroids[still]
         self._repair(new)
@@ -243,13 +243,13 @@ class Lloyd:
         return moved
 
     def _repair(self, new: torch.Tensor) -> None:
-        """Give each empty cluster the row farthest from its centroid; the next assignment does the rest."""
+        """Move the centroid of each empty cluster to one of the rows farthest from theirs."""
         empty = np.flatnonzero(self.counts == 0)
         if not len(empty):
             return
         squared = self.own + self.norms
         far = np.argsort(-squared, kind="stable")[: len(empty)]
-        far = far[squared[far] > 1e-5 * self.norms[far]]  # what remains at distance zero would be a duplicate
+        far = far[squared[far] > 1e-5 * self.norms[far]]  # at distance zero, it would duplicate a centroid
         gap = np.concatenate(self._gather(squared[far]))
         found = np.concatenate(self._gather(self.rows.take(far).cpu().numpy()))
         order = np.argsort(-gap, kind="stable")[: len(empty)]
@@ -267,13 +267,13 @@ class Lloyd:
 def _add_segments(sums: np.ndarray, rows: Rows, at: np.ndarray, clusters: np.ndarray, sign: int) -> None:
     """Add `sign` times the rows at `at` to the sums of their clusters, in float64, by sorted segments.
 
-    Rows in memory are sorted by cluster all at once; others, read in their own order, block by block.
+    Rows in memory are sorted by cluster at once; others are read in their order and sorted block by block.
     """
     if rows.held:
         order = np.argsort(clusters, kind="stable")
         at, clusters = at[order], clusters[order]
 
-    # Some blocks at a time: partial sums, where rows are not sorted, are as large as the rows.
+    # A few blocks at a time: partial sums of unsorted rows are as large as the rows.
     for begin, end in blocks(len(at), 4 * torch.get_num_threads() * BLOCK):
 
         def one(start: int, stop: int, block: torch.Tensor, begin: int = begin) -> tuple[np.ndarray, ...]:
@@ -289,7 +289,7 @@ def _add_segments(sums: np.ndarray, rows: Rows, at: np.ndarray, clusters: np.nda
 
 
 def segment_sums(values: torch.Tensor, first: np.ndarray) -> np.ndarray:
-    """Sums of the runs of rows that begin at `first`, (len(first), d) float64, in one order on any device."""
+    """Sums of the runs of rows that begin at `first`, (len(first), d) float64, repeatable on any device."""
     if values.device.type == "cpu":
         return np.add.reduceat(values.numpy(), first, axis=0, dtype=np.float64)
     lengths = torch.from_numpy(np.diff(first, append=len(values))).to(values.device)

@@ -1,4 +1,4 @@
-"""The nearest centroid of every row, exactly, without ever holding a rows x centroids matrix."""
+"""The exact nearest centroid of every row, without storing a rows x centroids matrix."""
 
 import math
 import threading
@@ -10,28 +10,25 @@ import torch.nn.functional as F
 
 from curated_data.clustering.rows import Rows, blocks, parallel_map
 
-_ROWS, _COLUMNS = (
-    1024,
-    1024,
-)  # one tile of scores, 4 MiB: stays in the cache between the product and the search
-TILE = 256  # rows whose nearest few are sought at once
+_ROWS, _COLUMNS = 1024, 1024  # a tile of scores, 4 MiB: stays in the cache from the product to the search
+TILE = 256  # rows whose nearest few centroids are searched at once
 _DEVICE_ROWS, _DEVICE_COLUMNS = 32768, 4096  # the same on an accelerator, 512 MiB
 PRODUCTS = "float32"  # on an accelerator; `python benchmarks/kmeans.py gpu` compares it with the others
 _precision_lock = threading.Lock()
 
 
 class Centroids:
-    """Centroids made ready for many products: the score of row x and centroid c is |c|^2 - 2 x.c.
+    """Centroids prepared for many products: the score of row x and centroid c is |c|^2 - 2 x.c.
 
-    Adding |x|^2 makes it the squared distance; comparisons for one x do not need that.
+    Adding |x|^2 gives the squared distance, which comparisons for one x do not need.
 
     Args:
         centroids: (k, d) float32.
-        padded: rows come in many different numbers; whole tiles of them are multiplied then.
-        products: "float32", or "tf32", "bf16" or "bf16x3": multiplied in that on an accelerator (rounded so
-            elsewhere), with close calls decided in float32, see `_decide`. "bf16x3" takes each number for the
-            sum of two in bfloat16, for three times the products and few close calls. None for what is the
-            default on this device.
+        padded: the number of rows varies from call to call, so multiply whole tiles.
+        products: the precision of products: "float32", or "tf32", "bf16" or "bf16x3" on an accelerator
+            (emulated by rounding elsewhere), with close calls decided in float32, see `_decide`. "bf16x3"
+            represents each number as a sum of two in bfloat16, for three times the products and few close
+            calls. None takes the default for the device.
     """
 
     def __init__(self, centroids: torch.Tensor, padded: bool = False, products: str | None = None) -> None:
@@ -62,7 +59,7 @@ class Centroids:
             self.largest_low = float(_halves(self.centroids)[1].float().norm(dim=1).max())
 
     def scores(self, rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """For tile after tile of centroids the first one's index, and (m, width) scores to be overwritten."""
+        """For each tile of centroids, its first index and (m, width) scores, which may be overwritten."""
         m = len(rows)
         if self.onednn:
             if self.padded:
@@ -75,12 +72,12 @@ class Centroids:
                 yield start, torch.addmm(bias, rows, weight)
 
     def reduced_scores(self, rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """The same, of products in reduced precision, added up in float32."""
+        """The same, with products in reduced precision, summed in float32."""
         if self.products.startswith("bf16"):
             high, low = _halves(rows)
             parts = [high] if self.products == "bf16" else [high, high, low]
             n_ones = len(self.reduced_tiles[0][1]) - len(parts) * rows.shape[1]
-            ones = high.new_ones(len(rows), n_ones)  # they meet what `_with_bias` has joined to the weights
+            ones = high.new_ones(len(rows), n_ones)  # for the columns that `_with_bias` has added
             rows = torch.cat([*parts, ones], dim=1)
         for start, weight, bias in self.reduced_tiles:
             yield start, _product(bias, rows, weight, self.products)
@@ -90,16 +87,16 @@ class Centroids:
         return self._in_blocks(rows, None, False)[0]
 
     def two_nearest(self, rows: torch.Tensor, skip: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
-        """The nearest centroid of each row, its score, and the score of the second nearest (inf where k = 1).
+        """The nearest centroid of each row, its score, and the score of the second nearest (inf for k = 1).
 
         Args:
             rows: (m, d).
-            skip: (m,) int64, a centroid to leave out for each row, -1 for none; its score comes as fourth
-                result (nan where none).
+            skip: (m,) int64, a centroid to ignore for each row, -1 for none; its score is then the fourth
+                result (nan for none).
 
         Returns:
-            (m,) int64 index (the lowest on ties; -1 where none is left), (m,) float32 score, (m,) float32
-            second: with products in reduced precision a lower bound on it.
+            (m,) int64 index (the lowest on ties; -1 if none is left), (m,) float32 score, (m,) float32 score
+            of the second; with products in reduced precision a lower bound on it.
         """
         return self._in_blocks(rows, skip, True)
 
@@ -150,25 +147,25 @@ class Centroids:
             found = _search(self.scores(rows), rows, own, need_second)
         else:
             found = self._decide(rows, own, *_search(self.reduced_scores(rows), rows, own, True))
-        return tuple(part.cpu().numpy() for part in found)  # until here the host need not wait
+        return tuple(part.cpu().numpy() for part in found)  # the host does not wait before this
 
     def _decide(
         self, rows: torch.Tensor, skip: torch.Tensor | None, index: torch.Tensor, *scores: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """What float32 finds, from what reduced precision has found.
+        """The result in float32, from that in reduced precision.
 
-        With x = x' + e and c = c' + f, the rounded ones primed, a score is off by 2 (e.c + x'.f). That of the
-        winner is computed again in float32, so its error is known. Any other's is taken to be at most twice
-        that (where errors go together, as in rows that repeat one value, those of near centroids are alike),
-        plus six standard deviations of 2 (e.c + x'.f) for e and f in random directions, which are
-        |e||c| / sqrt(d) and |x'||f| / sqrt(d), with the largest |c| and |f| there are. Where that leaves the
-        second in doubt, the row is compared with all centroids in float32; so exact ties always are.
+        With x = x' + e and c = c' + f, where x' and c' are rounded, a score is off by 2 (e.c + x'.f). The
+        score of the winner is computed again in float32, so its error is known. The error of any other is
+        taken to be at most twice that (correlated errors, as in rows that repeat one value, are similar for
+        near centroids), plus six standard deviations of 2 (e.c + x'.f) for e and f in random directions,
+        |e||c| / sqrt(d) and |x'||f| / sqrt(d), with the largest |c| and |f|. If that leaves the second in
+        doubt, the row is compared with all centroids in float32, as exact ties always are.
         """
         best, second, skipped = *scores[:2], scores[2] if len(scores) > 2 else None
         exact = self._score(rows, index)
         rest = (rows - _rounded(rows, self.products)).norm(dim=1)
         spread = rest * self.largest + rows.norm(dim=1) * self.largest_rest
-        if self.products == "bf16x3":  # the product of both lower halves is left out
+        if self.products == "bf16x3":  # the product of the lower halves is omitted
             spread += _halves(rows)[1].float().norm(dim=1) * self.largest_low
         lower = second - 2 * (best - exact).abs() - 12 / math.sqrt(rows.shape[1]) * spread
         doubt = torch.nonzero(~(lower > exact) & (index >= 0))[:, 0]
@@ -185,7 +182,7 @@ class Centroids:
         return tuple(found)
 
     def _score(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """The score of each row and one centroid, in float32; anything where that is -1."""
+        """The score of each row and a centroid, in float32; undefined where `index` is -1."""
         at = index.clamp(min=0)
         return self.norms[at] - 2 * (rows * self.centroids[at]).sum(1)
 
@@ -196,9 +193,9 @@ def _search(
     skip: torch.Tensor | None,
     need_second: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """`Centroids.two_nearest` from tiles of scores, all on the rows' device.
+    """`Centroids.two_nearest` from tiles of scores, on the device of the rows.
 
-    A tile is written once and read once for the nearest, once more for the second.
+    A tile is written once, read once for the nearest, and once more for the second.
     """
     best = torch.full((len(rows),), torch.inf, device=rows.device)
     second, skipped = best.clone(), torch.full_like(best, torch.nan)
@@ -221,7 +218,7 @@ def _search(
 
 
 def _rounded(x: torch.Tensor, products: str) -> torch.Tensor:
-    """Float32 values as the products see them; TF32 keeps ten bits of the fraction, and cuts off the rest."""
+    """Float32 values as rounded by the products; TF32 truncates the fraction to ten bits."""
     if products == "bf16":
         return x.bfloat16().float()
     if products == "bf16x3":
@@ -230,15 +227,15 @@ def _rounded(x: torch.Tensor, products: str) -> torch.Tensor:
 
 
 def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two numbers in bfloat16 for each in float32, which add up to sixteen bits of it."""
+    """Each float32 number as two in bfloat16, whose sum has sixteen of its bits."""
     high = x.bfloat16()
     return high, (x - high.float()).bfloat16()
 
 
 def _with_bias(parts: list[torch.Tensor], bias: torch.Tensor) -> torch.Tensor:
-    """Weights in bfloat16 side by side, transposed, and the bias as three columns that add up to its float32.
+    """Weights in bfloat16 side by side, transposed, with the float32 bias as three columns that add up to it.
 
-    The tile of scores is then written once, by the product. Zeros fill up to a multiple of eight.
+    The product alone then writes the tile of scores. The width is padded with zeros to a multiple of eight.
     """
     columns, left = list(parts), bias
     for _ in range(3):
@@ -252,15 +249,15 @@ def _with_bias(parts: list[torch.Tensor], bias: torch.Tensor) -> torch.Tensor:
 def _product(
     bias: torch.Tensor | None, rows: torch.Tensor, weight: torch.Tensor, products: str
 ) -> torch.Tensor:
-    """bias + rows @ weight, multiplied in reduced precision and added up in float32."""
-    if rows.device.type != "cuda":  # what the device does, in float32: products of rounded values are exact
+    """bias + rows @ weight, multiplied in reduced precision and summed in float32."""
+    if rows.device.type != "cuda":  # emulated in float32: products of rounded values are exact
         if bias is not None:
             rows, weight = _rounded(rows, products), _rounded(weight.contiguous(), products)
         scores = torch.mm(rows.float(), weight.float())
         return scores if bias is None else scores.add_(bias)
     if bias is None:
         return torch.mm(rows, weight, out_dtype=torch.float32)
-    with _precision_lock:  # the setting is the process's: nothing else of ours is launched meanwhile
+    with _precision_lock:  # a setting of the whole process
         torch.set_float32_matmul_precision("high")
         try:
             return torch.addmm(bias, rows, weight)
@@ -269,16 +266,16 @@ def _product(
 
 
 def onednn_is_faster() -> bool:
-    """Whether products go through oneDNN: MKL, torch's default, keeps to AVX2 on processors not Intel's.
+    """Whether to use oneDNN for products: MKL, torch's default, only uses AVX2 on processors of other makers.
 
-    215 against 97 GFLOP/s a core on an AMD EPYC with AVX-512. By rule, not by trial: a run must repeat
-    itself.
+    On an AMD EPYC with AVX-512, 215 against 97 GFLOP/s per core. Decided by rule, not by trial, so that runs
+    are repeatable.
     """
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def nearest(rows: Rows, centroids: torch.Tensor) -> np.ndarray:
-    """The index of each row's nearest centroid, (n,) int64; the lowest of equal ones."""
+    """The index of each row's nearest centroid, (n,) int64; the lowest on ties."""
     ready = Centroids(centroids)
     return fill(rows, np.empty(len(rows), np.int64), lambda start, stop, block: ready.nearest(block))
 
@@ -296,7 +293,7 @@ def nearest_columns(rows: torch.Tensor, centroids: torch.Tensor, count: int) -> 
 
 
 def squared_distances(rows: Rows, centroids: torch.Tensor, assignment: np.ndarray) -> np.ndarray:
-    """|x - c|^2 of each row and its assigned centroid, (n,) float64, by subtraction: no cancellation."""
+    """|x - c|^2 of each row and its centroid, (n,) float64, by subtraction, which avoids cancellation."""
 
     def one(start: int, stop: int, block: torch.Tensor) -> np.ndarray:
         own = centroids[torch.from_numpy(assignment[start:stop]).to(centroids.device)]
@@ -306,10 +303,10 @@ def squared_distances(rows: Rows, centroids: torch.Tensor, assignment: np.ndarra
 
 
 def fill(rows: Rows, out: np.ndarray, work: Callable[[int, int, torch.Tensor], np.ndarray]) -> np.ndarray:
-    """`rows.map` of what gives a number for each row, written to `out` as it comes.
+    """`rows.map` with one number per row, written to `out` directly.
 
-    A list of small results would do, but these, allocated between large blocks that come and go, keep the
-    allocator from giving the blocks' memory out again: hundreds of MiB where tens are in use.
+    A list of small results, allocated between large temporary blocks, would keep the allocator from reusing
+    the blocks' memory: hundreds of MiB where tens are in use.
     """
 
     def one(start: int, stop: int, block: torch.Tensor) -> None:

@@ -1,9 +1,10 @@
-"""Nearest centroids by neighbourhoods: each row is compared with the centroids around it alone.
+"""Approximate nearest centroids: each row is only compared with the centroids in its neighbourhood.
 
-Rows are cut into cells around a few centres, about one for 32 centroids, and each cell is compared with the
-centroids nearest to its centre. Where rows have structure that finds every row's nearest centroid for a
-fraction of the products (a mixture in 256 dimensions, k = 2500: all of 20,000); where they have none it may
-miss a third (a normal cloud in 64). So an exact pass follows, or a sample tells what was missed.
+Rows are divided into cells around a few centres, about one for every 32 centroids, and each cell is compared
+with the centroids nearest to its centre. For rows with cluster structure this finds the nearest centroids
+with a fraction of the products (all of 20,000 rows of a mixture in 256 dimensions, k = 2500); without
+structure it may miss a third (a normal cloud in 64 dimensions). So an exact pass follows, or a sample
+measures the loss.
 """
 
 from itertools import pairwise
@@ -14,17 +15,17 @@ import torch
 from curated_data.clustering.nearest import Centroids, nearest, nearest_columns, squared_distances
 from curated_data.clustering.rows import Rows, blocks, parallel_map
 
-MANY = 1024  # from so many centroids on, neighbourhoods save more than they cost
+MANY = 1024  # centroids from which neighbourhoods save more than they cost
 _CANDIDATES = 256  # centroids in a neighbourhood
-_SAMPLE = 1024  # rows that tell what was missed
+_SAMPLE = 1024  # rows on which the loss is measured
 
 
 class Neighbourhoods:
-    """Rows in cells around centres, compared with the centroids near them.
+    """Rows in cells around fixed centres, to be compared with the centroids near each cell.
 
     Args:
-        rows: held again in the order of their cells, if they fit the budget.
-        centres: (c, d) from `coarse_centres`; they stay while centroids move.
+        rows: a copy is held in the order of their cells, if it fits the budget.
+        centres: (c, d) from `coarse_centres`; fixed while centroids move.
     """
 
     def __init__(self, rows: Rows, centres: torch.Tensor) -> None:
@@ -39,11 +40,11 @@ class Neighbourhoods:
     def look(
         self, centroids: torch.Tensor, moved: np.ndarray | None, assignment: np.ndarray, score: np.ndarray
     ) -> None:
-        """Write each row's nearest centroid, and its score |c|² - 2 x.c.
+        """Update each row's nearest centroid and its score |c|² - 2 x.c.
 
         Args:
-            moved: (k,) bool, which centroids are not those of the last look; None for all. Cells near none of
-                them are left as they are.
+            moved: (k,) bool, which centroids have moved since the last call; None for all. Cells that are not
+                near any of them are skipped.
         """
         near = nearest_columns(self.centres, centroids, min(_CANDIDATES, len(centroids)))
         near = near.sort(1).values.cpu().numpy()
@@ -72,14 +73,14 @@ def nearest_nearby(rows: Rows, centroids: torch.Tensor) -> np.ndarray:
 def sampled_loss(
     rows: Rows, centroids: torch.Tensor, assignment: np.ndarray, *, first: int, n: int
 ) -> np.ndarray:
-    """What an assignment missed, by about a thousand of n rows on all ranks.
+    """The loss of an approximate assignment, on about a thousand of the n rows of all ranks.
 
     Args:
-        rows: this rank's, the `first` of which is that of all n.
+        rows: this rank's rows, which start at row `first` of the n.
 
     Returns:
-        (4,) float64, to be added up over ranks: rows looked at, those with their nearest centroid, the
-        squared distance lost by the others, and that of all to their nearest.
+        (4,) float64, to be summed over ranks: the number of sampled rows, of those assigned to their nearest
+        centroid, the excess squared distance of the others, and the squared distance of all to the nearest.
     """
     every = max(1, n // _SAMPLE)
     at = np.arange(-first % every, len(rows), every)
@@ -90,20 +91,20 @@ def sampled_loss(
 
 
 def loses_little(loss: np.ndarray) -> bool:
-    """Whether such a loss, of all ranks, does no harm to an assignment that another will replace."""
+    """Whether a `sampled_loss`, summed over ranks, is harmless for an assignment that will be replaced."""
     looked_at, right, lost, least = loss
     return bool(right >= 0.99 * looked_at and lost <= 0.01 * least)
 
 
 def coarse_centres(centroids: torch.Tensor) -> torch.Tensor:
-    """About k / 32 centres for neighbourhoods: a rough k-means of the centroids, the same on every rank."""
+    """About k / 32 centres for neighbourhoods, from a rough k-means of the centroids; equal on all ranks."""
     values = centroids.cpu().numpy()
     centres = centroids[::32].clone()
     for _ in range(3):
         norms = centres.square().sum(1)
         parts = [(norms - 2 * centroids[a:b] @ centres.T).argmin(1) for a, b in blocks(len(centroids))]
         index = torch.cat(parts).cpu().numpy()
-        # By sorted segments: on an accelerator sums by index come out a little otherwise each time.
+        # By sorted segments: on an accelerator, sums by index are not repeatable.
         order = np.argsort(index, kind="stable")
         filled, first = np.unique(index[order], return_index=True)
         sums = np.add.reduceat(values[order], first, axis=0, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""The rows of an input array as float32 tensors, whatever holds them: numpy, a memory map, or a tensor."""
+"""The rows of an array, memory map or tensor as float32 tensors, read in blocks."""
 
 import os
 import resource
@@ -12,25 +12,23 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-BLOCK = (
-    2048  # rows handled at once; ranks' slices start at multiples, so a row's tile is the same on any of them
-)
+BLOCK = 2048  # rows handled at once; ranks' slices start at multiples, so tiles are the same on any rank
 
 T = TypeVar("T")
 
 
 class Rows:
-    """Some rows of a matrix, read in blocks, as centred or normalised float32 on the device that computes.
+    """Some rows of a matrix, read in blocks as float32 on the computing device, centred or normalised.
 
-    Rows are held converted where they fit the budget, else read again from the source at every pass.
+    Converted rows are held in memory if they fit the budget; otherwise they are read again at every pass.
 
     Args:
         source: (n, d) numpy array, memory map or tensor, any float dtype.
-        ids: which rows of the source, (m,) int64; None for all.
+        ids: (m,) int64, which rows of the source; None for all.
         normalise: divide every row by its Euclidean norm (cosine metric).
-        mean: (d,) float64 subtracted from every row, or None. Squared distances do not change, and their
-            expansion |x|^2 - 2 x.c + |c|^2 loses less to rounding.
-        device: where blocks are given.
+        mean: (d,) float64 subtracted from every row, or None. It leaves squared distances unchanged, and
+            reduces the rounding errors of their expansion |x|^2 - 2 x.c + |c|^2.
+        device: of the blocks.
         budget: bytes that held rows may take.
     """
 
@@ -53,7 +51,7 @@ class Rows:
         return len(self.source) if self.ids is None else len(self.ids)
 
     def fits(self) -> bool:
-        """Whether all the rows, converted, are within the budget."""
+        """Whether all rows, converted, fit the budget."""
         return len(self) * self.dimension * 4 <= self.budget
 
     @property
@@ -62,7 +60,7 @@ class Rows:
 
     @property
     def held(self) -> bool:
-        """Whether all rows are in memory, converted."""
+        """Whether all converted rows are in memory."""
         return self._held is not None
 
     def hold(self) -> "Rows":
@@ -79,14 +77,14 @@ class Rows:
         size: int | None = None,
         positions: np.ndarray | None = None,
     ) -> list[T]:
-        """`work(start, stop, rows[start:stop])` of block after block, on several threads; results in order.
+        """`work(start, stop, rows[start:stop])` for every block, on several threads; results in order.
 
-        Rows that are not held are read ahead: the next blocks while the present ones are worked on, and on an
-        accelerator through pinned memory on a stream of its own.
+        Rows that are not held are read ahead, while earlier blocks are worked on; for an accelerator through
+        pinned memory on a separate stream.
 
         Args:
-            size: rows in a block; by default what a thread, or the accelerator, does best with.
-            positions: (m,) the rows to take, best ascending where they are not held; None for all.
+            size: rows per block; None takes a good size for the device.
+            positions: (m,) the rows to use, preferably ascending if they are not held; None for all.
         """
         n = len(self) if positions is None else len(positions)
         on_cpu = self.device.type == "cpu"
@@ -104,17 +102,17 @@ class Rows:
             return parallel_map(lambda i: work(*pieces[i], ahead.take(i)), places, workers)
 
     def block(self, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop, (stop - start, d)."""
+        """Rows `start` to `stop`, (stop - start, d)."""
         return self._read(slice(start, stop)) if self._held is None else self._held[start:stop]
 
     def take(self, positions: np.ndarray) -> torch.Tensor:
-        """Rows at some positions, in that order."""
+        """The rows at some positions, in that order."""
         if self._held is None:
             return self._read(positions)
         return self._held[torch.from_numpy(np.asarray(positions, dtype=np.int64)).to(self.device)]
 
     def subset(self, positions: np.ndarray, *, hold: bool = True) -> "Rows":
-        """The rows at some positions, as rows of their own, held if they fit."""
+        """The rows at some positions as new `Rows`, held if they fit."""
         ids = positions if self.ids is None else self.ids[positions]
         rows = Rows(
             self.source, ids, normalise=self.normalise, mean=self.mean, device=self.device, budget=self.budget
@@ -126,7 +124,7 @@ class Rows:
         return rows.hold()
 
     def part(self, start: int, stop: int) -> "Rows":
-        """A range of the rows; shares what is held."""
+        """A range of the rows, which shares held memory."""
         if (start, stop) == (0, len(self)):
             return self
         ids = np.arange(start, stop) if self.ids is None else self.ids[start:stop]
@@ -141,7 +139,7 @@ class Rows:
         return self._converted(self._read_source(which).to(self.device))
 
     def _fetch(self, which: slice | np.ndarray) -> Callable[[], torch.Tensor]:
-        """`_read` from a thread that reads ahead; what it returns gives the rows to the thread that calls."""
+        """`_read` in a thread that reads ahead; the result hands the rows to the thread that calls it."""
         if self.device.type != "cuda":
             rows = self._read(which)
             return lambda: rows
@@ -155,7 +153,7 @@ class Rows:
         def wait() -> torch.Tensor:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(ready)
-            rows.record_stream(stream)  # its memory is not given away before that stream is done with it
+            rows.record_stream(stream)  # keeps its memory until that stream is done with it
             return rows
 
         return wait
@@ -164,9 +162,9 @@ class Rows:
         return read_rows(self.source, which if self.ids is None else self.ids[which])
 
     def _converted(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of the source, as they are computed with."""
+        """Rows of the source, normalised or centred."""
         if self.normalise:
-            # In float64 inside: the norm of a float16 or float32 row must not overflow or vanish.
+            # In float64: the norm of a float16 or float32 row must not overflow or vanish.
             wide = rows.double()
             rows = (wide / wide.norm(dim=1, keepdim=True)).float()
         if self._mean is not None:
@@ -175,7 +173,7 @@ class Rows:
 
 
 class _ReadAhead:
-    """Pieces read by threads of their own, a few ahead of those that are asked for, which are so in order."""
+    """Reads pieces in separate threads, a few ahead of those that are taken in order."""
 
     def __init__(
         self,
@@ -183,14 +181,14 @@ class _ReadAhead:
         fetch: Callable[[Any], Callable[[], torch.Tensor]],
         workers: int,
     ) -> None:
-        # Reading waits more than it works; a reader to a few that compute keeps up where products are large.
+        # Reading mostly waits: one reader for a few computing threads keeps up if products are large.
         readers = max(1, workers // 4)
         self.pieces, self.fetch, self.depth = pieces, fetch, workers + readers
         self.pool = _pool(os.getpid(), readers, torch.get_num_threads(), "curated-data-read")
         self.lock, self.next, self.reads = threading.Lock(), 0, {}
 
     def take(self, i: int) -> torch.Tensor:
-        """The i-th piece; the next ones are begun."""
+        """The i-th piece; starts reading the next ones."""
         with self.lock:
             while self.next < min(i + self.depth, len(self.pieces)):
                 self.reads[self.next] = self.pool.submit(self.fetch, self.pieces[self.next])
@@ -202,7 +200,7 @@ class _ReadAhead:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for read in self.reads.values():  # none are left, but where a piece failed
+        for read in self.reads.values():  # only left after a failure
             read.cancel()
 
 
@@ -212,32 +210,32 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def read_rows(source: Any, which: slice | np.ndarray) -> torch.Tensor:
-    """Rows of an array or a tensor as float32, on the tensor's own device."""
+    """Rows of an array or tensor as float32, on the tensor's device."""
     if isinstance(source, torch.Tensor):
         index = which if isinstance(which, slice) else torch.from_numpy(which).to(source.device)
         return source[index].detach().float()
     rows = np.ascontiguousarray(source[which], dtype=np.float32)
-    return torch.from_numpy(rows if rows.flags.writeable else rows.copy())  # torch knows no read-only arrays
+    return torch.from_numpy(rows if rows.flags.writeable else rows.copy())  # torch has no read-only tensors
 
 
 def blocks(n: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:
-    """The ranges [start, stop) that cut n rows into blocks."""
+    """The ranges [start, stop) of the blocks of n rows."""
     for start in range(0, n, size):
         yield start, min(start + size, n)
 
 
 def rank_range(n: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The rows of one rank: near-equal ranges that begin at whole blocks."""
+    """The range of rows of one rank: nearly equal ranges that start at whole blocks."""
     whole = -(-n // BLOCK)
     first, last = (whole * r // world_size for r in (rank, rank + 1))
     return min(first * BLOCK, n), min(last * BLOCK, n)
 
 
 def parallel_map(work: Callable[..., T], pieces: list[Any], workers: int | None = None) -> list[T]:
-    """`[work(*piece) for piece in pieces]` on as many threads as torch is set to use, one core each.
+    """`[work(*piece) for piece in pieces]` on as many threads as torch is set to use, with one core each.
 
-    One core a piece beats all cores in each product: no waiting at its end, and results that do not depend on
-    the number of threads.
+    One core per piece is faster than all cores in each product, because none waits for the others, and gives
+    results that do not depend on the number of threads.
     """
     workers = workers or torch.get_num_threads()
     if min(workers, len(pieces)) <= 1:
@@ -248,14 +246,14 @@ def parallel_map(work: Callable[..., T], pieces: list[Any], workers: int | None 
 
 @cache
 def _pool(pid: int, workers: int, default: int, name: str) -> ThreadPoolExecutor:
-    """This process's threads in which torch computes on one core; `pid` keeps them from crossing a fork.
+    """Threads of this process in which torch uses one core; `pid` keeps them from crossing a fork.
 
     Args:
-        default: torch's number of threads elsewhere, which stays.
+        default: torch's number of threads elsewhere, which is left unchanged.
     """
     pool = ThreadPoolExecutor(workers, name, initializer=torch.set_num_threads, initargs=(1,))
-    # torch's setting is each thread's own, but the default for later threads is shared: start all workers,
-    # each held until the last is there, then put the default back.
+    # torch's setting is per thread, but also changes the default for new threads: start all workers, each
+    # waiting for the last, then restore the default.
     together = threading.Barrier(workers)
     list(pool.map(lambda _: together.wait(), range(workers)))
     torch.set_num_threads(default)
@@ -263,10 +261,10 @@ def _pool(pid: int, workers: int, default: int, name: str) -> ThreadPoolExecutor
 
 
 def memory_budget(max_memory: int | None) -> int:
-    """Bytes for one array of held rows: a third of what is set, or of a quarter of the machine's memory.
+    """Bytes for one array of held rows: a third of `max_memory`, or of a quarter of the machine's memory.
 
-    A third, for up to three are held: a level's rows, those of a resampling, and the same in the order of
-    their cells.
+    Up to three arrays are held: the rows of a level, those of a resampling, and these in the order of their
+    cells.
     """
     if max_memory is None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 12
@@ -276,7 +274,7 @@ def memory_budget(max_memory: int | None) -> int:
 
 
 def describe_memory(rows: Rows) -> str:
-    """Where the rows are kept, for a log line."""
+    """How the rows are kept, for a log line."""
     size, allowed = len(rows) * rows.dimension * 4 / 2**30, 3 * rows.budget / 2**30
     where = (
         f"held as float32, {size:.2f} of {allowed:.2f} GiB allowed"
@@ -287,7 +285,7 @@ def describe_memory(rows: Rows) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes this process has held: on an accelerator those of torch, else all that is resident."""
+    """Peak memory of this process in bytes: torch's on an accelerator, otherwise resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

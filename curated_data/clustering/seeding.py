@@ -1,22 +1,23 @@
-"""Greedy k-means++ seeding (Arthur and Vassilvitskii 2007), made fast without changing what it chooses from.
+"""Greedy k-means++ seeding (Arthur and Vassilvitskii 2007), made fast without changing its distribution.
 
 k-means++ draws each new centre with probability proportional to D², the squared distance to the nearest
-centre so far; the greedy form draws 2 + ln k candidates and keeps the one that lowers the sum of D² most.
-That carries the quality in high dimension, and takes most of the time if every candidate is compared with
-every row, one step after the other. Two observations remove most of it:
+centre so far. The greedy form draws 2 + ln k candidates and keeps the one that lowers the sum of D² most.
+That is what makes it good in high dimension, and takes most of the time if every candidate is compared with
+every row, one step after the other. Two observations avoid most of this:
 
-* A candidate drawn from an *older* D² and kept with probability D²(now) / D²(then) is a draw from the present
-  D². So candidates of many steps can be drawn, and their distances computed, in one round of large products.
-* Once there are some dozens of centres, a candidate brings nothing to rows far from it. Rows are cut into
-  cells, and a candidate is compared with the cells nearest to it alone.
+* A candidate drawn from an *older* D² and accepted with probability D²(now) / D²(then) is a draw from the
+  present D². So the candidates of many steps can be drawn, and their distances computed, in one round of
+  large products.
+* Once there are some dozens of centres, a candidate gains nothing for rows far from it. Rows are divided into
+  cells, and a candidate is only compared with the cells nearest to it.
 
-The first is exact; the second leaves out gains that are too small to tell candidates apart, as measured:
-inertia and balance of the trees equal those of the plain form (`benchmarks/RESULTS.md`).
+The first is exact. The second ignores gains that are too small to matter between candidates: inertia and
+balance of the trees equal those of the plain form (`benchmarks/RESULTS.md`).
 
-Ranks share the work by cells: each holds the rows of its own and computes candidates' scores there. A step
-adds up one small matrix of gains over all ranks, of which every entry is one rank's alone and the rest zeros,
-so the choice is the same, bit for bit, on any number of ranks. On an accelerator the plain form is quick
-enough: a step there is one pass over memory.
+Ranks share the work by cells: each holds the rows of its own cells and computes candidates' scores there. A
+step sums one small matrix of gains over all ranks, in which every entry is nonzero on one rank only, so the
+choice is the same, bit for bit, on any number of ranks. On an accelerator the plain form is fast enough: a
+step is one pass over memory.
 """
 
 import math
@@ -30,12 +31,12 @@ from curated_data.clustering.nearest import TILE, nearest_columns
 from curated_data.clustering.rows import Rows, parallel_map, rank_range
 
 PROBES = 24  # cells that a candidate is compared with
-CELL = 128  # rows in a cell; down to a quarter where there are few, so that cells stay many more than probes
-_MANY_FIRST = 2048  # so many first centres are found by cells themselves
+CELL = 128  # rows in a cell; down to a quarter of that for few rows, to have many more cells than probes
+_MANY_FIRST = 2048  # first centres, from which these are found by cells too
 _STRIP = 1024  # places whose gaps are summed before one is drawn
-_ROUND_BYTES = 128 << 20  # of scores kept in a round
-_TABLE_BYTES = 64 << 20  # of all distances of few rows
-_TINY = 3e-6  # D² below this share of |x|² is rounding: the row repeats a centre
+_ROUND_BYTES = 128 << 20  # of scores in one round
+_TABLE_BYTES = 64 << 20  # of a table of all distances between few rows
+_TINY = 3e-6  # D² below this share of |x|² is a rounding error: the row repeats a centre
 
 
 def seed_rows(
@@ -48,15 +49,15 @@ def seed_rows(
     rank: int = 0,
     world: int = 1,
 ) -> np.ndarray:
-    """Positions of the rows that k-means starts from, (k,) int64, all different.
+    """Positions of the rows with which k-means starts, (k,) int64, all different.
 
     Args:
-        rows: rows to choose among.
-        n_clusters: how many, at most as many as there are rows.
+        rows: to choose from.
+        n_clusters: how many; at most the number of rows.
         init: "k-means++" (greedy), or "random".
-        generator: of all choices, the same on every rank.
-        max_rows: choose among so many random rows, if there are more; not for "random".
-        rank, world: this process's place among those that call this together.
+        generator: for all draws; in the same state on every rank.
+        max_rows: choose from this many random rows if there are more; not for "random".
+        rank, world: of this process, among those that call this together.
     """
     n = len(rows)
     if init == "random":
@@ -66,7 +67,7 @@ def seed_rows(
     if n <= max_rows:
         return greedy_kmeans_plus_plus(rows, n_clusters, generator, rank=rank, world=world)
     sample = np.sort(generator.choice(n, max_rows, replace=False))
-    some = rows.subset(sample, hold=world == 1)  # of several ranks each reads its share alone
+    some = rows.subset(sample, hold=world == 1)  # several ranks each read only their share
     return sample[greedy_kmeans_plus_plus(some, n_clusters, generator, rank=rank, world=world)]
 
 
@@ -80,14 +81,14 @@ def greedy_kmeans_plus_plus(
     rank: int = 0,
     world: int = 1,
 ) -> np.ndarray:
-    """k different rows, chosen by greedy k-means++."""
+    """Positions of k different rows, chosen by greedy k-means++."""
     n = len(rows)
     trials = 2 + int(math.log(k))
     cell = cell or min(max(n // (12 * PROBES), CELL // 4), CELL)
     n_first = n // (2 * cell)
     if n_first < 2 * probes or k <= 2 * n_first or rows.device.type != "cpu":
         return plain_greedy(rows.block(0, n), k, generator, trials)
-    # The first centres, one for every other cell, on a sample: with so few, many rows speak for each.
+    # The first centres, one for every other cell, from a sample: with so few, it has many rows for each.
     sample = np.sort(generator.choice(n, min(n, 32 * n_first), replace=False))
     if n_first > _MANY_FIRST:
         first = sample[greedy_kmeans_plus_plus(rows.subset(sample), n_first, generator)]
@@ -97,7 +98,7 @@ def greedy_kmeans_plus_plus(
 
 
 def plain_greedy(x: torch.Tensor, k: int, generator: np.random.Generator, trials: int) -> np.ndarray:
-    """Greedy k-means++ as it is defined, on any device: step by step, every candidate against every row."""
+    """Greedy k-means++ by its definition, on any device: in every step, each candidate against every row."""
     n = len(x)
     norms = x.square().sum(1)
     if n * n * 4 <= _TABLE_BYTES and k * trials >= n:
@@ -119,7 +120,7 @@ def plain_greedy(x: torch.Tensor, k: int, generator: np.random.Generator, trials
 
 
 def _greedy_by_table(gaps: np.ndarray, k: int, generator: np.random.Generator, trials: int) -> np.ndarray:
-    """The same where all pairs' squared distances (n, n) fit in memory, and cost no more than the steps'."""
+    """The same from all squared distances (n, n), for few rows, where that costs no more than the steps."""
     chosen = np.empty(k, np.int64)
     chosen[0] = generator.integers(len(gaps))
     gap = gaps[chosen[0]]
@@ -135,10 +136,10 @@ def _greedy_by_table(gaps: np.ndarray, k: int, generator: np.random.Generator, t
 
 
 def _draw_by_strips(gap: torch.Tensor, m: int, generator: np.random.Generator) -> np.ndarray | None:
-    """m places, each with probability in proportion to its gap; None where all are 0.
+    """m places, drawn with probabilities proportional to their gaps; None if all are 0.
 
-    First a strip, by the strips' sums, then a place inside: little leaves the device, and unlike a cumulative
-    sum there, repeatably.
+    First a strip, by the sums of the strips, then a place in it: little data leaves the device, and unlike a
+    cumulative sum there, it is repeatable.
     """
     strips = gap.view(-1, _STRIP)
     sums = strips.sum(1, dtype=torch.float64).cpu().numpy()
@@ -149,27 +150,27 @@ def _draw_by_strips(gap: torch.Tensor, m: int, generator: np.random.Generator) -
     at = np.minimum(cumulative.searchsorted(aim, side="right"), np.flatnonzero(sums)[-1])
     inside = strips[torch.from_numpy(at).to(gap.device)].double().cpu().numpy().cumsum(1)
     aim -= cumulative[at] - sums[at]
-    # Rounding may carry an aim to, or beyond, a strip's very end: then its last place that has a gap.
+    # Rounding may move an aim to or past the end of a strip: then take its last place with a gap.
     last = (inside >= inside[:, -1:]).argmax(1)
     return at * _STRIP + np.minimum((inside <= aim[:, None]).sum(1), last)
 
 
 def _gaps(x: torch.Tensor, norms: torch.Tensor, ids: np.ndarray) -> torch.Tensor:
-    """Squared distances of some rows to all, (len(ids), n); 0 where a row meets itself or its copy."""
+    """Squared distances of some rows to all, (len(ids), n); 0 from a row to itself and to its copies."""
     at = torch.from_numpy(ids).to(x.device)
     gap = torch.addmm(norms[at][:, None] + norms, x[at], x.T, alpha=-2)
     return torch.where(gap < _TINY * norms, 0, gap)
 
 
 def _draw(cumulative: np.ndarray, m: int, generator: np.random.Generator) -> np.ndarray:
-    """m places, each with probability in proportion to its step in a cumulative sum."""
+    """m places, drawn with probabilities proportional to their steps in a cumulative sum."""
     found = cumulative.searchsorted(generator.random(m) * cumulative[-1], side="right")
     last = cumulative.searchsorted(cumulative[-1])
-    return np.minimum(found, last)  # where the product was rounded up to the very end
+    return np.minimum(found, last)  # if rounding gives the very end
 
 
 def _fill(chosen: np.ndarray, done: int, n: int, generator: np.random.Generator) -> np.ndarray:
-    """Where rows have fewer distinct values than k, any others make up the number."""
+    """Fill up with random other rows, if there are fewer distinct rows than k."""
     chosen[done:] = generator.choice(
         np.setdiff1d(np.arange(n), chosen[:done]), len(chosen) - done, replace=False
     )
@@ -177,10 +178,10 @@ def _fill(chosen: np.ndarray, done: int, n: int, generator: np.random.Generator)
 
 
 class _Cells:
-    """Rows in cells of equal size around the first centres, and for each row the score of its nearest centre.
+    """Rows in cells of equal size around the first centres, with the score of each row's nearest centre.
 
-    The score of row x and centre c is |c|² - 2 x.c, so that D² is score + |x|². Scores and norms are on every
-    rank, rows and products only on the rank that owns their cell.
+    The score of row x and centre c is |c|² - 2 x.c, so D² is score + |x|². Every rank has all scores and
+    norms, but only the rows of its own cells, for which it computes the products.
     """
 
     def __init__(self, rows: Rows, first: np.ndarray, cell: int, probes: int, rank: int, world: int) -> None:
@@ -188,7 +189,7 @@ class _Cells:
         self.rank, self.world = rank, world
         centres = rows.take(first)
         self.norms, centre_of, score = self._assign(centres)
-        # Each centre's rows fill cells of their own; the last of them is padded.
+        # The rows of each centre fill separate cells, of which the last is padded.
         order = np.lexsort((score + self.norms, centre_of))
         sizes = np.bincount(centre_of, minlength=len(first))
         n_cells = -(-sizes // cell)
@@ -234,7 +235,7 @@ class _Cells:
     def _round(
         self, rows: np.ndarray, slots: np.ndarray, luck: np.ndarray, trials: int, chosen: np.ndarray
     ) -> int:
-        """Greedy steps with the candidates of one round, while they last; returns how many were made."""
+        """Greedy steps with the candidates of one round, until they run out; returns the number of steps."""
         near, place, scores = self._scores(rows)
         score, norm = self.score.reshape(-1), self.norm.reshape(-1)
         made = begin = 0
@@ -244,7 +245,7 @@ class _Cells:
             at = np.flatnonzero((now > luck[ahead]) & (now > _TINY * norm[slots[ahead]]))[:trials]
             begin = int(ahead[at[-1]] if len(at) == trials else ahead[-1]) + 1
             if len(at) < trials and begin == len(rows) and made:
-                break  # too few are left for a step: a new round draws more
+                break  # too few are left for a step; the next round draws more
             if not len(at):
                 continue
             if gains is None:
@@ -262,7 +263,7 @@ class _Cells:
     def _look_ahead(
         self, ahead: np.ndarray, slots: np.ndarray, near: np.ndarray, place: np.ndarray, scores: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """The present D² of some candidates; with several ranks their gains too, in the same exchange."""
+        """The present D² of some candidates; with several ranks also their gains, in the same exchange."""
         at = slots[ahead]
         now = self.score.reshape(-1)[at] + self.norm.reshape(-1)[at]
         if self.world == 1:
@@ -275,8 +276,8 @@ class _Cells:
     def _gains(
         self, candidates: np.ndarray, near: np.ndarray, place: np.ndarray, scores: np.ndarray
     ) -> np.ndarray:
-        """How much each candidate lowers the sum of D² in each of its cells, (m, probes) float64; 0
-        elsewhere.
+        """How much each candidate lowers the sum of D² in each of its cells, (m, probes) float64; 0 in cells
+        of other ranks.
         """
         cells = near[candidates]
         mine = self._own(cells)
@@ -288,14 +289,14 @@ class _Cells:
         return gains
 
     def _scores(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The (m, probes) nearest cells of m candidates, each one's place in the third (-1: another rank's),
-        and the scores of the cells' rows, (places, cell).
+        """For m candidates: the nearest cells, (m, probes); their places in the third (-1: on another rank);
+        and the scores of the rows of these cells, (places, cell).
         """
         candidates = self.rows.take(rows)
         near = self._nearest_cells(candidates)
         mine = np.flatnonzero(self._own(near.reshape(-1)))
         order = mine[np.argsort(near.reshape(-1)[mine], kind="stable")]
-        place = np.full(near.size, -1)  # products are kept by cell: each is written where it stays
+        place = np.full(near.size, -1)  # ordered by cell, so that products are written in place
         place[order] = np.arange(len(order))
         cells, start = np.unique(near.reshape(-1)[order], return_index=True)
         stop = np.append(start[1:], len(order))
@@ -314,8 +315,8 @@ class _Cells:
         return near, place.reshape(near.shape), scores.numpy()
 
     def _nearest_cells(self, candidates: torch.Tensor) -> np.ndarray:
-        """The cells each candidate is compared with, every rank finding those of its share of candidates."""
-        tiles = -(-len(candidates) // TILE)  # whole tiles, so that a candidate's are the same on any rank
+        """The nearest cells of each candidate; every rank finds those for its share of the candidates."""
+        tiles = -(-len(candidates) // TILE)  # whole tiles, for the same result on any rank
         edges = [min(TILE * (tiles * r // self.world), len(candidates)) for r in range(self.world + 1)]
         first, last = edges[self.rank], edges[self.rank + 1]
         return np.concatenate(
@@ -323,9 +324,7 @@ class _Cells:
         )
 
     def _assign(self, centres: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of all rows: squared norm, nearest of the first centres, and its score; each rank sees to a
-        part.
-        """
+        """For all rows: squared norm, nearest first centre, and its score; each rank computes a part."""
         weight, bias = -2 * centres.T, centres.square().sum(1)
         start, end = rank_range(len(self.rows), self.rank, self.world)
 
@@ -348,6 +347,6 @@ class _Cells:
         return [array] if self.world == 1 else distributed.all_gather(array)
 
     def _gap(self) -> np.ndarray:
-        """D² of every slot; 0 in the padding, and where a row repeats a centre."""
+        """D² of every slot; 0 for padding and for rows that repeat a centre."""
         gap = self.score + self.norm
         return np.where(gap > _TINY * self.norm, gap, 0)

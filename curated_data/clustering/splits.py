@@ -1,4 +1,4 @@
-"""A level too large for one k-means: groups first, then every group apart."""
+"""A level too large for one k-means, in two passes: first groups, then clusters within each group."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from curated_data.clustering.checkpoint import Arrays, Checkpoint, Running
 from curated_data.clustering.kmeans import uncentred
 from curated_data.clustering.rows import Rows
 
-_PORTIONS = 256  # groups are handed out and kept in at most so many portions, however many there are
+_PORTIONS = 256  # the most portions in which groups are distributed and saved
 
 
 def split_level(
@@ -23,10 +23,11 @@ def split_level(
     checkpoint_seconds: float = 300.0,
     note: Callable[[str], None] = lambda text: None,
 ) -> Arrays:
-    """k-means into `level.n_clusters` groups, each into `level.n_splits`; ranks share the groups by size.
+    """k-means into `level.n_clusters` groups, then each into `level.n_splits`; ranks share the groups.
 
     Returns:
-        (k, d) centroids, empty ones dropped, (n,) assignment, (n,) squared distances, on every rank.
+        (k, d) centroids of the clusters that are not empty, (n,) assignment, (n,) squared distances, on every
+        rank.
     """
     n_groups, n_splits = level.n_clusters, level.n_splits
     first, second = seeds.spawn(2)
@@ -51,7 +52,7 @@ def split_level(
     mine = [i for i in range(len(portions)) if not done[i] and owner[i] == distributed.rank()]
     parts: list[Arrays] = []
     begun: dict[int, tuple[Running, Arrays]] = {}
-    for i, piece in enumerate(pieces):  # what is there is loaded by all ranks together, and kept by one
+    for i, piece in enumerate(pieces):  # all ranks load what is saved together, and one keeps it
         running = Running(saved, f"{piece}.running", checkpoint_seconds, alone=True)
         loaded = saved.load(piece) if done[i] else running.load(there)
         if loaded is not None and done[i] and distributed.rank() == 0:
@@ -81,7 +82,7 @@ def _split(
     running: Running,
     begun: Arrays,
 ) -> Arrays:
-    """Each group of a portion into clusters of its own, by this process alone, after those in `begun`."""
+    """Cluster each group of a portion, in this process alone, continuing after those in `begun`."""
     parts = [begun]
     after = int(begun["last"][0]) if "last" in begun else -1
     for g in portion[portion > after]:
@@ -102,7 +103,7 @@ def _split(
 
 
 def _nothing(rows: Rows) -> Arrays:
-    """No group's clusters."""
+    """The result for no groups."""
     ids, d = np.empty(0, np.int64), rows.dimension
     none = np.empty(0, np.float32)
     return {
@@ -122,7 +123,7 @@ def _joined(parts: list[Arrays]) -> Arrays:
 
 
 def _together(rows: Rows, parts: list[Arrays], n_slots: int) -> Arrays:
-    """All ranks' portions as one level: slots that hold no row are dropped, the others numbered in order."""
+    """Join the portions of all ranks to one level; empty slots are dropped, the others numbered in order."""
     mine = _joined([_nothing(rows), *parts])
     every = {key: np.concatenate(distributed.all_gather(array)) for key, array in mine.items()}
     assignment, squared = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
@@ -135,7 +136,7 @@ def _together(rows: Rows, parts: list[Arrays], n_slots: int) -> Arrays:
 
 
 def _by_size(loads: np.ndarray, n_owners: int) -> np.ndarray:
-    """Who takes which load: the largest first, each to whoever has least."""
+    """The owner of each load: the largest first, each to the owner with the least so far."""
     owner, busy = np.empty(len(loads), np.int64), np.zeros(n_owners)
     for i in np.argsort(-loads, kind="stable"):
         owner[i] = busy.argmin()

@@ -1,4 +1,4 @@
-"""The tree of clusters that hierarchical k-means builds: plain arrays a level, and what follows from them."""
+"""The cluster tree: plain arrays for each level, and what is derived from them."""
 
 import logging
 import os
@@ -20,12 +20,12 @@ EXCLUDED = -1
 
 
 class Children(NamedTuple):
-    """The nodes below every cluster of one level, in compressed rows.
+    """The nodes below every cluster of a level, as compressed rows.
 
     Attributes:
-        nodes: (m,) int64, nodes of the level below (samples for level 1) grouped by cluster, ascending in
-            each.
-        start: (k + 1,) int64; cluster c holds `nodes[start[c] : start[c + 1]]`.
+        nodes: (m,) int64, nodes of the level below (samples for level 1), grouped by cluster and ascending
+            within each.
+        start: (k + 1,) int64; cluster c has `nodes[start[c] : start[c + 1]]`.
     """
 
     nodes: np.ndarray
@@ -35,18 +35,18 @@ class Children(NamedTuple):
 class ClusterTree:
     """Clusters of clusters of samples.
 
-    Level 0 holds the n samples, level l = 1..L holds k_l clusters of the nodes of level l - 1. Everything
-    else (member lists, sizes) is derived when it is first asked for.
+    Level 0 consists of the n samples, level l = 1..L of k_l clusters of the nodes of level l - 1. Everything
+    else (member lists, sizes) is derived on first use.
 
     Args:
         centroids: for each level 1..L, (k_l, d) floating point; kept as float32.
         parent: for each level l, the cluster at level l of every node of level l - 1, (k_{l-1},) integers,
-            (n,) for level 1; -1 where a sample (or an empty cluster) belongs to none. Kept as int64.
-        distance: (n,) Euclidean distance of each sample to its level-1 centroid, NaN where excluded; what
-            "closest" and "furthest" sampling sort by. Kept as float32.
+            (n,) for level 1; -1 for samples (or empty clusters) that belong to none. Kept as int64.
+        distance: (n,) Euclidean distance of each sample to its level-1 centroid, NaN if excluded; "closest"
+            and "furthest" sampling sort by it. Kept as float32.
 
     Raises:
-        ValueError: levels that are not 1..L in both, or shapes or cluster ids that do not fit together.
+        ValueError: levels other than 1..L in both, or shapes or cluster ids that do not match.
     """
 
     def __init__(
@@ -87,12 +87,12 @@ class ClusterTree:
 
     @property
     def n_levels(self) -> int:
-        """How many levels of clusters there are, samples not counted."""
+        """The number of levels of clusters, without the samples."""
         return len(self.centroids)
 
     @property
     def n_samples(self) -> int:
-        """How many samples the tree was built over, excluded ones included."""
+        """The number of samples, including excluded ones."""
         return len(self.parent[1])
 
     @property
@@ -101,7 +101,7 @@ class ClusterTree:
         return {level: len(c) for level, c in self.centroids.items()}
 
     def children(self, level: int) -> Children:
-        """The nodes of level - 1 in every cluster of a level, as compressed rows."""
+        """The nodes of the level below in every cluster of a level."""
         level = self._checked_level(level)
         if level not in self._children:
             self._children[level] = _group(self.parent[level], len(self.centroids[level]))
@@ -119,13 +119,13 @@ class ClusterTree:
         return np.sort(nodes)
 
     def sizes(self, level: int) -> np.ndarray:
-        """How many samples each cluster of a level holds, (k_l,) int64."""
+        """The number of samples in each cluster of a level, (k_l,) int64."""
         level = self._checked_level(level)
         if level not in self._sizes:
             weights: np.ndarray | None = None
             for below in range(1, level + 1):
                 ids, k = self.parent[below], len(self.centroids[below])
-                # Shifted by one, so that excluded nodes fall in bin 0, which is dropped.
+                # Shifted by one, so that excluded nodes are counted in bin 0, which is dropped.
                 counted = np.bincount(ids + 1, weights=weights, minlength=k + 1)
                 weights = counted[1:].astype(np.float64)  # exact up to 2**53 samples
             assert weights is not None
@@ -133,7 +133,7 @@ class ClusterTree:
         return self._sizes[level].copy()
 
     def assignment(self, level: int) -> np.ndarray:
-        """The cluster of every sample at a level, (n,) int64; -1 where excluded."""
+        """The cluster of every sample at a level, (n,) int64; -1 if excluded."""
         level = self._checked_level(level)
         ids = self.parent[1].copy()
         for above in range(2, level + 1):
@@ -142,12 +142,12 @@ class ClusterTree:
         return ids
 
     def save(self, path: Path | str) -> None:
-        """Write the tree as a folder of `.npy` files and a `manifest.json`; a tree already there is replaced.
+        """Write the tree as a folder of `.npy` files and a `manifest.json`; replaces an existing tree.
 
-        The folder appears whole or not at all.
+        The folder appears complete or not at all.
 
         Raises:
-            CacheError: `path` cannot be written, or holds something else than a tree.
+            CacheError: `path` cannot be written, or is something other than a tree.
         """
         path = Path(path)
         if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).exists()):
@@ -161,19 +161,19 @@ class ClusterTree:
                 atomic_save(temporary / "distance.npy", self.distance)
             write_manifest(temporary, "tree", self._manifest())
             if (path / MANIFEST).exists():
-                read_manifest(path, "tree")  # refuses to replace an artifact of another stage
+                read_manifest(path, "tree")  # raises if it is an artifact of another stage
                 aside = path.parent / f".tmp-{uuid.uuid4().hex[:12]}-{path.name}"
                 os.replace(path, aside)
                 os.replace(temporary, path)
                 shutil.rmtree(aside)
-                temporary.mkdir()  # for `atomic_path`, whose rename onto the full folder then does nothing
+                temporary.mkdir()  # for `atomic_path`, whose rename onto an existing folder has no effect
 
     @classmethod
     def load(cls, path: Path | str, *, memory_map: bool = False) -> Self:
-        """Read a tree that `save` wrote; `memory_map` leaves the sample-sized arrays on disk.
+        """Read a tree that `save` wrote; `memory_map` leaves its arrays on disk.
 
         Raises:
-            CacheError: no tree, a damaged one, or one of another format version.
+            CacheError: there is no tree, or it is damaged or of another format version.
         """
         path = Path(path)
         manifest = read_manifest(path, "tree")
@@ -222,13 +222,13 @@ def take_groups(children: Children, clusters: np.ndarray) -> np.ndarray:
     first = children.start[clusters]
     length = children.start[clusters + 1] - first
     total = int(length.sum())
-    # Position inside its group for every output element, without a loop: a ramp that restarts at each group.
+    # The position of every output element within its group, without a loop: a ramp that restarts per group.
     shift = np.repeat(first - np.concatenate([[0], np.cumsum(length)[:-1]]), length)
     return children.nodes[np.arange(total, dtype=np.int64) + shift]
 
 
 def _group(ids: np.ndarray, k: int) -> Children:
-    """Counting sort of nodes by cluster, without the excluded ones: linear in n, unlike sorting."""
+    """Group nodes by cluster, without excluded ones, by a counting sort, which is linear in n."""
     n = len(ids)
     kept = np.flatnonzero(ids >= 0)
     by_column = sparse.csc_array(

@@ -1,4 +1,4 @@
-"""From samples to vectors: embedders, their extraction over a pool, and the store that holds them."""
+"""From samples to vectors: embedders, embedding a pool, and the store of the embeddings."""
 
 from curated_data.embedding.embedders import Embedder, ImagePreprocess, ModuleEmbedder, resolve_embedder
 from curated_data.embedding.extract import embed_pool

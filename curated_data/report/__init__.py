@@ -1,1 +1,1 @@
-"""What a curation did: balance figures, plots, and one HTML page."""
+"""Reports on a curation: measures of balance, plots, and an HTML page."""

@@ -1,4 +1,4 @@
-"""A selection beside a random one of its size, and beside its pool: the table that recipes print."""
+"""Compare a selection with a random one of the same size and with the pool, in a table."""
 
 import numpy as np
 from rich.table import Table
@@ -10,17 +10,17 @@ Row = dict[str, float]
 
 
 def compare_with_random(curation: Curation, labels: np.ndarray, *, seed: int = 0) -> dict[str, Row]:
-    """How balanced the pool, a random selection and the curated one are, over classes and over clusters.
+    """The balance of the pool, of a random selection and of the curated one, over classes and clusters.
 
     Args:
         curation: of a pool of n samples.
-        labels: (n,) class of each sample, -1 for none; used for these figures alone.
-        seed: of the random selection, which takes as many distinct samples as the curated one has.
+        labels: (n,) class of each sample, -1 for none; only used for these figures.
+        seed: for the random selection, which has as many distinct samples as the curated one.
 
     Returns:
-        For `pool`, `random` and `curated`: `size`; `classes` (how many occur), `entropy` (of the classes, in
-        nats) and `ratio` (largest class over smallest) where there are labels; `perplexity 1`, ... of the
-        clusters at each level.
+        For `pool`, `random` and `curated`: `size`; if there are labels `classes` (how many occur), `entropy`
+        (of the classes, in nats) and `ratio` (largest class divided by smallest); and `perplexity 1`, … of
+        the clusters at each level.
     """
     valid = np.flatnonzero(curation.embeddings.valid)
     rng = np.random.default_rng(seed)
@@ -45,7 +45,7 @@ def compare_with_random(curation: Curation, labels: np.ndarray, *, seed: int = 0
 
 
 def comparison_table(rows: dict[str, Row], *, title: str, what: str = "samples") -> Table:
-    """The rows of `compare_with_random` to print; `what` the samples are called."""
+    """The rows of `compare_with_random` as a table to print; `what` names the samples."""
     headings = {
         "size": (what, "{:,.0f}"),
         "classes": ("classes", "{:,.0f}"),

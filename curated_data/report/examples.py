@@ -1,4 +1,4 @@
-"""Which samples to show of a curation, and their images as small tiles."""
+"""Which samples of a curation to show as examples, and their images as thumbnails."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClusterRow:
-    """One row of a contact sheet: a cluster, and some of the samples that it kept and dropped.
+    """One row of a contact sheet: a cluster with examples of its kept and dropped samples.
 
     Attributes:
-        why: it is shown: largest, smallest or most cut.
-        level, cluster: which one.
-        size: samples of the pool in it.
-        n_kept: different ones of them that were selected.
-        kept, dropped: (<= n_images,) ids of each kind.
+        why: why it is shown: "largest", "smallest" or "most cut".
+        level, cluster: of the tree.
+        size: its number of samples in the pool.
+        n_kept: how many different ones of them were selected.
+        kept, dropped: (<= n_images,) example ids.
     """
 
     why: str
@@ -50,13 +50,13 @@ def cluster_rows(
     least: int = 1,
     seed: int = 0,
 ) -> list[ClusterRow]:
-    """Clusters worth looking at, with random examples of what they kept and dropped.
+    """Clusters worth looking at, with random examples of kept and dropped samples.
 
     Args:
-        choose: the clusters with the most samples, with the fewest, or with the largest share dropped.
-        exclude: clusters to pass over, such as those shown already.
-        least: samples that a cluster must hold to be shown.
-        n_images: examples of each kind.
+        choose: the clusters with the most samples, the fewest, or the largest share dropped.
+        exclude: clusters to skip, such as those already shown.
+        least: the minimum number of samples of a cluster.
+        n_images: number of examples of each kind.
     """
     sizes = tree.sizes(level)
     n_kept = selected_sizes(tree, np.unique(ids))[level]
@@ -80,9 +80,7 @@ def cluster_rows(
 
 
 def thumbnails(pool: "ShardPool", ids: np.ndarray, size: int) -> np.ndarray:
-    """(n, size, size, 3) uint8: the samples' images, whole, on white; a crossed tile where one cannot be
-    decoded.
-    """
+    """(n, size, size, 3) uint8: the whole images on white; a crossed tile if one cannot be decoded."""
     out = np.full((len(ids), size, size, 3), 255, np.uint8)
     extensions = [e for e in pool.image_extensions if e in pool.index().extensions]
     unique, inverse = np.unique(np.asarray(ids, np.int64), return_inverse=True)
@@ -98,7 +96,7 @@ def thumbnails(pool: "ShardPool", ids: np.ndarray, size: int) -> np.ndarray:
 
 
 def _fit(image: torch.Tensor, size: int) -> np.ndarray:
-    """An image (3, H, W) scaled to touch a square's sides, centred on white: (size, size, 3)."""
+    """An image (3, H, W), scaled to fit a square and centred on white: (size, size, 3)."""
     height, width = image.shape[1:]
     scale = size / max(height, width)
     shape = max(round(height * scale), 1), max(round(width * scale), 1)

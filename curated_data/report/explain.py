@@ -1,4 +1,4 @@
-"""Why a sample was selected, or was not: for any sample of a pool, from the tree alone."""
+"""Explain why a sample was or was not selected, for any sample of a pool, from the tree."""
 
 from typing import TYPE_CHECKING
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def explain(curation: "Curation", sample: int) -> list[str]:
-    """The sample's way through the curation, in sentences, from the top of the tree down.
+    """A sample's path through the curation in sentences, from the top of the tree down.
 
     Args:
-        curation: what `curate` returned.
+        curation: from `curate`.
         sample: an id of the pool.
 
     Raises:

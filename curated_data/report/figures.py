@@ -1,7 +1,6 @@
 """Plots of a curation, for papers, notebooks and loggers: class counts, cluster sizes, contact sheets, a map.
 
-Every function returns a matplotlib `Figure` of its own, no global state is touched; `figure.savefig(path)`
-writes it.
+Every function returns a new matplotlib `Figure`, without global state; `figure.savefig(path)` writes it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ def class_balance(
     """Class counts before and after a selection: bars for a few classes, rank curves for many.
 
     Args:
-        counts: (n_classes,) numbers by series, the pool's first, then selections from it:
+        counts: (n_classes,) numbers by series, first the pool, then selections from it:
             `{"pool": before, "random": ..., "hierarchical": ...}`.
         class_names: (n_classes,); None numbers the classes.
         title: above the plot.
@@ -77,10 +76,9 @@ def class_balance(
 
 
 def size_curves(tree: ClusterTree, ids: np.ndarray, *, title: str = "") -> Figure:
-    """Cluster sizes by rank, on logarithmic axes, for the pool and for a selection: one panel a level.
+    """Cluster sizes by rank, on logarithmic axes, for the pool and for a selection: one panel per level.
 
-    A flat line is perfect balance; the perplexity is the number of equal clusters that would be as spread
-    out.
+    A flat line is perfect balance. The perplexity is the number of equal clusters with the same entropy.
 
     Args:
         tree: over the pool.
@@ -118,14 +116,14 @@ def selection_map(
     seed: int = 0,
     title: str = "",
 ) -> Figure:
-    """The pool in two dimensions, in grey, with the selection over it; beside it the classes, if given.
+    """The pool in two dimensions, in grey, with the selection on top; beside it the classes, if given.
 
     Args:
-        coordinates: (n, 2) of every sample; rows that are not finite are left out.
+        coordinates: (n, 2) of every sample; rows that are not finite are omitted.
         ids: (m,) selected samples.
         labels: (n,) class of each sample, -1 for none.
         class_names: of the classes; the legend shows up to twenty.
-        most: points drawn of either; a random subset of more.
+        most: points to draw of pool and selection, each; random subsets of larger ones.
     """
     coordinates = np.asarray(coordinates)
     if coordinates.ndim != 2 or coordinates.shape[1] != 2:
@@ -170,12 +168,12 @@ def selection_map(
 def contact_sheet(
     pool: "ShardPool", rows: Sequence[ClusterRow], *, title: str = "", size: int = 56
 ) -> Figure:
-    """Images of some clusters, a row each: what was kept at the left, what was dropped at the right.
+    """Images of some clusters, one row each: kept samples on the left, dropped ones on the right.
 
     Args:
-        pool: the images are read from.
-        rows: as `cluster_rows` gives them.
-        size: of a thumbnail in pixels.
+        pool: to read the images from.
+        rows: from `cluster_rows`.
+        size: of a thumbnail, in pixels.
     """
     if not rows:
         raise ValueError("a contact sheet needs at least one row")

@@ -1,8 +1,9 @@
-"""How balanced a selection is, and how well it covers its pool: figures that need no training.
+"""Measures of how balanced a selection is and how well it covers its pool, which need no training.
 
-Balance over clusters (perplexity, Gini, share covered), over classes where labels exist (entropy, head to
-tail ratio), over space (Kullback-Leibler divergence from the uniform density in low dimension), and coverage:
-how far the samples left out are from the nearest one kept.
+Balance over clusters (perplexity, Gini coefficient, share covered), over classes if there are labels
+(entropy,
+head-to-tail ratio), and over space (Kullback-Leibler divergence from the uniform density in low dimension);
+and coverage, the distance of samples to the nearest selected one.
 """
 
 from dataclasses import dataclass
@@ -18,25 +19,25 @@ if TYPE_CHECKING:
 
 
 def perplexity(counts: np.ndarray) -> float:
-    """exp of the Shannon entropy of counts: the number of equally large clusters that would be as spread out.
+    """exp of the Shannon entropy of counts: the number of equal counts with the same entropy.
 
     Args:
-        counts: (k,) not negative, such as cluster sizes; all zero gives 0.
+        counts: (k,) non-negative, such as cluster sizes; all zero gives 0.
     """
     return float(np.exp(entropy(counts))) if np.any(counts) else 0.0
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Shannon entropy, in nats, of the shares of `counts` (k,) in their sum; 0 where there is nothing."""
+    """Shannon entropy, in nats, of the shares of `counts` (k,) in their sum; 0 if all are zero."""
     counts = _checked_counts(counts)
     shares = counts[counts > 0] / max(counts.sum(), 1)
     return float(max(-(shares * np.log(shares)).sum(), 0.0))
 
 
 def gini(counts: np.ndarray) -> float:
-    """Gini coefficient of counts (k,): 0 where all are equal, 1 - 1/k where one holds everything.
+    """Gini coefficient of counts (k,): 0 if all are equal, 1 - 1/k if one has everything.
 
-    Half the mean absolute difference between two counts, over their mean.
+    Half the mean absolute difference between two counts, divided by their mean.
     """
     counts = np.sort(_checked_counts(counts))
     if not counts.any():
@@ -46,7 +47,7 @@ def gini(counts: np.ndarray) -> float:
 
 
 def head_to_tail(counts: np.ndarray) -> float:
-    """Largest count over the smallest one; infinite where one is missing."""
+    """The largest count divided by the smallest; infinite if one is zero."""
     counts = _checked_counts(counts)
     if not counts.any():
         return float("nan")
@@ -55,17 +56,16 @@ def head_to_tail(counts: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class LevelBalance:
-    """One level of a cluster tree: what its clusters hold of the pool, and of a selection.
+    """The balance of one level of a cluster tree, for the pool and for a selection.
 
     Attributes:
         level: from 1, the lowest.
-        n_clusters: that hold at least one sample of the pool; the Gini coefficients and perplexities are over
-            these.
-        n_empty: that hold none.
-        size_min, size_median, size_max: samples of the pool in a cluster.
+        n_clusters: clusters with at least one sample of the pool, to which the other numbers refer.
+        n_empty: clusters without any.
+        size_min, size_median, size_max: samples of the pool per cluster.
         perplexity, gini: of the pool's cluster sizes.
-        selected_perplexity, selected_gini: of the numbers selected from each, repeats counted.
-        covered: share of the clusters that gave at least one sample.
+        selected_perplexity, selected_gini: of the numbers selected from each cluster, including repeats.
+        covered: share of the clusters from which at least one sample was selected.
     """
 
     level: int
@@ -82,11 +82,11 @@ class LevelBalance:
 
 
 def cluster_balance(tree: ClusterTree, ids: np.ndarray) -> list[LevelBalance]:
-    """The balance of the pool's cluster sizes and of a selection's, at each level from the lowest up.
+    """The balance of clusters in the pool and in a selection, at each level from the lowest up.
 
     Args:
         tree: over n samples.
-        ids: (m,) selected samples, with repeats where there are any.
+        ids: (m,) selected samples, including repeats.
     """
     return [
         _level_balance(level, tree.sizes(level), selected)
@@ -95,7 +95,7 @@ def cluster_balance(tree: ClusterTree, ids: np.ndarray) -> list[LevelBalance]:
 
 
 def selected_sizes(tree: ClusterTree, ids: np.ndarray) -> dict[int, np.ndarray]:
-    """For each level, (k_l,) how many of the selected ids each cluster gave, repeats counted."""
+    """For each level, (k_l,) the number of selected ids in each cluster, including repeats."""
     node = _checked_ids(ids, tree.n_samples)
     sizes = {}
     for level in range(1, tree.n_levels + 1):
@@ -107,12 +107,12 @@ def selected_sizes(tree: ClusterTree, ids: np.ndarray) -> dict[int, np.ndarray]:
 
 @dataclass(frozen=True)
 class ClassBalance:
-    """Classes of a pool before and after selection; samples without a label (-1) count in neither.
+    """The classes of a pool before and after selection; samples without a label (-1) are ignored.
 
     Attributes:
         before, after: (n_classes,) int64 samples of each class in the pool and in the selection.
-        entropy_before, entropy_after: in nats; log(n_classes) is the most there can be.
-        ratio_before, ratio_after: largest class over smallest, infinite where one is missing.
+        entropy_before, entropy_after: in nats; at most log(n_classes).
+        ratio_before, ratio_after: largest class divided by smallest, infinite if one is missing.
     """
 
     before: np.ndarray
@@ -124,11 +124,11 @@ class ClassBalance:
 
 
 def class_balance(labels: np.ndarray, ids: np.ndarray) -> ClassBalance | None:
-    """Class counts of a pool and of a selection; None where no sample has a label.
+    """Class counts of a pool and of a selection; None if no sample has a label.
 
     Args:
-        labels: (n,) integer class of each sample, -1 for none. Classes are those that occur in the pool: a
-            class number that nothing has is dropped from the arrays' end only.
+        labels: (n,) integer class of each sample, -1 for none. Only classes that occur in the pool count;
+            the arrays end with the largest of them.
         ids: (m,) selected samples.
     """
     labels = np.asarray(labels)
@@ -156,21 +156,19 @@ def coverage_distance(
     metric: str = "l2",
     block: int = 16_384,
 ) -> np.ndarray:
-    """How far samples of the pool are from the nearest selected one; the largest value is the coverage
-    radius.
+    """The distance of samples to the nearest selected one; the largest is the coverage radius.
 
-    An exact search, in blocks: memory is that of the selected rows and one block. For a pool of 1e8 give a
-        random
-    subset as `queries`, ten thousand tell the quantiles well.
+    An exact search in blocks, which needs memory for the selected rows and one block. For a pool of 1e8 use a
+    random subset as `queries`: ten thousand estimate the quantiles well.
 
     Args:
         embeddings: (n, d) array, memory map or store.
-        ids: (m,) selected samples, at least one, whose rows are finite.
+        ids: (m,) selected samples, at least one, with finite rows.
         queries: (q,) the samples to measure; None for all n.
         metric: `l2` for the Euclidean distance, `cosine` for 1 - cosine similarity.
 
     Returns:
-        (q,) float32; NaN where the sample's own row is not finite.
+        (q,) float32; NaN for samples whose row is not finite.
     """
     if metric not in ("l2", "cosine"):
         raise ValueError(f"metric={metric!r}: give 'l2' or 'cosine'")
@@ -186,8 +184,7 @@ def coverage_distance(
         rows = _rows(embeddings, queries[first : first + block], metric)
         finite = np.flatnonzero(np.isfinite(rows).all(axis=1))
         nearest = index.search(rows[finite], 1)[1][:, 0]
-        # The search finds who is nearest by |x|² - 2xy + |y|², which cancels; the distance itself is taken
-        # anew.
+        # The search uses |x|² - 2xy + |y|², which suffers from cancellation; recompute the distance.
         squared = ((rows[finite] - kept[nearest]) ** 2).sum(axis=1)
         distance[first + finite] = squared / 2 if metric == "cosine" else np.sqrt(squared)
     return distance
@@ -196,16 +193,15 @@ def coverage_distance(
 def kl_to_uniform(
     points: np.ndarray, low: float, high: float, *, bandwidth: float = 0.5, step: float = 0.1
 ) -> float:
-    """KL(density of points || uniform on the box [low, high]^d), the paper's measure of flatness in low
-    dimension.
+    """KL(density of points || uniform on the box [low, high]^d), the paper's measure in low dimension.
 
-    The density is a Gaussian kernel estimate at the centres of a grid over the box, normalised to sum to one
-    there: mass outside the box does not count.
+    The density is a Gaussian kernel estimate at the cell centres of a grid over the box, normalised to a sum
+    of one: mass outside the box is ignored.
 
     Args:
-        points: (n, d), d of 1 to 3.
+        points: (n, d), with d from 1 to 3.
         bandwidth: standard deviation of the kernel, in the units of `points`.
-        step: of the grid; the box's side is divided into as many cells as come nearest.
+        step: approximate cell size of the grid, of which a whole number fits the box's side.
     """
     points = np.asarray(points, np.float64)
     if points.ndim != 2 or not 1 <= points.shape[1] <= 3 or not len(points):

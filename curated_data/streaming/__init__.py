@@ -1,4 +1,4 @@
-"""From a selection to batches: an epoch's order, its cut into global batches, reading, augmenting."""
+"""From a selection to batches: the order of an epoch, global batches, reading and augmenting."""
 
 from curated_data.streaming.batch import collate
 from curated_data.streaming.dataset import PoolDataset

@@ -1,4 +1,4 @@
-"""From samples to a batch."""
+"""Collating samples to a batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,13 +15,13 @@ from curated_data.streaming.statistics import BatchReport
 
 
 class LoadedSamples(list):
-    """The samples of a batch before collation, and the report on them."""
+    """The samples of a batch before collation, with the report on them."""
 
     report: BatchReport
 
 
 def collate(samples: LoadedSamples) -> tuple[dict[str, Any], BatchReport]:
-    """Stack samples to a batch: tensors and numbers to tensors, captions, metadata and raw members to lists.
+    """Collate samples to a batch: tensors and numbers to tensors; captions, metadata and members to lists.
 
     Raises:
         ConfigError: views of different shapes.
@@ -52,4 +52,4 @@ def _stack(name: str, tensors: Sequence[Tensor | np.ndarray]) -> Tensor:
     if len(shapes) > 1:
         found = sorted(map(tuple, shapes))[:4]
         raise ConfigError(f"{name}: cannot be stacked to a batch, shapes differ: {found}; resize or crop")
-    return default_collate(tensors)  # into shared memory, where this is a worker
+    return default_collate(tensors)  # into shared memory, if this is a worker

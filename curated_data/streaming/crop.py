@@ -1,4 +1,4 @@
-"""What becomes of an image where nothing else was asked for."""
+"""The default transform of an image."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from curated_data.errors import ConfigError
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """Resize the shorter side, crop the centre: uint8 (C, H, W) to (C, size, size).
+    """Resize the shorter side and crop the centre: uint8 (C, H, W) to (C, size, size).
 
     Args:
         size: in pixels.
-        scale: to float32 in 0..1, else still uint8.
+        scale: convert to float32 in 0..1; otherwise the result is uint8.
     """
 
     size: int

@@ -1,6 +1,6 @@
-"""A pool as a map-style dataset that makes whole batches."""
+"""A pool as a map-style dataset that loads whole batches."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -10,7 +10,14 @@ from torch.utils.data import Dataset
 
 from curated_data.errors import ConfigError, SampleError
 from curated_data.pool import ShardPool
-from curated_data.pool.decode import EncodedImage, decode_image, decode_sample, place_of, undecodable
+from curated_data.pool.decode import (
+    Decoders,
+    EncodedImage,
+    decode_image,
+    decode_sample,
+    place_of,
+    undecodable,
+)
 from curated_data.streaming.batch import LoadedSamples
 from curated_data.streaming.encoded import EncodedSample, is_whole_jpeg
 from curated_data.streaming.fields import FIELDS, MODALITIES
@@ -25,27 +32,27 @@ _FOLLOWING = 16  # samples to look for one among that can be decoded
 
 
 class PoolDataset(Dataset):
-    """All samples of a pool by id; `__getitems__` makes a whole batch.
+    """All samples of a pool by id; `__getitems__` loads a whole batch.
 
-    The randomness of a sample's views is seeded by (seed, epoch, position in the epoch), whichever process
-    makes them; the global generators of torch, numpy and Python are as before when it returns. Views that
-    draw from the latter two are called twice for the first batch where they do.
+    A sample's views are seeded by (seed, epoch, position in the epoch), whichever process makes them. The
+    global generators of torch, numpy and Python are restored afterwards. The first batch whose views draw
+    from those of numpy or Python is made twice.
 
     Args:
-        pool: where the bytes are.
-        views: from a decoded sample (an image is a uint8 tensor (3, H, W)) to a list of tensors or to one;
-            None gives the sample as decoded.
-        seed: of the views.
-        extensions: read only members with these, where not all that samples hold is wanted.
-        decode: False gives the members' bytes undecoded, under "members".
-        decoders, min_size: own decoders by extension, and reduced decoding, see `decode_sample`.
-        on_error: what becomes of a sample that cannot be decoded: "raise", or "skip", which takes one of the
-            request's spares in its place, or, where there are none, fills up with padding.
-        max_skipped: the largest share of samples that may be skipped, counted over the samples that this
-            process was given so far (over 1,000 at least).
-        labels: what `label` is, in place of the pool's `.cls`.
-        seeds_for_device: give `view_seed` too, (B,) int64, from which views are made on a device.
-        encoded: give images to a `DeviceDecoder`: JPEGs as they are, others decoded; takes no `views`.
+        pool: to read from.
+        views: maps a decoded sample (an image is a uint8 tensor (3, H, W)) to one tensor or a list of
+            tensors; None returns the sample as decoded.
+        seed: for the views.
+        extensions: read only the members with these extensions; None reads all.
+        decode: False returns the undecoded bytes of the members, under "members".
+        decoders, min_size: own decoders by extension, and decoding at a reduced size, see `decode_sample`.
+        on_error: what to do about a sample that cannot be decoded: "raise", or "skip", which replaces it by
+            one of the request's spares, or by padding if the request has none.
+        max_skipped: the largest share of samples that may be skipped, of those that this process was given so
+            far (of at least 1,000).
+        labels: replace the labels of the pool's `.cls` members.
+        seeds_for_device: also return `view_seed`, (B,) int64, for making views on a device.
+        encoded: return images for a `DeviceDecoder`: JPEGs as they are, others decoded. Excludes `views`.
     """
 
     def __init__(
@@ -56,7 +63,7 @@ class PoolDataset(Dataset):
         seed: int = 0,
         extensions: Sequence[str] | None = None,
         decode: bool = True,
-        decoders: Mapping[str, Callable[[bytes], Any]] | None = None,
+        decoders: Decoders | None = None,
         min_size: int | None = None,
         on_error: OnError = "raise",
         max_skipped: float = 0.01,
@@ -78,7 +85,7 @@ class PoolDataset(Dataset):
         self.labels = labels
         self.seeds_for_device = seeds_for_device
         self.encoded = encoded
-        self._seeds_all = False  # or torch's generator alone
+        self._seeds_all = False  # all generators, or only torch's
 
     def __len__(self) -> int:
         return len(self.pool)
@@ -87,10 +94,10 @@ class PoolDataset(Dataset):
         return self.__getitems__([sample_id])[0]
 
     def __getitems__(self, ids: Sequence[int]) -> LoadedSamples:
-        """The samples of a `BatchRequest`, or of plain ids, whose views then are those of epoch 0.
+        """The samples of a `BatchRequest`, or of plain ids, with the views of epoch 0.
 
         Raises:
-            PoolError: a shard vanished, shrank or changed since it was indexed, whatever `on_error` says.
+            PoolError: a shard is missing or has changed since it was indexed, whatever `on_error` says.
             SampleError: a sample cannot be decoded.
         """
         skipped: list[Skipped] = []
@@ -102,22 +109,22 @@ class PoolDataset(Dataset):
         if padding is not None:
             for sample, padded in zip(loaded, padding.tolist(), strict=True):
                 sample.setdefault("padding", padded)
-        if self.pool.counters is not counters:  # the pool counts anew in a process that was forked
+        if self.pool.counters is not counters:  # the pool starts new counters in a forked process
             counters, before = self.pool.counters, (0, 0)
         read, needed = counters.bytes_read - before[0], counters.bytes_needed - before[1]
         loaded.report = BatchReport(len(loaded), read, needed, skipped)
         return loaded
 
     def spare(self, ids: Sequence[int], seed: int, skipped: list[Skipped]) -> dict[str, Any]:
-        """The first of some samples that can be decoded, in place of one that cannot.
+        """A replacement for a sample that cannot be decoded: the first of several candidates that can be.
 
         Args:
-            ids: the candidates in turn.
-            seed: of the views.
-            skipped: why the one cannot, last; those of `ids` that cannot either are added.
+            ids: the candidates, in order.
+            seed: for the views.
+            skipped: the sample that is replaced comes last; candidates that cannot be decoded are appended.
 
         Raises:
-            SampleError: none can.
+            SampleError: no candidate can be decoded.
         """
         for sample_id in ids:
             members = self.pool.read([sample_id], self.extensions)
@@ -138,8 +145,8 @@ class PoolDataset(Dataset):
         with generators_kept() as others_moved:
             loaded = self._loaded_or_spare(ids, members, seeds, skipped)
             if not self._seeds_all and others_moved():
-                # The views draw from Python's or numpy's generator, which are seeded from now on. That costs
-                # 12 µs a sample, so it is not done for views that draw from torch's alone, as most do.
+                # The views draw from Python's or numpy's generator, which are seeded too from now on. That
+                # costs 12 µs per sample, so it is skipped for views that only use torch's, as most do.
                 self._seeds_all = True
                 skipped.clear()
                 loaded = self._loaded_or_spare(ids, members, seeds, skipped)
@@ -178,10 +185,10 @@ class PoolDataset(Dataset):
         *,
         leaves_jpegs: bool = True,
     ) -> LoadedSamples:
-        """Samples decoded and augmented; None where one is skipped.
+        """The samples decoded and augmented; None for one that is skipped.
 
-        In two passes: what is done between two images runs with the CPU's caches full of pixels, several
-        times as slowly as it does by itself, so that is only what has to be done there.
+        In two passes: code that runs between two images finds the CPU's caches full of pixels and is several
+        times slower, so the second pass does as little as possible besides the images.
         """
         loaded = LoadedSamples()
         for sample_id, sample_members in zip(ids, members, strict=True):
@@ -212,13 +219,13 @@ class PoolDataset(Dataset):
             ) from error
 
     def _skipped(self, error: SampleError, members: dict[str, Any], skipped: list[Skipped]) -> None:
-        """Count a sample that will not do; to be called where its error is handled."""
+        """Record a skipped sample, or raise its error again; to be called in the error's handler."""
         if self.on_error == "raise":
             raise error
         skipped.append(Skipped(members["__url__"], str(error)))
 
     def _fields(self, sample_id: int, members: dict[str, Any]) -> dict[str, Any]:
-        """What a sample holds, decoded but for its image."""
+        """The fields of a sample, all decoded except its image."""
         decoded = decode_sample(
             members,
             decoders=self.decoders,
@@ -245,9 +252,9 @@ class PoolDataset(Dataset):
         seed_generators(seed, self._seeds_all)
         try:
             views = self.views(content)
-        except SampleError as error:  # the views' way to say that a sample will not do
+        except SampleError as error:  # raised by views to reject a sample
             raise SampleError(f"{place_of(members)}: {error}") from error
-        except Exception as error:  # a fault of theirs, whatever `on_error` says
+        except Exception as error:  # an error in the views, whatever `on_error` says
             error.add_note(f"in the views of {place_of(members)}")
             raise
         if isinstance(views, Tensor):
@@ -287,7 +294,7 @@ def _decoded_image(image: EncodedImage, members: dict[str, Any], min_size: int |
 
 
 def _fill(loaded: LoadedSamples) -> None:
-    """Where nothing may be replaced, as in validation, a skipped place holds padding."""
+    """Fill the places of skipped samples with padding, for batches without spares, as in validation."""
     good = next(sample for sample in loaded if sample is not None)
     for place, sample in enumerate(loaded):
         if sample is None:

@@ -1,7 +1,7 @@
-"""Views made on the device, of images that workers only decoded and brought to one size.
+"""Views made on the device, from images that workers have only decoded and resized.
 
-What is drawn for a sample is a function of its seed, which is one of (seed, epoch, place in the epoch): the
-same on any number of ranks, whatever the batch that it is in.
+The random numbers for a sample depend only on its seed, which depends only on (seed, epoch, position in the
+epoch): they are the same on any number of ranks, in whatever batch the sample is.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,20 +17,20 @@ DeviceViews = Callable[[Tensor, Tensor], Tensor | Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class PerSample:
-    """Any random views of one image, such as torchvision's v2 transforms, for a batch on a device.
+    """Applies any random views of one image, such as torchvision's v2 transforms, to a batch on a device.
 
-    Each sample is augmented by itself, with the CPU's and the device's generator seeded for it; both are
-    afterwards as they were before. As many kernels are started as `views` starts for each sample: where that
-    is too slow, give views that are batched, as `ResizedCrops`.
+    Each sample is augmented by itself, with the generators of the CPU and the device seeded for it; both are
+    restored afterwards. That launches the kernels of `views` once per sample. If it is too slow, use batched
+    views, such as `ResizedCrops`.
 
     Args:
-        views: from an image, uint8 (C, H, W), to a tensor or to several.
+        views: maps an image, uint8 (C, H, W), to one tensor or several.
     """
 
     views: Callable[[Tensor], Any]
 
     def __call__(self, images: Tensor, seeds: Tensor) -> Tensor | list[Tensor]:
-        """(B, C, H, W) and (B,) to what `views` gives, stacked."""
+        """(B, C, H, W) images and (B,) seeds to the stacked results of `views`."""
         devices = [images.device] if images.device.type == "cuda" else []
         made = []
         with torch.random.fork_rng(devices=devices):
@@ -47,17 +47,17 @@ class PerSample:
 
 @dataclass(frozen=True)
 class ResizedCrops:
-    """Random resized crops with a random flip, all of a batch in one step.
+    """Random resized crops with a random horizontal flip, for a whole batch at once.
 
-    As torchvision's `RandomResizedCrop` draws them (area uniform in `scale`, the logarithm of the ratio of
-    sides uniform), bilinear without antialiasing.
+    The crops are distributed as in torchvision's `RandomResizedCrop` (area uniform in `scale`, logarithm of
+    the aspect ratio uniform), and resized bilinearly without antialiasing.
 
     Args:
         size: side of a view, in pixels.
-        n_views: views of a sample.
-        scale: area of the crop, as a share of the image's.
-        ratio: width to height.
-        flip: probability of a horizontal flip.
+        n_views: views per sample.
+        scale: range of the crop's area, as a share of the image's.
+        ratio: range of the crop's aspect ratio, width to height.
+        flip: probability of the flip.
     """
 
     size: int = 224
@@ -78,7 +78,7 @@ class ResizedCrops:
             aspect = torch.exp(low + ratio * (high - low)) * height / width
             w, h = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
             sign = 1 - 2 * (flip < self.flip).to(w)
-            affine = torch.zeros(len(images), 2, 3, device=images.device)  # to -1..1, as `affine_grid` has it
+            affine = torch.zeros(len(images), 2, 3, device=images.device)  # in -1..1, as in `affine_grid`
             affine[:, 0, 0], affine[:, 0, 2] = w * sign, (2 * left - 1) * (1 - w)
             affine[:, 1, 1], affine[:, 1, 2] = h, (2 * top - 1) * (1 - h)
             grid = F.affine_grid(affine, [*images.shape[:2], self.size, self.size], align_corners=False)
@@ -91,7 +91,7 @@ def uniform(seeds: Tensor, n: int) -> Tensor:
 
     Args:
         seeds: (B,) int64.
-        n: numbers a seed.
+        n: numbers per seed.
     """
     state = seeds.cpu()[:, None] + torch.arange(1, n + 1) * -0x61C8864680B583EB  # SplitMix64's steps
     state = (state ^ _shifted(state, 30)) * -0x40A7B892E31B1A47
@@ -100,5 +100,5 @@ def uniform(seeds: Tensor, n: int) -> Tensor:
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:
-    """To the right, as unsigned."""
+    """Shifted right, as an unsigned integer."""
     return (x >> by) & ((1 << (64 - by)) - 1)

@@ -1,4 +1,4 @@
-"""JPEGs that travel to the training process as they are, and are decoded there, a batch at a time."""
+"""JPEGs that workers pass on undecoded, to be decoded in the training process, one batch at a time."""
 
 import copy
 import logging
@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 
 class EncodedSample(NamedTuple):
-    """An image on its way to a device.
+    """An image to be decoded on a device.
 
     Attributes:
-        image: a JPEG, or pixels, uint8 (3, H, W), of what is none.
-        shard, key: where it comes from.
-        spares: ids to try in turn where it cannot be decoded.
+        image: a JPEG, or the pixels, uint8 (3, H, W), of an image in another format.
+        shard, key: of its sample.
+        spares: ids to try in order if it cannot be decoded.
     """
 
     image: EncodedImage | Tensor
@@ -39,9 +39,10 @@ class EncodedSample(NamedTuple):
 
 
 class EncodedImages:
-    """The images of a batch, end to end in one tensor: crossing from a worker costs by the tensor.
+    """The images of a batch, concatenated to one tensor, because each tensor that a worker sends has a cost.
 
-    Not a tensor, nor a collection of any: a Trainer leaves it in the host's memory, where decoders want it.
+    It is neither a tensor nor a collection of tensors, so that a Trainer leaves it in host memory, where
+    decoders expect it.
     """
 
     def __init__(self, samples: Sequence[EncodedSample]) -> None:
@@ -60,20 +61,20 @@ class EncodedImages:
         return len(self.sizes)
 
     def pieces(self) -> list[Tensor]:
-        """Each image: uint8 (n,) of a JPEG, or (3, H, W)."""
+        """The images: uint8 (n,) for a JPEG, or pixels (3, H, W)."""
         pieces = self.content.split(self.sizes)
         return [p if shape is None else p.view(shape) for p, shape in zip(pieces, self.shapes, strict=True)]
 
 
 class DeviceDecoder:
-    """Makes the `image` of a batch whose images are still encoded.
+    """Decodes the images of a batch on the device.
 
-    What the device's decoder refuses is decoded as everywhere else, so that the same samples fail, with the
-    same errors; where they may be skipped, a spare takes their place.
+    Images that the device's decoder rejects are decoded on the host as usual, so that the same samples fail
+    with the same errors. Samples that may be skipped are replaced by a spare.
 
     Args:
-        dataset: that gave the batch; where the skipped are counted, and where spares come from.
-        crop: from an image on the device, uint8 (3, H, W), to one of the size that all have.
+        dataset: the batch's dataset, which counts skipped samples and loads spares.
+        crop: maps an image on the device, uint8 (3, H, W), to the common size.
     """
 
     def __init__(self, dataset: "PoolDataset", crop: Callable[[Tensor], Tensor]) -> None:
@@ -118,32 +119,32 @@ class DeviceDecoder:
         if n_refused and not self._warned:
             self._warned = True
             log.warning(
-                "%d of a batch's %d JPEGs were refused by the decoder of %s; they, and others to come, are "
+                "the decoder of %s rejected %d of the %d JPEGs of a batch; these, and any later ones, are "
                 "decoded on the host",
+                device,
                 n_refused,
                 n,
-                device,
             )
 
 
 def is_whole_jpeg(data: bytes) -> bool:
-    """Whether a device may be given this to decode: a JPEG from its first marker to its last, of no more
-    pixels than are allowed, and in colours that all decoders know.
+    """Whether data can be decoded on a device: a JPEG with its first and last marker, of an allowed number of
+    pixels, in a colour space that all decoders support.
     """
     if data[:2] != b"\xff\xd8" or data[-2:] != b"\xff\xd9":
         return False
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except (ValueError, KeyError):  # of which it raises either for damage
+    except (ValueError, KeyError):  # raised for damaged data
         return False
     return width * height <= MAX_PIXELS and colours not in ("CMYK", "YCCK")
 
 
 def _decode(jpegs: list[Tensor], device: torch.device) -> list[Tensor | None]:
-    """RGB images; None for each that torchvision's decoder refuses."""
+    """RGB images; None for each one that torchvision's decoder rejects."""
     if not jpegs:
         return []
-    with warnings.catch_warnings():  # its successor, torchcodec, is a package of its own
+    with warnings.catch_warnings():  # its successor, torchcodec, is a separate package
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
             return decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=device)

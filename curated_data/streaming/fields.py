@@ -1,6 +1,6 @@
-"""The names of what samples hold and batches are made of."""
+"""The names of the fields of samples and batches."""
 
-MODALITIES = ("image", "array", "text")  # of which the first that a sample has is augmented
+MODALITIES = ("image", "array", "text")  # the first one that a sample has is augmented
 BESIDE_IMAGES = ("label", "caption", "metadata")
 FIELDS = (*MODALITIES, *BESIDE_IMAGES)
-MISSING = {"label": -1, "caption": "", "padding": False}  # in a batch, for samples that have none
+MISSING = {"label": -1, "caption": "", "padding": False}  # the values for samples without the field

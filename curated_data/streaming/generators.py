@@ -1,4 +1,4 @@
-"""The global random generators, which views draw from."""
+"""The global random generators, from which views draw."""
 
 import contextlib
 import pickle
@@ -12,11 +12,12 @@ import torch
 
 @contextlib.contextmanager
 def generators_kept() -> Iterator[Callable[[], bool]]:
-    """Leave the global random generators as they were found; tells whether Python's or numpy's were drawn
-    from.
+    """Restore the global random generators after the block.
+
+    Yields a function that tells whether those of Python or numpy have been used since.
     """
     of_torch, of_python, of_numpy = torch.get_rng_state(), random.getstate(), _numpy_state()
-    numpy_bytes = pickle.dumps(of_numpy)  # whichever bit generator it is of, its state can be compared so
+    numpy_bytes = pickle.dumps(of_numpy)  # comparable for any bit generator
 
     def others_moved() -> bool:
         return pickle.dumps(_numpy_state()) != numpy_bytes or random.getstate() != of_python
@@ -30,7 +31,8 @@ def generators_kept() -> Iterator[Callable[[], bool]]:
 
 
 def seed_generators(seed: int, all_of_them: bool) -> None:
-    torch.default_generator.manual_seed(seed)  # the CPU's: torch.manual_seed would reach for devices too
+    """Seed torch's global generator on the CPU, and with `all_of_them` also those of Python and numpy."""
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the devices
     if all_of_them:
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002

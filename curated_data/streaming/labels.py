@@ -1,4 +1,4 @@
-"""Labels of some samples of a pool, given from outside."""
+"""Labels from outside the pool."""
 
 import numpy as np
 
@@ -6,20 +6,20 @@ from curated_data.errors import ConfigError
 
 
 class SampleLabels:
-    """Labels of some samples of a pool, given from outside.
+    """Labels for some samples of a pool, or for all.
 
     Args:
-        ids: (n,) int64 samples; None: all of the pool.
+        ids: (n,) int64 samples; None: the whole pool.
         labels: (n,) integers.
 
     Raises:
-        ConfigError: not a label for each id, or two different ones.
+        ConfigError: not one label per id, or two different labels for one id.
     """
 
     def __init__(self, ids: np.ndarray | None, labels: np.ndarray) -> None:
         labels = np.asarray(labels)
         if labels.ndim != 1 or labels.dtype.kind not in "iu" or (ids is not None and len(ids) != len(labels)):
-            wanted = "one integer a sample of the pool" if ids is None else f"{len(ids)} integers, one an id"
+            wanted = "one integer per sample" if ids is None else f"{len(ids)} integers, one per id"
             raise ConfigError(f"labels: expected {wanted}, found {labels.dtype} of shape {labels.shape}")
         self.ids, self.labels = ids, labels.astype(np.int64)
         if ids is not None:
@@ -33,7 +33,7 @@ class SampleLabels:
         """The label of each sample, (m,) int64.
 
         Raises:
-            ConfigError: one has none.
+            ConfigError: a sample has no label.
         """
         places = ids if self.ids is None else np.searchsorted(self.ids, ids)
         known = places < len(self.labels)

@@ -1,4 +1,4 @@
-"""The loader of a pool's batches, which keeps their accounts."""
+"""The loader of a pool's batches, which counts what it reads and skips."""
 
 import logging
 from collections.abc import Iterator
@@ -14,20 +14,20 @@ log = logging.getLogger(__name__)
 
 
 class StreamLoader(DataLoader):
-    """A `DataLoader` of a `PoolDataset` that keeps the dataset's statistics as batches are handed out.
+    """A `DataLoader` for a `PoolDataset` that updates the dataset's statistics with every batch.
 
     Attributes:
-        slow_after: seconds without a batch after which a warning says so, once an epoch; 0 for none.
+        slow_after: seconds to wait for a batch before logging a warning, once per epoch; 0 never warns.
     """
 
     slow_after: float = 0.0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.num_workers:
-            # Memory of its own for each iterator: workers of an earlier one may still be writing to theirs.
+            # New shared memory for each iterator: workers of an earlier one may still be writing to theirs.
             plain = self.collate_fn.collate if isinstance(self.collate_fn, WorkerCollate) else self.collate_fn
             self.collate_fn = WorkerCollate(plain, 0 if self.dataset.decode else self.num_workers)
-        return self._count(super().__iter__())  # not one generator: the iterator, and its workers, begin now
+        return self._count(super().__iter__())  # not a generator itself, so that workers start now
 
     def _count(self, batches: Iterator[tuple[dict[str, Any], BatchReport]]) -> Iterator[dict[str, Any]]:
         statistics, last = self.dataset.statistics, len(self)
@@ -35,6 +35,6 @@ class StreamLoader(DataLoader):
         with SlowWatch(self.slow_after, place) as watch:
             for number, (batch, report) in enumerate(watch.timed(batches), 1):
                 statistics.add(report)
-                if number == last:  # here, for nothing runs after the last batch was taken
+                if number == last:  # before it is yielded: nothing runs after the last batch
                     log.info("stream: %s", statistics.summary())
                 yield batch

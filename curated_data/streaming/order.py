@@ -1,9 +1,9 @@
-"""The order of training: which sample stands at which place of which global batch.
+"""The order of training: which sample is at which position of which global batch.
 
-An epoch's order is a pure function of the selection, the seed, the epoch and the shuffle settings; a global
-batch is a slice of it, and rank r of w takes every w-th sample of that slice. Nothing depends on workers,
-ranks, or on where a run was interrupted. Any place of the order is computed by itself, without a permutation
-in memory: at 1e8 samples an epoch starts at once, in its middle too.
+The order of an epoch is a pure function of the selection, the seed, the epoch and the shuffle settings. A
+global batch is a slice of it, of which rank r of w takes every w-th sample. Nothing depends on workers, on
+ranks, or on where a run was interrupted. Any position is computed by itself, without a permutation in memory:
+with 1e8 samples an epoch starts immediately, in the middle too.
 """
 
 from typing import Literal, get_args
@@ -18,31 +18,31 @@ LastBatch = Literal["drop", "pad", "short"]
 
 _ROUNDS = 8
 _MASK = (1 << 64) - 1
-_ORDER, _SHARDS, _STRATA, _SPARES, _VIEWS = range(5)  # one stream of random numbers a purpose
+_ORDER, _SHARDS, _STRATA, _SPARES, _VIEWS = range(5)  # one stream of random numbers per purpose
 
 
 class EpochOrder:
     """The global batches of every epoch over a selection.
 
     Args:
-        selection: (n,) int64 sample ids; an id that is repeated is drawn as often. A number n stands for
-            range(n), the whole of a pool.
-        seed: of the shuffling.
-        batch_size: samples of a global batch, all ranks together.
-        shuffle: "full": a permutation of the selection; "block": shards in random order, `shards_per_window`
-            of them mixed at a time, so that a pool on a disk or a network is read a few shards at a time;
-            "none": as given.
-        last_batch: what becomes of the samples that do not fill a global batch: "drop" leaves them out of
-            this epoch (others in every epoch, where shuffled), "pad" fills up with samples from the epoch's
-            start, marked as padding, "short" gives a smaller batch.
-        shard_starts: (n_shards + 1,) int64, the first id of each shard; "block" needs it.
+        selection: (n,) int64 sample ids; a repeated id is drawn as often. A number n stands for range(n), a
+            whole pool.
+        seed: for the shuffling.
+        batch_size: samples of a global batch, over all ranks.
+        shuffle: "full": a permutation of the selection; "block": shards in random order, mixed in windows of
+            `shards_per_window`, so that a pool on a disk or network is read a few shards at a time; "none":
+            as given.
+        last_batch: what to do with samples that do not fill a global batch: "drop" leaves them out of this
+            epoch (different ones in each epoch, if shuffled), "pad" adds samples from the start of the epoch,
+            marked as padding, "short" makes the batch smaller.
+        shard_starts: (n_shards + 1,) int64, the first id of each shard; required for "block".
         shards_per_window: how many shards "block" mixes.
-        strata: (n,) integers, a stratum (say, the cluster at some level) of each selected sample. Every run
-            of consecutive samples, so every global batch, then holds the strata in the proportions of the
-            whole, up to rounding. Takes "full", and 40 bytes a sample while an epoch is laid out.
+        strata: (n,) integers, the stratum of each selected sample, such as its cluster at some level. Every
+            run of consecutive samples, and so every global batch, then has the strata in their overall
+            proportions, up to rounding. Requires "full", and 40 bytes per sample while an epoch is laid out.
 
     Raises:
-        ConfigError: settings that contradict each other, or a selection too small for one batch.
+        ConfigError: contradictory settings, or a selection too small for one batch.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class EpochOrder:
         self.last_batch = last_batch
         self.shards_per_window = shards_per_window
         self.strata = None if strata is None else np.asarray(strata)
-        self._shard_first = None  # (n_shards + 1,) places in the sorted selection
+        self._shard_first = None  # (n_shards + 1,) positions in the sorted selection
         if shuffle == "block":
             starts = np.asarray(shard_starts)
             self._shard_first = starts if isinstance(selection, int) else np.searchsorted(selection, starts)
-        self._layout: tuple[int, np.ndarray] | None = None  # (epoch, what that epoch's order is read from)
+        self._layout: tuple[int, np.ndarray] | None = None  # (epoch, array that defines its order)
         self._fingerprint: str | None = None
 
     @property
@@ -84,7 +84,7 @@ class EpochOrder:
 
     @property
     def fingerprint(self) -> str:
-        """Names all that determines the order but the batch size."""
+        """Of everything that determines the order, except the batch size."""
         if self._fingerprint is None:
             self._fingerprint = fingerprint(
                 selection=self.selection,
@@ -97,7 +97,7 @@ class EpochOrder:
         return self._fingerprint
 
     def ids(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """(stop - start,) sample ids at places `start` to `stop` of an epoch, none beyond `n_samples`."""
+        """(stop - start,) sample ids at positions `start` to `stop` of an epoch, at most `n_samples`."""
         if self.strata is not None:
             return self._selected(self._stratified_layout(epoch)[start:stop])
         if self.shuffle == "block":
@@ -108,10 +108,10 @@ class EpochOrder:
         return self._selected(places)
 
     def batches(self, epoch: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Consecutive global batches `first` to `last` (exclusive) of an epoch, laid end to end.
+        """The concatenated global batches `first` to `last` (exclusive) of an epoch.
 
         Returns:
-            positions: (m,) int64, places in the epoch's order. A place at or beyond `n_samples` is padding.
+            positions: (m,) int64, in the order of the epoch. From `n_samples` on they are padding.
             ids: (m,) int64 sample ids; padding repeats the epoch from its start.
         """
         start, stop = first * self.batch_size, last * self.batch_size
@@ -119,13 +119,13 @@ class EpochOrder:
             stop = min(stop, self.n_samples)
         parts = [self.ids(epoch, min(start, self.n_samples), min(stop, self.n_samples))]
         missing = stop - max(start, self.n_samples)
-        while missing > 0:  # a selection smaller than the batch goes round more than once
+        while missing > 0:  # more than one round, for a selection smaller than a batch
             parts.append(self.ids(epoch, 0, min(missing, self.n_samples)))
             missing -= len(parts[-1])
         return np.arange(start, stop), np.concatenate(parts)
 
     def spares(self, epoch: int, positions: np.ndarray, n_spares: int) -> np.ndarray:
-        """(m, n_spares) ids to try in turn where the sample of a position cannot be read."""
+        """(m, n_spares) ids to try in order if the sample at a position cannot be read."""
         lanes = _key(self.seed, _SPARES, epoch) ^ np.arange(1, n_spares + 1, dtype=np.uint64)
         drawn = _mix(_mix(positions.astype(np.uint64))[:, None] ^ _mix(lanes))
         return self._selected((drawn % np.uint64(self.n_samples)).astype(np.int64))
@@ -134,7 +134,7 @@ class EpochOrder:
         return places if isinstance(self.selection, int) else np.asarray(self.selection[places], np.int64)
 
     def _block_places(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Places in the sorted selection: window after window, each a permutation of a few whole shards."""
+        """Positions in the sorted selection: window by window, each a permutation of a few whole shards."""
         first = self._shard_first
         order = self._cached(epoch, lambda: self._shard_order(epoch))
         ends = np.cumsum((first[1:] - first[:-1])[order])
@@ -151,9 +151,7 @@ class EpochOrder:
             within = permuted(
                 np.arange(low, high) - window_start, int(window_ends[window]) - window_start, key
             )
-            shard = np.searchsorted(
-                ends, within + window_start, side="right"
-            )  # place of the shard in `order`
+            shard = np.searchsorted(ends, within + window_start, side="right")  # its position in `order`
             shard_start = np.where(shard > 0, ends[shard - 1], 0)
             places[low - start : high - start] = first[order[shard]] + within + window_start - shard_start
         return places
@@ -172,16 +170,15 @@ class EpochOrder:
 
 
 def permuted(places: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Where a pseudo-random permutation of range(n) puts each of `places`; any place by itself, nothing
-    stored.
+    """The images of `places` under a pseudo-random permutation of range(n), computed without storing it.
 
-    A Feistel network on pairs (left, right) of Z_a x Z_b with a * b just over n, applied again to what falls
+    A Feistel network on pairs (left, right) of Z_a x Z_b, with a * b just over n, applied again to values
     outside range(n) (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
 
     Args:
         places: (m,) integers in range(n).
         n: the length of the permutation.
-        key: which permutation; 64 bits.
+        key: 64 bits that choose the permutation.
     """
     if n < 2:
         return np.zeros(len(places), np.int64)
@@ -202,12 +199,12 @@ def permuted(places: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 def view_seeds(seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:
-    """(m,) uint64 seeds of the views of the samples at these places of an epoch."""
+    """(m,) uint64 seeds for the views of the samples at these positions of an epoch."""
     return _mix(_mix(positions.astype(np.uint64)) ^ np.uint64(_key(seed, _VIEWS, epoch)))
 
 
 def _spread(strata: np.ndarray, key: int) -> np.ndarray:
-    """A random order where each stratum recurs at even distances: its j-th of m stands near (j + u) / m."""
+    """A random order in which each stratum is evenly spread: its j-th sample of m is near (j + u) / m."""
     n = len(strata)
     priority = permuted(np.arange(n), n, key)
     by_stratum = np.lexsort((priority, strata))
@@ -219,7 +216,7 @@ def _spread(strata: np.ndarray, key: int) -> np.ndarray:
 
 
 def _key(*parts: int) -> int:
-    """64 bits from a few integers."""
+    """A 64-bit key from a few integers."""
     state = 0
     for part in parts:
         state = int(_mix(np.array([state ^ (part & _MASK)], np.uint64))[0])
@@ -227,7 +224,7 @@ def _key(*parts: int) -> int:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Steele, Lea and Flood's SplitMix64 step: a bijection of 64-bit words that leaves no pattern behind."""
+    """The SplitMix64 step of Steele, Lea and Flood: a bijection of 64-bit words that leaves no pattern."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

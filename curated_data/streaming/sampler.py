@@ -1,4 +1,4 @@
-"""Global batches cut for one rank."""
+"""One rank's share of the global batches."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -9,19 +9,17 @@ from torch.utils.data import BatchSampler
 from curated_data.streaming.order import EpochOrder
 from curated_data.streaming.training import StreamPosition
 
-_AHEAD = 1 << 13  # samples laid out at once: numpy's overhead a call is spread over them
+_AHEAD = 1 << 13  # samples computed at once, to spread numpy's overhead per call
 
 
 class BatchRequest(list):
-    """The ids of one rank's batch, as any map-style dataset takes them, and what else `PoolDataset` wants to
-    know.
+    """The ids of one rank's batch, for any map-style dataset, with more that `PoolDataset` uses.
 
     Attributes:
-        epoch: whose order they come from; with the positions it seeds the views.
-        positions: (b,) int64 places in that order.
-        spares: (b, s) int64 ids to try in turn where a sample cannot be read; None: there are none.
-        padding: (b,) bool, samples that only fill up the batch; None: batches of this loader are never
-            padded.
+        epoch: that the ids belong to; it seeds the views, together with the positions.
+        positions: (b,) int64, in the order of the epoch.
+        spares: (b, s) int64 ids to try in order if a sample cannot be read; None: no spares.
+        padding: (b,) bool, samples that only fill up the batch; None: this loader never pads.
     """
 
     def __init__(
@@ -45,18 +43,18 @@ class BatchRequest(list):
 class GlobalBatchSampler(BatchSampler):
     """One rank's slice [rank::world_size] of each global batch; the same number of batches on every rank.
 
-    Lightning puts a `DistributedSampler` into any `BatchSampler` that it finds in a distributed run, and for
-    prediction builds it once more; it is a `BatchSampler` that takes both and goes on cutting its own order.
+    In a distributed run, Lightning injects a `DistributedSampler` into any `BatchSampler` that it finds, and
+    for prediction it constructs another one. This class accepts both and keeps to its own order.
 
     Args:
-        sampler, batch_size, drop_last: as of `BatchSampler`, for those who rebuild it; only `batch_size` has
-            a meaning, the samples of this rank's batch.
+        sampler, batch_size, drop_last: as in `BatchSampler`, for Lightning; only `batch_size` is used, the
+            size of this rank's batch.
         order: the global batches.
-        rank, world_size: this process among all that train together.
-        position: where to begin, if not at the beginning; None: always epoch 0 from its beginning.
-        n_spares: ids a sample to fall back on, see `BatchRequest`.
-        endless: go on into the next epoch until `len` batches are given, for a loop that counts and stops by
-            itself; else end with the epoch.
+        rank, world_size: of this process.
+        position: where to start; None: always at the beginning of epoch 0.
+        n_spares: spare ids per sample, see `BatchRequest`.
+        endless: continue into the next epoch until `len` batches are given, for loops that count by
+            themselves; otherwise stop at the end of the epoch.
     """
 
     def __init__(
@@ -84,11 +82,11 @@ class GlobalBatchSampler(BatchSampler):
         self.endless = endless
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, also where one is resumed in its middle."""
+        """Batches of a whole epoch, even if one is resumed in the middle."""
         return self.order.n_batches
 
     def __iter__(self) -> Iterator[BatchRequest]:
-        # Taken now, not at the first batch: a training loop makes the iterator when it begins to count.
+        # Read now, not at the first batch: a training loop creates the iterator when it starts counting.
         n = self.order.n_batches
         epoch, batch = (0, 0) if self.position is None else self.position.begin(n)
         return self._requests(epoch, batch, n if self.endless else n - batch)
@@ -113,8 +111,7 @@ class GlobalBatchSampler(BatchSampler):
             if order.last_batch != "drop":
                 padding = positions[mine] >= order.n_samples
                 if len(mine) < -(-(high - low) // self.world_size):
-                    # A short batch that the ranks cannot share evenly: all take as many, the last of it once
-                    # more.
+                    # A short batch that the ranks cannot share evenly: repeat the last sample, as padding.
                     mine, padding = np.append(mine, high - 1), np.append(padding, True)
             mine_spares = None if spares is None else spares[mine]
             yield BatchRequest(ids[mine].tolist(), epoch, positions[mine], mine_spares, padding)

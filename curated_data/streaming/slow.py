@@ -1,4 +1,4 @@
-"""Saying that a batch is late, while it still is."""
+"""Warn about a slow batch while the loop is still waiting for it."""
 
 import logging
 import threading
@@ -13,17 +13,17 @@ Item = TypeVar("Item")
 
 
 class SlowWatch:
-    """Warns, once, while an iterator has not given its next item for too long, and says when it came.
+    """Warns once if an iterator takes too long to give its next item, and again when the item has come.
 
     Args:
-        limit: seconds; 0 for no watch.
-        place: who waits, for the message.
+        limit: in seconds; 0 never warns.
+        place: who is waiting, for the message.
     """
 
     def __init__(self, limit: float, place: str) -> None:
         self.limit = limit
         self.place = place
-        self._since: float | None = None  # when the wait that is going on began
+        self._since: float | None = None  # when the current wait began
         self._number = 0
         self._warned = False
         self._done = threading.Event()
@@ -39,7 +39,7 @@ class SlowWatch:
         self._done.set()
 
     def timed(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items; the time that each takes to come is watched, the time spent on it is not."""
+        """The items. Only the time that each takes to arrive counts, not the time spent on it."""
         iterator = iter(items)
         while True:
             started = self._since = time.monotonic()
@@ -63,9 +63,9 @@ class SlowWatch:
             if since is not None and time.monotonic() - since > self.limit:
                 self._warned = True
                 log.warning(
-                    "%s: has waited %.1f s for batch %d of this epoch. The shards' storage is slow, a "
-                    "worker hangs (py-spy dump --pid tells where), or the views take too long: more "
-                    "num_workers or a larger prefetch_factor help with the last",
+                    "%s: has waited %.1f s for batch %d of this epoch. Either the storage is slow, a worker "
+                    "hangs (py-spy dump --pid PID shows where), or the views take too long, in which case "
+                    "raise num_workers or prefetch_factor",
                     self.place,
                     time.monotonic() - since,
                     self._number,

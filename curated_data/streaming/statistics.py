@@ -1,4 +1,4 @@
-"""What streaming took and what was skipped: of one batch, and of all that a process was given."""
+"""Counts of what streaming read and skipped: for one batch, and for all batches of a process."""
 
 import logging
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ from curated_data.errors import SampleError
 
 log = logging.getLogger(__name__)
 
-_SHARE_COUNTS_FROM = 1000  # samples; before, a few bad ones would be a large share
+_SHARE_COUNTS_FROM = 1000  # samples; of fewer, a few bad ones would be a large share
 
 
 class Skipped(NamedTuple):
-    """A sample that was not used, and why; the reason names its shard, key and member."""
+    """A sample that was skipped; the reason names its shard, key and member."""
 
     shard: str
     reason: str
 
 
 class BatchReport(NamedTuple):
-    """What making one batch took; travels from the worker beside the batch."""
+    """What loading one batch took; sent by the worker with the batch."""
 
     n_samples: int
     bytes_read: int
@@ -30,15 +30,15 @@ class BatchReport(NamedTuple):
 
 @dataclass
 class StreamStatistics:
-    """What a loader of this process has been through.
+    """Counts of all that this process has streamed.
 
     Attributes:
         max_skipped: the share of skipped samples above which `add` raises.
         n_samples, n_batches: given out.
         n_skipped: samples that could not be decoded.
-        bytes_read, bytes_needed: what was read of the shards, gaps between samples included, and what was
-            asked for.
-        skipped_by_shard: how many of `n_skipped`, by shard.
+        bytes_read: read from shards, including the gaps between samples.
+        bytes_needed: asked for.
+        skipped_by_shard: `n_skipped` by shard.
     """
 
     max_skipped: float = 0.01
@@ -50,7 +50,7 @@ class StreamStatistics:
     skipped_by_shard: dict[str, int] = field(default_factory=dict)
 
     def add(self, report: BatchReport) -> None:
-        """Count a batch; log the first sample skipped in each shard.
+        """Count a batch; log the first skipped sample of each shard.
 
         Raises:
             SampleError: more were skipped than `max_skipped` allows.
@@ -66,7 +66,7 @@ class StreamStatistics:
         self.n_skipped += len(skipped)
         for shard, reason in skipped:
             if shard not in self.skipped_by_shard:
-                log.warning("skipped a sample, more of its shard go unsaid: %s", reason)
+                log.warning("skipped a sample (later ones of the same shard are not logged): %s", reason)
             self.skipped_by_shard[shard] = self.skipped_by_shard.get(shard, 0) + 1
         if skipped and self.n_skipped > self.max_skipped * max(self.n_samples, _SHARE_COUNTS_FROM):
             shard, count = max(self.skipped_by_shard.items(), key=lambda item: item[1])

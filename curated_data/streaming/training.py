@@ -1,4 +1,4 @@
-"""What a training run streams: the selection, its order, the place in it; and how checkpoints hold them."""
+"""The state of a training stream: selection, order and position, and how checkpoints store them."""
 
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -8,21 +8,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curated_data.cache import atomic_save, fingerprint, load_npy, open_cache
+from curated_data.cache import atomic_save, fingerprint, open_cache
 from curated_data.errors import CacheError, ConfigError
+from curated_data.seals import load_npy
 from curated_data.streaming.order import EpochOrder
 
 
 class StreamPosition:
-    """Where a training run stands: how many global batches of which epoch it has trained on.
+    """The position of a training run: how many global batches of which epoch it has trained on.
 
-    The stream is the epochs of an `EpochOrder`, one after another. The position is the place where the loader
-    last began to be read, and the number of batches trained on since. A training loop that begins anew after
-    batches were trained on is given what follows them, wherever it cuts its own epochs: at the end of ours,
-    at `limit_train_batches`, or where `max_steps` or a signal stopped it.
+    The stream consists of the epochs of an `EpochOrder`, one after the other. The position is stored as the
+    place where the loader was last started, plus the number of batches trained on since. A training loop that
+    starts again therefore gets the batches after those it has trained on, wherever its own epoch ended: with
+    ours, at `limit_train_batches`, or where `max_steps` or a signal stopped it.
 
     Args:
-        n_trained: tells how many batches the training loop has trained on in all, ever rising.
+        n_trained: returns the total number of batches trained on, which never decreases.
     """
 
     def __init__(self, n_trained: Callable[[], int]) -> None:
@@ -30,29 +31,29 @@ class StreamPosition:
         self.restart()
 
     def restart(self, epoch: int = 0, batch: int = 0, n_trained: int | None = None) -> None:
-        """Stand at `batch` of `epoch`; `n_trained` is the loop's count there, None: what it is now."""
+        """Move to `batch` of `epoch`, where the loop's count is `n_trained`; None: its present count."""
         self._epoch, self._batch = epoch, batch
         self._base = self.n_trained() if n_trained is None else n_trained
 
     def now(self, n_batches: int) -> tuple[int, int]:
-        """The epoch and the batch in it that come next, in epochs of `n_batches`."""
-        # Fewer than at the base: a checkpoint is being restored, the data module before the loop.
+        """The epoch and its batch that come next, in epochs of `n_batches`."""
+        # The count may have fallen: a checkpoint restores first the data module, then the loop.
         done = self._batch + max(0, self.n_trained() - self._base)
         return self._epoch + done // n_batches, done % n_batches
 
     @property
     def moved(self) -> bool:
-        """Whether batches were trained on since the loader last began to be read."""
+        """Whether any batches were trained on since the loader was last started."""
         return self.n_trained() > self._base
 
     def begin(self, n_batches: int) -> tuple[int, int]:
-        """`now`, taken as the place where the loader begins to be read."""
+        """The same as `now`, and record it as the place where the loader is started."""
         epoch, batch = self.now(n_batches)
         self.restart(epoch, batch, self._count())
         return epoch, batch
 
     def skip_to_epoch(self, n_batches: int) -> None:
-        """Stand at the beginning of an epoch: of the next one, unless no batch of this one is done."""
+        """Move to the start of the next epoch, or stay if no batch of this one is done."""
         epoch, batch = self.now(n_batches)
         self.restart(epoch + (batch > 0), 0, self._count())
 
@@ -61,16 +62,16 @@ class StreamPosition:
 
 
 class TrainingStream:
-    """The selection that is trained on and the one that comes next, the order, and the position.
+    """The current selection and the next one, the order, and the position.
 
     Args:
         n_trained: see `StreamPosition`.
-        cache_dir: where selections lie that checkpoints name; None: checkpoints hold them.
+        cache_dir: where to store the selections that checkpoints refer to; None: checkpoints contain them.
 
     Attributes:
-        order: of the loader that was made last; None before the first.
-        resumed_between_selections: a run resumes after the last batch of one selection, before the first of
-            the next.
+        order: of the latest loader; None before the first one.
+        resumed_between_selections: whether the run resumes between the last batch of one selection and the
+            first of the next.
     """
 
     def __init__(self, n_trained: Callable[[], int], cache_dir: Path | None) -> None:
@@ -78,26 +79,26 @@ class TrainingStream:
         self.cache_dir = cache_dir
         self.order: EpochOrder | None = None
         self.resumed_between_selections = False
-        self._settings: Hashable = None  # that the order was made with
-        self._first: np.ndarray | None = None  # what a run selects by itself
+        self._settings: Hashable = None  # of the order
+        self._first: np.ndarray | None = None  # the run's own selection
         self._selected: np.ndarray | None = None
-        self._name: str | Tensor | None = None  # how checkpoints name it; None: whoever resumes has it
+        self._name: str | Tensor | None = None  # for checkpoints; None: a resumed run selects it by itself
         self._next: tuple[np.ndarray, str | Tensor] | None = None
         self._owner: object = None
         self._loaded: dict[str, Any] | None = None
 
     @property
     def selection(self) -> np.ndarray | None:
-        """The ids that the next epoch streams; None: the whole pool."""
+        """The ids of the next epoch; None: the whole pool."""
         return self._selected if self._next is None else self._next[0]
 
     @property
     def waiting(self) -> bool:
-        """Whether a new selection waits for an epoch to begin."""
+        """Whether a new selection is waiting for the next epoch."""
         return self._next is not None
 
     def start_with(self, ids: np.ndarray | None) -> None:
-        """Stream what a resumed run selects by itself; a checkpoint's or `replace`'s goes before."""
+        """Set the run's own selection, which one from a checkpoint or `replace` overrides."""
         self._first = ids
         if self._name is None:
             self._selected = ids
@@ -119,16 +120,16 @@ class TrainingStream:
     def prepare(
         self, owner: object, settings: Hashable, build: Callable[[np.ndarray | None], EpochOrder]
     ) -> EpochOrder:
-        """The order for a loader about to be made.
+        """The order for a new loader.
 
         Args:
-            owner: whose batches the position counts: a Trainer, or None. A new one starts the stream from the
-                beginning, unless a state was loaded for it.
-            settings: what `build` depends on besides the selection; the same order is kept while they agree.
+            owner: the Trainer whose batches the position counts, or None. A new owner starts the stream from
+                the beginning, unless a state was loaded for it.
+            settings: what `build` depends on besides the selection; while they are equal, the order is kept.
             build: makes the order of a selection.
 
         Raises:
-            ConfigError: an epoch would be resumed in its middle in another order than it was begun.
+            ConfigError: an epoch would be resumed in the middle with another order than it began with.
         """
         self._attach(owner)
         if self._next is not None and self.order is not None:
@@ -146,13 +147,13 @@ class TrainingStream:
         return self.order
 
     def state_dict(self, between_epochs: bool = False) -> dict[str, Any]:
-        """The place in the stream: what was trained on, not what was fetched ahead.
+        """The position in the stream: what was trained on, not what was prefetched.
 
         Args:
-            between_epochs: the training loop has ended its epoch, at whatever place of ours.
+            between_epochs: whether the training loop has ended its epoch, wherever in ours.
         """
         names = {"selection": self._name, "next_selection": None if self._next is None else self._next[1]}
-        if self.order is None and self._loaded is not None:  # nothing was trained since
+        if self.order is None and self._loaded is not None:  # nothing was trained since it was loaded
             return self._loaded | names
         epoch, batch = (0, 0) if self.order is None else self.position.now(self.order.n_batches)
         return names | {
@@ -165,10 +166,10 @@ class TrainingStream:
         }
 
     def load_state_dict(self, state: dict[str, Any], owner: object) -> None:
-        """Go on where `state_dict` was taken; `owner` as of `prepare`.
+        """Continue from where `state_dict` was taken; `owner` as for `prepare`.
 
         Raises:
-            CacheError: a selection that `replace` was given is no longer in the cache, or damaged.
+            CacheError: a selection passed to `replace` is no longer in the cache, or damaged.
         """
         if not state:
             return
@@ -180,7 +181,7 @@ class TrainingStream:
         self.order = None
         self._loaded = state
         self._owner = owner if owner is not None else _NOBODY
-        # A Trainer restores its loops, and with them the count, after this, and may ask for a loader before.
+        # A Trainer restores its loops, and so the count, only after this, and may ask for a loader before.
         self.position.restart(state["epoch"], state["batch"], None if owner is None else state["n_trained"])
         if self._next is not None and not self._resumes_inside:
             (self._selected, self._name), self._next = self._next, None
@@ -235,13 +236,13 @@ class TrainingStream:
         path = None if self.cache_dir is None else self._path(name)
         if path is None or not path.exists():
             raise CacheError(
-                f"the checkpoint was trained on a selection given to set_selection, and "
-                f"{path or 'its cache'} is not there; pass the cache_dir of that run"
+                f"the checkpoint was trained on a selection passed to set_selection, and "
+                f"{path or 'its cache'} does not exist; pass the cache_dir of that run"
             )
-        remedy = "remove it and give that selection to set_selection again, or resume from another checkpoint"
+        remedy = "remove it and pass that selection to set_selection again, or resume from another checkpoint"
         ids = load_npy(path, remedy)
         if fingerprint(selection=ids) != name:
-            raise CacheError(f"{path}: damaged (its ids are not those that it is named by); {remedy}")
+            raise CacheError(f"{path}: damaged (its ids do not match its name); {remedy}")
         return ids
 
 

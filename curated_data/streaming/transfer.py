@@ -1,8 +1,8 @@
-"""How a batch gets from a worker to the process that trains.
+"""Sending a batch from a worker to the training process.
 
-A tensor that crosses a process boundary costs a file descriptor sent over a socket, about a millisecond:
-right for images, far too much for sixty-four labels, which go through the pipe beside the rest. Undecoded
-members go through memory that worker and parent share, for a pipe copies them twice more, 64 KiB at a time.
+A tensor is sent as a file descriptor over a socket, which takes about a millisecond. That is fine for images,
+but far too slow for sixty-four labels, which go through the pipe instead. Undecoded members go through memory
+shared by worker and parent, because a pipe would copy them twice more, 64 KiB at a time.
 """
 
 import itertools
@@ -16,17 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-_SMALL = 64 << 10  # bytes of a tensor that goes through the pipe
-_PLAIN = (torch.int64, torch.bool)  # ids, labels, marks of padding
-_RING = 64 << 20  # bytes of a ring, of which the kernel gives what is used
+_SMALL = 64 << 10  # bytes, the largest tensor that goes through the pipe
+_PLAIN = (torch.int64, torch.bool)  # ids, labels, padding marks
+_RING = 64 << 20  # bytes of a ring; only what is used takes memory
 _HEADER = mmap.PAGESIZE
 
 
 class Ring:
-    """Shared memory that one process writes and another reads, in turn; what does not fit is refused.
+    """A ring buffer in shared memory, from one writer to one reader; what does not fit is rejected.
 
-    A worker that is forked after the ring was made writes; the process that made it reads. Neither ever
-    waits.
+    The process that creates it reads; a worker forked afterwards writes. Neither ever waits.
     """
 
     def __init__(self, capacity: int = _RING) -> None:
@@ -35,13 +34,13 @@ class Ring:
         self._memory = mmap.mmap(-1, _HEADER + capacity)  # shared with processes forked from now on
         self._n_read = memoryview(self._memory)[:8].cast("Q")
         self._capacity = capacity
-        self._used = 0  # how much of it goes round: as little as does, so that it stays in the CPU's cache
-        self._stop = 0  # of what was written last
+        self._used = 0  # the part in use: as small as possible, to stay in the CPU's cache
+        self._stop = 0  # of the last write
         self._n_written = 0
-        self._unread: deque[tuple[int, int]] = deque()  # start and stop of what may not have been read yet
+        self._unread: deque[tuple[int, int]] = deque()  # (start, stop) of what may be unread
 
     def write(self, pieces: list[bytes]) -> int | None:
-        """Write all pieces, one after the other; the place of the first, or None where there is no room."""
+        """Write the pieces one after the other; the place of the first, or None if there is no room."""
         size = sum(map(len, pieces))
         while len(self._unread) > self._n_written - self._n_read[0]:
             self._unread.popleft()
@@ -59,7 +58,7 @@ class Ring:
         return start
 
     def read(self, start: int, sizes: list[int]) -> list[bytes]:
-        """What `write` was given, whose place this is; to be called once for each, in their order."""
+        """The pieces of the `write` that returned `start`; call it once for each write, in the same order."""
         memory, pieces, place = self._memory, [], _HEADER + start
         for size in sizes:
             pieces.append(memory[place : place + size])
@@ -73,11 +72,11 @@ _NUMBERS = itertools.count()
 
 
 class WorkerCollate:
-    """Wraps a collation for workers: what comes out of the pipe is what `collate` gave.
+    """Wraps a collate function for workers; the parent receives what `collate` returned.
 
     Args:
-        collate: from samples to a batch, a dict, and a report on it.
-        n_workers: how many rings to make; 0 for batches without undecoded members.
+        collate: maps samples to a batch (a dict) and a report on it.
+        n_workers: the number of rings to create; 0 for batches without undecoded members.
     """
 
     def __init__(self, collate: Callable[[Any], tuple[dict[str, Any], Any]], n_workers: int) -> None:
@@ -92,11 +91,11 @@ class WorkerCollate:
         return _Sent(batch, report, self.rings[worker.id] if self.rings else None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"collate": self.collate, "rings": []}  # a spawned worker shares no memory: it takes the pipe
+        return {"collate": self.collate, "rings": []}  # a spawned worker shares no memory and uses the pipe
 
 
 class _Sent:
-    """A batch on its way: pickled in a worker, it arrives as (batch, report)."""
+    """A batch in transit: pickled in a worker, it arrives as (batch, report)."""
 
     def __init__(self, batch: dict[str, Any], report: Any, ring: Ring | None) -> None:
         self.report = report

@@ -90,5 +90,3 @@ def _scaled(tile: Tensor, metric: str) -> tuple[Tensor, list[int]]:
         tile = tile.masked_fill(~finite, 0)
         return (F.normalize(tile.double(), dim=1).float() if metric == "cosine" else tile), wrong
     return (tile / norms.clamp_min(1e-12) if metric == "cosine" else tile), wrong
-
-

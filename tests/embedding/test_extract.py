@@ -236,7 +236,7 @@ def _fails(batch):
         ({"output": lambda batch: batch.mean((2, 3)) * 1j}, "odd: gave torch.complex64"),
         ({"dimension": 0}, "odd: its dimension is 0, expected a positive integer"),
         ({"dimension": "3"}, "odd: its dimension is '3'"),
-        ({"preprocess": lambda image: image.numpy()}, "preprocess gave a ndarray, expected a tensor"),
+        ({"preprocess": lambda image: image.numpy()}, "preprocess returned a ndarray, expected a tensor"),
     ],
 )
 def test_embedders_that_are_wrong_in_one_way_are_named(changes, message, write_pool, tmp_path):

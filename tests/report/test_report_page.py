@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from curated_data.cache import write_manifest
-from curated_data.clustering.hierarchy import Level
+from curated_data.clustering.levels import Level
 from curated_data.clustering.tree import ClusterTree
 from curated_data.config import CurationConfig
 from curated_data.pool import ShardPool, ShardWriter

@@ -124,8 +124,7 @@ def in_a_process(function) -> int:
 
 
 def main(folder: Path) -> None:
-    write_pool(folder, "pool", [20, 1, 32])
-    write_pool(folder, "validation", [N_VALIDATION])
+    write_pools(folder)
     validation = str(folder / "validation-0.tar")
 
     trainer(folder, 1).fit(Recorder(folder, "one"), data(folder, 1, val_pool=validation, eval_batch_size=4))
@@ -160,6 +159,13 @@ def main(folder: Path) -> None:
         last = max((folder / name).glob("*.ckpt"), key=lambda path: torch.load(path)["global_step"])
         resumed = Recorder(folder, name)
         trainer(folder, 1).fit(resumed, data(folder, 1), ckpt_path=str(last))
+
+
+def write_pools(folder: Path) -> Path:
+    """Write the shards that every run reads; returns the folder."""
+    write_pool(folder, "pool", [20, 1, 32])
+    write_pool(folder, "validation", [N_VALIDATION])
+    return folder
 
 
 def write_pool(folder: Path, name: str, sizes: list[int]) -> None:

@@ -1,0 +1,120 @@
+"""The images on the report page: which examples are shown, and one sheet with their thumbnails."""
+
+import base64
+import dataclasses
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from curated_data.report.examples import cluster_rows, random_subset, thumbnails
+from curated_data.selection.removed import Removed
+
+if TYPE_CHECKING:
+    from curated_data.pipeline import Curation
+    from curated_data.pool import ShardPool
+
+TILE = 48  # pixels of a thumbnail's side
+COLUMNS = 32  # of the sheet of tiles
+
+
+class Tiles:
+    """Collects the samples whose thumbnails the page needs."""
+
+    def __init__(self, pool: "ShardPool"):
+        self.pool = pool
+        self.place: dict[int, int] = {}
+        self.shown: set[int] = set()
+        self.available = any(e in pool.index().extensions for e in pool.image_extensions)
+
+    def add(self, ids: np.ndarray) -> list[int]:
+        """The number of each id's tile; -1 if the pool has no images."""
+        self.shown.update(ids.tolist())
+        if not self.available:
+            return [-1] * len(ids)
+        return [self.place.setdefault(int(i), len(self.place)) for i in ids]
+
+    def examples(self, ids: np.ndarray) -> list[list[int]]:
+        """The ids, and the numbers of their tiles."""
+        return [ids.tolist(), self.add(ids)]
+
+    def sheet(self) -> str:
+        """All tiles in one JPEG, row by row, as a data URL."""
+        if not self.place:
+            return ""
+        tiles = thumbnails(self.pool, np.array(list(self.place)), TILE)
+        n_rows = -(-len(tiles) // COLUMNS)
+        blank = np.full((n_rows * COLUMNS - len(tiles), TILE, TILE, 3), 255, np.uint8)
+        grid = np.concatenate([tiles, blank]).reshape(n_rows, COLUMNS, TILE, TILE, 3)
+        file = io.BytesIO()
+        Image.fromarray(grid.swapaxes(1, 2).reshape(n_rows * TILE, COLUMNS * TILE, 3)).save(
+            file, "JPEG", quality=82
+        )
+        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def contact_sheets(curation: "Curation", tiles: Tiles, seed: int) -> list[dict[str, Any]]:
+    """Rows of the contact sheets: clusters of level 1, each at most once, and none with a single sample."""
+    sheets: list[dict[str, Any]] = []
+    for choose in ("largest", "smallest", "most cut"):
+        seen = [sheet["cluster"] for sheet in sheets]
+        for row in cluster_rows(
+            curation.tree,
+            curation.ids,
+            choose=choose,
+            n_clusters=4,
+            n_images=9,
+            exclude=seen,
+            least=2,
+            seed=seed,
+        ):
+            content = dataclasses.asdict(row)
+            for kind in ("kept", "dropped"):
+                content[kind] = tiles.examples(content[kind])
+            sheets.append(content)
+    return sheets
+
+
+def single_samples(curation: "Curation", tiles: Tiles, rng: np.random.Generator) -> dict[str, Any] | None:
+    """Lowest clusters with a single sample: how many there are and how many were kept, with examples."""
+    leaf = curation.tree.parent[1]
+    single = np.append(curation.tree.sizes(1) == 1, False)  # the last for -1, excluded
+    alone = np.flatnonzero(single[leaf])
+    if not len(alone):
+        return None
+    kept = np.isin(alone, curation.ids)
+    sides = {}
+    for name, ids in (("kept", alone[kept]), ("dropped", alone[~kept])):
+        some = np.sort(random_subset(ids, 18, rng))
+        sides[name] = tiles.examples(some)
+    return {"n": len(alone), "n_kept": int(kept.sum()), **sides}
+
+
+def near_duplicate_groups(curation: "Curation", tiles: Tiles, n_groups: int = 12) -> dict[str, Any] | None:
+    """The largest groups of near-duplicates with examples, and the copies of held-out samples."""
+    folder = curation.folders.get("near_duplicates")
+    if folder is None:
+        return None
+    found = Removed.load(folder)
+    members = np.bincount(found.group[found.group >= 0], minlength=len(found.group))
+    largest = np.argsort(-members, kind="stable")[:n_groups]
+    groups = []
+    for first in largest[members[largest] > 1].tolist():
+        ids = np.flatnonzero(found.group == first)
+        kept, dropped = ids[found.keep[ids]][:3], ids[~found.keep[ids]][:9]
+        groups.append(
+            {
+                "size": len(ids),
+                "kept": tiles.examples(kept),
+                "dropped": tiles.examples(dropped),
+            }
+        )
+    held_out = np.flatnonzero(found.held_out >= 0)
+    return {
+        "removed": int(((found.group >= 0) & ~found.keep).sum()) - len(held_out),
+        "held_out": len(held_out),
+        "held_out_examples": tiles.examples(held_out[:18]),
+        "n_groups": int((members > 1).sum()),
+        "groups": groups,
+    }
