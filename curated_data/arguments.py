@@ -1,4 +1,4 @@
-"""What a data module is given, opened, read and checked."""
+"""The arguments of a data module: opening pools, reading ids and labels from files, checking the rest."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +20,14 @@ Ids = str | Path | np.ndarray
 
 
 def open_pool(pool: Pool, cache_dir: str | Path | None) -> ShardPool:
-    """The pool, with its index kept in `cache_dir` unless it has a cache of its own."""
+    """A `ShardPool` that keeps its index in `cache_dir`, unless it already has a cache of its own."""
     if not isinstance(pool, ShardPool):
         return ShardPool(pool, cache_dir=cache_dir)
     return pool if cache_dir is None or pool.cache_dir is not None else pool.with_cache(cache_dir)
 
 
 def load_ids(selection: Ids, name: str = "selection") -> np.ndarray:
-    """An array as it is, or out of a `.npy` file.
+    """The ids themselves, or read from a `.npy` file.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -60,10 +60,10 @@ def checked_selection(ids: np.ndarray, pool: ShardPool, name: str) -> np.ndarray
 
 
 def load_labels(labels: Ids | None, selection: Ids | None, pool: ShardPool) -> SampleLabels | None:
-    """Labels of the samples of a selection, or of the whole pool.
+    """Labels for the samples of a selection, or for the whole pool.
 
     Raises:
-        ConfigError: they do not belong to these.
+        ConfigError: the labels do not match the samples.
     """
     if labels is None:
         return None
@@ -78,7 +78,7 @@ def load_labels(labels: Ids | None, selection: Ids | None, pool: ShardPool) -> S
 
 
 def check_arguments(data: "CuratedDataModule", selection: Ids | None, labels: Ids | None) -> None:
-    """Check what a data module was given, one thing beside the other.
+    """Check the arguments of a data module, each by itself and against the others.
 
     Raises:
         ConfigError: arguments that contradict each other or are out of range.
@@ -123,7 +123,7 @@ def check_arguments(data: "CuratedDataModule", selection: Ids | None, labels: Id
         raise ConfigError(f"slow_after: expected seconds, 0 or more, found {data.slow_after!r}")
     if not 0 <= data.max_skipped <= 1:
         raise ConfigError(f"max_skipped: expected a share in 0..1, found {data.max_skipped!r}")
-    EpochOrder(  # which checks its own
+    EpochOrder(  # checks these itself
         1,
         seed=0,
         batch_size=1,

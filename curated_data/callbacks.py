@@ -1,4 +1,4 @@
-"""Re-curation: select the training data anew with the features of the model that is being trained."""
+"""Re-curation: select new training data, using the features of the model in training."""
 
 import dataclasses
 import logging
@@ -32,34 +32,36 @@ log = logging.getLogger(__name__)
 class RecurationCallback(pl.Callback):
     """Embeds the pool again with the model in training, rebuilds the tree, and draws a new selection.
 
-    The stream goes on with the new selection at the next epoch, in the same process, on all ranks; step
-    counts and progress bars follow its size, a schedule that was made for the first size does not. The tree
-    is seeded afresh: warm starts harm the method. Every rank takes its share of the embedding; training waits
-    meanwhile. A run that is killed during or after a re-curation resumes to the same selection and sample.
+    The stream continues with the new selection at the next epoch, in the same process, on all ranks. Step
+    counts and progress bars follow its size; a schedule computed for the first size does not. The tree is
+    built from a fresh seeding: warm starts harm the method. All ranks share the embedding, while training
+    waits. A run that is killed during or after a re-curation resumes with the same selection and sample.
 
-    With `share` below 1 only so many of the samples, drawn anew each time, are embedded with the model; the
-    rest follow their clusters of the first curation, whose features cover the pool (see `recurate`).
+    With `share` below 1 only that share of the samples, drawn again each time, is embedded with the model;
+    the rest follow their clusters of the first curation, whose features cover the pool (see `recurate`).
 
-    Under FSDP each rank embeds with a whole copy of the module, for which it needs room.
+    Under FSDP each rank embeds with a full copy of the module, which needs memory.
 
-    Logged each time, as `recuration/…`: `jaccard` with the last selection, `new` (share of samples that were
-    not in it), `perplexity` of the lowest clusters in the pool, `selected_perplexity`, `size`, `minutes`.
+    Logged each time, as `recuration/…`: `jaccard` with the previous selection, `new` (the share of samples
+    that were not in it), `perplexity` of the lowest clusters in the pool, `selected_perplexity`, `size` and
+    `minutes`.
 
     Args:
         every_n_epochs: re-curate at the end of every n-th epoch.
-        every_n_steps: at the end of the first epoch by which n optimizer steps were made since the last time.
-        monitor: at the end of an epoch by which this logged metric has not improved for `patience` epochs;
-            of several ranks the first one's value counts.
-        mode: "min" or "max", the better direction of the metric.
+        every_n_steps: re-curate at the end of an epoch if at least n optimizer steps were made since the last
+            time.
+        monitor: re-curate at the end of an epoch if this logged metric has not improved for `patience`
+            epochs, by its value on rank zero.
+        mode: "min" or "max", which direction of the metric is better.
         patience: see `monitor`.
-        start_epoch: not before this epoch has ended, counted from 0.
-        most: re-curate at most so often.
+        start_epoch: the first epoch, counted from 0, that may end in a re-curation.
+        most: the largest number of re-curations.
         share: of the samples that are embedded again, in (0, 1].
-        embedder: what to embed with, from the module in training; None takes the module's `embed` and
-            `eval_transform`, which for methods with an EMA teacher embed with the teacher.
-        on_failure: "keep" the old selection and say so, or "stop" the run with the error.
-        keep_artifacts: keep the embeddings and trees of earlier re-curations in the cache. The selections
-            stay in any case: checkpoints name them.
+        embedder: a function from the module in training to an embedder; None uses the module's `embed` and
+            `eval_transform`, which embed with the teacher in methods that have an EMA teacher.
+        on_failure: "keep" the old selection and log a warning, or "stop" the run with the error.
+        keep_artifacts: keep the embeddings and trees of earlier re-curations in the cache. Selections are
+            always kept, because checkpoints refer to them.
 
     Raises:
         ConfigError: no trigger or several, values out of range, or a Trainer without a `CuratedDataModule`
@@ -115,7 +117,7 @@ class RecurationCallback(pl.Callback):
         self._last_step = 0
         self._best: float | None = None
         self._epochs_without_gain = 0
-        # An epoch whose batches are done, and whose end is not, or left a re-curation to whoever goes on.
+        # An epoch that is trained but has not ended, or whose re-curation is left to the resumed run.
         self._unfinished: dict[str, int] | None = None
         self._artifacts: list[str] = []  # of the last re-curation, relative to the cache
         self._selection: str | None = None  # the name of its selection in the cache
@@ -150,7 +152,7 @@ class RecurationCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         resumes, self._is_loaded = self._is_loaded, False
         if self._unfinished is not None and not resumes and trainer.global_step != self._unfinished["step"]:
-            self._unfinished = None  # of an earlier run of another Trainer
+            self._unfinished = None  # of another Trainer's run
         self._make_up(trainer, pl_module)
 
     def on_train_batch_end(
@@ -210,7 +212,7 @@ class RecurationCallback(pl.Callback):
     def _end_epoch(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, step: int
     ) -> dict[str, float]:
-        """Re-curate if it is time; the figures to log, none where nothing was done."""
+        """Re-curate if it is due; returns the figures to log, none if nothing was done."""
         self._unfinished = None
         if not self._is_due(trainer, epoch, step):
             return {}
@@ -241,15 +243,16 @@ class RecurationCallback(pl.Callback):
         )
         if len(old) != len(curation.ids) and trainer.max_steps < 0:
             log.warning(
-                "the selection went from %d to %d samples: a schedule made for estimated_stepping_batches "
-                "was made for the first size; max_steps fixes the number of steps (docs/troubleshooting.md)",
+                "the selection went from %d to %d samples; a schedule computed from "
+                "estimated_stepping_batches still assumes the first size. Set max_steps to fix the number of "
+                "steps (docs/troubleshooting.md)",
                 len(old),
                 len(curation.ids),
             )
         return {f"recuration/{name}": float(value) for name, value in figures.items()}
 
     def _restore(self, data: CuratedDataModule) -> None:
-        """Have a resumed run's data module show the re-curation that it streams, not the first curation."""
+        """In a resumed run, make the data module's `curation` the one that it streams, not the first one."""
         current = data.curation.folders["selection"].name if data.curation is not None else None
         if self._selection is None:
             data.curation = data.base_curation
@@ -257,9 +260,9 @@ class RecurationCallback(pl.Callback):
             return
         try:
             data.curation = open_curation(data.cache_dir, self._selection)
-        except CacheError as error:  # a later re-curation cleared its tree away; the ids are kept apart
+        except CacheError as error:  # a later re-curation removed its tree; the ids are kept elsewhere
             log.warning(
-                "the tree of the selection that is resumed is gone, figures show the first: %s", error
+                "the tree of the resumed selection is gone, figures show the first curation: %s", error
             )
 
     def _is_due(self, trainer: pl.Trainer, epoch: int, step: int) -> bool:
@@ -296,7 +299,7 @@ class RecurationCallback(pl.Callback):
     def _recurate(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, data: CuratedDataModule, epoch: int
     ) -> Curation | None:
-        """A curation with the module's features; None where it failed and the old selection is kept."""
+        """A curation with the module's features; None if it failed and the old selection is kept."""
         config = dataclasses.replace(
             data.curation_config, seed=data.curation_config.seed + self.n_recurations + 1
         )
@@ -315,9 +318,9 @@ class RecurationCallback(pl.Callback):
                 curation = curate(data.pool, config, **settings)
             else:
                 curation = recurate(data.pool, config, base=data.base_curation, share=self.share, **settings)
-        except Exception as error:  # whatever went wrong, on_failure says what becomes of the run
+        except Exception as error:  # of any kind: on_failure decides what becomes of the run
             failure = error
-        # All ranks keep the old selection, or none.
+        # Either all ranks keep the old selection, or none does.
         failed_somewhere = bool(all_reduce(np.array([failure is not None], np.int64), "max")[0])
         if not failed_somewhere and curation is not None:
             if not self.keep_artifacts:
@@ -332,7 +335,7 @@ class RecurationCallback(pl.Callback):
     def _drop_earlier(self, data: CuratedDataModule, curation: Curation) -> None:
         root = open_cache(data.cache_dir)
         named = ("embeddings", "fresh_embeddings", "near_duplicates", "tree")
-        first = set(data.base_curation.folders.values())  # others go on from it
+        first = set(data.base_curation.folders.values())  # later re-curations build on it
         new = [
             str(folder.relative_to(root))
             for name, folder in curation.folders.items()
@@ -361,10 +364,10 @@ def _has_ended(trainer: pl.Trainer, epoch: int, step: int) -> bool:
 
 
 def _agree_on_buffers(module: nn.Module) -> None:
-    """Give every rank rank zero's buffers, as DDP does before its next forward pass anyway.
+    """Give every rank the buffers of rank zero, as DDP does before its next forward pass anyway.
 
-    Normalisation statistics differ by rank after a step; embeddings, and the fingerprint of the weights, must
-    not.
+    Normalisation statistics differ between ranks after a step; embeddings, and the fingerprint of the
+    weights, must not.
     """
     if not is_distributed():
         return

@@ -1,6 +1,4 @@
-"""`curated-data import | index | embed | curate | extend | export | report | inspect`: the walk, a stage a
-command.
-"""
+"""The command line: `curated-data import | index | embed | curate | extend | export | report | inspect`."""
 
 import argparse
 import json
@@ -22,8 +20,9 @@ from curated_data.progress import log_to_terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 after printing what was wrong with the input, or 130
-    after Ctrl-C. A polite kill (SIGTERM) cleans up first, too, and ends in 143.
+    """Run one command and return the exit status: 0, 2 after an error in the input, or 130 after Ctrl-C.
+
+    SIGTERM is cleaned up after, too, and exits with 143.
     """
     parsed = _parser().parse_args(arguments)
     log_to_terminal(logging.WARNING if parsed.quiet else logging.INFO)
@@ -51,19 +50,19 @@ def _parser() -> argparse.ArgumentParser:
         prog="curated-data",
         description="Balanced subsets of long-tailed pools of WebDataset shards, by hierarchical k-means.",
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="log warnings alone")
-    parser.add_argument("--traceback", action="store_true", help="show where in the code an error was found")
+    parser.add_argument("-q", "--quiet", action="store_true", help="log only warnings")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = _command(commands, "import", "turn a folder of class folders of images into shards")
-    command.add_argument("folder", help="like ImageFolder's: one sub-folder a class")
+    command.add_argument("folder", help="as for ImageFolder: one sub-folder per class")
     command.add_argument("out", help="where the shards go")
     command.add_argument(
-        "--max-samples", type=int, default=10_000, help="samples a shard (default: %(default)s)"
+        "--max-samples", type=int, default=10_000, help="samples per shard (default: %(default)s)"
     )
     command.set_defaults(run=_import)
 
-    command = _pool_command(commands, "index", "find where every sample of a pool lies", _index)
+    command = _pool_command(commands, "index", "index a pool: find the place of every sample", _index)
 
     command = _pool_command(commands, "embed", "embed every sample of a pool", _embed)
     _embedder_option(command)
@@ -76,26 +75,24 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dry-run",
         action="store_true",
-        help="check the settings, print sizes, memory and expected hours by a small probe, and stop",
+        help="only check the settings and print sizes, memory and expected hours, from a small probe",
     )
 
     command = _pool_command(commands, "export", "write the selection as new shards", _export)
     _curation_options(command)
     command.add_argument("--out", required=True, help="where the shards go")
     command.add_argument(
-        "--max-samples", type=int, default=10_000, help="samples a shard (default: %(default)s)"
+        "--max-samples", type=int, default=10_000, help="samples per shard (default: %(default)s)"
     )
     command.add_argument(
         "--order", choices=("pool", "shuffled"), default="shuffled", help="(default: %(default)s)"
     )
 
     command = _pool_command(
-        commands, "extend", "select from a pool that has grown, by an existing tree", _extend
+        commands, "extend", "select from a pool that has grown, with an existing tree", _extend
     )
     _curation_options(command)
-    command.add_argument(
-        "--tree", required=True, metavar="FOLDER", help="of the tree, as `curate` printed it"
-    )
+    command.add_argument("--tree", required=True, metavar="FOLDER", help="the tree, as printed by `curate`")
 
     command = _pool_command(commands, "report", "write one HTML page about a curation", _report)
     _curation_options(command)
@@ -104,22 +101,24 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--coordinates",
         metavar="FILE.npy",
-        help="(n, 2) place of every sample on the map, from t-SimCNE, say; else the first two principal "
-        "components of the embeddings",
+        help="(n, 2) position of every sample on the map, for example from t-SimCNE (default: the first two "
+        "principal components of the embeddings)",
     )
     command.add_argument(
-        "--labels", metavar="FILE.npy", help="(n,) class of every sample, -1 for none; else the .cls members"
+        "--labels",
+        metavar="FILE.npy",
+        help="(n,) class of every sample, -1 for none (default: the .cls members)",
     )
     command.add_argument(
         "--class-names",
         metavar="FILE",
-        help="a JSON list, or a name a line; else classes.json beside the first shard, or numbers",
+        help="a JSON list, or one name per line (default: classes.json beside the first shard, or numbers)",
     )
 
     command = _command(
         commands,
         "inspect",
-        "show what a cache holds and what determined it, or why a sample was selected or not",
+        "show what a cache holds and what determined it, or why a sample was or was not selected",
     )
     command.add_argument("cache_dir", metavar="CACHE", help="the --cache-dir of earlier commands")
     command.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -127,10 +126,10 @@ def _parser() -> argparse.ArgumentParser:
         "--verify", action="store_true", help="read everything and compare it with its checksums"
     )
     command.add_argument(
-        "--sample", type=int, metavar="ID", help="say why this sample of the pool was selected, or was not"
+        "--sample", type=int, metavar="ID", help="explain why this sample was or was not selected"
     )
     command.add_argument(
-        "--selection", metavar="NAME", help="with --sample: in which selection (default: the newest)"
+        "--selection", metavar="NAME", help="with --sample: the selection (default: the newest)"
     )
     command.set_defaults(run=_inspect)
     return parser
@@ -145,7 +144,7 @@ def _pool_command(commands: Any, name: str, what: str, run: Any) -> argparse.Arg
         "--cache-dir",
         default=".curated_data",
         metavar="FOLDER",
-        help="keeps every stage's result, so that nothing is done twice (default: %(default)s)",
+        help="for the results of all stages, so that nothing is done twice (default: %(default)s)",
     )
     command.set_defaults(run=run)
     return command
@@ -375,11 +374,11 @@ def _inspect(parsed: argparse.Namespace) -> None:
 
 
 def _explain(parsed: argparse.Namespace) -> None:
-    from curated_data.inspect import inspect_cache
+    from curated_data.inspect import check_is_cache
     from curated_data.report.explain import explain
     from curated_data.stored import open_curation, selections
 
-    inspect_cache(parsed.cache_dir)  # that it is a cache at all, before anything is made there
+    check_is_cache(Path(parsed.cache_dir).expanduser())  # before anything is created there
     found = selections(parsed.cache_dir)
     if not found:
         raise ConfigError(f"{parsed.cache_dir}: no selection in it yet; run curate")

@@ -1,4 +1,4 @@
-"""The DataModule: curate a pool, or find it curated, and stream the selection to every rank of a Trainer."""
+"""The DataModule: curate a pool, or load an earlier curation, and stream the selection to every rank."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -52,72 +52,72 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SPARES = 6  # that all are bad too, with a tenth of the pool bad, happens once in ten million samples
+_SPARES = 6  # with a tenth of the pool bad, a sample and all of its spares are bad once in ten million
 
 
 class CuratedDataModule(pl.LightningDataModule):
     """Selected samples of a pool of tar shards, as batches for a Trainer.
 
-    `setup("fit")` runs the curation, or looks it up in the cache; `train_dataloader` streams the selection. A
+    `setup("fit")` runs the curation, or finds it in the cache; `train_dataloader` streams the selection. A
     batch is a dict: `views` (list of tensors (B, C, H, W)) or `image` (B, C, H, W), `sample_id` (B,) int64,
-    and `label` (B,) int64, `caption`, `metadata` (lists of B) where the pool has them. Where a loader may
-    fill up a batch (validation, prediction, `last_batch="pad"`), `padding` (B,) bool marks the samples to
-    leave out.
+    and, if the pool has them, `label` (B,) int64, `caption` and `metadata` (lists of B). Where a batch may be
+    padded (validation, prediction, `last_batch="pad"`), `padding` (B,) bool marks the samples to ignore.
 
-    The order of global batches depends on the selection, the seed, the epoch and the global batch size alone,
-    and the place in it is kept in checkpoints: training resumes at the very next sample, on any number of
-    ranks and workers as long as `batch_size` times ranks stays the same.
+    The order of global batches depends only on the selection, the seed, the epoch and the global batch size,
+    and checkpoints hold the position in it: training resumes at the very next sample, on any number of ranks
+    and workers, as long as `batch_size` times ranks stays the same.
 
     Args:
         pool: the shards: a path or URL with braces or a glob, a list of these, or a `ShardPool`.
-        curation: what to select, a `CurationConfig` or a mapping of its fields; None takes the whole pool, or
-            `selection`.
-        embedder: what places samples near each other, as in `curate`; needed for a curation.
-        views: from a decoded image, uint8 (3, H, W), to a list of tensors or to one. None takes `views()` of
-            the module that is trained, where it has such a method, else one image: resized, cropped at the
-            centre, in 0..1.
-        device_views: views that are made on the training device, from what `views` gave for each sample (here
-            by default: the image cropped to `image_size`, still uint8) and the samples' seeds: a function of
-            (B, C, H, W) and (B,) int64 as in `curated_data.streaming.device`, to a list of tensors or to one.
-            Takes most of the work from the CPU cores where these are few for a fast device.
-        decode_on_device: decode JPEGs there too, a batch at a time, before `device_views`: workers only read
-            them, and decode what is none.
-        batch_size: samples a rank takes a step.
-        num_workers: processes that read, decode and augment; None takes the cores that this rank may use, 16
-            at most.
-        seed: of order and views.
-        cache_dir: the folder that keeps index, embeddings and the curation's artifacts; needed for a
-            curation. Ranks need it in common.
-        selection: ids, or a `.npy` file of them, to stream instead of what a curation selects.
-        labels: (n,) integers that stand for the pool's own labels in training, or a `.npy` file of them: one
-            for each of `selection`, as `CaptionLabels` has them, or, without a `selection`, for each of the
+        curation: what to select, a `CurationConfig` or a mapping of its fields; None streams the whole pool,
+            or `selection`.
+        embedder: the network or function whose features are clustered, as for `curate`; required by a
+            curation.
+        views: maps a decoded image, uint8 (3, H, W), to one tensor or a list of tensors. None takes the
+            module's `views()` if it has that method, otherwise a single image, resized, centre-cropped and
+            scaled to 0..1.
+        device_views: makes the views on the training device instead, one batch at a time: a function of the
+            samples that `views` returned (by default the image cropped to `image_size`, still uint8),
+            (B, C, H, W), and of their seeds, (B,) int64, to one tensor or a list of tensors; see
+            `curated_data.streaming.device`. For machines with few CPU cores per device.
+        decode_on_device: decode JPEGs on the device too, one batch at a time, before `device_views`. Workers
+            then only read them, and decode other formats.
+        batch_size: samples per rank and step.
+        num_workers: processes that read, decode and augment; None takes the cores available to this rank, at
+            most 16.
+        seed: for the order and the views.
+        cache_dir: a folder, shared by all ranks, for the index, the embeddings and the curation's artifacts;
+            required by a curation.
+        selection: ids, or a `.npy` file of them, to stream instead of a curation's.
+        labels: (n,) integers, or a `.npy` file of them, that replace the pool's labels in training: one for
+            each id of `selection`, as in `CaptionLabels`, or without a `selection` one for each sample of the
             pool.
-        val_pool: labelled shards for validation; each sample is given once, none is dropped.
-        eval_transform: as `views`, for validation and prediction. None takes `eval_transform()` of the
-            module, where it has such a method, else the resized and cropped image.
-        eval_batch_size: as `batch_size`; None takes that.
+        val_pool: labelled shards for validation; every sample is used exactly once.
+        eval_transform: like `views`, for validation and prediction. None takes the module's
+            `eval_transform()` if it has that method, otherwise the resized and cropped image.
+        eval_batch_size: like `batch_size`, for validation and prediction; None takes `batch_size`.
         shuffle: "full", "block" (a few shards at a time, for pools on disks or networks) or "none", see
             `EpochOrder`.
-        last_batch: what becomes of samples that do not fill the last global batch: "drop", or "pad" and mark.
-        stratify_level: give every global batch the clusters of this level of the tree in the selection's
-            proportions.
+        last_batch: what to do with samples that do not fill the last global batch: "drop" them, or "pad" the
+            batch and mark the padding.
+        stratify_level: give every global batch the clusters of this level of the tree in the proportions of
+            the selection.
         decoders: by extension, see `decode_sample`.
-        min_size: decode larger JPEGs at a reduced scale with both sides at least this long, in pixels.
+        min_size: decode larger JPEGs at a reduced scale whose sides are at least this many pixels.
         image_size: side of the default image, in pixels.
-        on_error: what to do about a sample that cannot be decoded: "raise", or "skip" (another takes its
-            place).
-        max_skipped: the share of samples that may be skipped before it is an error after all.
-        pin_memory, persistent_workers, prefetch_factor: as of torch's `DataLoader`; None: pinned where there
-            is a CUDA device, training workers kept from epoch to epoch, torch's own prefetching.
-        worker_timeout: seconds without a batch from the workers after which it is an error; 0 waits for ever.
-        slow_after: seconds without a batch after which a warning says so, once an epoch; 0 never warns.
+        on_error: what to do about a sample that cannot be decoded: "raise", or "skip" (another one replaces
+            it).
+        max_skipped: the share of samples that may be skipped before an error is raised after all.
+        pin_memory, persistent_workers, prefetch_factor: as in torch's `DataLoader`. None pins memory if there
+            is a CUDA device, keeps training workers between epochs, and leaves prefetching to torch.
+        worker_timeout: seconds to wait for a batch from the workers before raising an error; 0 waits forever.
+        slow_after: seconds to wait for a batch before logging a warning, once per epoch; 0 never warns.
 
     Attributes:
         curation: what `curate` returned; None before `setup`, and without a curation.
-        base_curation: the first one, by `embedder`; a re-curation replaces `curation` alone.
-        selection: (n,) int64 ids that the next epoch streams; None before `setup`, and where that is the
-            whole pool.
-        statistics: what this process streamed, skipped and read for training.
+        base_curation: the first curation, made with `embedder`; a re-curation replaces only `curation`.
+        selection: (n,) int64 ids that the next epoch streams; None before `setup`, and for a whole pool.
+        statistics: what this process streamed, skipped and read in training.
 
     Raises:
         ConfigError: arguments that contradict each other or are out of range.
@@ -193,9 +193,9 @@ class CuratedDataModule(pl.LightningDataModule):
         self._is_set_up = False
         self._reload_every: int | None = None
         self._decoder: DeviceDecoder | None = None
-        self._planned: np.ndarray | None = None  # the selection that remote reading was planned for
+        self._planned: np.ndarray | None = None  # the selection for which remote access was planned
         if device_views is not None:
-            # On the instance, as Lightning asks: with the hook in the class, a module's own would never run.
+            # On the instance: a hook in the class would keep the module's own from ever running.
             self.on_after_batch_transfer = self._make_device_views
         self._hide_val_dataloader()
 
@@ -206,8 +206,8 @@ class CuratedDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Index the pools; for "fit" (or None) curate, or find the curation in the cache.
 
-        Every rank calls it and takes its share of the work, so there is no `prepare_data`, where all
-        wait for one. A second call is a look-up.
+        Every rank takes part in the work, so it is not in `prepare_data`, where all ranks would wait for one.
+        A second call does nothing.
         """
         if stage in (None, "fit"):
             self._select()
@@ -217,13 +217,13 @@ class CuratedDataModule(pl.LightningDataModule):
             self.pool.index()
 
     def set_selection(self, ids: np.ndarray) -> None:
-        """Stream another selection from the next epoch on; to be called on every rank with the same ids.
+        """Stream another selection from the next epoch on. Call it on every rank with the same ids.
 
-        Within `Trainer.fit` the loader is made anew for that epoch, so its length may change. Checkpoints
-        name the selection by its place in the cache, or hold it where there is no `cache_dir`.
+        Within `Trainer.fit` that epoch gets a new loader, whose length may differ. Checkpoints refer to the
+        selection in the cache, or contain it if there is no `cache_dir`.
 
         Args:
-            ids: (n,) integers, with repeats where samples should be seen as often.
+            ids: (n,) integers; an id that is repeated is streamed as often.
         """
         self._stream.replace(checked_selection(np.asarray(ids), self.pool, "ids"))
         self._follow_selection()
@@ -267,7 +267,7 @@ class CuratedDataModule(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader:
-        """The whole of `val_pool` in its order, each sample once. Without one, there is no such method."""
+        """All of `val_pool` in its order, each sample once. Without a `val_pool` the method is hidden."""
         return self._evaluation_loader(self.val_pool)
 
     def predict_dataloader(self) -> DataLoader:
@@ -280,16 +280,16 @@ class CuratedDataModule(pl.LightningDataModule):
                 pool.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the stream: what was trained on, not what workers have fetched ahead."""
+        """The position in the stream: what was trained on, not what workers have prefetched."""
         return self._stream.state_dict(self.trainer is not None and is_between_epochs(self.trainer))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Continue from where `state_dict` was taken.
 
         Raises:
             CacheError: a re-curated selection is no longer in the cache.
         """
-        # A Trainer that only validates or predicts restores the data module too; that is no resumed training.
+        # A Trainer restores the data module for validation and prediction too; training does not resume then.
         if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
             self._stream.load_state_dict(state_dict, self.trainer)
             self._follow_selection()
@@ -351,7 +351,7 @@ class CuratedDataModule(pl.LightningDataModule):
         return order
 
     def _training_views(self) -> Callable[[Tensor], Any] | None:
-        """What the workers make of an image."""
+        """What workers apply to a decoded image; None for nothing."""
         if self.decode_on_device:
             return None
         if self.device_views is not None:
@@ -359,7 +359,7 @@ class CuratedDataModule(pl.LightningDataModule):
         return self.views or from_module(self.trainer, "views") or CenterCrop(self.image_size)
 
     def _plan_access(self, order: EpochOrder) -> None:
-        """For a remote pool, choose ranges or whole shards by what will be read of each."""
+        """For a remote pool, choose byte ranges or whole shards, by how much of each will be read."""
         planned = self._planned is order.selection and self._planned is not None
         if planned or not any(map(is_remote, self.pool.urls)):
             return
@@ -369,7 +369,7 @@ class CuratedDataModule(pl.LightningDataModule):
         self._planned = order.selection
 
     def _make_device_views(self, batch: Any, dataloader_idx: int) -> Any:
-        """Lightning's `on_after_batch_transfer`; evaluation's batches pass unchanged."""
+        """Lightning's `on_after_batch_transfer`; batches for evaluation pass unchanged."""
         if not isinstance(batch, dict) or "view_seed" not in batch:
             return batch
         seeds = batch.pop("view_seed")
@@ -389,7 +389,7 @@ class CuratedDataModule(pl.LightningDataModule):
         return n_trained(self.trainer)
 
     def _follow_selection(self) -> None:
-        """While a selection waits for an epoch, have the Trainer ask for a new loader when that begins."""
+        """While a new selection is waiting, make the Trainer ask for a new loader at the next epoch."""
         if self.trainer is None:
             return
         waiting = self._stream.waiting or self._stream.resumed_between_selections
@@ -411,7 +411,7 @@ class CuratedDataModule(pl.LightningDataModule):
             shuffle="none",
             last_batch="short",
         )
-        dataset = self._dataset(pool, transform or CenterCrop(self.image_size))
+        dataset = self._dataset(pool, transform)
         return self._loader(dataset, order, size, keep_workers=False)
 
     def _dataset(self, pool: ShardPool, views: Callable[[Tensor], Any] | None) -> PoolDataset:
@@ -450,7 +450,7 @@ class CuratedDataModule(pl.LightningDataModule):
             persistent_workers=keep_workers and n_workers > 0,
             prefetch_factor=self.prefetch_factor if n_workers else None,
             timeout=self.worker_timeout if n_workers else 0,
-            # The workers' base seed comes out of this generator, not out of the global one.
+            # The workers' base seed is drawn from this generator instead of the global one.
             generator=torch.Generator().manual_seed(self.seed),
         )
         loader.slow_after = self.slow_after

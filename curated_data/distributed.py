@@ -1,6 +1,4 @@
-"""The few collective calls that the package needs, over `torch.distributed`; on one process they do
-nothing.
-"""
+"""The few collective calls that the package needs, over `torch.distributed`; no-ops on one process."""
 
 import contextlib
 import time
@@ -16,7 +14,7 @@ from curated_data.cache import MANIFEST, build_once, is_complete
 from curated_data.errors import CacheError, ConfigError
 from curated_data.heartbeat import Heartbeat
 
-_SHARED_WITHIN = 30.0  # seconds in which a file system shows on all ranks what one has written
+_SHARED_WITHIN = 30.0  # seconds within which a shared file system shows every rank what one has written
 
 
 def is_distributed() -> bool:
@@ -25,25 +23,23 @@ def is_distributed() -> bool:
 
 
 def rank() -> int:
-    """This process's place in the group; 0 without one."""
+    """This process's rank; 0 without a group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes work together; 1 without a group."""
+    """The number of ranks; 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def barrier() -> None:
-    """Wait until every rank is here. Only for waits that are short on every rank: a collective times out."""
+    """Wait for every rank. Only for waits that are short on every rank: collectives time out."""
     if is_distributed():
-        all_reduce(np.zeros(1, np.int64))  # on gloo and nccl alike, without nccl's guess at a barrier device
+        all_reduce(np.zeros(1, np.int64))  # works on gloo and nccl; nccl's own barrier would guess a device
 
 
 def all_reduce(array: np.ndarray, op: str = "sum") -> np.ndarray:
-    """The elementwise `sum`, `min` or `max` of every rank's array, on every rank; shapes and dtypes must
-    agree.
-    """
+    """The elementwise `sum`, `min` or `max` of all ranks' arrays (same shape and dtype), on every rank."""
     if not is_distributed():
         return array
     tensor = _to_backend(array)
@@ -55,7 +51,7 @@ def all_reduce(array: np.ndarray, op: str = "sum") -> np.ndarray:
 
 
 def all_gather(array: np.ndarray) -> list[np.ndarray]:
-    """Every rank's array, in rank order, on every rank; first dimensions may differ, the others may not."""
+    """Every rank's array, in rank order, on every rank. Only the first dimension may differ."""
     if not is_distributed():
         return [array]
     lengths = np.zeros(world_size(), np.int64)
@@ -71,7 +67,7 @@ def all_gather(array: np.ndarray) -> list[np.ndarray]:
 
 
 def broadcast(array: np.ndarray, source: int = 0) -> np.ndarray:
-    """`source`'s array on every rank; the others give one of the same shape and dtype."""
+    """The array of rank `source`, on every rank; the others pass one of the same shape and dtype."""
     if not is_distributed():
         return array
     tensor = _to_backend(array)
@@ -81,13 +77,13 @@ def broadcast(array: np.ndarray, source: int = 0) -> np.ndarray:
 
 
 def check_same(**parts: str) -> None:
-    """Refuse ranks that were given different things, which would wait for each other for ever.
+    """Check that all ranks were given the same; if not, they would wait for each other forever.
 
     Args:
-        parts: what must agree, by what the error calls it.
+        parts: the values that must agree, by the names that the error uses.
 
     Raises:
-        ConfigError: a part differs; on every rank, naming the ranks.
+        ConfigError: a part differs. Raised on every rank, and names a rank that differs.
     """
     if not is_distributed():
         return
@@ -103,10 +99,10 @@ def check_same(**parts: str) -> None:
 
 
 def check_shared(folder: Path) -> None:
-    """Refuse a folder that is not one for all ranks.
+    """Check that all ranks see the same folder.
 
     Raises:
-        CacheError: some rank does not see what rank zero writes there; on every rank, naming it.
+        CacheError: some rank does not see what rank zero writes there. Raised on every rank, and names it.
     """
     if not is_distributed():
         return
@@ -130,23 +126,23 @@ def check_shared(folder: Path) -> None:
 def build_together(
     folder: Path, build: Callable[[Path | None], None], check: Callable[[], None] | None = None
 ) -> tuple[Path, bool]:
-    """`build_once` for an artifact that all ranks build with collective calls of their own.
+    """`build_once` for an artifact that all ranks build together, with collective calls.
 
-    No rank waits in a collective for the lock, which an unrelated run may hold for hours: rank zero waits for
-    it, and the others watch what it says in a file. If rank zero fails or dies they end too: at once on its
-    host, after ten minutes without a heartbeat on others.
+    The lock may be held by an unrelated run for hours, so no rank waits for it in a collective: rank zero
+    takes the lock, and the others watch a file to which it writes its state. If rank zero fails or dies, the
+    others end too: at once on the same host, after ten minutes without a heartbeat on other hosts.
 
     Args:
-        folder: the artifact's final name, on a file system that all ranks see.
-        build: called on every rank at once; rank zero gets the temporary folder to write to, the others None.
-        check: called before it on rank zero alone, while the others wait outside of any collective.
+        folder: the artifact's final path, on a file system that all ranks share.
+        build: called on every rank; rank zero gets the temporary folder to write to, the others None.
+        check: called first, on rank zero only, while the others wait outside of any collective.
 
     Returns:
-        The folder, and whether it was there already.
+        The folder, and whether it already existed.
 
     Raises:
         ConfigError: ranks ask for different artifacts.
-        RuntimeError: rank zero failed or died; on the others.
+        RuntimeError: rank zero failed or died. Raised on the other ranks.
     """
 
     def build_alone(temporary: Path) -> None:
@@ -172,7 +168,7 @@ def build_together(
         with heartbeat.kept_up():
             barrier()
             return build_once(folder, build_as_first)
-    barrier()  # from here on there is a heartbeat to watch
+    barrier()  # rank zero's heartbeat has begun
     complete = folder / MANIFEST
     began = heartbeat.wait_for(lambda said: said == "begin" or complete.exists()) == "begin"
     if began:
@@ -187,7 +183,7 @@ def _random() -> np.ndarray:
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Say in the error of a collective what it means: its own words are of sockets."""
+    """Explain a collective's error, whose own message only mentions sockets."""
     try:
         yield
     except RuntimeError as error:
@@ -198,6 +194,6 @@ def _explained() -> Iterator[None]:
 
 
 def _to_backend(array: np.ndarray) -> torch.Tensor:
-    """A fresh tensor where the backend can work on it: nccl takes device tensors alone."""
+    """A new tensor on a device that the backend supports: nccl only takes CUDA tensors."""
     tensor = torch.from_numpy(np.array(array, copy=True))
     return tensor.cuda() if dist.get_backend() == "nccl" else tensor

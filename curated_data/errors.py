@@ -1,10 +1,10 @@
-"""What can be wrong with a user's input, one exception a kind. All are `ValueError`s, so one `except` catches
-them.
+"""The package's exceptions, one for each kind of bad input. All are `ValueError`s, so that one `except`
+catches them.
 """
 
 
 class CuratedDataError(ValueError):
-    """Base of the package's own errors. The message names the thing, its value, and what to do about it."""
+    """Base of the package's errors. The message names the thing, its value, and what to do about it."""
 
 
 class PoolError(CuratedDataError):

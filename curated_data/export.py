@@ -1,4 +1,4 @@
-"""Write a selection as new shards, with a way back to the pool and to the clusters."""
+"""Write a selection as new shards that can be traced back to the pool and the clusters."""
 
 import logging
 from collections.abc import Sequence
@@ -34,19 +34,19 @@ def export(
 ) -> list[Path]:
     """Copy the selected samples of a pool to new shards; members keep their bytes, samples their keys.
 
-    A key that a shard holds already (a sample selected more than once, or another of that name) gets `~2`,
-    `~3`, ... at its end. Beside the shards lie `ids.npy` (n,) int64: which sample of the pool each exported
-    sample is, in their order; with a tree `clusters.npy` (n, n_levels): its cluster at levels 1, 2, ...; and
-    `manifest.json`: the pool, the settings, and for every shard the number of its first sample. The same
-    arguments give the same bytes; a run that was killed is started over by the next.
+    A key that the shard already has (of a repeated sample, or another sample of that name) gets the suffix
+    `~2`, `~3`, … The folder also gets `ids.npy`, (n,) int64, the pool's id of each exported sample in the
+    order of the shards; with a tree `clusters.npy`, (n, n_levels), its cluster at levels 1, 2, …; and
+    `manifest.json` with the pool, the settings, and the number of the first sample of every shard. The same
+    arguments give the same bytes; a killed export starts over.
 
     Args:
-        pool: where the samples are.
-        ids: (n,) integers; repeats are written as often.
-        out: a folder, or a pattern as `ShardWriter` takes it.
+        pool: to copy from.
+        ids: (n,) integers; a repeated id is written as often.
+        out: a folder, or a pattern as for `ShardWriter`.
         tree: the cluster tree of the pool.
-        order: "shuffled", "pool" (ascending ids, the fastest to read), or "given" (as `ids`).
-        seed: of the shuffling.
+        order: "shuffled", "pool" (ascending ids, the fastest to read), or "given" (as in `ids`).
+        seed: for the shuffling.
         max_samples, max_bytes: per shard.
         overwrite: replace the shards of an earlier export.
 
@@ -55,7 +55,7 @@ def export(
 
     Raises:
         ConfigError: no ids, or an unknown order.
-        PoolError: an id outside the pool, a shard that changed, or `out` holds shards already.
+        PoolError: an id outside the pool, a shard that changed, or `out` already holds shards.
     """
     if order not in get_args(Order):
         raise ConfigError(f"order: expected one of {', '.join(get_args(Order))}, found {order!r}")
@@ -104,7 +104,7 @@ def export(
 
 
 def _free(key: str, taken: set[str]) -> str:
-    """The key, or with the first number from 2 on that makes it new."""
+    """The key, with the smallest suffix that makes it unique if it is taken."""
     if key not in taken:
         return key
     number = 2

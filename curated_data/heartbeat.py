@@ -1,6 +1,4 @@
-"""How the ranks of a group learn what rank zero does, for hours, without a collective call that would time
-out.
-"""
+"""A file that tells the other ranks what rank zero is doing, for waits longer than a collective's timeout."""
 
 import contextlib
 import os
@@ -13,19 +11,18 @@ from pathlib import Path
 from curated_data.locks import is_locked, locked
 
 _BEAT = 10.0  # seconds between beats
-_SILENCE = 600.0  # seconds without one after which rank zero counts as dead
+_SILENCE = 600.0  # seconds without a beat after which rank zero counts as dead
 _POLL = 0.05
 
 
 class Heartbeat:
-    """A line that one process shows and others watch, through a file that all of them see.
+    """A status line that one process writes and others watch, through a file that all of them see.
 
-    Beside the line stands a number that goes up every ten seconds; on the same host, a lock tells more
-    quickly that the process has died. (Across hosts it would not do: some file systems lock within each host
-    alone.)
+    The file also holds a counter that goes up every ten seconds. On the same host a lock shows sooner that
+    the writer has died; across hosts it cannot, because some file systems only lock within each host.
 
     Args:
-        path: a name of its own for each use; nothing is written there but in `.locks` beside it.
+        path: a unique name for each use; the files go to `.locks` beside it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,12 +34,12 @@ class Heartbeat:
 
     @contextlib.contextmanager
     def kept_up(self) -> Iterator[None]:
-        """Beat for the block. What the block raises is said to the others, then raised."""
+        """Keep the heartbeat up during the block; watchers are told if the block raises."""
         ended = threading.Event()
 
         def beat() -> None:
             while not ended.wait(_BEAT):
-                with contextlib.suppress(OSError):  # a moment's trouble; a lasting one shows elsewhere
+                with contextlib.suppress(OSError):  # a lasting failure shows elsewhere
                     self._write()
 
         with locked(self.path):
@@ -62,22 +59,22 @@ class Heartbeat:
                 thread.join()
 
     def say(self, line: str) -> None:
-        """Change the line."""
+        """Set the status line."""
         self._said = line
         self._write()
 
     def wait_for(self, is_due: Callable[[str], bool]) -> str:
-        """Watch until `is_due(line)`; returns the line.
+        """Watch until `is_due(line)` is true; returns the line.
 
         Raises:
-            RuntimeError: who keeps it up failed, or died.
+            RuntimeError: the writer failed or died.
         """
         beats, since = -1, time.monotonic()
         while True:
             line, found, host = self._read()
             is_near = host == socket.gethostname()
             died = is_near and not is_locked(self.path)
-            if died:  # or done: what it said last counts, and what it left
+            if died:  # or finished: its last status counts
                 line, *_ = self._read()
             if is_due(line):
                 return line
@@ -101,7 +98,7 @@ class Heartbeat:
             os.replace(temporary, self._file)
 
     def _read(self) -> tuple[str, int, str]:
-        """The line, the number and the host; of a file that is not or no longer there, an empty line."""
+        """The line, the counter and the host; an empty line if there is no file (yet, or any more)."""
         try:
             host, beats, line = self._file.read_text().split("\n", 2)
         except (OSError, ValueError):

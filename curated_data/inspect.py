@@ -1,4 +1,4 @@
-"""What a cache folder holds, and why: each artifact with its size, age and the inputs that named it."""
+"""What a cache folder holds: each artifact with its size, its age and the inputs that determined it."""
 
 import contextlib
 import os
@@ -19,12 +19,12 @@ class Artifact:
     """One artifact of a cache.
 
     Attributes:
-        stage: the room of the cache it lies in: index, embeddings, tree, selection, …
+        stage: the folder of the cache that holds it: index, embeddings, tree, selection, …
         name: its fingerprint.
         size: of its files, in bytes.
-        modified: seconds since the epoch.
-        details: what its manifest says: the inputs and settings that determined it, and what was found.
-        complete: False for one that no manifest declares whole: a run is writing it, or was killed.
+        modified: in seconds since 1970.
+        details: from its manifest: the inputs and settings that determined it, and what was found.
+        complete: whether it has a manifest; if not, a run is writing it or was killed.
     """
 
     stage: str
@@ -36,10 +36,10 @@ class Artifact:
 
 
 def inspect_cache(cache_dir: str | Path) -> list[Artifact]:
-    """The artifacts of a cache, in the order of the walk, newest first in each stage.
+    """The artifacts of a cache, stage by stage, newest first in each.
 
     Raises:
-        CacheError: the folder is no cache, or one of another format version.
+        CacheError: the folder is not a cache, or another format version wrote it.
     """
     root = Path(cache_dir).expanduser()
     check_is_cache(root)
@@ -54,10 +54,10 @@ def inspect_cache(cache_dir: str | Path) -> list[Artifact]:
 
 
 def check_is_cache(root: Path) -> None:
-    """Refuse a folder that is no cache of this version, without making anything there.
+    """Check that a folder is a cache of this format version, without creating anything there.
 
     Raises:
-        CacheError: it is none.
+        CacheError: it is not.
     """
     marker = root / "cache.json"
     if not marker.exists():
@@ -68,13 +68,13 @@ def check_is_cache(root: Path) -> None:
 
 
 def verify_cache(cache_dir: str | Path) -> list[str]:
-    """Read every artifact and compare it with the checksums in the manifests; what is wrong, a line each.
+    """Read every artifact and compare it with its checksums; returns one line for each problem.
 
-    Curations look at sizes and at the checksums of what they read whole; this looks at all, which for a large
-    pool takes as long as reading its embeddings once.
+    Curations check sizes, and the checksums of what they read completely. This checks everything, which for a
+    large pool takes as long as reading its embeddings once.
 
     Raises:
-        CacheError: as of `inspect_cache`.
+        CacheError: as for `inspect_cache`.
     """
     root = Path(cache_dir).expanduser()
     check_is_cache(root)
@@ -112,7 +112,7 @@ def _artifact(stage: str, folder: Path) -> Artifact:
             "samples": sum(item["samples"] for item in details),
             "failed": sum(len(item["failures"]) for item in details),
         }
-        complete = True  # shard by shard; which shards a pool needs is the pool's matter
+        complete = True  # each shard by itself; which of them are needed depends on the pool
     else:
         complete = manifest.exists()
         content = read_json(manifest) if complete else {}
@@ -138,7 +138,7 @@ def _sizes(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def age(seconds_since_epoch: float) -> str:
-    """How long ago, in the largest unit that fits."""
+    """How long ago, as text in the largest unit that fits."""
     seconds = max(time.time() - seconds_since_epoch, 0)
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:

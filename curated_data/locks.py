@@ -1,4 +1,4 @@
-"""Locks across processes and hosts, and the one clear error where a folder refuses to be written."""
+"""Locks across processes and hosts, and one clear error for folders that cannot be written."""
 
 import contextlib
 import errno
@@ -14,8 +14,8 @@ from curated_data.errors import CacheError
 
 log = logging.getLogger(__name__)
 
-_POLL = 0.2  # seconds between looks at a lock; no blocking call, so that Ctrl-C works and no wake-up is lost
-_REMIND = 600.0  # seconds between log lines of one that waits
+_POLL = 0.2  # seconds between attempts; a blocking call would ignore Ctrl-C and may miss its wake-up
+_REMIND = 600.0  # seconds between log lines while waiting
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HANDLES = (errno.EMFILE, errno.ENFILE)
@@ -30,9 +30,9 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.
 def locked(path: Path | str, *, wait: bool = True) -> Iterator[bool]:
     """Hold an exclusive lock on a file beside `path`, across processes; yields whether it is held.
 
-    With `wait=False` it yields False at once where another process holds it: that process is at work, take
-    another piece. The kernel drops the lock when its holder dies, on a network file system when the holder's
-    host is known to be gone. The lock file goes with the lock; whoever removes one by hand breaks the lock.
+    With `wait=False` it yields False at once if another process holds the lock, so that the caller can take
+    other work. The kernel releases the lock when its holder dies; on a network file system, once the holder's
+    host is known to be gone. The lock file is removed with the lock; removing it by hand breaks the lock.
 
     Raises:
         CacheError: the lock file cannot be written, or the file system has no locks.
@@ -49,13 +49,13 @@ def locked(path: Path | str, *, wait: bool = True) -> Iterator[bool]:
     finally:
         with contextlib.suppress(OSError):
             if _is_same(handle, lock):
-                lock.unlink()  # before the lock is dropped: who opens the path now makes a file of its own
-            fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it to children forked meanwhile
+                lock.unlink()  # before the release: whoever opens the path now creates a new file
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it with forked children
         os.close(handle)
 
 
 def is_locked(path: Path | str) -> bool:
-    """Whether some process holds the lock of `path` now."""
+    """Whether any process holds the lock of `path`."""
     try:
         handle = os.open(Path(path).parent / ".locks" / f"{Path(path).name}.lock", os.O_RDWR)
     except OSError:
@@ -67,7 +67,7 @@ def is_locked(path: Path | str) -> bool:
 
 
 def remove_if_free(lock: Path, older_than: float) -> None:
-    """Remove a lock file that a killed process left before a time, if no process holds it."""
+    """Remove a lock file older than a time (in seconds since 1970), if no process holds the lock."""
     with contextlib.suppress(OSError):
         if lock.stat().st_mtime >= older_than:
             return
@@ -81,9 +81,9 @@ def remove_if_free(lock: Path, older_than: float) -> None:
 
 @contextlib.contextmanager
 def writable(path: Path, makes_folder: bool = False) -> Iterator[None]:
-    """Turn the system's refusals to write below `path` into one clear error.
+    """Turn the system's errors about writing below `path` into a `CacheError`.
 
-    Where the block only makes the folder, "no such file" is such a refusal too, as below /proc.
+    If the block only creates the folder (`makes_folder`), "no such file" is such an error too, as in /proc.
     """
     try:
         yield
@@ -101,14 +101,14 @@ def writable(path: Path, makes_folder: bool = False) -> Iterator[None]:
 
 
 def _acquire(lock: Path, wait: bool) -> int | None:
-    """A handle that holds the lock on the file at `lock`; None where another holds it and we do not wait."""
+    """A handle that holds the lock on the file `lock`; None if another has it and `wait` is False."""
     started, reminded = time.monotonic(), None
     while True:
         with writable(lock):
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             held = _try_lock(handle)
-            if held and _is_same(handle, lock):  # else its last holder removed the file as we opened it
+            if held and _is_same(handle, lock):  # otherwise its holder removed the file as we opened it
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, f"{socket.gethostname()} pid {os.getpid()}".encode(), 0)
                 return handle
@@ -152,7 +152,7 @@ def _try_lock(handle: int) -> bool:
 
 
 def _is_same(handle: int, path: Path) -> bool:
-    """Whether the open file is the one that stands at the path."""
+    """Whether an open file is the one at the path."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except OSError:  # removed, or stale on a network file system

@@ -1,4 +1,4 @@
-"""A curation's figures and tables, in whichever logger the Trainer has."""
+"""A callback that logs a curation's figures, plots and tables to the Trainer's loggers."""
 
 import dataclasses
 import logging
@@ -22,28 +22,28 @@ _READ_LABELS = 200_000
 
 
 class CurationLogger(pl.Callback):
-    """Logs each curation once, when training on it begins: the first one, and what a `RecurationCallback`
-    makes.
+    """Logs each curation once, when training on it begins: the first, and those of a `RecurationCallback`.
 
-    Every logger gets the numbers, as `curation/…`: sizes, what failed, near-duplicates, and for each level of
-    the tree perplexity, Gini coefficient and share of clusters covered, of the pool and of the selection;
-    class entropies where there are labels. TensorBoard and Weights & Biases also get plots of cluster sizes
-    by rank and of classes, and the levels as a table.
+    Every logger gets the numbers, as `curation/…`: sizes, failures, near-duplicates, and for each level of
+    the tree the perplexity, the Gini coefficient and the share of clusters covered, for the pool and for the
+    selection; class entropies if there are labels. TensorBoard and Weights & Biases also get plots of cluster
+    sizes by rank and of the classes, and a table of the levels.
 
-    Rank zero draws and writes while the others wait for it at the next step: seconds, at any size of pool.
+    Rank zero draws and writes, which takes seconds for a pool of any size; the others wait at the next step.
 
     Args:
-        labels: (n,) class of each sample, -1 for none; None reads them from the pool's `.cls` members if it
-            has them and at most 200,000 samples.
-        class_names: of the classes, for the plot.
+        labels: (n,) class of each sample, -1 for none; None reads the pool's `.cls` members, if it has them
+            and at most 200,000 samples.
+        class_names: for the plot.
 
     Raises:
-        ConfigError: a Trainer without a `CuratedDataModule` that curates; labels of another pool.
+        ConfigError: a Trainer without a `CuratedDataModule` that curates, or labels of another length than
+            the pool.
     """
 
     def __init__(self, labels: np.ndarray | None = None, *, class_names: Sequence[str] | None = None) -> None:
         self.labels, self.class_names = labels, class_names
-        self._logged: list[str] = []  # selections, so that a resumed run logs none twice
+        self._logged: list[str] = []  # names of selections, so that a resumed run logs none twice
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -95,7 +95,7 @@ class CurationLogger(pl.Callback):
 
 
 def curation_metrics(curation: Curation, labels: np.ndarray | None = None) -> dict[str, float]:
-    """A curation in numbers, by the names that loggers show them under.
+    """The numbers of a curation, by the names under which they are logged.
 
     Args:
         curation: what `curate` returned.
@@ -121,7 +121,7 @@ def level_table(curation: Curation) -> tuple[list[str], list[list[float]]]:
 def _show(
     logger: Any, plots: dict[str, Figure], header: list[str], rows: list[list[float]], step: int
 ) -> None:
-    """Plots and table, by what the logger can: TensorBoard's writer, or the methods of `WandbLogger`."""
+    """Log plots and table to a logger that can: TensorBoard's writer, or the methods of `WandbLogger`."""
     writer = getattr(logger, "experiment", None)
     if hasattr(writer, "add_figure"):
         for name, figure in plots.items():

@@ -1,4 +1,4 @@
-"""Worker processes that end with the process they work for."""
+"""Worker processes that end when their parent does."""
 
 import os
 import signal
@@ -12,12 +12,12 @@ def n_cores() -> int:
 
 
 def end_with_parent(parent: int) -> None:
-    """As the initializer of a pool's workers: leave Ctrl-C to the parent, and end when it is gone.
+    """Initializer for a pool's workers: leave Ctrl-C to the parent, and exit when it is gone.
 
-    A killed parent cannot tell its workers, and those of `concurrent.futures` would wait for work for ever.
+    Without it, the workers of `concurrent.futures` would wait for work forever after their parent is killed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's own handling is not theirs
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler inherited from the parent
 
     def watch() -> None:
         while os.getppid() == parent:

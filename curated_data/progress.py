@@ -1,4 +1,4 @@
-"""Progress of long work: one bar, on rank zero, where somebody watches; log lines otherwise."""
+"""Progress bars for long work, on rank zero and in a terminal only; and logging to the terminal."""
 
 import contextlib
 import logging
@@ -19,13 +19,12 @@ from curated_data.distributed import rank
 
 @contextlib.contextmanager
 def progress(description: str, total: int | None, unit: str = "") -> Iterator[Callable[..., None]]:
-    """A progress bar for the block; yields `advance(n=1, note="")`, which does nothing where no terminal is
-    attached.
+    """A progress bar for the block; yields `advance(n=1, note="")`, which does nothing without a terminal.
 
     Args:
-        description: what is being done, as shown at the left.
-        total: how many steps make it whole; None where that is not known.
-        unit: what is counted; adds a rate (`unit`/s) to the bar.
+        description: of the work, shown on the left.
+        total: number of steps; None if unknown.
+        unit: what is counted; adds a rate in `unit`/s to the bar.
     """
     if rank() != 0 or not sys.stderr.isatty():
         yield lambda n=1, note="": None
@@ -53,7 +52,7 @@ def progress(description: str, total: int | None, unit: str = "") -> Iterator[Ca
 
 
 def log_to_terminal(level: int = logging.INFO) -> None:
-    """Print log lines as they are: for programs, which own the process's logging; never for a library."""
+    """Print plain log lines. For programs, which own the process's logging; a library must not call it."""
     logging.basicConfig(level=level, format="%(message)s")
-    # As it is imported, faiss tells of each instruction set that its wheel was not built for.
+    # On import, faiss logs every instruction set that its wheel was not built for.
     logging.getLogger("faiss.loader").setLevel(max(level, logging.WARNING))

@@ -1,4 +1,4 @@
-"""What the data module asks the Trainer that it is attached to, which may be none, and what it tells it."""
+"""What the data module asks of the Trainer that it is attached to, if any, and what it tells it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,30 +10,30 @@ from curated_data.processes import n_cores
 
 
 def ranks(trainer: pl.Trainer | None) -> tuple[int, int]:
-    """This process's rank and how many there are."""
+    """This process's rank and the number of ranks."""
     return (rank(), world_size()) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 
 def cores_a_rank(trainer: pl.Trainer | None) -> int:
-    """CPU cores that this rank may count as its own."""
+    """CPU cores available to this rank."""
     n_local = 1 if trainer is None else trainer.num_devices
     return max(1, n_cores() // n_local)
 
 
 def setting(trainer: pl.Trainer | None, name: str) -> Any:
-    """An argument that the Trainer was given; 0 without one."""
+    """An argument of the Trainer; 0 without a Trainer."""
     return 0 if trainer is None else getattr(trainer, name)
 
 
 def from_module(trainer: pl.Trainer | None, name: str) -> Callable[[Any], Any] | None:
-    """What a method of the module that is trained gives, where it has such a method."""
+    """What a method of the module in training returns; None if there is no such method."""
     module = None if trainer is None else getattr(trainer, "lightning_module", None)
     factory = getattr(module, name, None)
     return factory() if callable(factory) else None
 
 
 def n_trained(trainer: pl.Trainer) -> int:
-    """Batches whose optimizer step is done."""
+    """The number of batches whose optimizer step is done."""
     return trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
 
@@ -53,7 +53,7 @@ def forget_loader(trainer: pl.Trainer) -> None:
 
 
 def epochs_to_come(trainer: pl.Trainer | None, n_batches: int) -> int:
-    """How many epochs of `n_batches` will be read, as far as the Trainer's limits tell; 1 if they do not."""
+    """How many more epochs of `n_batches` will be read, by the Trainer's limits; 1 if it has none."""
     if trainer is None:
         return 1
     limits = []
@@ -66,20 +66,23 @@ def epochs_to_come(trainer: pl.Trainer | None, n_batches: int) -> int:
 
 
 def end_resumed_epoch(trainer: pl.Trainer, n_batches: int) -> bool:
-    """Tell a Trainer that resumes after an epoch's last batch that it was the last.
+    """Make a Trainer that resumes after an epoch's last batch treat that epoch as complete.
 
-    It compares what was done with the length of the loader, which is the next selection's by now.
+    The Trainer compares its progress with the length of the loader, which by now is that of the next
+    selection.
 
     Args:
-        n_batches: that length.
+        n_batches: the length of the loader.
 
     Returns:
-        Whether it has been told; not before its progress is restored, and a loader is asked for once more
-        after that.
+        Whether that was possible. It is not before the Trainer has restored its progress, after which it asks
+        for a loader again.
     """
     progress = trainer.fit_loop.epoch_loop.batch_progress
     if not progress.is_last_batch:
         return False
-    if progress.current.completed < progress.current.processed:  # it was saved as that batch ended
+    if (
+        progress.current.completed < progress.current.processed
+    ):  # the checkpoint was saved as that batch ended
         progress.current.completed = max(progress.current.completed, n_batches)
     return True

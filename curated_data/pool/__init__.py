@@ -1,4 +1,4 @@
-"""Pools of tar shards: indexed from their headers, read at offsets, written atomically."""
+"""Pools of tar shards: indexed by their headers, read at offsets, written atomically."""
 
 from curated_data.pool.access import RemoteOptions
 from curated_data.pool.decode import decode_image, decode_sample

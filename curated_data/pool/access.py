@@ -1,4 +1,4 @@
-"""How remote shards are read: the options, and the choice between ranged reads and whole shards."""
+"""Options for reading remote shards, and the choice between ranged reads and downloads."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,19 +13,19 @@ class RemoteOptions:
     """How remote shards are read.
 
     Attributes:
-        access: `ranges` asks for the bytes of the members; `download` keeps whole shards in the cache; `auto`
-            takes ranges until `ShardPool.plan_access` has weighed the two, and downloads where ranges are not
-            supported.
-        gap: bytes between members that are read over rather than asked for apart. At 25 KB a sample, 64 KiB
-            merges requests from a tenth of a shard on and hardly ever below.
-        n_threads: requests at once, in each process.
-        attempts: tries of a request before the error, with pauses of `backoff`, twice that, four times ...
-            seconds.
-        cache_bytes: what the downloaded shards may take together, over all processes that share the cache.
-        latency: seconds a request takes at the least, for the choice.
-        bandwidth: bytes a second of one process, for the choice.
-        recheck: seconds after which a process looks again whether a shard is what was indexed, in stores that
-            do not tell with the bytes of which version they are; HTTP (with ETags) and S3 do.
+        access: `ranges` requests only the bytes of members; `download` keeps whole shards in the cache;
+            `auto` uses ranges until `ShardPool.plan_access` has compared the two, and downloads if the server
+            does not support ranges.
+        gap: members at most this many bytes apart are read with one request. With 25 KB samples, 64 KiB
+            merges requests if a tenth of a shard or more is read, and rarely below.
+        n_threads: parallel requests in each process.
+        attempts: how often a request is tried before it fails, with pauses of `backoff`, twice that, four
+            times that, … seconds.
+        cache_bytes: limit on the size of all downloaded shards, over all processes that share the cache.
+        latency: seconds that a request takes at least, for the comparison.
+        bandwidth: bytes per second in one process, for the comparison.
+        recheck: seconds after which a process checks again that a shard has not changed, in stores whose
+            answers do not include a version; those of HTTP (with ETags) and S3 do.
     """
 
     access: Literal["auto", "ranges", "download"] = "auto"
@@ -47,20 +47,20 @@ def choose_access(
     epochs: int = 1,
     options: RemoteOptions | None = None,
 ) -> np.ndarray:
-    """Which shards to download whole, by the time that each way takes over all epochs.
+    """Which shards to download, by the time that downloads and ranges take over all epochs.
 
-    Ranges cost, in every epoch, a request a sample (a shuffled batch holds few neighbours), `n_threads` at
-    once, and the bytes; a download costs its bytes once, as only shards that fit in the cache together are
-    chosen: those that save most time a byte first.
+    Ranges cost, in every epoch, one request per sample (a shuffled batch has few neighbours), `n_threads` at
+    a time, and the selected bytes. A download costs the bytes of the shard once, because only as many shards
+    are chosen as fit in the cache: first those that save the most time per byte.
 
     Args:
-        shard_size, selected_bytes, selected_samples: (s,) per shard: bytes of all, bytes of the selected
-            members, and how many samples are selected.
+        shard_size, selected_bytes, selected_samples: (s,) per shard: its size, the bytes of the selected
+            members, and the number of selected samples.
         epochs: how often the selection is read.
         options: latency, bandwidth, threads, and the size of the cache.
 
     Returns:
-        (s,) bool: download this shard.
+        (s,) bool: whether to download each shard.
     """
     options = options or RemoteOptions()
     request = options.latency / options.n_threads

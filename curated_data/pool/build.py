@@ -1,4 +1,4 @@
-"""Indexing a pool's shards: one task a shard, in parallel, shared with other processes that want the same."""
+"""Indexing the shards of a pool: one task per shard, in parallel, shared with other processes."""
 
 import logging
 import multiprocessing
@@ -31,16 +31,15 @@ from curated_data.progress import progress
 
 log = logging.getLogger(__name__)
 
-_WORTH_PROCESSES = 256 << 20  # bytes of shards below which starting processes takes longer than it saves
+_WORTH_PROCESSES = 256 << 20  # bytes of shards from which parallel processes are worth starting
 
-
-Indexer = Callable[[ShardFile], ShardIndex]  # pickles, and small: it goes to processes with every shard
-# Gives a remote shard as what an index is built from, for the length of a `with` block.
+Indexer = Callable[[ShardFile], ShardIndex]  # must pickle small: it is sent to a process with every shard
+# Opens a remote shard for indexing, for the length of a `with` block.
 Opener = Callable[[ShardFile], AbstractContextManager[Source]]
 
 
 def build_in_memory(shards: Sequence[ShardFile], index_one: Indexer, num_workers: int | None) -> PoolIndex:
-    """Index every shard and keep the arrays in memory."""
+    """Index every shard and keep the index in memory."""
     started = time.monotonic()
     found = dict(_each(index_one, shards, range(len(shards)), num_workers))
     pool = concatenate([found[number] for number in range(len(shards))])
@@ -55,10 +54,10 @@ def build_in_cache(
     num_workers: int | None,
     cache_dir: str | Path,
 ) -> tuple[PoolIndex, Path]:
-    """Open the pool's index in the cache, after indexing the shards that are new to it; and where it lies.
+    """Index the shards that are not in the cache yet; returns the pool's index and its folder.
 
-    Any number of processes may call this at once, related or not: each takes shards that no other holds, and
-    waits at the end for those that others still work on.
+    Any number of processes may call this at once, related or not: each takes shards that no other is working
+    on, and waits for the rest at the end.
     """
     root = open_cache(cache_dir)
     folder = root / "pool" / pool_fingerprint(fingerprints)
@@ -70,7 +69,7 @@ def build_in_cache(
     task = partial(_index_to_cache, index_one=index_one, root=root)
     for _ in _each(task, shards, missing, num_workers):
         pass
-    for number in missing:  # what others held while we passed by: theirs by now, or ours if they died
+    for number in missing:  # locked by others so far: indexed by now, or ours if they died
         if not (folders[number] / MANIFEST).exists():
             _index_to_cache(shards[number], index_one=index_one, root=root, wait=True)
     _, found = build_once(folder, lambda temporary: write_pool_index(temporary, folders))
@@ -81,10 +80,10 @@ def build_in_cache(
 
 
 def index_shard_file(shard: ShardFile, opener: Opener | None = None) -> ShardIndex:
-    """Index one shard in the state that was looked up, from its headers.
+    """Index one shard by its headers.
 
     Raises:
-        PoolError: it changed since, or it is not a readable tar.
+        PoolError: it has changed since the pool was opened, or is not a readable tar.
     """
     if is_remote(shard.url):
         with opener(shard) as source:
@@ -96,14 +95,14 @@ def index_shard_file(shard: ShardFile, opener: Opener | None = None) -> ShardInd
     try:
         check_unchanged(shard, os.fstat(handle))
         index = index_shard(local_source(shard.url, handle))
-        check_unchanged(shard, os.fstat(handle))  # it may have grown or been written over meanwhile
+        check_unchanged(shard, os.fstat(handle))  # it may have changed meanwhile
         return index
     finally:
         os.close(handle)
 
 
 def pool_fingerprint(shard_fingerprints: Sequence[str]) -> str:
-    """The name of a pool: of its shards, in their order."""
+    """The name of a pool, by its shards and their order."""
     return fingerprint(stage="pool", shards=list(shard_fingerprints))
 
 
@@ -120,7 +119,7 @@ def _each(
     numbers: Iterable[int],
     num_workers: int | None,
 ) -> Iterator[tuple[int, ShardIndex | None]]:
-    """Run a task for each numbered shard, in parallel where that pays; yields results as they come."""
+    """Run a task for each numbered shard, in parallel if that is faster; yields results as they come."""
     numbers = list(numbers)
     remote = any(is_remote(shards[number].url) for number in numbers)
     workers = min(len(numbers), _workers(num_workers, remote))
@@ -139,7 +138,7 @@ def _each(
                     advance()
             except BrokenProcessPool as error:
                 raise PoolError(
-                    "an indexing process was killed, for want of memory most likely; run again to go on"
+                    "an indexing process was killed, most likely for lack of memory; run again to continue"
                 ) from error
             finally:
                 executor.shutdown(wait=True, cancel_futures=True)
@@ -147,10 +146,10 @@ def _each(
 
 @contextmanager
 def _executor(workers: int, remote: bool) -> Iterator[Executor]:
-    """Threads where the network is what we wait for; else forked processes, as a DataLoader's workers are.
+    """Threads for remote shards, which wait for the network; otherwise processes.
 
-    Forked, not spawned: a spawned process runs the user's script again up to its main guard, and many have
-    none.
+    They are forked, like the workers of a DataLoader: a spawned process runs the user's script again up to
+    its main guard, which many scripts lack.
     """
     if remote:
         executor: Executor = ThreadPoolExecutor(workers)
@@ -184,9 +183,8 @@ def _report(pool: PoolIndex, n_shards: int, n_indexed: int, seconds: float) -> N
     )
     if pool.n_duplicate_keys:
         log.warning(
-            "%d of %d samples have a key that an earlier one has too, for example %r; samples are told "
-            "apart by their "
-            "ids, so only what joins by key is affected",
+            "%d of %d samples have the key of an earlier one, for example %r; samples are identified by "
+            "their ids, so only joins by key are affected",
             pool.n_duplicate_keys,
             len(pool),
             pool.duplicate_example,

@@ -1,8 +1,8 @@
-"""From the bytes of a sample's members to tensors, text and numbers.
+"""Decoding the members of a sample to tensors, text and numbers.
 
-JPEG goes through simplejpeg: 1.5 to 2 times as fast as Pillow at 256 and 500 pixels, with Pillow's very
-pixels at full and at reduced scale. All else goes through Pillow. Not `torchvision.io`: it is as fast as
-simplejpeg, but deprecated since torchvision 0.29, and its PNG decoder ends the process at some damaged files.
+JPEGs are decoded by simplejpeg, which is 1.5 to 2 times as fast as Pillow at 256 and 500 pixels and gives the
+same pixels, at full and at reduced scale. Other formats are decoded by Pillow. `torchvision.io` is as fast as
+simplejpeg, but deprecated since torchvision 0.29, and its PNG decoder crashes on some damaged files.
 """
 
 import io
@@ -17,22 +17,8 @@ from PIL import Image, UnidentifiedImageError
 
 from curated_data.errors import SampleError
 
-IMAGE_EXTENSIONS = (
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "gif",
-    "bmp",
-    "ppm",
-    "pgm",
-    "tif",
-    "tiff",
-    "jp2",
-    "avif",
-    "img",
-    "image",
-)
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "pgm", "tif", "tiff", "jp2", "avif",
+                    "img", "image")  # fmt: skip
 TEXT_EXTENSIONS = ("txt", "text")
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 
@@ -40,7 +26,7 @@ Decoders = Mapping[str, Callable[[bytes], Any]]
 
 
 class EncodedImage(NamedTuple):
-    """An image member that is still to be decoded."""
+    """An image member that is not decoded yet."""
 
     member: str
     data: bytes
@@ -49,19 +35,19 @@ class EncodedImage(NamedTuple):
 def decode_image(data: bytes, *, min_size: int | None = None) -> torch.Tensor:
     """Decode an image to RGB.
 
-    Grey is repeated over the channels, palettes are looked up, CMYK is converted, alpha is dropped (all as
-    Pillow's `convert("RGB")`); 16-bit values keep their upper byte. Of an animation the first frame is taken.
+    Grey is repeated over the channels, palettes are looked up, CMYK is converted, alpha is dropped (all as in
+    Pillow's `convert("RGB")`); 16-bit values keep their upper byte. Of an animation, the first frame is used.
 
     Args:
-        data: the encoded bytes of any format that Pillow reads.
-        min_size: decode a JPEG at 1/2, 1/4 or 1/8 of its size where both sides stay at least this long, in
-            pixels; None decodes it in full.
+        data: the encoded bytes, in any format that Pillow reads.
+        min_size: decode a JPEG at 1/2, 1/4 or 1/8 of its size if both sides keep at least this many pixels;
+            None always decodes at full size.
 
     Returns:
-        uint8 (3, H, W), in memory as (H, W, 3).
+        uint8 (3, H, W), laid out in memory as (H, W, 3).
 
     Raises:
-        SampleError: no image, of no known format, truncated, damaged, or too large.
+        SampleError: not an image, of an unknown format, truncated, damaged, or too large.
     """
     if not data:
         raise SampleError("is empty")
@@ -72,10 +58,10 @@ def decode_image(data: bytes, *, min_size: int | None = None) -> torch.Tensor:
 
 
 def decode_array(data: bytes) -> np.ndarray:
-    """Decode a `.npy` member; object arrays, which are pickles, are refused.
+    """Decode a `.npy` member; object arrays, which are pickles, are rejected.
 
     Raises:
-        SampleError: not a `.npy`, truncated, or an array of objects.
+        SampleError: not a `.npy` file, truncated, or an object array.
     """
     try:
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
@@ -91,26 +77,25 @@ def decode_sample(
     min_size: int | None = None,
     encoded: bool = False,
 ) -> dict[str, Any]:
-    """Decode what a sample holds to the fields that embedding and training know.
+    """Decode a sample to the fields that embedding and training use.
 
     Args:
-        sample: as `ShardPool.read` gives it: `__key__`, `__url__`, and bytes by extension.
-        decoders: own decoders by extension, which win: `{"tif": read_bands}` is asked for `tif` and for
-            `left.tif`. An extension that has no meaning here comes back under its own name.
-        image_extensions: which members are images, the preferred first. Of several the preferred is taken, of
-            those the first in the archive.
+        sample: as returned by `ShardPool.read`: `__key__`, `__url__`, and bytes by extension.
+        decoders: own decoders by extension, which take precedence: `{"tif": read_bands}` decodes `tif` and
+            `left.tif`. The result for an extension that is not known here is returned under that extension.
+        image_extensions: the extensions of images, in order of preference; of several with the same
+            extension, the first in the archive is used.
         min_size: see `decode_image`.
-        encoded: leave an image for which there is no own decoder to the caller, as an `EncodedImage`.
+        encoded: return an image that has no own decoder as an `EncodedImage`, undecoded.
 
     Returns:
-        `image` uint8 (3, H, W), or what its decoder gave; where there is none, `array` (from `.npy`) or
-        `text` (from `.txt`, or the field `text` or `caption` of a `.json`). Beside these, where the sample
-        has them: `label`, an int from `.cls`; `caption`, the `.txt` beside an image or array; `metadata`, the
-            `.json`.
+        `image`, uint8 (3, H, W), or what its decoder returned; without an image, `array` (from `.npy`) or
+        `text` (from `.txt`, or the field `text` or `caption` of a `.json`). Also, if the sample has them:
+        `label`, an int from `.cls`; `caption`, the `.txt` beside an image or array; `metadata`, from `.json`.
 
     Raises:
-        SampleError: no member that can be decoded (with what there is), or one that cannot; names shard, key,
-            member.
+        SampleError: no member can be decoded (lists those there are), or decoding one fails; names the shard,
+            key and member.
     """
     decoders = decoders or {}
     members = {name: content for name, content in sample.items() if not name.startswith("__")}
@@ -120,7 +105,7 @@ def decode_sample(
         decoder = decoders.get(name) or decoders.get(name.rpartition(".")[2]) or default
         try:
             return decoder(members[name])
-        except Exception as error:  # whatever an own decoder raises is this sample's fault, and must name it
+        except Exception as error:  # own decoders may raise anything; the error must name the sample
             raise undecodable(sample, name, error) from error
 
     image = _first(members, image_extensions)
@@ -157,7 +142,7 @@ def decode_sample(
 
 
 def place_of(sample: Mapping[str, Any]) -> str:
-    """How messages name a sample: by shard and key."""
+    """The name of a sample in messages: its shard and key."""
     return f"{sample.get('__url__', 'sample')}: sample {sample.get('__key__', '?')!r}"
 
 
@@ -168,14 +153,14 @@ def undecodable(sample: Mapping[str, Any], member: str, error: Exception) -> Sam
 
 
 def _decode_jpeg(data: bytes, min_size: int | None) -> np.ndarray | None:
-    """(H, W, 3), or None for what is left to Pillow: CMYK, rare variants, and damage."""
+    """(H, W, 3), or None to leave it to Pillow: CMYK, rare variants, and damaged files."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours in ("CMYK", "YCCK"):
             return None
         _check_pixels(width, height)
         scale = 8 if min_size is not None else 1
-        while scale > 1 and min(width, height) < scale * min_size:  # as Pillow chooses it
+        while scale > 1 and min(width, height) < scale * min_size:  # the same choice as Pillow's
             scale //= 2
         return simplejpeg.decode_jpeg(data, min_height=-(-height // scale), min_width=-(-width // scale))
     except SampleError:
@@ -185,7 +170,7 @@ def _decode_jpeg(data: bytes, min_size: int | None) -> np.ndarray | None:
 
 
 def _decode_with_pillow(data: bytes, min_size: int | None) -> np.ndarray:
-    """(H, W, 3) of any format."""
+    """(H, W, 3), from any format."""
     try:
         image = Image.open(io.BytesIO(data))
         _check_pixels(image.width, image.height)
@@ -207,18 +192,16 @@ def _decode_with_pillow(data: bytes, min_size: int | None) -> np.ndarray:
         raise
     except Image.DecompressionBombError as error:
         raise SampleError(f"is too large ({error})") from error
-    except UnidentifiedImageError as error:  # whose own words hold an address, another one each run
+    except UnidentifiedImageError as error:  # whose message contains a memory address
         raise SampleError(f"cannot be decoded (no known image format; starts {data[:8]!r})") from error
-    except (
-        Exception
-    ) as error:  # Pillow's plugins raise OSError, ValueError, SyntaxError, struct.error and more
+    except Exception as error:  # Pillow's plugins raise OSError, ValueError, SyntaxError, struct.error, …
         raise SampleError(
             f"cannot be decoded ({str(error) or type(error).__name__}; starts {data[:8]!r})"
         ) from error
 
 
 def _first(members: Mapping[str, bytes], extensions: Sequence[str]) -> str | None:
-    """The member with the most preferred extension; `left.png` counts as `png` where no bare one is there."""
+    """The member with the most preferred extension; `left.png` counts as `png` if there is no plain one."""
     for name in extensions:
         if name in members:
             return name

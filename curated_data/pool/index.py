@@ -1,8 +1,8 @@
-"""The index of a pool: for every sample its key, and for every member of it the extension, offset and size.
+"""The index of a pool: the key of every sample, and the extension, offset and size of each of its members.
 
-Members are grouped to samples as webdataset groups them: neighbours whose names agree up to the first dot of
-the base name. All arrays are flat (a row's part of `b` is `b[start[row] : start[row + 1]]`), so that 1e8
-samples are a handful of memory maps and no Python object each.
+Members are grouped into samples as in webdataset: neighbours whose names agree up to the first dot of the
+base name. All arrays are flat (row i's part of an array is `array[start[i] : start[i + 1]]`), so that 1e8
+samples are a handful of memory maps instead of a Python object each.
 """
 
 import io
@@ -25,25 +25,25 @@ log = logging.getLogger(__name__)
 
 STAGE = "index"
 POOL_STAGE = "pool"
-CODE_VERSION = 1  # raise it when the arrays or the grouping change: it is part of every shard's fingerprint
+CODE_VERSION = 1  # part of every shard's fingerprint; increase it when arrays or grouping change
 ARRAYS = ("key_start", "key_bytes", "member_start", "member_extension", "member_offset", "member_size")
 _RESERVED = ("__key__", "__url__", "__bad__", "__local_path__")  # webdataset's own fields of a sample
 
-# What webdataset takes as key and extension, and the names that it passes over.
+# How webdataset splits a name into key and extension, and the names that it skips.
 _KEY_AND_EXTENSION = re.compile(rb"((?:.*/|)[^.]+)[.]([^/]*)$")
 _METADATA = re.compile(rb"__[^/]*__($|/)")
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the samples of one shard lie.
+    """The places of the samples of one shard.
 
     Attributes:
-        extensions: the extensions that occur, in lower case, in the order of their first member.
+        extensions: all extensions, in lower case, in order of first occurrence.
         key_start: (n + 1,) int64; sample i's key is `key_bytes[key_start[i] : key_start[i + 1]]`.
-        key_bytes: uint8; the keys, as the archive spells them (UTF-8 nearly always).
+        key_bytes: uint8; the keys, as in the archive (nearly always UTF-8).
         member_start: (n + 1,) int64; sample i's members are rows `member_start[i]` to `member_start[i + 1]`
-            of the rest.
+            of the following arrays.
         member_extension: (m,) int32 into `extensions`.
         member_offset: (m,) int64, the first byte of the member's data in the archive.
         member_size: (m,) int64, bytes.
@@ -71,7 +71,7 @@ class ShardIndex:
         places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
         joined = self.key_bytes[places].tobytes()
         begins = (ends - lengths).tolist()
-        if joined.isascii():  # bytes and characters are one: decoded once for all
+        if joined.isascii():  # a byte is a character, so decode all at once
             text = joined.decode("ascii")
             return [text[begin:end] for begin, end in zip(begins, ends.tolist())]
         return [
@@ -81,11 +81,11 @@ class ShardIndex:
 
 @dataclass(frozen=True)
 class PoolIndex(ShardIndex):
-    """Where the samples of a whole pool lie: the shards' indexes one after the other.
+    """The places of the samples of a pool: the concatenated indexes of its shards.
 
     Attributes:
         shard_start: (n_shards + 1,) int64; the first id of each shard, then the number of samples.
-        n_duplicate_keys: samples whose key an earlier sample of the pool has too.
+        n_duplicate_keys: samples with the key of an earlier sample.
         duplicate_example: one such key, or None.
     """
 
@@ -99,14 +99,14 @@ class PoolIndex(ShardIndex):
 
 
 def index_shard(shard: str | Path | Source) -> ShardIndex:
-    """Index one archive from its headers; the members' data are not read.
+    """Index one archive by its headers, without reading the data of its members.
 
     Args:
-        shard: a local path, or a `Source` for what lies elsewhere.
+        shard: a local path, or a `Source` for any other storage.
 
     Raises:
-        PoolError: no such file, or not a tar, compressed, damaged, truncated; or one sample has two members
-            of one extension, which webdataset refuses too.
+        PoolError: the file is missing, not a tar, compressed, damaged or truncated; or a sample has two
+            members with the same extension, which webdataset rejects too.
     """
     if isinstance(shard, Source):
         return _group(shard)
@@ -121,7 +121,7 @@ def index_shard(shard: str | Path | Source) -> ShardIndex:
 
 
 def split_name(name: bytes) -> tuple[bytes, str] | None:
-    """A member's key and extension as webdataset splits its name; None for what it passes over."""
+    """A member's key and extension, split as in webdataset; None for a name that it skips."""
     match = None if _METADATA.match(name) else _KEY_AND_EXTENSION.match(name)
     if match is None:
         return None
@@ -133,7 +133,7 @@ def save_shard_index(folder: Path, index: ShardIndex, *, url: str) -> None:
     """Publish a shard's index as an artifact folder."""
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        arrays = io.BytesIO()  # an archive that cannot be finished, on a full disk, complains once more
+        arrays = io.BytesIO()  # in memory first: on a full disk an open archive raises again when closed
         np.savez(arrays, **{name: getattr(index, name) for name in ARRAYS})
         (temporary / "arrays.npz").write_bytes(arrays.getbuffer())
         write_manifest(
@@ -167,7 +167,7 @@ def load_shard_index(folder: Path) -> ShardIndex:
 
 
 def concatenate(indexes: Sequence[ShardIndex]) -> PoolIndex:
-    """A pool's index in memory from its shards', in their order."""
+    """A pool's index in memory, from the indexes of its shards in order."""
     arrays, extensions = _empty_arrays(indexes), {}
     shard_start = np.zeros(len(indexes) + 1, np.int64)
     at = _Cursor()
@@ -188,8 +188,8 @@ def write_pool_index(folder: Path, shard_folders: Sequence[Path]) -> None:
     """Write a pool's index into `folder` as `.npy` files, one shard in memory at a time.
 
     Args:
-        folder: an existing, empty folder (a temporary one that is published whole).
-        shard_folders: the shards' index artifacts, in the pool's order.
+        folder: an existing, empty folder (a temporary one, published as a whole).
+        shard_folders: the index artifacts of the shards, in the order of the pool.
     """
     manifests = [read_manifest(path, STAGE) for path in shard_folders]
     n_samples, n_members, n_key_bytes = (
@@ -233,7 +233,7 @@ def load_pool_index(folder: Path) -> PoolIndex:
     manifest = read_manifest(folder, POOL_STAGE)
     try:
         arrays = {
-            # A plain view of the map: np.memmap's own indexing costs microseconds a call.
+            # A plain view of the map: indexing an np.memmap costs microseconds per call.
             name: np.asarray(read_array(folder, name, manifest, memory_map=True))
             for name in (*ARRAYS, "shard_start")
         }
@@ -251,10 +251,10 @@ def load_pool_index(folder: Path) -> PoolIndex:
 
 
 def count_duplicate_keys(key_start: np.ndarray, key_bytes: np.ndarray) -> tuple[int, str | None]:
-    """How many samples have a key that an earlier one has too, and one such key.
+    """The number of samples with the key of an earlier one, and one such key.
 
-    Keys are compared by a 64-bit multilinear hash (8 bytes a sample, sorted in place): with 1e8 keys the
-    expected number of false matches is below 0.1.
+    Keys are compared by a 64-bit multilinear hash (8 bytes per sample): for 1e8 keys the expected number of
+    false matches is below 0.1.
     """
     n = len(key_start) - 1
     hashes = np.empty(n, np.uint64)
@@ -265,7 +265,7 @@ def count_duplicate_keys(key_start: np.ndarray, key_bytes: np.ndarray) -> tuple[
         starts = starts - starts[0]
         lengths = np.diff(starts)
         if lengths.max(initial=0) > len(weights):
-            # As the grouping has it, no key is empty: reduceat below needs that.
+            # No key is empty, by the rules of grouping; reduceat below relies on that.
             generator = np.random.Generator(np.random.PCG64(0))
             weights = generator.integers(0, 2**64, int(lengths.max()), np.uint64)
         place = np.arange(len(blob)) - np.repeat(starts[:-1], lengths)
@@ -285,7 +285,7 @@ def _group(source: Source) -> ShardIndex:
     member_extension: list[int] = []
     member_offset: list[int] = []
     member_size: list[int] = []
-    spelled: dict[bytes, int] = {}  # every spelling seen, so that lower() runs once each
+    spelled: dict[bytes, int] = {}  # number of each spelling seen, so that lower() runs once each
     extensions: dict[str, int] = {}
     current: bytes | None = None
     seen: set[int] = set()
@@ -296,7 +296,7 @@ def _group(source: Source) -> ShardIndex:
                 continue
             if dot and name[dot - 1] != 0x2F and name[:2] != b"__" and b"\n" not in name:
                 key, spelling = name[:dot], name[dot + 1 :]
-            else:  # dot-files, webdataset's metadata, and what only its regular expression can tell
+            else:  # dot-files, webdataset's metadata, and other odd names
                 match = None if _METADATA.match(name) else _KEY_AND_EXTENSION.match(name)
                 if match is None:
                     continue
@@ -351,7 +351,7 @@ def _layout(n_samples: int, n_members: int, n_key_bytes: int) -> dict[str, tuple
 
 
 def _check_layout(folder: Path, arrays: dict[str, np.ndarray], n_shards: int, n_samples: int) -> None:
-    """That mapped arrays, of which the sizes alone were looked at, have the form that was written."""
+    """Check types and shapes of mapped arrays, of which only the file sizes were verified."""
     layout = _layout(n_samples, arrays["member_size"].size, arrays["key_bytes"].size)
     for name, (dtype, shape) in (layout | {"shard_start": (np.int64, (n_shards + 1,))}).items():
         if arrays[name].dtype != dtype or arrays[name].shape != shape:
@@ -380,7 +380,7 @@ class _Cursor:
 def _append(
     arrays: dict[str, np.ndarray], at: _Cursor, index: ShardIndex, extensions: dict[str, int]
 ) -> None:
-    """Copy a shard's index behind what is there, its extensions renumbered to the pool's."""
+    """Append a shard's index, with its extensions renumbered to those of the pool."""
     n, m, b = len(index), len(index.member_size), len(index.key_bytes)
     numbers = np.array([extensions.setdefault(name, len(extensions)) for name in index.extensions], np.int32)
     arrays["key_start"][at.samples : at.samples + n + 1] = index.key_start + at.key_bytes

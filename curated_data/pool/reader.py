@@ -1,6 +1,6 @@
-"""Positioned reads of members: whole batches, neighbours in one read, a bounded number of open files.
+"""Reading members at offsets, a whole batch at a time: neighbours in one read, few files open at once.
 
-What the page cache holds costs a copy alone where the shard is mapped; all else is read with `os.pread`.
+Members in the page cache are copied out of a memory map of the shard; all others are read with `os.pread`.
 """
 
 import errno
@@ -18,22 +18,20 @@ import numpy as np
 from curated_data.errors import PoolError
 from curated_data.pool.storage import ShardFile, check_unchanged, vanished
 
-LOCAL_GAP = 4 << 10  # bytes worth reading over rather than asking again: about what one more call costs
-MAPPED_POOL = 8 << 30  # bytes of all shards; larger pools are not mapped, see `LocalReader`
+LOCAL_GAP = 4 << 10  # bytes between members that are read too, since another call would cost about as much
+MAPPED_POOL = 8 << 30  # bytes; larger pools are not mapped, see `LocalReader`
 _CAN_ADVISE = hasattr(os, "posix_fadvise")
 _CAN_PROBE = hasattr(os, "RWF_NOWAIT")
-_PROBES = (
-    4  # members of a batch that are asked for; with half of a pool cached, one in 16 batches looks cached
-)
+_PROBES = 4  # members of a batch to probe; with half of a pool cached, one batch in 16 looks cached
 
 
 @dataclass
 class ReadCounters:
-    """What was asked for and what it took, in this process and, before a fork, in its parent.
+    """What was asked for and what was read, by this process and, before a fork, by its parent.
 
     Attributes:
-        bytes_needed: of the members asked for, each once a batch.
-        bytes_read: of all reads, gaps between neighbours and whole downloaded shards included.
+        bytes_needed: of the members asked for, each once per batch.
+        bytes_read: of all reads, including gaps between neighbours and whole downloaded shards.
         n_reads: read calls or requests.
         n_members: members asked for.
     """
@@ -49,9 +47,9 @@ class Runs:
     """Reads that cover a batch of members.
 
     Attributes:
-        order: (m,) the members sorted by shard and offset.
-        first: (r + 1,) run i covers `order[first[i] : first[i + 1]]`.
-        shard, start, stop: (r,) what each run reads.
+        order: (m,) the members, sorted by shard and offset.
+        first: (r + 1,); run i covers `order[first[i] : first[i + 1]]`.
+        shard, start, stop: (r,) the bytes that each run reads.
     """
 
     order: np.ndarray
@@ -64,13 +62,12 @@ class Runs:
 def plan_runs(
     shard: np.ndarray, offset: np.ndarray, size: np.ndarray, gap: int, longest: int = 64 << 20
 ) -> Runs:
-    """Join members of one shard that lie at most `gap` bytes apart to one read, up to `longest` bytes.
+    """Join members of a shard that are at most `gap` bytes apart to one read, of up to `longest` bytes.
 
     Args:
         shard, offset, size: (m,) integers; members may repeat, but not overlap otherwise.
-        gap: bytes between neighbours that are read over.
-        longest: a run is cut where it would grow beyond this, so that a batch never asks for a shard in one
-            piece.
+        gap: bytes between neighbours that are read too.
+        longest: longer runs are cut, so that a batch never reads a shard in one piece.
     """
     order = np.lexsort((offset, shard))
     sorted_shard, start = shard[order], offset[order]
@@ -88,33 +85,33 @@ def plan_runs(
 
 
 class OpenShard(NamedTuple):
-    """A shard's file: its handle, whether a folder still had it when it was opened, and its map, if any."""
+    """A shard's open file: its handle, whether it had a name in a folder then, and its map, if any."""
 
     handle: int
     was_linked: bool
     mapped: mmap.mmap | None
 
     def close(self) -> None:
-        """Close the file and give up the map."""
+        """Close the file and the map."""
         os.close(self.handle)
         if self.mapped is not None:
             self.mapped.close()
 
 
 class LocalReader:
-    """Reads members of local shards: from a map of the file, or with `os.pread`.
+    """Reads members of local shards, from a memory map of the file or with `os.pread`.
 
-    A copy out of a map takes half the time of a system call that copies: a whole read of a random member of
-    23 KB in the page cache 8.4 against 13.3 µs, in a first epoch 12 against 15. By that raw reading is ahead
-    of other readers, which read from maps too. It is taken for shards on a block device, of pools of at most
-    `MAPPED_POOL` bytes (so that neither page tables nor what tools show as resident memory grow with the
-    pool), when a probe finds the batch in the page cache; what has to come from the disk is read by `pread`,
-    where a fault of the disk is an `OSError`. A shard that is truncated in place within the microseconds
-    between the check and the copy ends the process with a bus error; one truncated before is an error that
-    names it, as everywhere.
+    A copy out of a map is faster than a system call: a random member of 23 KB in the page cache takes 8.4
+    instead of 13.3 µs, or 12 instead of 15 in a first epoch. Maps are used for shards on a block device, in
+    pools of at most `MAPPED_POOL` bytes (so that neither page tables nor the resident memory that tools show
+    grow with the pool), if a probe finds the batch in the page cache. What must come from the disk is read
+    with `pread`, which reports a disk failure as an `OSError`. A shard that is truncated in place within the
+    microseconds between check and copy ends the process with a bus error; one truncated earlier raises an
+    error that names it.
 
-    Keeps at most `max_open` files open, the least recently used closed first. May be used from several
-    threads, and after a fork (a positioned read shares no file position); it pickles without its handles.
+    At most `max_open` files are open, and the least recently used is closed first. The reader may be used
+    from several threads and after a fork (positioned reads share no file position), and pickles without its
+    handles.
     """
 
     def __init__(
@@ -136,13 +133,13 @@ class LocalReader:
         self._process = os.getpid()
 
     def read(self, shard: np.ndarray, offset: np.ndarray, size: np.ndarray) -> list[bytes]:
-        """The bytes of each member, in the order asked.
+        """The bytes of each member, in the given order.
 
         Args:
             shard, offset, size: (m,) int64.
 
         Raises:
-            PoolError: a shard vanished or changed since it was indexed.
+            PoolError: a shard is missing or has changed since it was indexed.
         """
         if self._process != os.getpid():  # forked, perhaps while another thread held the lock
             self._lock, self._process = threading.Lock(), os.getpid()
@@ -155,7 +152,7 @@ class LocalReader:
         return found
 
     def close(self) -> None:
-        """Close all files; the next read opens what it needs."""
+        """Close all files; the next read reopens what it needs."""
         while self._open:
             self._open.popitem()[1].close()
 
@@ -170,7 +167,7 @@ class LocalReader:
             self.close()
 
     def _copy(self, shard: np.ndarray, offset: np.ndarray, size: np.ndarray) -> list[bytes] | None:
-        """The members out of the maps of their shards; None where they are not all mapped and cached."""
+        """The members, copied out of maps; None unless all are mapped and cached."""
         shards, offsets, sizes = shard.tolist(), offset.tolist(), size.tolist()
         numbers = dict.fromkeys(shards)
         if len(numbers) > self._most_shards:
@@ -190,13 +187,13 @@ class LocalReader:
         ]
 
     def _read(self, runs: Runs, offset: np.ndarray, size: np.ndarray) -> list[bytes]:
-        """The members by one read a run."""
+        """The members, with one read per run."""
         found: list[bytes] = [b""] * len(runs.order)
         order, first = runs.order.tolist(), runs.first.tolist()
         begins, sizes = offset[runs.order].tolist(), size[runs.order].tolist()
         shards, starts = runs.shard.tolist(), runs.start.tolist()
         lengths = (runs.stop - runs.start).tolist()
-        for block in range(0, len(shards), self._most_shards):  # so that all its files can be open at once
+        for block in range(0, len(shards), self._most_shards):  # whose files can all be open at once
             part = slice(block, block + self._most_shards)
             handles = self._announce(shards[part], starts[part], lengths[part])
             for number, handle in enumerate(handles, block):
@@ -216,10 +213,9 @@ class LocalReader:
         return found
 
     def _announce(self, shards: list[int], starts: list[int], lengths: list[int]) -> list[int]:
-        """The open file of each read to come, after telling the kernel of all that are not cached.
+        """The handle for each of the next reads, after announcing them to the kernel if they are not cached.
 
-        A disk then works on all of a batch at once, which is 3 to 5 times as fast as one read after the
-        other.
+        A disk then works on the whole batch at once, which is 3 to 5 times as fast as read after read.
         """
         opened = {number: self._shard(number).handle for number in dict.fromkeys(shards)}
         handles = [opened[number] for number in shards]
@@ -229,7 +225,7 @@ class LocalReader:
         return handles
 
     def _are_cached(self, shards: list[int], offsets: list[int]) -> bool:
-        """Whether a few reads, evenly spread over those to come, would all be answered without the disk."""
+        """Whether a few of the next reads, evenly spread, would all be answered without the disk."""
         if not _CAN_PROBE:
             return False
         try:
@@ -237,7 +233,7 @@ class LocalReader:
                 if not os.preadv(
                     self._open[shards[place]].handle, [bytearray(1)], offsets[place], os.RWF_NOWAIT
                 ):
-                    return False  # at the end of the file: the read itself will say so
+                    return False  # end of the file: the read itself will raise
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
@@ -245,7 +241,7 @@ class LocalReader:
         return True
 
     def _shard(self, number: int) -> OpenShard:
-        """A shard's open file, in the state that was indexed."""
+        """A shard's open file, after checking that it is still what was indexed."""
         opened = self._open.get(number)
         if opened is not None:
             if self._is_current(number, os.fstat(opened.handle), opened.was_linked):
@@ -257,15 +253,17 @@ class LocalReader:
             self._open.popitem(last=False)[1].close()
         status = os.fstat(handle)
         mapped = None
-        if self.maps and os.major(status.st_dev) and status.st_size:  # what has no device may be a network's
+        if (
+            self.maps and os.major(status.st_dev) and status.st_size
+        ):  # without a device it may be on a network
             mapped = mmap.mmap(handle, status.st_size, prot=mmap.PROT_READ)
-        # Some network file systems never say how many links there are.
+        # Some network file systems never report the number of links.
         self._open[number] = OpenShard(handle, status.st_nlink > 0, mapped)
         return self._open[number]
 
     @property
     def _most_shards(self) -> int:
-        """How many may be open: a map holds a handle of its own."""
+        """How many may be open; a map holds a second handle."""
         return max(1, self.max_open // (1 + self.maps))
 
     def _open_file(self, number: int) -> int:
@@ -282,12 +280,12 @@ class LocalReader:
         return handle
 
     def _is_current(self, number: int, status: os.stat_result, was_linked: bool) -> bool:
-        """Whether an open file may go on being read; raises where the shard itself has changed."""
+        """Whether an open file may still be read; raises if the shard has changed."""
         check_unchanged(self.shards[number], status, was_linked)
         return True
 
     def _rest(self, shard: int, start: int, length: int, handle: int, data: bytes) -> bytes:
-        """A read that came short: go on until it is whole, or the file ends."""
+        """Complete a short read, unless the file ends."""
         pieces = [data]
         have = len(data)
         while have < length and data:
@@ -303,17 +301,17 @@ class LocalReader:
 
 
 def _keep_freed_memory() -> None:
-    """Let malloc keep what a batch frees for the next batch.
+    """Make malloc keep the memory that a batch frees for the next batch.
 
-    glibc gives free memory above a threshold of 128 KiB back to the kernel, which hands it out again page by
-    page: three quarters of the time of reading a batch from the page cache. The threshold follows the largest
-    block that was ever freed (mallopt(3), M_MMAP_THRESHOLD), so one block, never touched and freed at once,
-    raises it to 32 MiB unless the user has set it. Elsewhere this does nothing.
+    glibc returns freed blocks above a threshold of 128 KiB to the kernel, which hands them out again page by
+    page: three quarters of the time to read a batch from the page cache. The threshold follows the largest
+    block ever freed (mallopt(3), M_MMAP_THRESHOLD), so allocating and freeing one block raises it, to at most
+    32 MiB, unless the user has set it. With other allocators this has no effect.
     """
     bytearray(16 << 20)
 
 
 def _handles_allowed() -> int:
-    """A quarter of what the process may open, 512 at most: shards of a batch, not of a pool."""
+    """A quarter of the process's limit on open files, at most 512: enough for the shards of a batch."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 512 if limit == resource.RLIM_INFINITY else max(16, min(512, limit // 4))

@@ -1,4 +1,4 @@
-"""Pools with shards on other machines: ranged reads run at once, or whole shards in a bounded cache."""
+"""Reading remote shards: parallel ranged reads, or whole shards in a bounded cache."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,15 +20,14 @@ from curated_data.pool.urls import is_remote
 
 
 class RemoteReader:
-    """Reads members of a pool with remote shards: each shard as a local file, by ranges, or from the shard
-    cache.
+    """Reads members of a pool with remote shards: of each shard by ranges, from the shard cache, or locally.
 
     Args:
         shards: the pool's shards.
         storage_options: for fsspec.
-        options: how.
-        cache_folder: where downloaded shards are kept; None where there is no cache.
-        access: (s,) LOCAL, RANGES or DOWNLOAD for each shard, where that was decided.
+        options: how to read remote shards.
+        cache_folder: for downloaded shards; None without a cache.
+        access: (s,) LOCAL, RANGES or DOWNLOAD for each shard; None takes the default of `options`.
     """
 
     def __init__(
@@ -53,10 +52,10 @@ class RemoteReader:
         self._threads: tuple[int, ThreadPoolExecutor] | None = None
 
     def read(self, shard: np.ndarray, offset: np.ndarray, size: np.ndarray) -> list[bytes]:
-        """The bytes of each member, in the order asked; arguments (m,) int64.
+        """The bytes of each member, in the given order; all arguments (m,) int64.
 
         Raises:
-            PoolError: a shard vanished or changed, or the network failed for good.
+            PoolError: a shard is missing or has changed, or the network keeps failing.
         """
         found: list[bytes] = [b""] * len(shard)
         access = self.access[shard]
@@ -74,13 +73,13 @@ class RemoteReader:
 
     @contextmanager
     def source(self, shard: ShardFile) -> Iterator[Source]:
-        """A remote shard as what an index is built from: read in large pieces, or from the shard cache."""
+        """A remote shard for indexing: read in large pieces, or from the shard cache."""
         if self.options.access != "download" and self.store.can_read_ranges(shard.url):
 
             def read(offset: int, length: int) -> bytes:
                 return self.store.read(shard, offset, min(offset + length, shard.size))
 
-            # Reading over a megabyte takes less time than another request.
+            # Reading another megabyte takes less time than another request.
             yield Source(shard.url, shard.size, read, least=256 << 10, most=8 << 20)
             return
         handle = self._shard_cache(shard).open(shard, self.store.download)
@@ -90,7 +89,7 @@ class RemoteReader:
             os.close(handle)
 
     def close(self) -> None:
-        """Close files and threads; the next read opens what it needs."""
+        """Close files and threads; the next read reopens what it needs."""
         self._local.close()
         if self._cached is not None:
             self._cached.close()
@@ -156,12 +155,12 @@ class RemoteReader:
     def _no_cache(self, shard: ShardFile) -> PoolError:
         return PoolError(
             f"{shard.url}: has to be downloaded whole (its server does not support ranged reads, or "
-            "access='download' was asked for), which takes a cache_dir; give the pool one"
+            "access='download' was set), which needs a cache_dir; give the pool one"
         )
 
 
 class CachedReader(LocalReader):
-    """Reads members of downloaded shards, downloading those that are not, or no longer, in the cache."""
+    """Reads members of downloaded shards, and downloads those that are not in the cache (any more)."""
 
     def __init__(self, owner: RemoteReader):
         super().__init__(owner.shards)
@@ -176,4 +175,4 @@ class CachedReader(LocalReader):
         return self._shard_cache.open(self.shards[number], download)
 
     def _is_current(self, number: int, status: os.stat_result, was_linked: bool) -> bool:
-        return status.st_nlink > 0 or not was_linked  # else evicted: closing it gives its space back
+        return status.st_nlink > 0 or not was_linked  # otherwise evicted: closing it frees its space

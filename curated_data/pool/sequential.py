@@ -1,4 +1,4 @@
-"""Shards that cannot be read at offsets, compressed ones and pipes: read from their start, in order."""
+"""Pools of compressed shards or pipes, which can only be read in sequence."""
 
 import bz2
 import gzip
@@ -33,19 +33,19 @@ _UNKNOWN_SIZE = 1 << 62
 
 
 class SequentialPool(ShardPool):
-    """A pool of compressed shards (`.tar.gz`, `.tar.zst`, ...) or of pipes, used as a `ShardPool` is.
+    """A pool of compressed shards (`.tar.gz`, `.tar.zst`, …) or pipes, with the interface of `ShardPool`.
 
-    A shard can be read from its start alone, so each is read whole to number its samples, and a sample costs
-    all that lie before it. What is read in the order of the ids costs one pass a shard: a stream stays open
-    where the last read left it. Samples come through webdataset's own pipeline; it ends without an error
-    where a header is damaged, which the index notices.
+    Such a shard can only be read from its start: indexing reads it completely, and reading a sample reads all
+    that precede it. Reading in the order of the ids costs one pass per shard, because streams stay open where
+    the last read ended. Samples come through webdataset's own pipeline, which stops silently at a damaged
+    header; the index notices that.
 
     Args:
-        urls: as for `ShardPool`, and `pipe:<command>` with braces expanded; commands run in a shell.
-        options: `cache_dir` and the others of `ShardPool`.
+        urls: as for `ShardPool`, and also `pipe:<command>` with braces; commands run in a shell.
+        options: `cache_dir` and the other options of `ShardPool`.
 
     Raises:
-        PoolError: as `ShardPool`; and for zstd shards where the package `zstandard` is missing.
+        PoolError: as for `ShardPool`; also for zstd shards if the package `zstandard` is missing.
     """
 
     _takes_pipes = True
@@ -53,15 +53,14 @@ class SequentialPool(ShardPool):
     def __init__(self, urls: Any, **options: Any):
         super().__init__(urls, **options)
         log.info(
-            "%d shards are read in sequence (compressed or pipes), a sample costs all before it in its "
-            "shard; "
-            "plain .tar shards are read at offsets",
+            "%d shards are read in sequence (compressed, or pipes): each sample costs all that precede it in "
+            "its shard; plain .tar shards are read at offsets",
             len(self.urls),
         )
 
     @cached_property
     def shards(self) -> list[ShardFile]:
-        """Each shard in the state it had when the pool first looked; of a pipe the command is all we know."""
+        """Each shard in its state at first use; a pipe is identified by its command alone."""
         files = [url for url in self._places if not is_pipe(url)]
         states = iter(stat_shards(files, self.storage_options, self.remote))
         return [
@@ -72,14 +71,14 @@ class SequentialPool(ShardPool):
     def iterate(
         self, ids: Sequence[int] | np.ndarray | None = None, extensions: Sequence[str] | None = None
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Go once through the shards that hold selected samples, in shard order, then tar order.
+        """Pass once over the shards that contain selected samples, in shard order, then tar order.
 
         Args:
-            ids: the selection, in any order; None for all. Each is given once.
+            ids: the selection, in any order; None for all. Repeats are ignored.
             extensions: the members to keep.
 
         Yields:
-            (id, sample) with the sample as `read` gives it.
+            (id, sample), with the sample as from `read`.
         """
         ids = np.arange(len(self)) if ids is None else np.unique(self._checked(ids))
         for first in range(0, len(ids), 256):
@@ -93,17 +92,17 @@ class SequentialPool(ShardPool):
         *,
         epochs: int = 1,
     ) -> np.ndarray:
-        """Nothing is to be chosen: every shard streams."""
+        """Nothing to plan: every shard is streamed."""
         return np.zeros(len(self.urls), bool)
 
     def close(self) -> None:
-        """Close the streams that are open."""
+        """Close all open streams."""
         while self._streams:
             self._streams.popitem()[1].close()
 
     @property
     def _streams(self) -> "OrderedDict[int, _Stream]":
-        """What is open in this process: a fork must not read on in its parent's streams."""
+        """The open streams of this process; after a fork, those of the parent must not be used."""
         process, streams = self.__dict__.get("_open_streams", (None, None))
         if process != os.getpid():
             streams = OrderedDict()
@@ -128,7 +127,7 @@ class SequentialPool(ShardPool):
         return found
 
     def _sample(self, shard: int, sample_id: int) -> dict[str, Any]:
-        """One sample, from the stream that stands before it or at it, or from a new one."""
+        """One sample, from an open stream that has not passed it, or from a new stream."""
         place = sample_id - int(self.shard_ranges()[shard])
         stream = self._streams.get(shard)
         if stream is None or stream.place > place:
@@ -153,7 +152,7 @@ class SequentialPool(ShardPool):
 
 @dataclass
 class _Stream:
-    """A shard being read: `place` is that of the sample in hand, -1 before the first."""
+    """A shard being read; `place` is the number of the current sample, -1 before the first."""
 
     shard: ShardFile
     storage_options: Mapping[str, Any]
@@ -177,7 +176,7 @@ class _Stream:
 
 
 def _index_stream(shard: ShardFile, storage_options: Mapping[str, Any]) -> ShardIndex:
-    """A shard's index by its decompressed stream's headers, with the offsets in that stream."""
+    """A shard's index, by the headers of its decompressed stream; offsets are those in the stream."""
     with _decompressed(shard, storage_options) as stream:
         forward = _Forward(stream)
         try:
@@ -189,7 +188,7 @@ def _index_stream(shard: ShardFile, storage_options: Mapping[str, Any]) -> Shard
 
 
 class _Forward:
-    """Reads at offsets that never go back behind the last one."""
+    """Reads a stream at offsets that never decrease."""
 
     def __init__(self, stream: IO[bytes]):
         self.stream = stream
@@ -214,7 +213,7 @@ class _Forward:
 
 @contextmanager
 def _samples(shard: ShardFile, storage_options: Mapping[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
-    """webdataset's samples of a shard."""
+    """A shard's samples, as webdataset reads them."""
     with _decompressed(shard, storage_options) as stream:
         yield group_by_keys(tar_file_expander([{"url": shard.url, "stream": stream}]))
 
@@ -242,7 +241,9 @@ def _decompressed(shard: ShardFile, storage_options: Mapping[str, Any]) -> Itera
             try:
                 import zstandard
             except ImportError as error:
-                raise PoolError(f"{shard.url}: is zstd, which takes the package zstandard") from error
+                raise PoolError(
+                    f"{shard.url}: is compressed with zstd; install the package zstandard"
+                ) from error
             raw = stack.enter_context(
                 zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
             )
@@ -250,7 +251,7 @@ def _decompressed(shard: ShardFile, storage_options: Mapping[str, Any]) -> Itera
 
 
 class _Command(io.RawIOBase):
-    """What a shell command writes, as a raw stream; that it failed is an error where its output ends."""
+    """The output of a shell command as a raw stream; if it failed, reading its end raises an error."""
 
     def __init__(self, command: str):
         self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
@@ -266,13 +267,13 @@ class _Command(io.RawIOBase):
 
     def close(self) -> None:
         if not self.closed:
-            self._process.stdout.close()  # whoever still writes is told so by a signal
+            self._process.stdout.close()  # a command that is still writing gets a signal
             self._process.wait()
         super().close()
 
 
 class _Readable(io.RawIOBase):
-    """Whatever has a `read`, as a raw stream."""
+    """Any object with a `read` method, as a raw stream."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -299,5 +300,5 @@ def _unreadable(shard: ShardFile, error: Exception) -> PoolError:
 
 
 def _in_sequence(shard: ShardFile) -> ShardFile:
-    """The same state under another name, as its index, without offsets, is not the usual one."""
+    """The same state with another fingerprint, because offsets in its index are those of a stream."""
     return ShardFile(shard.url, shard.size, f"sequential {shard.version}")

@@ -1,4 +1,4 @@
-"""A pool of tar shards as one long list of samples, readable in any order."""
+"""A pool of tar shards as one long list of samples that can be read in any order."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -29,28 +29,28 @@ from curated_data.pool.urls import absolute_url, expand_urls, is_remote
 log = logging.getLogger(__name__)
 
 _BLOCK = 65_536  # samples whose labels are read at once
-_SIZED = 1 << 20  # samples of a selection whose sizes are looked up to plan with
+_SIZED = 1 << 20  # samples whose sizes are looked up for a plan
 
 
 class ShardPool:
-    """The samples of some tar shards, numbered in shard order, then tar order.
+    """The samples of tar shards, numbered in shard order, then tar order.
 
-    A sample is what webdataset makes of it: neighbouring members whose names agree up to the first dot of the
-    base name. The shards are indexed on first need, from their headers; with a `cache_dir` the index is kept
-    there, so that only shards that are new or changed are indexed again. The pool pickles small: workers open
-    the index themselves.
+    Samples are those of webdataset: neighbouring members whose names agree up to the first dot of the base
+    name. The shards are indexed by their headers on first use. With a `cache_dir` the index is kept there, so
+    that only new or changed shards are indexed again. A pickled pool is small: workers open the index
+    themselves.
 
     Args:
         urls: a path or fsspec URL with braces (`pool-{000000..000099}.tar`) or a glob, or a list of these.
-        cache_dir: where the index is kept; None keeps it in memory.
-        num_workers: processes (threads for remote shards) that index; None takes one a core.
-        image_extensions: extensions that are images, the preferred first.
-        storage_options: what fsspec needs to reach remote shards, e.g. an endpoint.
+        cache_dir: for the index; None keeps it in memory.
+        num_workers: processes (threads for remote shards) that index; None takes one per core.
+        image_extensions: the extensions of images, in order of preference.
+        storage_options: for fsspec to access remote shards, such as an endpoint.
         remote: how remote shards are read.
 
     Raises:
-        PoolError: an empty list, a pattern without a match, a missing shard, a shard given twice; on
-            indexing, a shard that is no tar, truncated, damaged or compressed, and a pool without a sample.
+        PoolError: an empty list, a pattern without a match, or a shard that is missing or given twice; on
+            indexing, a shard that is not a tar, truncated, damaged or compressed, or a pool without samples.
 
     Example:
         >>> pool = ShardPool("pool-{000..099}.tar", cache_dir="cache")  # doctest: +SKIP
@@ -91,21 +91,21 @@ class ShardPool:
 
     @cached_property
     def shards(self) -> list[ShardFile]:
-        """Each shard in the state it had when the pool first looked."""
+        """Each shard, with its size and version at first use."""
         return stat_shards(self._places, self.storage_options, self.remote)
 
     @cached_property
     def shard_fingerprints(self) -> list[str]:
-        """The name of each shard in its state: what artifacts of one shard are kept under."""
+        """The name of each shard in its state, under which its artifacts are kept."""
         return [shard.fingerprint for shard in self.shards]
 
     @cached_property
     def fingerprint(self) -> str:
-        """The name of the pool: of its shards' fingerprints, in their order."""
+        """The name of the pool, from the fingerprints of its shards in order."""
         return pool_fingerprint(self.shard_fingerprints)
 
     def index(self) -> PoolIndex:
-        """The pool's index; built on the first call, or found in the cache."""
+        """The pool's index, built on the first call or found in the cache."""
         if self._index is None:
             if self._index_folder is not None:
                 self._index = load_pool_index(self._index_folder)
@@ -124,7 +124,7 @@ class ShardPool:
         return self._index
 
     def with_cache(self, cache_dir: str | Path | None) -> Self:
-        """The same pool with its index kept under another cache, or in memory."""
+        """The same pool with its index in another cache, or in memory."""
         pool = object.__new__(type(self))
         pool.__dict__.update(self.__getstate__())
         pool.cache_dir = None if cache_dir is None else absolute(cache_dir)
@@ -141,11 +141,11 @@ class ShardPool:
         return self.index().shard_start
 
     def keys(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """The samples' keys: their members' name up to the first dot of the base name."""
+        """The samples' keys: the names of their members up to the first dot of the base name."""
         return self.index().keys(self._checked(ids))
 
     def sizes(self, ids: Sequence[int] | np.ndarray, extensions: Sequence[str] | None = None) -> np.ndarray:
-        """Bytes of each sample's members, (n,) int64: all of them, or those with one of the extensions."""
+        """The size of each sample in bytes, (n,) int64: of all its members, or of those with an extension."""
         ids = self._checked(ids)
         members = self._members(ids, extensions)
         return np.bincount(members.owner, members.size, minlength=len(ids)).astype(np.int64)
@@ -153,19 +153,19 @@ class ShardPool:
     def read(
         self, ids: Sequence[int] | np.ndarray, extensions: Sequence[str] | None = None
     ) -> list[dict[str, Any]]:
-        """The samples with these ids, in the order asked; an id may occur more than once.
+        """Read samples, in the order of the ids; an id may be repeated.
 
         Args:
             ids: (n,) integers, 0 to `len(pool) - 1`.
-            extensions: read only members with one of these; a sample that has none of them comes with
-                `__members__`, the extensions that it has, in their place.
+            extensions: read only the members with these; a sample without any of them gets a list of the
+                extensions that it has, under `__members__`.
 
         Returns:
-            As webdataset gives them: `__key__`, `__url__`, and the bytes of each member under its extension.
+            Dicts as in webdataset: `__key__`, `__url__`, and the bytes of each member under its extension.
 
         Raises:
-            PoolError: an id outside the pool, extensions that no sample has, a shard that vanished or
-                changed.
+            PoolError: an id outside the pool, extensions that no sample has, or a shard that is missing or
+                has changed.
         """
         ids = self._checked(ids)
         index = self.index()
@@ -195,10 +195,10 @@ class ShardPool:
         return asked
 
     def labels(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The class of each sample, (n,) int64, from its `.cls` member; -1 where it has none.
+        """The class of each sample, (n,) int64, from its `.cls` member; -1 for samples without one.
 
         Raises:
-            SampleError: a `.cls` that is no integer in ASCII digits.
+            SampleError: a `.cls` that is not an integer in ASCII digits.
         """
         ids = self._checked(ids)
         labels = np.full(len(ids), -1, np.int64)
@@ -230,14 +230,14 @@ class ShardPool:
     ) -> np.ndarray:
         """Decide for each remote shard whether to download it or to read its selected samples by ranges.
 
-        By the cost model of `curated_data.pool.access.choose_access`, unless `RemoteOptions.access` says
-        which. Reads from now on, of copies of this pool in workers too, keep to it. Local shards are read as
-        they are.
+        Decided by the cost model of `curated_data.pool.access.choose_access`, unless `RemoteOptions.access`
+        is set. It applies to all later reads, also by copies of this pool in workers. Local shards are read
+        in place.
 
         Args:
             ids: the selection that will be read, without repeats; None for the whole pool.
             extensions: the members that will be read; None for all.
-            epochs: how often.
+            epochs: how often it will be read.
 
         Returns:
             (n_shards,) bool: which shards will be downloaded.
@@ -256,7 +256,7 @@ class ShardPool:
         self._access = np.where(chosen, DOWNLOAD, RANGES)
         self._reader.access[remote] = self._access[remote]
         log.info(
-            "of %d remote shards with selected samples %d are downloaded, the others read by ranges",
+            "of %d remote shards with selected samples, %d are downloaded and the others read by ranges",
             int(((n_samples > 0) & remote).sum()),
             int(chosen.sum()),
         )
@@ -265,7 +265,7 @@ class ShardPool:
     def _amounts(
         self, ids: Sequence[int] | np.ndarray | None, extensions: Sequence[str] | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Samples and bytes of a selection in each shard; bytes by the sizes of a million at most."""
+        """Samples and bytes of a selection in each shard; bytes estimated from a million sizes at most."""
         if ids is None:
             n_samples = np.diff(self.shard_ranges())
             some = np.arange(0, len(self), max(1, len(self) // _SIZED))
@@ -289,7 +289,7 @@ class ShardPool:
         return self._reader.counters
 
     def close(self) -> None:
-        """Close the shards that are open; the pool stays usable."""
+        """Close all open shards; the pool stays usable."""
         self._reader.close()
 
     @cached_property
@@ -324,11 +324,11 @@ class ShardPool:
         return ids
 
     def _read_members(self, ids: np.ndarray, shard: np.ndarray, members: "_Members") -> list[bytes]:
-        """The bytes of members of the samples `ids`, which are sorted and lie in `shard`."""
+        """The bytes of members of the samples `ids`, which are sorted and in the shards `shard`."""
         return self._reader.read(shard[members.owner], members.offset, members.size)
 
     def _members(self, ids: np.ndarray, extensions: Sequence[str] | None) -> "_Members":
-        """The members of some samples, or those of them with one of the extensions."""
+        """The members of samples, or only those with certain extensions."""
         index = self.index()
         start = index.member_start[ids]
         count = index.member_start[ids + 1] - start
@@ -356,7 +356,7 @@ class ShardPool:
 
 @dataclass(frozen=True)
 class _Members:
-    """Members of a batch of samples: whose they are, their extension's number, and where they lie."""
+    """Members of a batch of samples: the row of their sample, the number of their extension, their place."""
 
     owner: np.ndarray
     extension: np.ndarray

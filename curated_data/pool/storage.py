@@ -1,4 +1,4 @@
-"""Where a shard's bytes are, and what tells one state of it from another."""
+"""The place and state of a shard, by which changes to it are noticed."""
 
 import os
 import stat
@@ -21,7 +21,7 @@ class ShardFile:
     Attributes:
         url: a local path or a remote URL.
         size: bytes.
-        version: `mtime_ns` of a local file; ETag, or what the store has in its place, of a remote one.
+        version: `mtime_ns` of a local file; the ETag, or its equivalent, of a remote one.
     """
 
     url: str
@@ -30,7 +30,7 @@ class ShardFile:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The name of everything that is derived from this shard alone: 20 hexadecimal digits."""
+        """The name, 20 hexadecimal digits, of everything that is derived from this shard alone."""
         place = self.url if is_remote(self.url) else os.path.abspath(self.url)
         return fingerprint(
             stage="shard", code=CODE_VERSION, place=place, size=self.size, version=self.version
@@ -42,7 +42,7 @@ def stat_shards(
     storage_options: Mapping[str, Any] | None = None,
     options: RemoteOptions | None = None,
 ) -> list[ShardFile]:
-    """The present state of each shard; many are asked for at once.
+    """The current state of each shard, looked up in parallel.
 
     Args:
         urls: local paths and remote URLs.
@@ -50,13 +50,13 @@ def stat_shards(
         options: the `RemoteOptions`, for retries.
 
     Raises:
-        PoolError: a shard is missing, no file, or cannot be reached.
+        PoolError: a shard is missing, is not a file, or cannot be reached.
     """
     local = [url for url in urls if not is_remote(url)]
     states = dict(zip(local, map_files(_stat_local, local), strict=True))
     remote = [url for url in urls if is_remote(url)]
     if remote:
-        from curated_data.pool.store import Store  # which builds on this module
+        from curated_data.pool.store import Store  # here, because it imports this module
 
         store = Store(storage_options, options or RemoteOptions())
         states |= zip(remote, store.stat_all(remote), strict=True)
@@ -64,26 +64,26 @@ def stat_shards(
 
 
 def check_unchanged(shard: ShardFile, status: os.stat_result, was_linked: bool = False) -> None:
-    """Compare an open local shard with what was indexed.
+    """Check that an open local shard is still what was indexed.
 
     Raises:
-        PoolError: it was changed, replaced, or removed since.
+        PoolError: it has been changed, replaced or removed.
     """
     if status.st_size != shard.size or _version(status) != shard.version:
         raise PoolError(
             f"{shard.url}: changed since it was indexed: {shard.size} bytes then, {status.st_size} now, "
-            "modified "
-            f"{_seconds(status.st_mtime_ns - int(shard.version))}; make the pool anew to index it again"
+            f"modified {_seconds(status.st_mtime_ns - int(shard.version))}; open the pool again to index it "
+            "anew"
         )
     if was_linked and status.st_nlink == 0:
-        raise PoolError(f"{shard.url}: was removed or replaced since it was indexed; make the pool anew")
+        raise PoolError(f"{shard.url}: was removed or replaced since it was indexed; open the pool again")
 
 
 def vanished(shard: ShardFile, error: OSError) -> PoolError:
     """The error for an indexed local shard that cannot be opened."""
     if isinstance(error, FileNotFoundError):
         return PoolError(
-            f"{shard.url}: vanished since it was indexed; put it back, or make the pool without it"
+            f"{shard.url}: vanished since it was indexed; put it back, or open the pool without it"
         )
     return PoolError(f"{shard.url}: cannot be opened ({error.strerror})")
 

@@ -1,4 +1,4 @@
-"""Remote files through fsspec: their state, ranges of them, whole copies; with retries."""
+"""Access to remote files through fsspec, with retries: their state, ranges of bytes, downloads."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _HTTP = ("http://", "https://")
 _S3 = ("s3://", "s3a://")
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "Content-MD5", "LastModified", "Last-Modified", "mtime")
-_LISTED_FROM = 200  # shards of a folder that one listing takes less time for than a request each
+_LISTED_FROM = 200  # shards in one folder, from which listing it is faster than one request per shard
 Result = TypeVar("Result")
 
 
@@ -47,10 +47,10 @@ class Store:
         return _state(url, self._retried(look, url))
 
     def stat_all(self, urls: Sequence[str]) -> list[ShardFile]:
-        """`stat` of many: whole folders by a listing, else a request each, many at once."""
+        """`stat` of many files: large folders by a listing, the others by parallel requests."""
         by_folder: dict[str, list[str]] = defaultdict(list)
         for url in urls:
-            if not url.startswith(_HTTP):  # whose listings, if there are any, do not tell versions
+            if not url.startswith(_HTTP):  # whose listings, if any, lack versions
                 by_folder[url.rpartition("/")[0]].append(url)
         found: dict[str, ShardFile] = {}
         for folder, members in by_folder.items():
@@ -62,13 +62,13 @@ class Store:
         return [found[url] for url in urls]
 
     def read(self, shard: ShardFile, start: int, stop: int) -> bytes:
-        """The bytes from `start` to `stop` of a shard that is still what was indexed.
+        """The bytes from `start` to `stop` of a shard, which must still be what was indexed.
 
-        HTTP and S3 say in every answer of which version it is; for other stores the shard is looked at again
-        every `recheck` seconds.
+        Every answer of HTTP and S3 includes the version; in other stores the shard is checked again every
+        `recheck` seconds.
 
         Raises:
-            PoolError: it changed or vanished, or the network failed for good.
+            PoolError: it is missing or has changed, or the network keeps failing.
         """
         if stop <= start:
             return b""
@@ -77,11 +77,11 @@ class Store:
 
         def ask() -> bytes:
             nonlocal failed
-            if failed:  # a changed shard fails in many ways: look before the next try
+            if failed:  # a changed shard fails in many ways: check before retrying
                 self._check_unchanged(shard, at_once=True)
             failed = True
             filesystem, path = self._resolve(shard.url)
-            same: bool | None = None  # not known
+            same: bool | None = None  # unknown
             if shard.url.startswith(_HTTP):
                 data, same = fsspec.asyn.sync(
                     filesystem.loop, _ask_http, filesystem, path, shard, start, stop
@@ -99,7 +99,7 @@ class Store:
         return self._retried(ask, shard.url)
 
     def download(self, shard: ShardFile, path: Path) -> None:
-        """Write the whole shard to an existing file, after the same check."""
+        """Download a shard, which must still be what was indexed, to an existing file."""
         self._check_unchanged(shard)
 
         def fetch() -> None:
@@ -113,7 +113,7 @@ class Store:
         self._retried(fetch, shard.url)
 
     def can_read_ranges(self, url: str) -> bool:
-        """Whether a part can be asked for: an HTTP server may send the whole file; each is tried once."""
+        """Whether ranges are supported. An HTTP server may not; each host is tested once."""
         if not url.startswith(_HTTP):
             return True
         self._check_process()
@@ -140,12 +140,12 @@ class Store:
         if now != shard:
             raise PoolError(
                 f"{shard.url}: changed since it was indexed: {shard.size} bytes, version {shard.version!r} "
-                f"then, {now.size}, {now.version!r} now; make the pool anew to index it again"
+                f"then, {now.size}, {now.version!r} now; open the pool again to index it anew"
             )
         self._checked[shard.url] = time.monotonic()
 
     def _listed(self, folder: str, urls: list[str]) -> dict[str, ShardFile]:
-        """The states of a folder's files by one listing; nothing where it tells less than a request."""
+        """The states of a folder's files by one listing; none if it tells less than single requests do."""
         filesystem, path = self._resolve(folder)
 
         def look() -> list[dict[str, Any]]:
@@ -154,7 +154,7 @@ class Store:
 
         try:
             entries = {entry["name"].lstrip("/"): entry for entry in self._retried(look, folder)}
-        except (PoolError, NotImplementedError):  # some may read files, and not list them
+        except (PoolError, NotImplementedError):  # listing may be forbidden even if reading is not
             return {}
         found = {}
         for url in urls:
@@ -165,7 +165,7 @@ class Store:
         return found if first is not None and found[first] == self.stat(first) else {}
 
     def _probe(self, url: str) -> int:
-        """The status of a request for the first byte; the answer's body is left where it is."""
+        """The HTTP status of a request for the first byte; the body is not read."""
         filesystem, path = self._resolve(url)
 
         async def status() -> int:
@@ -185,12 +185,12 @@ class Store:
         if found is None:
             try:
                 found = self._files[url] = fsspec.core.url_to_fs(url, **self.storage_options)
-            except (ImportError, ValueError) as error:  # no such protocol, or its package is not installed
+            except (ImportError, ValueError) as error:  # unknown protocol, or its package is missing
                 raise PoolError(f"{url}: cannot be reached ({error})") from error
         return found
 
     def _check_process(self) -> None:
-        if self._process != os.getpid():  # the event loop of fsspec's filesystems did not survive the fork
+        if self._process != os.getpid():  # fsspec's event loop does not survive a fork
             self._reset()
 
     def _reset(self) -> None:
@@ -206,7 +206,7 @@ class Store:
             try:
                 return call()
             except FileNotFoundError as error:
-                # fsspec reports every failure to look at an HTTP file so; its cause tells.
+                # fsspec reports any failure of an HTTP file like this; the cause shows which it was.
                 if error.__cause__ is None or getattr(error.__cause__, "status", None) in (404, 410):
                     raise PoolError(f"{url}: is not there, or vanished since it was indexed") from error
                 last = error.__cause__
@@ -214,10 +214,10 @@ class Store:
                 raise PoolError(f"{url}: may not be read ({error}); see storage_options") from error
             except PoolError:
                 raise
-            except Exception as error:  # every protocol has its own kinds of network error
+            except Exception as error:  # each protocol has its own network errors
                 last = error
             if attempt + 1 < self.options.attempts:
-                # Jittered, so that many readers do not return at once; not from a generator that users seed.
+                # With jitter, so that many readers do not return at once; no generator that users seed.
                 pause = self.options.backoff * 2**attempt * (0.5 + random.SystemRandom().random())
                 log.warning("%s: %s: %s; trying again in %.3g s", url, type(last).__name__, last, pause)
                 time.sleep(pause)
@@ -229,7 +229,7 @@ class Store:
 
 def _state(url: str, info: Mapping[str, Any]) -> ShardFile:
     if info.get("size") is None:
-        raise PoolError(f"{url}: its server does not say how large it is; it cannot be indexed there")
+        raise PoolError(f"{url}: its server does not tell its size, so it cannot be indexed")
     version = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
     return ShardFile(url, int(info["size"]), version)
 
@@ -237,9 +237,7 @@ def _state(url: str, info: Mapping[str, Any]) -> ShardFile:
 async def _ask_http(
     filesystem: Any, path: str, shard: ShardFile, start: int, stop: int
 ) -> tuple[bytes, bool | None]:
-    """A range of a file, and whether the answer is of the version and size that were indexed; None where it
-    does not say.
-    """
+    """A range of a file, and whether the answer has the indexed version and size (None if unknown)."""
     session = await filesystem.set_session()
     headers = {**filesystem.kwargs.get("headers", {}), "Range": f"bytes={start}-{stop - 1}"}
     others = {name: value for name, value in filesystem.kwargs.items() if name != "headers"}
@@ -258,7 +256,7 @@ async def _ask_http(
 async def _ask_s3(
     filesystem: Any, path: str, shard: ShardFile, start: int, stop: int
 ) -> tuple[bytes, bool | None]:
-    """As `_ask_http`. What s3fs offers by itself keeps the answer's version to itself."""
+    """As `_ask_http`. s3fs's own methods do not return the version."""
     bucket, key, _ = filesystem.split_path(path)
     answer = await filesystem._call_s3(
         "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}"

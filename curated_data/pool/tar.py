@@ -1,9 +1,8 @@
-"""Where the members of a tar archive lie, read from its headers alone.
+"""Find the members of a tar archive by its headers alone.
 
-Understands what Python's `tarfile` (and so webdataset) understands: ustar with its prefix field, old V7, PAX
-(extended and global) and GNU long names, octal and base-256 sizes. What `tarfile` passes over in silence when
-it reads a stream, a garbled header or a file cut short, is an error here: a pool must not lose samples
-unnoticed.
+Supports what Python's `tarfile`, and so webdataset, supports: ustar with its prefix field, old V7, PAX
+(extended and global) and GNU long names, octal and base-256 sizes. A damaged header or a truncated file,
+which `tarfile` ignores silently in a stream, raises an error: a pool must not lose samples unnoticed.
 """
 
 import logging
@@ -22,17 +21,15 @@ log = logging.getLogger(__name__)
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _CHUNK = 16_384  # headers verified at once: 8 MiB
-_LONGEST_EXTENSION = 1 << 20  # bytes of an extended header: names are shorter by far
+_LONGEST_EXTENSION = 1 << 20  # bytes of an extended header; real ones are far shorter
 _REGULAR = frozenset(b"0\x007")
-_WITHOUT_DATA = frozenset(
-    b"123456"
-)  # links, devices, folders, pipes: their size field, if any, is not skipped
+_WITHOUT_DATA = frozenset(b"123456")  # links, devices, folders, pipes: no data, whatever their size field
 _PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
 
 class Members(NamedTuple):
-    """Regular files of an archive in their order: raw names, and where their bytes lie."""
+    """Regular files of an archive, in order: their raw names, offsets and sizes."""
 
     names: list[bytes]
     offsets: list[int]
@@ -40,10 +37,10 @@ class Members(NamedTuple):
 
 
 class Source(NamedTuple):
-    """An archive that can be read at any position.
+    """An archive that can be read at any offset.
 
-    `read(offset, length)` gives fewer bytes only at the end. Windows smaller than `least` bytes are not worth
-    a request of their own; windows grow to `most` where members are small.
+    `read(offset, length)` returns fewer bytes only at the end. Headers are read in windows of `least` bytes,
+    which grow up to `most` where members are small.
     """
 
     name: str
@@ -61,7 +58,7 @@ def local_source(path: str | Path, handle: int) -> Source:
 
 
 def read_members(source: Source) -> Iterator[Members]:
-    """Yield an archive's regular members in blocks, after their headers' checksums have been verified.
+    """Yield the regular members of an archive in blocks, after verifying the checksums of their headers.
 
     Raises:
         PoolError: not a tar, compressed, damaged or truncated (with the offset), or a sparse member.
@@ -115,7 +112,7 @@ def read_members(source: Source) -> Iterator[Members]:
                     offsets.append(found[1])
                     sizes.append(found[2])
         except (PoolError, ValueError) as error:
-            _verify(source, headers, starts)  # the first damage is the cause, what it led to is not
+            _verify(source, headers, starts)  # report the first damage, not what followed from it
             if isinstance(error, PoolError):
                 raise
             raise PoolError(
@@ -129,7 +126,7 @@ def read_members(source: Source) -> Iterator[Members]:
 
 
 class _Window:
-    """A stretch of the archive in memory: long where headers lie close together, short elsewhere."""
+    """A part of the archive in memory, longer where headers are close together."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -170,7 +167,7 @@ def _read_odd(
     headers: list[bytes],
     starts: list[int],
 ) -> tuple[tuple[bytes, int, int] | None, int]:
-    """One member of any kind with its extended headers: (name, offset, size) or None, and what follows."""
+    """One member of any kind, and its extended headers: (name, offset, size) or None; the next position."""
     extensions: list[tuple[int, bytes]] = []
     first = position
     while True:
@@ -200,7 +197,7 @@ def _read_odd(
     if header[345] and kind != ord("S"):
         name = header[345:500].partition(b"\0")[0] + b"/" + name
     name = shared.get(b"path", name)
-    for extension, payload in reversed(extensions):  # the outermost has the last word
+    for extension, payload in reversed(extensions):  # the outermost takes precedence
         if extension == ord("L"):
             name = payload.partition(b"\0")[0]
         elif extension != ord("K"):
@@ -221,7 +218,7 @@ def _read_odd(
 
 
 def _pax_records(payload: bytes) -> dict[bytes, bytes]:
-    """The records of a PAX header that say where a member lies and what it is called."""
+    """The records of a PAX header that concern a member's name and size."""
     if b" path=" not in payload and b" size=" not in payload and b" GNU.sparse" not in payload:
         return {}
     records: dict[bytes, bytes] = {}
@@ -240,7 +237,7 @@ def _pax_records(payload: bytes) -> dict[bytes, bytes]:
 
 
 def _number(field: bytes) -> int:
-    """A header's number: octal digits, or base 256 behind a marker byte."""
+    """A number in a header: octal digits, or base 256 after a marker byte."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     if field[0] == 0xFF:
@@ -249,14 +246,14 @@ def _number(field: bytes) -> int:
 
 
 def _verify(source: Source, headers: list[bytes], starts: list[int]) -> None:
-    """Compare the checksums of all headers at once; the field itself counts as eight spaces."""
+    """Verify the checksums of all headers at once; the checksum field itself counts as eight spaces."""
     if not headers:
         return
     table = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)
-    # Sums of 8-byte words' bytes by two masks: much faster than summing bytes along the short axis.
+    # Byte sums of 8-byte words by two masks: much faster than summing bytes along the short axis.
     words = table.view(np.uint64)
     low = np.uint64(0x00FF00FF00FF00FF)
-    pairs = (words & low) + ((words >> np.uint64(8)) & low)  # four 16-bit sums a word, each below 2^9
+    pairs = (words & low) + ((words >> np.uint64(8)) & low)  # four 16-bit sums per word, each below 2^9
     total = pairs.sum(1)  # 64 of them stay below 2^15: no carry between the lanes
     unsigned = total.view(np.uint16).reshape(-1, 4).sum(1, dtype=np.int64)
     unsigned -= table[:, 148:156].sum(1, dtype=np.int64) - 8 * 0x20
@@ -275,13 +272,13 @@ def _verify(source: Source, headers: list[bytes], starts: list[int]) -> None:
 
 
 def _signed_checksum(header: bytes) -> int:
-    """The sum that some historic writers made, over signed bytes."""
+    """The checksum of some historic writers, over signed bytes."""
     signed = np.frombuffer(header, np.int8).sum(dtype=np.int64)
     return int(signed - np.frombuffer(header[148:156], np.int8).sum(dtype=np.int64)) + 8 * 0x20
 
 
 def _check_start(source: Source, window: _Window) -> None:
-    """Say at once what a file is that cannot be an archive we can index."""
+    """Raise an error that says what the file is, if it cannot be an archive that we can index."""
     if source.size == 0:
         raise PoolError(f"{source.name}: is an empty file, not a tar archive")
     start = window.get(0, min(BLOCK, source.size))
@@ -312,7 +309,7 @@ def _truncated(source: Source, header: bytes, position: int, size: int) -> PoolE
 
 
 def _ends_without_marker(source: Source, position: int) -> bool:
-    """The last member's data reach the end: whole, but a cut at just this border would look the same."""
+    """The last member's data reach the end. The archive may be complete, or cut exactly there."""
     log.warning(
         "%s: ends at offset %d without the end-of-archive marker; is it whole?", source.name, position
     )
@@ -320,7 +317,7 @@ def _ends_without_marker(source: Source, position: int) -> bool:
 
 
 def _warn_of_rest(source: Source, position: int) -> None:
-    """Archives appended to one another end, for every reader, at the first one's end: worth a word."""
+    """Warn of data after the end: every reader of concatenated archives stops after the first one."""
     rest = source.read(position, min(64 << 10, source.size - position))
     if rest.count(0) != len(rest):
         log.warning(

@@ -1,4 +1,4 @@
-"""From what a user writes, a pattern or a list, to the shards of a pool in their order."""
+"""Expanding the patterns that a user gives to the list of shards of a pool."""
 
 import difflib
 import glob
@@ -14,17 +14,17 @@ import fsspec
 
 from curated_data.errors import PoolError
 
-_MANY = 256  # files
+_MANY = 256  # files, from which they are looked up in parallel
 Result = TypeVar("Result")
 
 
 def is_remote(url: str) -> bool:
-    """Whether a shard is read through fsspec rather than as a file of this machine."""
+    """Whether a shard is read through fsspec instead of as a local file."""
     return ("://" in url or "::" in url) and not is_pipe(url)
 
 
 def is_pipe(url: str) -> bool:
-    """Whether a shard is what a command writes, as webdataset spells it."""
+    """Whether a shard is the output of a command, in webdataset's notation."""
     return url.startswith("pipe:")
 
 
@@ -39,18 +39,18 @@ def expand_urls(
     *,
     pipes: bool = False,
 ) -> list[str]:
-    """Expand brace patterns and globs; what comes from a glob is sorted, all else stays in the order given.
+    """Expand brace patterns and globs. Matches of a glob are sorted, all else keeps its order.
 
     Args:
-        urls: a path or fsspec URL, with braces (`pool-{000..099}.tar`) or `*`, `?`, `[...]` and `**` (remote:
-            `*` alone), or a list of these. A file whose name happens to hold such characters is taken as it
-            is.
-        storage_options: for fsspec, where a remote pattern must be listed.
-        pipes: take `pipe:<command>` too.
+        urls: a path or fsspec URL, with braces (`pool-{000..099}.tar`) or `*`, `?`, `[...]` and `**` (only
+            `*` for remote URLs), or a list of these. An existing file whose name contains such characters is
+            taken literally.
+        storage_options: for fsspec, to list a remote pattern.
+        pipes: accept `pipe:<command>` too.
 
     Raises:
-        PoolError: an empty list, a pattern without a match (with the nearest thing there), a folder, a shard
-            twice.
+        PoolError: an empty list, a pattern without a match (names the nearest existing path), a folder, or a
+            shard given twice.
     """
     if not isinstance(urls, str | Path | Iterable):
         raise PoolError(f"a pool is a path, a URL or a list of these, not {urls!r}")
@@ -74,8 +74,8 @@ def expand_urls(
 
 
 def map_files(ask: Callable[[str], Result], paths: Sequence[str]) -> list[Result]:
-    """What is asked of each file, in order: many at once where there are many, as a network's folder takes
-    about a millisecond for each.
+    """Apply `ask` to each path, in order; to many in parallel, because a network folder takes about a
+    millisecond for each.
     """
     if len(paths) < _MANY:
         return list(map(ask, paths))
@@ -86,7 +86,7 @@ def map_files(ask: Callable[[str], Result], paths: Sequence[str]) -> list[Result
 
 
 def missing_shard(path: str, note: str = "") -> PoolError:
-    """The error for a local shard or pattern that is not there, with the nearest thing that is."""
+    """The error for a missing local shard or pattern; names the nearest existing path."""
     parent, name = os.path.split(os.path.abspath(path))
     if not os.path.isdir(parent):
         while parent and not os.path.isdir(parent):

@@ -1,4 +1,4 @@
-"""Writing pools: shards with reproducible bytes, each published whole."""
+"""Writing pools: shards with reproducible bytes, each published when it is complete."""
 
 import io
 import json
@@ -25,19 +25,20 @@ _NUMBER = re.compile(r"%0?(\d*)d")
 
 
 class ShardWriter:
-    """Writes samples to numbered tar shards that webdataset reads back as they were given.
+    """Writes samples to numbered tar shards, which webdataset reads back unchanged.
 
-    Equal samples give equal bytes: no times, no owners. A shard takes its name when it is complete. A run
-    that was killed leaves a marker beside its shards; the next writer of the same pattern then starts over.
+    Equal samples give equal bytes: headers contain no times or owners. A shard gets its name when it is
+    complete. A killed run leaves a marker beside its shards, and the next writer of the same pattern starts
+    over.
 
     Args:
-        pattern: a file name with one number (`out/train-%06d.tar`), or a folder, which gets `shard-%06d.tar`.
-        max_samples: samples a shard.
-        max_bytes: a shard is closed before it grows beyond this, unless one sample alone does.
-        overwrite: replace shards of the same pattern that a finished run left.
+        pattern: a file name with one number (`out/train-%06d.tar`), or a folder, for `shard-%06d.tar` in it.
+        max_samples: per shard.
+        max_bytes: a shard is closed before it exceeds this size, unless a single sample does.
+        overwrite: replace shards of the same pattern from a finished run.
 
     Raises:
-        PoolError: shards of that pattern exist; a sample that webdataset would not read back as it was given.
+        PoolError: shards of that pattern exist, or webdataset would not read a sample back unchanged.
 
     Example:
         >>> with ShardWriter("out/train-%06d.tar") as writer:  # doctest: +SKIP
@@ -79,8 +80,9 @@ class ShardWriter:
         """Append a sample.
 
         Args:
-            sample: `__key__`, and members by extension: bytes as they are; str as UTF-8; int as digits; dicts
-                and lists as JSON; numpy arrays as `.npy`. Other fields that start with `__` are left out.
+            sample: `__key__`, and members by extension: bytes are written as they are, str as UTF-8, int as
+                digits, dicts and lists as JSON, numpy arrays as `.npy`. Other fields that start with `__` are
+                ignored.
         """
         key = sample.get("__key__")
         if not isinstance(key, str):
@@ -112,7 +114,7 @@ class ShardWriter:
         self._last_key = key
 
     def close(self) -> None:
-        """Publish the last shard and declare the run finished. A writer without a sample leaves no shard."""
+        """Publish the last shard and mark the run as finished. Without samples there are no shards."""
         if self._file is not None:
             self._publish()
         self._marker.unlink(missing_ok=True)
@@ -123,20 +125,17 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if kind is None:
             self.close()
-        elif (
-            self._file is not None
-        ):  # what is complete stays, the shard at hand is dropped, the marker remains
+        elif self._file is not None:  # keep complete shards and the marker, drop the current shard
             self._file.close()
             self._file = None
             self._shard.__exit__(kind, error, trace)
 
     def _start(self, overwrite: bool) -> None:
-        existing = self._existing()  # with what a killed run was about to publish
+        existing = self._existing()  # including temporary files of a killed run
         if existing and not overwrite and not self._marker.exists():
             raise PoolError(
                 f"{existing[0]}: {len(existing)} shard(s) of {self.name!r} are there already; give another "
-                "name or "
-                "folder, remove them, or pass overwrite=True"
+                "name or folder, remove them, or pass overwrite=True"
             )
         with atomic_path(self._marker) as temporary:
             temporary.touch()
@@ -175,25 +174,25 @@ def import_folder(
     image_extensions: tuple[str, ...] = IMAGE_EXTENSIONS,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Turn a folder of images into shards: one folder a class, or no class folders and so no labels.
+    """Turn a folder of images into shards, with labels if there is one sub-folder per class.
 
-    The key is the image's path below `folder` without its extension; where that would not read back (a dot in
-    the name, or two images that differ in the extension alone) dots are written as `%2E`, and the extension
-    stays in the key. `.cls` is the number of the class among the sorted class names, `.json` holds
-    `class_name`; the list of class names is `classes.json` beside the shards.
+    An image's key is its path below `folder` without the extension. Dots in the name are written as `%2E`,
+    and if two images differ only in their extension it stays in the key, so that webdataset reads the same
+    keys back. `.cls` is the number of the class among the sorted class names, and `.json` has `class_name`;
+    the class names are listed in `classes.json` beside the shards.
 
     Args:
-        folder: `folder/<class>/**/<image>`, or images right in it.
-        out: a folder for the shards, or a pattern as `ShardWriter` takes it.
+        folder: `folder/<class>/**/<image>`, or images directly in it.
+        out: a folder for the shards, or a pattern as for `ShardWriter`.
         max_samples, max_bytes: per shard.
-        image_extensions: which files are images; others are counted and left out, and so are dot-files.
-        overwrite: replace shards of an earlier run.
+        image_extensions: which files are images; others are counted and skipped. Dot-files are ignored.
+        overwrite: replace the shards of an earlier run.
 
     Returns:
         The shards.
 
     Raises:
-        PoolError: no such folder, no image in it, or images both in class folders and beside them.
+        PoolError: no such folder, no images in it, or images both in class folders and beside them.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -204,8 +203,7 @@ def import_folder(
     if beside and classes:
         raise PoolError(
             f"{folder / beside[0]}: lies beside the class folders ({classes[0]!r}, ...), so it has no "
-            "class; move it "
-            "into one, or import a folder without class folders"
+            "class; move it into one, or import a folder without class folders"
         )
     n_other = 0
     with ShardWriter(out, max_samples=max_samples, max_bytes=max_bytes, overwrite=overwrite) as writer:
@@ -237,12 +235,12 @@ def import_folder(
         "imported %d images of %d classes to %d shards", writer.n_samples, len(classes), len(writer.shards)
     )
     if n_other:
-        log.warning("%s: left out %d files that are no images", folder, n_other)
+        log.warning("%s: left out %d files that are not images", folder, n_other)
     return writer.shards
 
 
 def encode_member(content: Any, what: str = "member") -> bytes:
-    """The bytes that stand for a member's content: see `ShardWriter.write`."""
+    """The bytes of a member with this content, see `ShardWriter.write`."""
     if isinstance(content, bytes | bytearray | memoryview):
         return bytes(content)
     if isinstance(content, str):
@@ -261,15 +259,14 @@ def encode_member(content: Any, what: str = "member") -> bytes:
 
 
 def _header(key: str, extension: str, size: int) -> bytes:
-    """A member's tar header, after checking that its name is read back as this key and extension."""
+    """A member's tar header, after checking that its name will be read back as this key and extension."""
     name = f"{key}.{extension}"
     read_back = split_name(name.encode("utf-8", "surrogateescape"))
     if read_back != (key.encode("utf-8", "surrogateescape"), extension) or "\0" in name:
         raise PoolError(
             f"member name {name!r} would not be read back as key {key!r} and extension {extension!r}: a key "
-            "has no dot "
-            "in its last part and does not start with '__', an extension has no '/', no capital, and is not "
-            "reserved"
+            "has no dot in its last part and does not start with '__', an extension has no '/' and no "
+            "capital, and is not reserved"
         )
     info = tarfile.TarInfo(name)
     info.size = size
@@ -284,7 +281,7 @@ def _padded(length: int) -> int:
 def _walk(
     folder: Path, image_extensions: tuple[str, ...]
 ) -> Iterator[tuple[list[tuple[Path, str, str]], int]]:
-    """Per folder, in sorted order: its images as (path, last part of the key, extension); how many others."""
+    """For each folder, in sorted order: images as (path, last part of key, extension); number of others."""
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         images = sorted(
@@ -296,7 +293,7 @@ def _walk(
             stem, _, extension = name.rpartition(".")
             if stems[stem] > 1:
                 stem = name
-            if "." in stem or "%2E" in stem or "%25" in stem:  # so that no two stems are spelled alike
+            if "." in stem or "%2E" in stem or "%25" in stem:  # so that no two stems become equal
                 stem = stem.replace("%", "%25").replace(".", "%2E")
             found.append((Path(place, name), stem, extension.lower()))
         yield found, sum(not name.startswith(".") for name in names) - len(images)

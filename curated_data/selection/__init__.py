@@ -1,6 +1,4 @@
-"""What to keep of a pool: balanced samples of a cluster tree, near-duplicates left out, labels from
-captions.
-"""
+"""Selecting from a pool: balanced sampling from a cluster tree, near-duplicates, labels from captions."""
 
 from curated_data.selection.sampling import flat_sample, hierarchical_sample
 

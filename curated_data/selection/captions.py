@@ -1,9 +1,9 @@
-"""A labelled dataset from captions alone: the construction of ImageNot (arXiv 2404.02112) and LAIONet before
-it.
+"""A labelled dataset from captions alone, constructed as in LAIONet and ImageNot (arXiv 2404.02112).
 
-A sample gets a class's label if its caption holds one of the class's names as a whole word, holds no other
-class's, and is near the class in a text embedder: its "name: definition" by a threshold, or its definition
-more than any other. No image is looked at: that independence is the point.
+A sample gets the label of a class if its caption contains a name of the class, as a whole word, and no name
+of another class, and if it is close to the class in the space of a text embedder: to "name: definition" by a
+threshold, or to its definition more than to any other. Images are not looked at, so that the labels do not
+depend on them.
 """
 
 import json
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class CaptionBlock(NamedTuple):
-    """Some samples' captions, and their metadata where filters ask for it.
+    """The captions of some samples, with their metadata if filters need it.
 
     Attributes:
         ids: (b,) int64.
@@ -52,8 +52,8 @@ class CaptionLabels:
         ids: (m,) int64 samples, ascending.
         labels: (m,) int64 into `classes`.
         similarity: (m,) float32 cosine of caption and class.
-        classes: those that are left, in the order they were given.
-        report: how many captions went each way, and which classes and names were dropped, and why.
+        classes: the remaining classes, in the given order.
+        report: counts of captions by outcome, and which classes and names were dropped and why.
     """
 
     ids: np.ndarray
@@ -63,7 +63,7 @@ class CaptionLabels:
     report: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
-        """Write it as a folder of arrays; `ids.npy` is a selection that `CuratedDataModule` takes."""
+        """Write a folder of arrays; its `ids.npy` is a selection for `CuratedDataModule`."""
         with atomic_path(path) as folder:
             folder.mkdir()
             for name in ("ids", "labels", "similarity"):
@@ -76,7 +76,7 @@ class CaptionLabels:
         """Read what `save` wrote.
 
         Raises:
-            CacheError: no such folder, or a damaged one.
+            CacheError: the folder is missing or damaged.
         """
         folder = Path(path)
         manifest = read_manifest(folder, "captions")
@@ -105,33 +105,33 @@ def label_captions(
     filters: Mapping[str, Callable[[Any], bool] | Collection[Any]] | None = None,
     image_text: str | None = None,
 ) -> CaptionLabels:
-    """Choose and label samples by their captions.
+    """Select and label samples by their captions.
 
     Args:
-        blocks: of captions, in memory one at a time.
-        classes: what to look for.
-        embedder: `minilm`, `sentence-transformers:NAME`, or a function of a list of strings to (n, d).
-        threshold: cosine that caption and "name: definition" must reach; LAIONet took 0.82 with CLIP B/32's
-            text tower, 0.58 with all-mpnet-base-v2. None for no threshold.
-        margin: by how much the caption must be nearer to its class's definition, the name left out, than to
-            every other class's (a class without a definition: to its name). With 0 the nearest definition of
-            all must be its own. A word that is shared in another sense cannot help a caption here, and no
-            scale of the embedder's matters. Memory is block x classes. None for no such test; without
-            threshold, rivals and per_class it is 0.
-        rivals: other senses, which are no classes to look for, as all of WordNet's (`read_wordnet`). A
-            caption must be as near to its class's definition as to that of every rival that shares a name
-            with the class, and nearer by `margin` if that is given. None but those are embedded.
-        per_class: keep this many of each class, the most similar. None keeps all.
-        min_per_class: a class that ends with fewer is dropped; None takes `per_class`, so that all classes
-            are equally large, or 1.
-        avoid: ids of classes that must not be used, such as ImageNet's; those among `classes` are dropped,
-            and their names still count as other classes' names.
-        filters: by metadata column: the values to keep, or a function that says so. A missing column is None.
-        image_text: metadata column with text recognised in the image; samples where it holds the class's name
-            are dropped.
+        blocks: of captions; one at a time is in memory.
+        classes: to look for.
+        embedder: `minilm`, `sentence-transformers:NAME`, or a function from a list of strings to (n, d).
+        threshold: minimum cosine between caption and "name: definition"; LAIONet used 0.82 with the text
+            tower of CLIP B/32 and 0.58 with all-mpnet-base-v2. None for no threshold.
+        margin: by how much the caption must be nearer to the definition of its class (without the name) than
+            to that of any other class (a class without definition counts by its name). 0 only requires that
+            its own definition is the nearest. A name used in another sense does not pass this test, and it
+            does not depend on the embedder's scale. Takes memory for block x classes numbers. None for no
+            such test; the default is 0 if there are no threshold, rivals or per_class.
+        rivals: other senses, which are not looked for, such as all of WordNet (`read_wordnet`). A caption
+            must be at least as near to the definition of its class as to that of every rival that shares a
+            name with the class, or nearer by `margin` if given. Only those rivals are embedded.
+        per_class: keep this many samples of each class, the most similar ones. None keeps all.
+        min_per_class: classes with fewer samples are dropped; None takes `per_class`, so that all classes are
+            equally large, or 1.
+        avoid: ids of classes not to use, such as those of ImageNet. They are dropped from `classes`, but
+            their names still count as names of other classes.
+        filters: by metadata column: the values to keep, or a function that decides. A missing column is None.
+        image_text: metadata column with text recognised in the image; samples whose text contains a name of
+            their class are dropped.
 
     Raises:
-        ConfigError: classes that do not fit together, a number out of range, or an unknown embedder.
+        ConfigError: inconsistent classes, a number out of range, or an unknown embedder.
     """
     if threshold is None and per_class is None and margin is None and not rivals:
         margin = 0.0
@@ -188,13 +188,13 @@ def label_pool(
 
     Args:
         caption: extension of the captions' members; samples without one have no caption.
-        metadata: extension of the JSON members that `filters` and `image_text` look into.
+        metadata: extension of the JSON members for `filters` and `image_text`.
         block_size: captions in memory at a time.
         settings: of `label_captions`.
 
     Raises:
         PoolError: no sample has a caption.
-        SampleError: metadata that is no JSON object; names shard and key.
+        SampleError: metadata that is not a JSON object; names shard and key.
     """
     present = pool.index().extensions
     if caption not in present:
@@ -219,13 +219,13 @@ def label_pool(
 def export_labelled(
     pool: "ShardPool", found: CaptionLabels, pattern: str | Path, *, block_size: int = 512
 ) -> list[str]:
-    """Write the labelled samples as shards of their own, the label as `.cls`: a pool like any other.
+    """Write the labelled samples as a new pool of shards, with the labels as `.cls`.
 
     Args:
-        pattern: of the shards to write, such as `out/train-%06d.tar`; `classes.json` is put beside them.
+        pattern: of the shards to write, such as `out/train-%06d.tar`; also writes `classes.json` beside them.
 
     Returns:
-        The shards' paths.
+        The paths of the shards.
     """
     with ShardWriter(pattern) as writer:
         for first in range(0, len(found.ids), block_size):
@@ -251,7 +251,7 @@ def _chosen(
     matcher: NameMatcher,
     counts: Counter[str],
 ) -> CaptionLabels:
-    """Apply the threshold, the number of each class and the minimum, and number the classes that are left."""
+    """Apply the threshold and the limits on class sizes, and number the remaining classes."""
     if threshold is not None:
         near = similarity >= threshold
         counts["under the threshold"] = int((~near).sum())
@@ -292,7 +292,7 @@ def _chosen(
 
 
 def _lead(rows: np.ndarray, definitions: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """How much nearer (n,) each row is to its own definition than to any other; inf where there is none."""
+    """(n,) how much nearer each row is to its own definition than to any other; inf if there is no other."""
     similarity = rows @ definitions.T
     to_own = similarity[np.arange(len(rows)), own]
     similarity[np.arange(len(rows)), own] = -np.inf
@@ -302,7 +302,7 @@ def _lead(rows: np.ndarray, definitions: np.ndarray, own: np.ndarray) -> np.ndar
 def _other_senses(
     embed: TextEmbedder, classes: Sequence[CaptionClass], rivals: Sequence[CaptionClass]
 ) -> list[np.ndarray]:
-    """For each class the rows (r, d) of the definitions of its rivals."""
+    """For each class, the embedded definitions of its rivals, (r, d)."""
     sharing = sharing_a_name(classes, rivals)
     used = sorted({i for own in sharing for i in own})
     log.info("captions: %d other senses of %d classes' names", len(used), sum(map(bool, sharing)))
@@ -315,7 +315,7 @@ def _other_senses(
 def _lead_of_sense(
     rows: np.ndarray, definitions: np.ndarray, senses: Sequence[np.ndarray], own: np.ndarray
 ) -> np.ndarray:
-    """How much nearer (n,) each row is to its own definition than to its rivals'; inf where there is none."""
+    """(n,) how much nearer each row is to its own definition than to its rivals'; inf without rivals."""
     lead = np.full(len(rows), np.inf)
     for label in np.unique(own):
         if len(senses[label]):
@@ -333,7 +333,7 @@ def _filtered(
     image_text: str | None,
     counts: Counter[str],
 ) -> np.ndarray:
-    """Places in the block that pass the metadata filters and whose image shows no name of the class."""
+    """Positions in the block that pass the metadata filters and whose image shows no name of the class."""
     if block.metadata is None:
         raise ConfigError("filters and image_text need metadata, the captions came without any")
     tests = {

@@ -1,4 +1,4 @@
-"""Classes by their names, and which captions hold one: whole words, whatever the case."""
+"""Classes with their names, and finding these names in captions: whole words, ignoring case."""
 
 import json
 import unicodedata
@@ -18,7 +18,7 @@ class CaptionClass:
 
     Attributes:
         id: any string, such as WordNet's "n02084071".
-        names: words or phrases that mean it; the first stands for it before the embedder.
+        names: words or phrases for it; the first one is embedded.
         definition: one sentence; may be empty.
     """
 
@@ -32,17 +32,17 @@ class CaptionClass:
 
     @property
     def text(self) -> str:
-        """What captions are compared with."""
+        """The text that captions are compared with."""
         return f"{self.names[0]}: {self.definition}" if self.definition else self.names[0]
 
 
 class NameMatcher:
-    """Finds which classes' names captions hold, as whole words, whatever the case.
+    """Finds the classes whose names occur in captions, as whole words, ignoring case.
 
-    Words are runs of letters and digits; the words of a name may be parted by spaces, hyphens, underscores or
-    apostrophes, and by other punctuation only where the name itself has it ("St. Bernard" is found as it is
-    written and without the stop). A caption without the first word of any name, which is nearly all of them,
-    costs one set look-up a word.
+    Words are runs of letters and digits. The words of a name may be separated by spaces, hyphens, underscores
+    or apostrophes, and by other punctuation only if the name has it too ("St. Bernard" is found as it is
+    written and without the full stop). A caption without the first word of any name, as nearly all are, costs
+    one set look-up per word.
 
     Args:
         classes: names that belong to several of them are ignored, and listed in `ambiguous`.
@@ -74,7 +74,7 @@ class NameMatcher:
         self._lengths = {first: sorted(n) for first, n in lengths.items()}
 
     def match(self, captions: Sequence[str]) -> np.ndarray:
-        """(n,) int64: the one class that each caption names, NONE, or SEVERAL."""
+        """(n,) int64: the only class that each caption names, NONE, or SEVERAL."""
         label = np.full(len(captions), self.NONE, np.int64)
         for i, caption in enumerate(captions):
             text = _normal(caption)
@@ -86,7 +86,7 @@ class NameMatcher:
         return label
 
     def holds(self, text: str, label: int) -> bool:
-        """Whether a text holds a name of one class."""
+        """Whether a text contains a name of a class."""
         return label in self._classes(_normal(text))
 
     def _classes(self, text: str) -> set[int]:
@@ -101,7 +101,7 @@ class NameMatcher:
 
 
 def sharing_a_name(classes: Sequence[CaptionClass], others: Sequence[CaptionClass]) -> list[list[int]]:
-    """For each class the places of those `others` that have a name of its own and another id."""
+    """For each class, the indices of those `others` that share a name with it and have another id."""
     users: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for i, other in enumerate(others):
         for name in other.names:
@@ -116,7 +116,7 @@ def read_classes(path: str | Path) -> list[CaptionClass]:
     """Classes from a JSON file: a list of objects with `id`, `names` and `definition`.
 
     Raises:
-        ConfigError: the file cannot be read, or an entry lacks something.
+        ConfigError: the file cannot be read, or an entry is incomplete.
     """
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -139,11 +139,11 @@ def read_classes(path: str | Path) -> list[CaptionClass]:
 
 
 def read_wordnet(path: str | Path, ids: Collection[str] | None = None) -> list[CaptionClass]:
-    """Classes from WordNet's `data.noun` file: id "n" and the eight-digit offset, names, and definition.
+    """Classes from WordNet's `data.noun` file. Ids are "n" and the eight-digit offset.
 
     Args:
-        path: of the file, or of the folder that holds it; `data.verb`, `data.adj` and `data.adv` are read
-            too (ids "v", "a" or "s", "r"): they give `label_captions` its rivals.
+        path: of the file, or of its folder. `data.verb`, `data.adj` and `data.adv` can be read too (ids "v",
+            "a" or "s", "r"), as rivals for `label_captions`.
         ids: which to read, in file order; None for all.
 
     Raises:
@@ -159,7 +159,7 @@ def read_wordnet(path: str | Path, ids: Collection[str] | None = None) -> list[C
                     continue
                 data, _, gloss = line.partition("|")
                 fields = data.split()
-                id = fields[2] + fields[0]  # the part of speech, and the place in the file
+                id = fields[2] + fields[0]  # part of speech and offset
                 if wanted is not None and id not in wanted:
                     continue
                 n_words = int(fields[3], 16)
@@ -178,7 +178,7 @@ def read_wordnet(path: str | Path, ids: Collection[str] | None = None) -> list[C
 
 
 def _words(text: str) -> list[str]:
-    """The words of a normalised text, and between its phrases a line's end."""
+    """The words of a normalised text, with a line end between phrases."""
     words: list[str] = []
     for phrase in text.split("\n"):
         if own := phrase.split():
@@ -187,8 +187,8 @@ def _words(text: str) -> list[str]:
 
 
 class _Separators(dict[int, int]):
-    """For `str.translate`: letters and digits stay, what may part a name's words is a space, the rest ends a
-    phrase.
+    """For `str.translate`: keeps letters and digits, turns separators within a name to spaces, and all other
+    characters to line ends, which end a phrase.
     """
 
     def __missing__(self, code: int) -> int:

@@ -1,9 +1,9 @@
-"""Copies of one picture, exact and near, and which of them to keep.
+"""Find exact and near duplicates, and choose which of them to keep.
 
-Two samples are near-duplicates where the cosine of their embeddings reaches a threshold; groups are the
-connected components of these links, and one sample of a group stays. The search keeps two blocks of rows in
-memory, whatever the size of the pool: rows are cut into the cells of random pivots, and a sample is compared
-with its own cell and with those other cells that a row within the threshold can lie in.
+Two samples are near-duplicates if the cosine of their embeddings reaches a threshold. Groups are the
+connected components of these links, and one sample of each group is kept. The search needs memory for two
+blocks of rows, for a pool of any size: rows are divided into the cells of random pivots, and a sample is
+compared with its own cell and with those others that a row within the threshold can be in.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CELL_SIZE = 16_384
-"""Mean number of samples in a cell that is searched as a whole."""
+"""Mean number of samples in a cell, which is searched as a whole."""
 N_PROBES = 4
-"""Other cells that a sample is compared with, at most."""
+"""The most other cells that a sample is compared with."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class NearDuplicates:
     """Groups of copies among n samples.
 
     Attributes:
-        keep: (n,) bool, False for copies of a kept sample, for samples found in the held-out set, and where
-            `valid` was.
-        group: (n,) int64, the smallest id of the sample's group; its own where it has no copy, -1 where not
-            valid.
+        keep: (n,) bool, False for copies of a kept sample, for copies of held-out samples, and where `valid`
+            is False.
+        group: (n,) int64, the smallest id of the sample's group, which is its own if it has no copies; -1 if
+            not valid.
         pairs: (p, 2) int64, the linked samples, smaller id first, in ascending order.
-        similarity: (p,) float32, their cosine.
-        held_out_match: (n,) int64, row of the held-out set that the sample is a copy of, -1 for none.
+        similarity: (p,) float32, their cosines.
+        held_out_match: (n,) int64, the row of the held-out set that the sample is a copy of, -1 for none.
     """
 
     keep: np.ndarray
@@ -68,28 +68,28 @@ def near_duplicates(
     cell_size: int = CELL_SIZE,
     seed: int = 0,
 ) -> NearDuplicates:
-    """Find groups of near-duplicates, and choose the one of each group to keep.
+    """Find groups of near-duplicates, and choose one sample of each group to keep.
 
-    Up to `cell_size` samples the search is exact up to `n_neighbours` links a sample. Beyond, a link across
-    cells is missed only where more than `n_probes` other cells come into question from both its ends; how
-    many samples that concerns is logged.
+    For up to `cell_size` samples the search is exact, up to `n_neighbours` links per sample. For more, a link
+    across cells is missed only if more than `n_probes` other cells are possible from both of its ends; the
+    number of such samples is logged.
 
     Args:
         embeddings: (n, d) rows of any scale, an array, memory map or store.
-        valid: (n,) bool, False for samples to leave out of the comparison.
-        threshold: cosine from which two samples are copies, in (-1, 1].
-        n_neighbours: links looked for from each sample into each cell.
-        same: (n,) integers, equal where samples are known to be copies, such as `exact_groups` gives; those
+        valid: (n,) bool, False for samples to exclude from the comparison.
+        threshold: cosine at or above which two samples are copies, in (-1, 1].
+        n_neighbours: how many links from each sample into each cell are searched.
+        same: (n,) integers, equal for samples that are known to be copies, such as from `exact_groups`; these
             are joined whatever their embeddings.
-        prefer: (n,) numbers; the member with the largest is kept, such as the image's size in pixels. None
-            keeps the member nearest to the group's mean embedding. Ties keep the smallest id.
-        held_out: (m, d) embeddings of an evaluation set: samples within the threshold of one are not kept.
-        n_probes: other cells that a sample is compared with, at most.
+        prefer: (n,) numbers, such as the sizes of images in pixels; the member with the largest is kept. None
+            keeps the member nearest to the group's mean embedding. On ties, the smallest id is kept.
+        held_out: (m, d) embeddings of an evaluation set; samples within the threshold of one are not kept.
+        n_probes: the most other cells that a sample is compared with.
         cell_size: mean number of samples in a cell.
-        seed: of the pivots.
+        seed: for the pivots.
 
     Raises:
-        ValueError: a shape or a range that does not fit, or a valid row that is not finite.
+        ValueError: a wrong shape, a number out of range, or a valid row that is not finite.
     """
     n = len(embeddings)
     if not -1 < threshold <= 1:
@@ -133,12 +133,12 @@ def match_held_out(
     ids: np.ndarray | None = None,
     block: int = 16_384,
 ) -> np.ndarray:
-    """For each sample the nearest row of a held-out set, where their cosine reaches the threshold; else -1.
+    """For each sample, the nearest row of a held-out set if their cosine reaches the threshold; otherwise -1.
 
     Args:
         embeddings: (n, d).
-        held_out: (m, d), which is held in memory.
-        ids: (q,) samples to look at; None for all.
+        held_out: (m, d), kept in memory.
+        ids: (q,) samples to compare; None for all.
 
     Returns:
         (q,) int64.
@@ -157,11 +157,11 @@ def match_held_out(
 
 
 class Contents(NamedTuple):
-    """Facts of each sample's image file, for exact duplicates and for the choice among copies.
+    """Digests and sizes of the samples' image files, to find exact duplicates and to choose among copies.
 
     Attributes:
-        digest: (n, 2) uint64, of the file's bytes; zero where the sample has no such member.
-        n_pixels: (n,) int64, width times height from the file's header, 0 where it cannot be told.
+        digest: (n, 2) uint64, of the file's bytes; zero for samples without an image.
+        n_pixels: (n,) int64, width times height from the file's header, 0 if unknown.
     """
 
     digest: np.ndarray
@@ -171,10 +171,10 @@ class Contents(NamedTuple):
 def image_contents(
     pool: "ShardPool", extensions: Sequence[str] | None = None, *, batch_size: int = 1024
 ) -> Contents:
-    """Read every sample's image once: a digest of its bytes, and its size.
+    """Read every sample's image once, for a digest of its bytes and its size.
 
     Args:
-        pool: of images; a sample's first member in the order of `extensions` counts.
+        pool: of images; of several images of a sample, the first in the order of `extensions` is used.
         extensions: of the members to compare; None for the pool's image extensions.
 
     Raises:
@@ -200,7 +200,7 @@ def image_contents(
 
 
 def exact_groups(digest: np.ndarray) -> np.ndarray:
-    """(n,) int64: the smallest id with the same digest (n, 2); a sample's own where its digest is zero."""
+    """(n,) int64: the smallest id with the same digest (n, 2); a sample's own id if its digest is zero."""
     digest = np.ascontiguousarray(digest, np.uint64)
     _, first, inverse = np.unique(
         digest.view([("a", np.uint64), ("b", np.uint64)])[:, 0], return_index=True, return_inverse=True
@@ -217,7 +217,7 @@ def _links(
     cell_size: int,
     seed: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of ids (p, 2) whose cosine reaches the threshold, with the cosine, cell by cell."""
+    """Pairs of ids (p, 2) whose cosine reaches the threshold, with their cosines, cell by cell."""
     n_cells = -(-len(ids) // cell_size)
     if n_cells <= 1:
         yield from _search(embeddings, ids, ids, threshold, n_neighbours, cell_size)
@@ -225,7 +225,7 @@ def _links(
     home, probes = _cells(embeddings, ids, threshold, n_cells, n_probes, cell_size, seed)
     by_home = np.argsort(home, kind="stable")
     starts = np.searchsorted(home[by_home], np.arange(n_cells + 1))
-    visitors = np.argsort(probes, axis=None, kind="stable")  # flat places in (ids, probes), grouped by cell
+    visitors = np.argsort(probes, axis=None, kind="stable")  # flat indices into `probes`, by cell
     visits = np.searchsorted(probes.ravel()[visitors], np.arange(n_cells + 1))
     with progress("near-duplicates", n_cells, "cells") as advance:
         for cell in range(n_cells):
@@ -245,16 +245,16 @@ def _cells(
     block: int,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each sample's cell (m,) and the other cells to search for its copies (m, n_probes), -1 for none.
+    """Each sample's cell, (m,), and the other cells to search for its copies, (m, n_probes), -1 for none.
 
-    A row within distance r of q that lies in another cell c than q's own, a, is nearer to pivot c than to
-    pivot a. So q is within r of the plane half way between them: |q - c|² - |q - a|² <= 2 r |a - c|. Other
-    cells are ruled out.
+    Let q be in cell a. A row within distance r of q, but in another cell c, is nearer to pivot c than to
+    pivot a. So q is within r of the plane half-way between the pivots: |q - c|² - |q - a|² <= 2 r |a - c|.
+    All other cells are ruled out.
     """
     rng = np.random.default_rng(seed)
     pivots = np.unique(_unit(embeddings, np.sort(rng.choice(ids, n_cells, replace=False))), axis=0)
     apart = np.sqrt(np.maximum(2 - 2 * pivots @ pivots.T, 0))
-    reach = np.sqrt(2 - 2 * threshold) + 1e-3  # of unit vectors at the threshold; the rest is rounding
+    reach = np.sqrt(2 - 2 * threshold) + 1e-3  # distance of unit vectors at the threshold, and rounding
     home = np.empty(len(ids), np.int32)
     probes = np.full((len(ids), min(n_probes, len(pivots))), -1, np.int32)
     n_cut = 0
@@ -271,8 +271,8 @@ def _cells(
         probes[part] = np.where(possible, order, -1)
     if n_cut:
         log.info(
-            "near-duplicates: %.1f %% of the samples have more than n_probes=%d other cells that a copy "
-            "could lie in; they were compared with the nearest ones",
+            "near-duplicates: for %.1f %% of the samples, copies may be in more than n_probes=%d other "
+            "cells; only the nearest cells were searched",
             100 * n_cut / len(ids),
             n_probes,
         )
@@ -302,7 +302,7 @@ def _search(
 
 
 def _unique_pairs(found: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs with the smaller id first, each once, ascending; of two cosines of a pair the larger."""
+    """Each pair once, smaller id first, in ascending order, with the larger of its two cosines."""
     pairs = np.concatenate([np.sort(p, axis=1) for p, _ in found] or [np.empty((0, 2), np.int64)])
     similarity = np.concatenate([s for _, s in found] or [np.empty(0, np.float32)])
     order = np.lexsort((-similarity, pairs[:, 1], pairs[:, 0]))
@@ -335,9 +335,9 @@ def _in_larger_group(group: np.ndarray) -> np.ndarray:
 def _closeness_to_mean(
     embeddings: "np.ndarray | EmbeddingStore", group: np.ndarray, most: int = 1024, block: int = 16_384
 ) -> np.ndarray:
-    """(n,) cosine of each sample with the mean of its group; 0 for those without copies.
+    """(n,) cosine of each sample with the mean of its group; 0 for samples without copies.
 
-    Of a group larger than `most` the first ones stand for it and the others get -inf: memory stays bounded.
+    To bound memory, only the first `most` members of a larger group are considered; the others get -inf.
     """
     closeness = np.zeros(len(group), np.float64)
     members = np.flatnonzero(_in_larger_group(group))
@@ -348,7 +348,7 @@ def _closeness_to_mean(
     members = members[place < most]
     bounds = np.concatenate([[0], np.cumsum(np.minimum(np.diff(bounds), most))])
     first = 0
-    while first + 1 < len(bounds):  # as many whole groups at a time as fit a block
+    while first + 1 < len(bounds):  # as many whole groups as fit a block
         last = int(np.searchsorted(bounds, bounds[first] + block, side="right")) - 1
         part = members[bounds[first] : bounds[last]]
         rows = _unit(embeddings, part)
@@ -361,9 +361,7 @@ def _closeness_to_mean(
 
 
 def _best_of_each_group(group: np.ndarray, candidates: np.ndarray, prefer: np.ndarray) -> np.ndarray:
-    """(n,) bool: of each group's candidates the one with the largest `prefer`, the smallest id among
-    equals.
-    """
+    """(n,) bool: of each group's candidates, the one with the largest `prefer`; on ties the smallest id."""
     ids = np.flatnonzero(candidates)
     ids = ids[np.lexsort((ids, -prefer[ids].astype(np.float64), group[ids]))]
     keep = np.zeros(len(group), bool)
@@ -372,12 +370,12 @@ def _best_of_each_group(group: np.ndarray, candidates: np.ndarray, prefer: np.nd
 
 
 def _reaches(similarity: np.ndarray, threshold: float) -> np.ndarray:
-    """Whether cosines reach the threshold, up to float32 rounding: equal rows must at a threshold of 1."""
+    """Whether cosines reach the threshold, up to float32 rounding, so that equal rows reach 1."""
     return similarity >= threshold - 1e-6
 
 
 def _unit(embeddings: "np.ndarray | EmbeddingStore", ids: np.ndarray) -> np.ndarray:
-    """(m, d) float32 rows of norm 1; rows of zeros stay so, and are near nothing."""
+    """(m, d) float32 rows of norm 1; zero rows stay zero, and are near nothing."""
     rows = embeddings.rows(ids) if hasattr(embeddings, "rows") else embeddings[ids]
     rows = np.ascontiguousarray(rows, np.float32)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -389,7 +387,7 @@ def _unit(embeddings: "np.ndarray | EmbeddingStore", ids: np.ndarray) -> np.ndar
 
 def _n_pixels(data: bytes) -> int:
     try:
-        with Image.open(io.BytesIO(data)) as image:  # reads the header alone
+        with Image.open(io.BytesIO(data)) as image:  # only reads the header
             return image.width * image.height
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
         return 0

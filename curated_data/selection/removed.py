@@ -1,4 +1,4 @@
-"""What left a pool before it was clustered because it is there, or in an evaluation set, already."""
+"""The samples removed before clustering, as copies of other samples or of held-out ones."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +10,11 @@ from curated_data.cache import read_array, read_manifest
 
 @dataclass(frozen=True)
 class Removed:
-    """Near-duplicates of a pool of n samples, as the cache keeps them.
+    """Near-duplicates in a pool of n samples, as stored in the cache.
 
     Attributes:
-        keep: (n,) bool, whether the sample stayed.
-        group: (n,) int64, the smallest id of the sample's group of copies, -1 where it took no part.
+        keep: (n,) bool, whether the sample was kept.
+        group: (n,) int64, the smallest id of the sample's group of copies, -1 if it was not compared.
         held_out: (n,) int64, the sample of the held-out pool that it is a copy of, -1 for none.
     """
 
@@ -24,7 +24,7 @@ class Removed:
 
     @classmethod
     def load(cls, folder: Path) -> "Removed":
-        """From the folder of a near-duplicates artifact.
+        """Read from the folder of a near-duplicates artifact.
 
         Raises:
             CacheError: it is missing or damaged.
@@ -36,15 +36,15 @@ class Removed:
         return cls(keep, group, read_array(folder, "held_out", manifest))
 
     def save(self, folder: Path) -> None:
-        """Write the arrays, before the folder's manifest; `held_out` where there are such matches."""
+        """Write the arrays, before the folder's manifest; `held_out` only if there are matches."""
         np.save(folder / "keep.npy", self.keep)
         np.save(folder / "group.npy", self.group)
         if (self.held_out >= 0).any():
             np.save(folder / "held_out.npy", self.held_out)
 
     def copy_of(self, ids: np.ndarray) -> np.ndarray:
-        """(m,) int64: for each of the ids (m,) the sample that stayed in its place; -1 where none did, as for
-        samples that stayed themselves, that took no part, or that are copies of held-out ones.
+        """(m,) int64: for each of the ids (m,), the sample that was kept in its place; -1 for samples that
+        were kept themselves, were not compared, or are copies of held-out ones.
         """
         stayed = np.full(len(self.keep), -1, np.int64)
         kept = np.flatnonzero(self.keep & (self.group >= 0))

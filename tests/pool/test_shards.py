@@ -162,7 +162,7 @@ def test_duplicate_keys_are_counted_and_reported_once(write_tar, caplog, tmp_pat
     with caplog.at_level(logging.WARNING):
         pool = ShardPool(paths, cache_dir=tmp_path / "cache")
         assert (pool.index().n_duplicate_keys, pool.index().duplicate_example) == (2, "0000")
-    assert caplog.text.count("2 of 6 samples have a key that an earlier one has too, for example '0000'") == 1
+    assert caplog.text.count("2 of 6 samples have the key of an earlier one, for example '0000'") == 1
     caplog.clear()
     again = ShardPool(paths, cache_dir=tmp_path / "cache")
     assert again.index().n_duplicate_keys == 2
