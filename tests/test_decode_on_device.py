@@ -159,7 +159,7 @@ def test_that_the_host_has_to_help_is_said_once(write, caplog):
     data = module(pool, on_error="skip", max_skipped=1.0, decode_on_device=True, batch_size=5)
     with caplog.at_level(logging.WARNING, logger="curated_data"):
         trained(data, max_epochs=2)
-    said = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "rejected" in record.getMessage()]
     assert said == [
         "the decoder of cpu rejected 2 of the 5 JPEGs of a batch; these, and any later ones, are decoded on "
         "the host"

@@ -159,7 +159,7 @@ def test_steps_and_bars_follow_a_selection_of_another_size(write_pool, tmp_path,
     assert shown[0] == 8 > shown[1] > 0
     assert trainer.global_step == sum(lengths) == (20 if max_steps > 0 else 8 + 2 * shown[1])
     assert module.expected == (24 if max_steps < 0 else 20)
-    assert ("max_steps fixes the number of steps" in caplog.text) == (max_steps < 0)
+    assert ("Set max_steps to fix the number of steps" in caplog.text) == (max_steps < 0)
 
 
 def test_a_stop_and_a_resume_change_nothing(write_pool, tmp_path):
