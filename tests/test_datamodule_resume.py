@@ -3,14 +3,13 @@
 import itertools
 from pathlib import Path
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from curated_data.streaming import EpochOrder
-from tests.streaming.listing import Interrupted, Listing, expected_stream
+from tests.streaming.listing import Interrupted, Listing, Replacing, expected_stream
 from tests.streaming.trainer_runs import EPOCHS, GLOBAL_BATCH, N_SAMPLES, data, trainer, write_pools
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -112,21 +111,6 @@ def test_without_a_trainer_the_state_counts_what_was_handed_out(folder):
     seen += [batch["sample_id"].tolist() for batch in rest]
     assert seen == expected_stream(3)
     assert len(rest) == 5
-
-
-class Replacing(pl.Callback):
-    """Gives the data module a new, longer selection at the end of an epoch."""
-
-    def __init__(self, ids: np.ndarray, epoch: int, at_batch: int | None = None):
-        self.ids, self.epoch, self.at_batch = ids, epoch, at_batch
-
-    def on_train_epoch_end(self, trainer, module):
-        if self.at_batch is None and trainer.current_epoch == self.epoch:
-            trainer.datamodule.set_selection(self.ids)
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if self.at_batch is not None and (trainer.current_epoch, batch_idx) == (self.epoch, self.at_batch):
-            trainer.datamodule.set_selection(self.ids)
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -15,8 +15,8 @@ from lightning.pytorch.tuner import Tuner
 
 from curated_data import RecurationCallback
 from curated_data.streaming import EpochOrder
+from tests.streaming.listing import Listing, Replacing, expected_stream
 from tests.streaming.trainer_runs import GLOBAL_BATCH, N_SAMPLES, data, trainer, write_pool
-from tests.test_datamodule import Listing, Replacing, expected_stream
 from tests.test_recuration import SIZES, OneCycle, TinyModule, datamodule, seen
 
 pytestmark = pytest.mark.filterwarnings("ignore")

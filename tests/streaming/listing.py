@@ -1,6 +1,7 @@
-"""A module that lists what it was trained on, and what it should have been."""
+"""For tests of the stream in a Trainer: a module that lists what it trains on, and what that should be."""
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 
 from curated_data.streaming import EpochOrder
@@ -24,11 +25,12 @@ class Interrupted(Exception):
 class Listing(pl.LightningModule):
     """Lists what it trained on, in this process; may fail at a batch."""
 
-    def __init__(self, fail_at: int | None = None):
+    def __init__(self, fail_at: int | None = None, estimates: bool = False):
         super().__init__()
         self.weight = torch.nn.Linear(1, 1)
         self.trained: list[list[int]] = []
         self.fail_at = fail_at
+        self.estimates = estimates  # asks for the loader before the loops are restored
 
     def training_step(self, batch, batch_idx):
         if self.fail_at is not None and len(self.trained) == self.fail_at:
@@ -40,4 +42,21 @@ class Listing(pl.LightningModule):
         pass
 
     def configure_optimizers(self):
+        if self.estimates:
+            self.trainer.estimated_stepping_batches  # noqa: B018
         return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+class Replacing(pl.Callback):
+    """Gives the data module a new, longer selection at the end of an epoch."""
+
+    def __init__(self, ids: np.ndarray, epoch: int, at_batch: int | None = None):
+        self.ids, self.epoch, self.at_batch = ids, epoch, at_batch
+
+    def on_train_epoch_end(self, trainer, module):
+        if self.at_batch is None and trainer.current_epoch == self.epoch:
+            trainer.datamodule.set_selection(self.ids)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if self.at_batch is not None and (trainer.current_epoch, batch_idx) == (self.epoch, self.at_batch):
+            trainer.datamodule.set_selection(self.ids)
