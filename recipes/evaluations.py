@@ -201,7 +201,8 @@ def _heads(protocol: str) -> Callable[[Dataset, Mapping[str, Part], Features], F
         for head, hits in zip(result.heads, result.correct):
             name = f"linear, {head['protocol']}"
             figures[name] = Figure(head["accuracy"], hits)
-            figures[f"{name}, class average"] = Figure(head["class_average"])
+            if "long_tail" in dataset.evaluations or len(set(np.bincount(truth).tolist()) - {0}) > 1:
+                figures[f"{name}, class average"] = Figure(head["class_average"])
             if "long_tail" in dataset.evaluations:
                 figures |= {f"{name}, {group} classes": Figure(head[group]) for group in GROUPS}
         return figures

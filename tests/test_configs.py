@@ -8,8 +8,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from curated_data.embedding import resolve_embedder
 from curated_data.errors import CuratedDataError
-from lightning_modules import DINOv2
+from lightning_modules import DINOv2, SimCLR
 from recipes import evaluate, pretrain
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +78,12 @@ def test_a_config_trains(monkeypatch, tmp_path, write_pool):
     assert len(shards) == 2
     assert cli.trainer.global_step == 4
     assert len(cli.datamodule.selection) == 32
-    assert (tmp_path / "runs" / "pretrain").is_dir()
+    # The checkpoint that it leaves is an embedder, and loads by itself.
+    path = next((tmp_path / "runs" / "pretrain").rglob("*.ckpt"))
+    images = torch.randn(2, 3, 28, 28)
+    expected = cli.model.eval().embed(images)
+    torch.testing.assert_close(resolve_embedder(f"checkpoint:{path}")(images), expected)
+    torch.testing.assert_close(SimCLR.load_from_checkpoint(path).eval().embed(images), expected)
 
 
 @pytest.mark.parametrize(

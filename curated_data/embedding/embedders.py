@@ -258,7 +258,9 @@ def _checkpoint(path: str) -> Embedder:
     if not isinstance(module_class, type) or missing:
         raise EmbedderError(f"{path}: {dotted} is no pretraining module (it lacks {', '.join(missing)})")
     try:
-        module = module_class(**content.get("hyper_parameters", {}))
+        settings = content.get("hyper_parameters", {})
+        # Names with an underscore are LightningCLI's own: how it made the module.
+        module = module_class(**{k: v for k, v in settings.items() if not k.startswith("_")})
         module.load_state_dict(content["state_dict"])
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise EmbedderError(f"{path}: does not fit {dotted} of this version ({first_line(error)})") from error
