@@ -240,7 +240,7 @@ def build_once(folder: Path | str, build: Callable[[Path], None]) -> tuple[Path,
 
 
 def absolute(path: Path | str) -> Path:
-    """A path that stays the same place when the process changes its working directory."""
+    """An absolute path, which stays valid if the process changes its working directory."""
     return Path(path).expanduser().absolute()
 
 

@@ -122,8 +122,8 @@ class RecurationCallback(pl.Callback):
         self._artifacts: list[str] = []  # of the last re-curation, relative to the cache
         self._selection: str | None = None  # the name of its selection in the cache
         self._resuming: tuple[pl.Trainer, pl.LightningModule] | None = None
-        self._is_loaded = False  # and not begun to train
-        self._made_up: int | None = None  # the epoch that was ended as the run resumed
+        self._is_loaded = False  # from a checkpoint, and not trained yet
+        self._made_up: int | None = None  # the epoch that was ended when the run resumed
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -200,7 +200,8 @@ class RecurationCallback(pl.Callback):
     def _make_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End an epoch that was saved after its last batch, before the loader is built.
 
-        Lightning does so itself only where it was saved after a validation: then once is enough.
+        Lightning itself only ends such an epoch if it was saved after a validation; then it must not be ended
+        twice.
         """
         if self._unfinished is not None:
             epoch, step = self._unfinished["epoch"], self._unfinished["step"]
@@ -280,7 +281,7 @@ class RecurationCallback(pl.Callback):
             return False
         logged = trainer.callback_metrics
         told = np.array([len(logged) > 0, self.monitor in logged, float(logged.get(self.monitor, 0))])
-        # By rank zero's word: ranks that log unlike values, or none, must not go unlike ways.
+        # Decided by rank zero: ranks may log different values, or none, but must not diverge.
         any_logged, found, value = broadcast(told).tolist()
         if not any_logged:  # resuming, nothing is logged yet
             return self._epochs_without_gain >= self.patience

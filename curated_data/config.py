@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from curated_data.clustering.levels import Level
-from curated_data.errors import ConfigError
+from curated_data.errors import ConfigError, first_line
 
 
 @dataclass
@@ -174,7 +174,7 @@ def structured(schema: type, content: Mapping[str, Any] | DictConfig) -> Any:
         raise ConfigError(f"{error.full_key}: missing; it has no default") from error
     except OmegaConfBaseException as error:
         name = f"{error.full_key}: " if error.full_key else ""
-        raise ConfigError(f"{name}{str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{name}{first_line(error)}") from error
     except ValueError as error:  # a dataclass's own check
         raise ConfigError(str(error)) from error
 

@@ -24,6 +24,7 @@ from curated_data.arguments import (
 from curated_data.cache import absolute
 from curated_data.config import CurationConfig, load_config
 from curated_data.pool import ShardPool
+from curated_data.pool.decode import Decoders
 from curated_data.pool.urls import is_remote
 from curated_data.streaming.batch import collate
 from curated_data.streaming.crop import CenterCrop
@@ -145,7 +146,7 @@ class CuratedDataModule(pl.LightningDataModule):
         shuffle: Shuffle = "full",
         last_batch: LastBatch = "drop",
         stratify_level: int | None = None,
-        decoders: Mapping[str, Callable[[bytes], Any]] | None = None,
+        decoders: Decoders | None = None,
         min_size: int | None = None,
         image_size: int = 224,
         on_error: OnError = "raise",
@@ -298,11 +299,11 @@ class CuratedDataModule(pl.LightningDataModule):
 
     def _hide_val_dataloader(self) -> None:
         if self.val_pool is None and type(self).val_dataloader is CuratedDataModule.val_dataloader:
-            # As if there were no such method: a Trainer warns of one where the module has no validation_step.
+            # Hide the method: a Trainer warns of one if the module has no validation_step.
             self.val_dataloader = super().val_dataloader
 
     def __getstate__(self) -> dict[str, Any]:
-        # A method that hides another would be pickled by its name, and come back as the one that it hides.
+        # A method that hides another is pickled by name, and would come back as the hidden one.
         return {name: value for name, value in self.__dict__.items() if name != "val_dataloader"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from curated_data.cache import MANIFEST, build_once, is_complete
-from curated_data.errors import CacheError, ConfigError
+from curated_data.errors import CacheError, ConfigError, first_line
 from curated_data.heartbeat import Heartbeat
 
 _SHARED_WITHIN = 30.0  # seconds within which a shared file system shows every rank what one has written
@@ -189,7 +189,7 @@ def _explained() -> Iterator[None]:
     except RuntimeError as error:
         raise RuntimeError(
             f"rank {rank()} of {world_size()}: another rank has ended, or is behind by more than the process "
-            f"group's timeout; see the first error of the other ranks ({str(error).splitlines()[0][:300]})"
+            f"group's timeout; see the first error of the other ranks ({first_line(error)})"
         ) from error
 
 

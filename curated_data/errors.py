@@ -25,3 +25,11 @@ class ConfigError(CuratedDataError):
 
 class CacheError(CuratedDataError):
     """The cache folder cannot be used: not writable, written by another version, or damaged."""
+
+
+def first_line(error: BaseException, *, with_type: bool = False) -> str:
+    """The first line of an error's message, for a message of ours; the type's name if it has none."""
+    name, lines = type(error).__name__, str(error).splitlines()
+    if not lines:
+        return name
+    return f"{name}: {lines[0]}"[:300] if with_type else lines[0][:300]

@@ -92,7 +92,7 @@ def verify_cache(cache_dir: str | Path) -> list[str]:
 
 @contextlib.contextmanager
 def _collected(problems: list[str], manifest: Path) -> Iterator[None]:
-    """Keep what is wrong with an artifact, unless a run has taken it away meanwhile."""
+    """Collect a problem with an artifact, unless a run has removed the artifact meanwhile."""
     try:
         yield
     except CacheError as error:
@@ -127,8 +127,8 @@ def _artifact(stage: str, folder: Path) -> Artifact:
 
 
 def _sizes(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """The files of an artifact, but for its locks and what a run at work takes away meanwhile."""
-    for place, folders, names in os.walk(folder):  # which passes over folders that are gone
+    """The files of an artifact, except its locks and those that a run removes meanwhile."""
+    for place, folders, names in os.walk(folder):  # which skips folders that are gone
         folders[:] = [name for name in folders if name != ".locks"]
         for path in map(Path(place).joinpath, names):
             with contextlib.suppress(FileNotFoundError):

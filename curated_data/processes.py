@@ -1,4 +1,4 @@
-"""Worker processes that end when their parent does."""
+"""Worker processes: the cores that there are for them, and ending them with their parent."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import time
 
 
 def n_cores() -> int:
-    """CPU cores that this process may use; where the system does not say (macOS), all there are."""
+    """The number of CPU cores that this process may use; all cores if the system does not tell (macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

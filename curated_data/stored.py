@@ -37,7 +37,7 @@ def open_curation(cache_dir: str | Path, selection: str) -> Curation:
     Raises:
         CacheError: no such selection, or its tree or embeddings are no longer in the cache.
     """
-    root = absolute(cache_dir)  # nothing is written there, so it may be another's
+    root = absolute(cache_dir)  # only read, so it may belong to another user
     check_is_cache(root)
     folders = {"selection": root / "selection" / selection}
     if not (folders["selection"] / MANIFEST).exists():

@@ -38,18 +38,18 @@ def n_trained(trainer: pl.Trainer) -> int:
 
 
 def is_between_epochs(trainer: pl.Trainer) -> bool:
-    """Whether the Trainer has taken the last batch of its epoch, and none of the next."""
+    """Whether the Trainer has finished the batches of an epoch, and not begun the next."""
     epochs = trainer.fit_loop.epoch_progress.current
     return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or epochs.processed == epochs.ready > 0
 
 
 def forget_loader(trainer: pl.Trainer) -> None:
-    """Have the Trainer ask for the training loader again, where it holds one from before it resumed.
+    """Make the Trainer ask for the training loader again, if it has one from before it resumed.
 
-    Strategies that restore a checkpoint late (FSDP, ModelParallel, DeepSpeed) have by then let a module ask
-    for its `estimated_stepping_batches`, for which the loader is made and begins to be read.
+    Strategies that restore a checkpoint late (FSDP, ModelParallel, DeepSpeed) first let the module ask for
+    `estimated_stepping_batches`, which creates and starts the loader.
     """
-    trainer.fit_loop._combined_loader = None  # as Lightning's own learning rate finder does
+    trainer.fit_loop._combined_loader = None  # like Lightning's own learning rate finder
 
 
 def epochs_to_come(trainer: pl.Trainer | None, n_batches: int) -> int:

@@ -40,7 +40,7 @@ from curated_data.clustering.kmeans import METRICS
 from curated_data.config import load_config, read_yaml, structured
 from curated_data.distributed import rank
 from curated_data.embedding import Embedder
-from curated_data.errors import ConfigError, CuratedDataError
+from curated_data.errors import ConfigError, CuratedDataError, first_line
 from curated_data.export import export
 from curated_data.pipeline import Curation
 from curated_data.progress import log_to_terminal
@@ -86,7 +86,7 @@ def read_settings(paths: Sequence[str], overrides: Sequence[str] = ()) -> Settin
         merged = OmegaConf.merge(*parts, OmegaConf.from_dotlist(list(overrides)))
         content = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
     return structured(Settings, content)
 
 

@@ -28,10 +28,10 @@ from rich.markdown import Markdown
 
 from curated_data.cache import atomic_path, atomic_write_json, open_cache
 from curated_data.embedding import resolve_embedder
-from curated_data.errors import ConfigError, CuratedDataError
+from curated_data.errors import ConfigError, CuratedDataError, first_line
 from curated_data.progress import log_to_terminal
 from lightning_modules.evaluation.comparison import ComparisonResult, comparison
-from recipes.evaluations import Features, Figures, evaluate, evaluate_shifted, first_line
+from recipes.evaluations import Features, Figures, evaluate, evaluate_shifted
 from recipes.suite import Dataset, Part, load_suite, open_suite
 
 log = logging.getLogger("evaluate")

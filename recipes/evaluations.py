@@ -11,7 +11,7 @@ import torch
 
 from curated_data import kmeans
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool
-from curated_data.errors import PoolError
+from curated_data.errors import PoolError, first_line
 from curated_data.selection.near_duplicates import image_contents, match_held_out
 from lightning_modules.evaluation.clustering import clustering
 from lightning_modules.evaluation.dense import DenseSettings
@@ -115,11 +115,6 @@ def evaluate(dataset: Dataset, parts: Mapping[str, Part], features: Features) ->
             except ValueError as error:
                 failures.append(f"{name}: {first_line(error)}")
     return figures, failures
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def evaluate_shifted(

@@ -53,13 +53,13 @@ def main(
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI that says in one line what a module or the data does not take."""
+    """LightningCLI with one-line errors for settings that the module or the data module rejects."""
 
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
         except ValueError as error:
-            # The parser tries each type of a setting in turn, and tells of all of them and of every value.
+            # The parser tries all types of a setting, and its error lists all of them and every value.
             if isinstance(error.__cause__, ValueError) and not isinstance(error, CuratedDataError):
                 raise ConfigError(str(error.__cause__)) from error
             raise

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from curated_data import ShardPool, ShardWriter
 from curated_data.cache import atomic_path, fingerprint, locked
 from curated_data.config import read_yaml, structured
-from curated_data.errors import ConfigError, CuratedDataError, PoolError
+from curated_data.errors import ConfigError, CuratedDataError, PoolError, first_line
 from curated_data.pool import import_folder
 from curated_data.report.page import class_names_beside
 from recipes.layouts import LAYOUTS, Images, to_shards
@@ -151,7 +151,7 @@ def open_suite(
             if dataset.base:
                 opened[name].setdefault("train", opened[dataset.base]["train"])
         except (CuratedDataError, FileNotFoundError, RuntimeError) as error:
-            missing.append(f"{name}: {str(error).splitlines()[0]}")
+            missing.append(f"{name}: {first_line(error)}")
     return {name: opened[name] for name in suite if name in opened}, missing
 
 

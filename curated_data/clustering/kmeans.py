@@ -23,6 +23,7 @@ from curated_data.clustering.rows import (
     read_rows,
 )
 from curated_data.clustering.seeding import seed_rows
+from curated_data.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -206,9 +207,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f'device={str(device)!r} cannot be used here ({reason}); give "cpu" or "auto"'
+            f'device={str(device)!r} cannot be used here ({first_line(error)}); give "cpu" or "auto"'
         ) from error
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from curated_data.embedding.embedders import Embedder
-from curated_data.errors import CuratedDataError, EmbedderError, SampleError
+from curated_data.errors import CuratedDataError, EmbedderError, SampleError, first_line
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders, decode_sample
 
@@ -147,7 +147,7 @@ def _shared(batch: Tensor) -> Tensor:
         return batch.share_memory_()
     except RuntimeError as error:
         raise CuratedDataError(
-            f"no shared memory for a batch of {batch.nbytes / 1e6:,.1f} MB ({str(error).splitlines()[0]}); "
+            f"no shared memory for a batch of {batch.nbytes / 1e6:,.1f} MB ({first_line(error)}); "
             "make /dev/shm larger (docker run --shm-size=8g), lower embedding.batch_size, or set "
             "embedding.num_workers to 0"
         ) from error

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tvf
 
 from curated_data.embedding.identity import module_fingerprint
-from curated_data.embedding.weights import first_line, load_weights, read_weights, seeded, with_hub_weights
-from curated_data.errors import EmbedderError
+from curated_data.embedding.weights import load_weights, read_weights, seeded, with_hub_weights
+from curated_data.errors import EmbedderError, first_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -263,7 +263,9 @@ def _checkpoint(path: str) -> Embedder:
         module = module_class(**{k: v for k, v in settings.items() if not k.startswith("_")})
         module.load_state_dict(content["state_dict"])
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise EmbedderError(f"{path}: does not fit {dotted} of this version ({first_line(error)})") from error
+        raise EmbedderError(
+            f"{path}: does not fit {dotted} of this version ({first_line(error, with_type=True)})"
+        ) from error
     embedder = resolve_embedder(module)
     embedder.name = f"checkpoint:{path}"
     return embedder
@@ -323,8 +325,8 @@ def _probe_dimension(embedder: ModuleEmbedder, name: str) -> int:
         raise
     except Exception as error:
         raise EmbedderError(
-            f"embedder {name}: fails on a blank image ({first_line(error)}); give it a `preprocess` that "
-            "fits it, and a `dimension` where it takes no images"
+            f"embedder {name}: fails on a blank image ({first_line(error, with_type=True)}); give it a "
+            "`preprocess` that fits it, and a `dimension` if it takes no images"
         ) from error
     if output.ndim != 2 or len(output) != 1:
         raise EmbedderError(

@@ -29,7 +29,7 @@ from curated_data.embedding.store import (
     store_fingerprint,
     write_shard,
 )
-from curated_data.errors import ConfigError, CuratedDataError, EmbedderError
+from curated_data.errors import ConfigError, CuratedDataError, EmbedderError, first_line
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.progress import progress
@@ -286,8 +286,7 @@ def _forward(embedder: Embedder, inputs: Tensor, device: torch.device, use_bf16:
     except Exception as error:  # the user's network may raise anything
         raise EmbedderError(
             f"{_name(embedder)}: fails on a batch of shape {tuple(inputs.shape)} on {device} "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}); is its "
-            "`preprocess` the one that it needs?"
+            f"({first_line(error, with_type=True)}); is its `preprocess` the one that it needs?"
         ) from error
     if not isinstance(output, Tensor) or output.is_complex():
         kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
@@ -319,7 +318,7 @@ def _move(embedder: Embedder, device: torch.device) -> None:
 
 def _unusable(device: str | torch.device, error: BaseException) -> ConfigError:
     return ConfigError(
-        f"device: {str(device)!r} cannot be used ({str(error).splitlines()[0][:200]}); give 'cpu', 'cuda', "
+        f"device: {str(device)!r} cannot be used ({first_line(error)}); give 'cpu', 'cuda', "
         "'cuda:1', …, or 'auto'"
     )
 

@@ -183,12 +183,12 @@ def _is_library(module: str) -> bool:
 
 
 def _overrides(kind: type, name: str) -> bool:
-    """Whether a class has a method in place of a library's, whose other methods may then call it."""
+    """Whether a class overrides a library's method, which other methods of the library may call."""
     return not name.startswith("__") and any(name in vars(base) for base in _library_bases(kind))
 
 
 def _library_bases(kind: type) -> list[type]:
-    """The libraries' classes that a class is made of, but those that have no part in embedding."""
+    """A class's base classes from libraries, except those that play no part in embedding."""
     return [
         base
         for base in kind.__mro__
@@ -203,7 +203,7 @@ def _own_attributes(part: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _is_untold(part: nn.Module, value: Any) -> bool:
-    """Whether a library's code may read an attribute of a module that nothing printed of it tells."""
+    """Whether code of a library may read an attribute that the module's repr does not show."""
     if not _library_bases(type(part)):
         return False
     kind = type(part).__module__
@@ -211,7 +211,7 @@ def _is_untold(part: nn.Module, value: Any) -> bool:
 
 
 def _is_users(value: Any) -> bool:
-    """Whether a value is, or holds, code of the user's."""
+    """Whether a value is, or contains, the user's code."""
     if isinstance(value, list | tuple):
         return any(map(_is_users, value))
     if isinstance(value, dict):

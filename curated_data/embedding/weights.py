@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from curated_data.errors import EmbedderError
+from curated_data.errors import EmbedderError, first_line
 
 
 def with_hub_weights(load: Callable[[], nn.Module], name: str, place: str) -> nn.Module:
@@ -29,7 +29,7 @@ def with_hub_weights(load: Callable[[], nn.Module], name: str, place: str) -> nn
             file = Path(torch.hub.get_dir()) / "checkpoints" / place.rsplit("/", 1)[-1]
             place = f"{place} to be fetched by hand and put at {file}, or its path given as '{name}@FILE'"
         raise EmbedderError(
-            f"{name}: its weights cannot be had ({first_line(error)}); it needs {place}"
+            f"{name}: its weights cannot be had ({first_line(error, with_type=True)}); it needs {place}"
         ) from error
 
 
@@ -46,7 +46,7 @@ def load_weights(network: nn.Module, source: str, name: str) -> None:
     try:
         missing, unexpected = network.load_state_dict(state, strict=False)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise EmbedderError(f"{source}: does not fit {name} ({first_line(error)})") from error
+        raise EmbedderError(f"{source}: does not fit {name} ({first_line(error, with_type=True)})") from error
     head = ("fc.", "head.", "heads.", "classifier.")  # a classifier that we take off may be there or not
     missing = [key for key in missing if not key.startswith(head)]
     unexpected = [key for key in unexpected if not key.startswith(head)]
@@ -71,7 +71,7 @@ def read_weights(path: Path, name: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise EmbedderError(
-            f"{path}: not a file of plain tensors ({first_line(error)}); save a state dict, "
+            f"{path}: not a file of plain tensors ({first_line(error, with_type=True)}); save a state dict, "
             "code in it is never run"
         ) from error
 
@@ -81,8 +81,3 @@ def seeded(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build()
-
-
-def first_line(error: BaseException) -> str:
-    """An error's type and the first line of its message."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -29,7 +29,7 @@ def is_pipe(url: str) -> bool:
 
 
 def absolute_url(url: str) -> str:
-    """A local path from the root on, so that it holds when the process changes its working directory."""
+    """A local path as an absolute one, which stays valid if the process changes its working directory."""
     return url if is_remote(url) or is_pipe(url) else os.path.abspath(url)
 
 
@@ -123,7 +123,7 @@ def _expand(pattern: str, storage_options: Mapping[str, Any], pipes: bool) -> li
             found.extend(_glob_remote(piece, storage_options))
         elif not remote and glob.has_magic(piece) and not os.path.isfile(piece):
             folder, name = os.path.split(piece)
-            if glob.has_magic(folder) and os.path.isdir(folder):  # a folder named so, as "runs [1]"
+            if glob.has_magic(folder) and os.path.isdir(folder):  # a folder with such a name, as "runs [1]"
                 piece = os.path.join(glob.escape(folder), name)
             matches = sorted(path for path in glob.glob(piece, recursive=True) if os.path.isfile(path))
             if not matches:

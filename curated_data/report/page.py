@@ -129,7 +129,7 @@ def write_report(
 
 
 def check_arrays(n: int, *, coordinates: np.ndarray | None, labels: np.ndarray | None) -> None:
-    """Check the arrays for `write_report`, before a curation of n samples is made.
+    """Check the arrays for `write_report`, before the n samples are curated.
 
     Raises:
         ValueError: an array of another length than the pool.
@@ -241,7 +241,7 @@ def class_names_beside(pool: "ShardPool") -> list[str] | None:
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: no JSON list of class names ({error}); mend it, or remove it") from error
+        raise ValueError(f"{path}: not a JSON list of class names ({error}); correct or remove it") from error
     return [str(name) for name in names]
 
 

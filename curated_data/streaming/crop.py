@@ -24,8 +24,8 @@ class CenterCrop:
     def __call__(self, image: Tensor) -> Tensor:
         if not isinstance(image, Tensor):
             raise ConfigError(
-                f"views: the default ones take images, and the pool gave a {type(image).__name__}; for texts "
-                "and arrays give `views` (and `eval_transform`) of your own"
+                f"views: the default takes images, but the pool gave a {type(image).__name__}; for texts and "
+                "arrays pass your own `views` (and `eval_transform`)"
             )
         resized = TF.resize(image, [self.size], antialias=True)
         cropped = TF.center_crop(resized, [self.size, self.size])

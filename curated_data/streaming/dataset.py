@@ -28,7 +28,7 @@ from curated_data.streaming.statistics import BatchReport, Skipped, StreamStatis
 
 OnError = Literal["raise", "skip"]
 
-_FOLLOWING = 16  # samples to look for one among that can be decoded
+_FOLLOWING = 16  # samples among which one that can be decoded is searched
 
 
 class PoolDataset(Dataset):
@@ -208,7 +208,7 @@ class PoolDataset(Dataset):
         return loaded
 
     def _stand_in(self, sample_id: int, seed: int, skipped: list[Skipped]) -> dict[str, Any]:
-        """One of the samples that follow in the pool, to pad a batch with of which none can be decoded."""
+        """One of the next samples of the pool, as padding for a batch of which no sample can be decoded."""
         following = [(sample_id + step) % len(self) for step in range(1, min(len(self), _FOLLOWING))]
         try:
             return self.spare(following, seed, list(skipped))

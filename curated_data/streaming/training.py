@@ -189,12 +189,12 @@ class TrainingStream:
 
     @property
     def _resumes_inside(self) -> bool:
-        """Whether a state was loaded that was taken within an epoch, of which there is more to come."""
+        """Whether the loaded state was taken within an epoch, which is to be continued."""
         state = self._loaded
         return state is not None and state["batch"] > 0 and not state.get("between_epochs", False)
 
     def _begin_resumed_epoch(self) -> None:
-        """After a state that was taken between two epochs: the next one has another selection."""
+        """Begin the next epoch, with another selection, after a state that was taken between epochs."""
         epoch = self._loaded["epoch"] + (self._loaded["batch"] > 0)
         self._loaded = {**self._loaded, "epoch": epoch, "batch": 0}
         n_trained = None if self._owner is _NOBODY else self._loaded["n_trained"]

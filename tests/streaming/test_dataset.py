@@ -192,7 +192,7 @@ def test_text_and_arrays_stream_as_images_do(tmp_path):
 def test_default_views_of_what_is_no_image_say_what_to_give(tmp_path):
     with ShardWriter(tmp_path / "text-%d.tar") as writer:
         writer.write({"__key__": "a", "txt": "a text"})
-    with pytest.raises(ConfigError, match="the pool gave a str; for texts and arrays give `views`"):
+    with pytest.raises(ConfigError, match="the pool gave a str; for texts and arrays pass your own `views`"):
         PoolDataset(ShardPool(str(tmp_path / "text-0.tar")), CenterCrop(8))[0]
 
 
