@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 import torch
 
-from curated_data.cache import atomic_path, read_manifest, write_manifest
-from curated_data.errors import CacheError, ConfigError, EmbedderError, PoolError, SampleError
+from curated_data.cache import atomic_path, read_array, read_manifest, write_manifest
+from curated_data.errors import ConfigError, EmbedderError, PoolError, SampleError
 from curated_data.pool.writer import ShardWriter
 from curated_data.progress import progress
 from curated_data.selection.names import CaptionClass, NameMatcher, read_classes, sharing_a_name
@@ -80,14 +80,7 @@ class CaptionLabels:
         """
         folder = Path(path)
         manifest = read_manifest(folder, "captions")
-        try:
-            arrays = [
-                np.load(folder / f"{n}.npy", allow_pickle=False) for n in ("ids", "labels", "similarity")
-            ]
-        except (OSError, ValueError, EOFError) as error:
-            raise CacheError(
-                f"{folder}: an array cannot be read ({error}); remove it and label again"
-            ) from error
+        arrays = [read_array(folder, name, manifest) for name in ("ids", "labels", "similarity")]
         return cls(*arrays, read_classes(folder / "classes.json"), manifest["report"])
 
 

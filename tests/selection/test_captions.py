@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.metrics.pairwise import cosine_similarity
 
-from curated_data.errors import ConfigError, EmbedderError, PoolError, SampleError
+from curated_data.errors import CacheError, ConfigError, EmbedderError, PoolError, SampleError
 from curated_data.pool import ShardPool, ShardWriter
 from curated_data.selection.captions import (
     CaptionBlock,
@@ -247,6 +247,16 @@ def test_nothing_found_is_an_empty_selection():
     found = label_captions([block(["none here"])], CLASSES, embedder=embed, threshold=0.5)
     assert found.ids.dtype == found.labels.dtype == np.int64
     assert len(found.ids) == len(found.classes) == 0
+
+
+def test_damage_to_saved_labels_is_noticed(tmp_path):
+    label_captions([block()], CLASSES, embedder=embed, threshold=0.2).save(tmp_path / "labels")
+    path = tmp_path / "labels" / "labels.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CacheError, match=r"labels\.npy"):
+        CaptionLabels.load(tmp_path / "labels")
 
 
 def test_a_pool_of_captions_to_labelled_shards_and_back(tmp_path):
