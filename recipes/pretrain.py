@@ -60,7 +60,7 @@ class RecipeCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             # The parser tries all types of a setting, and its error lists all of them and every value.
-            if isinstance(error.__cause__, ValueError) and not isinstance(error, CuratedDataError):
+            if isinstance(error.__cause__, ValueError | TypeError) and not isinstance(error, CuratedDataError):
                 raise ConfigError(str(error.__cause__)) from error
             raise
 

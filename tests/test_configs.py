@@ -55,6 +55,7 @@ def test_what_a_module_does_not_take_is_said_in_one_line(monkeypatch, tmp_path, 
     for name, value, message in (
         ("temperature", "-1", "^temperature must be positive, got -1.0$"),
         ("backbone", "rsnet18", "^timm has no model 'rsnet18'; did you mean"),
+        ("augmentation", "{colour: 1}", "unexpected keyword argument 'colour'"),
     ):
         with pytest.raises(CuratedDataError, match=message):
             pretrain.main([*arguments, f"--model.init_args.{name}", value])

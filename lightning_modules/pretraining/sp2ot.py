@@ -173,6 +173,8 @@ class SP2OT(PretrainingModule):
         return losses.sum(), {"rho": losses.new_tensor(rho)}
 
     def on_train_start(self) -> None:
+        # Once: the neighbours of a large set, from a checkpoint or `set_neighbors`, take long to move.
+        self.state = {name: value.to(self.device) for name, value in self.state.items()}
         uses_buffer = self.hparams.buffer_size and self.buffer_from_epoch <= self.current_epoch
         needs_neighbors = self.hparams.method == "sp2ot" and "neighbor_ids" not in self.state
         if (uses_buffer and "buffer_ids" not in self.state) or needs_neighbors:
