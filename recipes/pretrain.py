@@ -60,8 +60,9 @@ class RecipeCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             # The parser tries all types of a setting, and its error lists all of them and every value.
-            if isinstance(error.__cause__, ValueError | TypeError) and not isinstance(error, CuratedDataError):
-                raise ConfigError(str(error.__cause__)) from error
+            cause = error.__cause__
+            if isinstance(cause, ValueError | TypeError) and not isinstance(error, CuratedDataError):
+                raise ConfigError(str(cause)) from error
             raise
 
 
@@ -129,7 +130,8 @@ class _Clock(lightning.Callback):
 
 def _step_seconds(module: lightning.LightningModule, data: CuratedDataModule, settings: Any) -> float:
     """The median time from one step to the next, on random samples of the pool."""
-    need = data.batch_size * _PROBE_STEPS
+    # SP²OT fills its buffer with an epoch's samples first.
+    need = max(data.batch_size * _PROBE_STEPS, int(module.hparams.get("buffer_size") or 0) + data.batch_size)
     ids = np.random.default_rng(0).choice(len(data.pool), need, replace=len(data.pool) < need)
     names = ("views", "batch_size", "num_workers", "seed", "decoders", "min_size", "image_size", "on_error")
     probe = CuratedDataModule(

@@ -123,3 +123,20 @@ def test_dry_run_of_the_recipe(write_pool, tmp_path, monkeypatch, capsys):
         assert re.search(rf"│ {stage} +│ +[\d,.]+ (s|min|h)", shown), shown
     assert not (tmp_path / "runs").exists()
     assert not list((tmp_path / "c").glob("embeddings/*"))
+
+
+def test_dry_run_of_a_method_with_a_buffer(write_pool, tmp_path, monkeypatch, capsys):
+    write_pool([60, 52])
+    monkeypatch.chdir(tmp_path)
+    values = {
+        "data.pool": str(tmp_path / "pool-*.tar"), "data.batch_size": 8, "data.num_workers": 0,
+        "model.init_args.buffer_size": 100, "model.init_args.backbone_options": "{width: 4}",
+        "trainer.max_epochs": 3, "trainer.accelerator": "cpu",
+    }  # fmt: skip
+    overrides = [item for name, value in values.items() for item in (f"--{name}", str(value))]
+    configs = [f"{ROOT}/configs/base.yaml", f"{ROOT}/configs/pretrain/sp2ot_fashion.yaml"]
+    with pytest.raises(SystemExit) as ended:
+        pretrain.main(["fit", *(part for path in configs for part in ("--config", path)), *overrides,
+                       "--dry-run"])  # fmt: skip
+    assert ended.value.code == 0
+    assert "no curation; 42 steps of 8 x 1 samples: " in capsys.readouterr().out

@@ -75,8 +75,8 @@ class MAE(PretrainingModule):
         self.n_patches = encoder.patch_embed.num_patches
         if self.n_patches * self.backbone.patch_size**2 != image_size**2:
             raise ValueError(
-                f"backbone {backbone!r} cuts its patches out of a convolution's output, and MAE rebuilds pixels: "
-                "use a transformer without a convolutional stem"
+                f"backbone {backbone!r} cuts its patches out of a convolution's output, and MAE rebuilds "
+                "pixels: use a transformer without a convolutional stem"
             )
         self.n_keep = max(round(self.n_patches * (1 - mask_ratio)), 1)
         if self.n_keep == self.n_patches:
