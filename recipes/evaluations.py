@@ -62,6 +62,7 @@ class Features:
         self.embedder, self.cache, self.workers, self.device = embedder, cache, workers, device
         self.blocks = block_embedder(embedder)
         self._tokens: TokenEmbedder | None = None
+        self._stores: dict[tuple[int, int], tuple[Part, Embedder, EmbeddingStore]] = {}
 
     def tokens(self) -> TokenEmbedder:
         if self._tokens is None:
@@ -70,11 +71,13 @@ class Features:
 
     def store(self, part: Part, embedder: Embedder | None = None) -> EmbeddingStore:
         embedder = embedder or self.embedder
-        store = embed_pool(part.pool, embedder, self.cache, num_workers=self.workers, device=self.device)
-        failed = int((~store.valid).sum())
-        if failed:
-            log.warning("%d of %d images cannot be read and are left out", failed, len(store))
-        return store
+        key = id(part), id(embedder)
+        if key not in self._stores:
+            store = embed_pool(part.pool, embedder, self.cache, num_workers=self.workers, device=self.device)
+            if failed := int((~store.valid).sum()):
+                log.warning("%d of %d images cannot be read and are left out", failed, len(store))
+            self._stores[key] = part, embedder, store  # objects that are kept keep their ids
+        return self._stores[key][2]
 
     def labelled(self, part: Part, embedder: Embedder | None = None) -> tuple["Rows", np.ndarray]:
         """The rows and labels of the images that can be read and have a label."""
@@ -183,8 +186,8 @@ def _heads(protocol: str) -> Callable[[Dataset, Mapping[str, Part], Features], F
         blocks = features.blocks if protocol == "sgd" else None
         (train, labels), (test, truth) = (features.labelled(parts[p], blocks) for p in ("train", "test"))
         x, tested = train.array(), test.array()
-        if blocks is not None:
-            x, tested = (blocks.kinds(torch.from_numpy(rows)) for rows in (x, tested))
+        if blocks is not None:  # views of what is on the device once
+            x, tested = (blocks.kinds(torch.from_numpy(rows).to(features.device)) for rows in (x, tested))
         counts = np.bincount(labels, minlength=int(truth.max()) + 1)
         settings = LinearSettings(protocols=(protocol,))
         if dataset.steps:

@@ -31,6 +31,7 @@ from lightning_modules.evaluation.result import PER_SAMPLE, Result
 from lightning_modules.schedules import cosine
 
 PROTOCOLS = ("sgd", "logistic", "few_shot")
+_LOGISTIC_SCORES = 2**25  # of a block: 256 MB
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 
 
@@ -224,14 +225,20 @@ def fit_logistic(
     penalty = torch.full((d + 1, 1), 1 / (inverse_penalty * n), dtype=torch.float64, device=x.device)
     penalty[d] = 0  # the intercept is free
 
+    # Scores of a block of samples at a time: those of a million samples for a thousand classes are 10 GB.
+    size = max(1, _LOGISTIC_SCORES // n_classes)
+
     def mean_loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         w = torch.from_numpy(flat).to(x.device).reshape(d + 1, n_classes)
-        log_p = (x @ w).log_softmax(1)
-        p = log_p.exp()
-        p[torch.arange(len(y), device=y.device), y] -= 1
+        gradient, loss = torch.zeros_like(w), w.new_zeros(1)
+        for rows, answers in zip(x.split(size), y.split(size)):
+            log_p = (rows @ w).log_softmax(1)
+            loss -= log_p.gather(1, answers[:, None]).sum()
+            p = log_p.exp_()
+            p.scatter_add_(1, answers[:, None], p.new_full((len(p), 1), -1))
+            gradient.addmm_(rows.T, p)
         # One message: the gradient and, as a last row, the loss.
-        loss = -log_p.gather(1, y[:, None]).sum()
-        total = all_reduce(torch.cat([(x.T @ p).flatten(), loss[None]])) / n
+        total = all_reduce(torch.cat([gradient.flatten(), loss])) / n
         gradient = total[:-1].reshape(d + 1, n_classes) + penalty * w
         value = total[-1] + (penalty * w.square()).sum() / 2
         return float(value), gradient.flatten().cpu().numpy()

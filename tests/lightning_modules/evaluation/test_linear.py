@@ -24,8 +24,9 @@ def data(n: int = 400, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(x).float(), torch.from_numpy(y)
 
 
-@pytest.mark.parametrize("c", [0.01, 1.0, 100.0])
-def test_logistic_regression_is_scikit_learns(c):
+@pytest.mark.parametrize(("c", "scores"), [(0.01, 2**25), (1.0, 100), (100.0, 2**25)])  # blocks of 25 samples
+def test_logistic_regression_is_scikit_learns(c, scores, monkeypatch):
+    monkeypatch.setattr("lightning_modules.evaluation.linear._LOGISTIC_SCORES", scores)
     x, y = data()
     head = fit_logistic(x, y, 4, inverse_penalty=c)
     reference = LogisticRegression(C=c, tol=1e-8, max_iter=5000).fit(x.double().numpy(), y.numpy())
