@@ -251,6 +251,8 @@ def _curate(parsed: argparse.Namespace) -> None:
     _print(table)
     if report["failed"]:
         print(f"{report['failed']:,} samples could not be embedded: see {curation.folders['embeddings']}")
+    if report["excluded"]:
+        print(f"{report['excluded']:,} samples could not be clustered: their embeddings are zero")
     print(f"tree: {curation.folders['tree']}")
     print(f"ids: {curation.folders['selection'] / 'ids.npy'}")
     if parsed.ids:

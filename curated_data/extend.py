@@ -131,7 +131,10 @@ def extend(
         100 * drift["outlying"],
         "; a rebuild is due" if drift["rebuild_due"] else "",
     )
-    report = report_of(pool, store, grown.parent[1] != EXCLUDED, grown, ids, config)
+    valid = store.valid
+    if "near_duplicates" in manifest["inputs"]:  # which are what the old tree lacks
+        valid &= grown.parent[1] != EXCLUDED
+    report = report_of(pool, store, valid, grown, ids, config)
     report |= {"drift": drift, "cached": {"tree": found, "selection": was_selected}}
     folders = {"embeddings": store.folder, "tree": folder, "selection": selection}
     return Curation(ids, grown, store, report, config, folders)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from curated_data.cache import build_once, fingerprint, open_cache, read_array, read_manifest, write_manifest
 from curated_data.clustering.hierarchy import hierarchical_kmeans
 from curated_data.clustering.levels import Level, choose_levels
-from curated_data.clustering.tree import ClusterTree
+from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig, load_config
 from curated_data.distributed import build_together, check_same, check_shared, rank
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
@@ -127,10 +127,11 @@ def curate(
     n_valid = int(valid.sum())
     if not n_valid:
         first = next(store.iterate_failures(), None)
-        if first is None:
+        if store.n_failures < n_samples:
             raise PoolError(
-                f"near-duplicates: all of the pool's {n_samples} samples are copies of held-out ones; raise "
-                "near_duplicates.threshold, or look at what held_out names"
+                f"near-duplicates: all of the pool's {n_samples - store.n_failures} samples that could be "
+                "embedded are copies of held-out ones; raise near_duplicates.threshold, or look at what "
+                "held_out names"
             )
         raise PoolError(
             f"none of the pool's {n_samples} samples could be embedded; the first: {first['shard']}, key "
@@ -349,12 +350,18 @@ def report_of(
     ids: np.ndarray,
     config: CurationConfig,
 ) -> dict[str, Any]:
-    """A curation's numbers: what went in, what was left out and why, what was selected."""
+    """A curation's numbers: what went in, what was left out and why, what was selected.
+
+    Args:
+        valid: (n,) bool, the samples that were to be clustered; those that the tree lacks are `excluded`, as
+            zero embeddings are under the cosine metric.
+    """
     return {
         "shards": len(pool.urls),
         "samples": len(pool),
         "failed": store.n_failures,
         "near_duplicates": int(len(pool) - store.n_failures - valid.sum()),
+        "excluded": int((valid & (tree.parent[1] == EXCLUDED)).sum()),
         "target_size": config.target_size,
         "selected": len(ids),
         "distinct": len(np.unique(ids)),

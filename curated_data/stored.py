@@ -13,7 +13,7 @@ from curated_data.config import CurationConfig
 from curated_data.embedding import EmbeddingStore
 from curated_data.errors import CacheError
 from curated_data.inspect import check_is_cache
-from curated_data.pipeline import Curation
+from curated_data.pipeline import Curation, read_keep
 from curated_data.report.metrics import cluster_balance
 from curated_data.seals import load_npy
 
@@ -61,7 +61,11 @@ def open_curation(cache_dir: str | Path, selection: str) -> Curation:
     values = {name: value for name, value in (settings | chosen["settings"]).items() if name in known}
     values["levels"] = [Level(**level) for level in settings.get("levels") or []] or None
     ids = read_array(folders["selection"], "ids", chosen)
-    return Curation(ids, tree, store, _report(tree, store, ids, values), CurationConfig(**values), folders)
+    valid = store.valid
+    if "near_duplicates" in folders:
+        valid &= read_keep(folders["near_duplicates"])
+    report = _report(tree, store, valid, ids, values)
+    return Curation(ids, tree, store, report, CurationConfig(**values), folders)
 
 
 def _store(folder: Path, shards: list[str]) -> EmbeddingStore:
@@ -74,14 +78,15 @@ def _store(folder: Path, shards: list[str]) -> EmbeddingStore:
 
 
 def _report(
-    tree: ClusterTree, store: EmbeddingStore, ids: np.ndarray, values: dict[str, Any]
+    tree: ClusterTree, store: EmbeddingStore, valid: np.ndarray, ids: np.ndarray, values: dict[str, Any]
 ) -> dict[str, Any]:
     failed = store.n_failures
     return {
         "shards": len(store.shard_fingerprints),
         "samples": tree.n_samples,
         "failed": failed,
-        "near_duplicates": int((tree.parent[1] == EXCLUDED).sum()) - failed,
+        "near_duplicates": int(tree.n_samples - failed - valid.sum()),
+        "excluded": int((valid & (tree.parent[1] == EXCLUDED)).sum()),
         "target_size": values["target_size"],
         "selected": len(ids),
         "distinct": len(np.unique(ids)),

@@ -16,7 +16,9 @@ import torch
 from curated_data import ClusterTree, CurationConfig, Level, ShardPool, curate
 from curated_data.embedding import ModuleEmbedder
 from curated_data.errors import CacheError, ConfigError, PoolError
+from curated_data.report.explain import explain
 from curated_data.selection.removed import Removed
+from curated_data.stored import open_curation
 from tests.processes import run_ranks
 
 LEVELS = [{"n_clusters": 12, "n_resamples": 2, "sample_size": 3}, {"n_clusters": 4}]
@@ -216,6 +218,40 @@ def test_undecodable_samples_and_copies_are_never_selected(write_pool, tmp_path)
     assert not {3, 24} & set(found.ids)
     assert len({30, 31, 32} & set(found.ids)) == 1
     assert found.report["cached"] == {"near_duplicates": False, "tree": False, "selection": False}
+
+
+def above_the_mean(batch):
+    """Zero for images that are darker than another everywhere."""
+    return torch.relu(batch.flatten(1) - 200)
+
+
+@pytest.mark.parametrize("duplicates", [False, True])
+def test_embeddings_without_a_direction_are_counted_apart(write_pool, tmp_path, duplicates):
+    """Under the cosine metric; they are no near-duplicates."""
+    from tests.conftest import png
+
+    dark = png(np.zeros((8, 8, 3), np.uint8))
+    shards = write_pool([20, 20], bad={(0, 3): dark, (1, 5): dark, (1, 6): b"broken"})
+    settings = {"metric": "cosine", "near_duplicates": {"enabled": duplicates, "threshold": 0.999}}
+    embedder = ModuleEmbedder(above_the_mean, as_float, dimension=192)
+    found = curate(shards, CONFIG | settings, embedder=embedder, cache_dir=tmp_path)
+    counts = {"failed": 1, "near_duplicates": 0, "excluded": 2}
+    assert {name: found.report[name] for name in counts} == counts
+    stored = open_curation(tmp_path, found.folders["selection"].name)
+    assert {name: stored.report[name] for name in counts} == counts
+    assert ("zero" in explain(stored, 3)[0]) != duplicates
+    assert not {3, 25, 26} & set(found.ids)
+
+
+def as_float(image):
+    return image.float()
+
+
+def test_a_pool_of_copies_and_broken_samples_is_said_to_be_so(write_pool, tmp_path):
+    shards, held_out = write_pool([20], bad={(0, 3): b"broken"}), write_pool([20], name="held-out", seed=0)
+    settings = {"enabled": True, "threshold": 0.999, "held_out": held_out}
+    with pytest.raises(PoolError, match="all of the pool's 19 samples that could be embedded are copies of"):
+        run(shards, tmp_path / "cache", near_duplicates=settings)
 
 
 def test_held_out_images_leave_the_pool_and_the_largest_copy_stays(write_pool, tmp_path):

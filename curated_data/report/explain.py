@@ -67,8 +67,10 @@ def explain(curation: "Curation", sample: int) -> list[str]:
 
 def _why_removed(curation: "Curation", sample: int) -> str:
     folder = curation.folders.get("near_duplicates")
+    if folder is None and "fresh_embeddings" in curation.folders:
+        return "the new features of it could not be made, or are zero"
     if folder is None:
-        return "the clustering excluded it"
+        return "the clustering excluded it, as its embedding is zero, which has no direction"
     removed = Removed.load(folder)
     if removed.held_out[sample] >= 0:
         return f"it is a near-duplicate of sample {removed.held_out[sample]} of the held-out pool"

@@ -102,6 +102,7 @@ def write_report(
         "selected": len(curation.ids),
         "unique": len(np.unique(curation.ids)),
         "failed": len(curation.embeddings.failures),
+        "excluded": curation.report.get("excluded", 0),
         "embedder": _embedder(curation),
         "origin": [["pool", " … ".join(dict.fromkeys(map(str, (pool.urls[0], pool.urls[-1]))))]],
         "settings": _settings(curation.config),
