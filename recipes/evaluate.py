@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure as Drawing
 from rich.console import Console
-from rich.markdown import Markdown
+from rich.table import Column, Table
 
 from curated_data.cache import atomic_path, atomic_write_json, open_cache
 from curated_data.embedding import resolve_embedder
@@ -38,6 +38,8 @@ log = logging.getLogger("evaluate")
 
 Results = dict[str, dict[str, Figures]]  # by embedder and dataset
 Comparisons = dict[tuple[str, str, str], ComparisonResult]  # by embedder, dataset and figure
+
+INTERVALS = "In brackets: 95 % intervals, by paired bootstrap over the test images; * excludes 0."
 
 
 def main() -> int:
@@ -80,8 +82,13 @@ def run(options: argparse.Namespace) -> int:
         missing += [f"{name}, {line}" for line in failures]
     compared = compare(results) if options.compare else {}
     write(results, compared, out)
-    table = as_table(results, compared)
-    Console(width=None if sys.stdout.isatty() else 120).print(Markdown(table))
+    rows = table_rows(results, compared)
+    note = INTERVALS if compared else ""
+    with atomic_path(out / "table.md") as path:
+        path.write_text(as_markdown(rows, note) + "\n")
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(
+        for_terminal(rows, note)
+    )
     for line in missing:
         print(f"not evaluated, {line}", file=sys.stderr)
     print(f"{out / 'table.md'}, {out / 'results.json'}, {out / 'results.csv'}, {out / 'results.png'}")
@@ -143,8 +150,6 @@ def compare(results: Results) -> Comparisons:
 def write(results: Results, compared: Comparisons, out: Path) -> None:
     """Write all result files, each atomically."""
     out.mkdir(parents=True, exist_ok=True)
-    with atomic_path(out / "table.md") as path:
-        path.write_text(as_table(results, compared) + "\n")
     values = {
         name: {
             dataset: {title: f.value for title, f in figures.items()} for dataset, figures in found.items()
@@ -189,11 +194,10 @@ def write(results: Results, compared: Comparisons, out: Path) -> None:
             draw(results).savefig(path, dpi=150, format="png")
 
 
-def as_table(results: Results, compared: Comparisons) -> str:
-    """A Markdown table: one row per figure, one column per embedder, then differences to the first."""
+def table_rows(results: Results, compared: Comparisons) -> list[list[str]]:
+    """The header, then one row per figure: one column per embedder, then differences to the first."""
     first, *others = results
-    header = ["dataset", "figure", *results, *(f"{name} − {first}" for name in others)]
-    lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * (len(header) - 2)]
+    rows = [["dataset", "figure", *results, *(f"{name} − {first}" for name in others)]]
     titles = {
         (dataset, title): None
         for found in results.values()
@@ -212,10 +216,28 @@ def as_table(results: Results, compared: Comparisons) -> str:
             if against is not None:
                 cell += f" [{against.low:+.3f}, {against.high:+.3f}]" + (" *" if against.significant else "")
             cells.append(cell)
-        lines.append(f"| {dataset} | {title} | " + " | ".join(cells) + " |")
-    if compared:
-        lines += ["", "In brackets: 95 % intervals, by paired bootstrap over the test images; * excludes 0."]
-    return "\n".join(lines)
+        rows.append([dataset, title, *cells])
+    return rows
+
+
+def as_markdown(rows: Sequence[Sequence[str]], note: str = "") -> str:
+    """A Markdown table of a header and rows; columns from the third on hold numbers."""
+    header, *rest = ("| " + " | ".join(row) + " |" for row in rows)
+    lines = [header, "|---|---|" + "---:|" * (len(rows[0]) - 2), *rest]
+    return "\n".join([*lines, "", note] if note else lines)
+
+
+def for_terminal(rows: Sequence[Sequence[str]], note: str = "") -> Table:
+    """The same for a terminal; names that are too long are folded, as their ends tell embedders apart."""
+    header, *rest = rows
+    columns = [
+        Column(name, overflow="fold", justify="right" if place > 1 else "left")
+        for place, name in enumerate(header)
+    ]
+    table = Table(*columns, caption=note or None)
+    for row in rest:
+        table.add_row(*row)
+    return table
 
 
 def draw(results: Results) -> Drawing:
