@@ -205,9 +205,10 @@ def is_complete(folder: Path) -> bool:
     Raises:
         CacheError: there is something else. Artifacts appear as a whole, so it was changed afterwards.
     """
-    if (folder / MANIFEST).is_file():
+    manifest = folder / MANIFEST
+    if manifest.is_file():
         return True
-    if os.path.lexists(folder):
+    if os.path.lexists(folder) and not manifest.is_file():  # which it may be by now: another run has built it
         raise CacheError(
             f"{folder}: is no artifact (it has no {MANIFEST}); move it away, the next run builds it again"
         )

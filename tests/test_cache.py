@@ -213,3 +213,26 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path):
     # What a builder fails to find is its own matter, not the cache's.
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "artifact"):
         (tmp_path / "gone" / "pool.tar").read_bytes()
+
+
+def test_an_artifact_that_appears_between_two_looks_is_one(tmp_path, monkeypatch):
+    """Another run publishes it just after this one has found no manifest."""
+
+    def publish(folder):
+        folder.mkdir()
+        write_manifest(folder, "selection", {})
+
+    def lexists(path, first=os.path.lexists):
+        if not first(path):
+            Path(path).parent.mkdir(exist_ok=True)
+            publish(Path(path))
+        return first(path)
+
+    monkeypatch.setattr("os.path.lexists", lexists)
+    folder, found = build_once(tmp_path / "selection" / "name", lambda temporary: pytest.fail("built again"))
+    assert found
+    assert read_manifest(folder, "selection")["stage"] == "selection"
+    monkeypatch.undo()
+    (tmp_path / "selection" / "other").mkdir()
+    with pytest.raises(CacheError, match="is no artifact"):
+        build_once(tmp_path / "selection" / "other", publish)
