@@ -114,7 +114,8 @@ class PretrainingModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         check_views(batch, self.n_views)
-        if self.global_batch_size is None or self.global_step == 0:  # a run that begins, not one that goes on
+        begins = self.global_step == 0 and batch_idx == 0  # rather than goes on from a checkpoint
+        if self.global_batch_size is None or begins:
             self.global_batch_size = (
                 len(batch["views"][0]) * world_size() * int(self.trainer.accumulate_grad_batches)
             )
