@@ -331,10 +331,7 @@ def _few_shot(
             scores, hits = [], []
             for draw in range(settings.n_draws):
                 generator = torch.Generator().manual_seed(settings.seed + 1000 * shots + draw)
-                order = torch.randperm(n, generator=generator)
-                chosen = (
-                    torch.cat([order[labels[order] == c][:shots] for c in range(n_classes)]).sort().values
-                )
+                chosen = first_of_each(torch.randperm(n, generator=generator), labels, shots).sort().values
                 own = (chosen[(chosen >= first) & (chosen < first + len(y))] - first).to(x.device)
                 penalty = settings.few_shot_inverse_penalty
                 head = fit_logistic(
@@ -351,6 +348,14 @@ def _few_shot(
             rows.append(row)
             correct.append(torch.stack(hits).double().mean(0).cpu().numpy())
     return rows, correct
+
+
+def first_of_each(order: Tensor, labels: Tensor, n: int) -> Tensor:
+    """The first n rows of each class in an order of all rows, fewer where a class has no more."""
+    by_class = order[labels[order].argsort(stable=True)]
+    sizes = torch.bincount(labels)
+    start = (sizes.cumsum(0) - sizes)[labels[by_class]]
+    return by_class[torch.arange(len(order)) - start < n]
 
 
 def _test_scores(hit: Tensor, truth: Tensor, train_counts: Array | None) -> dict[str, float]:

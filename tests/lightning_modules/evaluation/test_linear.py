@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.datasets import make_classification
 from sklearn.linear_model import LogisticRegression
 
-from lightning_modules.evaluation.linear import LinearSettings, fit_logistic, linear
+from lightning_modules.evaluation.linear import LinearSettings, first_of_each, fit_logistic, linear
 from tests.lightning_modules.ranks import on_two_ranks
 
 QUICK = LinearSettings(
@@ -88,6 +88,16 @@ def test_the_best_features_and_rate_are_chosen_on_train():
     )
     assert {"head", "medium", "tail"} <= set(chosen["sgd"])
     assert "logistic" in result.table()
+
+
+def test_few_shots_are_the_first_of_each_class():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([7, 0, 3])[torch.randint(0, 3, (60,), generator=generator)]
+    labels[5] = 5  # a class with fewer
+    order = torch.randperm(60, generator=generator)
+    found = first_of_each(order, labels, 4)
+    expected = [[row for row in order.tolist() if labels[row] == c][:4] for c in (0, 3, 5, 7)]
+    assert found.tolist() == [row for rows in expected for row in rows]
 
 
 def test_random_labels_give_chance():
