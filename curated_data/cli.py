@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from yaml import YAMLError
 
 from curated_data.errors import CacheError, ConfigError, CuratedDataError
 from curated_data.progress import log_to_terminal
@@ -180,11 +182,16 @@ def _curation_options(command: argparse.ArgumentParser) -> None:
 def _config(parsed: argparse.Namespace) -> Any:
     from curated_data.config import load_config, read_yaml
 
-    config = OmegaConf.create(read_yaml(Path(parsed.config))) if parsed.config else OmegaConf.create({})
+    config = read_yaml(Path(parsed.config)) if parsed.config else OmegaConf.create({})
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"{parsed.config}: expected fields and values, found {type(config).__name__}")
     for item in parsed.set:
         if "=" not in item:
             raise ConfigError(f"--set {item}: expected FIELD=VALUE")
-    config = OmegaConf.merge(config, OmegaConf.from_dotlist(parsed.set))
+    try:
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist(parsed.set))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"--set {' '.join(parsed.set)}: {' '.join(str(error).split())}") from error
     if parsed.target_size is not None:
         config.target_size = parsed.target_size
     return load_config(config)

@@ -96,7 +96,7 @@ def writable(path: Path, makes_folder: bool = False) -> Iterator[None]:
         if code in _HANDLES:
             raise CacheError(f"{path}: too many open files ({error}); raise `ulimit -n`") from error
         if code in _REFUSED or (makes_folder and code in (errno.ENOENT, errno.EEXIST)):
-            raise CacheError(f"{path}: cannot be written ({error}); give a cache_dir that can be") from error
+            raise CacheError(f"{path}: cannot be written ({error}); give a place that can be") from error
         raise
 
 

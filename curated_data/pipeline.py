@@ -97,6 +97,7 @@ def curate(
     config = load_config(config)
     root = open_cache(cache_dir)
     pool = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
+    held_out_pool = _held_out_pool(config, root)  # now, before anything takes long
     check_shared(root)
     check_same(curation=fingerprint(config=dataclasses.asdict(config)), pool=pool.fingerprint)
     seconds: dict[str, float] = {}
@@ -117,7 +118,11 @@ def curate(
     origin = {"embedder": store.folder.name, "embeddings": store.fingerprint}
     if config.near_duplicates.enabled:
         with _timed(seconds, "near_duplicates"):
-            held_out = _held_out(config, embedder, root, device, decoders)
+            held_out = None
+            if held_out_pool is not None:
+                held_out = embed_pool(
+                    held_out_pool, embedder, root, device=device, decoders=decoders, **settings
+                )
             folder, cached["near_duplicates"] = _near_duplicates(
                 root, pool, store, valid, held_out, config, origin
             )
@@ -156,21 +161,13 @@ def curate(
     return Curation(ids, tree, store, report, config, folders)
 
 
-def _held_out(
-    config: CurationConfig,
-    embedder: Embedder,
-    root: Path,
-    device: str | torch.device,
-    decoders: Decoders | None,
-) -> EmbeddingStore | None:
-    """The embedded evaluation sets whose samples the pool must not contain; None if there are none."""
-    shards = config.near_duplicates.held_out
-    if not shards:
+def _held_out_pool(config: CurationConfig, root: Path) -> ShardPool | None:
+    """The evaluation sets whose samples the pool must not contain; None if there are none."""
+    if not (config.near_duplicates.enabled and config.near_duplicates.held_out):
         return None
-    settings = dataclasses.asdict(config.embedding)
-    return embed_pool(
-        ShardPool(shards, cache_dir=root), embedder, root, device=device, decoders=decoders, **settings
-    )
+    pool = ShardPool(config.near_duplicates.held_out, cache_dir=root)
+    pool.index()
+    return pool
 
 
 def _near_duplicates(

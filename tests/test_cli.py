@@ -108,6 +108,12 @@ def test_import_then_index(tmp_path, capsys):
         (["curate", "SHARD", *CURATION, "--set", "stratgy=closest"], "did you mean 'strategy'"),
         (["curate", "SHARD", "--embedder", "resnet", "--target-size", "3"], "'resnet' is unknown"),
         (["curate", "SHARD", "--config", "none.yaml"], "none.yaml: cannot be read"),
+        (["curate", "SHARD", "--config", "list.yaml"], "list.yaml: expected fields and values"),
+        (
+            ["curate", "SHARD", *CURATION, "--set", "levels=[{n_clusters: 5}"],
+            "--set levels=[{n_clusters: 5}: ",
+        ),
+        (["curate", "SHARD", *CURATION, "--set", "levels=5"], "levels: expected a list, got 5"),
         (["inspect", "nothing"], "nothing: no cache here"),
         (["import", "nothing", "out"], "nothing"),
     ],
@@ -115,6 +121,7 @@ def test_import_then_index(tmp_path, capsys):
 def test_bad_input_is_one_line(arguments, message, write_pool, tmp_path, capsys, monkeypatch):
     shard = write_pool([12])[0]
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.yaml").write_text("- target_size\n")
     assert main([shard if item == "SHARD" else item for item in arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"curated-data {arguments[0]}: ")

@@ -254,6 +254,15 @@ def test_a_pool_of_copies_and_broken_samples_is_said_to_be_so(write_pool, tmp_pa
         run(shards, tmp_path / "cache", near_duplicates=settings)
 
 
+def test_held_out_shards_that_are_missing_are_named_before_the_pool_is_embedded(write_pool, tmp_path):
+    with pytest.raises(PoolError, match=r"no shard matches 'nowhere\.tar'"):
+        run(
+            write_pool([20]), tmp_path / "cache",
+            near_duplicates={"enabled": True, "held_out": ["nowhere.tar"]},
+        )  # fmt: skip
+    assert not (tmp_path / "cache" / "embeddings").exists()
+
+
 def test_held_out_images_leave_the_pool_and_the_largest_copy_stays(write_pool, tmp_path):
     from tests.conftest import png
 
