@@ -83,7 +83,7 @@ def clustering(assignment: Array, labels: Array, *, train_counts: Array | None =
     f1 = per_class(2 * right, predicted + total)[total > 0]
     groups = {}
     if train_counts is not None:
-        group = frequency_groups(train_counts)[:n_classes]
+        group = frequency_groups(train_counts, (0.3, 0.4))[:n_classes]
         groups = {name: mean_known(accuracy[group == i]) for i, name in enumerate(GROUPS)}
     return ClusteringResult(
         accuracy=float(right.sum() / total.sum()),

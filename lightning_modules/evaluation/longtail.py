@@ -10,6 +10,7 @@ from lightning_modules.evaluation.inputs import Array, checked_labels, count_pai
 from lightning_modules.evaluation.result import Result
 
 GROUPS = ("head", "medium", "tail")
+THIRDS = (1 / 3, 1 / 3)
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class LongTailResult(Result):
 
 
 def longtail(
-    predictions: Array, labels: Array, train_counts: Array, *, shares: tuple[float, float] = (0.3, 0.4)
+    predictions: Array, labels: Array, train_counts: Array, *, shares: tuple[float, float] = THIRDS
 ) -> LongTailResult:
     """Accuracy on a test set by the train frequency of its classes.
 
@@ -65,7 +66,7 @@ def longtail(
     )
 
 
-def frequency_groups(train_counts: Array, shares: tuple[float, float] = (0.3, 0.4)) -> np.ndarray:
+def frequency_groups(train_counts: Array, shares: tuple[float, float] = THIRDS) -> np.ndarray:
     """For each class 0 (head), 1 (medium) or 2 (tail), by rank of its train count; ties keep their order."""
     counts = np.asarray(torch.as_tensor(train_counts))
     if counts.ndim != 1 or len(counts) == 0 or counts.min() < 0:

@@ -69,6 +69,12 @@ def test_head_medium_and_tail():
     assert clustering(labels, labels, train_counts=counts).groups == {"head": 1, "medium": 1, "tail": 1}
 
 
+def test_groups_are_thirds_of_the_classes_or_other_shares():
+    counts = np.arange(100, 70, -1)
+    assert np.bincount(frequency_groups(counts)).tolist() == [10, 10, 10]
+    assert np.bincount(frequency_groups(counts, (0.3, 0.4))).tolist() == [9, 12, 9]
+
+
 def test_a_group_without_test_classes_is_undefined(tmp_path):
     result = longtail(np.array([0, 1]), np.array([0, 1]), np.arange(10, 0, -1))
     assert np.isnan(result.groups["tail"])
