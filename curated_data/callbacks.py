@@ -36,6 +36,7 @@ class RecurationCallback(pl.Callback):
     counts and progress bars follow its size; a schedule computed for the first size does not. The tree is
     built from a fresh seeding: warm starts harm the method. All ranks share the embedding, while training
     waits. A run that is killed during or after a re-curation resumes with the same selection and sample.
+    One that is due as the run ends is made when the run is extended, from its checkpoint or in its Trainer.
 
     With `share` below 1 only that share of the samples, drawn again each time, is embedded with the model;
     the rest follow their clusters of the first curation, whose features cover the pool (see `recurate`).

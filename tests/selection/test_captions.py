@@ -283,6 +283,9 @@ def test_a_pool_of_captions_to_labelled_shards_and_back(tmp_path):
     assert labelled.keys(np.arange(len(labelled))) == pool.keys(found.ids)
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == [c.names[0] for c in found.classes]
     assert labelled.read([0])[0]["jpg"] == pool.read(found.ids[:1])[0]["jpg"]
+    export_labelled(pool, found, tmp_path / "folder")  # a folder will do: the names lie beside its shards
+    assert (tmp_path / "folder" / "classes.json").is_file()
+    assert not (tmp_path / "classes.json").exists()
 
 
 def test_pools_without_captions_or_with_broken_metadata(tmp_path):
