@@ -208,7 +208,8 @@ def is_complete(folder: Path) -> bool:
     manifest = folder / MANIFEST
     if manifest.is_file():
         return True
-    if os.path.lexists(folder) and not manifest.is_file():  # which it may be by now: another run has built it
+    # Looked at again: another run may have published the artifact in between.
+    if os.path.lexists(folder) and not manifest.is_file():
         raise CacheError(
             f"{folder}: is no artifact (it has no {MANIFEST}); move it away, the next run builds it again"
         )

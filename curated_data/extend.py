@@ -132,7 +132,7 @@ def extend(
         "; a rebuild is due" if drift["rebuild_due"] else "",
     )
     valid = store.valid
-    if "near_duplicates" in manifest["inputs"]:  # which are what the old tree lacks
+    if "near_duplicates" in manifest["inputs"]:  # then what the tree leaves out counts as near-duplicates
         valid &= grown.parent[1] != EXCLUDED
     report = report_of(pool, store, valid, grown, ids, config)
     report |= {"drift": drift, "cached": {"tree": found, "selection": was_selected}}

@@ -228,7 +228,7 @@ def as_markdown(rows: Sequence[Sequence[str]], note: str = "") -> str:
 
 
 def for_terminal(rows: Sequence[Sequence[str]], note: str = "") -> Table:
-    """The same for a terminal; names that are too long are folded, as their ends tell embedders apart."""
+    """The same for a terminal. Long names are folded, not cut: only their ends may tell embedders apart."""
     header, *rest = rows
     columns = [
         Column(name, overflow="fold", justify="right" if place > 1 else "left")

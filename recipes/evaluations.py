@@ -186,7 +186,7 @@ def _heads(protocol: str) -> Callable[[Dataset, Mapping[str, Part], Features], F
         blocks = features.blocks if protocol == "sgd" else None
         (train, labels), (test, truth) = (features.labelled(parts[p], blocks) for p in ("train", "test"))
         x, tested = train.array(), test.array()
-        if blocks is not None:  # views of what is on the device once
+        if blocks is not None:  # views of blocks already on the device
             x, tested = (blocks.kinds(torch.from_numpy(rows).to(features.device)) for rows in (x, tested))
         counts = np.bincount(labels, minlength=int(truth.max()) + 1)
         settings = LinearSettings(protocols=(protocol,))
