@@ -24,6 +24,7 @@ def _slow(shard: ShardFile) -> None:
 
 
 def _index_slowly(shards: list[str]) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # another test's Trainer may have left a handler
     pool = ShardPool(shards)
     build_in_memory(pool.shards, _slow, 2)
 
