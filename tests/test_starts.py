@@ -145,7 +145,10 @@ def test_under_slurm_a_signal_requeues_and_the_next_start_resumes(arguments, tmp
     assert torch.load(last, weights_only=True)["global_step"] == 8 * epochs
     steps = (tmp_path / "runs" / "pretrain" / "version_1" / "metrics.csv").read_text().splitlines()
     place = steps[0].split(",").index("step")
-    assert [int(line.split(",")[place]) for line in steps[1:]] == list(range(done, 8 * epochs))
+    logged = [int(line.split(",")[place]) for line in steps[1:]]
+    # Each step once. Lightning counts one on for its loggers when it resumes within a batch.
+    assert logged == list(range(logged[0], logged[0] + 8 * epochs - done))
+    assert logged[0] in (done, done + 1)
 
 
 def test_the_sbatch_script_is_sound():
