@@ -37,7 +37,7 @@ from curated_data.selection.sampling import flat_sample, hierarchical_sample
 
 log = logging.getLogger(__name__)
 
-VERSIONS = {"near_duplicates": 2, "tree": 3, "selection": 1}
+VERSIONS = {"near_duplicates": 2, "tree": 4, "selection": 1}
 """Increased when a stage computes something else from the same inputs: older artifacts are then not used."""
 
 _NO_LIMIT_GB = 1e9

@@ -310,7 +310,7 @@ def _run_fingerprint(x: Any, rows: Rows, levels: list[Level], settings: dict[str
     ids = np.zeros(0, np.int64) if rows.ids is None else rows.ids
     return fingerprint(
         shape=list(x.shape), dtype=str(x.dtype), sample=sample, mean=mean, ids=ids,
-        levels=[asdict(level) for level in levels], settings=settings, version=3,
+        levels=[asdict(level) for level in levels], settings=settings, version=4,
     )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class Neighbourhoods:
                 near any of them are skipped.
         """
         near = nearest_columns(self.centres, centroids, min(_CANDIDATES, len(centroids)))
-        near = near.sort(1).values.cpu().numpy()
+        near = near.cpu().numpy()
         if self.seen is None or moved is None:
             stale = np.ones(len(near), bool)
         else:
@@ -57,7 +57,7 @@ class Neighbourhoods:
         def one(c: int, a: int, b: int) -> None:
             ids = near[c]
             some = Centroids(centroids[torch.from_numpy(ids).to(centroids.device)], padded=True)
-            index, best = some.two_nearest(self.rows.block(a, b))[:2]
+            index, best = some.nearest_scored(self.rows.block(a, b))
             assignment[self.order[a:b]], score[self.order[a:b]] = ids[index], best
 
         parallel_map(one, [cell for cell in self.cells if stale[cell[0]]])

@@ -28,10 +28,11 @@ import torch
 
 from curated_data import distributed
 from curated_data.clustering.nearest import TILE, nearest_columns
-from curated_data.clustering.rows import Rows, parallel_map, rank_range
+from curated_data.clustering.rows import Rows, new_matrix, parallel_map, rank_range
 
 PROBES = 24  # cells that a candidate is compared with
 CELL = 128  # rows in a cell; down to a quarter of that for few rows, to have many more cells than probes
+_WIDTH = 16  # of which cells are multiples: products of other widths take up to 1.4 times as long
 _MANY_FIRST = 2048  # first centres, from which these are found by cells too
 _STRIP = 1024  # places whose gaps are summed before one is drawn
 _ROUND_BYTES = 128 << 20  # of scores in one round
@@ -84,12 +85,12 @@ def greedy_kmeans_plus_plus(
     """Positions of k different rows, chosen by greedy k-means++."""
     n = len(rows)
     trials = 2 + int(math.log(k))
-    cell = cell or min(max(n // (12 * PROBES), CELL // 4), CELL)
+    cell = cell or min(max(n // (12 * PROBES) // _WIDTH * _WIDTH, CELL // 4), CELL)
     n_first = n // (2 * cell)
     if n_first < 2 * probes or k <= 2 * n_first or rows.device.type != "cpu":
         return plain_greedy(rows.block(0, n), k, generator, trials)
     # The first centres, one for every other cell, from a sample: with so few, it has many rows for each.
-    sample = np.sort(generator.choice(n, min(n, 32 * n_first), replace=False))
+    sample = np.sort(generator.choice(n, min(n, 16 * n_first), replace=False))
     if n_first > _MANY_FIRST:
         first = sample[greedy_kmeans_plus_plus(rows.subset(sample), n_first, generator)]
     else:
@@ -207,24 +208,29 @@ class _Cells:
         # This rank's cells.
         self.begin, self.end = (len(self.row) * r // world for r in (rank, rank + 1))
         mine = self.row[self.begin : self.end]
-        padded = torch.zeros(*mine.shape, rows.dimension)
+        self.weights = new_matrix(len(mine), rows.dimension + 1, cell).zero_()
+        self.weights[:, -1] = 1  # times |c|²
+        centres = torch.empty(len(mine), rows.dimension)
         for i, members in enumerate(mine):
-            padded[i, : (members >= 0).sum()] = rows.take(members[members >= 0])
-        filled = torch.from_numpy((mine >= 0).sum(1, keepdims=True))
-        self.centres = torch.from_numpy(np.concatenate(self._gather((padded.sum(1) / filled).numpy())))
-        self.weights = padded.mul_(-2).transpose(1, 2)
+            inside = rows.take(members[members >= 0])
+            centres[i] = inside.mean(0)
+            torch.mul(inside.T, -2, out=self.weights[i, :-1, : len(inside)])
+        self.centres = torch.from_numpy(np.concatenate(self._gather(centres.numpy())))
 
     def choose(self, k: int, trials: int, generator: np.random.Generator) -> np.ndarray:
         chosen = np.empty(k, np.int64)
         done = len(self.chosen)
         chosen[:done] = self.chosen
         most = max(1, _ROUND_BYTES // (4 * trials * self.probes * self.score.shape[1]))
+        # For all rounds: memory that is new in each would cost as much as the products.
+        places = min(most, max(1, k // 3)) * trials * self.probes
+        self.scores = new_matrix(places, self.score.shape[1])
         while done < k:
             gap = self._gap().reshape(-1)
             cumulative = gap.cumsum(dtype=np.float64)
             if cumulative[-1] <= 0:
                 return _fill(chosen, done, len(self.rows), generator)
-            steps = min(k - done, max(1, done // 4), most)
+            steps = min(k - done, max(1, done // 2), most)
             drawn = _draw(cumulative, steps * trials, generator)
             luck = generator.random(len(drawn)) * gap[drawn]
             done += self._round(self.row.reshape(-1)[drawn], drawn, luck, trials, chosen[done:])
@@ -279,14 +285,19 @@ class _Cells:
         """How much each candidate lowers the sum of D² in each of its cells, (m, probes) float64; 0 in cells
         of other ranks.
         """
-        cells = near[candidates]
+        cells, places = near[candidates], place[candidates]
+        if self.world == 1:
+            return self._gained(cells, places, scores).astype(np.float64)
         mine = self._own(cells)
-        gain = self.score[cells[mine]]
-        gain -= scores[place[candidates][mine]]
-        np.maximum(gain, 0, out=gain)
         gains = np.zeros(cells.shape)
-        gains[mine] = gain.sum(1)
+        gains[mine] = self._gained(cells[mine], places[mine], scores)
         return gains
+
+    def _gained(self, cells: np.ndarray, places: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """How much the scores at some places lower the sums of D² of their cells, of the same shape."""
+        gain = self.score.take(cells, axis=0)
+        gain -= scores.take(places, axis=0)
+        return np.maximum(gain, 0, out=gain).sum(-1)
 
     def _scores(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """For m candidates: the nearest cells, (m, probes); their places in the third (-1: on another rank);
@@ -300,15 +311,16 @@ class _Cells:
         place[order] = np.arange(len(order))
         cells, start = np.unique(near.reshape(-1)[order], return_index=True)
         stop = np.append(start[1:], len(order))
-        who = torch.from_numpy(order // self.probes)
-        bias = torch.from_numpy(self.norms[rows])[:, None]
-        scores = torch.empty(len(order), self.score.shape[1])
+        scores = self.scores[: len(order)]
+        with_norms = torch.cat([candidates, torch.from_numpy(self.norms[rows])[:, None]], dim=1)
+        sizes = (stop - start).tolist()
+        who = torch.from_numpy(order // self.probes).split(sizes)
+        out = scores.split(sizes)
+        weights = [self.weights[cell] for cell in (cells - self.begin).tolist()]
 
         def fill(first: int, last: int) -> None:
             for i in range(first, last):
-                some = who[start[i] : stop[i]]
-                weight = self.weights[cells[i] - self.begin]
-                torch.addmm(bias[some], candidates[some], weight, out=scores[start[i] : stop[i]])
+                torch.mm(with_norms.index_select(0, who[i]), weights[i], out=out[i])
 
         edges = np.linspace(0, len(cells), 4 * torch.get_num_threads() + 1).astype(int)
         parallel_map(fill, list(pairwise(edges)))
