@@ -23,7 +23,7 @@ import numpy as np
 
 from curated_data.errors import CacheError
 from curated_data.locks import locked, remove_if_free, writable
-from curated_data.seals import check_file, check_size, file_seal, load_npy, unreadable
+from curated_data.seals import MapMode, check_file, check_size, file_seal, load_npy, unreadable
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -157,20 +157,21 @@ def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
 
 
 def read_array(
-    folder: Path, name: str, manifest: Mapping[str, Any], *, memory_map: bool = False
+    folder: Path, name: str, manifest: Mapping[str, Any], *, map_mode: MapMode = None
 ) -> np.ndarray:
     """The array `name`.npy of an artifact, checked against the manifest from `read_manifest`.
 
     Args:
-        memory_map: leave it on disk. Its checksum is then not verified, which would read all of it.
+        map_mode: leave it on disk, see `load_npy`. Its checksum is then not verified, which would read all of
+            it.
 
     Raises:
         CacheError: it is missing, contains pickles, or has changed since it was written.
     """
     path = folder / f"{name}.npy"
-    if not memory_map and path.name in manifest.get("files", {}):
+    if map_mode is None and path.name in manifest.get("files", {}):
         check_file(path, manifest["files"][path.name], _remedy(path))
-    return load_npy(path, _remedy(path), memory_map=memory_map)
+    return load_npy(path, _remedy(path), map_mode=map_mode)
 
 
 def check_artifact(folder: Path) -> None:

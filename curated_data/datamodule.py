@@ -336,7 +336,7 @@ class CuratedDataModule(pl.LightningDataModule):
     def _training_order(self, ids: np.ndarray | None, shuffle: Shuffle) -> EpochOrder:
         strata = None
         if self.stratify_level is not None and shuffle == "full":
-            strata = self.curation.tree.assignment(self.stratify_level)[ids]
+            strata = self.curation.tree.assignment(self.stratify_level, ids)
         order = EpochOrder(
             len(self.pool) if ids is None else ids,
             seed=self.seed,

@@ -83,7 +83,7 @@ def export(
             advance(len(samples))
     atomic_save(folder / "ids.npy", ids.astype(np.int64, copy=False))
     if tree is not None:
-        clusters = [tree.assignment(level)[ids] for level in range(1, tree.n_levels + 1)]
+        clusters = [tree.assignment(level, ids) for level in range(1, tree.n_levels + 1)]
         atomic_save(folder / "clusters.npy", np.stack(clusters, axis=1).astype(np.int32))
     atomic_write_json(
         folder / "manifest.json",

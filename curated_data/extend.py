@@ -92,7 +92,7 @@ def extend(
     if not (base / MANIFEST).exists():
         raise CacheError(f"{base}: holds no tree; give the folder that `curate` printed, CACHE/tree/NAME")
     manifest = read_manifest(base, "clustering")
-    old = ClusterTree.load(base / "tree")
+    old = ClusterTree.load(base / "tree", memory_map=True)
     metric = manifest["settings"]["metric"]
     store = embed_pool(
         pool,
@@ -119,7 +119,7 @@ def extend(
             publish_tree(folder, grown, pool, {"inputs": inputs, "settings": settings, "drift": drift})
 
     folder, found = build_together(root / "tree" / name, build)
-    grown = ClusterTree.load(folder / "tree")
+    grown = ClusterTree.load(folder / "tree", memory_map=True)
     drift = read_manifest(folder, "clustering")["drift"]
     selection, was_selected = select(root, grown, config, folder.name)
     ids = read_ids(selection)

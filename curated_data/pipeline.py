@@ -147,7 +147,7 @@ def curate(
 
     with _timed(seconds, "cluster"):
         folders["tree"], cached["tree"] = build_tree(root, pool, store, valid, config, origin, device)
-        tree = ClusterTree.load(folders["tree"] / "tree")
+        tree = ClusterTree.load(folders["tree"] / "tree", memory_map=True)
     with _timed(seconds, "sample"):
         folders["selection"], cached["selection"] = select(root, tree, config, folders["tree"].name)
         ids = read_ids(folders["selection"])

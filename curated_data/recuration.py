@@ -84,7 +84,7 @@ def recurate(
     )
     usable = store.valid
     if not usable.any():
-        first = store.failures[0]
+        first = next(store.iterate_failures())
         raise PoolError(
             f"none of the {len(fresh)} samples of the share could be embedded; the first: {first['shard']}, "
             f"key {first['key']!r}: {first['reason']}"
@@ -103,7 +103,7 @@ def recurate(
     folders["tree"], tree_cached = build_tree(
         root, pool, store, usable, config, origin, device, lambda tree: spread(tree, fresh, base.tree)
     )
-    tree = ClusterTree.load(folders["tree"] / "tree")
+    tree = ClusterTree.load(folders["tree"] / "tree", memory_map=True)
     clustered = time.monotonic()
     folders["selection"], selection_cached = select(root, tree, config, folders["tree"].name)
     ids = read_ids(folders["selection"])

@@ -9,10 +9,13 @@ import tokenize
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from curated_data.errors import CacheError
+
+MapMode = Literal["r", "c"] | None
 
 _BLOCK = 1 << 22
 
@@ -57,14 +60,18 @@ def check_file(path: Path, seal: Mapping[str, int], remedy: str) -> None:
         raise CacheError(f"{path}: damaged (its checksum differs); {remedy}")
 
 
-def load_npy(path: Path, remedy: str, *, memory_map: bool = False) -> np.ndarray:
+def load_npy(path: Path, remedy: str, *, map_mode: MapMode = None) -> np.ndarray:
     """`np.load` without pickles; whatever a damaged file makes it raise becomes one error.
+
+    Args:
+        map_mode: leave the array on disk, as a memory map: "r" read-only; "c" writable, but what is written
+            stays in this process.
 
     Raises:
         CacheError: it cannot be read.
     """
     try:
-        return np.load(path, mmap_mode="r" if memory_map else None, allow_pickle=False)
+        return np.load(path, mmap_mode=map_mode, allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError) as error:
         raise unreadable(path, error, remedy) from error
 

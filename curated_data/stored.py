@@ -47,7 +47,7 @@ def open_curation(cache_dir: str | Path, selection: str) -> Curation:
     folders["tree"] = root / "tree" / chosen["inputs"]["tree"]
     grown = read_manifest(folders["tree"], "clustering")
     inputs, settings = grown["inputs"], grown["settings"]
-    tree = ClusterTree.load(folders["tree"] / "tree")
+    tree = ClusterTree.load(folders["tree"] / "tree", memory_map=True)
     shards = [name.decode() for name in read_array(folders["tree"], "shards", grown)]
     source = inputs
     if "share" in inputs:  # a re-curation: the first curation has the embeddings of the whole pool
@@ -71,7 +71,7 @@ def open_curation(cache_dir: str | Path, selection: str) -> Curation:
 def _store(folder: Path, shards: list[str]) -> EmbeddingStore:
     for shard in shards:
         remedy = "run the curation again to embed its shard, after removing it where it is damaged"
-        rows = load_npy(folder / f"{shard}.npy", remedy, memory_map=True)
+        rows = load_npy(folder / f"{shard}.npy", remedy, map_mode="r")
         if len(rows):
             break
     return EmbeddingStore(folder, shards, rows.shape[1], rows.dtype.name)

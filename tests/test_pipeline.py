@@ -200,6 +200,7 @@ def test_the_artifacts_are_what_the_functions_give(write_pool, tmp_path):
     np.testing.assert_array_equal(hierarchical_sample(tree, 20), found.ids)
     loaded = ClusterTree.load(found.folders["tree"] / "tree")
     np.testing.assert_array_equal(loaded.parent[1], found.tree.parent[1])
+    assert not found.tree.parent[1].flags.owndata  # on disk: the ranks of a machine share one
 
 
 def test_undecodable_samples_and_copies_are_never_selected(write_pool, tmp_path):

@@ -11,12 +11,21 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from scipy import sparse
 
-from curated_data.cache import MANIFEST, atomic_path, atomic_save, read_array, read_manifest, write_manifest
+from curated_data.cache import (
+    MANIFEST,
+    atomic_path,
+    atomic_save,
+    check_artifact,
+    read_array,
+    read_manifest,
+    write_manifest,
+)
 from curated_data.errors import CacheError
 
 log = logging.getLogger(__name__)
 
 EXCLUDED = -1
+_BLOCK = 1 << 20  # nodes looked at at once
 
 
 class Children(NamedTuple):
@@ -124,22 +133,23 @@ class ClusterTree:
         if level not in self._sizes:
             weights: np.ndarray | None = None
             for below in range(1, level + 1):
-                ids, k = self.parent[below], len(self.centroids[below])
-                # Shifted by one, so that excluded nodes are counted in bin 0, which is dropped.
-                counted = np.bincount(ids + 1, weights=weights, minlength=k + 1)
-                weights = counted[1:].astype(np.float64)  # exact up to 2**53 samples
+                weights = _counts(self.parent[below], weights, len(self.centroids[below]))
             assert weights is not None
             self._sizes[level] = weights.astype(np.int64)
         return self._sizes[level].copy()
 
-    def assignment(self, level: int) -> np.ndarray:
-        """The cluster of every sample at a level, (n,) int64; -1 if excluded."""
+    def assignment(self, level: int, ids: np.ndarray | None = None) -> np.ndarray:
+        """The cluster of every sample at a level, (n,) int64; -1 if excluded.
+
+        Args:
+            ids: (m,) the samples to look up, for an array (m,); None for all.
+        """
         level = self._checked_level(level)
-        ids = self.parent[1].copy()
+        node = self.parent[1].copy() if ids is None else self.parent[1][ids]
         for above in range(2, level + 1):
-            inside = ids >= 0
-            ids[inside] = self.parent[above][ids[inside]]
-        return ids
+            inside = node >= 0
+            node[inside] = self.parent[above][node[inside]]
+        return node
 
     def save(self, path: Path | str) -> None:
         """Write the tree as a folder of `.npy` files and a `manifest.json`; replaces an existing tree.
@@ -170,16 +180,22 @@ class ClusterTree:
 
     @classmethod
     def load(cls, path: Path | str, *, memory_map: bool = False) -> Self:
-        """Read a tree that `save` wrote; `memory_map` leaves its arrays on disk.
+        """Read a tree that `save` wrote, and compare it with its checksums.
+
+        Args:
+            memory_map: leave the arrays on disk. Processes of one machine then share their pages, instead of
+                a copy each. Writing to them changes nothing on disk.
 
         Raises:
             CacheError: there is no tree, or it is damaged or of another format version.
         """
         path = Path(path)
         manifest = read_manifest(path, "tree")
+        if memory_map:
+            check_artifact(path)
 
         def read(name: str) -> np.ndarray:
-            return read_array(path, name, manifest, memory_map=memory_map)
+            return read_array(path, name, manifest, map_mode="c" if memory_map else None)
 
         try:
             levels = range(1, int(manifest["n_levels"]) + 1)
@@ -227,14 +243,25 @@ def take_groups(children: Children, clusters: np.ndarray) -> np.ndarray:
     return children.nodes[np.arange(total, dtype=np.int64) + shift]
 
 
+def _counts(ids: np.ndarray, weights: np.ndarray | None, k: int) -> np.ndarray:
+    """(k,) float64 number of nodes, or sum of their weights, in each cluster; exact up to 2**53 samples."""
+    counted = np.zeros(k + 1)  # the first for excluded nodes
+    for start in range(0, len(ids), _BLOCK + k):
+        part = slice(start, start + _BLOCK + k)
+        some = None if weights is None else weights[part]
+        counted += np.bincount(ids[part] + 1, weights=some, minlength=k + 1)
+    return counted[1:]
+
+
 def _group(ids: np.ndarray, k: int) -> Children:
     """Group nodes by cluster, without excluded ones, by a counting sort, which is linear in n."""
     n = len(ids)
-    kept = np.flatnonzero(ids >= 0)
-    by_column = sparse.csc_array(
-        (np.ones(len(kept), np.int8), ids[kept], np.concatenate([[0], np.cumsum(ids >= 0)])), shape=(k, n)
-    )
-    by_row = by_column.tocsr()
+    dtype = np.int32 if n < 2**31 else np.int64  # halves the memory that the sort takes
+    held = ids >= 0
+    column_start = np.zeros(n + 1, dtype)
+    np.cumsum(held, dtype=dtype, out=column_start[1:])
+    rows = ids[held].astype(dtype)
+    by_row = sparse.csc_array((np.ones(len(rows), np.int8), rows, column_start), shape=(k, n)).tocsr()
     return Children(by_row.indices.astype(np.int64), by_row.indptr.astype(np.int64))
 
 
@@ -246,7 +273,8 @@ def _checked_centroids(values: Any, level: int) -> np.ndarray:
             f"{array.shape}"
         )
     array = array.astype(np.float32, copy=False)
-    if not np.isfinite(array).all():
+    at_once = max(_BLOCK // array.shape[1], 1)
+    if not all(np.isfinite(array[i : i + at_once]).all() for i in range(0, len(array), at_once)):
         raise ValueError(f"centroids[{level}] has non-finite values")
     return array
 

@@ -27,6 +27,7 @@ STAGE = "index"
 POOL_STAGE = "pool"
 CODE_VERSION = 1  # part of every shard's fingerprint; increase it when arrays or grouping change
 ARRAYS = ("key_start", "key_bytes", "member_start", "member_extension", "member_offset", "member_size")
+_BLOCK = 65_536  # samples whose keys are looked at at once
 _RESERVED = ("__key__", "__url__", "__bad__", "__local_path__")  # webdataset's own fields of a sample
 
 # How webdataset splits a name into key and extension, and the names that it skips.
@@ -62,11 +63,15 @@ class ShardIndex:
 
     def keys(self, rows: Sequence[int] | np.ndarray | None = None) -> list[str]:
         """The keys of some samples, or of all."""
-        starts, stops = self.key_start[:-1], self.key_start[1:]
-        if rows is not None:
-            rows = np.asarray(rows, np.int64)
-            starts, stops = starts[rows], stops[rows]
-        lengths = stops - starts
+        rows = np.arange(len(self)) if rows is None else np.asarray(rows, np.int64)
+        keys: list[str] = []
+        for first in range(0, len(rows), _BLOCK):
+            keys += self._keys(rows[first : first + _BLOCK])
+        return keys
+
+    def _keys(self, rows: np.ndarray) -> list[str]:
+        starts = self.key_start[rows]
+        lengths = self.key_start[rows + 1] - starts
         ends = np.cumsum(lengths)
         places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
         joined = self.key_bytes[places].tobytes()
@@ -234,7 +239,7 @@ def load_pool_index(folder: Path) -> PoolIndex:
     try:
         arrays = {
             # A plain view of the map: indexing an np.memmap costs microseconds per call.
-            name: np.asarray(read_array(folder, name, manifest, memory_map=True))
+            name: np.asarray(read_array(folder, name, manifest, map_mode="r"))
             for name in (*ARRAYS, "shard_start")
         }
         _check_layout(folder, arrays, len(manifest["shards"]), manifest["n_samples"])
@@ -259,8 +264,8 @@ def count_duplicate_keys(key_start: np.ndarray, key_bytes: np.ndarray) -> tuple[
     n = len(key_start) - 1
     hashes = np.empty(n, np.uint64)
     weights = np.zeros(0, np.uint64)
-    for first in range(0, n, 65_536):
-        starts = np.asarray(key_start[first : first + 65_537])
+    for first in range(0, n, _BLOCK):
+        starts = np.asarray(key_start[first : first + _BLOCK + 1])
         blob = np.asarray(key_bytes[starts[0] : starts[-1]]).astype(np.uint64) + np.uint64(1)
         starts = starts - starts[0]
         lengths = np.diff(starts)

@@ -28,6 +28,8 @@ def test_members_sizes_and_assignment_agree_at_every_level(seed, n, excluded):
                 node = tree.parent[above][node] if node >= 0 else -1
             expected.append(node)
         assert tree.assignment(level).tolist() == expected
+        some = np.arange(n)[::-3]
+        assert tree.assignment(level, some).tolist() == [expected[sample] for sample in some]
         for cluster in range(tree.n_clusters[level]):
             members = tree.members(level, cluster)
             assert members.dtype == np.int64
@@ -142,3 +144,17 @@ def test_load_refuses_what_is_damaged_or_foreign(tmp_path):
     atomic_write_json(tmp_path / "other" / "manifest.json", sealed(manifest | {"n_samples": 7}))
     with pytest.raises(CacheError, match=r"do not match"):
         ClusterTree.load(tmp_path / "other")
+
+
+def test_a_tree_on_disk_is_no_copy_and_stays_as_it_was_saved(tmp_path):
+    random_tree(np.random.default_rng(1)).save(tmp_path / "tree")
+    tree = ClusterTree.load(tmp_path / "tree", memory_map=True)
+    for array in (*tree.centroids.values(), *tree.parent.values(), tree.distance):
+        assert not array.flags.owndata
+        array[:1] = 0  # as for a tree in memory
+    tree = ClusterTree.load(tmp_path / "tree", memory_map=True)
+    np.testing.assert_array_equal(tree.parent[1], random_tree(np.random.default_rng(1)).parent[1])
+    parent = np.load(tmp_path / "tree" / "parent_1.npy")
+    np.save(tmp_path / "tree" / "parent_1.npy", parent[::-1].copy())
+    with pytest.raises(CacheError, match=r"parent_1\.npy: damaged \(its checksum differs\)"):
+        ClusterTree.load(tmp_path / "tree", memory_map=True)

@@ -321,6 +321,17 @@ def test_appended_archives_are_reported(write_tar, caplog, read_by_webdataset):
     assert "is ignored" in caplog.text
 
 
+@pytest.mark.parametrize("block", [1, 3, 100])
+def test_keys_of_any_samples_in_any_order(write_tar, monkeypatch, block):
+    monkeypatch.setattr("curated_data.pool.index._BLOCK", block)
+    keys = ["a", "bcd", "folder/é", "\udcff", "f" * 90]
+    index = index_shard(write_tar("a.tar", [(f"{key}.jpg", b"1") for key in keys]))
+    assert index.keys() == keys
+    rows = [3, 0, 0, 4, 2, 1]
+    assert index.keys(rows) == [keys[row] for row in rows]
+    assert index.keys([]) == []
+
+
 def test_index_is_saved_and_joined_without_change(write_tar, tmp_path):
     paths = [
         write_tar("a.tar", [("a.jpg", b"1"), ("a.cls", b"2"), ("b.png", b"3")]),
