@@ -276,7 +276,9 @@ def _extend(rows: Rows, picked: np.ndarray, fit: Fit) -> tuple[np.ndarray, np.nd
     """Extend a fit on some rows to all: the others are assigned to their nearest centroid."""
     assignment, squared = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
     assignment[picked], squared[picked] = fit.assignment, fit.squared
-    rest = np.setdiff1d(np.arange(len(rows)), picked, assume_unique=True)
+    is_left = np.ones(len(rows), bool)
+    is_left[picked] = False
+    rest = np.flatnonzero(is_left)
     first, last = rank_range(len(rest), distributed.rank(), distributed.world_size())
     mine = rows.subset(rest[first:last])
     own = None if fit.exact else nearest_nearby(mine, fit.centroids)

@@ -213,11 +213,15 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def _survey(x: Any, valid: np.ndarray | None, cosine: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows are usable, and their mean; each rank reads its share."""
+    """Which of the valid rows are usable, and their mean; each rank reads its share, and no block without
+    any.
+    """
     n, d = x.shape
     first, last = rank_range(n, distributed.rank(), distributed.world_size())
 
     def look(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        if valid is not None and not valid[first + start : first + stop].any():
+            return np.zeros(stop - start, bool), np.zeros(d)
         rows = read_rows(x, slice(first + start, first + stop)).cpu().double().numpy()
         size = np.square(rows).sum(1)
         good = np.isfinite(size) & (size > 0) if cosine else size < _LARGEST

@@ -248,7 +248,7 @@ class Lloyd:
         if not len(empty):
             return
         squared = self.own + self.norms
-        far = np.argsort(-squared, kind="stable")[: len(empty)]
+        far = _largest(squared, len(empty))
         far = far[squared[far] > 1e-5 * self.norms[far]]  # at distance zero, it would duplicate a centroid
         gap = np.concatenate(self._gather(squared[far]))
         found = np.concatenate(self._gather(self.rows.take(far).cpu().numpy()))
@@ -262,6 +262,15 @@ class Lloyd:
 
     def _gather(self, array: np.ndarray) -> list[np.ndarray]:
         return [array] if self.world == 1 else distributed.all_gather(array)
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """The places of the `count` largest values, in descending order, the first on ties, in linear time."""
+    if count < len(values):
+        some = np.flatnonzero(values >= np.partition(values, len(values) - count)[len(values) - count])
+    else:
+        some = np.arange(len(values))
+    return some[np.argsort(-values[some], kind="stable")[:count]]
 
 
 def _add_segments(sums: np.ndarray, rows: Rows, at: np.ndarray, clusters: np.ndarray, sign: int) -> None:

@@ -9,6 +9,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,11 +106,16 @@ class EmbeddingStore:
     def iterate_failures(self) -> Iterator[dict[str, Any]]:
         """`failures` one by one; a shard's details are read when it is reached."""
         for number in np.unique(self.shard_of(self._table.failed)).tolist():
-            for failure in _read_shard_details(self.folder, self.shard_fingerprints[number])["failures"]:
-                yield {
-                    "id": self._sample(int(self._starts[number]) + failure["place"]),
-                    **{name: failure[name] for name in ("shard", "key", "reason")},
-                }
+            yield from self._failures_of(number)
+
+    def failure(self, sample: int) -> dict[str, Any] | None:
+        """The entry of one sample in `failures`; None if it did not fail."""
+        row = sample if self.ids is None else int(np.searchsorted(self.ids, sample))
+        place = int(np.searchsorted(self._table.failed, row))
+        if place == len(self._table.failed) or self._table.failed[place] != row:
+            return None
+        of_shard = self._failures_of(int(self.shard_of(np.array(row))))
+        return next((failure for failure in of_shard if failure["id"] == sample), None)
 
     def shard_of(self, rows: np.ndarray) -> np.ndarray:
         """The number of the shard that each row belongs to, (m,) int64."""
@@ -157,10 +163,11 @@ class EmbeddingStore:
             raise IndexError(f"ids need to lie in 0..{len(self) - 1}, found {ids.min()}..{ids.max()}")
         out = np.empty((len(ids), self.shape[1]), self.dtype)
         order = np.argsort(ids, kind="stable")
-        cuts = np.searchsorted(ids[order], self._starts)
-        for number in np.flatnonzero(np.diff(cuts)):
-            here = order[cuts[number] : cuts[number + 1]]
-            out[here] = self._map(int(number))[ids[here] - self._starts[number]]
+        shard = self.shard_of(ids[order])
+        cuts = np.flatnonzero(np.diff(shard, prepend=-1, append=-1)).tolist()
+        for start, stop in pairwise(cuts):
+            number, here = int(shard[start]), order[start:stop]
+            out[here] = self._map(number)[ids[here] - self._starts[number]]
         return out
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -180,6 +187,13 @@ class EmbeddingStore:
         seal = {"bytes": int(self._table.size[number]), "crc32": int(self._table.crc32[number])}
         check_file(path, seal, _REMEDY)
 
+    def _failures_of(self, number: int) -> Iterator[dict[str, Any]]:
+        for failure in _read_shard_details(self.folder, self.shard_fingerprints[number])["failures"]:
+            yield {
+                "id": self._sample(int(self._starts[number]) + failure["place"]),
+                **{name: failure[name] for name in ("shard", "key", "reason")},
+            }
+
     def _sample(self, row: int) -> int:
         return row if self.ids is None else int(self.ids[row])
 
@@ -190,7 +204,7 @@ class EmbeddingStore:
                 self._maps.move_to_end(number)
                 return self._maps[number]
             path = self.folder / f"{self.shard_fingerprints[number]}.npy"
-            array = load_npy(path, _REMEDY, memory_map=True)
+            array = load_npy(path, _REMEDY, map_mode="r")
             expected = (int(self._table.samples[number]), self.shape[1])
             if array.shape != expected or array.dtype != self.dtype:
                 raise CacheError(

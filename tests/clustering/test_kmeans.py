@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
 from curated_data.clustering import kmeans
 from curated_data.clustering import kmeans as kmeans_function
+from curated_data.clustering.lloyd import _largest
 from curated_data.clustering.nearest import Centroids
 from tests.oracles.clustering import clouds, lloyd_step, squared_distances
 
@@ -24,6 +27,13 @@ def check(x, result, metric="l2"):
     assert result.inertia == pytest.approx(own.sum(), rel=1e-4, abs=1e-5 * scale)
     np.testing.assert_allclose(result.distance, np.sqrt(own), atol=2e-3 * np.sqrt(scale))
     assert result.n_empty == len(result.centroids) - len(np.unique(result.assignment))
+
+
+@given(st.lists(st.integers(0, 5), max_size=30), st.integers(1, 40))
+def test_largest_are_the_first_of_a_stable_sort(values, count):
+    values = np.array(values, np.float32)
+    expected = np.argsort(-values, kind="stable")[:count]
+    assert _largest(values, count).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 100, 1100])

@@ -129,3 +129,28 @@ def test_rows_read_ahead_to_the_gpu_are_those_held(dtype):
     values = held.block(0, 5000)
     first = np.arange(0, 5000, 50)
     np.testing.assert_allclose(segment_sums(values, first), segment_sums(values.cpu(), first), rtol=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_blocks_without_a_valid_row_are_not_read(metric):
+    """So that a grown pool's old rows are not read again to place the new ones."""
+    x = clouds(100_000, 4, 10, seed=0)
+    x[70_001] = np.nan
+    valid = np.zeros(len(x), bool)
+    valid[70_000:71_000] = True
+    read = []
+
+    class Watched(Slow):
+        def __getitem__(self, which):
+            read.append(which)
+            return super().__getitem__(which)
+
+    rows, plain = (
+        prepare(source, metric=metric, device="cpu", valid=valid, nonfinite="exclude", max_memory=None)
+        for source in (Watched(x), x)
+    )
+    assert [(part.start, part.stop) for part in read] == [(65_536, 81_920)]
+    np.testing.assert_array_equal(rows.ids, np.setdiff1d(np.arange(70_000, 71_000), 70_001))
+    np.testing.assert_array_equal(rows.ids, plain.ids)
+    if metric == "l2":
+        np.testing.assert_allclose(rows.mean, np.delete(x[70_000:71_000], 1, 0).mean(0), rtol=1e-5)
