@@ -7,7 +7,6 @@ samples from all over the pool, a small k-means on their embeddings, and a matri
 
 import dataclasses
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,8 +26,8 @@ from curated_data.clustering.levels import Level, choose_levels
 from curated_data.config import CurationConfig, load_config
 from curated_data.costs import Rates, Stage, expected_bytes, expected_stages, kmeans_work
 from curated_data.distributed import world_size
-from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
-from curated_data.embedding.extract import embeddings_name
+from curated_data.embedding import Embedder, EmbeddingStore, resolve_embedder
+from curated_data.embedding.extract import embed_samples, embeddings_name
 from curated_data.embedding.store import missing_shards
 from curated_data.pipeline import check_levels, near_duplicates_name, read_keep, selection_name, tree_name
 from curated_data.pool import ShardPool
@@ -98,7 +97,7 @@ def plan(
     check_levels(config.levels, n_samples)
     embedder = resolve_embedder(embedder)
     settings = dataclasses.asdict(config.embedding)
-    folder = root / "embeddings" / embeddings_name(embedder, device=device, decoders=decoders, **settings)
+    folder = root / "embeddings" / embeddings_name(pool, embedder, decoders=decoders, **settings)
     ranges = pool.shard_ranges()
     missing = missing_shards(folder, pool.shard_fingerprints)
     n_missing = int(sum(ranges[number + 1] - ranges[number] for number in missing))
@@ -126,7 +125,7 @@ def plan(
     return Plan(
         n_samples=n_samples,
         n_shards=len(pool.urls),
-        pool_bytes=_pool_bytes(pool),
+        pool_bytes=int(pool.index().member_size.sum()),
         target_size=config.target_size,
         levels=levels,
         stages=stages,
@@ -213,14 +212,6 @@ def _probe(n: int, most: int) -> np.ndarray:
     return np.unique((starts[:, None] + np.arange(length)).ravel())
 
 
-def _pool_bytes(pool: ShardPool) -> int:
-    block = 1 << 20
-    return sum(
-        int(pool.sizes(np.arange(start, min(start + block, len(pool)))).sum())
-        for start in range(0, len(pool), block)
-    )
-
-
 def _embed_probe(
     pool: ShardPool,
     embedder: Embedder,
@@ -233,13 +224,9 @@ def _embed_probe(
 
     def embed(which: np.ndarray) -> tuple[np.ndarray, float]:
         began = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            settings = dataclasses.asdict(config.embedding)
-            store = embed_pool(
-                pool, embedder, Path(folder), device=device, decoders=decoders, ids=which, **settings
-            )
-            seconds = time.monotonic() - began
-            return store.as_array()[store.valid], seconds
+        settings = dataclasses.asdict(config.embedding)
+        rows, valid = embed_samples(pool, embedder, which, device=device, decoders=decoders, **settings)
+        return rows[valid], time.monotonic() - began
 
     few = ids[: max(1, len(ids) // 8)]
     embed(few)  # warms up caches, compilation and the device

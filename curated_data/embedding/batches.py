@@ -109,7 +109,9 @@ class _Preprocessed(Dataset):
         inputs, reasons = [], []
         for sample in self.pool.read(ids):
             try:
-                decoded = decode_sample(sample, decoders=self.decoders)
+                decoded = decode_sample(
+                    sample, decoders=self.decoders, image_extensions=self.pool.image_extensions
+                )
                 value = next((decoded[name] for name in ("image", "text", "array") if name in decoded), None)
                 if value is None:
                     raise SampleError(f"nothing to embed among its members: {sorted(sample)}")

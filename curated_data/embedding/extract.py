@@ -31,7 +31,7 @@ from curated_data.embedding.store import (
 )
 from curated_data.errors import ConfigError, CuratedDataError, EmbedderError, first_line
 from curated_data.pool import ShardPool
-from curated_data.pool.decode import Decoders
+from curated_data.pool.decode import IMAGE_EXTENSIONS, Decoders
 from curated_data.progress import progress
 
 log = logging.getLogger(__name__)
@@ -74,14 +74,9 @@ def embed_pool(
         PoolError: a shard cannot be read.
     """
     device = _device(device)
-    if not isinstance(embedder.dimension, int) or embedder.dimension < 1:
-        raise EmbedderError(
-            f"{_name(embedder)}: its dimension is {embedder.dimension!r}, expected a positive integer"
-        )
-    use_bf16 = precision == "bf16" or (
-        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
-    name = embeddings_name(embedder, dtype=dtype, precision=precision, decoders=decoders, ids=ids)
+    _check_dimension(embedder)
+    use_bf16 = _uses_bf16(precision, device)
+    name = embeddings_name(pool, embedder, dtype=dtype, precision=precision, decoders=decoders, ids=ids)
     folder = Path(cache_root) / "embeddings" / name
     shards = pool.shard_fingerprints
     ranges = pool.shard_ranges() if ids is None else np.searchsorted(ids, pool.shard_ranges())
@@ -116,7 +111,44 @@ def embed_pool(
     return store
 
 
+def embed_samples(
+    pool: ShardPool,
+    embedder: Embedder,
+    ids: np.ndarray,
+    *,
+    batch_size: int = 256,
+    num_workers: int = 2,
+    dtype: str = "float16",
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    decoders: Decoders | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embed a few samples of a pool of any size as `embed_pool` does, in memory, in this process alone.
+
+    Args:
+        ids: (m,) int64, ascending and unique.
+
+    The other arguments and the errors are as for `embed_pool`.
+
+    Returns:
+        (m, d) rows, zeros for samples that failed, and (m,) bool, False for these.
+    """
+    device = _device(device)
+    _check_dimension(embedder)
+    use_bf16 = _uses_bf16(precision, device)
+    ranges = np.searchsorted(ids, pool.shard_ranges())
+    _move(embedder, device)
+    loader = InputLoader(pool, embedder, batch_size, num_workers, decoders, device, ranges, ids)
+    rows = np.zeros((len(ids), embedder.dimension), dtype)
+    valid = np.zeros(len(ids), bool)
+    for batch, inputs, reasons in loader.batches(iter(np.flatnonzero(np.diff(ranges)).tolist())):
+        rows[batch], reasons = _embed(loader, inputs, reasons, dtype, use_bf16)
+        valid[batch] = [not reason for reason in reasons]
+    return rows, valid
+
+
 def embeddings_name(
+    pool: ShardPool,
     embedder: Embedder,
     *,
     dtype: str,
@@ -126,14 +158,16 @@ def embeddings_name(
     **_: Any,
 ) -> str:
     """The name of the folder of `embed_pool`, by what determines the embeddings."""
-    subset = {} if ids is None else {"ids": ids}
+    unusual = {} if ids is None else {"ids": ids}
+    if pool.image_extensions != IMAGE_EXTENSIONS:  # which decide what of a sample is embedded
+        unusual["image_extensions"] = pool.image_extensions
     return fingerprint(
         embedder=embedder.fingerprint,
         dtype=dtype,
         precision=precision,
         decoders=_decoder_fingerprints(decoders),
         version=VERSION,
-        **subset,
+        **unusual,
     )
 
 
@@ -292,6 +326,18 @@ def _forward(embedder: Embedder, inputs: Tensor, device: torch.device, use_bf16:
         kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
         raise EmbedderError(f"{_name(embedder)}: gave {kind}, expected a tensor of real numbers (B, d)")
     return output
+
+
+def _check_dimension(embedder: Embedder) -> None:
+    if not isinstance(embedder.dimension, int) or embedder.dimension < 1:
+        raise EmbedderError(
+            f"{_name(embedder)}: its dimension is {embedder.dimension!r}, expected a positive integer"
+        )
+
+
+def _uses_bf16(precision: str, device: torch.device) -> bool:
+    automatic = precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bf16" or automatic
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -12,14 +12,17 @@ import time
 import numpy as np
 import pytest
 import torch
+import webdataset
 from PIL import Image
 
 from curated_data.cache import open_cache
 from curated_data.embedding import EmbeddingStore, ModuleEmbedder, embed_pool, resolve_embedder
 from curated_data.embedding import extract as extract_module
 from curated_data.embedding import store as store_module
+from curated_data.embedding.extract import embed_samples
 from curated_data.errors import CacheError, ConfigError, CuratedDataError, EmbedderError
 from curated_data.pool import ShardPool
+from tests.conftest import png
 
 
 def mean_colours(batch):
@@ -96,6 +99,28 @@ def test_failures_are_counted_and_named(write_pool, tmp_path, num_workers):
             assert failure["reason"].startswith("its embedding exceeds 65504, beyond what float16")
     assert np.isfinite(np.asarray(store)).all()
     assert (np.asarray(store)[~store.valid] == 0).all()
+    assert [store.failure(number) for number in range(11)] == [failures.get(number) for number in range(11)]
+
+
+def test_a_few_samples_are_embedded_as_the_pool_is_and_leave_nothing(write_pool, tmp_path, monkeypatch):
+    pool = ShardPool(write_pool([6, 0, 5, 4], bad={(2, 1): b"?"}))
+    embedder, root = resolve_embedder("pixels:2"), open_cache(tmp_path / "c")
+    store = embed_pool(pool, embedder, root, num_workers=0)
+    monkeypatch.setattr(extract_module, "write_shard", None)
+    for ids in (np.array([1, 6, 7, 8, 14]), np.array([7]), np.arange(15)):
+        rows, valid = embed_samples(pool, embedder, ids, batch_size=2, num_workers=0)
+        np.testing.assert_array_equal(rows, store.rows(ids))
+        np.testing.assert_array_equal(valid, store.valid[ids])
+
+
+def test_rows_open_the_files_of_their_shards_alone(write_pool, tmp_path):
+    pool = ShardPool(write_pool([3, 0, 4, 1, 2]))
+    store = embed_pool(pool, resolve_embedder("pixels:2"), open_cache(tmp_path / "c"), num_workers=0)
+    whole = store.as_array(np.float16)
+    for ids, shards in (([7, 3, 3, 6], {2, 3}), ([9], {4}), ([], set()), (list(range(10)), {0, 2, 3, 4})):
+        store._maps.clear()
+        np.testing.assert_array_equal(store.rows(ids), whole[np.array(ids, int)])
+        assert set(store._maps) == shards
 
 
 @pytest.mark.parametrize(
@@ -278,6 +303,21 @@ def test_a_network_in_training_embeds_in_evaluation_mode_and_is_left_as_it_was(w
     assert network.training
     assert network.drop.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_the_pools_preferred_image_is_embedded(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        dark, light = (png(np.full((4, 4, 3), value, np.uint8)) for value in (10, 200))
+        writer.write({"__key__": "a", "png": dark, "webp": light})
+    stores = [
+        embed_pool(
+            ShardPool(str(tmp_path / "a.tar"), image_extensions=extensions),
+            resolve_embedder("pixels:2"), open_cache(tmp_path / "c"), num_workers=0, dtype="float32",
+        )
+        for extensions in (("png", "webp"), ("webp", "png"))
+    ]  # fmt: skip
+    assert stores[0].folder != stores[1].folder
+    assert np.asarray(stores[0]).max() < np.asarray(stores[1]).min()
 
 
 def test_another_decoder_embeds_anew(write_pool, tmp_path):
