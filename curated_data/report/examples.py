@@ -67,9 +67,10 @@ def cluster_rows(
     order = order[(sizes[order] >= max(least, 1)) & ~np.isin(order, list(exclude))][:n_clusters]
     kept_mask = np.zeros(tree.n_samples, bool)
     kept_mask[ids] = True
+    cluster_of = tree.assignment(level)
     rows = []
     for cluster in order.tolist():
-        members = tree.members(level, cluster)
+        members = np.flatnonzero(cluster_of == cluster)  # a few passes; `members` would sort all samples
         rng = np.random.default_rng([seed, level, cluster])
         kept = np.sort(random_subset(members[kept_mask[members]], n_images, rng))
         dropped = np.sort(random_subset(members[~kept_mask[members]], n_images, rng))

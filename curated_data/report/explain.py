@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from curated_data.report.metrics import selected_sizes
 from curated_data.selection.removed import Removed
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def explain(curation: "Curation", sample: int) -> list[str]:
     tree, ids = curation.tree, curation.ids
     if not 0 <= sample < tree.n_samples:
         raise ValueError(f"sample {sample}: the pool has ids 0 to {tree.n_samples - 1}")
-    failure = next((f for f in curation.embeddings.failures if f["id"] == sample), None)
+    failure = curation.embeddings.failure(sample)
     if failure is not None:
         return [f"Sample {sample} took no part: {failure['reason']}."]
     if tree.parent[1][sample] < 0:
@@ -38,9 +39,9 @@ def explain(curation: "Curation", sample: int) -> list[str]:
         path.append((level, node))
     lines = []
     share = len(ids)
+    gave = selected_sizes(tree, ids)
     for level, cluster in reversed(path):
-        members = tree.members(level, cluster)
-        given = int(np.isin(ids, members).sum())
+        held, given = int(tree.sizes(level)[cluster]), int(gave[level][cluster])
         if level == tree.n_levels:
             siblings = int((tree.sizes(level) > 0).sum())
         else:
@@ -48,20 +49,21 @@ def explain(curation: "Curation", sample: int) -> list[str]:
             siblings = int((same_parent & (tree.sizes(level) > 0)).sum())
         lines.append(
             f"Level {level}: cluster {cluster}, one of {siblings} that share {share:,}, holds "
-            f"{len(members):,} samples and gave {given:,}."
+            f"{held:,} samples and gave {given:,}."
         )
         share = given
     times = int((ids == sample).sum())
     outcome = {0: "was not selected", 1: "was selected"}.get(times, f"was selected {times} times")
     strategy = getattr(curation.config, "strategy", "random")
     how = "drawn at random" if strategy == "random" else f"the {strategy}"
-    if share >= len(members):
+    if share >= held:
         how = "all of them"
     place = ""
     if tree.distance is not None:
-        rank = int((tree.distance[members] < tree.distance[sample]).sum()) + 1
-        place = f" It is number {rank:,} of {len(members):,} by distance to the centroid."
-    lines.append(f"Sample {sample} {outcome}: its cluster gave {share:,} of {len(members):,}, {how}.{place}")
+        distance = tree.distance[tree.parent[1] == tree.parent[1][sample]]
+        rank = int((distance < tree.distance[sample]).sum()) + 1
+        place = f" It is number {rank:,} of {held:,} by distance to the centroid."
+    lines.append(f"Sample {sample} {outcome}: its cluster gave {share:,} of {held:,}, {how}.{place}")
     return lines
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from sklearn.decomposition import PCA
 
+from curated_data.clustering.tree import ClusterTree
 from curated_data.report import metrics
 from curated_data.report.examples import random_subset
 from curated_data.report.tiles import Tiles
@@ -68,7 +69,7 @@ def sample_map(
         "count": _packed(np.minimum(count, 65_535), np.uint16),
         "tile": _packed(tile, np.int32),
         "label": None if labels is None else _packed(labels[shown], np.int32),
-        "rank": None if tree.distance is None else _packed(_leaf_ranks(tree)[shown], np.int32),
+        "rank": None if tree.distance is None else _packed(_leaf_ranks(tree, shown), np.int32),
         "distance": None if tree.distance is None else _packed(tree.distance[shown], np.float32),
     }
 
@@ -107,15 +108,24 @@ def _copies(folder: Path, shown: np.ndarray) -> np.ndarray:
     return np.where(found.held_out[shown] >= 0, -2, found.copy_of(shown))
 
 
-def _leaf_ranks(tree: Any) -> np.ndarray:
-    """(n,) each sample's rank, from 1, by distance to the centroid in its lowest cluster; 0 if excluded."""
+def _leaf_ranks(tree: ClusterTree, shown: np.ndarray) -> np.ndarray:
+    """(m,) the rank, from 1, of each sample shown by distance to the centroid in its lowest cluster; 0 if
+    excluded. Sorts these clusters alone.
+    """
     leaf = tree.parent[1]
-    order = np.lexsort((tree.distance, leaf))
-    order = order[leaf[order] >= 0]
-    start = np.concatenate([[0], np.cumsum(tree.sizes(1))[:-1]])
-    rank = np.zeros(len(leaf), np.int64)
-    rank[order] = np.arange(1, len(order) + 1) - start[leaf[order]]
-    return rank
+    wanted = np.zeros(len(tree.centroids[1]) + 1, bool)  # the last for -1, excluded
+    wanted[leaf[shown]] = True
+    wanted[-1] = False
+    members = np.flatnonzero(wanted[leaf])
+    cluster = leaf[members]
+    order = np.lexsort((tree.distance[members], cluster))
+    size = np.where(wanted[:-1], tree.sizes(1), 0)
+    rank = np.empty(len(members), np.int64)
+    rank[order] = np.arange(1, len(order) + 1) - (np.cumsum(size) - size)[cluster[order]]
+    found = np.zeros(len(shown), np.int64)
+    held = leaf[shown] >= 0
+    found[held] = rank[np.searchsorted(members, shown[held])]
+    return found
 
 
 def _principal_components(

@@ -17,6 +17,8 @@ from curated_data.clustering.tree import ClusterTree
 if TYPE_CHECKING:
     from curated_data.embedding import EmbeddingStore
 
+_SEARCHED_BYTES = 1 << 29  # of selected rows that are searched at once
+
 
 def perplexity(counts: np.ndarray) -> float:
     """exp of the Shannon entropy of counts: the number of equal counts with the same entropy.
@@ -158,8 +160,8 @@ def coverage_distance(
 ) -> np.ndarray:
     """The distance of samples to the nearest selected one; the largest is the coverage radius.
 
-    An exact search in blocks, which needs memory for the selected rows and one block. For a pool of 1e8 use a
-    random subset as `queries`: ten thousand estimate the quantiles well.
+    An exact search in blocks of both, so memory does not grow with either. For a pool of 1e8 use a random
+    subset as `queries`: ten thousand estimate the quantiles well.
 
     Args:
         embeddings: (n, d) array, memory map or store.
@@ -176,17 +178,21 @@ def coverage_distance(
     if not len(ids):
         raise ValueError("the coverage of an empty selection is not defined: give at least one id")
     queries = np.arange(len(embeddings)) if queries is None else _checked_ids(queries, len(embeddings))
-    kept = _rows(embeddings, ids, metric)
-    index = faiss.IndexFlatIP(kept.shape[1]) if metric == "cosine" else faiss.IndexFlatL2(kept.shape[1])
-    index.add(kept)
+    dimension = embeddings.shape[1]
+    at_once = max(_SEARCHED_BYTES // (4 * dimension), 1)
     distance = np.full(len(queries), np.nan, np.float32)
-    for first in range(0, len(queries), block):
-        rows = _rows(embeddings, queries[first : first + block], metric)
-        finite = np.flatnonzero(np.isfinite(rows).all(axis=1))
-        nearest = index.search(rows[finite], 1)[1][:, 0]
-        # The search uses |x|² - 2xy + |y|², which suffers from cancellation; recompute the distance.
-        squared = ((rows[finite] - kept[nearest]) ** 2).sum(axis=1)
-        distance[first + finite] = squared / 2 if metric == "cosine" else np.sqrt(squared)
+    for begin in range(0, len(ids), at_once):
+        kept = _rows(embeddings, ids[begin : begin + at_once], metric)
+        index = faiss.IndexFlatIP(dimension) if metric == "cosine" else faiss.IndexFlatL2(dimension)
+        index.add(kept)
+        for first in range(0, len(queries), block):
+            rows = _rows(embeddings, queries[first : first + block], metric)
+            finite = np.flatnonzero(np.isfinite(rows).all(axis=1))
+            nearest = index.search(rows[finite], 1)[1][:, 0]
+            # The search uses |x|² - 2xy + |y|², which suffers from cancellation; recompute the distance.
+            squared = ((rows[finite] - kept[nearest]) ** 2).sum(axis=1)
+            here = squared / 2 if metric == "cosine" else np.sqrt(squared)
+            distance[first + finite] = np.fmin(distance[first + finite], here)
     return distance
 
 

@@ -101,7 +101,7 @@ def write_report(
         "pool": {"samples": n, "shards": len(pool.urls), "first": Path(pool.urls[0]).name},
         "selected": len(curation.ids),
         "unique": len(np.unique(curation.ids)),
-        "failed": len(curation.embeddings.failures),
+        "failed": curation.embeddings.n_failures,
         "excluded": curation.report.get("excluded", 0),
         "embedder": _embedder(curation),
         "origin": [["pool", " … ".join(dict.fromkeys(map(str, (pool.urls[0], pool.urls[-1]))))]],
@@ -268,12 +268,19 @@ def _random_selection(curation: "Curation", rng: np.random.Generator) -> np.ndar
 
 
 def _failures(curation: "Curation", n_examples: int = 50) -> dict[str, Any]:
-    failures = curation.embeddings.failures
-    plain = [_without_sample(failure) for failure in failures]
-    examples = [
-        [f["id"], Path(f["shard"]).name, f["key"], reason] for f, reason in zip(failures[:n_examples], plain)
-    ]
-    return {"count": len(failures), "reasons": Counter(plain).most_common(10), "examples": examples}
+    """The number of failures, the most frequent reasons, and the first failures."""
+    reasons: Counter[str] = Counter()
+    examples: list[list[Any]] = []
+    for failure in curation.embeddings.iterate_failures():
+        reason = _without_sample(failure)
+        reasons[reason] += 1
+        if len(examples) < n_examples:
+            examples.append([failure["id"], Path(failure["shard"]).name, failure["key"], reason])
+    return {
+        "count": curation.embeddings.n_failures,
+        "reasons": reasons.most_common(10),
+        "examples": examples,
+    }
 
 
 def _without_sample(failure: Mapping[str, Any]) -> str:

@@ -98,9 +98,9 @@ def near_duplicate_groups(curation: "Curation", tiles: Tiles, n_groups: int = 12
         return None
     found = Removed.load(folder)
     members = np.bincount(found.group[found.group >= 0], minlength=len(found.group))
-    largest = np.argsort(-members, kind="stable")[:n_groups]
+    several = np.flatnonzero(members > 1)
     groups = []
-    for first in largest[members[largest] > 1].tolist():
+    for first in several[np.argsort(-members[several], kind="stable")[:n_groups]].tolist():
         ids = np.flatnonzero(found.group == first)
         kept, dropped = ids[found.keep[ids]][:3], ids[~found.keep[ids]][:9]
         groups.append(
@@ -115,6 +115,6 @@ def near_duplicate_groups(curation: "Curation", tiles: Tiles, n_groups: int = 12
         "removed": int(((found.group >= 0) & ~found.keep).sum()) - len(held_out),
         "held_out": len(held_out),
         "held_out_examples": tiles.examples(held_out[:18]),
-        "n_groups": int((members > 1).sum()),
+        "n_groups": len(several),
         "groups": groups,
     }

@@ -72,7 +72,10 @@ def test_class_balance_leaves_out_what_has_no_label():
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_coverage_distance_against_scipy(metric):
+@pytest.mark.parametrize("at_once", [None, 1, 2])
+def test_coverage_distance_against_scipy(metric, at_once, monkeypatch):
+    if at_once is not None:
+        monkeypatch.setattr(metrics, "_SEARCHED_BYTES", at_once * 4 * 12)
     x = np.random.default_rng(0).normal(size=(500, 12)).astype(np.float32) + 3
     ids = np.array([4, 90, 90, 300])
     distance = metrics.coverage_distance(x, ids, metric=metric, block=128)

@@ -20,6 +20,7 @@ from curated_data.config import CurationConfig
 from curated_data.pool import ShardPool, ShardWriter
 from curated_data.report import metrics
 from curated_data.report.explain import explain
+from curated_data.report.map import _leaf_ranks
 from curated_data.report.page import write_report
 from curated_data.selection.near_duplicates import near_duplicates
 from curated_data.selection.removed import Removed
@@ -32,6 +33,16 @@ class Rows(np.ndarray):
     """Embeddings with the failures that a store would tell of."""
 
     failures = ({"id": 7, "shard": "pool-000000.tar", "key": "img<007>", "reason": "not an <image>"},)
+
+    @property
+    def n_failures(self) -> int:
+        return len(self.failures)
+
+    def iterate_failures(self):
+        return iter(self.failures)
+
+    def failure(self, sample: int):
+        return next((failure for failure in self.failures if failure["id"] == sample), None)
 
 
 @pytest.fixture(scope="module")
@@ -374,6 +385,24 @@ def test_clusters_of_one_sample_are_counted_once(small, tmp_path):
     assert (data["singles"]["n"], data["singles"]["n_kept"]) == (1, 1)
     assert data["singles"]["kept"][0] == of_first[:1].tolist()
     assert all(sheet["size"] > 1 for sheet in data["sheets"])
+
+
+def test_ranks_within_the_lowest_clusters(small):
+    tree, shown = small.tree, np.array([3, 4, 7, 90, 150, 199])
+    ranks = []
+    for sample in shown:
+        members = tree.members(1, tree.parent[1][sample]) if sample != 7 else []  # 7 is excluded
+        ranks.append(int((tree.distance[members] <= tree.distance[sample]).sum()) if len(members) else 0)
+    assert _leaf_ranks(tree, shown).tolist() == ranks
+
+
+def test_the_page_and_the_reasons_do_not_sort_the_pool(small, curation, tmp_path):
+    """Lists of all members take time and memory in a pool of 1e8, for the sake of a few examples."""
+    tree = ClusterTree(small.tree.centroids, small.tree.parent, small.tree.distance)
+    curation = SimpleNamespace(**vars(curation) | {"tree": tree})
+    write_report(curation, small.pool, tmp_path / "report.html", n_coverage=10)
+    explain(curation, int(small.ids[0]))
+    assert not tree._children
 
 
 def test_explain_follows_the_tree(small, curation):
