@@ -32,6 +32,7 @@ CELL_SIZE = 16_384
 """Mean number of samples in a cell, which is searched as a whole."""
 N_PROBES = 4
 """The most other cells that a sample is compared with."""
+_PIVOT_DISTANCES = 1 << 22  # looked at at once
 
 
 @dataclass(frozen=True)
@@ -255,20 +256,25 @@ def _cells(
     pivots = np.unique(_unit(embeddings, np.sort(rng.choice(ids, n_cells, replace=False))), axis=0)
     apart = np.sqrt(np.maximum(2 - 2 * pivots @ pivots.T, 0))
     reach = np.sqrt(2 - 2 * threshold) + 1e-3  # distance of unit vectors at the threshold, and rounding
-    home = np.empty(len(ids), np.int32)
-    probes = np.full((len(ids), min(n_probes, len(pivots))), -1, np.int32)
+    dtype = np.int16 if len(pivots) < 2**15 else np.int32  # the former are sorted in linear time
+    home = np.empty(len(ids), dtype)
+    probes = np.full((len(ids), min(n_probes, len(pivots))), -1, dtype)
     n_cut = 0
-    for first in range(0, len(ids), block):
-        part = np.s_[first : first + block]
-        squared = 2 - 2 * _unit(embeddings, ids[part]) @ pivots.T
-        home[part] = own = squared.argmin(axis=1)
-        margin = squared - squared[np.arange(len(own)), own][:, None]
-        margin[margin > 2 * reach * apart[own]] = np.inf
-        margin[np.arange(len(own)), own] = np.inf
-        n_cut += int((np.isfinite(margin).sum(axis=1) > probes.shape[1]).sum())
-        order = np.argsort(margin, axis=1, kind="stable")[:, : probes.shape[1]]
-        possible = np.isfinite(np.take_along_axis(margin, order, axis=1))
-        probes[part] = np.where(possible, order, -1)
+    at_once = max(_PIVOT_DISTANCES // len(pivots), 1)
+    for start in range(0, len(ids), block):
+        products = 2 * _unit(embeddings, ids[start : start + block]) @ pivots.T
+        for first in range(start, start + len(products), at_once):
+            margin = 2 - products[first - start : first - start + at_once]
+            part, row = np.s_[first : first + len(margin)], np.arange(len(margin))
+            home[part] = own = margin.argmin(axis=1)
+            margin -= margin[row, own][:, None]
+            margin[margin > 2 * reach * apart[own]] = np.inf
+            margin[row, own] = np.inf
+            n_cut += int((np.isfinite(margin).sum(axis=1) > probes.shape[1]).sum())
+            for place in range(probes.shape[1]):  # a sort of all pivots would take most of the time
+                nearest = margin.argmin(axis=1)
+                probes[part, place] = np.where(np.isfinite(margin[row, nearest]), nearest, -1)
+                margin[row, nearest] = np.inf
     if n_cut:
         log.info(
             "near-duplicates: for %.1f %% of the samples, copies may be in more than n_probes=%d other "
@@ -321,9 +327,10 @@ def _components(n: int, pairs: np.ndarray, same: np.ndarray | None, valid: np.nd
         links.append(np.stack([held, held[first[inverse]]], axis=1))
     row, column = np.concatenate(links).T
     graph = coo_array((np.ones(len(row), np.int8), (row, column)), shape=(n, n))
-    component = connected_components(graph, directed=False)[1]
-    _, smallest, inverse = np.unique(component, return_index=True, return_inverse=True)
-    return smallest[inverse].astype(np.int64)
+    n_components, component = connected_components(graph, directed=False)
+    smallest = np.empty(n_components, np.int64)
+    smallest[component[::-1]] = np.arange(n - 1, -1, -1)  # of several values, the last is kept
+    return smallest[component]
 
 
 def _in_larger_group(group: np.ndarray) -> np.ndarray:
@@ -362,9 +369,9 @@ def _closeness_to_mean(
 
 def _best_of_each_group(group: np.ndarray, candidates: np.ndarray, prefer: np.ndarray) -> np.ndarray:
     """(n,) bool: of each group's candidates, the one with the largest `prefer`; on ties the smallest id."""
-    ids = np.flatnonzero(candidates)
+    keep = candidates & ~_in_larger_group(np.where(candidates, group, -1))  # all but those with a choice
+    ids = np.flatnonzero(candidates & ~keep)
     ids = ids[np.lexsort((ids, -prefer[ids].astype(np.float64), group[ids]))]
-    keep = np.zeros(len(group), bool)
     keep[ids[np.diff(group[ids], prepend=-1) != 0]] = True
     return keep
 

@@ -14,6 +14,7 @@ from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import PoolError
 from curated_data.pool import ShardPool, ShardWriter
 from curated_data.selection.near_duplicates import (
+    _cells,
     exact_groups,
     image_contents,
     match_held_out,
@@ -69,6 +70,25 @@ def test_few_probes_find_nearly_all():
     assert len(both) >= 0.98 * len(whole.pairs)
     again = near_duplicates(x, threshold=0.95, cell_size=300, n_probes=2)
     assert np.array_equal(again.keep, cut.keep)
+
+
+@pytest.mark.parametrize("n_probes", [1, 3, 100])
+def test_cells_by_their_definition(n_probes, monkeypatch):
+    """Each sample's cell is that of its nearest pivot; its probes are the nearest others within reach."""
+    monkeypatch.setattr("curated_data.selection.near_duplicates._PIVOT_DISTANCES", 130)  # a few rows at once
+    x = copies(300, 2, dimension=4)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    ids = np.arange(len(x))
+    home, probes = _cells(x, ids, 0.9, 20, n_probes, 64, 0)
+    pivots = np.unique(x[np.sort(np.random.default_rng(0).choice(ids, 20, replace=False))], axis=0)
+    squared = 2 - 2 * x @ pivots.T
+    np.testing.assert_array_equal(home, squared.argmin(1))
+    reach = np.sqrt(2 - 2 * 0.9) + 1e-3
+    for q in range(len(x)):
+        near = np.argsort(squared[q], kind="stable")[1:]
+        apart = np.linalg.norm(pivots[near] - pivots[home[q]], axis=1)
+        allowed = near[squared[q, near] - squared[q, home[q]] <= 2 * reach * apart + 1e-6][:n_probes]
+        assert probes[q][probes[q] >= 0].tolist() == allowed.tolist()
 
 
 def test_the_member_nearest_the_mean_is_kept():
