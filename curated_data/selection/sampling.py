@@ -6,6 +6,7 @@ arrays, so the cost is a few sorts of the pool for any number of clusters.
 """
 
 import logging
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,8 @@ from curated_data.clustering.tree import ClusterTree
 log = logging.getLogger(__name__)
 
 Strategy = Literal["random", "closest", "furthest"]
+Keys = Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""Ids of some samples, their clusters, and their keys; block by block, in the order of ids."""
 _BLOCK = 1 << 21  # samples processed at once
 
 
@@ -153,37 +156,75 @@ def _draw(
     cluster: (n,) of each sample, -1 for none; quota, sizes: (k,).
     """
     whole, rest = np.divmod(quota, np.maximum(sizes, 1))
-    # From a cluster taken in part, take the members with the smallest 32-bit keys. If keys are random, sort
-    # only those that may be among the smallest: enough of them by ten standard deviations.
-    likely = (rest + 10 * np.sqrt(rest) + 30) / np.maximum(sizes, 1) if distance is None else None
-    taken, candidates, keys = [], [], []
+    taken = [np.empty(0, np.int64)]
+    if whole.any():
+        taken += [np.repeat(held, whole[group]) for held, group in _blocks(cluster)]
+    # From a cluster taken in part, take the members with the smallest 32-bit keys.
+    if distance is None:
+        taken.append(_smallest(_random_keys(cluster, rest, sizes, rng), rest))
+    else:
+        for low, high in _bands(np.where(rest > 0, sizes, 0)):
+            taken.append(_smallest(_distance_keys(cluster, rest, low, high, distance, strategy), rest))
+    ids = np.sort(np.concatenate(taken))
+    if len(ids) < quota.sum():
+        raise RuntimeError("a random draw beyond ten standard deviations: sample with another seed")
+    return ids
+
+
+def _random_keys(cluster: np.ndarray, rest: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> Keys:
+    """Random keys, of those samples alone that may have the smallest: enough by ten standard deviations."""
+    likely = (rest + 10 * np.sqrt(rest) + 30) / np.maximum(sizes, 1)
+    for held, group in _blocks(cluster):
+        key = rng.integers(1 << 32, size=len(held), dtype=np.uint32)
+        tried = (rest[group] > 0) & (key < likely[group] * 2.0**32)
+        yield held[tried], group[tried], key[tried]
+
+
+def _distance_keys(
+    cluster: np.ndarray, rest: np.ndarray, low: int, high: int, distance: np.ndarray, strategy: Strategy
+) -> Keys:
+    """Keys that sort like distances, or like their reverse, of clusters `low` to `high`."""
+    for held, group in _blocks(cluster, low, high):
+        tried = rest[group] > 0
+        held, group = held[tried], group[tried]
+        # The bit patterns of non-negative floats sort like the floats.
+        key = np.maximum(distance[held], 0, dtype=np.float32).view(np.uint32)
+        yield held, group, key if strategy == "closest" else ~key
+
+
+def _smallest(parts: Keys, rest: np.ndarray) -> np.ndarray:
+    """The ids with the smallest keys of each cluster, `rest` (k,) of them, in no order; the first on ties."""
+    found = [(held, group.astype(np.uint64) << np.uint64(32) | key) for held, group, key in parts]
+    if not found:
+        return np.empty(0, np.int64)
+    ids, keys = (np.concatenate(column) for column in zip(*found))
+    del found
+    order = np.argsort(keys, kind="stable")
+    group = (keys[order] >> np.uint64(32)).astype(np.int64)
+    first = np.flatnonzero(np.diff(group, prepend=-1))
+    place = np.arange(len(group)) - np.repeat(first, np.diff(first, append=len(group)))
+    return ids[order[place < rest[group]]]
+
+
+def _blocks(cluster: np.ndarray, low: int = 0, high: int | None = None) -> Iterator[tuple[np.ndarray, ...]]:
+    """The samples in clusters from `low` up to `high`, all by default, and their clusters; in blocks."""
     for first in range(0, len(cluster), _BLOCK):
         part = cluster[first : first + _BLOCK]
-        held = np.flatnonzero(part >= 0)
-        group = part[held]
-        held += first
-        if whole.any():
-            taken.append(np.repeat(held, whole[group]))
-        if distance is None:
-            key = rng.integers(1 << 32, size=len(held), dtype=np.uint32)
-            tried = (rest[group] > 0) & (key < likely[group] * 2.0**32)
-        else:
-            # The bit patterns of non-negative floats sort like the floats.
-            key = np.maximum(distance[held], 0, dtype=np.float32).view(np.uint32)
-            key = key if strategy == "closest" else ~key
-            tried = rest[group] > 0
-        candidates.append(held[tried])
-        keys.append(group[tried].astype(np.uint64) << np.uint64(32) | key[tried])
-    if candidates:
-        order = np.argsort(np.concatenate(keys), kind="stable")
-        ids = np.concatenate(candidates)[order]
-        group = cluster[ids]
-        count = np.bincount(group, minlength=len(quota))
-        if (count < rest).any():
-            raise RuntimeError("a random draw beyond ten standard deviations: sample with another seed")
-        place = np.arange(len(ids)) - _exclusive_cumsum(count)[group]
-        taken.append(ids[place < rest[group]])
-    return np.sort(np.concatenate([np.empty(0, np.int64), *taken]))
+        held = np.flatnonzero(part >= low if high is None else (part >= low) & (part < high))
+        yield held + first, part[held]
+
+
+def _bands(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Ranges of clusters with a few blocks of samples each, or a sixteenth of all: each is a pass over the
+    pool, and what is sorted at once.
+    """
+    most = max(4 * _BLOCK, int(sizes.sum()) // 16)
+    ends = np.cumsum(sizes)
+    low = 0
+    while low < len(sizes) and ends[-1] > (ends[low - 1] if low else 0):
+        high = int(np.searchsorted(ends, (ends[low - 1] if low else 0) + most, side="right"))
+        yield low, max(high, low + 1)
+        low = max(high, low + 1)
 
 
 def _distances(

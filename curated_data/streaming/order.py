@@ -206,13 +206,15 @@ def view_seeds(seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:
 def _spread(strata: np.ndarray, key: int) -> np.ndarray:
     """A random order in which each stratum is evenly spread: its j-th sample of m is near (j + u) / m."""
     n = len(strata)
-    priority = permuted(np.arange(n), n, key)
-    by_stratum = np.lexsort((priority, strata))
-    _, starts, sizes = np.unique(strata[by_stratum], return_index=True, return_counts=True)
-    rank = np.arange(n) - np.repeat(starts, sizes)
+    drawn = np.empty(n, np.int64)  # all positions, in random order
+    drawn[permuted(np.arange(n), n, key)] = np.arange(n)
+    distinct, sizes = np.unique(strata, return_counts=True)
+    stratum = np.searchsorted(distinct, strata[drawn])
+    by_stratum = np.argsort(stratum, kind="stable")
+    rank = np.empty(n, np.int64)
+    rank[by_stratum] = np.arange(n) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     phase = _mix(np.arange(len(sizes), dtype=np.uint64) ^ np.uint64(key)) / 2.0**64
-    place = (rank + np.repeat(phase, sizes)) / np.repeat(sizes, sizes)
-    return by_stratum[np.lexsort((priority[by_stratum], place))]
+    return drawn[np.argsort((rank + phase[stratum]) / sizes[stratum], kind="stable")]
 
 
 def _key(*parts: int) -> int:

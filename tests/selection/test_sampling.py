@@ -3,6 +3,7 @@ defects.
 """
 
 import logging
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from curated_data.clustering.tree import ClusterTree
+from curated_data.selection import sampling
 from curated_data.selection.sampling import flat_sample, hierarchical_sample, water_fill
 from tests.oracles import recursive_sampling as oracle
 
@@ -52,9 +54,14 @@ def trees(draw) -> ClusterTree:
     max_repeats=st.integers(1, 4),
     strategy=st.sampled_from(["random", "closest", "furthest"]),
     seed=st.integers(0, 5),
+    block=st.sampled_from([1, 4, 1 << 21]),
 )
-def test_every_node_of_any_tree_is_water_filled(tree, target, max_repeats, strategy, seed):
-    ids = hierarchical_sample(tree, target, strategy=strategy, max_repeats=max_repeats, seed=seed)
+def test_every_node_of_any_tree_is_water_filled(tree, target, max_repeats, strategy, seed, block):
+    with mock.patch.object(sampling, "_BLOCK", block):  # a pool of many blocks
+        ids = hierarchical_sample(tree, target, strategy=strategy, max_repeats=max_repeats, seed=seed)
+    if strategy != "random":
+        whole = hierarchical_sample(tree, target, strategy=strategy, max_repeats=max_repeats, seed=seed)
+        assert np.array_equal(ids, whole)
     assert ids.dtype == np.int64
     assert (np.diff(ids) >= 0).all()
     assert (tree.parent[1][ids] >= 0).all()

@@ -8,6 +8,7 @@ from scipy.stats import chisquare
 
 from curated_data.errors import ConfigError
 from curated_data.streaming import EpochOrder, permuted
+from curated_data.streaming.order import _STRATA, _key, _mix
 
 KEYS = st.integers(0, 2**64 - 1)
 quick = settings(max_examples=60, deadline=None)
@@ -195,6 +196,27 @@ def test_stratified_batches_hold_the_proportions_of_the_whole(sizes, batch, seed
         # each stratum recurs at even distances d = n / size, so a run of m places holds m / d of it, rounded;
         # the others shift a place by one member each at most
         assert np.all(np.abs(counts - len(ids) * np.array(sizes) / n) <= 2 + len(sizes) * np.array(sizes) / n)
+
+
+@quick
+@given(
+    strata=st.lists(st.sampled_from([-1, 0, 7, 10**12]), min_size=1, max_size=200).map(np.array),
+    seed=st.integers(0, 99),
+    epoch=st.integers(0, 9),
+)
+def test_stratified_order_by_its_definition(strata, seed, epoch):
+    """The j-th sample of a stratum of m, in random order, at (j + u) / m; ties in the same random order."""
+    n = len(strata)
+    key = _key(seed, _STRATA, epoch)
+    priority = permuted(np.arange(n), n, key)
+    u = _mix(np.arange(len(np.unique(strata)), dtype=np.uint64) ^ np.uint64(key)) / 2.0**64
+    place = np.empty(n)
+    for number, stratum in enumerate(np.unique(strata)):
+        members = np.flatnonzero(strata == stratum)
+        members = members[np.argsort(priority[members])]
+        place[members] = (np.arange(len(members)) + u[number]) / len(members)
+    order = EpochOrder(n, seed=seed, batch_size=1, strata=strata)
+    assert order.ids(epoch, 0, n).tolist() == np.lexsort((priority, place)).tolist()
 
 
 def test_spares_come_from_the_selection_and_depend_on_the_position_alone():
