@@ -20,6 +20,8 @@ from yaml import YAMLError
 from curated_data.errors import CacheError, ConfigError, CuratedDataError
 from curated_data.progress import log_to_terminal
 
+_FEW = 20  # indexes of shards that `inspect` lists one by one
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0, 2 after an error in the input, or 130 after Ctrl-C.
@@ -370,6 +372,16 @@ def _inspect(parsed: argparse.Namespace) -> None:
     for name in ("stage", "artifact", "MB", "age"):
         table.add_column(name, no_wrap=True)
     table.add_column("what it is, and what determined it", overflow="fold")
+    indexes = [artifact for artifact in artifacts if artifact.stage == "index" and artifact.complete]
+    if len(indexes) > _FEW:  # one for every shard, of which a pool may have a hundred thousand
+        artifacts = [artifact for artifact in artifacts if artifact.stage != "index" or not artifact.complete]
+        table.add_row(
+            "index",
+            f"{len(indexes):,} shards",
+            f"{sum(artifact.size for artifact in indexes) / 1e6:,.1f}",
+            age(max(artifact.modified for artifact in indexes)),
+            f"{sum(artifact.details['n_samples'] for artifact in indexes):,} samples; --json lists each",
+        )
     for artifact in artifacts:
         details = ", ".join(f"{name}: {_short(value)}" for name, value in artifact.details.items())
         table.add_row(

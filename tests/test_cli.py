@@ -1,6 +1,7 @@
 """The command line, on real shards: each command does what it says, and bad input ends in one line."""
 
 import json
+import re
 import signal
 
 import numpy as np
@@ -20,7 +21,7 @@ CURATION = [
 ]
 
 
-def test_the_walk_by_commands(write_pool, tmp_path, capsys):
+def test_the_walk_by_commands(write_pool, tmp_path, capsys, monkeypatch):
     shards, cache = write_pool([30, 25]), str(tmp_path / "cache")
     place = ["--cache-dir", cache]
     assert main(["index", *shards, *place]) == 0
@@ -80,6 +81,11 @@ def test_the_walk_by_commands(write_pool, tmp_path, capsys):
     shown = capsys.readouterr().out
     for stage in ("index", "embeddings", "tree", "selection", "pixels:4"):
         assert stage in shown
+    monkeypatch.setattr("curated_data.cli._FEW", 1)
+    assert main(["inspect", cache]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"2 shards .* 55 samples; --json lists each", shown)
+    assert not any(name in shown for name in ShardPool(shards).shard_fingerprints)
     assert main(["inspect", cache, "--json"]) == 0
     artifacts = json.loads(capsys.readouterr().out)
     selection = next(artifact for artifact in artifacts if artifact["stage"] == "selection")
