@@ -321,6 +321,7 @@ def test_a_cache_of_another_version_is_refused(write_pool, tmp_path):
 
 
 def _curate_on_a_small_disk(shards, cache, n_bytes):
+    torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
     try:
         run(shards, cache)
