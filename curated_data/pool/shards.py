@@ -80,6 +80,7 @@ class ShardPool:
         self._access: np.ndarray | None = None
         self._index: PoolIndex | None = None
         self._index_folder: Path | None = None
+        self._without_cache: ShardPool | None = None
 
     def __len__(self) -> int:
         return len(self.index())
@@ -113,6 +114,8 @@ class ShardPool:
                 self._index, self._index_folder = build_in_cache(
                     self.shards, self.shard_fingerprints, self._indexer, self.num_workers, self.cache_dir
                 )
+                if self._without_cache is not None:
+                    self._without_cache._take_index(self)
             else:
                 self._index = build_in_memory(self.shards, self._indexer, self.num_workers)
             if len(self._index) == 0:
@@ -124,12 +127,19 @@ class ShardPool:
         return self._index
 
     def with_cache(self, cache_dir: str | Path | None) -> Self:
-        """The same pool with its index in another cache, or in memory."""
+        """The same pool with its index in another cache, or in memory.
+
+        A pool without a cache takes over the index that the other one finds or makes, so that shards are not
+        looked up and indexed twice.
+        """
+        cache_dir = None if cache_dir is None else absolute(cache_dir)
+        if cache_dir == self.cache_dir:
+            return self
         pool = object.__new__(type(self))
         pool.__dict__.update(self.__getstate__())
-        pool.cache_dir = None if cache_dir is None else absolute(cache_dir)
-        if pool.cache_dir != self.cache_dir:
-            pool._index = pool._index_folder = None
+        pool.cache_dir = cache_dir
+        pool._index = pool._index_folder = None
+        pool._without_cache = self if self.cache_dir is None else None
         return pool
 
     def shard_of(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -312,6 +322,11 @@ class ShardPool:
     def _indexer(self) -> Indexer:
         return partial(index_shard_file, opener=self._reader.source) if self._is_remote else index_shard_file
 
+    def _take_index(self, other: "ShardPool") -> None:
+        """Use the index of the same pool with a cache, unless this has its own, or shards have changed."""
+        if self._index is None and self.__dict__.setdefault("shards", other.shards) == other.shards:
+            self._index, self._index_folder = other._index, other._index_folder
+
     def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = np.asarray(ids)
         if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
@@ -350,6 +365,7 @@ class ShardPool:
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__ | {"_index": None if self._index_folder is not None else self._index}
+        state["_without_cache"] = None
         state.pop("_reader", None)
         return state
 

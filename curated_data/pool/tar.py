@@ -86,7 +86,7 @@ def read_members(source: Source) -> Iterator[Members]:
                     and (header[135] == 0 or header[135] == 0x20)
                 ):
                     if kind == 0 and header == _ZEROS:
-                        _warn_of_rest(source, position)
+                        _warn_of_rest(source, window, position)
                         ended = True
                         break
                     size = int(header[124:135].partition(b"\0")[0].strip() or b"0", 8)
@@ -316,9 +316,12 @@ def _ends_without_marker(source: Source, position: int) -> bool:
     return True
 
 
-def _warn_of_rest(source: Source, position: int) -> None:
+def _warn_of_rest(source: Source, window: _Window, position: int) -> None:
     """Warn of data after the end: every reader of concatenated archives stops after the first one."""
-    rest = source.read(position, min(64 << 10, source.size - position))
+    length = min(64 << 10, source.size - position)
+    at = position - window.start
+    has_all = at + length <= len(window.data)  # often, which saves a remote shard a request
+    rest = window.data[at : at + length] if has_all else source.read(position, length)
     if rest.count(0) != len(rest):
         log.warning(
             "%s: what follows the end-of-archive marker at offset %d is ignored", source.name, position

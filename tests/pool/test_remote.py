@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("aiohttp")
 
+from curated_data import CuratedDataModule
 from curated_data.errors import PoolError
 from curated_data.pool import RemoteOptions, ShardPool, ShardWriter, shards, store
 from curated_data.pool.access import choose_access
@@ -100,6 +102,38 @@ def test_reads_ask_for_the_bytes_alone(serve, expected):
         {name: value for name, value in expected[i].items() if name != "cls"} for i in (5, 30, 99)
     ]
     assert server.requests == {"GET": 3}
+
+
+def test_a_start_looks_at_each_shard_once(serve, tmp_path):
+    server = serve()
+
+    class Bytes:
+        dimension, fingerprint, preprocess = 4, "bytes", staticmethod(lambda content: content)
+
+        def __call__(self, batch):
+            return batch
+
+    def start():
+        pool = ShardPool(server.url + PATTERN, cache_dir=tmp_path, image_extensions=["bin"])
+        config = {"target_size": 10, "levels": [{"n_clusters": 5}], "embedding": {"num_workers": 0}}
+        decoders = {"bin": lambda content: torch.frombuffer(bytearray(content[:4]), dtype=torch.uint8)}
+        data = CuratedDataModule(
+            pool, config, embedder=Bytes(), decoders=decoders, cache_dir=tmp_path, num_workers=0, batch_size=5
+        )
+        data.setup()
+        return data.train_dataloader()
+
+    start()
+    server.requests.clear()
+    assert len(start()) == 2
+    assert server.requests == {"HEAD": 4}
+
+
+def test_small_shards_are_indexed_by_one_request(serve):
+    server = serve()
+    pool = ShardPool(server.url + PATTERN, num_workers=1)
+    assert len(pool) == 100
+    assert server.requests == {"HEAD": 4, "GET": 4 + 1}  # and one, whether the server has ranges
 
 
 def test_requests_run_at_once(serve, expected):

@@ -226,6 +226,27 @@ class TestCache:
         assert folders == set(plain.shard_fingerprints)
         assert all(len(name) == 20 for name in folders)
 
+    def test_a_pool_without_a_cache_uses_the_index_of_the_same_with_one(
+        self, small_pool, tmp_path, monkeypatch
+    ):
+        plain = ShardPool(small_pool)
+        cached = plain.with_cache(tmp_path / "cache")
+        assert cached.with_cache(tmp_path / "cache") is cached
+        assert len(cached) == 9
+        for name in ("build_in_memory", "build_in_cache", "stat_shards"):
+            monkeypatch.setattr(f"curated_data.pool.shards.{name}", None)
+        assert everything(plain) == everything(cached)
+        assert everything(pickle.loads(pickle.dumps(plain))) == everything(cached)
+        assert len(pickle.dumps(plain)) < 5_000
+
+    def test_an_index_of_shards_that_changed_is_not_taken_over(self, small_pool, tmp_path, write_tar):
+        plain = ShardPool(small_pool)
+        cached = plain.with_cache(tmp_path / "cache")
+        assert len(plain.shards) == 3
+        small_pool[2].write_bytes(write_tar("other.tar", [("new.txt", b"new")]).read_bytes())
+        cached.index()
+        assert plain._index is None
+
     def test_a_second_look_indexes_nothing(self, small_pool, tmp_path, monkeypatch):
         len(ShardPool(small_pool, cache_dir=tmp_path / "cache"))
         monkeypatch.setattr(build, "index_shard", None)
