@@ -218,7 +218,7 @@ def _bands(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
     """Ranges of clusters with a few blocks of samples each, or a sixteenth of all: each is a pass over the
     pool, and what is sorted at once.
     """
-    most = max(4 * _BLOCK, int(sizes.sum()) // 16)
+    most = max(2 * _BLOCK, int(sizes.sum()) // 16)
     ends = np.cumsum(sizes)
     low = 0
     while low < len(sizes) and ends[-1] > (ends[low - 1] if low else 0):

@@ -6,6 +6,7 @@ ranks, or on where a run was interrupted. Any position is computed by itself, wi
 with 1e8 samples an epoch starts immediately, in the middle too.
 """
 
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -161,7 +162,13 @@ class EpochOrder:
         return filled[permuted(np.arange(len(filled)), len(filled), _key(self.seed, _SHARDS, epoch))]
 
     def _stratified_layout(self, epoch: int) -> np.ndarray:
-        return self._cached(epoch, lambda: _spread(self.strata, _key(self.seed, _STRATA, epoch)))
+        return self._cached(epoch, lambda: _spread(*self._numbered_strata, _key(self.seed, _STRATA, epoch)))
+
+    @cached_property
+    def _numbered_strata(self) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) each sample's stratum, numbered from 0, and the size of each."""
+        _, number, sizes = np.unique(self.strata, return_inverse=True, return_counts=True)
+        return number.astype(np.min_scalar_type(len(sizes))), sizes
 
     def _cached(self, epoch: int, build) -> np.ndarray:
         if self._layout is None or self._layout[0] != epoch:
@@ -203,14 +210,13 @@ def view_seeds(seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:
     return _mix(_mix(positions.astype(np.uint64)) ^ np.uint64(_key(seed, _VIEWS, epoch)))
 
 
-def _spread(strata: np.ndarray, key: int) -> np.ndarray:
+def _spread(strata: np.ndarray, sizes: np.ndarray, key: int) -> np.ndarray:
     """A random order in which each stratum is evenly spread: its j-th sample of m is near (j + u) / m."""
     n = len(strata)
     drawn = np.empty(n, np.int64)  # all positions, in random order
     drawn[permuted(np.arange(n), n, key)] = np.arange(n)
-    distinct, sizes = np.unique(strata, return_counts=True)
-    stratum = np.searchsorted(distinct, strata[drawn])
-    by_stratum = np.argsort(stratum, kind="stable")
+    stratum = strata[drawn]
+    by_stratum = np.argsort(stratum, kind="stable")  # in linear time for up to 65,536 strata
     rank = np.empty(n, np.int64)
     rank[by_stratum] = np.arange(n) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     phase = _mix(np.arange(len(sizes), dtype=np.uint64) ^ np.uint64(key)) / 2.0**64
