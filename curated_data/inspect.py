@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from curated_data.cache import FORMAT_VERSION, MANIFEST, check_artifact, read_json
-from curated_data.embedding.store import check_shard
 from curated_data.errors import CacheError
 
 
@@ -76,6 +75,8 @@ def verify_cache(cache_dir: str | Path) -> list[str]:
     Raises:
         CacheError: as for `inspect_cache`.
     """
+    from curated_data.embedding.store import check_shard  # here, because its package imports torch
+
     root = Path(cache_dir).expanduser()
     check_is_cache(root)
     problems = []

@@ -3,12 +3,15 @@
 import json
 import re
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from curated_data import ShardPool
+from curated_data.cache import open_cache
 from curated_data.cli import main
 
 CURATION = [
@@ -132,6 +135,22 @@ def test_bad_input_is_one_line(arguments, message, write_pool, tmp_path, capsys,
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"curated-data {arguments[0]}: ")
     assert message in error
+
+
+def test_help_and_a_look_at_a_cache_import_no_torch(tmp_path):
+    """Which takes seconds."""
+    open_cache(tmp_path)
+    code = """
+import sys
+from curated_data.cli import main
+assert main(["inspect", sys.argv[1]]) == 0
+try:
+    main(["--help"])
+finally:
+    assert "torch" not in sys.modules
+"""
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_help_of_every_command(capsys):
