@@ -81,8 +81,6 @@ def end_resumed_epoch(trainer: pl.Trainer, n_batches: int) -> bool:
     progress = trainer.fit_loop.epoch_loop.batch_progress
     if not progress.is_last_batch:
         return False
-    if (
-        progress.current.completed < progress.current.processed
-    ):  # the checkpoint was saved as that batch ended
+    if progress.current.completed < progress.current.processed:  # saved as that batch ended
         progress.current.completed = max(progress.current.completed, n_batches)
     return True

@@ -299,7 +299,7 @@ def nearest_columns(rows: torch.Tensor, centroids: torch.Tensor, count: int) -> 
 def _smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """The columns of the `count` smallest scores of each row, ascending."""
     if scores.device.type == "cpu":
-        # A search for the count-th value, then a comparison with it, takes half the time of a search for places.
+        # To find the count-th value and compare with it takes half the time of finding places.
         values = scores.numpy()
         limit = np.partition(values, count - 1, axis=1)[:, count - 1 :][:, :1]
         at = np.flatnonzero(values <= limit)

@@ -180,15 +180,16 @@ def contact_sheet(
     n_left = max(max(len(row.kept) for row in rows), 4)
     n_right = max(max(len(row.dropped) for row in rows), 4)
     images = iter(thumbnails(pool, np.concatenate([np.r_[row.kept, row.dropped] for row in rows]), size))
+    left, right, top, bottom = -2.6, n_left + n_right + 0.5, -0.45, len(rows)  # in thumbnails
     figure = Figure(
-        figsize=(1.5 + 0.62 * (n_left + n_right + 0.5), 0.75 + 0.66 * len(rows)), layout="constrained"
+        figsize=(0.62 * (right - left), 0.62 * (bottom - top) + (0.3 if title else 0)), layout="constrained"
     )
     axes = figure.subplots()
     for y, row in enumerate(rows):
         for x in range(len(row.kept) + len(row.dropped)):
             dropped = x >= len(row.kept)
-            left = x if not dropped else n_left + 0.5 + x - len(row.kept)
-            axes.imshow(next(images), extent=(left + 0.03, left + 0.97, y + 0.97, y + 0.03))
+            at = x if not dropped else n_left + 0.5 + x - len(row.kept)
+            axes.imshow(next(images), extent=(at + 0.03, at + 0.97, y + 0.97, y + 0.03))
         text = f"{row.why}, cluster {row.cluster}\n{row.n_kept:,} of {row.size:,} kept"
         axes.text(-0.15, y + 0.5, text, ha="right", va="center", fontsize=8, color=INK)
         for count, at in ((len(row.kept), 0.0), (len(row.dropped), n_left + 0.5)):
@@ -197,8 +198,8 @@ def contact_sheet(
     axes.text(0, -0.12, "kept", fontsize=9, color=INK, weight="bold")
     axes.text(n_left + 0.5, -0.12, "dropped", fontsize=9, color=INK, weight="bold")
     axes.axvline(n_left + 0.25, color=FAINT, lw=1)
-    axes.set_xlim(-2.6, n_left + n_right + 0.5)
-    axes.set_ylim(len(rows), -0.45)
+    axes.set_xlim(left, right)
+    axes.set_ylim(bottom, top)
     axes.set_axis_off()
     if title:
         figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")

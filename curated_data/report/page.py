@@ -125,7 +125,7 @@ def write_report(
     path = Path(path)
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    log.info("report: %s, %.1f MB", path, path.stat().st_size / 1e6)
+    log.info("wrote the report, %.1f MB", path.stat().st_size / 1e6)
     return path
 
 

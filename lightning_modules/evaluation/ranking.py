@@ -57,13 +57,14 @@ class RankingResult(Result):
     def table(self) -> str:
         """The models, and a line of statistics below them."""
         significant = sum(swap["significant"] for swap in self.swaps)
+        fit, improvement = self.fit, self.improvement_fit
+        sign = "-" if fit.intercept < 0 else "+"
         return (
-            f"{super().table()}\n\nSpearman {self.spearman:.3f} (p {self.spearman_p:.2g}), Kendall "
-            f"{self.kendall:.3f} "
-            f"(p {self.kendall_p:.2g}); b = {self.fit.slope:.3f} a {self.fit.intercept:+.3f}, "
-            f"R² {self.fit.r_squared:.3f}; relative improvements: slope {self.improvement_fit.slope:.3f}, "
-            f"R² {self.improvement_fit.r_squared:.3f}; {len(self.swaps)} pairs swap, {significant} "
-            f"significantly"
+            f"{super().table()}\n\nSpearman {self.spearman:.3f} (p {self.spearman_p:.2g}), "
+            f"Kendall {self.kendall:.3f} (p {self.kendall_p:.2g}); "
+            f"b = {fit.slope:.3f} a {sign} {abs(fit.intercept):.3f}, R² {fit.r_squared:.3f}; "
+            f"relative improvements: slope {improvement.slope:.3f}, R² {improvement.r_squared:.3f}; "
+            f"{len(self.swaps)} pairs swap, {significant} significantly"
         )
 
     def plot(self, path: str | Path, *, name_a: str = "A", name_b: str = "B") -> None:
@@ -72,7 +73,7 @@ class RankingResult(Result):
 
         figure = Figure(figsize=(5, 4.5), layout="constrained")
         axes = figure.subplots()
-        for name, m in self.models.items():
+        for m in self.models.values():
             spread = [
                 [[m[f"accuracy_{s}"] - m[f"low_{s}"]], [m[f"high_{s}"] - m[f"accuracy_{s}"]]]
                 for s in ("a", "b")
@@ -80,7 +81,6 @@ class RankingResult(Result):
             axes.errorbar(
                 m["accuracy_a"], m["accuracy_b"], xerr=spread[0], yerr=spread[1], fmt="o", capsize=2
             )
-            axes.annotate(name, (m["accuracy_a"], m["accuracy_b"]), xytext=(5, 4), textcoords="offset points")
         ends = np.array([min(m["accuracy_a"] for m in self.models.values()),
                          max(m["accuracy_a"] for m in self.models.values())])  # fmt: skip
         if np.isfinite(self.fit.slope):
@@ -90,6 +90,7 @@ class RankingResult(Result):
             axes.legend(loc="upper left")
         axes.set_xlabel(f"accuracy on {name_a}")
         axes.set_ylabel(f"accuracy on {name_b}")
+        _name_points(axes, {name: (m["accuracy_a"], m["accuracy_b"]) for name, m in self.models.items()})
         figure.savefig(path)
 
 
@@ -217,3 +218,27 @@ def _improvement(accuracy: np.ndarray) -> np.ndarray:
     """Relative improvement over the weakest model; NaN where that one is never right."""
     weakest = accuracy.min()
     return (accuracy - weakest) / weakest if weakest > 0 else np.full(len(accuracy), np.nan)
+
+
+def _name_points(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write names beside points, each at the corner where it covers the least of earlier names and points."""
+    from matplotlib.transforms import Bbox
+
+    figure = axes.get_figure()
+    figure.draw_without_rendering()  # lays the axes out
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform([*points.values()])]
+    for name, point in points.items():
+        options = []
+        for x, y in itertools.product((5, -5), (4, -4)):
+            text = axes.annotate(
+                name, point, xytext=(x, y), textcoords="offset points",
+                ha="left" if x > 0 else "right", va="bottom" if y > 0 else "top",
+            )  # fmt: skip
+            box = text.get_window_extent()
+            shared = [Bbox.intersection(box, other) for other in taken]
+            options.append((sum(part.width * part.height for part in shared if part), text, box))
+        _, text, box = min(options, key=lambda option: option[0])
+        taken.append(box)
+        for _, other, _ in options:
+            if other is not text:
+                other.remove()
