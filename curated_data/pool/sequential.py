@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import IO, Any
 
 import fsspec
@@ -24,7 +25,7 @@ from curated_data.pool.index import ShardIndex, index_shard
 from curated_data.pool.shards import ShardPool
 from curated_data.pool.storage import ShardFile, stat_shards
 from curated_data.pool.tar import Source
-from curated_data.pool.urls import is_pipe
+from curated_data.pool.urls import is_pipe, unreachable
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class SequentialPool(ShardPool):
 
     _takes_pipes = True
 
-    def __init__(self, urls: Any, **options: Any):
+    def __init__(self, urls: str | Path | Sequence[str | Path], **options: Any) -> None:
         super().__init__(urls, **options)
         log.info(
             "%d shards are read in sequence (compressed, or pipes): each sample costs all that precede it in "
@@ -190,7 +191,7 @@ def _index_stream(shard: ShardFile, storage_options: Mapping[str, Any]) -> Shard
 class _Forward:
     """Reads a stream at offsets that never decrease."""
 
-    def __init__(self, stream: IO[bytes]):
+    def __init__(self, stream: IO[bytes]) -> None:
         self.stream = stream
         self.start, self.data = 0, b""
 
@@ -229,7 +230,9 @@ def _decompressed(shard: ShardFile, storage_options: Mapping[str, Any]) -> Itera
                 opened = fsspec.open(shard.url, "rb", **storage_options).open()
                 raw = io.BufferedReader(_Readable(stack.enter_context(opened)), 1 << 20)
             magic = raw.peek(6)[:6]
-        except (OSError, ImportError) as error:
+        except ImportError as error:
+            raise unreachable(shard.url, error) from error
+        except OSError as error:
             raise PoolError(f"{shard.url}: cannot be opened ({error})") from error
         if magic.startswith(b"\x1f\x8b"):
             raw = stack.enter_context(gzip.GzipFile(fileobj=raw))
@@ -242,7 +245,7 @@ def _decompressed(shard: ShardFile, storage_options: Mapping[str, Any]) -> Itera
                 import zstandard
             except ImportError as error:
                 raise PoolError(
-                    f"{shard.url}: is compressed with zstd; install the package zstandard"
+                    f"{shard.url}: is compressed with zstd; pip install 'curated-data[zstd]'"
                 ) from error
             raw = stack.enter_context(
                 zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
@@ -253,7 +256,7 @@ def _decompressed(shard: ShardFile, storage_options: Mapping[str, Any]) -> Itera
 class _Command(io.RawIOBase):
     """The output of a shell command as a raw stream; if it failed, reading its end raises an error."""
 
-    def __init__(self, command: str):
+    def __init__(self, command: str) -> None:
         self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
 
     def readable(self) -> bool:
@@ -275,7 +278,7 @@ class _Command(io.RawIOBase):
 class _Readable(io.RawIOBase):
     """Any object with a `read` method, as a raw stream."""
 
-    def __init__(self, stream: Any):
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def readable(self) -> bool:

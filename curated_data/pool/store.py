@@ -18,6 +18,7 @@ import fsspec
 from curated_data.errors import PoolError
 from curated_data.pool.access import RemoteOptions
 from curated_data.pool.storage import ShardFile
+from curated_data.pool.urls import unreachable
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ Result = TypeVar("Result")
 class Store:
     """Remote files through fsspec, with retries; safe to use from threads and after a fork."""
 
-    def __init__(self, storage_options: Mapping[str, Any] | None, options: RemoteOptions):
+    def __init__(self, storage_options: Mapping[str, Any] | None, options: RemoteOptions) -> None:
         self.storage_options = dict(storage_options or {})
         self.options = options
         self._reset()
@@ -186,7 +187,7 @@ class Store:
             try:
                 found = self._files[url] = fsspec.core.url_to_fs(url, **self.storage_options)
             except (ImportError, ValueError) as error:  # unknown protocol, or its package is missing
-                raise PoolError(f"{url}: cannot be reached ({error})") from error
+                raise unreachable(url, error) from error
         return found
 
     def _check_process(self) -> None:

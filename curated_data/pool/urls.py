@@ -15,6 +15,7 @@ import fsspec
 from curated_data.errors import PoolError
 
 _MANY = 256  # files, from which they are looked up in parallel
+_EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}  # what installs a protocol's packages
 Result = TypeVar("Result")
 
 
@@ -26,6 +27,14 @@ def is_remote(url: str) -> bool:
 def is_pipe(url: str) -> bool:
     """Whether a shard is the output of a command, in webdataset's notation."""
     return url.startswith("pipe:")
+
+
+def unreachable(url: str, error: Exception) -> PoolError:
+    """The error for a URL whose protocol is unknown or needs a package that is not installed."""
+    protocol = url.rpartition("::")[2].partition("://")[0]
+    extra = _EXTRAS.get(protocol) if isinstance(error, ImportError) else None
+    hint = f"; pip install 'curated-data[{extra}]'" if extra else ""
+    return PoolError(f"{url}: cannot be reached ({error}){hint}")
 
 
 def absolute_url(url: str) -> str:
@@ -155,7 +164,9 @@ def _glob_remote(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(pattern, **storage_options)
         matches = sorted(filesystem.glob(path))
-    except (ImportError, OSError, ValueError) as error:
+    except ImportError as error:
+        raise unreachable(pattern, error) from error
+    except (OSError, ValueError) as error:
         raise PoolError(f"{pattern!r}: cannot be listed ({type(error).__name__}: {error})") from error
     if not matches:
         raise PoolError(
