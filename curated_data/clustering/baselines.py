@@ -12,11 +12,12 @@ from sklearn.cluster import DBSCAN, AgglomerativeClustering
 from curated_data.clustering.hierarchy import hierarchical_kmeans
 from curated_data.clustering.kmeans import prepare
 from curated_data.clustering.levels import Level
+from curated_data.clustering.rows import Matrix
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 
 
 def flat_kmeans(
-    x: Any, n_clusters: int, *, metric: str = "l2", seed: int = 0, **settings: Any
+    x: Matrix, n_clusters: int, *, metric: str = "l2", seed: int = 0, **settings: Any
 ) -> ClusterTree:
     """k-means with one level; `settings` as for `hierarchical_kmeans`.
 
@@ -28,7 +29,7 @@ def flat_kmeans(
 
 
 def dbscan(
-    x: Any, *, eps: float, min_samples: int = 5, metric: str = "l2", valid: np.ndarray | None = None
+    x: Matrix, *, eps: float, min_samples: int = 5, metric: str = "l2", valid: np.ndarray | None = None
 ) -> ClusterTree:
     """Density-based clusters (Ester et al. 1996); noise is excluded (parent -1).
 
@@ -49,7 +50,7 @@ def dbscan(
 
 
 def agglomerative(
-    x: Any,
+    x: Matrix,
     n_clusters: int,
     *,
     linkage: str = "ward",
@@ -78,7 +79,7 @@ def agglomerative(
     return _tree(len(x), ids, rows, labels, metric)
 
 
-def _usable(x: Any, metric: str, valid: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _usable(x: Matrix, metric: str, valid: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Ids of the finite, valid rows, and these rows, (m, d) float64; of unit norm for "cosine"."""
     rows = prepare(x, metric=metric, device="cpu", valid=valid, nonfinite="exclude", max_memory=None)
     ids = np.arange(len(x)) if rows.ids is None else rows.ids

@@ -19,7 +19,7 @@ from curated_data.clustering.levels import Level, checked_levels, choose_levels,
 from curated_data.clustering.lloyd import Fit
 from curated_data.clustering.nearest import nearest, squared_distances
 from curated_data.clustering.neighbourhoods import loses_little, nearest_nearby, sampled_loss
-from curated_data.clustering.rows import Rows, describe_memory, peak_memory, rank_range, read_rows
+from curated_data.clustering.rows import Matrix, Rows, describe_memory, peak_memory, rank_range, read_rows
 from curated_data.clustering.splits import split_level
 from curated_data.clustering.tree import ClusterTree
 from curated_data.progress import progress
@@ -31,7 +31,7 @@ RESAMPLES = ("closest", "random")
 
 @full_precision()
 def hierarchical_kmeans(
-    x: Any,
+    x: Matrix,
     levels: Sequence[Level] | str,
     *,
     resample: str = "closest",
@@ -303,7 +303,7 @@ def _check_filled(level: Level, below: int, filled: np.ndarray) -> None:
         )
 
 
-def _run_fingerprint(x: Any, rows: Rows, levels: list[Level], settings: dict[str, Any]) -> str:
+def _run_fingerprint(x: Matrix, rows: Rows, levels: list[Level], settings: dict[str, Any]) -> str:
     """A name for data and settings; of the data: shape, which rows are used, their mean, and 4096 rows."""
     n = len(x)
     spread = np.unique(np.linspace(0, n - 1, 4096).astype(np.int64))

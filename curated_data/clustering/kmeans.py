@@ -15,6 +15,7 @@ from curated_data.clustering.lloyd import Fit, Lloyd
 from curated_data.clustering.neighbourhoods import MANY
 from curated_data.clustering.rows import (
     BLOCK,
+    Matrix,
     Rows,
     blocks,
     memory_budget,
@@ -70,7 +71,7 @@ def full_precision() -> Iterator[None]:
 
 @full_precision()
 def kmeans(
-    x: Any,
+    x: Matrix,
     n_clusters: int,
     *,
     n_iter: int = 50,
@@ -152,7 +153,7 @@ def check_settings(
 
 
 def prepare(
-    x: Any,
+    x: Matrix,
     *,
     metric: str,
     device: str | torch.device,
@@ -212,7 +213,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         ) from error
 
 
-def _survey(x: Any, valid: np.ndarray | None, cosine: bool) -> tuple[np.ndarray, np.ndarray]:
+def _survey(x: Matrix, valid: np.ndarray | None, cosine: bool) -> tuple[np.ndarray, np.ndarray]:
     """Which of the valid rows are usable, and their mean; each rank reads its share, and no block without
     any.
     """

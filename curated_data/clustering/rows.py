@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,24 @@ import torch
 BLOCK = 2048  # rows handled at once; ranks' slices start at multiples, so tiles are the same on any rank
 
 T = TypeVar("T")
+
+
+class Matrix(Protocol):
+    """What rows are read from: a numpy array, memory map, tensor, or an `EmbeddingStore`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, d)."""
+
+    @property
+    def dtype(self) -> Any:
+        """A floating-point type of numpy or torch."""
+
+    def __len__(self) -> int:
+        """n."""
+
+    def __getitem__(self, which: Any, /) -> Any:
+        """Some rows, by a slice or an array of ids."""
 
 
 class Rows:
@@ -34,7 +52,7 @@ class Rows:
 
     def __init__(
         self,
-        source: Any,
+        source: Matrix,
         ids: np.ndarray | None,
         *,
         normalise: bool,
@@ -209,7 +227,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def read_rows(source: Any, which: slice | np.ndarray) -> torch.Tensor:
+def read_rows(source: Matrix, which: slice | np.ndarray) -> torch.Tensor:
     """Rows of an array or tensor as float32, on the tensor's device."""
     if isinstance(source, torch.Tensor):
         index = which if isinstance(which, slice) else torch.from_numpy(which).to(source.device)

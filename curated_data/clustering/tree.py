@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
 
 from curated_data.cache import (
@@ -60,9 +61,9 @@ class ClusterTree:
 
     def __init__(
         self,
-        centroids: Mapping[int, Any],
-        parent: Mapping[int, Any],
-        distance: Any | None = None,
+        centroids: Mapping[int, ArrayLike],
+        parent: Mapping[int, ArrayLike],
+        distance: ArrayLike | None = None,
     ) -> None:
         levels = sorted(centroids)
         if not levels or levels != list(range(1, len(levels) + 1)) or sorted(parent) != levels:
@@ -265,7 +266,7 @@ def _group(ids: np.ndarray, k: int) -> Children:
     return Children(by_row.indices.astype(np.int64), by_row.indptr.astype(np.int64))
 
 
-def _checked_centroids(values: Any, level: int) -> np.ndarray:
+def _checked_centroids(values: ArrayLike, level: int) -> np.ndarray:
     array = np.asarray(values)
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating) or 0 in array.shape:
         raise ValueError(
@@ -279,7 +280,7 @@ def _checked_centroids(values: Any, level: int) -> np.ndarray:
     return array
 
 
-def _checked_ids(values: Any, level: int) -> np.ndarray:
+def _checked_ids(values: ArrayLike, level: int) -> np.ndarray:
     array = np.asarray(values)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"parent[{level}] needs one dimension of integers, got {array.dtype} {array.shape}")

@@ -58,7 +58,7 @@ class EmbeddingStore:
         dtype: str,
         *,
         ids: np.ndarray | None = None,
-    ):
+    ) -> None:
         self.folder = Path(folder)
         self.ids = ids
         self.shard_fingerprints = list(shard_fingerprints)

@@ -121,7 +121,7 @@ class LocalReader:
         max_open: int | None = None,
         gap: int = LOCAL_GAP,
         maps: bool | None = None,
-    ):
+    ) -> None:
         self.shards = shards
         self.gap = gap
         self.maps = sum(shard.size for shard in shards) <= MAPPED_POOL if maps is None else maps

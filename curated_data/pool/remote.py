@@ -38,7 +38,7 @@ class RemoteReader:
         options: RemoteOptions | None = None,
         cache_folder: Path | None = None,
         access: np.ndarray | None = None,
-    ):
+    ) -> None:
         self.shards = shards
         self.options = options or RemoteOptions()
         self.store = Store(storage_options, self.options)
@@ -162,7 +162,7 @@ class RemoteReader:
 class CachedReader(LocalReader):
     """Reads members of downloaded shards, and downloads those that are not in the cache (any more)."""
 
-    def __init__(self, owner: RemoteReader):
+    def __init__(self, owner: RemoteReader) -> None:
         super().__init__(owner.shards)
         self._owner = owner
         self._shard_cache = ShardCache(owner.cache_folder, owner.options.cache_bytes)

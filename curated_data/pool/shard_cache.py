@@ -23,7 +23,7 @@ class ShardCache:
     be evicted while others read it: open files stay readable until they are closed.
     """
 
-    def __init__(self, folder: Path, limit: int):
+    def __init__(self, folder: Path, limit: int) -> None:
         self.folder = folder
         self.limit = limit
 

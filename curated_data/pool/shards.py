@@ -69,7 +69,7 @@ class ShardPool:
         image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
         storage_options: Mapping[str, Any] | None = None,
         remote: RemoteOptions | None = None,
-    ):
+    ) -> None:
         self.storage_options = dict(storage_options or {})
         self.urls = expand_urls(urls, self.storage_options, pipes=self._takes_pipes)
         self._places = [absolute_url(url) for url in self.urls]

@@ -128,7 +128,7 @@ def read_members(source: Source) -> Iterator[Members]:
 class _Window:
     """A part of the archive in memory, longer where headers are close together."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source) -> None:
         self.source = source
         self.start = 0
         self.data = b""

@@ -52,7 +52,7 @@ class ShardWriter:
         max_samples: int = 10_000,
         max_bytes: int = 1 << 30,
         overwrite: bool = False,
-    ):
+    ) -> None:
         pattern = os.fspath(pattern)
         if not _NUMBER.search(pattern):
             if pattern.endswith(".tar"):

@@ -22,7 +22,7 @@ COLUMNS = 32  # of the sheet of tiles
 class Tiles:
     """Collects the samples whose thumbnails the page needs."""
 
-    def __init__(self, pool: "ShardPool"):
+    def __init__(self, pool: "ShardPool") -> None:
         self.pool = pool
         self.place: dict[int, int] = {}
         self.shown: set[int] = set()

@@ -50,7 +50,7 @@ class NameMatcher:
 
     NONE, SEVERAL = -1, -2
 
-    def __init__(self, classes: Sequence[CaptionClass]):
+    def __init__(self, classes: Sequence[CaptionClass]) -> None:
         if len({c.id for c in classes}) < len(classes):
             raise ConfigError(
                 f"class id {Counter(c.id for c in classes).most_common(1)[0][0]!r} is given twice"

@@ -51,7 +51,7 @@ class MeanPooled:
 
     def __init__(
         self, folder: Any, *, batch_size: int = 64, max_length: int = 256, device: str | torch.device = "cpu"
-    ):
+    ) -> None:
         transformers = import_text("transformers")
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         self.model = transformers.AutoModel.from_pretrained(

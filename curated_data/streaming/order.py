@@ -6,6 +6,7 @@ ranks, or on where a run was interrupted. Any position is computed by itself, wi
 with 1e8 samples an epoch starts immediately, in the middle too.
 """
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -170,7 +171,7 @@ class EpochOrder:
         _, number, sizes = np.unique(self.strata, return_inverse=True, return_counts=True)
         return number.astype(np.min_scalar_type(len(sizes))), sizes
 
-    def _cached(self, epoch: int, build) -> np.ndarray:
+    def _cached(self, epoch: int, build: Callable[[], np.ndarray]) -> np.ndarray:
         if self._layout is None or self._layout[0] != epoch:
             self._layout = (epoch, build())
         return self._layout[1]

@@ -42,7 +42,7 @@ class DepthResult(Result):
     n_images: int
     n_without: int
     n_invalid: int
-    scores: np.ndarray = field(default=None, repr=False, compare=False, metadata=PER_SAMPLE)
+    scores: np.ndarray = field(repr=False, compare=False, metadata=PER_SAMPLE)
 
     def rows(self) -> list[dict[str, Any]]:
         return [{"RMSE": self.rmse, "AbsRel": self.absolute_relative, "delta < 1.25": self.delta_1}]

@@ -38,7 +38,7 @@ class KNNResult(Result):
     per_class: dict[int, dict[int, float]]
     n_train: int
     n_test: int
-    correct: dict[int, np.ndarray] = field(default=None, repr=False, compare=False, metadata=PER_SAMPLE)
+    correct: dict[int, np.ndarray] = field(repr=False, compare=False, metadata=PER_SAMPLE)
 
     @property
     def best(self) -> float:

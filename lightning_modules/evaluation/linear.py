@@ -97,8 +97,8 @@ class LinearResult(Result):
     n_train: int
     n_test: int
     n_classes: int
-    settings: LinearSettings = field(default_factory=LinearSettings)
-    correct: list[np.ndarray] = field(default=None, repr=False, compare=False, metadata=PER_SAMPLE)
+    settings: LinearSettings
+    correct: list[np.ndarray] = field(repr=False, compare=False, metadata=PER_SAMPLE)
 
     @property
     def accuracy(self) -> float:

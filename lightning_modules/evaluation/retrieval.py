@@ -37,9 +37,7 @@ class RetrievalResult(Result):
     scores: dict[str, dict[str, float]]
     n_queries: dict[str, int]
     n_without: dict[str, int]
-    average_precision: dict[str, np.ndarray] = field(
-        default=None, repr=False, compare=False, metadata=PER_SAMPLE
-    )
+    average_precision: dict[str, np.ndarray] = field(repr=False, compare=False, metadata=PER_SAMPLE)
 
     def rows(self) -> list[dict[str, Any]]:
         return [{"": name, **values, "queries": self.n_queries[name]} for name, values in self.scores.items()]

@@ -54,7 +54,7 @@ class RobustnessResult(Result):
 
     sets: dict[str, dict[str, float]]
     inverse_penalty: float
-    correct: dict[str, np.ndarray] = field(default=None, repr=False, compare=False, metadata=PER_SAMPLE)
+    correct: dict[str, np.ndarray] = field(repr=False, compare=False, metadata=PER_SAMPLE)
 
     def rows(self) -> list[dict[str, Any]]:
         return [{"set": name, **values} for name, values in self.sets.items()]

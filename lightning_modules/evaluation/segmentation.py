@@ -33,7 +33,8 @@ class SegmentationResult(Result):
         iou: of each such class.
         n_ignored: pixels with the ignored label in the test set.
         counts: (n, 3, C) int64: in each of this rank's test images, pixels of each class that are right, that
-            have the class, and that are predicted to. `mean_iou` of their sum over images is `miou`.
+            have the class, and that are predicted to. `mean_iou` of their sum over images is `miou`. None
+            from `segmentation_scores`.
     """
 
     miou: float
@@ -41,7 +42,7 @@ class SegmentationResult(Result):
     class_accuracy: float
     iou: dict[int, float]
     n_ignored: int
-    counts: np.ndarray = field(default=None, repr=False, compare=False, metadata=PER_SAMPLE)
+    counts: np.ndarray | None = field(default=None, repr=False, compare=False, metadata=PER_SAMPLE)
 
     def rows(self) -> list[dict[str, Any]]:
         return [
