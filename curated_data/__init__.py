@@ -5,7 +5,14 @@ Lightning.
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+if os.name == "nt":
+    raise ImportError(
+        "curated_data runs on Linux and macOS: Windows lacks the positioned reads and file locks that it "
+        "needs; use it in WSL"
+    )
 
 if TYPE_CHECKING:
     from curated_data.callbacks import RecurationCallback

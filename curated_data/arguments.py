@@ -8,6 +8,7 @@ import numpy as np
 
 from curated_data.errors import ConfigError
 from curated_data.pool import ShardPool
+from curated_data.processes import check_context
 from curated_data.streaming.dataset import PoolDataset
 from curated_data.streaming.labels import SampleLabels
 from curated_data.streaming.order import EpochOrder
@@ -119,6 +120,7 @@ def check_arguments(data: "CuratedDataModule", selection: Ids | None, labels: Id
                 )
     if labels is not None and curated:
         raise ConfigError("labels: given together with curation; give the `selection` they belong to")
+    check_context(data.multiprocessing_context, "multiprocessing_context")
     if data.slow_after < 0:
         raise ConfigError(f"slow_after: expected seconds, 0 or more, found {data.slow_after!r}")
     if not 0 <= data.max_skipped <= 1:

@@ -14,6 +14,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from curated_data.clustering.levels import Level
 from curated_data.errors import ConfigError, first_line
+from curated_data.processes import check_context
 
 
 @dataclass
@@ -25,12 +26,15 @@ class EmbeddingConfig:
         num_workers: processes that read and decode.
         dtype: of the stored embeddings, "float16" or "float32".
         precision: "32", "bf16", or "auto" for bf16 on CUDA devices that support it.
+        multiprocessing_context: how those processes start, "fork", "spawn" or "forkserver"; None takes
+            Python's default.
     """
 
     batch_size: int = 256
     num_workers: int = 2
     dtype: str = "float16"
     precision: str = "auto"
+    multiprocessing_context: str | None = None
 
 
 @dataclass
@@ -211,6 +215,7 @@ def _check(config: CurationConfig) -> None:
         value = _at(config, path)
         if not value >= least:
             raise ConfigError(f"{path}: expected at least {least}, got {value!r}")
+    check_context(config.embedding.multiprocessing_context, "embedding.multiprocessing_context")
     if config.near_duplicates.threshold > 1:
         raise ConfigError(
             f"near_duplicates.threshold: a cosine is at most 1, got {config.near_duplicates.threshold}"

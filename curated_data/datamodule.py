@@ -111,6 +111,8 @@ class CuratedDataModule(pl.LightningDataModule):
         max_skipped: the share of samples that may be skipped before an error is raised after all.
         pin_memory, persistent_workers, prefetch_factor: as in torch's `DataLoader`. None pins memory if there
             is a CUDA device, keeps training workers between epochs, and leaves prefetching to torch.
+        multiprocessing_context: how workers start: "fork", "spawn" or "forkserver"; None takes Python's
+            default. With the last two, `views`, `eval_transform` and `decoders` must pickle.
         worker_timeout: seconds to wait for a batch from the workers before raising an error; 0 waits forever.
         slow_after: seconds to wait for a batch before logging a warning, once per epoch; 0 never warns.
 
@@ -154,6 +156,7 @@ class CuratedDataModule(pl.LightningDataModule):
         pin_memory: bool | None = None,
         persistent_workers: bool | None = None,
         prefetch_factor: int | None = None,
+        multiprocessing_context: str | None = None,
         worker_timeout: float = 1800.0,
         slow_after: float = 60.0,
     ) -> None:
@@ -182,6 +185,7 @@ class CuratedDataModule(pl.LightningDataModule):
         self.pin_memory = pin_memory
         self.persistent_workers = persistent_workers
         self.prefetch_factor = prefetch_factor
+        self.multiprocessing_context = multiprocessing_context
         self.worker_timeout = worker_timeout
         self.slow_after = slow_after
         self.curation: Curation | None = None
@@ -199,6 +203,19 @@ class CuratedDataModule(pl.LightningDataModule):
             # On the instance: a hook in the class would keep the module's own from ever running.
             self.on_after_batch_transfer = self._make_device_views
         self._hide_val_dataloader()
+
+    def __repr__(self) -> str:
+        ids = self.selection
+        if ids is not None:
+            streams = f"{len(ids)} samples selected"
+        elif self.curation_config is not None or self._given_selection is not None:
+            streams = "not set up"
+        else:
+            streams = "the whole pool"
+        return f"{type(self).__name__}({self.pool!r}, {streams}, batch_size={self.batch_size})"
+
+    def __str__(self) -> str:
+        return repr(self)  # Lightning's makes every loader, and so would run the curation
 
     @property
     def selection(self) -> np.ndarray | None:
@@ -450,6 +467,7 @@ class CuratedDataModule(pl.LightningDataModule):
             pin_memory=self._pins(),
             persistent_workers=keep_workers and n_workers > 0,
             prefetch_factor=self.prefetch_factor if n_workers else None,
+            multiprocessing_context=self.multiprocessing_context if n_workers else None,
             timeout=self.worker_timeout if n_workers else 0,
             # The workers' base seed is drawn from this generator instead of the global one.
             generator=torch.Generator().manual_seed(self.seed),

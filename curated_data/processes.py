@@ -1,14 +1,68 @@
-"""Worker processes: the cores that there are for them, and ending them with their parent."""
+"""Worker processes: the cores that there are for them, how they start, and ending them with their parent."""
 
+import contextlib
+import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from curated_data.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
 
 
 def n_cores() -> int:
     """The number of CPU cores that this process may use; all cores if the system does not tell (macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_context(method: str | None, name: str) -> None:
+    """Check a start method of worker processes, given as the setting `name`; None is the default one.
+
+    Raises:
+        ConfigError: this system does not have it.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    if method is not None and method not in methods:
+        raise ConfigError(f"{name}: expected one of {', '.join(methods)}, found {method!r}")
+
+
+def start_method(loader: "DataLoader") -> str:
+    """How the workers of a loader start."""
+    return (loader.multiprocessing_context or multiprocessing).get_start_method()
+
+
+@contextlib.contextmanager
+def starting_workers(loader: "DataLoader", **parts: Any) -> Iterator[None]:
+    """Explain the error of starting a loader's workers if something that they get cannot be pickled.
+
+    Args:
+        loader: whose workers the block starts.
+        parts: what users gave that goes to workers, by the name of the argument.
+
+    Raises:
+        ConfigError: workers are not forked, and one of the parts cannot be pickled.
+    """
+    try:
+        yield
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        method = start_method(loader)
+        if not loader.num_workers or method == "fork":
+            raise
+        for name, part in parts.items():
+            try:
+                pickle.dumps(part)
+            except Exception as reason:
+                raise ConfigError(
+                    f"{name}: cannot be pickled ({reason}), and workers started by {method!r} get a pickled "
+                    "copy; give a function or class of a module, not one inside another, or no workers"
+                ) from error
+        raise
 
 
 def end_with_parent(parent: int) -> None:

@@ -15,7 +15,7 @@ def test_the_drop_in_example_trains(tmp_path, monkeypatch):
     assert block, "README.md: the marked example is gone"
     monkeypatch.chdir(tmp_path)
     os.symlink(ROOT / "recipes", tmp_path / "recipes")
-    names: dict = {}
+    names: dict = {"__name__": "__main__"}
     exec(compile(block.group(1), "README.md", "exec"), names)
     assert len(names["data"].selection) == 800
     assert names["trainer"].global_step == 800 // 64

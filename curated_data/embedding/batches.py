@@ -1,5 +1,6 @@
 """From shards to batches of preprocessed inputs, read and decoded in loader workers."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,12 +13,14 @@ from curated_data.embedding.embedders import Embedder
 from curated_data.errors import CuratedDataError, EmbedderError, SampleError, first_line
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders, decode_sample
+from curated_data.processes import start_method, starting_workers
 
 
 class InputLoader:
     """Turns shards into batches of preprocessed inputs, in workers.
 
     Args:
+        context: how workers start, see `EmbeddingConfig.multiprocessing_context`.
         ranges: (n_shards + 1,) the first row of each shard in the store, then the number of rows.
         ids: the sample of each row; None: row i is sample i.
     """
@@ -30,12 +33,14 @@ class InputLoader:
         num_workers: int,
         decoders: Decoders | None,
         device: torch.device,
+        context: str | None,
         ranges: np.ndarray,
         ids: np.ndarray | None,
-    ):
+    ) -> None:
         self.pool, self.embedder, self.batch_size, self.num_workers = pool, embedder, batch_size, num_workers
         self.device, self.ranges, self.ids = device, ranges, ids
         self.dataset = _Preprocessed(pool, embedder.preprocess, decoders)
+        self.context = context
 
     def batches(self, claims: Iterator[int]) -> Iterator[tuple[np.ndarray, Tensor | None, list[str]]]:
         """Batches of the claimed shards, in order: rows, inputs of the good rows (or None), and for each row
@@ -46,26 +51,37 @@ class InputLoader:
             for shard in claims
             for start in range(int(self.ranges[shard]), int(self.ranges[shard + 1]), self.batch_size)
         )
+        first = next(cuts, None)
+        if first is None:
+            return  # no workers for nothing: spawned ones take seconds
         loader = DataLoader(
             self.dataset,
-            sampler=_Once(cuts),
+            sampler=_Once(itertools.chain([first], cuts)),
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=self.num_workers,
+            multiprocessing_context=self.context if self.num_workers else None,
             pin_memory=self.device.type == "cuda",
         )
         try:
-            for item in loader:
+            with starting_workers(loader, preprocess=self.dataset.preprocess, decoders=self.dataset.decoders):
+                items = iter(loader)
+            for item in items:
                 if isinstance(item, CuratedDataError):
                     raise item
                 yield item
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
+            cause = "was killed, most likely for lack of memory"
+            if start_method(loader) != "fork":
+                cause = (
+                    "ended: for lack of memory, or because what the script does is not under its "
+                    '`if __name__ == "__main__":`'
+                )
             raise CuratedDataError(
-                "a worker process that decodes samples was killed, most likely for lack of memory "
-                f"({' '.join(str(error).split())[:300]}); lower embedding.num_workers or "
-                "embedding.batch_size, and run again to continue"
+                f"a worker process that decodes samples {cause} ({' '.join(str(error).split())[:300]}); "
+                "lower embedding.num_workers or embedding.batch_size, and run again to continue"
             ) from error
 
     def samples(self, rows: np.ndarray) -> np.ndarray:
@@ -80,7 +96,7 @@ class InputLoader:
 class _Once:
     """An iterator as a sampler."""
 
-    def __init__(self, items: Iterator[tuple[np.ndarray, np.ndarray]]):
+    def __init__(self, items: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
         self.items = items
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -94,7 +110,9 @@ class _Preprocessed(Dataset):
     wrapped in a traceback.
     """
 
-    def __init__(self, pool: ShardPool, preprocess: Callable[[Any], Tensor], decoders: Decoders | None):
+    def __init__(
+        self, pool: ShardPool, preprocess: Callable[[Any], Tensor], decoders: Decoders | None
+    ) -> None:
         self.pool, self.preprocess, self.decoders = pool, preprocess, decoders
 
     def __getitem__(

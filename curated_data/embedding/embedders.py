@@ -37,15 +37,19 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Embedder(Protocol):
     """The interface that `embed_pool` needs. `resolve_embedder` makes an embedder of anything else."""
 
-    dimension: int
-    """Length of an embedding."""
-    fingerprint: str
-    """Changes whenever the embeddings do: with weights, architecture and preprocessing."""
+    @property
+    def dimension(self) -> int:
+        """Length of an embedding."""
 
-    def preprocess(self, decoded: Any) -> Tensor:
-        """Turn a decoded sample (an image is uint8 (3, H, W)) into an input; called in loader workers."""
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the embeddings do: with weights, architecture and preprocessing."""
 
-    def __call__(self, batch: Tensor) -> Tensor:
+    @property
+    def preprocess(self) -> Callable[[Any], Tensor]:
+        """Turns a decoded sample (an image is uint8 (3, H, W)) into an input; called in loader workers."""
+
+    def __call__(self, batch: Tensor, /) -> Tensor:
         """Embed a batch of preprocessed samples: (B, ...) to (B, dimension)."""
 
 
@@ -66,7 +70,7 @@ class ModuleEmbedder(nn.Module):
         *,
         dimension: int | None = None,
         name: str = "custom",
-    ):
+    ) -> None:
         super().__init__()
         self.network = network
         self.preprocess = preprocess
@@ -115,7 +119,7 @@ class ImagePreprocess:
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         interpolation: str = "bicubic",
-    ):
+    ) -> None:
         self.size, self.crop_ratio = size, crop_ratio
         self.mean, self.std = list(mean), list(std)
         self.interpolation = interpolation
@@ -308,7 +312,7 @@ class _Embed(nn.Module):
 
     _entries = ("embed",)  # of what it wraps, for the fingerprint
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 

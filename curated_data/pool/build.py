@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -148,10 +149,10 @@ def _each(
 def _executor(workers: int, remote: bool) -> Iterator[Executor]:
     """Threads for remote shards, which wait for the network; otherwise processes.
 
-    They are forked, like the workers of a DataLoader: a spawned process runs the user's script again up to
-    its main guard, which many scripts lack.
+    They are forked: a spawned process runs the user's script again up to its main guard, which many scripts
+    lack. On macOS, whose own libraries may crash in a forked process, they are threads too.
     """
-    if remote:
+    if remote or sys.platform == "darwin":
         executor: Executor = ThreadPoolExecutor(workers)
     else:
         executor = ProcessPoolExecutor(

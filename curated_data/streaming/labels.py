@@ -1,12 +1,15 @@
 """Labels from outside the pool."""
 
 import numpy as np
+import torch
 
 from curated_data.errors import ConfigError
 
 
 class SampleLabels:
     """Labels for some samples of a pool, or for all.
+
+    They are kept as tensors, which spawned workers share, where each would get a copy of an array.
 
     Args:
         ids: (n,) int64 samples; None: the whole pool.
@@ -21,13 +24,14 @@ class SampleLabels:
         if labels.ndim != 1 or labels.dtype.kind not in "iu" or (ids is not None and len(ids) != len(labels)):
             wanted = "one integer per sample" if ids is None else f"{len(ids)} integers, one per id"
             raise ConfigError(f"labels: expected {wanted}, found {labels.dtype} of shape {labels.shape}")
-        self.ids, self.labels = ids, labels.astype(np.int64)
+        self._ids = None
         if ids is not None:
-            self.ids, first, place = np.unique(ids, return_index=True, return_inverse=True)
+            unique, first, place = np.unique(ids, return_index=True, return_inverse=True)
             differing = np.flatnonzero(labels != labels[first][place])
             if len(differing):
                 raise ConfigError(f"labels: sample {ids[differing[0]]} is selected twice with two labels")
-            self.labels = self.labels[first]
+            self._ids, labels = torch.from_numpy(unique.astype(np.int64)), labels[first]
+        self._labels = torch.from_numpy(labels.astype(np.int64))
 
     def of(self, ids: np.ndarray) -> np.ndarray:
         """The label of each sample, (m,) int64.
@@ -35,10 +39,12 @@ class SampleLabels:
         Raises:
             ConfigError: a sample has no label.
         """
-        places = ids if self.ids is None else np.searchsorted(self.ids, ids)
-        known = places < len(self.labels)
-        if self.ids is not None and known.all():
-            known = self.ids[places] == ids
+        labels = self._labels.numpy()
+        own = None if self._ids is None else self._ids.numpy()
+        places = ids if own is None else np.searchsorted(own, ids)
+        known = places < len(labels)
+        if own is not None and known.all():
+            known = own[places] == ids
         if not known.all():
             raise ConfigError(f"labels: sample {ids[~known][0]} has none; give one for each that is streamed")
-        return self.labels[places]
+        return labels[places]

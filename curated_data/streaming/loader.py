@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from curated_data.processes import starting_workers
 from curated_data.streaming.slow import SlowWatch
 from curated_data.streaming.statistics import BatchReport
 from curated_data.streaming.transfer import WorkerCollate
@@ -27,7 +28,9 @@ class StreamLoader(DataLoader):
             # New shared memory for each iterator: workers of an earlier one may still be writing to theirs.
             plain = self.collate_fn.collate if isinstance(self.collate_fn, WorkerCollate) else self.collate_fn
             self.collate_fn = WorkerCollate(plain, 0 if self.dataset.decode else self.num_workers)
-        return self._count(super().__iter__())  # not a generator itself, so that workers start now
+        with starting_workers(self, views=self.dataset.views, decoders=self.dataset.decoders):
+            batches = super().__iter__()
+        return self._count(batches)  # not a generator itself, so that workers start now
 
     def _count(self, batches: Iterator[tuple[dict[str, Any], BatchReport]]) -> Iterator[dict[str, Any]]:
         statistics, last = self.dataset.statistics, len(self)

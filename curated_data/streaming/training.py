@@ -180,7 +180,7 @@ class TrainingStream:
             self._next = self._find(state["next_selection"]), state["next_selection"]
         self.order = None
         self._loaded = state
-        self._owner = owner if owner is not None else _NOBODY
+        self._owner = owner if owner is not None else _Nobody
         # A Trainer restores its loops, and so the count, only after this, and may ask for a loader before.
         self.position.restart(state["epoch"], state["batch"], None if owner is None else state["n_trained"])
         if self._next is not None and not self._resumes_inside:
@@ -197,14 +197,14 @@ class TrainingStream:
         """Begin the next epoch, with another selection, after a state that was taken between epochs."""
         epoch = self._loaded["epoch"] + (self._loaded["batch"] > 0)
         self._loaded = {**self._loaded, "epoch": epoch, "batch": 0}
-        n_trained = None if self._owner is _NOBODY else self._loaded["n_trained"]
+        n_trained = None if self._owner is _Nobody else self._loaded["n_trained"]
         self.position.restart(epoch, 0, n_trained)
         self.resumed_between_selections = self._loaded["n_trained"] > 0
 
     def _attach(self, owner: object) -> None:
         if self._owner is owner:
             return
-        loaded = self._loaded if self._owner is _NOBODY and self._loaded else {"epoch": 0, "batch": 0}
+        loaded = self._loaded if self._owner is _Nobody and self._loaded else {"epoch": 0, "batch": 0}
         self.position.restart(loaded["epoch"], loaded["batch"])
         self._owner = owner
 
@@ -246,4 +246,5 @@ class TrainingStream:
         return ids
 
 
-_NOBODY = object()
+class _Nobody:
+    """The owner of a state that was loaded without a Trainer; a class, which copies and pickles as itself."""
