@@ -24,7 +24,7 @@ from curated_data.errors import EmbedderError
 # The repr of these libraries' networks contains their settings.
 _PRINTED_WHOLE = ("torch", "torchvision", "timm")
 _OWN_NAMES = frozenset(vars(nn.Module()))
-_PYTHON_CLASS = 1 << 9  # Py_TPFLAGS_HEAPTYPE; attributes of C classes are not in __dict__
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -89,7 +89,7 @@ class _Walk:
             return ["cached", self.identity(value.__wrapped__)]
         if hasattr(value, "__qualname__") or isinstance(value, np.ufunc):  # of C code
             return ["named", str(getattr(value, "__module__", "")), value.__name__]
-        if hasattr(value, "__dict__") and type(value).__flags__ & _PYTHON_CLASS:
+        if hasattr(value, "__dict__") and _is_python_class(type(value)):
             return self._object(value, {"__call__"})
         raise EmbedderError(
             f"the embedder holds a {type(value).__name__}, whose identity cannot be determined; give the "
@@ -261,6 +261,18 @@ def _class_code(kind: type) -> list[Any]:
         for name, attribute in sorted(vars(kind).items())
         for function in _functions(attribute)
     ]
+
+
+def _is_python_class(kind: type) -> bool:
+    """Whether a class was made by a class statement, so that attributes are all that its objects hold.
+
+    Classes of C code have the same flag since Python 3.12, but their objects are larger than those of their
+    base by more than pointers to attributes.
+    """
+    slots = vars(kind).get("__slots__", ())
+    n_pointers = 2 + (1 if isinstance(slots, str) else len(slots))  # also to a dict and to weak references
+    added = kind.__basicsize__ - (kind.__base__ or object).__basicsize__
+    return bool(kind.__flags__ & _HEAP_TYPE) and added <= n_pointers * tuple.__itemsize__
 
 
 def _content(cell: types.CellType) -> Any:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import io
 import logging
 import math
 import threading
@@ -16,6 +17,7 @@ from torchvision.transforms import v2
 from curated_data.embedding import identity
 from curated_data.embedding.embedders import resolve_embedder
 from curated_data.embedding.identity import module_fingerprint
+from curated_data.errors import EmbedderError
 
 NETWORK = """
 import functools
@@ -293,3 +295,10 @@ def test_networks_that_give_no_tensor_are_named(output):
     embedder = resolve_embedder(Several())
     with pytest.raises(EmbedderError, match=rf"gave a {type(output).__name__}, expected a tensor"):
         embedder(torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("held", [io.BytesIO(b"a"), io.StringIO("a"), torch.Generator()])
+def test_what_an_object_of_c_code_holds_is_not_taken_for_its_attributes(held):
+    """Since Python 3.12 the classes of some look like those of Python."""
+    with pytest.raises(EmbedderError, match="identity cannot be determined"):
+        module_fingerprint(lambda images: (images, held))
