@@ -78,6 +78,7 @@ REDONE = {
     "max_memory_gb": (1.0, None),
     "embedding.batch_size": (8, None),
     "embedding.num_workers": (1, None),
+    "embedding.multiprocessing_context": ("fork", None),
     "embedding.dtype": ("float16", "embeddings"),
     "embedding.precision": ("32", "embeddings"),
     "near_duplicates.enabled": (False, "tree"),
