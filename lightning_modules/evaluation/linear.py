@@ -31,7 +31,8 @@ from lightning_modules.evaluation.result import PER_SAMPLE, Result
 from lightning_modules.schedules import cosine
 
 PROTOCOLS = ("sgd", "logistic", "few_shot")
-_LOGISTIC_SCORES = 2**25  # of a block: 256 MB
+_LOGISTIC_BLOCK = 2**25  # scores, or features, of a block: 256 MB
+_LOGISTIC_COPY = 2**30  # bytes of features up to which they are copied as float64
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 
 
@@ -221,22 +222,25 @@ def fit_logistic(
         start: head to begin at.
     """
     n, d = n_joined(y), x.shape[1]
-    x = torch.cat([x.double(), x.new_ones(len(x), 1, dtype=torch.float64)], 1)
+    if x.numel() * 8 <= _LOGISTIC_COPY:
+        x = x.double()  # once; larger sets are converted block by block in every pass
     penalty = torch.full((d + 1, 1), 1 / (inverse_penalty * n), dtype=torch.float64, device=x.device)
     penalty[d] = 0  # the intercept is free
 
     # Scores of a block of samples at a time: those of a million samples for a thousand classes are 10 GB.
-    size = max(1, _LOGISTIC_SCORES // n_classes)
+    size = max(1, _LOGISTIC_BLOCK // max(n_classes, d))
 
     def mean_loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         w = torch.from_numpy(flat).to(x.device).reshape(d + 1, n_classes)
         gradient, loss = torch.zeros_like(w), w.new_zeros(1)
         for rows, answers in zip(x.split(size), y.split(size)):
-            log_p = (rows @ w).log_softmax(1)
+            rows = rows.double()
+            log_p = torch.addmm(w[d], rows, w[:d]).log_softmax(1)
             loss -= log_p.gather(1, answers[:, None]).sum()
             p = log_p.exp_()
             p.scatter_add_(1, answers[:, None], p.new_full((len(p), 1), -1))
-            gradient.addmm_(rows.T, p)
+            gradient[:d].addmm_(rows.T, p)
+            gradient[d] += p.sum(0)
         # One message: the gradient and, as a last row, the loss.
         total = all_reduce(torch.cat([gradient.flatten(), loss])) / n
         gradient = total[:-1].reshape(d + 1, n_classes) + penalty * w

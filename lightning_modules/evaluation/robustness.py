@@ -31,8 +31,7 @@ class ShiftedSet:
             (ImageNet-ReaL). Samples without a right answer are left out.
         classes: for each of its own labels the base classes that it stands for, one or several (ObjectNet);
             None: its labels are base classes. Predictions are limited to the base classes named here, as
-                ImageNet-A, -R and
-            ObjectNet are scored.
+            ImageNet-A, -R and ObjectNet are scored.
     """
 
     features: Array
@@ -107,10 +106,11 @@ def robustness(
     mask = torch.zeros(n, dtype=torch.bool)
     mask[order[: min(max(1, round(held_out * n)), n - 1)]] = True
     out = mask[first_row(y) :][: len(y)].to(y.device)
+    fitted, answers = x[~out], y[~out]
     scores, head = [], None
     heads = []
     for c in sorted(inverse_penalties):
-        head = fit_logistic(x[~out], y[~out], n_classes, inverse_penalty=c, max_iter=max_iter, start=head)
+        head = fit_logistic(fitted, answers, n_classes, inverse_penalty=c, max_iter=max_iter, start=head)
         heads.append(head)
         scores.append(int(all_reduce((head(x[out]).argmax(1) == y[out]).sum())))
     best = int(np.argmax(scores))

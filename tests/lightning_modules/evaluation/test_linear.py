@@ -24,9 +24,11 @@ def data(n: int = 400, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(x).float(), torch.from_numpy(y)
 
 
-@pytest.mark.parametrize(("c", "scores"), [(0.01, 2**25), (1.0, 100), (100.0, 2**25)])  # blocks of 25 samples
-def test_logistic_regression_is_scikit_learns(c, scores, monkeypatch):
-    monkeypatch.setattr("lightning_modules.evaluation.linear._LOGISTIC_SCORES", scores)
+@pytest.mark.parametrize(("c", "block", "copy"), [(0.01, 2**25, 2**30), (1.0, 300, 0), (100.0, 300, 2**30)])
+def test_logistic_regression_is_scikit_learns(c, block, copy, monkeypatch):
+    """Also in blocks of 25 samples, and without a copy in float64."""
+    monkeypatch.setattr("lightning_modules.evaluation.linear._LOGISTIC_BLOCK", block)
+    monkeypatch.setattr("lightning_modules.evaluation.linear._LOGISTIC_COPY", copy)
     x, y = data()
     head = fit_logistic(x, y, 4, inverse_penalty=c)
     reference = LogisticRegression(C=c, tol=1e-8, max_iter=5000).fit(x.double().numpy(), y.numpy())
