@@ -95,7 +95,7 @@ def atomic_write_json(path: Path | str, content: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: Path | str, remedy: str | None = None) -> dict[str, Any]:
+def read_json(path: Path | str, remedy: object = None) -> dict[str, Any]:
     """Read a JSON object that `atomic_write_json` wrote.
 
     Args:
@@ -105,7 +105,7 @@ def read_json(path: Path | str, remedy: str | None = None) -> dict[str, Any]:
         CacheError: the file is missing, is not a JSON object, or has changed since (see `sealed`).
     """
     path = Path(path)
-    remedy = remedy or _remedy(path)
+    remedy = _Remedy(path) if remedy is None else remedy
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -149,10 +149,10 @@ def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
     if manifest.get("stage") != stage:
         raise CacheError(
             f"{folder}: is an artifact of {manifest.get('stage')!r}, expected {stage!r}; "
-            f"{_remedy(folder / MANIFEST)}"
+            f"{_Remedy(folder / MANIFEST)}"
         )
     for name, seal in manifest.get("files", {}).items():
-        check_size(folder / name, seal, _remedy(folder / name))
+        check_size(folder / name, seal, _Remedy(folder / name))
     return manifest
 
 
@@ -170,8 +170,8 @@ def read_array(
     """
     path = folder / f"{name}.npy"
     if map_mode is None and path.name in manifest.get("files", {}):
-        check_file(path, manifest["files"][path.name], _remedy(path))
-    return load_npy(path, _remedy(path), map_mode=map_mode)
+        check_file(path, manifest["files"][path.name], _Remedy(path))
+    return load_npy(path, _Remedy(path), map_mode=map_mode)
 
 
 def check_artifact(folder: Path) -> None:
@@ -181,7 +181,7 @@ def check_artifact(folder: Path) -> None:
         CacheError: the manifest is damaged, or a file is missing or damaged.
     """
     for name, seal in read_json(folder / MANIFEST).get("files", {}).items():
-        check_file(folder / name, seal, _remedy(folder / name))
+        check_file(folder / name, seal, _Remedy(folder / name))
 
 
 def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -320,12 +320,22 @@ def _unless(*codes: int) -> Iterator[None]:
             raise
 
 
-def _remedy(path: Path) -> str:
-    """What to do about a damaged file: remove the whole artifact that it belongs to."""
-    if path.name == _MARKER:
-        return f"see what else {path.parent} has lost, and remove that file, or give another cache_dir"
-    folders = [folder for folder in path.parents if (folder.parent.parent / _MARKER).exists()]
-    return f"remove {folders[0] if folders else path.parent} to have it built again"
+class _Remedy:
+    """What to do about a damaged file: remove the whole artifact that it belongs to.
+
+    Found out only when an error shows it: it looks at every folder above the file, of which a cache may have
+    a hundred thousand, on a network.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        path = self.path
+        if path.name == _MARKER:
+            return f"see what else {path.parent} has lost, and remove that file, or give another cache_dir"
+        folders = [folder for folder in path.parents if (folder.parent.parent / _MARKER).exists()]
+        return f"remove {folders[0] if folders else path.parent} to have it built again"
 
 
 def _checksum(content: Mapping[str, Any]) -> int:

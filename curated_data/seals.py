@@ -1,6 +1,6 @@
 """Reading files back exactly as they were written: each one's size and checksum, and clear errors.
 
-The functions take a `remedy`, the end of every error message: what to do about that file.
+The functions take a `remedy`, the end of every error message, as text: what to do about that file.
 """
 
 import errno
@@ -29,7 +29,7 @@ def file_seal(path: Path) -> dict[str, int]:
     return {"bytes": size, "crc32": crc}
 
 
-def check_size(path: Path, seal: Mapping[str, int], remedy: str) -> None:
+def check_size(path: Path, seal: Mapping[str, int], remedy: object) -> None:
     """Check that a file exists and has the size it was written with.
 
     Raises:
@@ -45,7 +45,7 @@ def check_size(path: Path, seal: Mapping[str, int], remedy: str) -> None:
         raise CacheError(f"{path}: damaged ({status.st_size} bytes of {seal['bytes']} written); {remedy}")
 
 
-def check_file(path: Path, seal: Mapping[str, int], remedy: str) -> None:
+def check_file(path: Path, seal: Mapping[str, int], remedy: object) -> None:
     """Check that a file holds every byte as it was written. Reads all of it.
 
     Raises:
@@ -60,7 +60,7 @@ def check_file(path: Path, seal: Mapping[str, int], remedy: str) -> None:
         raise CacheError(f"{path}: damaged (its checksum differs); {remedy}")
 
 
-def load_npy(path: Path, remedy: str, *, map_mode: MapMode = None) -> np.ndarray:
+def load_npy(path: Path, remedy: object, *, map_mode: MapMode = None) -> np.ndarray:
     """`np.load` without pickles; whatever a damaged file makes it raise becomes one error.
 
     Args:
@@ -76,7 +76,7 @@ def load_npy(path: Path, remedy: str, *, map_mode: MapMode = None) -> np.ndarray
         raise unreadable(path, error, remedy) from error
 
 
-def unreadable(path: Path, error: BaseException, remedy: str) -> CacheError:
+def unreadable(path: Path, error: BaseException, remedy: object) -> CacheError:
     """The error for a file that cannot be read. One that the system refuses to open is not called damaged."""
     code = getattr(error, "errno", None)
     if code in (errno.EMFILE, errno.ENFILE):

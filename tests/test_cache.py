@@ -23,6 +23,7 @@ from curated_data.cache import (
     fingerprint,
     locked,
     open_cache,
+    read_array,
     read_json,
     read_manifest,
     write_manifest,
@@ -178,6 +179,24 @@ def test_bad_caches_are_named(tmp_path):
     write_manifest(root, "tree", {})
     with pytest.raises(CacheError, match="artifact of 'tree', expected 'index'"):
         read_manifest(root, "index")
+
+
+def test_reading_an_artifact_looks_at_its_own_files_alone(tmp_path, monkeypatch):
+    """What to do about a damaged file takes a look at every folder above, for each of many shards."""
+    root = open_cache(tmp_path)
+    folder = root / "stage" / "name"
+    folder.mkdir(parents=True)
+    np.save(folder / "array.npy", np.arange(3))
+    write_manifest(folder, "stage", {})
+    looked = []
+    stat = Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **how: looked.append(path) or stat(path, **how))
+    manifest = read_manifest(folder, "stage")
+    assert read_array(folder, "array", manifest).tolist() == [0, 1, 2]
+    assert set(looked) == {folder / "array.npy"}
+    (folder / "array.npy").write_bytes(b"?")
+    with pytest.raises(CacheError, match=f"remove {folder} to have it built again"):
+        read_array(folder, "array", manifest)
 
 
 def test_only_old_temporaries_are_swept(tmp_path):

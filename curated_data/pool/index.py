@@ -11,9 +11,10 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -161,7 +162,10 @@ def load_shard_index(folder: Path) -> ShardIndex:
     Raises:
         CacheError: missing, damaged, or written by another version.
     """
-    manifest = read_manifest(folder, STAGE)
+    return _read_shard_index(folder, read_manifest(folder, STAGE))
+
+
+def _read_shard_index(folder: Path, manifest: Mapping[str, Any]) -> ShardIndex:
     try:  # the archive has checksums of its own
         with np.load(folder / "arrays.npz", allow_pickle=False) as arrays:
             return ShardIndex(manifest["extensions"], **{name: arrays[name] for name in ARRAYS})
@@ -207,8 +211,8 @@ def write_pool_index(folder: Path, shard_folders: Sequence[Path]) -> None:
     extensions: dict[str, int] = {}
     shard_start = np.zeros(len(shard_folders) + 1, np.int64)
     at = _Cursor()
-    for number, path in enumerate(shard_folders):
-        _append(arrays, at, load_shard_index(path), extensions)
+    for number, (path, manifest) in enumerate(zip(shard_folders, manifests, strict=True)):
+        _append(arrays, at, _read_shard_index(path, manifest), extensions)
         shard_start[number + 1] = at.samples
     np.save(folder / "shard_start.npy", shard_start)
     n_duplicates, example = count_duplicate_keys(arrays["key_start"], arrays["key_bytes"])
