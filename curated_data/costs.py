@@ -127,13 +127,13 @@ def expected_bytes(n: int, dimension: int, config: CurationConfig) -> dict[str, 
     tree = n * (8 + 4) + clusters * (4 * dimension + 8)
     row = 4 * dimension
     # Clustering: all rows and a resampling's as float32, up to the limit; three blocks of rows in transit;
-    # four blocks of distances; centroids and their sums; some forty bytes per row.
+    # four blocks of distances; centroids and their sums; some sixty bytes per row.
     lowest = levels[0].n_clusters if levels else 0
     resampled = 0
     if levels and levels[0].n_resamples:
         resampled = min(n, lowest * resampled_size(levels[0], n))
     held = min((n + resampled) * row, int(config.max_memory_gb * 1e9))
-    peak = held + 3 * min(n, _ROWS_IN_TRANSIT) * row + 4 * BLOCK * 4 * lowest + 3 * lowest * row + 40 * n
+    peak = held + 3 * min(n, _ROWS_IN_TRANSIT) * row + 4 * BLOCK * 4 * lowest + 3 * lowest * row + 60 * n
     if config.near_duplicates.enabled:  # the rows of a cell and its neighbours, and faiss's copies
         peak = max(peak, 6 * min(n, CELL_SIZE) * row + 60 * n)
     return {

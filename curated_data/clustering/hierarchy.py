@@ -264,7 +264,8 @@ def _balanced_sample(
     key = squared if resample == "closest" else rng.random(n)
     order = np.lexsort((key, assignment))
     start = np.concatenate([[0], np.cumsum(np.bincount(assignment, minlength=k))])
-    place = np.arange(n) - start[assignment[order]]
+    place = np.arange(n)
+    place -= start[assignment[order]]
     taken = order[place < r]
     if len(taken) < k:  # empty clusters, because of repeated rows: the next closest make up the number
         rest = order[place >= r][np.argsort(place[place >= r], kind="stable")]

@@ -218,10 +218,13 @@ class Lloyd:
         """Update sums and counts over all ranks to the new assignment, by the rows that changed."""
         changed = np.flatnonzero(before != self.assignment)
         sums, counts = np.zeros_like(self.sums), np.zeros_like(self.counts)
-        for clusters, sign in ((self.assignment[changed], 1), (before[changed], -1)):
-            inside = clusters >= 0
-            _add_segments(sums, self.rows, changed[inside], clusters[inside], sign)
-            counts += sign * np.bincount(clusters[inside], minlength=self.k)
+        for assignment, sign in ((self.assignment, 1), (before, -1)):
+            at, clusters = changed, assignment[changed]
+            if clusters.min(initial=0) < 0:  # at first, no row has a cluster
+                at = changed[clusters >= 0]
+                clusters = assignment[at]
+            counts += sign * np.bincount(clusters, minlength=self.k)
+            _add_segments(sums, self.rows, at, clusters, sign)
         self.sums += self._sum(sums)
         self.counts += self._sum(counts)
 
@@ -281,6 +284,7 @@ def _add_segments(sums: np.ndarray, rows: Rows, at: np.ndarray, clusters: np.nda
     if rows.held:
         order = np.argsort(clusters, kind="stable")
         at, clusters = at[order], clusters[order]
+        del order
 
     # A few blocks at a time: partial sums of unsorted rows are as large as the rows.
     for begin, end in blocks(len(at), 4 * torch.get_num_threads() * BLOCK):

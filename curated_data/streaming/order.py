@@ -19,6 +19,7 @@ Shuffle = Literal["full", "block", "none"]
 LastBatch = Literal["drop", "pad", "short"]
 
 _ROUNDS = 8
+_BLOCK = 1 << 20  # positions permuted at once
 _MASK = (1 << 64) - 1
 _ORDER, _SHARDS, _STRATA, _SPARES, _VIEWS = range(5)  # one stream of random numbers per purpose
 
@@ -215,11 +216,14 @@ def _spread(strata: np.ndarray, sizes: np.ndarray, key: int) -> np.ndarray:
     """A random order in which each stratum is evenly spread: its j-th sample of m is near (j + u) / m."""
     n = len(strata)
     drawn = np.empty(n, np.int64)  # all positions, in random order
-    drawn[permuted(np.arange(n), n, key)] = np.arange(n)
+    for start in range(0, n, _BLOCK):
+        some = np.arange(start, min(start + _BLOCK, n))
+        drawn[permuted(some, n, key)] = some
     stratum = strata[drawn]
     by_stratum = np.argsort(stratum, kind="stable")  # in linear time for up to 65,536 strata
     rank = np.empty(n, np.int64)
     rank[by_stratum] = np.arange(n) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    del by_stratum
     phase = _mix(np.arange(len(sizes), dtype=np.uint64) ^ np.uint64(key)) / 2.0**64
     return drawn[np.argsort((rank + phase[stratum]) / sizes[stratum], kind="stable")]
 
