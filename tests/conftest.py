@@ -1,6 +1,7 @@
 """Pools that tests share: real images, and small ones written by webdataset's own writer."""
 
 import io
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,10 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+
+# Tests give workers functions of their own, which do not pickle; Python 3.14 would start them otherwise. The
+# other ways have tests in test_workers.py.
+multiprocessing.set_start_method("fork")
 
 FASHION = Path(__file__).parents[1] / "recipes" / "data" / "fashion-lt50"
 

@@ -15,7 +15,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from curated_data import CuratedDataModule, CurationLogger, RecurationCallback
 from tests.streaming.listing import Listing, expected_stream
-from tests.streaming.trainer_runs import N_SAMPLES, N_VALIDATION, SELECTION, data, trainer, write_pools
+from tests.streaming.trainer_runs import (
+    N_SAMPLES,
+    N_VALIDATION,
+    SELECTION,
+    data,
+    scaled,
+    trainer,
+    write_pools,
+)
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -126,8 +134,7 @@ COPIES = {
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("val", [True, False])
 def test_a_copy_streams_the_same_and_shares_no_position(folder, validated, how, val):
-    settings = {"eval_transform": None}
-    original = validated(**settings) if val else data(folder, 1, **settings)
+    original = validated() if val else data(folder, 1)
     copied = COPIES[how](original)
     module = Lister()
     trainer(folder, 1, max_epochs=2).fit(module, copied)
@@ -143,7 +150,7 @@ def test_a_copy_goes_on_from_a_state_loaded_without_a_trainer(folder, how):
     first = data(folder, 1)
     for _, batch in zip(range(3), first.train_dataloader()):
         del batch
-    resumed = data(folder, 1, eval_transform=None)
+    resumed = data(folder, 1)
     resumed.load_state_dict(first.state_dict())
     module = Listing()
     trainer(folder, 1, max_epochs=1, limit_train_batches=2).fit(module, COPIES[how](resumed))
@@ -180,7 +187,7 @@ def test_the_whole_checkpoint_loads_without_pickles(folder, tmp_path, callback):
             return images.flatten(1)[:, :7]
 
         def eval_transform(self):
-            return eight
+            return scaled
 
     settings = {
         "pool": str(folder / "pool-{0..2}.tar"),
@@ -205,10 +212,6 @@ def test_the_whole_checkpoint_loads_without_pickles(folder, tmp_path, callback):
         module, Kept(**settings), ckpt_path=str(tmp_path / "last.ckpt")
     )
     assert len(module.trained) == 3
-
-
-def eight(image: torch.Tensor) -> torch.Tensor:
-    return image.float() / 255
 
 
 def test_printing_it_runs_nothing(folder, tmp_path):
@@ -258,7 +261,7 @@ from tests.streaming.trainer_runs import Recorder, data, trainer
 
 if __name__ == "__main__":
     folder, out, strategy = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    loaded = data(folder, 2, eval_transform=None, num_workers=1)
+    loaded = data(folder, 2, num_workers=1)
     run = trainer(folder, 2, strategy=strategy, max_epochs=2)
     run.fit(Recorder(out, "run"), loaded)
     print(run.state.finished)

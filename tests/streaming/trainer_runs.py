@@ -79,6 +79,10 @@ def noisy_crop(image: torch.Tensor) -> torch.Tensor:
     return image[:, top : top + 6, :6].float() / 255
 
 
+def scaled(image: torch.Tensor) -> torch.Tensor:
+    return image.float() / 255
+
+
 def data(folder: Path, ranks: int, **arguments: Any) -> CuratedDataModule:
     return CuratedDataModule(
         str(folder / "pool-{0..2}.tar"),
@@ -88,7 +92,7 @@ def data(folder: Path, ranks: int, **arguments: Any) -> CuratedDataModule:
             "batch_size": GLOBAL_BATCH // ranks,
             "num_workers": 0,
             "views": noisy_crop,
-            "eval_transform": lambda image: image.float() / 255,
+            "eval_transform": scaled,
             **arguments,
         },
     )
