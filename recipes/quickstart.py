@@ -158,7 +158,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--image-size", type=int, help="side of the views SimCLR trains on, in pixels")
     parser.add_argument("--backbone", default="resnet10", help="that SimCLR trains (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=30, help="of each training (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, help="of each training (default: 30, small: 2)")
     parser.add_argument("--workers", type=int, default=1, help="loader processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     parser.add_argument(
@@ -166,8 +166,8 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--small", action="store_true", help="a quarter of the pool, 2 epochs")
     options = parser.parse_args()
-    if options.small:
-        options.epochs = 2
+    if options.epochs is None:
+        options.epochs = 2 if options.small else 30
     return options
 
 

@@ -4,6 +4,7 @@ Every function returns a new matplotlib `Figure`, without global state; `figure.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,7 +49,7 @@ def class_balance(
         f"{name}: {int(values.sum()):,} images, entropy {entropy(values):.2f} of {np.log(n_classes):.2f}"
         for name, values in series.items()
     ]
-    colours = (POOL, *SERIES)
+    colours = _colours(list(series))
     if n_classes > _MANY_CLASSES:
         figure, axes = _figure(7.2, 4.4, title)
         for values, label, colour in zip(series.values(), labels, colours):
@@ -204,6 +205,14 @@ def contact_sheet(
     if title:
         figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
     return figure
+
+
+def _colours(names: Sequence[str]) -> list[str]:
+    """Colours by name: for what the report page draws too, those that it takes; for others, the rest."""
+    fixed = {"pool": POOL, "random": SERIES[1], "selected": SERIES[0], "curated": SERIES[0]}
+    used = {fixed[name] for name in names if name in fixed}
+    rest = cycle([colour for colour in (POOL, *SERIES) if colour not in used])
+    return [fixed[name] if name in fixed else next(rest) for name in names]
 
 
 def _figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
