@@ -3,19 +3,24 @@
     python benchmarks/kmeans.py gpu
 
 Compared on the same rows: our tiles in float32, and in TF32 and bfloat16 (once, and in two halves) with
-close calls decided in float32; faiss on the GPU, and flash-kmeans's fused Triton kernel where it can be
-imported (`pip install flash-kmeans`). Then reading ahead: rows in host memory, read in blocks, against the
-transfers and the work one after the other. Last a whole k-means with each kind of products.
-`curated_data.clustering.nearest.PRODUCTS` is to be chosen by this.
+close calls decided in float32, each by torch's products and by our fused kernel; faiss on the GPU, and
+flash-kmeans's fused kernel where it can be imported (`pip install flash-kmeans`). Then sizes of the fused
+kernel's tiles; reading ahead: rows in host memory, read in blocks, against the transfers and the work one
+after the other; and a whole k-means with each kind of products. `PRODUCTS` and `FUSED` in
+`curated_data.clustering.nearest` are to be chosen by this, `tile_sizes` in `curated_data.clustering.fused`
+by the sizes.
+
+Without a device the program itself can be tried: TRITON_INTERPRET=1 and `gpu("cpu", shrink=500)`.
 """
 
+import functools
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from curated_data.clustering import kmeans, nearest
+from curated_data.clustering import fused, kmeans, nearest
 from curated_data.clustering.kmeans import full_precision, prepare
 from curated_data.clustering.nearest import Centroids
 from curated_data.clustering.rows import BLOCK, blocks
@@ -24,6 +29,12 @@ SHAPES = ((500_000, 10_000, 256), (200_000, 50_000, 768), (1_000_000, 1_000, 64)
 STREAMED = (4_000_000, 256, 4_000)
 WHOLE = (1_000_000, 256, 5_000)
 PRODUCTS = ("float32", "tf32", "bf16", "bf16x3")
+KINDS = [("float32", False), *((products, kernel) for products in PRODUCTS[1:] for kernel in (False, True))]
+TILES = [
+    (128, 128, 256, 8, 2), (128, 64, 256, 8, 3), (128, 64, 256, 4, 3), (64, 64, 256, 4, 2),
+    (256, 64, 256, 8, 2), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4),
+    (64, 256, 64, 8, 3), (256, 128, 64, 8, 3),
+]  # fmt: skip
 
 
 def gpu(device: str = "cuda", shrink: int = 1) -> None:
@@ -38,17 +49,22 @@ def gpu(device: str = "cuda", shrink: int = 1) -> None:
     print("one large product, TFLOP/s: " + ", ".join(f"{name} {rate:.1f}" for name, rate in peak.items()))
     for n, k, d in SHAPES:
         assignments(n // shrink, k // shrink, d, device, peak)
+    tiles(SHAPES[0][0] // shrink, SHAPES[0][1] // shrink, SHAPES[0][2], device, peak["bf16"])
     read_ahead(*(size // shrink for size in STREAMED[:1]), *STREAMED[1:], device)
     n, d, k = WHOLE
     x, _ = clusters(n // shrink, k // shrink, d, "cpu")
-    for products in PRODUCTS:
-        nearest.PRODUCTS = products
+    for products, kernel in KINDS:
+        nearest.PRODUCTS, nearest.FUSED = products, kernel
         result, seconds = timed(lambda: kmeans(x.numpy(), k // shrink, seed=0, device=device), device)
         print(
-            f"k-means {len(x)} x {d}, k = {k // shrink}, {products}: {seconds:.2f} s, "
+            f"k-means {len(x)} x {d}, k = {k // shrink}, {named(products, kernel)}: {seconds:.2f} s, "
             f"{result.n_iter} iterations, inertia {result.inertia:.6g}"
         )
-    nearest.PRODUCTS = "float32"
+    nearest.PRODUCTS, nearest.FUSED = "float32", False
+
+
+def named(products: str, kernel: bool) -> str:
+    return f"{products}, fused" if kernel else products
 
 
 def clusters(n: int, k: int, d: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,10 +85,10 @@ def assignments(n: int, k: int, d: int, device: str, peak: dict[str, float]) -> 
     print(f"assignment {n} x {d} to {k}")
     expected = Centroids(centroids, products="float32").nearest(x)
     peers: dict[str, tuple[Callable[[], np.ndarray], str]] = {}
-    for products in PRODUCTS:
-        ready = Centroids(centroids, products=products)
-        peers[f"ours, {products}"] = (lambda ready=ready: ready.nearest(x), products)
-    peers |= fused(x, centroids)
+    for products, kernel in KINDS:
+        ready = Centroids(centroids, products=products, fused=kernel)
+        peers[f"ours, {named(products, kernel)}"] = (lambda ready=ready: ready.nearest(x), products)
+    peers |= fused_peers(x, centroids)
     for name, (run, products) in peers.items():
         try:
             found = run()
@@ -91,7 +107,26 @@ def assignments(n: int, k: int, d: int, device: str, peak: dict[str, float]) -> 
         print(f"  decided in float32 after {products}: {ready.n_rechecked / n:.1%} of the rows")
 
 
-def fused(x: torch.Tensor, centroids: torch.Tensor) -> dict[str, tuple[Callable[[], np.ndarray], str]]:
+@full_precision()
+def tiles(n: int, k: int, d: int, device: str, peak: float) -> None:
+    """The fused kernel alone, in bfloat16, by the sizes of its tiles."""
+    x, centroids = clusters(n, k, d, device)
+    rows, weight, norms = x.bfloat16(), (-2 * centroids).bfloat16(), centroids.square().sum(1)
+    rule = fused.tile_sizes(d, 2, fused.shared_memory(x.device))
+    print(f"fused kernel, {n} x {d} to {k}, by tiles (rows, centroids, columns, warps, in flight)")
+    for sizes in dict.fromkeys([rule, *TILES]):
+        try:
+            fused.search(rows, weight, norms, tiles=sizes)
+        except Exception as error:  # too large for the device
+            print(f"  {sizes!s:28} failed: {str(error).splitlines()[0]}")
+            continue
+        run = functools.partial(fused.search, rows, weight, norms, tiles=sizes)
+        seconds = float(np.median([timed(run, device)[1] for _ in range(5)]))
+        rate = 2 * n * k * d / seconds / 1e12
+        print(f"  {sizes!s:28} {1e3 * seconds:8.1f} ms {rate:7.1f} TFLOP/s, {rate / peak:4.0%} of the peak")
+
+
+def fused_peers(x: torch.Tensor, centroids: torch.Tensor) -> dict[str, tuple[Callable[[], np.ndarray], str]]:
     """The peers that are there."""
     peers: dict[str, tuple[Callable[[], np.ndarray], str]] = {}
     try:

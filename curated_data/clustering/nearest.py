@@ -3,6 +3,7 @@
 import math
 import threading
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from curated_data.clustering.rows import Rows, blocks, parallel_map
 _ROWS, _COLUMNS = 1024, 1024  # a tile of scores, 4 MiB: stays in the cache from the product to the search
 TILE = 256  # rows whose nearest few centroids are searched at once
 _DEVICE_ROWS, _DEVICE_COLUMNS = 32768, 4096  # the same on an accelerator, 512 MiB
-PRODUCTS = "float32"  # on an accelerator; `python benchmarks/kmeans.py gpu` compares it with the others
+PRODUCTS, FUSED = "float32", False  # on an accelerator; `python benchmarks/kmeans.py gpu` compares the others
 _precision_lock = threading.Lock()
 
 
@@ -29,13 +30,22 @@ class Centroids:
             (emulated by rounding elsewhere), with close calls decided in float32, see `_decide`. "bf16x3"
             represents each number as a sum of two in bfloat16, for three times the products and few close
             calls. None takes the default for the device.
+        fused: search in the kernel of `curated_data.clustering.fused`, which needs Triton and products in
+            reduced precision. None takes the default for the device.
     """
 
-    def __init__(self, centroids: torch.Tensor, padded: bool = False, products: str | None = None) -> None:
+    def __init__(
+        self,
+        centroids: torch.Tensor,
+        padded: bool = False,
+        products: str | None = None,
+        fused: bool | None = None,
+    ) -> None:
         self.centroids, self.k, self.padded = centroids, len(centroids), padded
         self.on_cpu = centroids.device.type == "cpu"
         self.onednn = self.on_cpu and onednn_is_faster()
         self.products = products or ("float32" if self.on_cpu else PRODUCTS)
+        self.fused = self.products != "float32" and (not self.on_cpu and FUSED if fused is None else fused)
         self.norms = centroids.square().sum(1)
         self._make_tiles()
         self.n_rechecked = 0  # rows decided in float32
@@ -46,12 +56,14 @@ class Centroids:
         for start, stop in blocks(self.k, _COLUMNS if self.on_cpu else _DEVICE_COLUMNS):
             w, b = weight[start:stop].contiguous(), self.norms[start:stop].contiguous()
             self.tiles.append((start, w.to_mkldnn(), b.to_mkldnn()) if self.onednn else (start, w.T, b))
+            if self.fused:
+                continue
             if self.products.startswith("bf16"):
-                high, low = _halves(w)
-                parts = [high] if self.products == "bf16" else [high, low, high]
-                self.reduced_tiles.append((start, _with_bias(parts, b), None))
+                self.reduced_tiles.append((start, _with_bias(self._factors(w, (0, 1, 0)), b), None))
             elif self.products == "tf32":
                 self.reduced_tiles.append((start, w.T, b))
+        if self.fused:
+            self.fused_weight = _fused().padded(torch.cat(self._factors(weight, (0, 1, 0)), dim=1))
         if self.products != "float32":
             rest = self.centroids - _rounded(self.centroids, self.products)
             self.largest = float(self.norms.max().sqrt())
@@ -71,13 +83,19 @@ class Centroids:
             else:
                 yield start, torch.addmm(bias, rows, weight)
 
+    def _factors(self, x: torch.Tensor, halves: tuple[int, int, int]) -> list[torch.Tensor]:
+        """`x` as it is multiplied; "bf16x3" takes the given halves, for rows and centroids side by side."""
+        if self.products == "tf32":
+            return [x]
+        both = _halves(x)
+        return [both[0]] if self.products == "bf16" else [both[half] for half in halves]
+
     def reduced_scores(self, rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """The same, with products in reduced precision, summed in float32."""
         if self.products.startswith("bf16"):
-            high, low = _halves(rows)
-            parts = [high] if self.products == "bf16" else [high, high, low]
+            parts = self._factors(rows, (0, 0, 1))
             n_ones = len(self.reduced_tiles[0][1]) - len(parts) * rows.shape[1]
-            ones = high.new_ones(len(rows), n_ones)  # for the columns that `_with_bias` has added
+            ones = parts[0].new_ones(len(rows), n_ones)  # for the columns that `_with_bias` has added
             rows = torch.cat([*parts, ones], dim=1)
         for start, weight, bias in self.reduced_tiles:
             yield start, _product(bias, rows, weight, self.products)
@@ -106,7 +124,7 @@ class Centroids:
         return self._in_blocks(rows, skip, True)
 
     def _in_blocks(self, rows: torch.Tensor, skip: np.ndarray | None, second: bool) -> tuple[np.ndarray, ...]:
-        size = _ROWS if self.on_cpu else _DEVICE_ROWS
+        size = _ROWS if self.on_cpu else _DEVICE_ROWS * (8 if self.fused else 1)
         on_cpu = self.on_cpu and self.products == "float32"
         search = self._search_on_cpu if on_cpu else self._search_on_device
         parts = [
@@ -150,6 +168,10 @@ class Centroids:
         own = None if skip is None else torch.from_numpy(skip).to(rows.device)
         if self.products == "float32":
             found = _search(self.scores(rows), rows, own, need_second)
+        elif self.fused:
+            factors = _fused().padded(torch.cat(self._factors(rows, (0, 0, 1)), dim=1))
+            rough = _fused().search(factors, self.fused_weight, self.norms, own)
+            found = self._decide(rows, own, *rough)
         else:
             found = self._decide(rows, own, *_search(self.reduced_scores(rows), rows, own, True))
         return tuple(part.cpu().numpy() for part in found)  # the host does not wait before this
@@ -190,6 +212,12 @@ class Centroids:
         """The score of each row and a centroid, in float32; undefined where `index` is -1."""
         at = index.clamp(min=0)
         return self.norms[at] - 2 * (rows * self.centroids[at]).sum(1)
+
+
+def _fused() -> ModuleType:
+    from curated_data.clustering import fused  # Triton comes with torch on Linux alone
+
+    return fused
 
 
 def _search(
