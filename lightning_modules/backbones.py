@@ -62,7 +62,7 @@ def build_backbone(
         if small_images:
             use_small_stem(net, name)
     backbone = Backbone(net, name=name, image_size=image_size or _default_image_size(net))
-    if pretrained and not from_hub:
+    if pretrained and not isinstance(pretrained, bool):
         load_weights(net, pretrained, name=name)
     backbone.freeze(frozen_blocks)
     return backbone
@@ -205,7 +205,7 @@ def _build_timm(model: str, image_size: int | None, from_hub: bool, options: Map
     if not timm.is_model(base):
         raise ValueError(f"timm has no model {model!r}{_nearest(base, timm.list_models())}")
     options = dict(options)
-    default = timm.get_pretrained_cfg(base, allow_unregistered=False)
+    default = timm.get_pretrained_cfg(base)  # None for a user's own network
     if image_size is not None and default is not None and default.fixed_input_size:
         options.setdefault("img_size", image_size)
     try:
@@ -215,7 +215,8 @@ def _build_timm(model: str, image_size: int | None, from_hub: bool, options: Map
     except Exception as error:
         if not from_hub:
             raise ValueError(f"timm:{model}: cannot be built with {options}: {error}") from error
-        raise ValueError(_hub_help(f"timm:{model}", error, default.hf_hub_id or default.url)) from error
+        where = (default.hf_hub_id or default.url) if default is not None else None
+        raise ValueError(_hub_help(f"timm:{model}", error, where)) from error
 
 
 def _build_torchvision(
@@ -240,7 +241,7 @@ def _build_torchvision(
     except TypeError as error:
         raise ValueError(f"torchvision:{model}: an option does not fit: {error}") from error
     except Exception as error:
-        if not from_hub:
+        if weights is None:
             raise ValueError(f"torchvision:{model}: cannot be built with {options}: {error}") from error
         raise ValueError(_hub_help(f"torchvision:{model}", error, weights.url)) from error
     if getattr(net, "aux_logits", False):
@@ -302,7 +303,7 @@ def _default_image_size(net: nn.Module) -> int:
     return size[0] if isinstance(size, Sequence) else size
 
 
-def _hub_help(name: str, error: Exception, where: str | None) -> str:
+def _hub_help(name: str, error: Exception, where: str | tuple[str, str] | None) -> str:
     return (
         f"{name}: pretrained weights cannot be fetched ({type(error).__name__}: {error}). "
         f"On a machine with network, fetch {where or 'the weights'}, and give pretrained='/path/to/the/file'"

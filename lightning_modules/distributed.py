@@ -43,9 +43,9 @@ def all_gather_rows(x: Tensor) -> Tensor:
     """Every rank's rows joined in rank order, without gradient; ranks may give different numbers of rows."""
     if world_size() == 1:
         return x
-    counts = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
-    counts[rank()] = len(x)
-    counts = all_reduce(counts).tolist()
+    own = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
+    own[rank()] = len(x)
+    counts = all_reduce(own).tolist()
     padded = x.new_zeros((max(counts), *x.shape[1:]))
     padded[: len(x)] = x
     parts = [torch.empty_like(padded) for _ in counts]

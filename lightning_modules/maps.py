@@ -148,11 +148,13 @@ def draw_map(
             ((labels == value) & ~chosen, 0.4, 0.2),
             ((labels == value) & chosen, 1, 0.8),
         ):
-            axes.scatter(*coordinates[subset].T, s=size * factor, color=color, alpha=alpha, linewidths=0)
+            x, y = coordinates[subset].T
+            axes.scatter(x, y, s=size * factor, color=color, alpha=alpha, linewidths=0)
         if len(values) <= 30:
             axes.scatter([], [], s=20, color=color, label=name)
     marked = isolated(coordinates) if outliers is None else np.asarray(outliers, bool)
-    axes.scatter(*coordinates[marked].T, s=30, marker="x", color="black", linewidths=0.7, label="outlier")
+    x, y = coordinates[marked].T
+    axes.scatter(x, y, s=30, marker="x", color="black", linewidths=0.7, label="outlier")
     if thumbnail is not None:
         _draw_thumbnails(axes, coordinates, thumbnail)
     axes.set(xticks=[], yticks=[], title=title)

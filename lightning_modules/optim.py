@@ -1,7 +1,7 @@
 """Optimisers by name, and LARS."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,17 @@ def build_optimizer(
     Args:
         name: "sgd", "lars", "adam" or "adamw".
     """
-    groups = [dict(group) for group in groups]
+    own = [dict(group) for group in groups]
     if name == "lars":
-        return LARS(groups, lr=learning_rate, momentum=momentum)
-    for group in groups:
+        return LARS(own, lr=learning_rate, momentum=momentum)
+    for group in own:
         group.pop("adapt", None)
     if name == "sgd":
-        return SGD(groups, lr=learning_rate, momentum=momentum)
+        return SGD(own, lr=learning_rate, momentum=momentum)
     if name == "adam":
-        return Adam(groups, lr=learning_rate, betas=betas)
+        return Adam(own, lr=learning_rate, betas=betas)
     if name == "adamw":
-        return AdamW(groups, lr=learning_rate, betas=betas)
+        return AdamW(own, lr=learning_rate, betas=betas)
     raise ValueError(f"optimizer {name!r}: expected 'sgd', 'lars', 'adam' or 'adamw'")
 
 
@@ -56,7 +56,7 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
 def mark_vectors(module: nn.Module) -> None:
     """Note of each parameter whether it is a vector, before FSDP makes vectors of them all."""
     for parameter in module.parameters():
-        parameter.is_vector = parameter.ndim <= 1
+        parameter.is_vector = parameter.ndim <= 1  # type: ignore[attr-defined]  # our own note
 
 
 def _is_vector(parameter: Tensor) -> bool:
@@ -94,8 +94,14 @@ class LARS(Optimizer):
         }
         super().__init__(params, defaults)
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -21,6 +21,11 @@ class ResNet(nn.Module):
         small_images: 3x3 first convolution with stride 1 and no max-pool (He et al. 2016, section 4.2).
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(self, depth: str = "resnet18", *, width: int = 64, small_images: bool = False) -> None:
         super().__init__()
         block, n_blocks = RESNETS[depth]
@@ -33,7 +38,7 @@ class ResNet(nn.Module):
         channels = width
         for stage, n in enumerate(n_blocks):
             inner = width * 2**stage
-            layers = []
+            blocks: list[nn.Module] = []
             for i in range(n):
                 stride = 2 if i == 0 and stage > 0 else 1
                 outer = inner * block.expansion
@@ -42,9 +47,9 @@ class ResNet(nn.Module):
                     shortcut = nn.Sequential(
                         nn.Conv2d(channels, outer, 1, stride, bias=False), nn.BatchNorm2d(outer)
                     )
-                layers.append(block(channels, inner, stride, shortcut))
+                blocks.append(block(channels, inner, stride, shortcut))
                 channels = outer
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -59,15 +59,15 @@ def solve_semidual(
     passes = problem.passes
     if newton.error > tol and passes < max_iter:
         # Newton's region of convergence is as wide as ε: start from a larger one, follow it down.
-        v = None
+        smooth: Tensor | None = None
         for power in range(_ANNEALING_STEPS, 0, -1):
             smoother = _Problem(cost, rho, epsilon * 2**power, gamma, min(50, max_iter - passes))
             if smoother.max_iter > 1:
-                v = _newton(smoother, v, 1e-2, give_up=False).v
+                smooth = _newton(smoother, smooth, 1e-2, give_up=False).v
                 passes += smoother.passes
         problem.passes = passes
         if passes < max_iter:
-            newton = min(newton, _newton(problem, v, tol, give_up=False), key=lambda p: p.error)
+            newton = min(newton, _newton(problem, smooth, tol, give_up=False), key=lambda p: p.error)
     final = newton.v
     return Solution(
         final, newton.error, problem.passes, lambda: _Kernel(problem, final, torch.float64).plan(final)
@@ -77,7 +77,10 @@ def solve_semidual(
 def _anderson(problem: "_Problem", kernel: "_Kernel", v: Tensor, tol: float) -> "_Point":
     """Scaling steps, extrapolated by the last steps' least-squares combination (Anderson's type II)."""
     precise = problem.cost.dtype == torch.float64
-    best, steps, residuals, errors = None, [], [], []
+    best: _Point | None = None
+    steps: list[Tensor] = []
+    residuals: list[Tensor] = []
+    errors: list[float] = []
     while not problem.exhausted:
         point = problem.point(v, kernel.columns(v, precise))
         problem.passes += 1
@@ -103,6 +106,7 @@ def _anderson(problem: "_Problem", kernel: "_Kernel", v: Tensor, tol: float) -> 
             normal = turned.T @ turned
             normal.diagonal().add_(1e-10 * normal.diagonal().max().clamp_min(1e-300))
             v = v - (moved + turned) @ torch.linalg.solve(normal, turned.T @ residual)
+    assert best is not None, "max_iter is 1 or more"
     return best
 
 
@@ -241,6 +245,7 @@ class _Problem:
 
     def hessian_factor(self, point: _Point) -> Tensor:
         """Cholesky factor of g's Jacobian (diag(c) - SᵀS / N) / ε + diag(target / γ)."""
+        assert point.gram is not None, "the pass was made with_gram"
         hessian = point.gram * (-1 / (len(self.cost) * self.epsilon))
         diagonal = (
             point.columns / self.epsilon + self.targets(point.v) * self.softness + (~self.used).double()

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torchvision
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from lightning_modules.backbones import build_backbone
@@ -34,6 +35,8 @@ class Supervised(pl.LightningModule):
         loss: of the last training step.
         accuracy: of the last validation, over the images that this process saw, in 0..1.
     """
+
+    classes: Tensor
 
     def __init__(
         self,
@@ -79,7 +82,7 @@ class Supervised(pl.LightningModule):
         self._n_right += int((right & counts).sum())
         self._n_tested += int(counts.sum())
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         groups = parameter_groups([self.net], self.weight_decay)
         optimizer = build_optimizer(self.optimizer, groups, learning_rate=self.learning_rate)
         total = int(self.trainer.estimated_stepping_batches)
@@ -117,7 +120,7 @@ def build_classifier(name: str, n_classes: int, *, image_size: int) -> nn.Module
         )
     try:
         if model in RESNETS:
-            options = {"width": int(width)} if width else {}
+            options: dict[str, Any] = {"width": int(width)} if width else {}
             small = image_size <= SMALL_IMAGES
             backbone = build_backbone(model, image_size=image_size, small_images=small, **options)
             return nn.Sequential(backbone, nn.Linear(backbone.dimension, n_classes))
@@ -158,10 +161,11 @@ def _suit_small_images(net: nn.Module) -> None:
     cuts_patches = first.kernel_size == first.stride
     kernel, stride = (2, 2) if cuts_patches else (min(first.kernel_size[0], 3), 1)
     padding = 0 if cuts_patches else kernel // 2
-    has_bias = first.bias is not None
-    stem = nn.Conv2d(first.in_channels, first.out_channels, kernel, stride, padding, bias=has_bias)
+    stem = nn.Conv2d(
+        first.in_channels, first.out_channels, kernel, stride, padding, bias=first.bias is not None
+    )
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-    if has_bias:
+    if stem.bias is not None:
         nn.init.zeros_(stem.bias)
     net.set_submodule(path, stem)
     pools = {"maxpool", "maxpool1", "features.pool0"}

@@ -286,6 +286,7 @@ def _solve_sp2ot(
         # Exact enough that the inner error hides no progress of the outer iteration, and no more.
         exact_now = weight == 0 or abs(change) < 10 * tol or change > 0
         inner_tol = marginal_tol if exact_now else max(marginal_tol, min(inner_tol, 0.1 * abs(change)))
+    assert potentials is not None, "max_iter is 1 or more"
     return TransportResult(plan, potentials, error, n_iter, converged, tuple(history))
 
 

@@ -7,6 +7,7 @@ objects.
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +115,7 @@ class Views:
         return [augment(image) for augment in self.augmentations]
 
 
-def simclr_views(size: int, *, n_views: int = 2, strength: float | None = None, **options: object) -> Views:
+def simclr_views(size: int, *, n_views: int = 2, strength: float | None = None, **options: Any) -> Views:
     """SimCLR's augmentation (arXiv 2002.05709, appendix A).
 
     Args:
@@ -126,12 +127,12 @@ def simclr_views(size: int, *, n_views: int = 2, strength: float | None = None, 
     small = size <= 64
     strength = (0.5 if small else 1.0) if strength is None else strength
     jitter = tuple(strength * value for value in (0.8, 0.8, 0.8, 0.2))
-    settings: dict[str, object] = {
+    settings: dict[str, Any] = {
         "scale": (0.08, 1.0),
         "jitter": jitter,
         "blur": 0.0 if small else 0.5,
     } | options
-    return Views((Augmentation(size, **settings),) * n_views)  # type: ignore[arg-type]
+    return Views((Augmentation(size, **settings),) * n_views)
 
 
 def eval_transform(

@@ -22,6 +22,7 @@ def encode(
     """
     patches = net.patch_embed(images)  # (B, N, d), or (B, h, w, d) where the net takes several image sizes
     if mask is not None:
+        assert mask_token is not None, "a mask needs the token that stands for what it hides"
         patches = where(mask.view(*patches.shape[:-1], 1), mask_token.to(patches.dtype), patches)
     tokens = net._pos_embed(patches)
     n_prefix = net.num_prefix_tokens

@@ -176,7 +176,8 @@ def linear(
         raise ValueError("train has one class only: there is nothing to tell apart")
     held_out = _held_out_rows(y, n, settings)
 
-    heads, grid, correct = [], {}, []
+    heads, correct = [], []
+    grid: dict[str, float] = {}
     for protocol in settings.protocols:
         if protocol == "few_shot":
             rows, hits = _few_shot(train, y, test, truth, n, n_classes, settings, train_counts)

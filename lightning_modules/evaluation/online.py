@@ -81,9 +81,9 @@ class _OnlineProbe(L.Callback):
         # A rank without a sample may not know how long features are; the others do.
         longest = max(features.shape[1] for features, _ in sets)
         longest = int(all_reduce(torch.tensor([longest], device=pl_module.device), "max"))
-        sets = [(x if len(x) else x.new_zeros(0, longest), labels) for x, labels in sets]
+        train, test = ((x if len(x) else x.new_zeros(0, longest), labels) for x, labels in sets)
         try:  # what is checked here is the same on every rank, so all raise or none
-            return self.scores(*sets, pl_module.device)
+            return self.scores(train, test, pl_module.device)
         except Exception as caught:
             self._warn("", caught)
             return None
@@ -208,8 +208,13 @@ def embed_share(
     once more where the set cannot be shared out evenly: in a sharded module (FSDP) each is a collective.
 
     Raises:
-        TypeError: no map-style dataset, or samples without image and label.
+        TypeError: no map-style dataset, samples without image and label, or a module that has no `embed`.
     """
+    embed = getattr(module, "embed", None)
+    if not callable(embed):
+        raise TypeError(
+            f"a probe calls the module's embed(images), which gives (B, d): {type(module).__name__} has none"
+        )
     collate = None
     if isinstance(source, DataLoader):
         batch_size = source.batch_size or getattr(source.batch_sampler, "batch_size", None) or batch_size
@@ -233,7 +238,7 @@ def embed_share(
             getattr(module, "_trainer", None) is not None
         ):  # weights may be of another type than images, as by "bf16-true"
             images = module.trainer.precision_plugin.convert_input(images)
-        embedded = module.embed(images)
+        embedded = embed(images)
         known = (targets >= 0) & (torch.arange(len(targets), device=targets.device) < n_own)
         n_own -= len(targets)
         features.append(embedded.float()[known.to(embedded.device)])

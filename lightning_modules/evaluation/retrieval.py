@@ -87,7 +87,7 @@ def retrieval(
     size = n_joined(gallery) - leave_one_out
     if not ks or ks[0] < 1 or ks[-1] > size:
         raise ValueError(f"k must lie in 1..{size} (the gallery's size), got {list(k)}")
-    if not by_label:
+    if query_labels is None or gallery_labels is None:
         if leave_one_out:
             raise ValueError("leave_one_out goes with labels; list the query itself as junk instead")
         return _by_ground_truth(queries, all_gather_rows(gallery), list(ground_truth or ()), ks, block_size)

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.data import AttributeDict
 from torch import Tensor
 
 from lightning_modules.backbones import build_backbone
@@ -30,6 +31,7 @@ class PretrainingModule(L.LightningModule):
     """
 
     n_views: int | None = 2  # how many views a batch must hold; None: any number
+    hparams: AttributeDict  # what `save_hyperparameters()` keeps
 
     def __init__(
         self,

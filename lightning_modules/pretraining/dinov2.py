@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.optim import AdamW, Optimizer
@@ -147,7 +147,7 @@ class DINOv2(PretrainingModule):
         )
         self.save_hyperparameters()
         teacher = self.backbone.vision_transformer()
-        self.patch_size = self.backbone.patch_size
+        self.patch_size: int = teacher.patch_embed.patch_size[0]
         if n_local_views and local_image_size % self.patch_size:
             raise ValueError(
                 f"local_image_size {local_image_size} is no multiple of the patch size {self.patch_size}"
@@ -157,9 +157,12 @@ class DINOv2(PretrainingModule):
         def head(k: int) -> PrototypeHead:
             return PrototypeHead(teacher.embed_dim, k, hidden=head_hidden, bottleneck=head_bottleneck)
 
+        student = copy.deepcopy(self.backbone)
+        if drop_path:
+            set_drop_path(student.vision_transformer(), drop_path)
         self.student = nn.ModuleDict(
             {
-                "backbone": copy.deepcopy(self.backbone),
+                "backbone": student,
                 "dino_head": head(n_prototypes),
                 "ibot_head": head(ibot_prototypes or n_prototypes),
             }
@@ -169,8 +172,6 @@ class DINOv2(PretrainingModule):
         self.ibot_head = copy.deepcopy(self.student["ibot_head"])
         for part in self.teacher_parts:
             part.requires_grad_(False)
-        if drop_path:
-            set_drop_path(self.student["backbone"].net, drop_path)
         self.register_buffer("dino_center", torch.zeros(n_prototypes))
         self.register_buffer("ibot_center", torch.zeros(ibot_prototypes or n_prototypes))
         self.views()
@@ -309,8 +310,10 @@ class DINOv2(PretrainingModule):
             )
 
     def configure_optimizers(self) -> Optimizer:
+        backbone = self.student["backbone"]
+        assert isinstance(backbone, Backbone)
         groups = layer_groups(
-            self.student["backbone"].net,
+            backbone.vision_transformer(),
             [self.student["dino_head"], self.student["ibot_head"]],
             self.mask_token,
             decay=self.hparams.layer_decay,
@@ -372,7 +375,7 @@ def update_average(average: Iterable[Tensor], current: Iterable[Tensor], momentu
     torch._foreach_lerp_(list(average), [p.detach() for p in current], 1 - momentum)
 
 
-def set_drop_path(net: nn.Module, rate: float) -> None:
+def set_drop_path(net: VisionTransformer, rate: float) -> None:
     """Give every block of a timm vision transformer the same drop path rate, as DINOv2 does."""
     from timm.layers import DropPath
 
@@ -382,7 +385,12 @@ def set_drop_path(net: nn.Module, rate: float) -> None:
 
 
 def layer_groups(
-    net: nn.Module, heads: list[nn.Module], mask_token: nn.Parameter, *, decay: float, patch_embed_rate: float
+    net: VisionTransformer,
+    heads: list[nn.Module],
+    mask_token: nn.Parameter,
+    *,
+    decay: float,
+    patch_embed_rate: float,
 ) -> list[dict[str, Any]]:
     """Parameter groups of equal rate: `lr_scale` = decay ** (blocks above).
 

@@ -72,8 +72,9 @@ class MAE(PretrainingModule):
         encoder = self.backbone.vision_transformer()
         if not pretrained:
             encoder.init_weights("jax")  # timm's name for that rule
-        self.n_patches = encoder.patch_embed.num_patches
-        if self.n_patches * self.backbone.patch_size**2 != image_size**2:
+        self.n_patches: int = encoder.patch_embed.num_patches
+        self.patch_size: int = encoder.patch_embed.patch_size[0]
+        if self.n_patches * self.patch_size**2 != image_size**2:
             raise ValueError(
                 f"backbone {backbone!r} cuts its patches out of a convolution's output, and MAE rebuilds "
                 "pixels: use a transformer without a convolutional stem"
@@ -86,7 +87,7 @@ class MAE(PretrainingModule):
         self.decoder = Decoder(
             encoder.embed_dim,
             encoder.patch_embed.grid_size,
-            patch_values=3 * self.backbone.patch_size**2,
+            patch_values=3 * self.patch_size**2,
             dimension=decoder_dimension,
             depth=decoder_depth,
             heads=decoder_heads,
@@ -110,7 +111,7 @@ class MAE(PretrainingModule):
         predicted = self.reconstruct(images, keep, restore)
         return reconstruction_loss(
             predicted,
-            patchify(images, self.backbone.patch_size),
+            patchify(images, self.patch_size),
             masked=restore >= self.n_keep,
             normalize=self.hparams.normalize_pixels,
         )
@@ -127,6 +128,8 @@ class MAE(PretrainingModule):
 
 class Decoder(nn.Module):
     """Narrow transformer from encoded kept patches to the pixels of all patches."""
+
+    positions: Tensor
 
     def __init__(
         self,

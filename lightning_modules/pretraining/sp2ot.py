@@ -328,6 +328,7 @@ class SP2OT(PretrainingModule):
         """Read the training loader in evaluation mode: logits for the buffer, features for the similarity."""
         # With workers of its own: the Trainer's may be kept from epoch to epoch, and are reading already.
         loader = copy.copy(self.trainer.train_dataloader)
+        assert loader is not None, "called while fitting"
         if isinstance(loader, DataLoader):
             loader._iterator = None
         features, ids, n_seen = [], [], 0

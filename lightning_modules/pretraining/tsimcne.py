@@ -113,7 +113,7 @@ class TSimCNE(PretrainingModule):
     def configure_optimizers(self) -> Optimizer:
         """One SGD over three groups; rates of 0 and a cleared state make it a stage's own optimiser."""
         body = [p for m in (self.backbone, self.hidden) for p in m.parameters() if p.requires_grad]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": body, "stages": (1, 3)},
             {"params": list(self.high.parameters()), "stages": (1,)},
             {"params": list(self.low.parameters()), "stages": (2, 3)},

@@ -159,6 +159,17 @@ def test_unreachable_hub_says_what_to_do(monkeypatch):
         build_backbone("torchvision:resnet18", pretrained=True)
 
 
+def test_a_users_own_network_in_timm_needs_no_pretrained_configuration():
+    def own_narrow_vit(pretrained=False, **options):
+        settings = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2} | options
+        return timm.models.build_model_with_cfg(
+            timm.models.VisionTransformer, "own_narrow_vit", pretrained, **settings
+        )
+
+    timm.models.register_model(own_narrow_vit)
+    assert build_backbone("timm:own_narrow_vit", image_size=32).dimension == 24
+
+
 def test_tokens_of_the_last_blocks():
     backbone = build_backbone("timm:vit_tiny_patch16_224", image_size=32, depth=3, reg_tokens=2).eval()
     images = torch.randn(2, 3, 32, 32)

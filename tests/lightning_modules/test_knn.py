@@ -312,3 +312,5 @@ def test_sets_of_pairs_and_unlabelled_samples():
         embed_share(module, iter([]))
     with pytest.raises(TypeError, match="'image' and 'label'"):
         embed_share(module, TwoViews(4))
+    with pytest.raises(TypeError, match=r"embed\(images\).*LightningModule has none"):
+        embed_share(L.LightningModule(), Labelled(4))
