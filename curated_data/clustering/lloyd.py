@@ -282,7 +282,7 @@ def _add_segments(sums: np.ndarray, rows: Rows, at: np.ndarray, clusters: np.nda
     Rows in memory are sorted by cluster at once; others are read in their order and sorted block by block.
     """
     if rows.held:
-        order = np.argsort(clusters, kind="stable")
+        order = _stable_order(clusters, rows.device)
         at, clusters = at[order], clusters[order]
         del order
 
@@ -292,13 +292,20 @@ def _add_segments(sums: np.ndarray, rows: Rows, at: np.ndarray, clusters: np.nda
         def one(start: int, stop: int, block: torch.Tensor, begin: int = begin) -> tuple[np.ndarray, ...]:
             part = clusters[begin + start : begin + stop]
             if not rows.held:
-                order = np.argsort(part, kind="stable")
+                order = _stable_order(part, rows.device)
                 part, block = part[order], block[torch.from_numpy(order).to(block.device)]
             first = np.flatnonzero(np.concatenate([[True], part[1:] != part[:-1]]))
             return part[first], segment_sums(block, first)
 
         for ids, partial in rows.map(one, positions=at[begin:end]):
             sums[ids] += sign * partial
+
+
+def _stable_order(values: np.ndarray, device: torch.device) -> np.ndarray:
+    """`values.argsort(kind="stable")`; a device sorts a million in a few milliseconds."""
+    if device.type == "cpu":
+        return np.argsort(values, kind="stable")
+    return torch.from_numpy(values).to(device).argsort(stable=True).cpu().numpy()
 
 
 def segment_sums(values: torch.Tensor, first: np.ndarray) -> np.ndarray:

@@ -16,8 +16,8 @@ balance of the trees equal those of the plain form (`benchmarks/RESULTS.md`).
 
 Ranks share the work by cells: each holds the rows of its own cells and computes candidates' scores there. A
 step sums one small matrix of gains over all ranks, in which every entry is nonzero on one rank only, so the
-choice is the same, bit for bit, on any number of ranks. On an accelerator the plain form is fast enough: a
-step is one pass over memory.
+choice is the same, bit for bit, on any number of ranks. On an accelerator the plain form is fast enough
+(`curated_data.clustering.greedy`): a step is one pass over memory.
 """
 
 import math
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from curated_data import distributed
+from curated_data.clustering.greedy import TINY, draw, fill, plain_greedy
 from curated_data.clustering.nearest import TILE, nearest_columns
 from curated_data.clustering.rows import Rows, new_matrix, parallel_map, rank_range
 
@@ -34,10 +35,7 @@ PROBES = 24  # cells that a candidate is compared with
 CELL = 128  # rows in a cell; down to a quarter of that for few rows, to have many more cells than probes
 _WIDTH = 16  # of which cells are multiples: products of other widths take up to 1.4 times as long
 _MANY_FIRST = 2048  # first centres, from which these are found by cells too
-_STRIP = 1024  # places whose gaps are summed before one is drawn
 _ROUND_BYTES = 128 << 20  # of scores in one round
-_TABLE_BYTES = 64 << 20  # of a table of all distances between few rows
-_TINY = 3e-6  # D² below this share of |x|² is a rounding error: the row repeats a centre
 
 
 def seed_rows(
@@ -98,86 +96,6 @@ def greedy_kmeans_plus_plus(
     return _Cells(rows, first, cell, probes, rank, world).choose(k, trials, generator)
 
 
-def plain_greedy(x: torch.Tensor, k: int, generator: np.random.Generator, trials: int) -> np.ndarray:
-    """Greedy k-means++ by its definition, on any device: in every step, each candidate against every row."""
-    n = len(x)
-    norms = x.square().sum(1)
-    if n * n * 4 <= _TABLE_BYTES and k * trials >= n:
-        return _greedy_by_table(_gaps(x, norms, np.arange(n)).cpu().numpy(), k, generator, trials)
-    chosen = np.empty(k, np.int64)
-    chosen[0] = generator.integers(n)
-    padded = torch.zeros(-(-n // _STRIP) * _STRIP, device=x.device)
-    gap = padded[:n]
-    gap.copy_(_gaps(x, norms, chosen[:1])[0])
-    for i in range(1, k):
-        candidates = _draw_by_strips(padded, trials, generator)
-        if candidates is None:
-            return _fill(chosen, i, n, generator)
-        lower = torch.minimum(_gaps(x, norms, candidates), gap)
-        best = int(lower.sum(1).argmin())
-        chosen[i] = candidates[best]
-        gap.copy_(lower[best])
-    return chosen
-
-
-def _greedy_by_table(gaps: np.ndarray, k: int, generator: np.random.Generator, trials: int) -> np.ndarray:
-    """The same from all squared distances (n, n), for few rows, where that costs no more than the steps."""
-    chosen = np.empty(k, np.int64)
-    chosen[0] = generator.integers(len(gaps))
-    gap = gaps[chosen[0]]
-    for i in range(1, k):
-        cumulative = gap.cumsum(dtype=np.float64)
-        if cumulative[-1] <= 0:
-            return _fill(chosen, i, len(gaps), generator)
-        candidates = _draw(cumulative, trials, generator)
-        lower = np.minimum(gaps[candidates], gap)
-        best = int(lower.sum(1).argmin())
-        chosen[i], gap = candidates[best], lower[best]
-    return chosen
-
-
-def _draw_by_strips(gap: torch.Tensor, m: int, generator: np.random.Generator) -> np.ndarray | None:
-    """m places, drawn with probabilities proportional to their gaps; None if all are 0.
-
-    First a strip, by the sums of the strips, then a place in it: little data leaves the device, and unlike a
-    cumulative sum there, it is repeatable.
-    """
-    strips = gap.view(-1, _STRIP)
-    sums = strips.sum(1, dtype=torch.float64).cpu().numpy()
-    cumulative = sums.cumsum()
-    if cumulative[-1] <= 0:
-        return None
-    aim = generator.random(m) * cumulative[-1]
-    at = np.minimum(cumulative.searchsorted(aim, side="right"), np.flatnonzero(sums)[-1])
-    inside = strips[torch.from_numpy(at).to(gap.device)].double().cpu().numpy().cumsum(1)
-    aim -= cumulative[at] - sums[at]
-    # Rounding may move an aim to or past the end of a strip: then take its last place with a gap.
-    last = (inside >= inside[:, -1:]).argmax(1)
-    return at * _STRIP + np.minimum((inside <= aim[:, None]).sum(1), last)
-
-
-def _gaps(x: torch.Tensor, norms: torch.Tensor, ids: np.ndarray) -> torch.Tensor:
-    """Squared distances of some rows to all, (len(ids), n); 0 from a row to itself and to its copies."""
-    at = torch.from_numpy(ids).to(x.device)
-    gap = torch.addmm(norms[at][:, None] + norms, x[at], x.T, alpha=-2)
-    return torch.where(gap < _TINY * norms, 0, gap)
-
-
-def _draw(cumulative: np.ndarray, m: int, generator: np.random.Generator) -> np.ndarray:
-    """m places, drawn with probabilities proportional to their steps in a cumulative sum."""
-    found = cumulative.searchsorted(generator.random(m) * cumulative[-1], side="right")
-    last = cumulative.searchsorted(cumulative[-1])
-    return np.minimum(found, last)  # if rounding gives the very end
-
-
-def _fill(chosen: np.ndarray, done: int, n: int, generator: np.random.Generator) -> np.ndarray:
-    """Fill up with random other rows, if there are fewer distinct rows than k."""
-    chosen[done:] = generator.choice(
-        np.setdiff1d(np.arange(n), chosen[:done]), len(chosen) - done, replace=False
-    )
-    return chosen
-
-
 class _Cells:
     """Rows in cells of equal size around the first centres, with the score of each row's nearest centre.
 
@@ -229,9 +147,9 @@ class _Cells:
             gap = self._gap().reshape(-1)
             cumulative = gap.cumsum(dtype=np.float64)
             if cumulative[-1] <= 0:
-                return _fill(chosen, done, len(self.rows), generator)
+                return fill(chosen, done, len(self.rows), generator)
             steps = min(k - done, max(1, done // 2), most)
-            drawn = _draw(cumulative, steps * trials, generator)
+            drawn = draw(cumulative, steps * trials, generator)
             luck = generator.random(len(drawn)) * gap[drawn]
             done += self._round(self.row.reshape(-1)[drawn], drawn, luck, trials, chosen[done:])
             if self.world > 1:
@@ -248,7 +166,7 @@ class _Cells:
         while made < len(chosen) and begin < len(rows):
             ahead = np.arange(begin, min(begin + 2 * trials, len(rows)))
             now, gains = self._look_ahead(ahead, slots, near, place, scores)
-            at = np.flatnonzero((now > luck[ahead]) & (now > _TINY * norm[slots[ahead]]))[:trials]
+            at = np.flatnonzero((now > luck[ahead]) & (now > TINY * norm[slots[ahead]]))[:trials]
             begin = int(ahead[at[-1]] if len(at) == trials else ahead[-1]) + 1
             if len(at) < trials and begin == len(rows) and made:
                 break  # too few are left for a step; the next round draws more
@@ -318,12 +236,12 @@ class _Cells:
         out = scores.split(sizes)
         weights = [self.weights[cell] for cell in (cells - self.begin).tolist()]
 
-        def fill(first: int, last: int) -> None:
+        def multiply(first: int, last: int) -> None:
             for i in range(first, last):
                 torch.mm(with_norms.index_select(0, who[i]), weights[i], out=out[i])
 
         edges = np.linspace(0, len(cells), 4 * torch.get_num_threads() + 1).astype(int)
-        parallel_map(fill, list(pairwise(edges)))
+        parallel_map(multiply, list(pairwise(edges)))
         return near, place.reshape(near.shape), scores.numpy()
 
     def _nearest_cells(self, candidates: torch.Tensor) -> np.ndarray:
@@ -361,4 +279,4 @@ class _Cells:
     def _gap(self) -> np.ndarray:
         """D² of every slot; 0 for padding and for rows that repeat a centre."""
         gap = self.score + self.norm
-        return np.where(gap > _TINY * self.norm, gap, 0)
+        return np.where(gap > TINY * self.norm, gap, 0)

@@ -1,18 +1,16 @@
 """Greedy k-means++ against its definition: what is drawn, what is kept, on any number of ranks."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
 
 from curated_data.clustering import Level, hierarchical_kmeans
+from curated_data.clustering.greedy import _draw_by_strips, _greedy_on_device, _running_sums, plain_greedy
 from curated_data.clustering.kmeans import prepare
-from curated_data.clustering.seeding import (
-    _draw_by_strips,
-    greedy_kmeans_plus_plus,
-    plain_greedy,
-    seed_rows,
-)
+from curated_data.clustering.seeding import greedy_kmeans_plus_plus, seed_rows
 from tests.oracles.clustering import clouds, squared_distances
 
 
@@ -55,6 +53,37 @@ def test_candidates_are_drawn_in_proportion_to_their_gaps():
     counts = np.array([(drawn == place).sum() for place in some])
     assert chisquare(counts, weight / weight.sum() * len(drawn)).pvalue > 1e-3
     assert _draw_by_strips(torch.zeros(2048), 3, rng) is None
+
+
+def on_device(x, k, seed, trials):
+    x = torch.from_numpy(x)
+    return _greedy_on_device(x, x.square().sum(1), k, np.random.default_rng(seed), trials)
+
+
+@pytest.mark.parametrize("n", [700, 3000])
+def test_devices_form_is_the_definition(n):
+    x = clouds(n, 6, 40, seed=0)
+    np.testing.assert_array_equal(on_device(x, 60, 0, 6), by_definition(x.astype(np.float64), 60, 0, 6))
+    repeated = np.repeat(clouds(20, 4, 5, seed=0), n // 20, axis=0)
+    chosen = on_device(repeated, 40, 0, 6)
+    assert len(np.unique(chosen)) == 40
+    assert len(np.unique(repeated[chosen], axis=0)) == 20
+
+
+def test_devices_form_never_waits_for_the_device():
+    """No operation in it hands a number to the host, which would have to wait for all that is queued."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        on_device(clouds(3000, 6, 40, seed=0), 60, 0, 6)
+    called = {event.key: event.count for event in profile.key_averages()}
+    assert called["aten::addmm"] == 60
+    assert not called.keys() & {"aten::_local_scalar_dense", "aten::item", "aten::nonzero"}
+
+
+@pytest.mark.parametrize("n", [1, 7, 1024, 1025, 5000, 3 << 20])
+def test_running_sums_are_numpys(n):
+    values = torch.from_numpy(np.random.default_rng(n).random(n))
+    upper = torch.ones(1024, 1024, dtype=torch.float64).triu()
+    np.testing.assert_allclose(_running_sums(values, upper), np.cumsum(values.numpy()), rtol=1e-12)
 
 
 def test_cells_choose_as_well_as_the_plain_form():
@@ -100,3 +129,10 @@ def test_plain_form_on_the_gpu_is_the_definition():
     x = clouds(3000, 6, 40, seed=0)
     ours = plain_greedy(torch.from_numpy(x).cuda(), 60, np.random.default_rng(0), trials=6)
     np.testing.assert_array_equal(ours, by_definition(x.astype(np.float64), 60, 0, 6))
+    many = torch.from_numpy(clouds(20_000, 6, 40, seed=0)).cuda()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        plain_greedy(many, 400, np.random.default_rng(0), trials=6)
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(caught) < 20  # the steps do not wait for the device
