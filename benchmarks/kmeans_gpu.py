@@ -5,8 +5,9 @@
 Compared on the same rows: our tiles in float32, and in TF32 and bfloat16 (once, and in two halves) with
 close calls decided in float32, each by torch's products and by our fused kernel; faiss on the GPU, and
 flash-kmeans's fused kernel where it can be imported (`pip install flash-kmeans`). Then sizes of the fused
-kernel's tiles; reading ahead: rows in host memory, read in blocks, against the transfers and the work one
-after the other; and a whole k-means with each kind of products. `PRODUCTS` and `FUSED` in
+kernel's tiles; seeding, against that by cells on the CPU; reading ahead: rows in host memory, read in blocks,
+against the transfers and the work one after the other; and a whole k-means with each kind of products, and a
+tree. `PRODUCTS` and `FUSED` in
 `curated_data.clustering.nearest` are to be chosen by this, `tile_sizes` in `curated_data.clustering.fused`
 by the sizes.
 
@@ -20,14 +21,16 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from curated_data.clustering import fused, kmeans, nearest
+from curated_data.clustering import Level, fused, hierarchical_kmeans, kmeans, nearest
 from curated_data.clustering.kmeans import full_precision, prepare
 from curated_data.clustering.nearest import Centroids
 from curated_data.clustering.rows import BLOCK, blocks
+from curated_data.clustering.seeding import greedy_kmeans_plus_plus
 
 SHAPES = ((500_000, 10_000, 256), (200_000, 50_000, 768), (1_000_000, 1_000, 64))
 STREAMED = (4_000_000, 256, 4_000)
 WHOLE = (1_000_000, 256, 5_000)
+TREE = (100_000, 256, (5_000, 1_000), (10, 3))
 PRODUCTS = ("float32", "tf32", "bf16", "bf16x3")
 KINDS = [("float32", False), *((products, kernel) for products in PRODUCTS[1:] for kernel in (False, True))]
 TILES = [
@@ -50,15 +53,27 @@ def gpu(device: str = "cuda", shrink: int = 1) -> None:
     for n, k, d in SHAPES:
         assignments(n // shrink, k // shrink, d, device, peak)
     tiles(SHAPES[0][0] // shrink, SHAPES[0][1] // shrink, SHAPES[0][2], device, peak["bf16"])
+    seeding(*(size // shrink for size in (WHOLE[0] // 10, WHOLE[2])), WHOLE[1], device)
     read_ahead(*(size // shrink for size in STREAMED[:1]), *STREAMED[1:], device)
+    whole(shrink, device)
+
+
+def whole(shrink: int, device: str) -> None:
+    """A k-means and a tree with each kind of products."""
     n, d, k = WHOLE
     x, _ = clusters(n // shrink, k // shrink, d, "cpu")
+    one = functools.partial(kmeans, x.numpy(), k // shrink, seed=0, device=device)
+    n, d, levels, sample_sizes = TREE
+    y, _ = clusters(n // shrink, levels[0] // shrink, d, "cpu")
+    sizes = [Level(k // shrink or 1, 10, r) for k, r in zip(levels, sample_sizes, strict=True)]
+    tree = functools.partial(hierarchical_kmeans, y.numpy(), sizes, seed=0, device=device)
+    print(f"k-means of {len(x)} x {d}, k = {k // shrink}, and tree of {len(y)} x {d}, levels {levels}")
     for products, kernel in KINDS:
         nearest.PRODUCTS, nearest.FUSED = products, kernel
-        result, seconds = timed(lambda: kmeans(x.numpy(), k // shrink, seed=0, device=device), device)
+        result, seconds = timed(one, device)
         print(
-            f"k-means {len(x)} x {d}, k = {k // shrink}, {named(products, kernel)}: {seconds:.2f} s, "
-            f"{result.n_iter} iterations, inertia {result.inertia:.6g}"
+            f"  {named(products, kernel):34} {seconds:.2f} s, {result.n_iter} iterations, "
+            f"inertia {result.inertia:.6g}; tree {timed(tree, device)[1]:.2f} s"
         )
     nearest.PRODUCTS, nearest.FUSED = "float32", False
 
@@ -154,6 +169,19 @@ def fused_peers(x: torch.Tensor, centroids: torch.Tensor) -> dict[str, tuple[Cal
     except ImportError as error:
         print(f"  flash-kmeans: not there ({error})")
     return peers
+
+
+@full_precision()
+def seeding(n: int, k: int, d: int, device: str) -> None:
+    """Greedy k-means++ of rows on the device, and by cells on all of the machine's cores."""
+    x, _ = clusters(n, k, d, "cpu")
+    settings = {"metric": "l2", "valid": None, "nonfinite": "raise", "max_memory": None}
+    for name in (device, "cpu"):
+        rows = prepare(x, device=name, **settings).hold()
+        choose = functools.partial(greedy_kmeans_plus_plus, rows, k, np.random.default_rng(0))
+        choose()
+        seconds = float(np.median([timed(choose, name)[1] for _ in range(3)]))
+        print(f"seeding {k} of {n} x {d} on {name}: {seconds:.2f} s")
 
 
 @full_precision()
