@@ -111,7 +111,7 @@ def kmeans(
             warning, or "raise".
         max_memory: bytes for rows held as float32, of which there are up to three arrays; if one would take
             more than a third, rows are read from `x` in blocks at every pass. None takes a quarter of the
-            machine's memory. Not counted: about 60 bytes per row, 12 bytes per dimension of a centroid, and
+            machine's memory, or of the CUDA device's. Not counted: about 60 bytes per row, 12 bytes per dimension of a centroid, and
             up to 200 MiB of blocks and scores in use.
 
     Raises:
@@ -187,13 +187,14 @@ def prepare(
     kept = usable if valid is None else usable & valid
     if not kept.any():
         raise ValueError(f"x has no usable row among {n}")
+    device = resolve_device(device)
     return Rows(
         x,
         None if kept.all() else np.flatnonzero(kept),
         normalise=metric == "cosine",
         mean=None if metric == "cosine" else mean,
-        device=resolve_device(device),
-        budget=int(distributed.broadcast(np.array([memory_budget(max_memory)]))[0]),
+        device=device,
+        budget=int(distributed.broadcast(np.array([memory_budget(max_memory, device)]))[0]),
     )
 
 

@@ -288,13 +288,16 @@ def _pool(pid: int, workers: int, default: int, name: str) -> ThreadPoolExecutor
     return pool
 
 
-def memory_budget(max_memory: int | None) -> int:
-    """Bytes for one array of held rows: a third of `max_memory`, or of a quarter of the machine's memory.
+def memory_budget(max_memory: int | None, device: torch.device) -> int:
+    """Bytes for one array of held rows: a third of `max_memory`, or of a quarter of the memory that the
+    machine, or its accelerator, has.
 
     Up to three arrays are held: the rows of a level, those of a resampling, and these in the order of their
     cells.
     """
     if max_memory is None:
+        if device.type == "cuda":
+            return torch.cuda.get_device_properties(device).total_memory // 12
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 12
     if not isinstance(max_memory, int | float | np.number) or not max_memory > 0:
         raise ValueError(f"max_memory needs a positive number of bytes, got {max_memory!r}")

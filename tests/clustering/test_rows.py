@@ -123,6 +123,7 @@ def test_rows_read_ahead_to_the_gpu_are_those_held(dtype):
     x = clouds(200_000, 64, 20, seed=0).astype(dtype)
     settings = {"metric": "cosine", "device": "cuda", "valid": None, "nonfinite": "raise"}
     held, read = (prepare(x, max_memory=m, **settings).hold() for m in (None, 3000))
+    assert held.budget == torch.cuda.get_device_properties(0).total_memory // 12
     for _ in range(3):
         found, expected = (rows.map(lambda a, b, block: block * 2, 4096) for rows in (read, held))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
