@@ -111,8 +111,8 @@ def kmeans(
             warning, or "raise".
         max_memory: bytes for rows held as float32, of which there are up to three arrays; if one would take
             more than a third, rows are read from `x` in blocks at every pass. None takes a quarter of the
-            machine's memory, or of the CUDA device's. Not counted: about 60 bytes per row, 12 bytes per dimension of a centroid, and
-            up to 200 MiB of blocks and scores in use.
+            machine's memory, or of the CUDA device's. Not counted: about 60 bytes per row, 12 bytes per
+            dimension of a centroid, and up to 200 MiB of blocks and scores in use.
 
     Raises:
         ValueError: arguments out of range, more clusters than valid rows, or non-finite rows under "raise".
