@@ -5,6 +5,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Checkpoint:
     def __init__(self, folder: Path | str | None, run: str) -> None:
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
-            self._on_rank_zero(lambda: _open(Path(folder), run))
+            self._on_rank_zero(partial(_open, self.folder, run))
 
     def save(self, name: str, arrays: Arrays) -> None:
         """Write a piece, on this rank."""
@@ -88,7 +89,7 @@ class Checkpoint:
         (self.folder / name).rename(aside)
         shutil.rmtree(aside)
 
-    def _on_rank_zero(self, look: Any) -> Any:
+    def _on_rank_zero(self, look: Callable[[], Any]) -> Any:
         """Call `look()` on rank zero; return its JSON-like answer, or raise its error, on every rank."""
         if not distributed.is_distributed():
             return look()
@@ -202,4 +203,4 @@ def _read(folder: Path) -> Arrays:
 
 
 def _crc(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

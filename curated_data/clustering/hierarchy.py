@@ -229,11 +229,12 @@ def _resampled(rows: Rows, level: Level, number: int, work: _Work) -> Arrays:
     state = saved.load(names[last]) if last >= 0 else None
     work.shares.finished(number, range(last + 1))
     for step in range(last + 1, n_steps + 1):
-        how = {
+        running = Running(saved, f"{names[step]}.running", work.checkpoint_seconds)
+        how: dict[str, Any] = {
             # An assignment that only decides which rows the next resampling takes may have a few errors.
             "exact": step == n_steps,
             "note": lambda text, step=step: work.shares.note(number, f"step {step} of {n_steps}, {text}"),
-            "running": Running(saved, f"{names[step]}.running", work.checkpoint_seconds),
+            "running": running,
         }
         seeds = np.random.SeedSequence((work.seed, number, step))
         if state is None:
@@ -249,7 +250,7 @@ def _resampled(rows: Rows, level: Level, number: int, work: _Work) -> Arrays:
             saved.save(names[step], state)
             if step:
                 saved.drop(names[step - 1])
-        how["running"].clear()
+        running.clear()
         work.shares.finished(number, [step])
     work.shares.finished(number, range(n_steps + 1, level.n_resamples + 1))
     assert state is not None

@@ -69,7 +69,8 @@ def choose_levels(n: int, target_size: int | None = None) -> list[Level]:
     if target_size is not None:
         k = max(k, min(2 * target_size, n // 4, 100 * k))
     k = min(k, 10_000_000)
-    levels, below = [], n
+    levels: list[Level] = []
+    below = n
     while k >= 1 and len(levels) < 4:
         if k > 1_000_000:
             levels.append(Level(k // 100, n_splits=100))

@@ -52,7 +52,8 @@ class Centroids:
 
     def _make_tiles(self) -> None:
         weight = -2.0 * self.centroids
-        self.tiles, self.reduced_tiles = [], []
+        self.tiles: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self.reduced_tiles: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
         for start, stop in blocks(self.k, _COLUMNS if self.on_cpu else _DEVICE_COLUMNS):
             w, b = weight[start:stop].contiguous(), self.norms[start:stop].contiguous()
             self.tiles.append((start, w.to_mkldnn(), b.to_mkldnn()) if self.onednn else (start, w.T, b))
@@ -188,7 +189,7 @@ class Centroids:
         |e||c| / sqrt(d) and |x'||f| / sqrt(d), with the largest |c| and |f|. If that leaves the second in
         doubt, the row is compared with all centroids in float32, as exact ties always are.
         """
-        best, second, skipped = *scores[:2], scores[2] if len(scores) > 2 else None
+        best, second = scores[:2]
         exact = self._score(rows, index)
         rest = (rows - _rounded(rows, self.products)).norm(dim=1)
         spread = rest * self.largest + rows.norm(dim=1) * self.largest_rest
@@ -199,6 +200,7 @@ class Centroids:
         self.n_rechecked += len(doubt)
         found = [index, *(torch.where(index >= 0, score, torch.inf) for score in (exact, lower))]
         if skip is not None:
+            skipped = scores[2]
             found.append(torch.where(skipped.isnan(), skipped, self._score(rows, skip)))
         if len(doubt):
             again = _search(
@@ -255,7 +257,8 @@ def _rounded(x: torch.Tensor, products: str) -> torch.Tensor:
     if products == "bf16":
         return x.bfloat16().float()
     if products == "bf16x3":
-        return sum(half.float() for half in _halves(x))
+        high, low = _halves(x)
+        return high.float() + low.float()
     return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 

@@ -46,8 +46,8 @@ class Neighbourhoods:
             moved: (k,) bool, which centroids have moved since the last call; None for all. Cells that are not
                 near any of them are skipped.
         """
-        near = nearest_columns(self.centres, centroids, min(_CANDIDATES, len(centroids)))
-        near = near.cpu().numpy()
+        columns = nearest_columns(self.centres, centroids, min(_CANDIDATES, len(centroids)))
+        near: np.ndarray = columns.cpu().numpy()
         if self.seen is None or moved is None:
             stale = np.ones(len(near), bool)
         else:

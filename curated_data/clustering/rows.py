@@ -5,7 +5,7 @@ import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any, Protocol, TypeVar
 
@@ -113,7 +113,7 @@ class Rows:
             return slice(start, stop) if positions is None else positions[start:stop]
 
         if self._held is not None:
-            take = self.block if positions is None else lambda start, stop: self.take(which(start, stop))
+            take = self.block if positions is None else lambda start, stop: self.take(positions[start:stop])
             return parallel_map(lambda start, stop: work(start, stop, take(start, stop)), pieces, workers)
         with _ReadAhead([which(*piece) for piece in pieces], self._fetch, workers) as ahead:
             places = [(i,) for i in range(len(pieces))]
@@ -203,7 +203,8 @@ class _ReadAhead:
         readers = max(1, workers // 4)
         self.pieces, self.fetch, self.depth = pieces, fetch, workers + readers
         self.pool = _pool(os.getpid(), readers, torch.get_num_threads(), "curated-data-read")
-        self.lock, self.next, self.reads = threading.Lock(), 0, {}
+        self.lock, self.next = threading.Lock(), 0
+        self.reads: dict[int, Future[Callable[[], torch.Tensor]]] = {}
 
     def take(self, i: int) -> torch.Tensor:
         """The i-th piece; starts reading the next ones."""

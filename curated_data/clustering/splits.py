@@ -1,6 +1,7 @@
 """A level too large for one k-means, in two passes: first groups, then clusters within each group."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,9 +61,11 @@ def split_level(
         elif loaded is not None and i in mine:
             begun[i] = running, loaded
     for count, i in enumerate(mine, 1):
-        running, part = begun.pop(i, None) or (
-            Running(saved, f"{pieces[i]}.running", checkpoint_seconds, alone=True), _nothing(rows)
-        )  # fmt: skip
+        if i in begun:
+            running, part = begun.pop(i)
+        else:
+            running = Running(saved, f"{pieces[i]}.running", checkpoint_seconds, alone=True)
+            part = _nothing(rows)
         part = _split(rows, portions[i], order, start, n_splits, children, run_kmeans, running, part)
         saved.save(pieces[i], part)
         running.clear()
@@ -98,8 +101,13 @@ def _split(
                     "squared": fit.squared,
                 }
             )
-        running.offer(lambda g=g: _joined(parts) | {"last": np.array([g])})
+        running.offer(partial(_up_to, g, parts))
     return _joined(parts)
+
+
+def _up_to(g: int, parts: list[Arrays]) -> Arrays:
+    """The results of a portion's groups up to group g."""
+    return _joined(parts) | {"last": np.array([g])}
 
 
 def _nothing(rows: Rows) -> Arrays:
