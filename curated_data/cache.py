@@ -15,7 +15,7 @@ import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,8 @@ def atomic_save(path: Path | str, array: np.ndarray) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def atomic_write_json(path: Path | str, content: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented and with sorted keys, published by `atomic_path`."""
+def atomic_write_json(path: Path | str, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Write a JSON object or array, indented and with sorted keys, published by `atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 

@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -97,13 +98,13 @@ class RecurationCallback(pl.Callback):
         ):
             if value is not None and value < least:
                 raise ConfigError(f"RecurationCallback.{name}: expected at least {least}, got {value}")
-        for name, value, choices in (
+        for name, choice, choices in (
             ("mode", mode, ("min", "max")),
             ("on_failure", on_failure, ("keep", "stop")),
         ):
-            if value not in choices:
+            if choice not in choices:
                 raise ConfigError(
-                    f"RecurationCallback.{name}: expected one of {', '.join(choices)}, got {value!r}"
+                    f"RecurationCallback.{name}: expected one of {', '.join(choices)}, got {choice!r}"
                 )
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.monitor, self.mode, self.patience = monitor, mode, patience
@@ -224,6 +225,7 @@ class RecurationCallback(pl.Callback):
         started = time.monotonic()
         data = _datamodule(trainer)
         old = data.selection
+        assert old is not None, "the data module is set up, and has a curation"
         curation = self._recurate(trainer, pl_module, data, epoch)
         if curation is None:
             return {}
@@ -258,8 +260,9 @@ class RecurationCallback(pl.Callback):
         current = data.curation.folders["selection"].name if data.curation is not None else None
         if self._selection is None:
             data.curation = data.base_curation
-        if self._selection in (None, current):
+        if self._selection is None or self._selection == current:
             return
+        assert data.cache_dir is not None, "a curation comes with one"
         try:
             data.curation = open_curation(data.cache_dir, self._selection)
         except CacheError as error:  # a later re-curation removed its tree; the ids are kept elsewhere
@@ -302,31 +305,33 @@ class RecurationCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, data: CuratedDataModule, epoch: int
     ) -> Curation | None:
         """A curation with the module's features; None if it failed and the old selection is kept."""
-        config = dataclasses.replace(
-            data.curation_config, seed=data.curation_config.seed + self.n_recurations + 1
-        )
+        first, base, cache_dir = data.curation_config, data.base_curation, data.cache_dir
+        assert first is not None, "checked in `setup`"
+        assert base is not None, "made before the first epoch"
+        assert cache_dir is not None, "a curation comes with one"
+        config = dataclasses.replace(first, seed=first.seed + self.n_recurations + 1)
         failure: Exception | None = None
         curation: Curation | None = None
         try:
             _agree_on_buffers(pl_module)
             module = unsharded(pl_module, trainer.model)
-            settings = {
+            settings: dict[str, Any] = {
                 "embedder": resolve_embedder(self.embedder(module) if self.embedder else module),
-                "cache_dir": data.cache_dir,
+                "cache_dir": cache_dir,
                 "device": trainer.strategy.root_device,
                 "decoders": data.decoders,
             }
             if self.share == 1:
                 curation = curate(data.pool, config, **settings)
             else:
-                curation = recurate(data.pool, config, base=data.base_curation, share=self.share, **settings)
+                curation = recurate(data.pool, config, base=base, share=self.share, **settings)
         except Exception as error:  # of any kind: on_failure decides what becomes of the run
             failure = error
         # Either all ranks keep the old selection, or none does.
         failed_somewhere = bool(all_reduce(np.array([failure is not None], np.int64), "max")[0])
         if not failed_somewhere and curation is not None:
             if not self.keep_artifacts:
-                self._drop_earlier(data, curation)
+                self._drop_earlier(open_cache(cache_dir), base, curation)
             return curation
         if self.on_failure == "stop":
             raise failure or RuntimeError("re-curation failed on another rank; its log says why")
@@ -334,10 +339,10 @@ class RecurationCallback(pl.Callback):
         log.warning("re-curation after epoch %d failed, the old selection stays: %s", epoch, reason)
         return None
 
-    def _drop_earlier(self, data: CuratedDataModule, curation: Curation) -> None:
-        root = open_cache(data.cache_dir)
+    def _drop_earlier(self, root: Path, base: Curation, curation: Curation) -> None:
+        """Remove the last re-curation's artifacts from the cache, but for those that `curation` uses too."""
         named = ("embeddings", "fresh_embeddings", "near_duplicates", "tree")
-        first = set(data.base_curation.folders.values())  # later re-curations build on it
+        first = set(base.folders.values())  # later re-curations build on it
         new = [
             str(folder.relative_to(root))
             for name, folder in curation.folders.items()
@@ -378,9 +383,9 @@ def _agree_on_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def _compare(old: np.ndarray | None, curation: Curation) -> dict[str, float]:
+def _compare(old: np.ndarray, curation: Curation) -> dict[str, float]:
     new = np.unique(curation.ids)
-    before = np.arange(len(curation.embeddings)) if old is None else np.unique(old)
+    before = np.unique(old)
     shared = len(np.intersect1d(before, new, assume_unique=True))
     lowest = curation.report["levels"][0]
     return {

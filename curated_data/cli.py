@@ -185,18 +185,17 @@ def _config(parsed: argparse.Namespace) -> Any:
     from curated_data.config import load_config, read_yaml
 
     config = read_yaml(Path(parsed.config)) if parsed.config else OmegaConf.create({})
-    if not isinstance(config, DictConfig):
-        raise ConfigError(f"{parsed.config}: expected fields and values, found {type(config).__name__}")
     for item in parsed.set:
         if "=" not in item:
             raise ConfigError(f"--set {item}: expected FIELD=VALUE")
     try:
-        config = OmegaConf.merge(config, OmegaConf.from_dotlist(parsed.set))
+        merged = OmegaConf.merge(config, OmegaConf.from_dotlist(parsed.set))
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"--set {' '.join(parsed.set)}: {' '.join(str(error).split())}") from error
+    assert isinstance(merged, DictConfig), "both are mappings"
     if parsed.target_size is not None:
-        config.target_size = parsed.target_size
-    return load_config(config)
+        merged.target_size = parsed.target_size
+    return load_config(merged)
 
 
 def _import(parsed: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
@@ -15,6 +15,8 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from curated_data.clustering.levels import Level
 from curated_data.errors import ConfigError, first_line
 from curated_data.processes import check_context
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -149,8 +151,6 @@ def load_config(source: "CurationConfig | Mapping[str, Any] | DictConfig | str |
     else:
         kind = type(source).__name__
         raise ConfigError(f"curation: expected a CurationConfig, a mapping or a YAML file, got {kind}")
-    if not isinstance(content, Mapping | DictConfig):
-        raise ConfigError(f"curation: expected fields and values, got {type(content).__name__}")
     _check_containers(CurationConfig, content)
     if content.get("levels", None) == "auto":
         content = {**content, "levels": None}
@@ -159,7 +159,7 @@ def load_config(source: "CurationConfig | Mapping[str, Any] | DictConfig | str |
     return config
 
 
-def structured(schema: type, content: Mapping[str, Any] | DictConfig) -> Any:
+def structured(schema: type[T], content: dict[str, Any] | DictConfig) -> T:
     """A dataclass object from a mapping, typed by OmegaConf; errors name the field by its dotted path.
 
     Raises:
@@ -167,13 +167,14 @@ def structured(schema: type, content: Mapping[str, Any] | DictConfig) -> Any:
     """
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(content))
-        return OmegaConf.to_object(merged)
+        filled: Any = OmegaConf.to_object(merged)
+        return filled
     except ConfigKeyError as error:
-        valid = [item.name for item in dataclasses.fields(error.object_type or schema)]
+        owner: Any = error.object_type or schema
+        valid = [item.name for item in dataclasses.fields(owner)]
         near = difflib.get_close_matches(str(error.key), valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"fields are {', '.join(valid)}"
-        owner = (error.object_type or schema).__name__
-        raise ConfigError(f"{error.full_key}: {owner} has no such field; {hint}") from error
+        raise ConfigError(f"{error.full_key}: {owner.__name__} has no such field; {hint}") from error
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: missing; it has no default") from error
     except OmegaConfBaseException as error:
@@ -247,17 +248,20 @@ def _at(config: Any, path: str) -> Any:
     return config
 
 
-def read_yaml(path: Path) -> Any:
-    """The content of a YAML file.
+def read_yaml(path: Path) -> DictConfig:
+    """The fields and values of a YAML file.
 
     Raises:
-        ConfigError: it cannot be read, or is no YAML.
+        ConfigError: it cannot be read, is no YAML, or is a list.
     """
     try:
-        return OmegaConf.load(path)
+        content = OmegaConf.load(path)
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); give the path of a YAML file"
         ) from error
     except Exception as error:  # PyYAML's own errors, which OmegaConf does not wrap
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{path}: expected fields and values, found a list")
+    return content

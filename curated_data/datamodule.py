@@ -23,6 +23,7 @@ from curated_data.arguments import (
 )
 from curated_data.cache import absolute
 from curated_data.config import CurationConfig, load_config
+from curated_data.errors import ConfigError
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.pool.urls import is_remote
@@ -37,6 +38,7 @@ from curated_data.streaming.sampler import GlobalBatchSampler
 from curated_data.streaming.statistics import StreamStatistics
 from curated_data.streaming.training import TrainingStream
 from curated_data.trainer import (
+    change_setting,
     cores_a_rank,
     end_resumed_epoch,
     epochs_to_come,
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_RELOAD = "reload_dataloaders_every_n_epochs"
 _SPARES = 6  # with a tenth of the pool bad, a sample and all of its spares are bad once in ten million
 
 
@@ -198,10 +201,10 @@ class CuratedDataModule(pl.LightningDataModule):
         self._is_set_up = False
         self._reload_every: int | None = None
         self._decoder: DeviceDecoder | None = None
-        self._planned: np.ndarray | None = None  # the selection for which remote access was planned
+        self._planned: np.ndarray | int | None = None  # the selection for which remote access was planned
         if device_views is not None:
             # On the instance: a hook in the class would keep the module's own from ever running.
-            self.on_after_batch_transfer = self._make_device_views
+            self.on_after_batch_transfer = self._make_device_views  # type: ignore[method-assign]
         self._hide_val_dataloader()
 
     def __repr__(self) -> str:
@@ -273,7 +276,7 @@ class CuratedDataModule(pl.LightningDataModule):
         self._plan_access(order)
         keep = self.persistent_workers
         if keep is None:  # kept workers, pinned memory and a reload leak file handles (Lightning #18487)
-            keep = not (self._pins() and setting(self.trainer, "reload_dataloaders_every_n_epochs"))
+            keep = not (self._pins() and setting(self.trainer, _RELOAD))
         return self._loader(
             dataset,
             order,
@@ -285,7 +288,13 @@ class CuratedDataModule(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader:
-        """All of `val_pool` in its order, each sample once. Without a `val_pool` the method is hidden."""
+        """All of `val_pool` in its order, each sample once. Without a `val_pool` the method is hidden.
+
+        Raises:
+            ConfigError: a subclass calls it without a `val_pool`.
+        """
+        if self.val_pool is None:
+            raise ConfigError("val_pool: none was given, so there is nothing to validate on")
         return self._evaluation_loader(self.val_pool)
 
     def predict_dataloader(self) -> DataLoader:
@@ -317,7 +326,7 @@ class CuratedDataModule(pl.LightningDataModule):
     def _hide_val_dataloader(self) -> None:
         if self.val_pool is None and type(self).val_dataloader is CuratedDataModule.val_dataloader:
             # Hide the method: a Trainer warns of one if the module has no validation_step.
-            self.val_dataloader = super().val_dataloader
+            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
     def __getstate__(self) -> dict[str, Any]:
         # A method that hides another is pickled by name, and would come back as the hidden one.
@@ -333,6 +342,8 @@ class CuratedDataModule(pl.LightningDataModule):
         if self.curation_config is not None:
             from curated_data.pipeline import curate
 
+            assert self.embedder is not None, "a curation comes with one"
+            assert self.cache_dir is not None, "a curation comes with one"
             self.curation = curate(
                 self.pool,
                 self.curation_config,
@@ -353,6 +364,7 @@ class CuratedDataModule(pl.LightningDataModule):
     def _training_order(self, ids: np.ndarray | None, shuffle: Shuffle) -> EpochOrder:
         strata = None
         if self.stratify_level is not None and shuffle == "full":
+            assert self.curation is not None, "stratify_level comes with a curation"
             strata = self.curation.tree.assignment(self.stratify_level, ids)
         order = EpochOrder(
             len(self.pool) if ids is None else ids,
@@ -381,8 +393,7 @@ class CuratedDataModule(pl.LightningDataModule):
         planned = self._planned is order.selection and self._planned is not None
         if planned or not any(map(is_remote, self.pool.urls)):
             return
-        whole = isinstance(order.selection, int)
-        ids = None if whole else np.unique(order.selection)
+        ids = None if isinstance(order.selection, int) else np.unique(order.selection)
         self.pool.plan_access(ids, epochs=epochs_to_come(self.trainer, order.n_batches))
         self._planned = order.selection
 
@@ -390,8 +401,10 @@ class CuratedDataModule(pl.LightningDataModule):
         """Lightning's `on_after_batch_transfer`; batches for evaluation pass unchanged."""
         if not isinstance(batch, dict) or "view_seed" not in batch:
             return batch
+        assert self.device_views is not None, "seeds are there for its sake"
         seeds = batch.pop("view_seed")
         if "encoded" in batch:
+            assert self._decoder is not None, "made with the loader"
             self._decoder(batch, seeds.device)
         views = self.device_views(batch.pop("image"), seeds)
         if isinstance(views, Tensor):
@@ -412,10 +425,10 @@ class CuratedDataModule(pl.LightningDataModule):
             return
         waiting = self._stream.waiting or self._stream.resumed_between_selections
         if waiting and self._reload_every is None:
-            self._reload_every = self.trainer.reload_dataloaders_every_n_epochs
-            self.trainer.reload_dataloaders_every_n_epochs = 1
+            self._reload_every = change_setting(self.trainer, _RELOAD, 1)
         elif not waiting and self._reload_every is not None:
-            self.trainer.reload_dataloaders_every_n_epochs, self._reload_every = self._reload_every, None
+            change_setting(self.trainer, _RELOAD, self._reload_every)
+            self._reload_every = None
 
     def _evaluation_loader(self, pool: ShardPool) -> DataLoader:
         transform = (

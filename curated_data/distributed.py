@@ -1,6 +1,7 @@
 """The few collective calls that the package needs, over `torch.distributed`; no-ops on one process."""
 
 import contextlib
+import secrets
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -178,7 +179,7 @@ def build_together(
 
 
 def _random() -> np.ndarray:
-    return np.array([np.random.SeedSequence().entropy % 2**62], np.int64)
+    return np.array([secrets.randbits(62)], np.int64)
 
 
 @contextlib.contextmanager

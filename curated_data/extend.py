@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Drift:
 
 
 def extend(
-    pool: ShardPool | str | Path | list[str],
+    pool: ShardPool | str | Path | Sequence[str | Path],
     config: CurationConfig | Mapping[str, Any] | DictConfig | str | Path,
     *,
     tree: str | Path,
@@ -183,6 +183,7 @@ def _grow(
 
 
 def _drift(tree: ClusterTree, known: np.ndarray, limit: float) -> Drift:
+    assert tree.distance is not None
     inside = tree.parent[1] != EXCLUDED
     before, after = tree.distance[inside & known], tree.distance[inside & ~known]
     if not len(after):

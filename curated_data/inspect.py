@@ -79,7 +79,7 @@ def verify_cache(cache_dir: str | Path) -> list[str]:
 
     root = Path(cache_dir).expanduser()
     check_is_cache(root)
-    problems = []
+    problems: list[str] = []
     for manifest in sorted(root.glob(f"[!.]*/[!.]*/**/{MANIFEST}")):
         if any(part.startswith(".") for part in manifest.relative_to(root).parts):
             continue

@@ -48,16 +48,15 @@ class CurationLogger(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        data = getattr(trainer, "datamodule", None)
-        if not isinstance(data, CuratedDataModule) or data.curation_config is None:
-            raise ConfigError("CurationLogger: needs a CuratedDataModule with a `curation`")
+        data = _datamodule(trainer)
         if self.labels is not None and np.shape(self.labels) != (len(data.pool),):
             raise ConfigError(
                 f"CurationLogger.labels: expected shape ({len(data.pool)},), got {np.shape(self.labels)}"
             )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        curation = trainer.datamodule.curation
+        curation = _datamodule(trainer).curation
+        assert curation is not None, "made before training begins"
         name = curation.folders["selection"].name
         if name in self._logged:
             return
@@ -72,7 +71,7 @@ class CurationLogger(pl.Callback):
         self._logged = list(state_dict["logged"])
 
     def _log(self, trainer: pl.Trainer, curation: Curation) -> None:
-        labels = self._labels(trainer.datamodule)
+        labels = self._labels(_datamodule(trainer))
         values = curation_metrics(curation, labels)
         plots = {"curation/cluster_sizes": figures.size_curves(curation.tree, curation.ids)}
         balance = None if labels is None else class_balance(labels, curation.ids)
@@ -92,6 +91,13 @@ class CurationLogger(pl.Callback):
         if "cls" not in data.pool.index().extensions or len(data.pool) > _READ_LABELS:
             return None
         return data.pool.labels(np.arange(len(data.pool)))
+
+
+def _datamodule(trainer: pl.Trainer) -> CuratedDataModule:
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, CuratedDataModule) or data.curation_config is None:
+        raise ConfigError("CurationLogger: needs a CuratedDataModule with a `curation`")
+    return data
 
 
 def curation_metrics(curation: Curation, labels: np.ndarray | None = None) -> dict[str, float]:
@@ -122,7 +128,7 @@ def _show(
     logger: Any, plots: dict[str, Figure], header: list[str], rows: list[list[float]], step: int
 ) -> None:
     """Log plots and table to a logger that can: TensorBoard's writer, or the methods of `WandbLogger`."""
-    writer = getattr(logger, "experiment", None)
+    writer: Any = getattr(logger, "experiment", None)
     if hasattr(writer, "add_figure"):
         for name, figure in plots.items():
             writer.add_figure(name, figure, global_step=step)

@@ -10,10 +10,10 @@ import dataclasses
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from curated_data.pool.decode import Decoders
 from curated_data.report.metrics import cluster_balance
 from curated_data.selection.near_duplicates import exact_groups, image_contents, near_duplicates
 from curated_data.selection.removed import Removed
-from curated_data.selection.sampling import flat_sample, hierarchical_sample
+from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_sample
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Curation:
 
 
 def curate(
-    pool: ShardPool | str | Path | list[str],
+    pool: ShardPool | str | Path | Sequence[str | Path],
     config: CurationConfig | Mapping[str, Any] | DictConfig | str | Path,
     *,
     embedder: str | nn.Module | Callable[[Tensor], Tensor] | Embedder,
@@ -131,13 +131,13 @@ def curate(
         origin["near_duplicates"] = folder.name
     n_valid = int(valid.sum())
     if not n_valid:
-        first = next(store.iterate_failures(), None)
         if store.n_failures < n_samples:
             raise PoolError(
                 f"near-duplicates: all of the pool's {n_samples - store.n_failures} samples that could be "
                 "embedded are copies of held-out ones; raise near_duplicates.threshold, or look at what "
                 "held_out names"
             )
+        first = next(store.iterate_failures())
         raise PoolError(
             f"none of the pool's {n_samples} samples could be embedded; the first: {first['shard']}, key "
             f"{first['key']!r}: {first['reason']}"
@@ -242,6 +242,7 @@ def build_tree(
     checkpoint = root / "checkpoints" / f"tree-{name}"
 
     def cluster() -> ClusterTree:
+        assert config.levels is not None, "derived by now"
         try:
             return hierarchical_kmeans(
                 store,
@@ -301,7 +302,7 @@ def select(root: Path, tree: ClusterTree, config: CurationConfig, tree_name: str
         ids = sample(
             tree,
             config.target_size,
-            strategy=config.strategy,
+            strategy=cast(Strategy, config.strategy),  # one of them, by `load_config`
             max_repeats=config.max_repeats,
             seed=config.seed,
         )

@@ -8,7 +8,7 @@ samples from all over the pool, a small k-means on their embeddings, and a matri
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class Plan:
 
 
 def plan(
-    pool: ShardPool | str | Path | list[str],
+    pool: ShardPool | str | Path | Sequence[str | Path],
     config: CurationConfig | Mapping[str, Any] | DictConfig | str | Path,
     *,
     embedder: str | nn.Module | Callable[[Tensor], Tensor] | Embedder,
@@ -112,7 +112,7 @@ def plan(
     config = dataclasses.replace(config, levels=levels)
 
     probe = _probe(n_samples, n_probe)
-    if store is None:
+    if store is None or valid is None:
         rows, samples_a_second = _embed_probe(pool, embedder, probe, config, device, decoders)
     else:
         usable = np.flatnonzero(valid)

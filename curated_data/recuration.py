@@ -111,8 +111,8 @@ def recurate(
     report = report_of(pool, base.embeddings, tree.parent[1] != EXCLUDED, tree, ids, config)
     report["near_duplicates"] = base.report["near_duplicates"]
     report["failed"] += store.n_failures
-    kept = int((tree.parent[1] != EXCLUDED).sum())
-    report["excluded"] = len(pool) - report["failed"] - report["near_duplicates"] - kept
+    n_kept = int((tree.parent[1] != EXCLUDED).sum())
+    report["excluded"] = len(pool) - report["failed"] - report["near_duplicates"] - n_kept
     report |= {
         "share": share,
         "fresh": len(fresh),

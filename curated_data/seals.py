@@ -78,11 +78,10 @@ def load_npy(path: Path, remedy: object, *, map_mode: MapMode = None) -> np.ndar
 
 def unreadable(path: Path, error: BaseException, remedy: object) -> CacheError:
     """The error for a file that cannot be read. One that the system refuses to open is not called damaged."""
-    code = getattr(error, "errno", None)
-    if code in (errno.EMFILE, errno.ENFILE):
+    if not isinstance(error, OSError) or error.errno is None:
+        return CacheError(f"{path}: damaged ({error}); {remedy}")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
         return CacheError(f"{path}: too many open files; raise `ulimit -n`")
-    if isinstance(error, OSError) and code not in (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
-        return CacheError(f"{path}: cannot be read ({error.strerror}); see to its permissions and its disk")
-    if code is not None:
+    if error.errno in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
         return CacheError(f"{path}: missing, or no file ({error.strerror}); {remedy}")
-    return CacheError(f"{path}: damaged ({error}); {remedy}")
+    return CacheError(f"{path}: cannot be read ({error.strerror}); see to its permissions and its disk")

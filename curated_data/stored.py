@@ -57,8 +57,8 @@ def open_curation(cache_dir: str | Path, selection: str) -> Curation:
     if "near_duplicates" in source:
         folders["near_duplicates"] = root / "near_duplicates" / source["near_duplicates"]
     store = _store(folders["embeddings"], shards)
-    known = {item.name for item in dataclasses.fields(CurationConfig)}
-    values = {name: value for name, value in (settings | chosen["settings"]).items() if name in known}
+    fields = {item.name for item in dataclasses.fields(CurationConfig)}
+    values = {name: value for name, value in (settings | chosen["settings"]).items() if name in fields}
     values["levels"] = [Level(**level) for level in settings.get("levels") or []] or None
     ids = read_array(folders["selection"], "ids", chosen)
     valid = store.valid

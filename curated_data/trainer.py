@@ -25,6 +25,13 @@ def setting(trainer: pl.Trainer | None, name: str) -> Any:
     return 0 if trainer is None else getattr(trainer, name)
 
 
+def change_setting(trainer: pl.Trainer, name: str, value: Any) -> Any:
+    """Set an argument of the Trainer; returns what it was."""
+    old = getattr(trainer, name)
+    setattr(trainer, name, value)
+    return old
+
+
 def from_module(trainer: pl.Trainer | None, name: str) -> Callable[[Any], Any] | None:
     """What a method of the module in training returns; None if there is no such method."""
     module = None if trainer is None else getattr(trainer, "lightning_module", None)
@@ -34,13 +41,13 @@ def from_module(trainer: pl.Trainer | None, name: str) -> Callable[[Any], Any] |
 
 def n_trained(trainer: pl.Trainer) -> int:
     """The number of batches whose optimizer step is done."""
-    return trainer.fit_loop.epoch_loop.batch_progress.total.processed
+    return _batch_progress(trainer).total.processed
 
 
 def is_between_epochs(trainer: pl.Trainer) -> bool:
     """Whether the Trainer has finished the batches of an epoch, and not begun the next."""
-    epochs = trainer.fit_loop.epoch_progress.current
-    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or epochs.processed == epochs.ready > 0
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    return _batch_progress(trainer).is_last_batch or epochs.processed == epochs.ready > 0
 
 
 def forget_loader(trainer: pl.Trainer) -> None:
@@ -78,9 +85,14 @@ def end_resumed_epoch(trainer: pl.Trainer, n_batches: int) -> bool:
         Whether that was possible. It is not before the Trainer has restored its progress, after which it asks
         for a loader again.
     """
-    progress = trainer.fit_loop.epoch_loop.batch_progress
+    progress = _batch_progress(trainer)
     if not progress.is_last_batch:
         return False
     if progress.current.completed < progress.current.processed:  # saved as that batch ended
         progress.current.completed = max(progress.current.completed, n_batches)
     return True
+
+
+def _batch_progress(trainer: pl.Trainer) -> Any:
+    """Lightning's counts of batches, which have more fields than the types that it declares."""
+    return trainer.fit_loop.epoch_loop.batch_progress

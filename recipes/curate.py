@@ -82,9 +82,9 @@ def read_settings(paths: Sequence[str], overrides: Sequence[str] = ()) -> Settin
         if "=" not in item:
             raise ConfigError(f"{item}: expected FIELD=VALUE")
     try:
-        parts = [OmegaConf.create(read_yaml(Path(path))) for path in paths]
+        parts = [read_yaml(Path(path)) for path in paths]
         merged = OmegaConf.merge(*parts, OmegaConf.from_dotlist(list(overrides)))
-        content = OmegaConf.to_container(merged, resolve=True)
+        content: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
     return structured(Settings, content)

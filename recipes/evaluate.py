@@ -19,6 +19,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,16 +136,18 @@ def evaluate_all(
 def compare(results: Results) -> Comparisons:
     """Compare each embedder with the first, by the results of the test images."""
     first, *others = results
-    return {
-        (other, dataset, name): comparison(
-            figure.samples, results[other][dataset][name].samples, statistic=figure.statistic
-        )
-        for other in others
-        for dataset, figures in results[first].items()
-        for name, figure in figures.items()
-        if figure.samples is not None and name in results[other][dataset]
-        and len(figure.samples) == len(results[other][dataset][name].samples)
-    }  # fmt: skip
+    compared: Comparisons = {}
+    for other in others:
+        for dataset, figures in results[first].items():
+            for name, figure in figures.items():
+                own = results[other][dataset].get(name)
+                if own is None or own.samples is None or figure.samples is None:
+                    continue
+                if len(own.samples) == len(figure.samples):
+                    compared[other, dataset, name] = comparison(
+                        figure.samples, own.samples, statistic=figure.statistic
+                    )
+    return compared
 
 
 def write(results: Results, compared: Comparisons, out: Path) -> None:
@@ -157,7 +160,7 @@ def write(results: Results, compared: Comparisons, out: Path) -> None:
         for name, found in results.items()
     }
     atomic_write_json(out / "results.json", values)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"embedder": name, "dataset": dataset, "figure": title, "value": value}
         for name, found in values.items()
         for dataset, figures in found.items()
@@ -180,7 +183,7 @@ def write(results: Results, compared: Comparisons, out: Path) -> None:
         _write_csv(out / "duplicates.csv", twins)
     else:
         (out / "duplicates.csv").unlink(missing_ok=True)
-    samples = {
+    samples: dict[str, Any] = {
         f"{name}|{dataset}|{title}": figure.samples
         for name, found in results.items()
         for dataset, figures in found.items()

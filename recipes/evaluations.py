@@ -185,16 +185,20 @@ def _heads(protocol: str) -> Callable[[Dataset, Mapping[str, Part], Features], F
     def run(dataset: Dataset, parts: Mapping[str, Part], features: Features) -> Figures:
         blocks = features.blocks if protocol == "sgd" else None
         (train, labels), (test, truth) = (features.labelled(parts[p], blocks) for p in ("train", "test"))
-        x, tested = train.array(), test.array()
-        if blocks is not None:  # views of blocks already on the device
-            x, tested = (blocks.kinds(torch.from_numpy(rows).to(features.device)) for rows in (x, tested))
+
+        def views(rows: Rows) -> np.ndarray | dict[str, torch.Tensor]:
+            """The rows; of blocks, views of them already on the device."""
+            x = rows.array()
+            return x if blocks is None else blocks.kinds(torch.from_numpy(x).to(features.device))
+
         counts = np.bincount(labels, minlength=int(truth.max()) + 1)
         settings = LinearSettings(protocols=(protocol,))
         if dataset.steps:
             settings = replace(settings, n_iter=dataset.steps)
         result = linear(
-            x, labels, tested, truth, settings=settings, train_counts=counts, device=features.device
-        )
+            views(train), labels, views(test), truth,
+            settings=settings, train_counts=counts, device=features.device,
+        )  # fmt: skip
         figures: Figures = {}
         for head, hits in zip(result.heads, result.correct):
             name = f"linear, {head['protocol']}"

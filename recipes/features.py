@@ -52,7 +52,7 @@ class Squeezed:
         if hasattr(preprocess, "crop_ratio"):  # the embedders' own
             self.preprocess.crop_ratio = 1.0
         elif dataclasses.is_dataclass(preprocess) and hasattr(preprocess, "crop"):  # pretraining modules'
-            self.preprocess = dataclasses.replace(preprocess, crop=1.0)
+            self.preprocess = dataclasses.replace(self.preprocess, crop=1.0)
         elif hasattr(preprocess, "resize_size"):  # torchvision's
             self.preprocess.resize_size = [size]
         else:
@@ -207,6 +207,7 @@ def _asks_for_class_token(network: Any) -> str | None:
 def _last_blocks(network: Any, images: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
     """Class token (B, d) and patch tokens (B, N, d) of the last blocks, normalised, the last one last."""
     option = _asks_for_class_token(network)
+    assert option is not None, "looked for with the transformer"
     outputs = network.get_intermediate_layers(images, n=n, norm=True, **{option: True})
     # timm gives the class token and the registers, (B, p, d)
     return [(token[:, 0] if token.ndim == 3 else token, patches) for patches, token in outputs]

@@ -103,6 +103,8 @@ class BandEmbedder(nn.Module):
     """
 
     name = "bands"
+    mean: Tensor
+    scale: Tensor
 
     def __init__(self, n_bands: int, grid: int, mean: Tensor, scale: Tensor):
         super().__init__()

@@ -91,6 +91,8 @@ def show_plan(
     if data.curation_config is None:
         console.print(f"no curation; {training.note}: {duration(training.seconds or 0)}")
         return
+    assert data.embedder is not None, "a curation comes with one"
+    assert data.cache_dir is not None, "a curation comes with one"
     found = plan(
         data.pool, data.curation_config, embedder=data.embedder, cache_dir=data.cache_dir,
         device=trainer.strategy.root_device, decoders=data.decoders,

@@ -40,7 +40,7 @@ from curated_data.errors import ConfigError, CuratedDataError, PoolError
 from curated_data.pipeline import Curation
 from curated_data.progress import log_to_terminal
 from curated_data.report import figures
-from curated_data.report.examples import cluster_rows
+from curated_data.report.examples import ClusterRow, cluster_rows
 from curated_data.report.metrics import class_balance
 from curated_data.report.page import write_report
 from lightning_modules import SimCLR
@@ -362,7 +362,7 @@ def draw(
         names = data.class_names if data.class_names and len(data.class_names) == n_classes else None
         figure = figures.class_balance(counts, class_names=names, title="Class counts, before and after")
         drawn.append((out / "class_balance.png", figure))
-    rows = []
+    rows: list[ClusterRow] = []
     for choose in ("largest", "most cut", "smallest"):
         seen = [row.cluster for row in rows]
         rows += cluster_rows(curation.tree, curation.ids, choose=choose, n_clusters=4, exclude=seen)

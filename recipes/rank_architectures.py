@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning
 import numpy as np
@@ -35,8 +36,9 @@ from rich.markdown import Markdown
 from torchvision.transforms import v2
 
 from curated_data import CuratedDataModule
-from curated_data.cache import atomic_path, atomic_write_json, fingerprint, locked, open_cache, read_json
+from curated_data.cache import atomic_path, atomic_write_json, fingerprint, open_cache, read_json
 from curated_data.errors import ConfigError, CuratedDataError
+from curated_data.locks import locked
 from curated_data.progress import log_to_terminal, progress
 from lightning_modules.evaluation.ranking import RankingResult, ranking
 from lightning_modules.supervised import Supervised, build_classifier
@@ -264,7 +266,9 @@ def train(spec: str, data: Data, seed: int, budget: Budget, n_workers: int) -> f
         num_workers=n_workers,
         seed=seed,
     )
-    settings = {"devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    settings: dict[str, Any] = {
+        "devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False
+    }  # fmt: skip
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")  # advice about features that are off on purpose
         # Without clipping, networks without normalisation diverge at learning rates that suit the others.

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,8 @@ def open_data(options: argparse.Namespace, sides: Sequence[str], cache: Path) ->
         ConfigError: no labels, classes without training or test samples, or a selection of another pool.
         PoolError: missing shards.
     """
-    patterns, names = {}, {}
+    patterns: dict[str, tuple[Any, ...]] = {}
+    names: dict[str, str] = {}
     for side in SIDES:
         folder = getattr(options, side)
         given = getattr(options, f"train_{side}"), getattr(options, f"test_{side}")

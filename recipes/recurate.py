@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from curated_data import RecurationCallback
+from curated_data import CuratedDataModule, RecurationCallback
 from curated_data.errors import CuratedDataError
 from curated_data.report.metrics import class_balance
 from recipes import pretrain
@@ -38,7 +38,10 @@ class History(lightning.Callback):
         self.perplexities: list[float] = []
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        ids, curation = trainer.datamodule.selection, trainer.datamodule.curation
+        data = getattr(trainer, "datamodule", None)
+        assert isinstance(data, CuratedDataModule)
+        ids, curation = data.selection, data.curation
+        assert ids is not None, "training has begun, on a selection"
         if self.selections and np.array_equal(ids, self.selections[-1][1]):
             return
         self.selections.append((trainer.current_epoch, ids))

@@ -11,9 +11,10 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from curated_data import ShardPool, ShardWriter
-from curated_data.cache import atomic_path, fingerprint, locked
+from curated_data.cache import atomic_path, fingerprint
 from curated_data.config import read_yaml, structured
 from curated_data.errors import ConfigError, CuratedDataError, PoolError, first_line
+from curated_data.locks import locked
 from curated_data.pool import import_folder
 from curated_data.report.page import class_names_beside
 from recipes.layouts import LAYOUTS, Images, to_shards
@@ -98,6 +99,8 @@ def load_suite(path: str | Path) -> dict[str, Dataset]:
         raise ConfigError(f"{path}: no datasets; list them below `datasets:`, as NAME: {{layout: ...}}")
     suite = {}
     for name, fields in datasets.items():
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{name}: expected fields and values, got {fields!r}")
         try:
             suite[str(name)] = structured(Dataset, fields)
         except ConfigError as error:

@@ -251,7 +251,8 @@ def _table(path: Path, source: Source) -> Iterator[tuple[str, str | None]]:
     for column in (source.text, source.label):
         if column is not None and column not in columns:
             raise PoolError(f"{path}: no column {column!r}; its first line names {', '.join(columns)}")
-    text, label = columns.index(source.text), source.label and columns.index(source.label)
+    text = columns.index(source.text)
+    label = None if source.label is None else columns.index(source.label)
     for number, line in lines:
         if not line.strip():
             yield "", None

@@ -285,6 +285,14 @@ class TestValidationDataloader:
             pl.Trainer(accelerator="cpu", max_epochs=1, **quiet).fit(module, data)
             assert module.validated == expected
 
+    def test_a_subclass_that_asks_for_it_without_a_pool_is_told(self, write_pool):
+        class Own(CuratedDataModule):
+            def val_dataloader(self):
+                return super().val_dataloader()
+
+        with pytest.raises(ConfigError, match="val_pool: none was given"):
+            Own(write_pool([4])).val_dataloader()
+
 
 class TestRemotePools:
     """The DataModule plans how a remote pool is read, from what was selected; a real server counts bytes."""

@@ -264,9 +264,17 @@ def test_missing_folders_and_bad_suites_are_named(root, tmp_path, monkeypatch, c
     for option, value in (("--workers", "-1"), ("--device", "abacus")):
         assert run(monkeypatch, tmp_path / "suite.yaml", root, tmp_path, "pixels:2", option, value) == 2
         assert f"evaluate: {option}" in capsys.readouterr().err
-    for content in ("datasets: [a]", "datasets:", "[1, 2]", "name: x"):
+    for content in ("datasets: [a]", "datasets:", "name: x"):
         (tmp_path / "bad.yaml").write_text(content)
         with pytest.raises(ConfigError, match="no datasets; list them below"):
+            load_suite(tmp_path / "bad.yaml")
+    for content, message in (
+        ("[1, 2]", "bad.yaml: expected fields and values, found a list"),
+        ("datasets: {a: }", "a: expected fields and values, got None"),
+        ("datasets: {a: [1]}", r"a: expected fields and values, got \[1\]"),
+    ):
+        (tmp_path / "bad.yaml").write_text(content)
+        with pytest.raises(ConfigError, match=message):
             load_suite(tmp_path / "bad.yaml")
     for fields, message in (
         (

@@ -78,6 +78,12 @@ def test_errors_in_settings_are_named_before_anything_starts(overrides, message,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_of_settings_that_is_a_list_is_named(tmp_path, capsys):
+    (tmp_path / "list.yaml").write_text("- pool: x")
+    assert curate.main(["--config", str(tmp_path / "list.yaml")]) == 2
+    assert "list.yaml: expected fields and values, found a list" in capsys.readouterr().err
+
+
 def test_a_missing_pool_is_named(capsys):
     assert curate.main(["--config", str(FASHION.with_name("web_paper.yaml"))]) == 2
     assert "pool: missing" in capsys.readouterr().err

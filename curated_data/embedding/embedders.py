@@ -19,7 +19,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,16 @@ class Embedder(Protocol):
 
     def __call__(self, batch: Tensor, /) -> Tensor:
         """Embed a batch of preprocessed samples: (B, ...) to (B, dimension)."""
+
+
+class PretrainingModule(Protocol):
+    """What is used of a module in training; its attribute `embedding_dimension`, if any, saves a probe."""
+
+    def embed(self, images: Tensor, /) -> Tensor:
+        """Embed a batch of images: (B, 3, S, S) to (B, d)."""
+
+    def eval_transform(self) -> Callable[[Tensor], Tensor]:
+        """The transform of a decoded image, uint8 (3, H, W), to what `embed` takes."""
 
 
 class ModuleEmbedder(nn.Module):
@@ -155,17 +165,28 @@ def resolve_embedder(spec: "str | nn.Module | Callable[[Tensor], Tensor] | Embed
         return _by_name(spec)
     if isinstance(spec, type):
         raise EmbedderError(f"embedder: got the class {spec.__name__}, expected an instance of it")
-    if all(hasattr(spec, attribute) for attribute in ("dimension", "fingerprint", "preprocess")):
+    if _is_embedder(spec):
         return spec
     if not callable(spec):
         raise EmbedderError(f"embedder: expected a name, a module or a callable, got {type(spec).__name__}")
     name = getattr(spec, "__qualname__", type(spec).__qualname__)
-    if hasattr(spec, "embed") and hasattr(spec, "eval_transform"):
-        return ModuleEmbedder(
-            _Embed(spec), spec.eval_transform(), dimension=spec.embedding_dimension, name=name
-        )
+    if _is_pretraining_module(spec):
+        return _of_pretraining_module(spec, name)
     preprocess = getattr(spec, "preprocess", None) or ImagePreprocess(224)
     return ModuleEmbedder(spec, preprocess, dimension=getattr(spec, "dimension", None), name=name)
+
+
+def _is_embedder(spec: object) -> TypeGuard[Embedder]:
+    return all(hasattr(spec, attribute) for attribute in ("dimension", "fingerprint", "preprocess"))
+
+
+def _is_pretraining_module(spec: object) -> TypeGuard[PretrainingModule]:
+    return hasattr(spec, "embed") and hasattr(spec, "eval_transform")
+
+
+def _of_pretraining_module(module: PretrainingModule, name: str) -> ModuleEmbedder:
+    dimension = getattr(module, "embedding_dimension", None)
+    return ModuleEmbedder(_Embed(module), module.eval_transform(), dimension=dimension, name=name)
 
 
 def _by_name(spec: str) -> Embedder:
@@ -230,7 +251,7 @@ def _timm(rest: str) -> Embedder:
         std=settings["std"],
         interpolation=settings["interpolation"],
     )
-    return ModuleEmbedder(network, preprocess, dimension=network.num_features, name=f"timm:{rest}")
+    return ModuleEmbedder(network, preprocess, name=f"timm:{rest}")
 
 
 def _hub(rest: str) -> Embedder:
@@ -270,9 +291,7 @@ def _checkpoint(path: str) -> Embedder:
         raise EmbedderError(
             f"{path}: does not fit {dotted} of this version ({first_line(error, with_type=True)})"
         ) from error
-    embedder = resolve_embedder(module)
-    embedder.name = f"checkpoint:{path}"
-    return embedder
+    return _of_pretraining_module(module, f"checkpoint:{path}")
 
 
 def _efficientnet_lite0(rest: str) -> Embedder:
@@ -312,7 +331,7 @@ class _Embed(nn.Module):
 
     _entries = ("embed",)  # of what it wraps, for the fingerprint
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: PretrainingModule) -> None:
         super().__init__()
         self.module = module
 

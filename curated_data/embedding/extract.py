@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curated_data.cache import fingerprint, locked
+from curated_data.cache import fingerprint
 from curated_data.distributed import rank, world_size
 from curated_data.embedding.batches import InputLoader
 from curated_data.embedding.embedders import Embedder, evaluating
@@ -30,6 +30,7 @@ from curated_data.embedding.store import (
     write_shard,
 )
 from curated_data.errors import ConfigError, CuratedDataError, EmbedderError, first_line
+from curated_data.locks import locked
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import IMAGE_EXTENSIONS, Decoders
 from curated_data.progress import progress
@@ -114,10 +115,10 @@ def embed_pool(
             log.info("embedded %d samples at %.0f samples/s with %s", done, done / seconds, _name(embedder))
     store = EmbeddingStore(folder, shards, embedder.dimension, dtype, ids=ids)
     if store.n_failures:
-        first = next(store.iterate_failures())
+        failure = next(store.iterate_failures())
         log.warning(
             "%d of %d samples could not be embedded and will not be selected, the first: %s, key %r: %s",
-            store.n_failures, len(store), first["shard"], first["key"], first["reason"],
+            store.n_failures, len(store), failure["shard"], failure["key"], failure["reason"],
         )  # fmt: skip
     log.info("embeddings: %d x %d %s, %d shards were cached", *store.shape, dtype, len(shards) - len(missing))
     return store
@@ -173,7 +174,7 @@ def embeddings_name(
     **_: Any,
 ) -> str:
     """The name of the folder of `embed_pool`, by what determines the embeddings."""
-    unusual = {} if ids is None else {"ids": ids}
+    unusual: dict[str, Any] = {} if ids is None else {"ids": ids}
     if pool.image_extensions != IMAGE_EXTENSIONS:  # which decide what of a sample is embedded
         unusual["image_extensions"] = pool.image_extensions
     return fingerprint(

@@ -162,8 +162,8 @@ class _Walk:
                 named[name] = [value.__name__, self.identity(held)]
             elif name in function.__globals__:
                 named[name] = self.identity(value)
-        held = [_content(cell) for cell in function.__closure__ or ()]
-        parts = (held, function.__defaults__, function.__kwdefaults__)
+        closure = [_content(cell) for cell in function.__closure__ or ()]
+        parts = (closure, function.__defaults__, function.__kwdefaults__)
         return [function.__qualname__, _code(code), *(self.identity(part) for part in parts), named]
 
 
@@ -241,6 +241,7 @@ def _has_own_code(part: nn.Module) -> bool:
 
 def _functions(attribute: Any) -> Iterator[types.FunctionType]:
     """The Python functions behind a class's attribute."""
+    found: tuple[Any, ...]
     if isinstance(attribute, property):
         found = (attribute.fget,)
     elif isinstance(attribute, functools.cached_property):

@@ -7,7 +7,7 @@ copy.
 
 import collections
 import contextlib
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks",
           "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")  # fmt: skip
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def is_sharded(module: nn.Module, root: nn.Module | None = None) -> bool:
@@ -26,7 +28,7 @@ def is_sharded(module: nn.Module, root: nn.Module | None = None) -> bool:
     )
 
 
-def unsharded(module: nn.Module, root: nn.Module | None = None) -> nn.Module:
+def unsharded(module: Module, root: nn.Module | None = None) -> Module:
     """The module itself or, if its parameters are sharded, a copy with the full parameters.
 
     Every rank calls it, and needs memory for the full module beside its shard. Attributes of modules are
@@ -49,7 +51,7 @@ def unsharded(module: nn.Module, root: nn.Module | None = None) -> nn.Module:
         return _copied(module, {})
 
 
-def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _copied(module: nn.Module, memo: dict[int, Any]) -> Any:
     while isinstance(module, FullyShardedDataParallel):
         module = module.module
     if id(module) in memo:
@@ -81,7 +83,7 @@ def _whole(value: Tensor, memo: dict[int, Any]) -> Tensor:
     return memo[id(value)]
 
 
-def _plain_class(kind: type) -> type:
+def _plain_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The class of a module without the subclass that `fully_shard` has put in its place."""
     while kind.__module__.startswith("torch.distributed.") and len(kind.__mro__) > 2:
         kind = kind.__mro__[2]

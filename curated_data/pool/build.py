@@ -11,10 +11,12 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from curated_data.cache import MANIFEST, build_once, fingerprint, locked, open_cache
+from curated_data.cache import MANIFEST, build_once, fingerprint, open_cache
 from curated_data.distributed import world_size
 from curated_data.errors import PoolError
+from curated_data.locks import locked
 from curated_data.pool.index import (
     PoolIndex,
     ShardIndex,
@@ -31,6 +33,8 @@ from curated_data.processes import end_with_parent, n_cores
 from curated_data.progress import progress
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 _WORTH_PROCESSES = 256 << 20  # bytes of shards from which parallel processes are worth starting
 
@@ -87,6 +91,7 @@ def index_shard_file(shard: ShardFile, opener: Opener | None = None) -> ShardInd
         PoolError: it has changed since the pool was opened, or is not a readable tar.
     """
     if is_remote(shard.url):
+        assert opener is not None, "given where shards are remote"
         with opener(shard) as source:
             return index_shard(source)
     try:
@@ -115,11 +120,11 @@ def _index_to_cache(shard: ShardFile, *, index_one: Indexer, root: Path, wait: b
 
 
 def _each(
-    task: Callable[[ShardFile], ShardIndex | None],
+    task: Callable[[ShardFile], Result],
     shards: Sequence[ShardFile],
     numbers: Iterable[int],
     num_workers: int | None,
-) -> Iterator[tuple[int, ShardIndex | None]]:
+) -> Iterator[tuple[int, Result]]:
     """Run a task for each numbered shard, in parallel if that is faster; yields results as they come."""
     numbers = list(numbers)
     remote = any(is_remote(shards[number].url) for number in numbers)

@@ -159,9 +159,11 @@ def _decode_jpeg(data: bytes, min_size: int | None) -> np.ndarray | None:
         if colours in ("CMYK", "YCCK"):
             return None
         _check_pixels(width, height)
-        scale = 8 if min_size is not None else 1
-        while scale > 1 and min(width, height) < scale * min_size:  # the same choice as Pillow's
-            scale //= 2
+        scale = 1
+        if min_size is not None:  # the same choice as Pillow's
+            scale = 8
+            while scale > 1 and min(width, height) < scale * min_size:
+                scale //= 2
         return simplejpeg.decode_jpeg(data, min_height=-(-height // scale), min_width=-(-width // scale))
     except SampleError:
         raise

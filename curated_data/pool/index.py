@@ -177,7 +177,8 @@ def _read_shard_index(folder: Path, manifest: Mapping[str, Any]) -> ShardIndex:
 
 def concatenate(indexes: Sequence[ShardIndex]) -> PoolIndex:
     """A pool's index in memory, from the indexes of its shards in order."""
-    arrays, extensions = _empty_arrays(indexes), {}
+    arrays = _empty_arrays(indexes)
+    extensions: dict[str, int] = {}
     shard_start = np.zeros(len(indexes) + 1, np.int64)
     at = _Cursor()
     for number, index in enumerate(indexes):

@@ -160,7 +160,7 @@ class LocalReader:
         return {"shards": self.shards, "max_open": self.max_open, "gap": self.gap, "maps": self.maps}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(state.pop("shards"), **state)
+        LocalReader.__init__(self, state.pop("shards"), **state)
 
     def __del__(self) -> None:
         if getattr(self, "_open", None):
@@ -172,11 +172,12 @@ class LocalReader:
         numbers = dict.fromkeys(shards)
         if len(numbers) > self._most_shards:
             return None
-        maps = {}
+        maps: dict[int, mmap.mmap] = {}
         for number in numbers:
-            maps[number] = self._shard(number).mapped
-            if maps[number] is None:
+            mapped = self._shard(number).mapped
+            if mapped is None:
                 return None
+            maps[number] = mapped
         if not self._are_cached(shards, offsets):
             return None
         self.counters.bytes_read += int(size.sum())

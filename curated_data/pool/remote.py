@@ -48,7 +48,7 @@ class RemoteReader:
         self.access = np.where(remote, default, LOCAL) if access is None else np.where(remote, access, LOCAL)
         self.counters = ReadCounters()
         self._local = LocalReader(shards)
-        self._cached = CachedReader(self) if cache_folder is not None else None
+        self._cached = None if cache_folder is None else CachedReader(self, cache_folder)
         self._threads: tuple[int, ThreadPoolExecutor] | None = None
 
     def read(self, shard: np.ndarray, offset: np.ndarray, size: np.ndarray) -> list[bytes]:
@@ -107,7 +107,7 @@ class RemoteReader:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state.pop("shards"), **state)
+        RemoteReader.__init__(self, state.pop("shards"), **state)
 
     def _reading(self, way: int) -> Callable[[np.ndarray, np.ndarray, np.ndarray], list[bytes]]:
         if way == RANGES:
@@ -162,10 +162,10 @@ class RemoteReader:
 class CachedReader(LocalReader):
     """Reads members of downloaded shards, and downloads those that are not in the cache (any more)."""
 
-    def __init__(self, owner: RemoteReader) -> None:
+    def __init__(self, owner: RemoteReader, cache_folder: Path) -> None:
         super().__init__(owner.shards)
         self._owner = owner
-        self._shard_cache = ShardCache(owner.cache_folder, owner.options.cache_bytes)
+        self._shard_cache = ShardCache(cache_folder, owner.options.cache_bytes)
 
     def _open_file(self, number: int) -> int:
         def download(shard: ShardFile, path: Path) -> None:

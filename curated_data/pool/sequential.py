@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol
 
 import fsspec
 import numpy as np
@@ -188,10 +188,14 @@ def _index_stream(shard: ShardFile, storage_options: Mapping[str, Any]) -> Shard
             raise _unreadable(shard, error) from error
 
 
+class _Bytes(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
 class _Forward:
     """Reads a stream at offsets that never decrease."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: _Bytes) -> None:
         self.stream = stream
         self.start, self.data = 0, b""
 
@@ -220,12 +224,14 @@ def _samples(shard: ShardFile, storage_options: Mapping[str, Any]) -> Iterator[I
 
 
 @contextmanager
-def _decompressed(shard: ShardFile, storage_options: Mapping[str, Any]) -> Iterator[IO[bytes]]:
+def _decompressed(shard: ShardFile, storage_options: Mapping[str, Any]) -> Iterator[_Bytes]:
     """A shard's tar stream."""
     with ExitStack() as stack:
         try:
             if is_pipe(shard.url):
-                raw: IO[bytes] = io.BufferedReader(stack.enter_context(_Command(shard.url[5:])), 1 << 20)
+                raw: io.BufferedReader = io.BufferedReader(
+                    stack.enter_context(_Command(shard.url[5:])), 1 << 20
+                )
             else:
                 opened = fsspec.open(shard.url, "rb", **storage_options).open()
                 raw = io.BufferedReader(_Readable(stack.enter_context(opened)), 1 << 20)
@@ -234,12 +240,13 @@ def _decompressed(shard: ShardFile, storage_options: Mapping[str, Any]) -> Itera
             raise unreachable(shard.url, error) from error
         except OSError as error:
             raise PoolError(f"{shard.url}: cannot be opened ({error})") from error
+        stream: _Bytes = raw
         if magic.startswith(b"\x1f\x8b"):
-            raw = stack.enter_context(gzip.GzipFile(fileobj=raw))
+            stream = stack.enter_context(gzip.GzipFile(fileobj=raw))
         elif magic.startswith(b"BZh"):
-            raw = stack.enter_context(bz2.BZ2File(raw))
+            stream = stack.enter_context(bz2.BZ2File(raw))
         elif magic.startswith(b"\xfd7zXZ"):
-            raw = stack.enter_context(lzma.LZMAFile(raw))
+            stream = stack.enter_context(lzma.LZMAFile(raw))
         elif magic.startswith(b"\x28\xb5\x2f\xfd"):
             try:
                 import zstandard
@@ -247,10 +254,10 @@ def _decompressed(shard: ShardFile, storage_options: Mapping[str, Any]) -> Itera
                 raise PoolError(
                     f"{shard.url}: is compressed with zstd; pip install 'curated-data[zstd]'"
                 ) from error
-            raw = stack.enter_context(
+            stream = stack.enter_context(
                 zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
             )
-        yield raw
+        yield stream
 
 
 class _Command(io.RawIOBase):
@@ -258,19 +265,21 @@ class _Command(io.RawIOBase):
 
     def __init__(self, command: str) -> None:
         self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
+        assert isinstance(self._process.stdout, io.BufferedReader)
+        self._output = self._process.stdout
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count = self._process.stdout.readinto(buffer)
+        count = self._output.readinto(buffer)
         if count == 0 and self._process.wait() != 0:
             raise OSError(f"its command ended with exit status {self._process.returncode}")
         return count
 
     def close(self) -> None:
         if not self.closed:
-            self._process.stdout.close()  # a command that is still writing gets a signal
+            self._output.close()  # a command that is still writing gets a signal
             self._process.wait()
         super().close()
 
@@ -278,7 +287,7 @@ class _Command(io.RawIOBase):
 class _Readable(io.RawIOBase):
     """Any object with a `read` method, as a raw stream."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: _Bytes) -> None:
         self._stream = stream
 
     def readable(self) -> bool:

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from curated_data.cache import atomic_path, locked
+from curated_data.cache import atomic_path
 from curated_data.errors import PoolError
+from curated_data.locks import locked
 from curated_data.pool.storage import ShardFile
 
 log = logging.getLogger(__name__)

@@ -264,6 +264,7 @@ class ShardPool:
             chosen[:] = self.remote.access == "download"
         chosen &= remote
         self._access = np.where(chosen, DOWNLOAD, RANGES)
+        assert isinstance(self._reader, RemoteReader), "some shards are remote"
         self._reader.access[remote] = self._access[remote]
         log.info(
             "of %d remote shards with selected samples, %d are downloaded and the others read by ranges",
@@ -320,7 +321,10 @@ class ShardPool:
 
     @property
     def _indexer(self) -> Indexer:
-        return partial(index_shard_file, opener=self._reader.source) if self._is_remote else index_shard_file
+        if not self._is_remote:
+            return index_shard_file
+        assert isinstance(self._reader, RemoteReader)
+        return partial(index_shard_file, opener=self._reader.source)
 
     def _take_index(self, other: "ShardPool") -> None:
         """Use the index of the same pool with a cache, unless this has its own, or shards have changed."""

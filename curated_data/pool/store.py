@@ -130,7 +130,7 @@ class Store:
         return {"storage_options": self.storage_options, "options": self.options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["storage_options"], state["options"])
+        Store.__init__(self, state["storage_options"], state["options"])
 
     def _check_unchanged(self, shard: ShardFile, at_once: bool = False) -> None:
         self._check_process()

@@ -102,12 +102,11 @@ class ShardWriter:
         length = sum(len(header) + _padded(len(content)) for header, (_, content) in zip(headers, members))
         if self._samples and (self._samples >= self.max_samples or self._bytes + length > self.max_bytes):
             self._publish()
-        if self._file is None:
-            self._open()
+        file = self._open() if self._file is None else self._file
         for header, (_, content) in zip(headers, members):
-            self._file.write(header)
-            self._file.write(content)
-            self._file.write(bytes(_padded(len(content)) - len(content)))
+            file.write(header)
+            file.write(content)
+            file.write(bytes(_padded(len(content)) - len(content)))
         self._samples += 1
         self._bytes += length
         self.n_samples += 1
@@ -149,13 +148,15 @@ class ShardWriter:
         number = re.compile(r"(\.tmp-\w{12}-)?" + re.escape(before) + r"\d+" + re.escape(after))
         return sorted(path for path in self.folder.iterdir() if number.fullmatch(path.name))
 
-    def _open(self) -> None:
+    def _open(self) -> IO[bytes]:
         path = self.folder / (self.name % len(self.shards))
         self._shard = atomic_path(path)
         self._file = open(self._shard.__enter__(), "wb")  # noqa: SIM115 (open across calls)
         self.shards.append(path)
+        return self._file
 
     def _publish(self) -> None:
+        assert self._file is not None, "called where samples have been written"
         end = 2 * tarfile.BLOCKSIZE  # two empty blocks, then up to a full record
         self._file.write(bytes(end + -(self._bytes + end) % tarfile.RECORDSIZE))
         self._file.close()

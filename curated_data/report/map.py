@@ -69,7 +69,7 @@ def sample_map(
         "count": _packed(np.minimum(count, 65_535), np.uint16),
         "tile": _packed(tile, np.int32),
         "label": None if labels is None else _packed(labels[shown], np.int32),
-        "rank": None if tree.distance is None else _packed(_leaf_ranks(tree, shown), np.int32),
+        "rank": None if tree.distance is None else _packed(_leaf_ranks(tree, tree.distance, shown), np.int32),
         "distance": None if tree.distance is None else _packed(tree.distance[shown], np.float32),
     }
 
@@ -108,7 +108,7 @@ def _copies(folder: Path, shown: np.ndarray) -> np.ndarray:
     return np.where(found.held_out[shown] >= 0, -2, found.copy_of(shown))
 
 
-def _leaf_ranks(tree: ClusterTree, shown: np.ndarray) -> np.ndarray:
+def _leaf_ranks(tree: ClusterTree, distance: np.ndarray, shown: np.ndarray) -> np.ndarray:
     """(m,) the rank, from 1, of each sample shown by distance to the centroid in its lowest cluster; 0 if
     excluded. Sorts these clusters alone.
     """
@@ -118,7 +118,7 @@ def _leaf_ranks(tree: ClusterTree, shown: np.ndarray) -> np.ndarray:
     wanted[-1] = False
     members = np.flatnonzero(wanted[leaf])
     cluster = leaf[members]
-    order = np.lexsort((tree.distance[members], cluster))
+    order = np.lexsort((distance[members], cluster))
     size = np.where(wanted[:-1], tree.sizes(1), 0)
     rank = np.empty(len(members), np.int64)
     rank[order] = np.arange(1, len(order) + 1) - (np.cumsum(size) - size)[cluster[order]]

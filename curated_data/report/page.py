@@ -153,7 +153,7 @@ def _settings(config: Any) -> list[list[Any]]:
 
 
 def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    fields = config if isinstance(config, Mapping) else dataclasses.asdict(config)
     for name, value in fields.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
@@ -216,10 +216,10 @@ def _classes(
     names: Sequence[str] | None,
     rng: np.random.Generator,
 ) -> dict[str, Any] | None:
-    balance = None if labels is None else metrics.class_balance(labels, curation.ids)
-    if balance is None:
+    if labels is None or (balance := metrics.class_balance(labels, curation.ids)) is None:
         return None
     random = metrics.class_balance(labels, _random_selection(curation, rng))
+    assert random is not None, "of the same labels"
     n_classes = len(balance.before)
     if names is not None and len(names) < n_classes:
         raise ValueError(f"{len(names)} class_names, but the labels go up to {n_classes - 1}")

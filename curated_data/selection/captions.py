@@ -80,8 +80,10 @@ class CaptionLabels:
         """
         folder = Path(path)
         manifest = read_manifest(folder, "captions")
-        arrays = [read_array(folder, name, manifest) for name in ("ids", "labels", "similarity")]
-        return cls(*arrays, read_classes(folder / "classes.json"), manifest["report"])
+        ids, labels, similarity = (
+            read_array(folder, name, manifest) for name in ("ids", "labels", "similarity")
+        )
+        return cls(ids, labels, similarity, read_classes(folder / "classes.json"), manifest["report"])
 
 
 def label_captions(
@@ -151,7 +153,7 @@ def label_captions(
         if filters or image_text:
             place = _filtered(block, place, label, matcher, filters or {}, image_text, counts)
         if len(place):
-            rows = _embedded(embed, [block.captions[i] for i in place])
+            rows = _embedded(embed, [block.captions[i] for i in place.tolist()])
             similarity = np.einsum("nd,nd->n", rows, class_rows[label[place]]).astype(np.float32)
             if margin is not None:
                 near = _lead(rows, definitions, label[place]) >= margin
@@ -280,7 +282,7 @@ def _chosen(
         len(ids), counts["captions"], len(kept), len(classes), len(small), len(overlap),
         ", ".join(f"{n} {what}" for what, n in counts.items() if what not in ("captions", "selected")),
     )  # fmt: skip
-    return CaptionLabels(ids[order], labels[order], similarity[order], [classes[i] for i in kept], report)
+    return CaptionLabels(ids[order], labels[order], similarity[order], [classes[i] for i in kept.tolist()], report)
 
 
 def _lead(rows: np.ndarray, definitions: np.ndarray, own: np.ndarray) -> np.ndarray:

@@ -20,12 +20,16 @@ class LoadedSamples(list):
     report: BatchReport
 
 
-def collate(samples: LoadedSamples) -> tuple[dict[str, Any], BatchReport]:
+def collate(samples: list[dict[str, Any]]) -> tuple[dict[str, Any], BatchReport]:
     """Collate samples to a batch: tensors and numbers to tensors; captions, metadata and members to lists.
+
+    Args:
+        samples: `LoadedSamples`, as `PoolDataset` gives them.
 
     Raises:
         ConfigError: views of different shapes.
     """
+    assert isinstance(samples, LoadedSamples)
     names = dict.fromkeys(name for sample in samples for name in sample)
     batch: dict[str, Any] = {}
     for name in names:

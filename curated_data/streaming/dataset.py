@@ -195,7 +195,8 @@ class PoolDataset(Dataset):
             try:
                 loaded.append(self._fields(sample_id, sample_members))
             except SampleError as error:
-                loaded.append(self._skipped(error, sample_members, skipped))
+                self._skipped(error, sample_members, skipped)
+                loaded.append(None)
         for place, sample in enumerate(loaded):
             if sample is not None:
                 try:
@@ -204,7 +205,8 @@ class PoolDataset(Dataset):
                     else:
                         self._augment(sample, seeds[place], members[place])
                 except SampleError as error:
-                    loaded[place] = self._skipped(error, members[place], skipped)
+                    self._skipped(error, members[place], skipped)
+                    loaded[place] = None
         return loaded
 
     def _stand_in(self, sample_id: int, seed: int, skipped: list[Skipped]) -> dict[str, Any]:

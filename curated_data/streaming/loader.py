@@ -7,6 +7,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from curated_data.processes import starting_workers
+from curated_data.streaming.dataset import PoolDataset
 from curated_data.streaming.slow import SlowWatch
 from curated_data.streaming.statistics import BatchReport
 from curated_data.streaming.transfer import WorkerCollate
@@ -21,9 +22,10 @@ class StreamLoader(DataLoader):
         slow_after: seconds to wait for a batch before logging a warning, once per epoch; 0 never warns.
     """
 
+    dataset: PoolDataset
     slow_after: float = 0.0
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # torch names a class of its own
         if self.num_workers:
             # New shared memory for each iterator: workers of an earlier one may still be writing to theirs.
             plain = self.collate_fn.collate if isinstance(self.collate_fn, WorkerCollate) else self.collate_fn

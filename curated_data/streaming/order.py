@@ -71,7 +71,7 @@ class EpochOrder:
         self.last_batch = last_batch
         self.shards_per_window = shards_per_window
         self.strata = None if strata is None else np.asarray(strata)
-        self._shard_first = None  # (n_shards + 1,) positions in the sorted selection
+        self._shard_first: np.ndarray | None = None  # (n_shards + 1,) positions in the sorted selection
         if shuffle == "block":
             starts = np.asarray(shard_starts)
             self._shard_first = starts if isinstance(selection, int) else np.searchsorted(selection, starts)
@@ -139,7 +139,8 @@ class EpochOrder:
     def _block_places(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Positions in the sorted selection: window by window, each a permutation of a few whole shards."""
         first = self._shard_first
-        order = self._cached(epoch, lambda: self._shard_order(epoch))
+        assert first is not None
+        order = self._cached(epoch, lambda: self._shard_order(first, epoch))
         ends = np.cumsum((first[1:] - first[:-1])[order])
         window_ends = ends[self.shards_per_window - 1 :: self.shards_per_window]
         if not len(window_ends) or window_ends[-1] != ends[-1]:
@@ -159,8 +160,8 @@ class EpochOrder:
             places[low - start : high - start] = first[order[shard]] + within + window_start - shard_start
         return places
 
-    def _shard_order(self, epoch: int) -> np.ndarray:
-        filled = np.flatnonzero(np.diff(self._shard_first))
+    def _shard_order(self, first: np.ndarray, epoch: int) -> np.ndarray:
+        filled = np.flatnonzero(np.diff(first))
         return filled[permuted(np.arange(len(filled)), len(filled), _key(self.seed, _SHARDS, epoch))]
 
     def _stratified_layout(self, epoch: int) -> np.ndarray:
@@ -169,6 +170,7 @@ class EpochOrder:
     @cached_property
     def _numbered_strata(self) -> tuple[np.ndarray, np.ndarray]:
         """(n,) each sample's stratum, numbered from 0, and the size of each."""
+        assert self.strata is not None
         _, number, sizes = np.unique(self.strata, return_inverse=True, return_counts=True)
         return number.astype(np.min_scalar_type(len(sizes))), sizes
 
@@ -195,7 +197,7 @@ def permuted(places: np.ndarray, n: int, key: int) -> np.ndarray:
     height, width = np.uint64(side), np.uint64(-(-n // side))
     keys = _mix(np.uint64(key) ^ np.arange(1, _ROUNDS + 1, dtype=np.uint64))
     images = places.astype(np.uint64)
-    outside = slice(None)
+    outside: slice | np.ndarray = slice(None)
     while True:
         left, right = np.divmod(images[outside], width)
         for i in range(0, _ROUNDS, 2):

@@ -108,14 +108,15 @@ class TrainingStream:
         name: str | Tensor = torch.from_numpy(ids.copy())
         if self.cache_dir is not None:
             name = fingerprint(selection=ids)
-            if not self._path(name).exists():
-                atomic_save(self._path(name), ids)
+            path = _selection_path(self.cache_dir, name)
+            if not path.exists():
+                atomic_save(path, ids)
         if self.order is not None or self._resumes_inside:
             self._next = ids, name
             return
         self._selected, self._name = ids, name
         if self._loaded is not None:
-            self._begin_resumed_epoch()
+            self._begin_resumed_epoch(self._loaded)
 
     def prepare(
         self, owner: object, settings: Hashable, build: Callable[[np.ndarray | None], EpochOrder]
@@ -134,10 +135,11 @@ class TrainingStream:
         self._attach(owner)
         if self._next is not None and self.order is not None:
             n_batches, resumes = self.order.n_batches, not self.position.moved
-            between = self._loaded is not None and not self._resumes_inside
-            if not resumes or between or self.position.now(n_batches)[1] == 0:
+            between = None if self._resumes_inside else self._loaded  # the state, if taken between epochs
+            if not resumes or between is not None or self.position.now(n_batches)[1] == 0:
                 self.position.skip_to_epoch(n_batches)
-                self.resumed_between_selections |= resumes and between and self._loaded["n_trained"] > 0
+                if resumes and between is not None and between["n_trained"] > 0:
+                    self.resumed_between_selections = True
                 self._loaded = None
                 (self._selected, self._name), self._next = self._next, None
                 self.order = None
@@ -185,7 +187,7 @@ class TrainingStream:
         self.position.restart(state["epoch"], state["batch"], None if owner is None else state["n_trained"])
         if self._next is not None and not self._resumes_inside:
             (self._selected, self._name), self._next = self._next, None
-            self._begin_resumed_epoch()
+            self._begin_resumed_epoch(state)
 
     @property
     def _resumes_inside(self) -> bool:
@@ -193,13 +195,13 @@ class TrainingStream:
         state = self._loaded
         return state is not None and state["batch"] > 0 and not state.get("between_epochs", False)
 
-    def _begin_resumed_epoch(self) -> None:
+    def _begin_resumed_epoch(self, loaded: dict[str, Any]) -> None:
         """Begin the next epoch, with another selection, after a state that was taken between epochs."""
-        epoch = self._loaded["epoch"] + (self._loaded["batch"] > 0)
-        self._loaded = {**self._loaded, "epoch": epoch, "batch": 0}
-        n_trained = None if self._owner is _Nobody else self._loaded["n_trained"]
+        epoch = loaded["epoch"] + (loaded["batch"] > 0)
+        self._loaded = {**loaded, "epoch": epoch, "batch": 0}
+        n_trained = None if self._owner is _Nobody else loaded["n_trained"]
         self.position.restart(epoch, 0, n_trained)
-        self.resumed_between_selections = self._loaded["n_trained"] > 0
+        self.resumed_between_selections = loaded["n_trained"] > 0
 
     def _attach(self, owner: object) -> None:
         if self._owner is owner:
@@ -227,13 +229,10 @@ class TrainingStream:
                 "that run, or resume from the end of an epoch"
             )
 
-    def _path(self, name: str) -> Path:
-        return open_cache(self.cache_dir) / "streaming" / f"{name}.npy"
-
     def _find(self, name: str | Tensor) -> np.ndarray:
         if isinstance(name, Tensor):
             return name.numpy()
-        path = None if self.cache_dir is None else self._path(name)
+        path = None if self.cache_dir is None else _selection_path(self.cache_dir, name)
         if path is None or not path.exists():
             raise CacheError(
                 f"the checkpoint was trained on a selection passed to set_selection, and "
@@ -244,6 +243,10 @@ class TrainingStream:
         if fingerprint(selection=ids) != name:
             raise CacheError(f"{path}: damaged (its ids do not match its name); {remedy}")
         return ids
+
+
+def _selection_path(cache_dir: Path, name: str) -> Path:
+    return open_cache(cache_dir) / "streaming" / f"{name}.npy"
 
 
 class _Nobody:

@@ -21,9 +21,11 @@ _SCORES = 2**26  # computed at a time where faiss does not, 256 MiB
 class RowSource(Protocol):
     """Features (n, d) that give rows by slice: an array, a tensor, a memory map, an embedding store."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, d)."""
 
-    def __getitem__(self, rows: slice) -> object: ...
+    def __getitem__(self, rows: slice, /) -> object: ...
 
 
 def top_rows(

@@ -5,6 +5,8 @@ of each. `LAYOUTS` names them for suites; the layouts `shards`, `folder` and `to
 own.
 """
 
+from collections.abc import Callable
+
 from recipes.layouts.classification import cub, file_list, folder_split, inat, sun397, voc2007
 from recipes.layouts.dense import ade20k, cityscapes, kitti, nyu, sun_rgbd, voc2012
 from recipes.layouts.fairness import dollar_street
@@ -12,7 +14,7 @@ from recipes.layouts.images import Images, Maps, to_shards
 from recipes.layouts.instances import revisited
 from recipes.layouts.shifted import class_folders, imagenet_v2, objectnet, real
 
-LAYOUTS = {
+LAYOUTS: dict[str, Callable[..., Images]] = {
     "ade20k": ade20k,
     "cityscapes": cityscapes,
     "class_folders": class_folders,

