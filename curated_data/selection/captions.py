@@ -282,7 +282,9 @@ def _chosen(
         len(ids), counts["captions"], len(kept), len(classes), len(small), len(overlap),
         ", ".join(f"{n} {what}" for what, n in counts.items() if what not in ("captions", "selected")),
     )  # fmt: skip
-    return CaptionLabels(ids[order], labels[order], similarity[order], [classes[i] for i in kept.tolist()], report)
+    return CaptionLabels(
+        ids[order], labels[order], similarity[order], [classes[i] for i in kept.tolist()], report
+    )
 
 
 def _lead(rows: np.ndarray, definitions: np.ndarray, own: np.ndarray) -> np.ndarray:

@@ -87,12 +87,12 @@ def comparison(
         raise ValueError(f"bad settings: {confidence=}, {n_bootstrap=}")
     values = [all_gather_rows(torch.from_numpy(x)).numpy() for x in values]
     shape = values[0].shape[1:]
-    flat = [x.reshape(len(x), -1) for x in values]
-    known = np.isfinite(flat[0]).all(1) & np.isfinite(flat[1]).all(1)
+    both = np.concatenate([x.reshape(len(x), -1) for x in values], 1)
+    known = np.isfinite(both).all(1)
     n = int(known.sum())
     if n == 0:
         raise ValueError("no sample has a value for both models")
-    pair = np.concatenate([x[known] for x in flat], 1)
+    pair = both[known]
 
     def figures(means: np.ndarray) -> np.ndarray:
         """(B, 2) from means (B, 2 m) of both models' values."""
@@ -114,7 +114,7 @@ def comparison(
         high=high,
         p_value=min(1.0, 2 * (beyond + 1) / (n_bootstrap + 1)),
         n=n,
-        n_without=len(known) - n,
+        n_without=len(both) - n,
         confidence=confidence,
     )
 
