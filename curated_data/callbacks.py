@@ -18,8 +18,9 @@ from torch import nn
 
 from curated_data.cache import open_cache
 from curated_data.clustering.tree import EXCLUDED
+from curated_data.config import CurationConfig
 from curated_data.datamodule import CuratedDataModule
-from curated_data.distributed import all_reduce, broadcast, is_distributed, rank
+from curated_data.distributed import broadcast, is_distributed, rank, watched
 from curated_data.embedding import Embedder, resolve_embedder
 from curated_data.embedding.sharded import unsharded
 from curated_data.errors import CacheError, ConfigError
@@ -61,7 +62,8 @@ class RecurationCallback(pl.Callback):
         share: of the samples that are embedded again, in (0, 1].
         embedder: a function from the module in training to an embedder; None uses the module's `embed` and
             `eval_transform`, which embed with the teacher in methods that have an EMA teacher.
-        on_failure: "keep" the old selection and log a warning, or "stop" the run with the error.
+        on_failure: "keep" the old selection and log a warning, or "stop" the run with the error. On several
+            ranks a failure of one is that of all.
         keep_artifacts: keep the embeddings and trees of earlier re-curations in the cache. Selections are
             always kept, because checkpoints refer to them.
 
@@ -312,32 +314,54 @@ class RecurationCallback(pl.Callback):
         config = dataclasses.replace(first, seed=first.seed + self.n_recurations + 1)
         failure: Exception | None = None
         curation: Curation | None = None
+        is_watched = False
         try:
-            _agree_on_buffers(pl_module)
-            module = unsharded(pl_module, trainer.model)
-            settings: dict[str, Any] = {
-                "embedder": resolve_embedder(self.embedder(module) if self.embedder else module),
-                "cache_dir": cache_dir,
-                "device": trainer.strategy.root_device,
-                "decoders": data.decoders,
-            }
-            if self.share == 1:
-                curation = curate(data.pool, config, **settings)
-            else:
-                curation = recurate(data.pool, config, base=base, share=self.share, **settings)
-        except Exception as error:  # of any kind: on_failure decides what becomes of the run
+            with watched(cache_dir) as watch:
+                is_watched = True
+                try:
+                    curation = self._curated(trainer, pl_module, data, config, base, cache_dir)
+                except Exception as error:  # of any kind: on_failure decides what becomes of the run
+                    failure = error
+                    if watch is not None:
+                        watch.fail(error)
+                    if self.on_failure == "stop":
+                        raise
+                if watch is not None and self.on_failure == "keep":
+                    watch.meet(in_spite_of_failures=True)  # all keep the old selection, or none does
+                    failure = failure or watch.failure
+        except CacheError as error:  # the cache cannot be written any more, as all ranks have found
+            if is_watched or self.on_failure == "stop":
+                raise
             failure = error
-        # Either all ranks keep the old selection, or none does.
-        failed_somewhere = bool(all_reduce(np.array([failure is not None], np.int64), "max")[0])
-        if not failed_somewhere and curation is not None:
+        if failure is None and curation is not None:
             if not self.keep_artifacts:
                 self._drop_earlier(open_cache(cache_dir), base, curation)
             return curation
-        if self.on_failure == "stop":
-            raise failure or RuntimeError("re-curation failed on another rank; its log says why")
-        reason = f"{type(failure).__name__}: {failure}" if failure else "it failed on another rank"
+        reason = f"{type(failure).__name__}: {failure}"
         log.warning("re-curation after epoch %d failed, the old selection stays: %s", epoch, reason)
         return None
+
+    def _curated(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        data: CuratedDataModule,
+        config: CurationConfig,
+        base: Curation,
+        cache_dir: Path,
+    ) -> Curation:
+        """A curation with the module's features."""
+        _agree_on_buffers(pl_module)
+        module = unsharded(pl_module, trainer.model)
+        settings: dict[str, Any] = {
+            "embedder": resolve_embedder(self.embedder(module) if self.embedder else module),
+            "cache_dir": cache_dir,
+            "device": trainer.strategy.root_device,
+            "decoders": data.decoders,
+        }
+        if self.share == 1:
+            return curate(data.pool, config, **settings)
+        return recurate(data.pool, config, base=base, share=self.share, **settings)
 
     def _drop_earlier(self, root: Path, base: Curation, curation: Curation) -> None:
         """Remove the last re-curation's artifacts from the cache, but for those that `curation` uses too."""

@@ -1,5 +1,6 @@
 """The DataModule: curate a pool, or load an earlier curation, and stream the selection to every rank."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from curated_data.arguments import (
 )
 from curated_data.cache import absolute
 from curated_data.config import CurationConfig, load_config
+from curated_data.distributed import watched
 from curated_data.errors import ConfigError
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
@@ -230,12 +232,14 @@ class CuratedDataModule(pl.LightningDataModule):
         Every rank takes part in the work, so it is not in `prepare_data`, where all ranks would wait for one.
         A second call does nothing.
         """
-        if stage in (None, "fit"):
-            self._select()
-        if stage in (None, "fit", "validate") and self.val_pool is not None:
-            self.val_pool.index()
-        if stage == "predict":
-            self.pool.index()
+        curates = stage in (None, "fit") and self.curation_config is not None and not self._is_set_up
+        with watched(self.cache_dir) if curates and self.cache_dir else contextlib.nullcontext():
+            if stage in (None, "fit"):
+                self._select()
+            if stage in (None, "fit", "validate") and self.val_pool is not None:
+                self.val_pool.index()
+            if stage == "predict":
+                self.pool.index()
 
     def set_selection(self, ids: np.ndarray) -> None:
         """Stream another selection from the next epoch on. Call it on every rank with the same ids.

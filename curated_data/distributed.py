@@ -6,16 +6,21 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from curated_data.cache import MANIFEST, build_once, is_complete
-from curated_data.errors import CacheError, ConfigError, first_line
-from curated_data.heartbeat import Heartbeat
+from curated_data.errors import CacheError, ConfigError, RankError, first_line
+from curated_data.locks import while_waiting
+from curated_data.watch import Watch
 
+_EXPLAINED_WITHIN = 10.0  # seconds in which it shows why a collective call broke
 _SHARED_WITHIN = 30.0  # seconds within which a shared file system shows every rank what one has written
+
+_watch: Watch | None = None  # of the block of `watched` that runs
 
 
 def is_distributed() -> bool:
@@ -44,10 +49,8 @@ def all_reduce(array: np.ndarray, op: str = "sum") -> np.ndarray:
     if not is_distributed():
         return array
     tensor = _to_backend(array)
-    with _explained():
-        dist.all_reduce(
-            tensor, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op]
-        )
+    operations = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+    _complete(dist.all_reduce, tensor, op=operations[op])
     return tensor.cpu().numpy()
 
 
@@ -62,8 +65,7 @@ def all_gather(array: np.ndarray) -> list[np.ndarray]:
     padded[: len(array)] = array
     tensor = _to_backend(padded)
     parts = [torch.empty_like(tensor) for _ in lengths]
-    with _explained():
-        dist.all_gather(parts, tensor)
+    _complete(dist.all_gather, parts, tensor)
     return [part.cpu().numpy()[:length] for part, length in zip(parts, lengths, strict=True)]
 
 
@@ -72,8 +74,7 @@ def broadcast(array: np.ndarray, source: int = 0) -> np.ndarray:
     if not is_distributed():
         return array
     tensor = _to_backend(array)
-    with _explained():
-        dist.broadcast(tensor, source)
+    _complete(dist.broadcast, tensor, source)
     return tensor.cpu().numpy()
 
 
@@ -99,29 +100,70 @@ def check_same(**parts: str) -> None:
             )
 
 
-def check_shared(folder: Path) -> None:
-    """Check that all ranks see the same folder.
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """If the block fails on one rank, all raise an error. For blocks that are short on every rank.
 
     Raises:
-        CacheError: some rank does not see what rank zero writes there. Raised on every rank, and names it.
+        RankError: the block failed on another rank.
     """
-    if not is_distributed():
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if not all_reduce(np.array([failure is not None], np.int64), "max")[0]:
         return
-    token = folder / f".tmp-seen-by-all-{broadcast(_random())[0]}"
-    if rank() == 0:
-        token.touch()
-    barrier()
-    started = time.monotonic()
-    while not (seen := token.exists()) and time.monotonic() - started < _SHARED_WITHIN:
-        time.sleep(0.05)
-    blind = np.flatnonzero(np.concatenate(all_gather(np.array([not seen]))))
-    if rank() == 0:
-        token.unlink(missing_ok=True)
-    if len(blind):
-        raise CacheError(
-            f"{folder}: what rank 0 writes to its cache_dir, rank {blind[0]} does not see; give all ranks "
-            "one folder of a file system that they share"
-        )
+    why = "" if failure is None else f"rank {rank()} failed: {first_line(failure, with_type=True)}"
+    told = [part.tobytes().decode() for part in all_gather(np.frombuffer(why.encode(), np.uint8))]
+    raise failure or RankError(next(filter(None, told)))
+
+
+@contextlib.contextmanager
+def watched(root: Path) -> Iterator[Watch | None]:
+    """Within the block, a rank that fails or dies ends the others soon, with an error that names it.
+
+    All ranks enter and leave it together. A block within another joins that one.
+
+    Args:
+        root: a folder that all ranks share.
+
+    Yields:
+        The watch; None on one process.
+
+    Raises:
+        CacheError: some rank does not see what rank zero writes to the folder. Raised on every rank.
+        RankError: another rank has failed or died.
+    """
+    global _watch
+    if _watch is not None or not is_distributed():
+        yield _watch
+        return
+    watch = Watch(root / "ranks", f"{broadcast(_random())[0]:x}", rank(), world_size())
+    with contextlib.ExitStack() as kept:
+        with failing_together():
+            kept.enter_context(watch.kept_up())
+        _check_shared(root, watch)
+        _watch = watch
+        while_waiting.append(watch.check)
+        try:
+            yield watch
+            if not watch.has_met_after_failure:
+                watch.meet()
+        finally:
+            while_waiting.remove(watch.check)
+            _watch = None
+        barrier()  # short, as all have met; from here on nobody reads what the others remove
+
+
+def check_ranks() -> None:
+    """End long work within `watched` if another rank has failed or died.
+
+    Raises:
+        RankError: names the rank and the reason.
+    """
+    if _watch is not None:
+        _watch.check()
 
 
 def build_together(
@@ -130,8 +172,7 @@ def build_together(
     """`build_once` for an artifact that all ranks build together, with collective calls.
 
     The lock may be held by an unrelated run for hours, so no rank waits for it in a collective: rank zero
-    takes the lock, and the others watch a file to which it writes its state. If rank zero fails or dies, the
-    others end too: at once on the same host, after ten minutes without a heartbeat on other hosts.
+    takes the lock, and the others look at what it announces.
 
     Args:
         folder: the artifact's final path, on a file system that all ranks share.
@@ -143,51 +184,71 @@ def build_together(
 
     Raises:
         ConfigError: ranks ask for different artifacts.
-        RuntimeError: rank zero failed or died. Raised on the other ranks.
+        RankError: another rank has failed or died.
     """
+    if _watch is not None:
+        _watch.meet()  # what came before may have kept one rank long
+    name = f"{folder.name}-{broadcast(_random())[0]}"
 
-    def build_alone(temporary: Path) -> None:
+    def build_as_first(temporary: Path) -> None:
         if check is not None:
             check()
+        if watch is not None:
+            watch.announce(name)
         build(temporary)
 
-    if not is_distributed():
-        return build_once(folder, build_alone)
     check_same(**{f"what determines {folder.parent.name}/{folder.name}": folder.name})
-    found, run = broadcast(np.array([is_complete(folder), _random()[0]], np.int64))
-    if found:
+    if broadcast(np.array([is_complete(folder)], np.int64))[0]:
         return folder, True
-    heartbeat = Heartbeat(folder.parent / f"{folder.name}-{run}")
-    if rank() == 0:
-
-        def build_as_first(temporary: Path) -> None:
-            if check is not None:
-                check()
-            heartbeat.say("begin")
-            build(temporary)
-
-        with heartbeat.kept_up():
-            barrier()
+    with watched(folder.parent) as watch:
+        if watch is None or rank() == 0:
             return build_once(folder, build_as_first)
-    barrier()  # rank zero's heartbeat has begun
-    complete = folder / MANIFEST
-    began = heartbeat.wait_for(lambda said: said == "begin" or complete.exists()) == "begin"
-    if began:
-        build(None)
-        heartbeat.wait_for(lambda said: complete.exists())  # rank zero is writing it
+        complete = folder / MANIFEST
+        watch.wait_for(lambda: watch.announced(0) == name or complete.exists())
+        began = watch.announced(0) == name
+        if began:
+            build(None)
+            watch.wait_for(complete.exists)  # rank zero is writing it
     return folder, not began
+
+
+def _check_shared(folder: Path, watch: Watch) -> None:
+    started = time.monotonic()
+    while not (seen := watch.sees(0)) and time.monotonic() - started < _SHARED_WITHIN:
+        time.sleep(0.05)
+    blind = np.flatnonzero(np.concatenate(all_gather(np.array([not seen]))))
+    if len(blind):
+        raise CacheError(
+            f"{folder}: what rank 0 writes to its cache_dir, rank {blind[0]} does not see; give all ranks "
+            "one folder of a file system that they share"
+        )
 
 
 def _random() -> np.ndarray:
     return np.array([secrets.randbits(62)], np.int64)
 
 
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Explain a collective's error, whose own message only mentions sockets."""
+def _complete(begin: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """Make a collective call. Within `watched`, it ends if another rank has failed.
+
+    Its own error would only mention sockets.
+    """
+    watch = _watch
     try:
-        yield
+        work = begin(*arguments, **options, async_op=True)
+        if watch is not None:
+            watch.n_collectives += 1
+            pause = 20e-6
+            while not work.is_completed():
+                watch.check()
+                time.sleep(pause)
+                pause = min(1.2 * pause, 0.01)
+        work.wait()
+    except RankError:
+        raise
     except RuntimeError as error:
+        if watch is not None:
+            watch.explain(_EXPLAINED_WITHIN)
         raise RuntimeError(
             f"rank {rank()} of {world_size()}: another rank has ended, or is behind by more than the process "
             f"group's timeout; see the first error of the other ranks ({first_line(error)})"

@@ -27,6 +27,10 @@ class CacheError(CuratedDataError):
     """The cache folder cannot be used: not writable, written by another version, or damaged."""
 
 
+class RankError(CuratedDataError, RuntimeError):
+    """Another rank of the run has failed or died. Names it, and the reason if it is known."""
+
+
 def first_line(error: BaseException, *, with_type: bool = False) -> str:
     """The first line of an error's message, for a message of ours; the type's name if it has none."""
     name, lines = type(error).__name__, str(error).splitlines()

@@ -18,7 +18,7 @@ from curated_data.clustering.nearest import nearest, squared_distances
 from curated_data.clustering.rows import rank_range
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig, load_config
-from curated_data.distributed import all_gather, build_together, check_shared, rank, world_size
+from curated_data.distributed import all_gather, build_together, failing_together, rank, watched, world_size
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.errors import CacheError, PoolError
 from curated_data.pipeline import Curation, publish_tree, read_ids, report_of, select
@@ -83,12 +83,26 @@ def extend(
     Raises:
         CacheError: `tree` is not the tree of a curation, or was built with another embedder.
         PoolError: the pool has none of the tree's shards.
+        RankError: another rank has failed or died.
     """
-    config = load_config(config)
-    root = open_cache(cache_dir)
-    pool = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
-    check_shared(root)
-    base = Path(tree)
+    with failing_together():
+        config = load_config(config)
+        root = open_cache(cache_dir)
+        pool = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
+    with watched(root):
+        return _extend(pool, config, Path(tree), embedder, root, device, decoders, rebuild_above)
+
+
+def _extend(
+    pool: ShardPool,
+    config: CurationConfig,
+    base: Path,
+    embedder: str | nn.Module | Callable[[Tensor], Tensor] | Embedder,
+    root: Path,
+    device: str | torch.device,
+    decoders: Decoders | None,
+    rebuild_above: float,
+) -> Curation:
     if not (base / MANIFEST).exists():
         raise CacheError(f"{base}: holds no tree; give the folder that `curate` printed, CACHE/tree/NAME")
     manifest = read_manifest(base, "clustering")

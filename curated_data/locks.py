@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from curated_data.errors import CacheError
@@ -24,6 +24,9 @@ _REFUSED = (
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE),
 )
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
+
+while_waiting: list[Callable[[], None]] = []
+"""Called at every attempt to get a lock; what one of them raises ends the wait."""
 
 
 @contextlib.contextmanager
@@ -121,6 +124,8 @@ def _acquire(lock: Path, wait: bool) -> int | None:
             continue
         if not wait:
             return None
+        for look in while_waiting:
+            look()
         now = time.monotonic()
         if reminded is None or now - reminded > _REMIND:
             reminded = now

@@ -25,7 +25,7 @@ from curated_data.clustering.hierarchy import hierarchical_kmeans
 from curated_data.clustering.levels import Level, choose_levels
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig, load_config
-from curated_data.distributed import build_together, check_same, check_shared, rank
+from curated_data.distributed import build_together, check_same, failing_together, rank, watched
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, CuratedDataError, PoolError
 from curated_data.pool import ShardPool
@@ -93,12 +93,25 @@ def curate(
         PoolError: no shard matches, or one cannot be read.
         EmbedderError: the embedder cannot be found or does not fit the pool.
         CacheError: the cache cannot be written, or another version of the package wrote it.
+        RankError: another rank has failed or died.
     """
-    config = load_config(config)
-    root = open_cache(cache_dir)
-    pool = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
+    with failing_together():
+        config = load_config(config)
+        root = open_cache(cache_dir)
+        pool = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
+    with watched(root):
+        return _curate(pool, config, embedder, root, device, decoders)
+
+
+def _curate(
+    pool: ShardPool,
+    config: CurationConfig,
+    embedder: str | nn.Module | Callable[[Tensor], Tensor] | Embedder,
+    root: Path,
+    device: str | torch.device,
+    decoders: Decoders | None,
+) -> Curation:
     held_out_pool = _held_out_pool(config, root)  # now, before anything takes long
-    check_shared(root)
     check_same(curation=fingerprint(config=dataclasses.asdict(config)), pool=pool.fingerprint)
     seconds: dict[str, float] = {}
     cached: dict[str, bool] = {}

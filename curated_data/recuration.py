@@ -26,6 +26,7 @@ from curated_data.cache import open_cache
 from curated_data.clustering.levels import Level, choose_levels
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig
+from curated_data.distributed import failing_together, watched
 from curated_data.embedding import Embedder, embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, PoolError
 from curated_data.pipeline import Curation, build_tree, check_levels, read_ids, report_of, select
@@ -71,10 +72,25 @@ def recurate(
         ConfigError: a share outside (0, 1], or more clusters than the share has samples.
         PoolError: none of the share could be embedded, or a shard cannot be read.
         EmbedderError: the embedder does not fit the pool.
+        RankError: another rank has failed or died.
     """
+    with failing_together():
+        root = open_cache(cache_dir)
+    with watched(root):
+        return _recurate(pool.with_cache(root), config, base, share, embedder, root, device, decoders)
+
+
+def _recurate(
+    pool: ShardPool,
+    config: CurationConfig,
+    base: Curation,
+    share: float,
+    embedder: str | nn.Module | Callable[[Tensor], Tensor] | Embedder,
+    root: Path,
+    device: str | torch.device,
+    decoders: Decoders | None,
+) -> Curation:
     started = time.monotonic()
-    root = open_cache(cache_dir)
-    pool = pool.with_cache(root)
     fresh = draw_share(base.tree.parent[1] != EXCLUDED, share, config.seed)
     config = dataclasses.replace(config, levels=levels_of_share(config.levels, base, share))
     check_levels(config.levels, len(fresh))

@@ -1,5 +1,6 @@
 """Ranks that fail, die, lag, or were given different things: the others end, soon, and say why."""
 
+import contextlib
 import datetime
 import multiprocessing
 import os
@@ -13,10 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from curated_data import curate, distributed
+from curated_data import curate, distributed, watch
 from curated_data.cache import write_manifest
 from curated_data.distributed import build_together
-from curated_data.errors import CacheError
+from curated_data.errors import CacheError, RankError
 
 CONFIG = {
     "target_size": 20,
@@ -108,16 +109,16 @@ def _build(rank, folder, how):
             "rank 0 failed: CacheError: rows are damaged",
         ),
         ("rank 0 fails while it writes", "CacheError: no space left", "failed: CacheError: no space left"),
-        ("rank 0 dies before", "killed", "RuntimeError: rank 0 died or hangs"),
-        ("rank 0 dies while it writes", "killed", "RuntimeError: rank 0 died or hangs"),
-        ("rank 1 fails", "RuntimeError: rank 0 of 2: another rank has ended", "ValueError: no memory"),
+        ("rank 0 dies before", "killed", "RankError: rank 0 died"),
+        ("rank 0 dies while it writes", "killed", "RankError: rank 0 died"),
+        ("rank 1 fails", "RankError: rank 1 failed: ValueError: no memory", "ValueError: no memory"),
     ],
 )
 def test_no_rank_waits_for_one_that_will_not_come(how, first, second, tmp_path):
     found = outcomes(_build, tmp_path, tmp_path, how, timeout=3, seconds=40)
     assert (found[0] == first) if not first else (first in found[0])
     assert (found[1] == second) if not second else (second in found[1])
-    left = [path.name for path in tmp_path.rglob("*") if path.suffix in (".lock", ".heartbeat")]
+    left = [path.name for path in tmp_path.rglob("*") if path.suffix in (".lock", ".rank", ".failed")]
     assert not left or "fails" in how or "dies" in how
 
 
@@ -145,3 +146,118 @@ def test_ranks_that_were_given_different_things_are_told(how, error, write_pool,
     found = outcomes(_curate, tmp_path, write_pool([20, 20]), tmp_path, how)
     assert error in found[0]
     assert error in found[1]
+
+
+class _Pixels(torch.nn.Module):
+    """An embedder of one rank, which fails, is killed, or is slow at its third batch."""
+
+    dimension, fingerprint, name = 12, "pixels of ranks", "pixels"
+
+    def __init__(self, how: str = "") -> None:
+        super().__init__()
+        self.how, self.batches = how, 0
+
+    def preprocess(self, image):
+        return torch.nn.functional.interpolate(image[None].float(), (2, 2))[0] / 255
+
+    def forward(self, images):
+        self.batches += 1
+        time.sleep(0.1)
+        if self.batches == 3:
+            if self.how == "fails":
+                raise ValueError("no memory\nfor this")
+            if self.how == "is interrupted":
+                raise KeyboardInterrupt
+            if self.how == "is killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "is slow":
+                time.sleep(6)
+        return images.flatten(1)
+
+
+def _embed(rank, shards, folder, how, which, hosts):
+    watch._SILENCE, watch._BEAT, watch._LOOK = 3.0, 0.3, 0.1
+    if hosts == 2:
+        watch._host = lambda: f"host-{rank}"
+    embedder = _Pixels(how if rank == which else "")
+    began = time.monotonic()
+    try:
+        curation = curate(shards, CONFIG, embedder=embedder, cache_dir=folder / "cache")
+    except BaseException as error:
+        (folder / f"seconds-{rank}").write_text(str(time.monotonic() - began))
+        if not isinstance(error, Exception):  # the test below catches no others
+            raise RuntimeError(type(error).__name__) from error
+        if how == "fails" and rank == which:
+            (folder / f"outcome-{rank}").write_text(f"{type(error).__name__}: {error}")
+            time.sleep(3)  # as a process that takes long to end: nothing but our own files tells the other
+        raise
+    np.save(folder / f"ids-{rank}.npy", curation.ids)
+
+
+@pytest.mark.parametrize(
+    ("how", "which", "hosts", "cause"),
+    [
+        ("fails", 1, 1, "rank 1 failed: EmbedderError: pixels: fails on a batch"),
+        ("fails", 0, 2, "rank 0 failed: EmbedderError: pixels: fails on a batch"),
+        ("is interrupted", 1, 1, "rank 1 failed: KeyboardInterrupt"),
+        ("is killed", 1, 1, "rank 1 died: it was killed"),
+        ("is killed", 0, 2, "rank 0 died: its host has given no sign"),
+        ("is slow", 1, 2, ""),
+    ],
+)
+def test_a_rank_that_fails_alone_while_it_embeds_ends_the_others(
+    how, which, hosts, cause, write_pool, tmp_path
+):
+    shards = write_pool([96, 96, 96, 96])  # 24 batches, of which one rank alone needs 2.4 s
+    found = outcomes(_embed, tmp_path, shards, tmp_path, how, which, hosts)
+    assert (f"RankError: {cause}" in found[1 - which]) if cause else found == ["", ""]
+    if how in ("fails", "is interrupted"):
+        assert ("no memory" if how == "fails" else "KeyboardInterrupt") in found[which]
+        assert float((tmp_path / f"seconds-{1 - which}").read_text()) < 2
+    # The next run goes on as if nothing had happened; and ends as one process does.
+    if cause:
+        assert outcomes(_embed, tmp_path, shards, tmp_path, "", 0, 1) == ["", ""]
+    alone = curate(shards, CONFIG, embedder=_Pixels(), cache_dir=tmp_path / "alone").ids
+    assert all((np.load(tmp_path / f"ids-{rank}.npy") == alone).all() for rank in range(2))
+
+
+def _meet(rank, folder, how):
+    watch._LOOK = 0.1
+    with distributed.watched(folder) as group:
+        if rank == 1:
+            group.fail(ValueError("no memory"))
+        elif how == "in a collective":
+            with contextlib.suppress(RankError):
+                distributed.barrier()
+        else:
+            time.sleep(1)
+        group.meet(in_spite_of_failures=True)
+        assert "rank 1 failed: ValueError: no memory" in str(group.failure)
+    distributed.barrier()
+
+
+@pytest.mark.parametrize("how", ["in step", "in a collective"])
+def test_ranks_that_go_on_in_spite_of_a_failure_do_so_only_if_all_are_in_step(how, tmp_path):
+    found = outcomes(_meet, tmp_path, tmp_path, how)
+    if how == "in step":
+        assert found == ["", ""]
+    else:
+        assert all(
+            "rank 1 failed: ValueError: no memory, while others were in a collective call" in one
+            for one in found
+        )
+
+
+def _open_or_not(rank, shards, folder, which):
+    shards = ["nowhere.tar"] if which == rank else shards
+    try:
+        curate(shards, CONFIG, embedder="pixels:4", cache_dir=folder / "cache")
+    finally:
+        time.sleep(2 * (which == rank))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_rank_that_does_not_see_the_pool_tells_the_others(which, write_pool, tmp_path):
+    found = outcomes(_open_or_not, tmp_path, write_pool([20]), tmp_path, which)
+    assert "PoolError: no shard matches" in found[which]
+    assert f"RankError: rank {which} failed: PoolError: no shard matches" in found[1 - which]

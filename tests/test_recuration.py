@@ -5,6 +5,7 @@ ranks.
 import json
 import logging
 import math
+import time
 from pathlib import Path
 
 import lightning
@@ -14,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import nn
 
-from curated_data import CuratedDataModule, RecurationCallback
+from curated_data import CuratedDataModule, RecurationCallback, distributed
 from curated_data.errors import ConfigError, EmbedderError
 
 SIZES = [30, 20, 14]
@@ -255,6 +256,37 @@ def test_a_failure_keeps_the_selection_or_stops(write_pool, tmp_path, caplog):
     stop = RecurationCallback(every_n_epochs=1, embedder=lambda module: Unreadable())
     with pytest.raises(EmbedderError, match="the disk is gone"):
         fit(shards, tmp_path / "cache", None, epochs=3, callbacks=[stop])
+
+
+class _FailsOnRankOne(torch.nn.Module):
+    dimension, fingerprint = 3, "fails on rank one"
+
+    def preprocess(self, image):
+        return to_float(image)
+
+    def forward(self, batch):
+        if distributed.rank() == 1:
+            raise OSError("the disk is gone")
+        time.sleep(0.3)  # the other rank is in the middle of its work
+        return batch.mean((2, 3))
+
+
+def test_a_failure_on_one_rank_keeps_the_selection_of_all_or_stops_all(write_pool, tmp_path):
+    shards, failed = write_pool(SIZES), []
+
+    def embedder(module):
+        failed.append(len(failed) == 0)
+        return _FailsOnRankOne() if failed[-1] else module
+
+    ranks = {"devices": 2, "strategy": "ddp_fork"}
+    keep = RecurationCallback(every_n_epochs=1, embedder=embedder, on_failure="keep")
+    fit(shards, tmp_path / "cache", tmp_path / "kept", epochs=3, callbacks=[keep], **ranks)
+    first, second = (by_epoch(seen(tmp_path / "kept", rank)) for rank in (0, 1))
+    epochs = [sorted(first[epoch] + second[epoch]) for epoch in range(3)]
+    assert epochs[0] == epochs[1] != epochs[2]
+    stop = RecurationCallback(every_n_epochs=1, embedder=lambda module: _FailsOnRankOne())
+    with pytest.raises(Exception, match="the disk is gone"):
+        fit(shards, tmp_path / "other", None, epochs=3, callbacks=[stop], **ranks)
 
 
 def test_triggers(write_pool, tmp_path):

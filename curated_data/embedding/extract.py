@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from curated_data.cache import fingerprint
-from curated_data.distributed import rank, world_size
+from curated_data.distributed import check_ranks, rank, world_size
 from curated_data.embedding.batches import InputLoader
 from curated_data.embedding.embedders import Embedder, evaluating
 from curated_data.embedding.identity import module_fingerprint
@@ -239,6 +239,7 @@ def _embed_shards(
         for batch, inputs, reasons in loader.batches(
             _with_empty(claims(), ranges, loader.embedder.dimension, dtype, finish)
         ):
+            check_ranks()
             number = int(np.searchsorted(ranges, batch[0], side="right") - 1)
             if rows is None:
                 rows = np.zeros((ranges[number + 1] - ranges[number], loader.embedder.dimension), dtype)

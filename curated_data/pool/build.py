@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from curated_data.cache import MANIFEST, build_once, fingerprint, open_cache
-from curated_data.distributed import world_size
+from curated_data.distributed import check_ranks, world_size
 from curated_data.errors import PoolError
 from curated_data.locks import locked
 from curated_data.pool.index import (
@@ -133,6 +133,7 @@ def _each(
     with progress("index shards", len(numbers)) as advance:
         if workers <= 1 or not (remote or large) or multiprocessing.current_process().daemon:
             for number in numbers:
+                check_ranks()
                 yield number, task(shards[number])
                 advance()
             return
@@ -140,6 +141,7 @@ def _each(
             tasks = {executor.submit(task, shards[number]): number for number in numbers}
             try:
                 for done in as_completed(tasks):
+                    check_ranks()
                     yield tasks[done], done.result()
                     advance()
             except BrokenProcessPool as error:
