@@ -142,6 +142,6 @@ def _union(names: set[str]) -> list[str]:
     """The sorted names that occur on any rank."""
     if world_size() == 1:
         return sorted(names)
-    every: list[set[str] | None] = [None] * world_size()
+    every: list[set[str]] = [set()] * world_size()
     dist.all_gather_object(every, names)
-    return sorted(set().union(*every))  # type: ignore[arg-type]
+    return sorted(set.union(*every))

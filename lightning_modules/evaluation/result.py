@@ -4,7 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 PER_SAMPLE = {"per_sample": True}
 
 
+@dataclass(frozen=True)
 class Result:
     """Base of the evaluations' result dataclasses; a subclass says what its table's rows are."""
 
@@ -37,8 +38,8 @@ class Result:
         """Write all fields but those by sample as JSON; what is not a number (an undefined metric) becomes
         null.
         """
-        content = asdict(self)  # type: ignore[call-overload]
-        for each in fields(self):  # type: ignore[arg-type]
+        content = asdict(self)
+        for each in fields(self):
             if each.metadata.get("per_sample"):
                 del content[each.name]
         Path(path).write_text(json.dumps(_plain(content), indent=2) + "\n")
