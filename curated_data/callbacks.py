@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from curated_data.cache import open_cache
+from curated_data.cache import open_cache, read_manifest
 from curated_data.clustering.tree import EXCLUDED
 from curated_data.config import CurationConfig
 from curated_data.datamodule import CuratedDataModule
@@ -231,7 +231,7 @@ class RecurationCallback(pl.Callback):
         curation = self._recurate(trainer, pl_module, data, epoch)
         if curation is None:
             return {}
-        data.curation = curation
+        data.curation, data.lost_tree = curation, None
         self._selection = curation.folders["selection"].name
         data.set_selection(curation.ids)
         self.n_recurations += 1
@@ -260,6 +260,7 @@ class RecurationCallback(pl.Callback):
     def _restore(self, data: CuratedDataModule) -> None:
         """In a resumed run, make the data module's `curation` the one that it streams, not the first one."""
         current = data.curation.folders["selection"].name if data.curation is not None else None
+        data.lost_tree = None
         if self._selection is None:
             data.curation = data.base_curation
         if self._selection is None or self._selection == current:
@@ -267,7 +268,12 @@ class RecurationCallback(pl.Callback):
         assert data.cache_dir is not None, "a curation comes with one"
         try:
             data.curation = open_curation(data.cache_dir, self._selection)
-        except CacheError as error:  # a later re-curation removed its tree; the ids are kept elsewhere
+        except (
+            CacheError
+        ) as error:  # a later re-curation removed its tree; what is streamed is kept elsewhere
+            data.curation = data.base_curation
+            chosen = read_manifest(data.cache_dir / "selection" / self._selection, "selection")
+            data.lost_tree = chosen["inputs"]["tree"]
             log.warning(
                 "the tree of the resumed selection is gone, figures show the first curation: %s", error
             )

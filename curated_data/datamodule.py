@@ -22,13 +22,14 @@ from curated_data.arguments import (
     load_labels,
     open_pool,
 )
-from curated_data.cache import absolute
+from curated_data.cache import absolute, atomic_save, fingerprint
 from curated_data.config import CurationConfig, load_config
 from curated_data.distributed import watched
-from curated_data.errors import ConfigError
+from curated_data.errors import CacheError, ConfigError
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.pool.urls import is_remote
+from curated_data.seals import load_npy
 from curated_data.streaming.batch import collate
 from curated_data.streaming.crop import CenterCrop
 from curated_data.streaming.dataset import OnError, PoolDataset
@@ -124,6 +125,8 @@ class CuratedDataModule(pl.LightningDataModule):
     Attributes:
         curation: what `curate` returned; None before `setup`, and without a curation.
         base_curation: the first curation, made with `embedder`; a re-curation replaces only `curation`.
+        lost_tree: the name of the resumed selection's tree, if a later re-curation has removed it and
+            `curation` is the first one; None otherwise.
         selection: (n,) int64 ids that the next epoch streams; None before `setup`, and for a whole pool.
         statistics: what this process streamed, skipped and read in training.
 
@@ -195,6 +198,7 @@ class CuratedDataModule(pl.LightningDataModule):
         self.slow_after = slow_after
         self.curation: Curation | None = None
         self.base_curation: Curation | None = None
+        self.lost_tree: str | None = None
         self.statistics = StreamStatistics(max_skipped)
         self._given_selection = selection
         self._given_labels = labels
@@ -368,8 +372,7 @@ class CuratedDataModule(pl.LightningDataModule):
     def _training_order(self, ids: np.ndarray | None, shuffle: Shuffle) -> EpochOrder:
         strata = None
         if self.stratify_level is not None and shuffle == "full":
-            assert self.curation is not None, "stratify_level comes with a curation"
-            strata = self.curation.tree.assignment(self.stratify_level, ids)
+            strata = self._strata(ids, self.stratify_level)
         order = EpochOrder(
             len(self.pool) if ids is None else ids,
             seed=self.seed,
@@ -383,6 +386,27 @@ class CuratedDataModule(pl.LightningDataModule):
             "stream: %d samples, %d global batches of %d", order.n_samples, order.n_batches, order.batch_size
         )
         return order
+
+    def _strata(self, ids: np.ndarray | None, level: int) -> np.ndarray:
+        """The cluster of each id. They are kept, because a later re-curation removes the tree, and a run may
+        resume from before it.
+        """
+        curation, cache_dir = self.curation, self.cache_dir
+        assert curation is not None, "stratify_level comes with a curation"
+        assert cache_dir is not None, "a curation comes with one"
+        tree = self.lost_tree or curation.folders["tree"].name
+        path = cache_dir / "streaming" / f"{fingerprint(selection=ids, tree=tree, level=level)}.npy"
+        if self.lost_tree is None:
+            strata = curation.tree.assignment(level, ids)
+            if ranks(self.trainer)[0] == 0 and not path.exists():
+                atomic_save(path, strata)
+            return strata
+        if not path.exists():
+            raise CacheError(
+                f"stratify_level: the clusters of the resumed selection are gone from the cache, tree {tree} "
+                f"and {path}; resume from a later checkpoint"
+            )
+        return load_npy(path, "remove it and resume from a later checkpoint")
 
     def _training_views(self) -> Callable[[Tensor], Any] | None:
         """What workers apply to a decoded image; None for nothing."""

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import nn
 
 from curated_data import CuratedDataModule, RecurationCallback, distributed
-from curated_data.errors import ConfigError, EmbedderError
+from curated_data.errors import CacheError, ConfigError, EmbedderError
 
 SIZES = [30, 20, 14]
 
@@ -73,13 +73,13 @@ def datamodule(shards, cache, **changes):
     return CuratedDataModule(shards, curation, **(settings | changes))
 
 
-def fit(shards, cache, record, *, epochs, callbacks, ckpt_path=None, **options):
+def fit(shards, cache, record, *, epochs, callbacks, ckpt_path=None, changes=None, **options):
     lightning.seed_everything(0, verbose=False)
     settings = {"devices": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
                 "enable_model_summary": False, "enable_checkpointing": False}  # fmt: skip
     settings |= options
     trainer = lightning.Trainer(max_epochs=epochs, callbacks=callbacks, **settings)
-    data = datamodule(shards, cache)
+    data = datamodule(shards, cache, **(changes or {}))
     trainer.fit(TinyModule(record and str(record)), data, ckpt_path=ckpt_path)
     return trainer, data
 
@@ -185,6 +185,31 @@ def test_a_stop_and_a_resume_change_nothing(write_pool, tmp_path):
         path = tmp_path / f"ckpt-{stop}" / f"step={stop}.ckpt"
         fit(shards, cache, record, epochs=4, callbacks=[RecurationCallback(every_n_epochs=1)], ckpt_path=path)
         assert seen(record) == whole, f"stopped after step {stop}"
+
+
+def test_a_stratified_run_resumes_from_before_a_re_curation_that_dropped_its_tree(write_pool, tmp_path):
+    shards, changes = write_pool(SIZES), {"stratify_level": 1}
+    saving = lightning.pytorch.callbacks.ModelCheckpoint(
+        tmp_path / "ckpt", every_n_train_steps=1, save_top_k=-1, filename="{step}"
+    )
+    settings = {"epochs": 4, "changes": changes}
+    callbacks = [RecurationCallback(every_n_epochs=1), saving]
+    fit(
+        shards, tmp_path / "c", tmp_path / "whole", callbacks=callbacks, enable_checkpointing=True, **settings
+    )
+    whole = seen(tmp_path / "whole")
+    steps = len(whole) // 4
+    for step in (steps + 2, 2 * steps, 3 * steps - 1):
+        callbacks, path = [RecurationCallback(every_n_epochs=1)], tmp_path / "ckpt" / f"step={step}.ckpt"
+        fit(shards, tmp_path / "c", tmp_path / f"r{step}", callbacks=callbacks, ckpt_path=path, **settings)
+        assert seen(tmp_path / f"r{step}") == whole[step:], f"resumed after step {step}"
+    for path in (tmp_path / "c" / "streaming").iterdir():
+        if len(np.load(path)) == 32 and np.load(path).max() < 10:  # clusters of level 1
+            path.unlink()
+    callbacks = [RecurationCallback(every_n_epochs=1)]
+    path = tmp_path / "ckpt" / f"step={steps + 2}.ckpt"
+    with pytest.raises(CacheError, match="stratify_level: the clusters of the resumed selection are gone"):
+        fit(shards, tmp_path / "c", None, callbacks=callbacks, ckpt_path=path, **settings)
 
 
 def test_two_ranks_agree_with_each_other(write_pool, tmp_path):
