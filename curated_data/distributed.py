@@ -166,6 +166,18 @@ def check_ranks() -> None:
         _watch.check()
 
 
+def meet_ranks() -> None:
+    """Within `watched`: wait, outside of any collective call, until all ranks are here.
+
+    Before a collective call that follows work of which one rank may have had more.
+
+    Raises:
+        RankError: another rank has failed or died.
+    """
+    if _watch is not None:
+        _watch.meet()
+
+
 def build_together(
     folder: Path, build: Callable[[Path | None], None], check: Callable[[], None] | None = None
 ) -> tuple[Path, bool]:
@@ -186,8 +198,7 @@ def build_together(
         ConfigError: ranks ask for different artifacts.
         RankError: another rank has failed or died.
     """
-    if _watch is not None:
-        _watch.meet()  # what came before may have kept one rank long
+    meet_ranks()
     name = f"{folder.name}-{broadcast(_random())[0]}"
 
     def build_as_first(temporary: Path) -> None:

@@ -112,7 +112,9 @@ def _curate(
     decoders: Decoders | None,
 ) -> Curation:
     held_out_pool = _held_out_pool(config, root)  # now, before anything takes long
-    check_same(curation=fingerprint(config=dataclasses.asdict(config)), pool=pool.fingerprint)
+    check_same(curation=fingerprint(config=dataclasses.asdict(config)))
+    pool.look_together()
+    check_same(pool=pool.fingerprint)
     seconds: dict[str, float] = {}
     cached: dict[str, bool] = {}
 

@@ -1,5 +1,6 @@
 """A pool of tar shards as one long list of samples that can be read in any order."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,16 @@ from typing import Any, Self
 
 import numpy as np
 
-from curated_data.cache import absolute, open_cache
+from curated_data.cache import absolute, fingerprint, open_cache
+from curated_data.distributed import (
+    all_gather,
+    all_reduce,
+    check_same,
+    is_distributed,
+    meet_ranks,
+    rank,
+    world_size,
+)
 from curated_data.errors import PoolError, SampleError
 from curated_data.pool.access import DOWNLOAD, RANGES, RemoteOptions, choose_access
 from curated_data.pool.build import (
@@ -94,6 +104,30 @@ class ShardPool:
     def shards(self) -> list[ShardFile]:
         """Each shard, with its size and version at first use."""
         return stat_shards(self._places, self.storage_options, self.remote)
+
+    def look_together(self) -> None:
+        """Look at the shards, each remote one on one rank only. All ranks call it.
+
+        Each rank sees local shards with its own eyes, as folders may differ.
+
+        Raises:
+            ConfigError: ranks have other shards.
+        """
+        check_same(pool=fingerprint(places=self._places))
+        if not (is_distributed() and self._is_remote):
+            return
+        if all_reduce(np.array(["shards" in self.__dict__], np.int64), "min")[0]:
+            return
+        own = stat_shards(self._places[rank() :: world_size()], self.storage_options, self.remote)
+        meet_ranks()  # a rank that cannot reach a shard says so, and requests may take some ranks longer
+        states = json.dumps([[shard.size, shard.version] for shard in own]).encode()
+        parts = [json.loads(part.tobytes()) for part in all_gather(np.frombuffer(states, np.uint8))]
+        looked = [parts[number % world_size()][number // world_size()] for number in range(len(self.urls))]
+        shards = [ShardFile(place, *state) for place, state in zip(self._places, looked, strict=True)]
+        local = [number for number, place in enumerate(self._places) if not is_remote(place)]
+        for number, shard in zip(local, stat_shards([self._places[n] for n in local]), strict=True):
+            shards[number] = shard
+        self.shards = shards
 
     @cached_property
     def shard_fingerprints(self) -> list[str]:

@@ -22,6 +22,7 @@ from curated_data.pool.shard_cache import ShardCache
 from curated_data.pool.storage import ShardFile
 from curated_data.pool.store import Store
 from tests.pool.server import Server
+from tests.processes import run_ranks
 
 STAT = Store.stat
 QUICK = {"attempts": 4, "backoff": 0.01}
@@ -104,29 +105,44 @@ def test_reads_ask_for_the_bytes_alone(serve, expected):
     assert server.requests == {"GET": 3}
 
 
+class Bytes:
+    dimension, fingerprint, preprocess = 4, "bytes", staticmethod(lambda content: content)
+
+    def __call__(self, batch):
+        return batch
+
+
+def start(urls, cache_dir):
+    pool = ShardPool(urls, cache_dir=cache_dir, image_extensions=["bin"])
+    config = {"target_size": 10, "levels": [{"n_clusters": 5}], "embedding": {"num_workers": 0}}
+    decoders = {"bin": lambda content: torch.frombuffer(bytearray(content[:4]), dtype=torch.uint8)}
+    data = CuratedDataModule(
+        pool, config, embedder=Bytes(), decoders=decoders, cache_dir=cache_dir, num_workers=0, batch_size=2
+    )
+    data.setup()
+    return data.train_dataloader()
+
+
 def test_a_start_looks_at_each_shard_once(serve, tmp_path):
     server = serve()
-
-    class Bytes:
-        dimension, fingerprint, preprocess = 4, "bytes", staticmethod(lambda content: content)
-
-        def __call__(self, batch):
-            return batch
-
-    def start():
-        pool = ShardPool(server.url + PATTERN, cache_dir=tmp_path, image_extensions=["bin"])
-        config = {"target_size": 10, "levels": [{"n_clusters": 5}], "embedding": {"num_workers": 0}}
-        decoders = {"bin": lambda content: torch.frombuffer(bytearray(content[:4]), dtype=torch.uint8)}
-        data = CuratedDataModule(
-            pool, config, embedder=Bytes(), decoders=decoders, cache_dir=tmp_path, num_workers=0, batch_size=5
-        )
-        data.setup()
-        return data.train_dataloader()
-
-    start()
+    start(server.url + PATTERN, tmp_path)
     server.requests.clear()
-    assert len(start()) == 2
+    assert len(start(server.url + PATTERN, tmp_path)) == 5
     assert server.requests == {"HEAD": 4}
+
+
+def start_on_a_rank(rank, urls, cache_dir):
+    start(urls, cache_dir)
+
+
+def test_ranks_look_at_each_shard_once_together(serve, folder, tmp_path):
+    server = serve()
+    urls = [f"{server.url}/p-{number:03d}.tar" for number in range(3)] + [str(folder / "p-003.tar")]
+    start(urls, tmp_path)
+    for n_ranks in (2, 4):
+        server.requests.clear()
+        run_ranks(start_on_a_rank, n_ranks, urls, tmp_path)
+        assert server.requests == {"HEAD": 3}  # and nothing is embedded anew: they see the same versions
 
 
 def test_small_shards_are_indexed_by_one_request(serve):
