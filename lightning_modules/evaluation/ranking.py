@@ -71,27 +71,26 @@ class RankingResult(Result):
         """Draw accuracies on b against a with their intervals and the fitted line."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(5, 4.5), layout="constrained")
+        figure = Figure(figsize=(6.5, 4.5), layout="constrained")
         axes = figure.subplots()
-        for m in self.models.values():
+        # Names at the points would cover each other: models of one size are often equally good.
+        for number, (name, m) in enumerate(self.models.items()):
             spread = [
                 [[m[f"accuracy_{s}"] - m[f"low_{s}"]], [m[f"high_{s}"] - m[f"accuracy_{s}"]]]
                 for s in ("a", "b")
             ]
             axes.errorbar(
-                m["accuracy_a"], m["accuracy_b"], xerr=spread[0], yerr=spread[1], fmt="o", capsize=2
-            )
-        ends = np.array([min(m["accuracy_a"] for m in self.models.values()),
-                         max(m["accuracy_a"] for m in self.models.values())])  # fmt: skip
+                m["accuracy_a"], m["accuracy_b"], xerr=spread[0], yerr=spread[1],
+                fmt="osDv^"[number // 10 % 5], capsize=2, elinewidth=0.8, label=name,
+            )  # fmt: skip
         if np.isfinite(self.fit.slope):
+            ends = np.array([choose(m["accuracy_a"] for m in self.models.values()) for choose in (min, max)])
             label = f"slope {self.fit.slope:.2f}, R² {self.fit.r_squared:.2f}"
-            axes.margins(0.15)  # room for the names
             axes.plot(ends, self.fit.slope * ends + self.fit.intercept, color="grey", label=label)
-            axes.legend(loc="upper left")
         axes.set_xlabel(f"accuracy on {name_a}")
         axes.set_ylabel(f"accuracy on {name_b}")
-        _name_points(axes, {name: (m["accuracy_a"], m["accuracy_b"]) for name, m in self.models.items()})
-        figure.savefig(path)
+        figure.legend(loc="outside right upper", frameon=False)
+        figure.savefig(path, dpi=150)
 
 
 def ranking(
@@ -218,27 +217,3 @@ def _improvement(accuracy: np.ndarray) -> np.ndarray:
     """Relative improvement over the weakest model; NaN where that one is never right."""
     weakest = accuracy.min()
     return (accuracy - weakest) / weakest if weakest > 0 else np.full(len(accuracy), np.nan)
-
-
-def _name_points(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
-    """Write names beside points, each at the corner where it covers the least of earlier names and points."""
-    from matplotlib.transforms import Bbox
-
-    figure = axes.get_figure()
-    figure.draw_without_rendering()  # lays the axes out
-    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform([*points.values()])]
-    for name, point in points.items():
-        options = []
-        for x, y in itertools.product((5, -5), (4, -4)):
-            text = axes.annotate(
-                name, point, xytext=(x, y), textcoords="offset points",
-                ha="left" if x > 0 else "right", va="bottom" if y > 0 else "top",
-            )  # fmt: skip
-            box = text.get_window_extent()
-            shared = [Bbox.intersection(box, other) for other in taken]
-            options.append((sum(part.width * part.height for part in shared if part), text, box))
-        _, text, box = min(options, key=lambda option: option[0])
-        taken.append(box)
-        for _, other, _ in options:
-            if other is not text:
-                other.remove()
