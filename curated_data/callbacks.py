@@ -268,9 +268,8 @@ class RecurationCallback(pl.Callback):
         assert data.cache_dir is not None, "a curation comes with one"
         try:
             data.curation = open_curation(data.cache_dir, self._selection)
-        except (
-            CacheError
-        ) as error:  # a later re-curation removed its tree; what is streamed is kept elsewhere
+        except CacheError as error:
+            # A later re-curation removed its tree; what is streamed is kept elsewhere.
             data.curation = data.base_curation
             chosen = read_manifest(data.cache_dir / "selection" / self._selection, "selection")
             data.lost_tree = chosen["inputs"]["tree"]
