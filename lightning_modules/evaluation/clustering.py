@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.optimize import linear_sum_assignment
 
+from lightning_modules.distributed import all_gather_rows
 from lightning_modules.evaluation.inputs import Array, checked_labels, count_pairs, joined_max
 from lightning_modules.evaluation.longtail import GROUPS, frequency_groups, mean_known, per_class
 from lightning_modules.evaluation.result import Result
@@ -68,12 +70,14 @@ def clustering(assignment: Array, labels: Array, *, train_counts: Array | None =
     """
     assignment = checked_labels("assignment", assignment, len(assignment))
     labels = checked_labels("labels", labels, len(assignment))
-    n_clusters, n_classes = joined_max(assignment) + 1, joined_max(labels) + 1
+    numbers = all_gather_rows(assignment.unique()).unique()  # of the clusters that occur on any rank
+    n_clusters, n_classes = len(numbers), joined_max(labels) + 1
     if n_clusters == 0:
         raise ValueError("no samples")
     if train_counts is not None and len(train_counts) < n_classes:
         raise ValueError(f"train_counts has {len(train_counts)} classes, the labels go up to {n_classes - 1}")
-    table = count_pairs(assignment, labels, n_clusters, n_classes).numpy()
+    places = torch.searchsorted(numbers, assignment)
+    table = count_pairs(places, labels, n_clusters, n_classes).numpy()
     clusters, classes = linear_sum_assignment(table, maximize=True)
     right = np.zeros(n_classes, np.int64)
     predicted = np.zeros(n_classes, np.int64)
@@ -92,9 +96,9 @@ def clustering(assignment: Array, labels: Array, *, train_counts: Array | None =
         nmi=_normalised_mutual_information(table),
         ari=_adjusted_rand_index(table),
         groups=groups,
-        matching={int(c): int(k) for c, k in zip(clusters, classes) if table[c].any() and total[k]},
+        matching={int(numbers[c]): int(k) for c, k in zip(clusters, classes) if total[k]},
         n_samples=int(total.sum()),
-        n_clusters=int((table.sum(1) > 0).sum()),
+        n_clusters=n_clusters,
         n_classes=int((total > 0).sum()),
     )
 

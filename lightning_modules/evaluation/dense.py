@@ -78,6 +78,23 @@ def checked_dense(name: str, tokens: Array, maps: Images) -> DenseSet:
     return DenseSet(tokens, maps)
 
 
+def checked_dense_pair(
+    train_tokens: Array, train_maps: Images, test_tokens: Array, test_maps: Images
+) -> tuple[DenseSet, DenseSet]:
+    """Train and test sets, each as `checked_dense` has it, of tokens with as many features.
+
+    Raises:
+        ValueError: see `checked_dense`; or tokens of different lengths.
+    """
+    train = checked_dense("train", train_tokens, train_maps)
+    test = checked_dense("test", test_tokens, test_maps)
+    if train.tokens.shape[3] != test.tokens.shape[3]:
+        raise ValueError(
+            f"train tokens have {train.tokens.shape[3]} features, test tokens {test.tokens.shape[3]}"
+        )
+    return train, test
+
+
 def train_layer(
     data: DenseSet,
     n_outputs: int,
@@ -99,10 +116,8 @@ def train_layer(
     Returns:
         The layer: tokens (d, h, w) to outputs (n_outputs, h, w).
     """
-    n, first = (
-        n_joined(torch.empty(len(data), device=device)),
-        first_row(torch.empty(len(data), device=device)),
-    )
+    rows_here = torch.empty(len(data), device=device)
+    n, first = n_joined(rows_here), first_row(rows_here)
     mean, deviation = _moments(data, device)
     generator = torch.Generator().manual_seed(settings.seed)
     weight = (0.01 * torch.randn(n_outputs, len(mean), generator=generator)).to(device).requires_grad_()

@@ -13,7 +13,7 @@ from lightning_modules.evaluation.dense import (
     DenseSet,
     DenseSettings,
     Images,
-    checked_dense,
+    checked_dense_pair,
     each_map,
     train_layer,
     upsampled,
@@ -82,8 +82,7 @@ def depth(
         raise ValueError(
             f"need 0 < min_depth < max_depth and two bins, got {min_depth}, {max_depth}, {n_bins}"
         )
-    train = checked_dense("train", train_tokens, train_depths)
-    test = checked_dense("test", test_tokens, test_depths)
+    train, test = checked_dense_pair(train_tokens, train_depths, test_tokens, test_depths)
     for name, data in (("train", train), ("test", test)):
         count = sum(int(_valid(torch.as_tensor(map_), min_depth, max_depth).sum()) for map_ in each_map(data))
         if int(all_reduce(torch.tensor([count], device=device))) == 0:
@@ -140,9 +139,8 @@ def _tested(
     max_depth: float,
     device: str | torch.device,
 ) -> DepthResult:
-    sums = torch.zeros(
-        6, dtype=torch.float64, device=device
-    )  # three scores, images, images without, invalid pixels
+    # Three scores, images, images without, invalid pixels.
+    sums = torch.zeros(6, dtype=torch.float64, device=device)
     each = np.full((len(test), 3), np.nan)
     with torch.no_grad():
         for i, map_ in enumerate(each_map(test)):

@@ -4,6 +4,8 @@ Under `torch.distributed` every rank gives its own share of each set, of any len
 joined in rank order, and every rank gets the result of the joined set.
 """
 
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -33,10 +35,23 @@ def checked_features(name: str, features: Array, device: str | torch.device = "c
 
 
 def as_tensor(array: Any) -> Tensor:
-    """A tensor of an array, a copy only where the array is read-only, as a memory map."""
+    """A tensor without gradient of an array, a copy only where the array is read-only, as a memory map."""
     if isinstance(array, np.ndarray) and not array.flags.writeable:
         array = np.array(array)
-    return torch.as_tensor(array)
+    return torch.as_tensor(array).detach()
+
+
+def checked_k(k: int | Iterable[int], largest: int, of: str) -> list[int]:
+    """One number of neighbours or several, as a rising list of different ones.
+
+    Raises:
+        TypeError: numbers that are not whole.
+        ValueError: none, or one outside of 1..`largest`; `of` says what has so many.
+    """
+    ks = sorted({operator.index(each) for each in (k if isinstance(k, Iterable) else [k])})
+    if not ks or ks[0] < 1 or ks[-1] > largest:
+        raise ValueError(f"k must lie in 1..{largest} (the {of}'s size), got {ks}")
+    return ks
 
 
 def checked_bank(name: str, features: Any) -> Any:

@@ -14,6 +14,7 @@ from lightning_modules.evaluation.inputs import (
     Array,
     checked_bank,
     checked_features,
+    checked_k,
     checked_labels,
     joined_max,
 )
@@ -85,7 +86,6 @@ def knn(
         ValueError: shapes that do not match, non-finite features, negative labels, or k larger than the train
             set.
     """
-    ks = [k] if isinstance(k, int) else sorted(set(k))
     bank = checked_bank("train", train_features)
     bank_labels = checked_labels("train", train_labels, bank.shape[0], device)
     queries = checked_features("test", test_features, device)
@@ -95,8 +95,7 @@ def knn(
         raise ValueError(f"train features have {bank.shape[1]} dimensions, test features {queries.shape[1]}")
     if not counts[0] or not counts[1]:
         raise ValueError(f"no samples: {counts[0]} train, {counts[1]} test")
-    if not ks or ks[0] < 1 or ks[-1] > counts[0]:
-        raise ValueError(f"k must lie in 1..{counts[0]} (the train set's size), got {ks}")
+    ks = checked_k(k, counts[0], "train set")
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"metric {metric!r}: expected 'cosine' or 'euclidean'")
     if temperature is not None and not temperature > 0:

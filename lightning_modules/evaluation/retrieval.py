@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.distributed import all_gather_rows, all_reduce, rank, world_size
-from lightning_modules.evaluation.inputs import Array, checked_features, checked_labels, first_row, n_joined
+from lightning_modules.evaluation.inputs import (
+    Array,
+    checked_features,
+    checked_k,
+    checked_labels,
+    first_row,
+    n_joined,
+)
 from lightning_modules.evaluation.result import PER_SAMPLE, Result
 
 DIFFICULTIES = {  # which lists are right, and which are passed over
@@ -50,7 +57,7 @@ def retrieval(
     query_labels: Array | None = None,
     gallery_labels: Array | None = None,
     ground_truth: Sequence[Mapping[str, Sequence[int]]] | None = None,
-    k: Sequence[int] = (1, 5, 10),
+    k: int | Sequence[int] = (1, 5, 10),
     leave_one_out: bool = False,
     block_size: int = 512,
     device: str | torch.device = "cpu",
@@ -83,10 +90,7 @@ def retrieval(
     by_label = query_labels is not None and gallery_labels is not None
     if by_label == (ground_truth is not None):
         raise ValueError("give query_labels and gallery_labels, or ground_truth")
-    ks = sorted(set(k))
-    size = n_joined(gallery) - leave_one_out
-    if not ks or ks[0] < 1 or ks[-1] > size:
-        raise ValueError(f"k must lie in 1..{size} (the gallery's size), got {list(k)}")
+    ks = checked_k(k, n_joined(gallery) - leave_one_out, "gallery")
     if query_labels is None or gallery_labels is None:
         if leave_one_out:
             raise ValueError("leave_one_out goes with labels; list the query itself as junk instead")
@@ -114,9 +118,7 @@ def _by_label(
     sums = torch.zeros(len(ks), 3, dtype=torch.float64, device=queries.device)
     each = torch.full((len(ks), len(queries)), torch.nan, dtype=torch.float64, device=queries.device)
     longest = int(all_gather_rows(torch.tensor([len(queries)], device=queries.device)).max())
-    for start in range(
-        0, longest, block_size
-    ):  # the same number of blocks on every rank: each is a collective
+    for start in range(0, longest, block_size):  # as many on every rank: each block is a collective
         block = slice(start, start + block_size)
         skipped = torch.arange(len(own), device=own.device)[block] + first if leave_one_out else None
         labels = _nearest_labels(queries[block], gallery, theirs, ks[-1], skipped)

@@ -95,6 +95,8 @@ def robustness(
     y = checked_labels("train", train_labels, len(x), device)
     if not shifted:
         raise ValueError("no shifted sets")
+    if "base" in shifted:
+        raise ValueError('a shifted set cannot be named "base": results have the base set under that name')
     if not 0 < held_out < 1 or not inverse_penalties or top < 1:
         raise ValueError(f"bad settings: {held_out=}, {inverse_penalties=}, {top=}")
     n, n_classes = n_joined(y), joined_max(y) + 1

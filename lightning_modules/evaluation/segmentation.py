@@ -13,7 +13,7 @@ from lightning_modules.evaluation.dense import (
     DenseSet,
     DenseSettings,
     Images,
-    checked_dense,
+    checked_dense_pair,
     each_map,
     train_layer,
     upsampled,
@@ -79,8 +79,7 @@ def segmentation(
     """
     if n_classes < 2:
         raise ValueError(f"n_classes must be 2 or more, got {n_classes}")
-    train = checked_dense("train", train_tokens, train_masks)
-    test = checked_dense("test", test_tokens, test_masks)
+    train, test = checked_dense_pair(train_tokens, train_masks, test_tokens, test_masks)
     for name, data in (("train", train), ("test", test)):
         _check_labels(name, data, n_classes, ignore_label, device)
 

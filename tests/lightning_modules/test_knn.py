@@ -70,6 +70,18 @@ def test_ranks_join_to_the_same_result(features):
     assert on_two_ranks(share) == [pytest.approx(expected)] * 2
 
 
+def test_k_of_any_integer_type_and_features_with_gradients(features):
+    want = knn(*features, k=[5, 20])
+    assert knn(*features, k=np.array([20, 5])).accuracy == want.accuracy
+    assert knn(*features, k=np.int64(5)).accuracy == {5: want.accuracy[5]}
+    train, labels, test, truth = features
+    learnt = (torch.tensor(np.asarray(x), requires_grad=True) for x in (train, test))
+    train, test = learnt
+    assert knn(train, labels, test, truth, k=[5, 20]).accuracy == want.accuracy
+    with pytest.raises(TypeError, match="integer"):
+        knn(*features, k=2.5)
+
+
 def test_result_files(features, tmp_path):
     result = knn(*features, k=(5, 10))
     assert len(result.table().splitlines()) == 4

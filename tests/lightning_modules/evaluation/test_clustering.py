@@ -51,6 +51,14 @@ def test_names_of_clusters_do_not_matter(pair, names):
     assert one.nmi == pytest.approx(other.nmi)
 
 
+def test_numbers_of_clusters_may_be_large():
+    assignment, labels = np.array([3, 3, 0, 0, 7]), np.array([0, 0, 1, 1, 1])
+    found = clustering(assignment * 10**12, labels)
+    small = clustering(assignment, labels)
+    assert found.matching == {c * 10**12: k for c, k in small.matching.items()} == {3 * 10**12: 0, 0: 1}
+    assert (found.accuracy, found.macro_f1, found.n_clusters) == (small.accuracy, small.macro_f1, 3)
+
+
 def test_more_clusters_than_classes_leave_some_unmatched():
     result = clustering(np.array([0, 1, 2, 3]), np.array([0, 0, 1, 1]))
     assert result.accuracy == 0.5

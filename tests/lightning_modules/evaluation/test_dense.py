@@ -114,6 +114,16 @@ def test_bad_masks_are_named(masks, message):
         segmentation(tokens, masks, tokens, right, n_classes=3, settings=QUICK)
 
 
+def test_tokens_of_another_network_are_named():
+    tokens, masks, depths = scenes()
+    for result in (
+        lambda: segmentation(tokens, masks, tokens[..., :2], masks, n_classes=3, settings=QUICK),
+        lambda: depth(tokens, depths, tokens[..., :2], depths, settings=QUICK),
+    ):
+        with pytest.raises(ValueError, match=r"train tokens have \d+ features, test tokens 2"):
+            result()
+
+
 @pytest.mark.parametrize("value", [0.0, np.inf, np.nan, 1000.0])
 def test_no_valid_depth_is_an_error(value):
     tokens, _, depths = scenes()

@@ -108,6 +108,7 @@ def test_two_ranks_get_the_result_of_one():
     ("change", "message"),
     [
         ({"k": (61,)}, "1..60"),
+        ({"k": 61}, "1..60"),
         ({"k": (0,)}, "1..60"),
         ({"query_labels": None}, "query_labels and gallery_labels, or ground_truth"),
         ({"gallery_features": torch.zeros(60, 3)}, "dimensions"),

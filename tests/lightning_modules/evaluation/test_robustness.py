@@ -80,6 +80,7 @@ def test_two_ranks_get_the_result_of_one():
     ("shifted", "message"),
     [
         ({}, "no shifted sets"),
+        ({"base": ShiftedSet(POINTS, torch.tensor([0, 1, 2, 2]))}, 'cannot be named "base"'),
         ({"a": ShiftedSet(POINTS, torch.tensor([0, 1, 2, 2]), classes=[0, 9])}, "a: its class map"),
         ({"a": ShiftedSet(POINTS, torch.tensor([0, 1, 2, 2]), classes=[0, 1])}, "a: label 2"),
         ({"a": ShiftedSet(POINTS[:, :3], torch.tensor([0, 1, 2, 2]))}, "a: features have 3"),
