@@ -9,8 +9,7 @@ to the first has a 95 % interval (paired bootstrap over the test images). Writes
 results.csv and results.png to --out, the result of each test image to samples.npz, and, for datasets with the
 evaluation `duplicates`, the test images that are also in train to duplicates.csv. For a missing dataset it
 says what to put where, and for an evaluation that a dataset does not allow (with only one class, say) why;
-the
-others are run.
+the others are run.
 """
 
 import argparse

@@ -106,8 +106,7 @@ class Rows:
 
 def evaluate(dataset: Dataset, parts: Mapping[str, Part], features: Features) -> tuple[Figures, list[str]]:
     """All figures of a dataset, except those with respect to a base (see `evaluate_shifted`), and one line
-    for
-    each evaluation that its images or labels do not allow.
+    for each evaluation that its images or labels do not allow.
     """
     figures: Figures = {}
     failures = []

@@ -70,8 +70,7 @@ class Squeezed:
 
 class BlockEmbedder(ModuleEmbedder):
     """The class tokens of a transformer's last 4 blocks (or of all, if it has fewer), and the mean patch
-    token
-    of the last: 5 d features.
+    token of the last: 5 d features.
 
     `kinds` selects the four kinds of features of the linear grid (arXiv 2304.07193, appendix B.3).
     """

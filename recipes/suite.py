@@ -1,5 +1,6 @@
 """Suites of evaluation datasets, described in YAML, and their parts as pools of shards in the cache."""
 
+import inspect
 import io
 import logging
 from collections.abc import Mapping
@@ -173,7 +174,7 @@ def open_part(name: str, suite: Mapping[str, Dataset], part: str, root: Path, ca
     images = None
     if dataset.layout == "torchvision":
         key = fingerprint(dataset=dataset.dataset, source=source, root=folder.absolute(),
-                          layout=dataset.layout, version=1)  # fmt: skip
+                          layout=dataset.layout, version=2)  # fmt: skip
     elif dataset.layout == "folder":
         files = image_files(folder / source, "a folder of images for each class")
         key = fingerprint(**Images(folder, files).identity(), layout=dataset.layout, version=1)
@@ -220,22 +221,46 @@ def _classes(base: Dataset, root: Path) -> list[str]:
 
 
 def _convert(dataset: str, part: Mapping[str, Any], root: Path, out: Path) -> None:
-    """Write a torchvision classification set as shards, with lossless images."""
+    """Write a torchvision classification set as shards: its image files as they are where torchvision lets
+    choose the loader, or else what it decodes, as PNG.
+    """
     from torchvision import datasets
 
-    if not hasattr(datasets, dataset):
+    kind = getattr(datasets, dataset, None)
+    if kind is None:
         raise ConfigError(f"torchvision.datasets has no {dataset!r}")
+    loader = {"loader": Path} if "loader" in inspect.signature(kind).parameters else {}
     try:
-        data = getattr(datasets, dataset)(root, **part)
+        data = kind(root, **(loader | dict(part)))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"torchvision.datasets.{dataset} does not take {part}: {error}") from error
+    except Exception as error:  # of missing or damaged lists each set raises its own
+        raise PoolError(
+            f"torchvision.datasets.{dataset} does not find its files below {root} ({first_line(error)}): put "
+            f"there what `{dataset}({str(root)!r}, download=True)` unpacks"
+        ) from error
     with ShardWriter(out / "part-%05d.tar") as writer:
-        for number, (image, label) in enumerate(data):
+        for number in range(len(data)):
+            try:
+                image, label = data[number]
+                content = _encoded(image)
+            except (OSError, ValueError, SyntaxError) as error:  # whatever Pillow raises
+                raise PoolError(
+                    f"torchvision.datasets.{dataset} below {root}: image {number} of {part} cannot be read "
+                    f"({first_line(error)}): put a whole copy there"
+                ) from error
             if not isinstance(label, int | np.integer):
                 raise ConfigError(
                     f"torchvision.datasets.{dataset} has targets of {type(label).__name__}; the layout "
                     "torchvision is for classification, with one class an image"
                 )
-            content = io.BytesIO()
-            image.convert("RGB").save(content, "PNG")
-            writer.write({"__key__": f"{number:07d}", "png": content.getvalue(), "cls": int(label)})
+            writer.write({"__key__": f"{number:07d}", **content, "cls": int(label)})
+
+
+def _encoded(image: Any) -> dict[str, bytes]:
+    """The bytes of an image by its extension, of a path or of a decoded image."""
+    if isinstance(image, Path):
+        return {image.suffix[1:].lower(): image.read_bytes()}
+    content = io.BytesIO()
+    image.convert("RGB").save(content, "PNG")
+    return {"png": content.getvalue()}

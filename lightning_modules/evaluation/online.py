@@ -234,9 +234,8 @@ def embed_share(
     for batch in loader:
         images, targets = _image_and_label(batch)
         images = images.to(module.device)
-        if (
-            getattr(module, "_trainer", None) is not None
-        ):  # weights may be of another type than images, as by "bf16-true"
+        if getattr(module, "_trainer", None) is not None:
+            # Weights may be of another type than images, as by "bf16-true".
             images = module.trainer.precision_plugin.convert_input(images)
         embedded = embed(images)
         known = (targets >= 0) & (torch.arange(len(targets), device=targets.device) < n_own)

@@ -1,5 +1,4 @@
-"""Does a dataset order models as another does? Rank correlations, a linear fit, and which rank changes are
-real.
+"""Does a dataset order models as another does? Rank correlations, a linear fit, which rank changes are real.
 
 The question and the statistics are those of ImageNot (arXiv 2404.02112).
 """

@@ -66,11 +66,14 @@ def voc2012(root: Path, part: str) -> Images:
 
 
 def nyu(root: Path, part: str) -> Images:
-    """NYU v2 by a list, lines "image depth focal" with paths below the root; 16-bit PNG depth in millimetres.
+    """NYU v2 by a list, lines "image depth focal"; 16-bit PNG depth in millimetres.
 
-    Where the list's name has "test" in it, depths count inside the frame that the protocol evaluates.
+    Paths lie below the root, or below its `sync` (the train archive) or `official_splits/test`. Where the
+    list's name has "test" in it, depths count inside the frame that the protocol evaluates.
     """
-    files, maps = _listed(root, part, [root], [root], "NYU v2's frames, and the list of them")
+    places = [root, root / "official_splits" / "test", root / "sync"]
+    what = "NYU v2's frames (sync, official_splits/test) and the lists of them"
+    files, maps = _listed(root, part, places, places, what)
     cut = (lambda h, w: NYU_CROP) if "test" in part else None
     return Images(root, files, maps=Maps(maps, _depth(1000.0, cut)), depth_range=(1e-3, 10.0))
 
@@ -99,14 +102,16 @@ def sun_rgbd(root: Path, part: str) -> Images:
     millimetres.
 
     Args:
-        root: the folder `SUNRGBD`, and beside or in it `allsplit.mat` of the toolbox, where there is one.
+        root: the folder `SUNRGBD`; in it, beside it, or beside it in `SUNRGBDtoolbox/traintestSUNRGBD` is
+            `allsplit.mat` of the toolbox, if there is one.
         part: "train" or "test" of that file; "all" for every scene.
     """
     what = "SUNRGBD, as its archive unpacks, and the toolbox's allsplit.mat"
     if part == "all":
         scenes = sorted(image.parent for image in need(root, what).rglob("image") if image.is_dir())
     else:
-        found = [p for p in (root / "allsplit.mat", root.parent / "allsplit.mat") if p.is_file()]
+        toolbox = root.parent / "SUNRGBDtoolbox" / "traintestSUNRGBD"
+        found = [p for folder in (root, root.parent, toolbox) if (p := folder / "allsplit.mat").is_file()]
         if not found:
             raise PoolError(f"{root / 'allsplit.mat'} is not there: put it there, or say `test: all`")
         train_or_test(part)

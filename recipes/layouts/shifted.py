@@ -87,9 +87,8 @@ def real(root: Path, part: str, *, base: list[str]) -> Images:
         width = max(1, *(len(answer) for answer in answers))
     except (ValueError, TypeError) as error:
         raise PoolError(f"{path}: expected a JSON list of lists of classes ({error})") from error
-    folder = (
-        root / "val" if (root / "val").is_dir() else root
-    )  # beside `train`, where it is ImageNet's folder
+    # Beside `train`, where it is ImageNet's folder.
+    folder = root / "val" if (root / "val").is_dir() else root
     files = image_files(folder, "ImageNet's validation images")
     labels = np.full((len(files), width), -1, np.int64)
     for i, file in enumerate(files):
