@@ -22,14 +22,13 @@ from curated_data.arguments import (
     load_labels,
     open_pool,
 )
-from curated_data.cache import absolute, atomic_save, fingerprint
+from curated_data.cache import absolute
 from curated_data.config import CurationConfig, load_config
 from curated_data.distributed import watched
-from curated_data.errors import CacheError, ConfigError
+from curated_data.errors import ConfigError
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.pool.urls import is_remote
-from curated_data.seals import load_npy
 from curated_data.streaming.batch import collate
 from curated_data.streaming.crop import CenterCrop
 from curated_data.streaming.dataset import OnError, PoolDataset
@@ -39,6 +38,7 @@ from curated_data.streaming.loader import StreamLoader
 from curated_data.streaming.order import EpochOrder, LastBatch, Shuffle
 from curated_data.streaming.sampler import GlobalBatchSampler
 from curated_data.streaming.statistics import StreamStatistics
+from curated_data.streaming.strata import strata
 from curated_data.streaming.training import TrainingStream
 from curated_data.trainer import (
     change_setting,
@@ -370,9 +370,7 @@ class CuratedDataModule(pl.LightningDataModule):
         self._is_set_up = True
 
     def _training_order(self, ids: np.ndarray | None, shuffle: Shuffle) -> EpochOrder:
-        strata = None
-        if self.stratify_level is not None and shuffle == "full":
-            strata = self._strata(ids, self.stratify_level)
+        stratify = self.stratify_level if shuffle == "full" else None
         order = EpochOrder(
             len(self.pool) if ids is None else ids,
             seed=self.seed,
@@ -380,7 +378,7 @@ class CuratedDataModule(pl.LightningDataModule):
             shuffle=shuffle,
             last_batch=self.last_batch,
             shard_starts=self.pool.shard_ranges() if shuffle == "block" else None,
-            strata=strata,
+            strata=None if stratify is None else self._strata(ids, stratify),
         )
         log.info(
             "stream: %d samples, %d global batches of %d", order.n_samples, order.n_batches, order.batch_size
@@ -388,25 +386,16 @@ class CuratedDataModule(pl.LightningDataModule):
         return order
 
     def _strata(self, ids: np.ndarray | None, level: int) -> np.ndarray:
-        """The cluster of each id. They are kept, because a later re-curation removes the tree, and a run may
-        resume from before it.
-        """
-        curation, cache_dir = self.curation, self.cache_dir
-        assert curation is not None, "stratify_level comes with a curation"
-        assert cache_dir is not None, "a curation comes with one"
-        tree = self.lost_tree or curation.folders["tree"].name
-        path = cache_dir / "streaming" / f"{fingerprint(selection=ids, tree=tree, level=level)}.npy"
-        if self.lost_tree is None:
-            strata = curation.tree.assignment(level, ids)
-            if ranks(self.trainer)[0] == 0 and not path.exists():
-                atomic_save(path, strata)
-            return strata
-        if not path.exists():
-            raise CacheError(
-                f"stratify_level: the clusters of the resumed selection are gone from the cache, tree {tree} "
-                f"and {path}; resume from a later checkpoint"
-            )
-        return load_npy(path, "remove it and resume from a later checkpoint")
+        assert self.curation is not None, "stratify_level comes with a curation"
+        assert self.cache_dir is not None, "a curation comes with one"
+        return strata(
+            ids,
+            level,
+            find=None if self.lost_tree else self.curation.tree.assignment,
+            tree=self.lost_tree or self.curation.folders["tree"].name,
+            cache_dir=self.cache_dir,
+            keep=ranks(self.trainer)[0] == 0,
+        )
 
     def _training_views(self) -> Callable[[Tensor], Any] | None:
         """What workers apply to a decoded image; None for nothing."""

@@ -12,16 +12,16 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from curated_data.cache import MANIFEST, fingerprint, open_cache, read_array, read_manifest
+from curated_data.cache import MANIFEST, fingerprint, read_array, read_manifest
 from curated_data.clustering.kmeans import prepare
 from curated_data.clustering.nearest import nearest, squared_distances
 from curated_data.clustering.rows import rank_range
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
-from curated_data.config import CurationConfig, load_config
-from curated_data.distributed import all_gather, build_together, failing_together, rank, watched, world_size
+from curated_data.config import CurationConfig
+from curated_data.distributed import all_gather, build_together, rank, world_size
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.errors import CacheError, PoolError
-from curated_data.pipeline import Curation, publish_tree, read_ids, report_of, select
+from curated_data.pipeline import Curation, opened, publish_tree, read_ids, report_of, select
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 
@@ -85,12 +85,8 @@ def extend(
         PoolError: the pool has none of the tree's shards.
         RankError: another rank has failed or died.
     """
-    with failing_together():
-        config = load_config(config)
-        root = open_cache(cache_dir)
-        pool = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
-    with watched(root):
-        return _extend(pool, config, Path(tree), embedder, root, device, decoders, rebuild_above)
+    with opened(pool, config, cache_dir) as (shards, settings, root):
+        return _extend(shards, settings, Path(tree), embedder, root, device, decoders, rebuild_above)
 
 
 def _extend(

@@ -95,12 +95,23 @@ def curate(
         CacheError: the cache cannot be written, or another version of the package wrote it.
         RankError: another rank has failed or died.
     """
+    with opened(pool, config, cache_dir) as (shards, settings, root):
+        return _curate(shards, settings, embedder, root, device, decoders)
+
+
+@contextlib.contextmanager
+def opened(
+    pool: ShardPool | str | Path | Sequence[str | Path],
+    config: CurationConfig | Mapping[str, Any] | DictConfig | str | Path,
+    cache_dir: str | Path,
+) -> Iterator[tuple[ShardPool, CurationConfig, Path]]:
+    """The inputs of a curation, for a block in which ranks work together: an error of one ends all."""
     with failing_together():
-        config = load_config(config)
+        settings = load_config(config)
         root = open_cache(cache_dir)
-        pool = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
+        shards = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
     with watched(root):
-        return _curate(pool, config, embedder, root, device, decoders)
+        yield shards, settings, root
 
 
 def _curate(

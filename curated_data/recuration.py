@@ -22,14 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from curated_data.cache import open_cache
 from curated_data.clustering.levels import Level, choose_levels
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig
-from curated_data.distributed import failing_together, watched
 from curated_data.embedding import Embedder, embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, PoolError
-from curated_data.pipeline import Curation, build_tree, check_levels, read_ids, report_of, select
+from curated_data.pipeline import Curation, build_tree, check_levels, opened, read_ids, report_of, select
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 
@@ -74,10 +72,8 @@ def recurate(
         EmbedderError: the embedder does not fit the pool.
         RankError: another rank has failed or died.
     """
-    with failing_together():
-        root = open_cache(cache_dir)
-    with watched(root):
-        return _recurate(pool.with_cache(root), config, base, share, embedder, root, device, decoders)
+    with opened(pool, config, cache_dir) as (shards, settings, root):
+        return _recurate(shards, settings, base, share, embedder, root, device, decoders)
 
 
 def _recurate(

@@ -1,0 +1,48 @@
+"""The clusters by which an epoch is stratified, kept beside the selection that it streams."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from curated_data.cache import atomic_save, fingerprint
+from curated_data.errors import CacheError
+from curated_data.seals import load_npy
+
+
+def strata(
+    ids: np.ndarray | None,
+    level: int,
+    *,
+    find: Callable[[int, np.ndarray | None], np.ndarray] | None,
+    tree: str,
+    cache_dir: Path,
+    keep: bool,
+) -> np.ndarray:
+    """The cluster of each id.
+
+    They are kept, because a re-curation removes the tree of the last one, and a run may resume from before.
+
+    Args:
+        ids: (n,) of the selection; None for the whole pool.
+        level: of the tree.
+        find: the clusters of ids in the tree; None if it has been removed: then those that were kept count.
+        tree: the name of its folder.
+        cache_dir: where they are kept, 8 bytes an id.
+        keep: keep them now; one rank is enough.
+
+    Raises:
+        CacheError: neither the tree nor its clusters are there.
+    """
+    path = cache_dir / "streaming" / f"{fingerprint(selection=ids, tree=tree, level=level)}.npy"
+    if find is not None:
+        clusters = find(level, ids)
+        if keep and not path.exists():
+            atomic_save(path, clusters)
+        return clusters
+    if not path.exists():
+        raise CacheError(
+            f"stratify_level: the clusters of the resumed selection are gone from the cache, tree {tree} "
+            f"and {path}; resume from a later checkpoint"
+        )
+    return load_npy(path, "remove it and resume from a later checkpoint")
