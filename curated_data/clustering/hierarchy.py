@@ -314,7 +314,7 @@ def _run_fingerprint(x: Matrix, rows: Rows, levels: list[Level], settings: dict[
     ids = np.zeros(0, np.int64) if rows.ids is None else rows.ids
     return fingerprint(
         shape=list(x.shape), dtype=str(x.dtype), sample=sample, mean=mean, ids=ids,
-        levels=[asdict(level) for level in levels], settings=settings, version=4,
+        levels=[asdict(level) for level in levels], settings=settings, version=5,
     )  # fmt: skip
 
 

@@ -8,9 +8,16 @@ import numpy as np
 import torch
 
 from curated_data import distributed
+from curated_data.clustering.bounds import Bounds, widened
 from curated_data.clustering.checkpoint import Arrays
 from curated_data.clustering.nearest import Centroids, fill, squared_distances
-from curated_data.clustering.neighbourhoods import Neighbourhoods, coarse_centres, loses_little, sampled_loss
+from curated_data.clustering.neighbourhoods import (
+    FEW,
+    Neighbourhoods,
+    coarse_centres,
+    loses_little,
+    sampled_loss,
+)
 from curated_data.clustering.rows import BLOCK, Rows, blocks
 
 
@@ -50,23 +57,21 @@ class Lloyd:
     They are exact without computing every distance again: each row has the score of its own centroid, and a
     lower bound on the score of all others. When some centroids have moved, a row is only compared with those,
     or with all if its own score has risen above the bound. From `MANY` centroids on, the first iterations
-    only search each row's neighbourhood, and exact ones then correct what these missed.
+    only search each row's neighbourhood, as long as many move, and exact ones then correct what these missed.
     """
 
     def __init__(self, rows: Rows, centroids: torch.Tensor, world: int = 1, first: int = 0) -> None:
         self.rows, self.centroids, self.world, self.first = rows, centroids.clone(), world, first
         self.k = len(centroids)
         n = len(rows)
-        self.assignment = np.full(n, -1, np.int64)
-        self.own = np.zeros(n, np.float32)
-        self.other = np.zeros(n, np.float32)
+        self.bounds = Bounds(n)
         self.sums = np.zeros((self.k, rows.dimension))
         self.counts = np.zeros(self.k, np.int64)
         self.norms = fill(
             rows, np.empty(n, np.float32), lambda start, stop, block: block.square().sum(1).cpu().numpy()
         )
         self.done, self.before, self.inertia, self.n_repaired = 0, np.inf, np.inf, 0
-        self.centres: torch.Tensor | None = None  # of the neighbourhoods
+        self.near: Neighbourhoods | None = None
         self.exact = False  # whether the exact iterations have begun
 
     def run(
@@ -88,9 +93,9 @@ class Lloyd:
             keep: called with `self.state` after each iteration.
         """
         if rough and not self.exact:
-            if self.centres is None:
-                self.centres = coarse_centres(self.centroids)
-            near = Neighbourhoods(self.rows, self.centres)
+            if self.near is None:
+                self.near = Neighbourhoods(self.rows, coarse_centres(self.centroids))
+            near = self.near
             if self.inertia == np.inf:
                 self.inertia = self._approach(near, None)
             self._iterate(lambda moved: self._approach(near, moved), n_iter - exact, tol, note, keep)
@@ -99,8 +104,8 @@ class Lloyd:
                 self.before, self.inertia = self.inertia, self._assign(None)
                 self.exact = True
             self._iterate(self._assign, n_iter, tol, note, keep)
-        squared = squared_distances(self.rows, self.centroids, self.assignment)
-        assignment = np.concatenate(self._gather(self.assignment))
+        squared = squared_distances(self.rows, self.centroids, self.bounds.assignment)
+        assignment = np.concatenate(self._gather(self.bounds.assignment))
         squared = np.concatenate(self._gather(squared))
         inertia = float(squared.sum())
         return Fit(
@@ -115,10 +120,10 @@ class Lloyd:
             "centroids": self.centroids.cpu().numpy(), "sums": self.sums, "counts": self.counts,
             "progress": np.array(progress, np.float64),
         }  # fmt: skip
-        if self.centres is not None:
-            state["centres"] = self.centres.cpu().numpy()
+        if self.near is not None and self.near.seen is not None:
+            state["centres"], state["seen"] = self.near.centres.cpu().numpy(), self.near.seen
         for name in ("assignment", "own", "other"):
-            state[name] = np.concatenate(self._gather(getattr(self, name)))
+            state[name] = np.concatenate(self._gather(getattr(self.bounds, name)))
         return state
 
     def restore(self, state: Arrays) -> None:
@@ -126,9 +131,10 @@ class Lloyd:
         self.centroids = torch.from_numpy(state["centroids"]).to(self.centroids.device)
         self.sums, self.counts = state["sums"], state["counts"]
         if "centres" in state:
-            self.centres = torch.from_numpy(state["centres"]).to(self.centroids.device)
+            centres = torch.from_numpy(state["centres"]).to(self.centroids.device)
+            self.near = Neighbourhoods(self.rows, centres, state["seen"])
         for name in ("assignment", "own", "other"):
-            setattr(self, name, state[name][self.first : self.first + len(self.rows)].copy())
+            setattr(self.bounds, name, state[name][self.first : self.first + len(self.rows)].copy())
         self.done, self.before, self.inertia, self.n_repaired, self.exact = (
             kind(value) for kind, value in zip((int, float, float, int, bool), state["progress"], strict=True)
         )
@@ -155,70 +161,49 @@ class Lloyd:
 
     def _approach(self, near: Neighbourhoods, moved: np.ndarray | None) -> float:
         """Assign every row to the nearest centroid in its neighbourhood; returns the inertia."""
-        before = self.assignment.copy()
-        near.look(self.centroids, moved, self.assignment, self.own)
+        if moved is not None and moved.sum() <= FEW:
+            return self._assign(moved)
+        before = self.bounds.assignment.copy()
+        near.look(self.centroids, moved, self.bounds)
         self._move_sums(before)
         return self._inertia()
 
     def _loses_little(self) -> bool:
         n = int(self._sum(np.array([len(self.rows)]))[0])
-        loss = sampled_loss(self.rows, self.centroids, self.assignment, first=self.first, n=n)
+        loss = sampled_loss(self.rows, self.centroids, self.bounds.assignment, first=self.first, n=n)
         return loses_little(self._sum(loss))
 
     def _assign(self, moved: np.ndarray | None) -> float:
         """Assign every row to its nearest centroid, knowing which moved (None: all); returns the inertia."""
-        before = self.assignment.copy()
-        everything = Centroids(self.centroids)
+        bounds, before = self.bounds, self.bounds.assignment.copy()
+        every, everything = np.arange(self.k), Centroids(self.centroids)
         if moved is None or moved.sum() > 0.5 * self.k:
             self.rows.map(
-                lambda start, stop, block: self._look_at_all(np.arange(start, stop), block, everything)
+                lambda start, stop, block: bounds.compare(slice(start, stop), block, every, everything)
             )
         else:
-            ids = np.flatnonzero(moved)
+            ids = widened(moved)
             some = Centroids(self.centroids[torch.from_numpy(ids).to(self.centroids.device)])
-            column = np.full(self.k, -1)
-            column[ids] = np.arange(len(ids))
-            self.rows.map(
-                lambda start, stop, block: self._look_at_moved(
-                    start, stop, block, some, ids, column, everything
-                )
-            )
+
+            def look(start: int, stop: int, block: torch.Tensor) -> None:
+                unsure = bounds.compare_moved(slice(start, stop), block, ids, some)
+                if len(unsure):
+                    rows = block[torch.from_numpy(unsure).to(block.device)]
+                    bounds.compare(unsure + start, rows, every, everything)
+
+            self.rows.map(look)
         self._move_sums(before)
         return self._inertia()
 
     def _inertia(self) -> float:
-        return float(self._sum(np.array([(self.own.astype(np.float64) + self.norms).sum()]))[0])
-
-    def _look_at_all(self, at: np.ndarray, rows: torch.Tensor, ready: Centroids) -> None:
-        self.assignment[at], self.own[at], self.other[at] = ready.two_nearest(rows)
-
-    def _look_at_moved(
-        self,
-        start: int,
-        stop: int,
-        rows: torch.Tensor,
-        some: Centroids,
-        ids: np.ndarray,
-        column: np.ndarray,
-        everything: Centroids,
-    ) -> None:
-        assignment, own, other = (a[start:stop] for a in (self.assignment, self.own, self.other))
-        index, best, second, mine = some.two_nearest(rows, skip=column[assignment])
-        np.copyto(own, mine, where=~np.isnan(mine))
-        change = best < own
-        other[:] = np.minimum(other, np.where(change, np.minimum(own, second), best))
-        assignment[change] = ids[index[change]]
-        own[change] = best[change]
-        # The bound now includes the moved centroids; if it is lower, one that stayed may be nearer.
-        unsure = np.flatnonzero(own > other)
-        if len(unsure):
-            self._look_at_all(unsure + start, rows[torch.from_numpy(unsure).to(rows.device)], everything)
+        return float(self._sum(np.array([(self.bounds.own.astype(np.float64) + self.norms).sum()]))[0])
 
     def _move_sums(self, before: np.ndarray) -> None:
         """Update sums and counts over all ranks to the new assignment, by the rows that changed."""
-        changed = np.flatnonzero(before != self.assignment)
+        now = self.bounds.assignment
+        changed = np.flatnonzero(before != now)
         sums, counts = np.zeros_like(self.sums), np.zeros_like(self.counts)
-        for assignment, sign in ((self.assignment, 1), (before, -1)):
+        for assignment, sign in ((now, 1), (before, -1)):
             at, clusters = changed, assignment[changed]
             if clusters.min(initial=0) < 0:  # at first, no row has a cluster
                 at = changed[clusters >= 0]
@@ -250,7 +235,7 @@ class Lloyd:
         empty = np.flatnonzero(self.counts == 0)
         if not len(empty):
             return
-        squared = self.own + self.norms
+        squared = self.bounds.own + self.norms
         far = _largest(squared, len(empty))
         far = far[squared[far] > 1e-5 * self.norms[far]]  # at distance zero, it would duplicate a centroid
         gap = np.concatenate(self._gather(squared[far]))

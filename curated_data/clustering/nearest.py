@@ -25,7 +25,7 @@ class Centroids:
 
     Args:
         centroids: (k, d) float32.
-        padded: the number of rows varies from call to call, so multiply whole tiles.
+        small: for some hundred rows and centroids, where oneDNN's conversions take longer than it saves.
         products: the precision of products: "float32", or "tf32", "bf16" or "bf16x3" on an accelerator
             (emulated by rounding elsewhere), with close calls decided in float32, see `_decide`. "bf16x3"
             represents each number as a sum of two in bfloat16, for three times the products and few close
@@ -37,13 +37,13 @@ class Centroids:
     def __init__(
         self,
         centroids: torch.Tensor,
-        padded: bool = False,
+        small: bool = False,
         products: str | None = None,
         fused: bool | None = None,
     ) -> None:
-        self.centroids, self.k, self.padded = centroids, len(centroids), padded
+        self.centroids, self.k = centroids, len(centroids)
         self.on_cpu = centroids.device.type == "cpu"
-        self.onednn = self.on_cpu and onednn_is_faster()
+        self.onednn = self.on_cpu and not small and onednn_is_faster()
         self.products = products or ("float32" if self.on_cpu else PRODUCTS)
         self.fused = self.products != "float32" and (not self.on_cpu and FUSED if fused is None else fused)
         self.norms = centroids.square().sum(1)
@@ -73,14 +73,11 @@ class Centroids:
 
     def scores(self, rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """For each tile of centroids, its first index and (m, width) scores, which may be overwritten."""
-        m = len(rows)
         if self.onednn:
-            if self.padded:
-                rows = F.pad(rows, (0, 0, 0, -m % 32))
             rows = rows.to_mkldnn()
         for start, weight, bias in self.tiles:
             if self.onednn:
-                yield start, F.linear(rows, weight, bias).to_dense()[:m]
+                yield start, F.linear(rows, weight, bias).to_dense()
             else:
                 yield start, torch.addmm(bias, rows, weight)
 

@@ -12,10 +12,12 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from curated_data.clustering.bounds import Bounds, widened
 from curated_data.clustering.nearest import Centroids, nearest, nearest_columns, squared_distances
 from curated_data.clustering.rows import Rows, blocks, parallel_map
 
 MANY = 1024  # centroids from which neighbourhoods save more than they cost
+FEW = 256  # centroids, to compare with which takes no longer than to look around cells
 _CANDIDATES = 256  # centroids in a neighbourhood
 _SAMPLE = 1024  # rows on which the loss is measured
 
@@ -26,48 +28,65 @@ class Neighbourhoods:
     Args:
         rows: a copy is held in the order of their cells, if it fits the budget.
         centres: (c, d) from `coarse_centres`; fixed while centroids move.
+        seen: the attribute of a former object, which this one replaces.
+
+    Attributes:
+        seen: (c, m) int64, the centroids of each neighbourhood when it was last looked at.
     """
 
-    def __init__(self, rows: Rows, centres: torch.Tensor) -> None:
+    def __init__(self, rows: Rows, centres: torch.Tensor, seen: np.ndarray | None = None) -> None:
         self.centres = centres
         cell_of = nearest(rows, centres)
         self.order = np.argsort(cell_of, kind="stable")
         edges = np.concatenate([[0], np.cumsum(np.bincount(cell_of, minlength=len(centres)))])
         self.cells = [(c, a, b) for c, (a, b) in enumerate(pairwise(edges)) if b > a]
         self.rows = rows.subset(self.order)
-        self.seen: np.ndarray | None = None
+        self.seen = seen
 
-    def look(
-        self, centroids: torch.Tensor, moved: np.ndarray | None, assignment: np.ndarray, score: np.ndarray
-    ) -> None:
-        """Update each row's nearest centroid and its score |c|² - 2 x.c.
+    def look(self, centroids: torch.Tensor, moved: np.ndarray | None, bounds: Bounds) -> None:
+        """Update each row's nearest centroid and the bound on the others in its neighbourhood.
 
         Args:
-            moved: (k,) bool, which centroids have moved since the last call; None for all. Cells that are not
-                near any of them are skipped.
+            moved: (k,) bool, which centroids have moved since `bounds` were updated last; None for all. A
+                cell is compared with those near it, or with its whole neighbourhood if they are most of it.
         """
         columns = nearest_columns(self.centres, centroids, min(_CANDIDATES, len(centroids)))
         near: np.ndarray = columns.cpu().numpy()
-        if self.seen is None or moved is None:
-            stale = np.ones(len(near), bool)
-        else:
-            stale = moved[near].any(1) | (near != self.seen).any(1)
+        fresh = np.ones(near.shape, bool) if moved is None else moved[near]
+        if self.seen is not None and moved is not None:
+            for c, _, _ in self.cells:
+                fresh[c] |= ~np.isin(near[c], self.seen[c], assume_unique=True, kind="table")
         self.seen = near
 
-        def one(c: int, a: int, b: int) -> None:
-            ids = near[c]
-            some = Centroids(centroids[torch.from_numpy(ids).to(centroids.device)], padded=True)
-            index, best = some.nearest_scored(self.rows.block(a, b))
-            assignment[self.order[a:b]], score[self.order[a:b]] = ids[index], best
+        def prepared(ids: np.ndarray) -> Centroids:
+            return Centroids(centroids[torch.from_numpy(ids).to(centroids.device)], small=True)
 
-        parallel_map(one, [cell for cell in self.cells if stale[cell[0]]])
+        def one(c: int, a: int, b: int) -> None:
+            at, ids, rows = self.order[a:b], near[c], self.rows.block(a, b)
+            if moved is None or fresh[c].sum() > len(ids) // 2:
+                bounds.compare(at, rows, ids, prepared(ids))
+                return
+            # The score of a centroid outside the neighbourhood may be an old one.
+            unsure = np.flatnonzero(~np.isin(bounds.assignment[at], ids))
+            if fresh[c].any():
+                some = ids[widened(fresh[c])]
+                unsure = np.union1d(unsure, bounds.compare_moved(at, rows, some, prepared(some)))
+            if len(unsure):
+                rows = rows[torch.from_numpy(unsure).to(rows.device)]
+                bounds.compare(at[unsure], rows, ids, prepared(ids))
+
+        def stale(c: int, a: int, b: int) -> bool:
+            own_moved = moved is None or moved[bounds.assignment[self.order[a:b]]].any()
+            return bool(own_moved or fresh[c].any())
+
+        parallel_map(one, [cell for cell in self.cells if stale(*cell)])
 
 
 def nearest_nearby(rows: Rows, centroids: torch.Tensor) -> np.ndarray:
     """The nearest centroid in each row's neighbourhood, (n,) int64; see `sampled_loss`."""
-    assignment, score = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
-    Neighbourhoods(rows, coarse_centres(centroids)).look(centroids, None, assignment, score)
-    return assignment
+    bounds = Bounds(len(rows))
+    Neighbourhoods(rows, coarse_centres(centroids)).look(centroids, None, bounds)
+    return bounds.assignment
 
 
 def sampled_loss(

@@ -97,8 +97,8 @@ def test_kmeans_in_reduced_precision_is_as_good(products, monkeypatch):
     plain = kmeans(x, 200, seed=0)
     made = Centroids.__init__
 
-    def reduced(self, centroids, padded=False, products=products):
-        made(self, centroids, padded, products)
+    def reduced(self, centroids, small=False, products=products):
+        made(self, centroids, small, products)
 
     monkeypatch.setattr(Centroids, "__init__", reduced)
     result = kmeans(x, 200, seed=0)

@@ -1,0 +1,90 @@
+"""Rows kept up to date by what moved are where comparing with everything would put them."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.distance import cdist
+
+from curated_data.clustering import neighbourhoods
+from curated_data.clustering.bounds import WIDTH, Bounds, widened
+from curated_data.clustering.kmeans import prepare
+from curated_data.clustering.nearest import Centroids
+from curated_data.clustering.neighbourhoods import Neighbourhoods, coarse_centres
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 1000),
+    k=st.integers(2, 200),
+    shares=st.lists(st.floats(0, 1), min_size=1, max_size=5),
+    step=st.sampled_from([0.01, 0.3, 3.0]),
+)
+def test_bounds_hold_and_rows_are_assigned_as_by_brute_force(seed, k, shares, step):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(300, 5)).astype(np.float32)
+    centroids = rng.normal(size=(k, 5)).astype(np.float32)
+    rows, every = torch.from_numpy(x), np.arange(k)
+    bounds = Bounds(len(x))
+    bounds.compare(slice(None), rows, every, Centroids(torch.from_numpy(centroids)))
+    for share in shares:
+        moved = rng.random(k) < share
+        centroids[moved] += step * rng.normal(size=(int(moved.sum()), 5)).astype(np.float32)
+        ids = widened(moved)
+        if len(ids):
+            unsure = bounds.compare_moved(slice(None), rows, ids, Centroids(torch.from_numpy(centroids[ids])))
+            bounds.compare(unsure, rows[unsure], every, Centroids(torch.from_numpy(centroids)))
+        squared = cdist(x, centroids, "sqeuclidean")
+        norms = np.square(x.astype(np.float64)).sum(1)
+        at = np.arange(len(x))
+        found = squared[at, bounds.assignment]
+        np.testing.assert_allclose(bounds.own + norms, found, atol=1e-4)
+        np.testing.assert_allclose(found, squared.min(1), atol=1e-4)
+        squared[at, bounds.assignment] = np.inf
+        assert (bounds.other + norms <= squared.min(1) + 1e-4).all()
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=300))
+def test_moved_centroids_are_filled_up_to_a_width(moved):
+    moved = np.array(moved)
+    places = widened(moved)
+    assert np.isin(np.flatnonzero(moved), places).all()
+    assert (np.diff(places) > 0).all()
+    assert len(places) % WIDTH == 0 or len(places) == len(moved)
+    assert len(places) - moved.sum() < WIDTH
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.9])
+def test_a_look_at_what_moved_finds_what_a_look_at_all_finds(share, monkeypatch):
+    monkeypatch.setattr(neighbourhoods, "_CANDIDATES", 160)
+    rng = np.random.default_rng(0)
+    middle = rng.normal(size=(60, 8)) * 2
+    x = (middle[rng.integers(0, 60, 6_000)] + rng.normal(size=(6_000, 8))).astype(np.float32)
+    rows = prepare(x, metric="l2", device="cpu", valid=None, nonfinite="raise", max_memory=None).hold()
+    centroids = rows.take(rng.choice(6_000, 1_200, replace=False))
+    centres = coarse_centres(centroids)
+    near, bounds = Neighbourhoods(rows, centres), Bounds(6_000)
+    near.look(centroids, None, bounds)
+    n_changed = 0
+    for _ in range(6):
+        moved = rng.random(1_200) < share
+        centroids = centroids.clone()
+        centroids[moved] += 0.4 * torch.from_numpy(rng.normal(size=(int(moved.sum()), 8))).float()
+        before = bounds.assignment.copy()
+        near.look(centroids, moved, bounds)
+        afresh = Bounds(6_000)
+        Neighbourhoods(rows, centres).look(centroids, None, afresh)
+        np.testing.assert_array_equal(bounds.assignment, afresh.assignment)
+        np.testing.assert_allclose(bounds.own, afresh.own, atol=1e-4)
+        assert (bounds.other <= afresh.other + 1e-4).all()
+        n_changed += (before != bounds.assignment).sum()
+    assert n_changed > 100
+
+    # A row may belong to a centroid outside its neighbourhood, which then moves, and none else does.
+    row = near.order[0]
+    outside = np.setdiff1d(np.arange(1_200), near.seen[near.cells[0][0]])[0]
+    moved = np.arange(1_200) == outside
+    bounds.assignment[row], bounds.own[row] = outside, -1e6
+    near.look(centroids, moved, bounds)
+    np.testing.assert_array_equal(bounds.assignment, afresh.assignment)
