@@ -42,6 +42,8 @@ from curated_data.clustering.nearest import Centroids, nearest
 from curated_data.clustering.rows import blocks
 from curated_data.selection.sampling import hierarchical_sample
 
+SMALL_NOISE = 0.25 / 16  # 0.25 / sqrt(d)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -104,8 +106,17 @@ def mixture_tree(seed: int, x: np.ndarray) -> ClusterTree:
     return hierarchical_kmeans(x, [Level(2_500, 10, 10), Level(500, 10, 3)], seed=seed)
 
 
-def mixture(n: int, seed: int, n_components: int = 2_000, d: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and labels of a long-tailed mixture: overlapping components of weight 1/rank, 50 far centres."""
+def mixture(
+    n: int, seed: int, n_components: int = 2_000, d: int = 256, noise: float = 0.25
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and labels of a long-tailed mixture: components of weight 1/rank around 50 far centres.
+
+    Components are 0.6 from their far centre and spread by 0.2 in 16 directions of their own.
+
+    Args:
+        noise: standard deviation in every dimension. At 0.25 components overlap; `SMALL_NOISE`, a length of
+            0.25 in all, leaves them apart.
+    """
     rng = np.random.default_rng(seed)
     far = rng.normal(size=(50, d))
     step = rng.normal(size=(n_components, d))
@@ -116,7 +127,7 @@ def mixture(n: int, seed: int, n_components: int = 2_000, d: int = 256) -> tuple
     for c in np.unique(label):
         inside = label == c
         within = rng.normal(size=(inside.sum(), 16)) * 0.2 @ (rng.normal(size=(16, d)) / math.sqrt(d))
-        x[inside] = centre[c] + within + rng.normal(size=(inside.sum(), d)) * 0.25
+        x[inside] = centre[c] + within + rng.normal(size=(inside.sum(), d)) * noise
     return x, label
 
 
@@ -131,25 +142,24 @@ def effective_components(label: np.ndarray, tree: ClusterTree) -> tuple[float, f
 
 
 def run_mixture(seeds: int, reference: bool) -> None:
-    x, label = mixture(50_000, 0)
-    draw = np.bincount(label[np.random.default_rng(0).choice(len(x), 5_000, replace=False)])
-    share = draw[draw > 0] / draw.sum()
-    effective = math.exp(-(share * np.log(share)).sum())
-    print(f"random 5,000: {effective:.0f} effective components, {len(share)} covered")
-    for seed in range(seeds):
-        tree, seconds = timed(lambda seed=seed: mixture_tree(seed, x))
-        effective, covered = effective_components(label, tree)
-        print(
-            f"ours, seed {seed}: {effective:.0f} effective, {covered:.0f} covered, {seconds:.1f} CPU s",
-            flush=True,
-        )
-    for seed in range(seeds if reference else 0):
-        levels = [(2_500, 10, 10), (500, 10, 3)]
-        tree, seconds = timed(lambda seed=seed, levels=levels: reference_tree(x, levels, seed))
-        effective, covered = effective_components(label, tree)
-        print(
-            f"reference, seed {seed}: {effective:.0f} effective, {covered:.0f} covered, {seconds:.1f} CPU s"
-        )
+    for noise in (0.25, SMALL_NOISE):
+        x, label = mixture(50_000, 0, noise=noise)
+        draw = np.bincount(label[np.random.default_rng(0).choice(len(x), 5_000, replace=False)])
+        share = draw[draw > 0] / draw.sum()
+        effective = math.exp(-(share * np.log(share)).sum())
+        print(f"noise {noise}: random 5,000: {effective:.0f} effective components, {len(share)} covered")
+        peers = {"ours": mixture_tree}
+        if reference:
+            peers["reference"] = lambda seed, x: reference_tree(x, [(2_500, 10, 10), (500, 10, 3)], seed)
+        for name, run in peers.items():
+            for seed in range(seeds):
+                tree, seconds = timed(lambda seed=seed, run=run, x=x: run(seed, x))
+                effective, covered = effective_components(label, tree)
+                print(
+                    f"  {name}, seed {seed}: {effective:.0f} effective, {covered:.0f} covered, "
+                    f"{seconds:.1f} CPU s",
+                    flush=True,
+                )
 
 
 def tree(seeds: int, reference: bool) -> None:

@@ -5,6 +5,8 @@ averages the ranks' gradients, so training minimises the mean over the global ba
 does on the joined batch. Every rank gives the same number of samples.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,10 +34,11 @@ def gather(x: Tensor) -> Tensor:
 @torch.no_grad()
 def all_reduce(x: Tensor, op: str = "sum") -> Tensor:
     """The elementwise "sum" or "max" over ranks, without gradient."""
-    if world_size() > 1:
-        x = x.clone()
-        dist.all_reduce(x, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
-    return x
+    if world_size() == 1:
+        return x
+    shared = _on_backend(x.clone())
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    return shared.to(x.device)
 
 
 @torch.no_grad()
@@ -48,9 +51,45 @@ def all_gather_rows(x: Tensor) -> Tensor:
     counts = all_reduce(own).tolist()
     padded = x.new_zeros((max(counts), *x.shape[1:]))
     padded[: len(x)] = x
+    padded = _on_backend(padded)
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
-    return torch.cat([part[:n] for part, n in zip(parts, counts)])
+    return torch.cat([part[:n] for part, n in zip(parts, counts)]).to(x.device)
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """If the block fails on one rank, it does on all, which would otherwise wait for that one.
+
+    For checks of what each rank was given: without a collective call, and entered by all ranks.
+
+    Raises:
+        ValueError: the block failed on another rank, which is named, with the reason.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if not int(all_reduce(torch.tensor([failure is not None], dtype=torch.int32))):
+        return
+    if failure is None:
+        told = next((at, reason) for at, reason in enumerate(_gathered("")) if reason)
+        raise ValueError(f"on rank {told[0]}: {told[1]}")
+    if world_size() > 1:
+        _gathered(f"{type(failure).__name__}: {failure}")
+    raise failure
+
+
+def _gathered(text: str) -> list[str]:
+    texts = [""] * world_size()
+    dist.all_gather_object(texts, text)
+    return texts
+
+
+def _on_backend(x: Tensor) -> Tensor:
+    """`x` on a device that the process group takes: nccl only takes CUDA tensors."""
+    return x.cuda() if dist.get_backend() == "nccl" else x
 
 
 class _Gather(torch.autograd.Function):

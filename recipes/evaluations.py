@@ -227,7 +227,7 @@ def _retrieval(dataset: Dataset, parts: Mapping[str, Part], features: Features) 
     (gallery, labels), (test, truth) = (features.labelled(parts[part]) for part in ("train", "test"))
     k = [k for k in (1, 5, 10) if k <= len(labels)]
     result = retrieval(
-        test.array(), gallery.array(), query_labels=truth, gallery_labels=labels, k=k, device=features.device
+        test.array(), gallery, query_labels=truth, gallery_labels=labels, k=k, device=features.device
     )
     return {
         f"retrieval, mAP@{k}": Figure(scores["map"], result.average_precision[k])
@@ -243,7 +243,7 @@ def _instances(dataset: Dataset, parts: Mapping[str, Part], features: Features) 
     ids = np.flatnonzero(queries.valid)
     result = retrieval(
         queries.rows(ids).astype(np.float32),
-        gallery.as_array(),  # with zero rows for unreadable images, so that places match
+        gallery,  # with zero rows for unreadable images, so that places match
         ground_truth=[images.ground_truth[i] for i in ids],
         k=[k for k in (1, 5, 10) if k <= len(gallery)],
         device=features.device,

@@ -18,7 +18,7 @@ from curated_data.clustering.neighbourhoods import (
     loses_little,
     sampled_loss,
 )
-from curated_data.clustering.rows import BLOCK, Rows, blocks
+from curated_data.clustering.rows import BLOCK, Rows, blocks, rows_at
 
 
 @dataclass
@@ -183,13 +183,12 @@ class Lloyd:
             )
         else:
             ids = widened(moved)
-            some = Centroids(self.centroids[torch.from_numpy(ids).to(self.centroids.device)])
+            some = Centroids(rows_at(self.centroids, ids))
 
             def look(start: int, stop: int, block: torch.Tensor) -> None:
                 unsure = bounds.compare_moved(slice(start, stop), block, ids, some)
                 if len(unsure):
-                    rows = block[torch.from_numpy(unsure).to(block.device)]
-                    bounds.compare(unsure + start, rows, every, everything)
+                    bounds.compare(unsure + start, rows_at(block, unsure), every, everything)
 
             self.rows.map(look)
         self._move_sums(before)
@@ -278,7 +277,7 @@ def _add_segments(sums: np.ndarray, rows: Rows, at: np.ndarray, clusters: np.nda
             part = clusters[begin + start : begin + stop]
             if not rows.held:
                 order = _stable_order(part, rows.device)
-                part, block = part[order], block[torch.from_numpy(order).to(block.device)]
+                part, block = part[order], rows_at(block, order)
             first = np.flatnonzero(np.concatenate([[True], part[1:] != part[:-1]]))
             return part[first], segment_sums(block, first)
 

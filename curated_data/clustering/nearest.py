@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from curated_data.clustering.rows import Rows, blocks, parallel_map
+from curated_data.clustering.rows import Rows, blocks, parallel_map, rows_at
 
 _ROWS, _COLUMNS = 1024, 1024  # a tile of scores, 4 MiB: stays in the cache from the product to the search
 TILE = 256  # rows whose nearest few centroids are searched at once
@@ -340,7 +340,7 @@ def squared_distances(rows: Rows, centroids: torch.Tensor, assignment: np.ndarra
     """|x - c|^2 of each row and its centroid, (n,) float64, by subtraction, which avoids cancellation."""
 
     def one(start: int, stop: int, block: torch.Tensor) -> np.ndarray:
-        own = centroids[torch.from_numpy(assignment[start:stop]).to(centroids.device)]
+        own = rows_at(centroids, assignment[start:stop])
         return (block - own).double().square().sum(1).cpu().numpy()
 
     return fill(rows, np.empty(len(rows)), one)

@@ -14,7 +14,7 @@ import torch
 
 from curated_data.clustering.bounds import Bounds, widened
 from curated_data.clustering.nearest import Centroids, nearest, nearest_columns, squared_distances
-from curated_data.clustering.rows import Rows, blocks, parallel_map
+from curated_data.clustering.rows import Rows, blocks, parallel_map, rows_at
 
 MANY = 1024  # centroids from which neighbourhoods save more than they cost
 FEW = 256  # centroids, to compare with which takes no longer than to look around cells
@@ -59,7 +59,7 @@ class Neighbourhoods:
         self.seen = near
 
         def prepared(ids: np.ndarray) -> Centroids:
-            return Centroids(centroids[torch.from_numpy(ids).to(centroids.device)], small=True)
+            return Centroids(rows_at(centroids, ids), small=True)
 
         def one(c: int, a: int, b: int) -> None:
             at, ids, rows = self.order[a:b], near[c], self.rows.block(a, b)
@@ -72,8 +72,7 @@ class Neighbourhoods:
                 some = ids[widened(fresh[c])]
                 unsure = np.union1d(unsure, bounds.compare_moved(at, rows, some, prepared(some)))
             if len(unsure):
-                rows = rows[torch.from_numpy(unsure).to(rows.device)]
-                bounds.compare(at[unsure], rows, ids, prepared(ids))
+                bounds.compare(at[unsure], rows_at(rows, unsure), ids, prepared(ids))
 
         def stale(c: int, a: int, b: int) -> bool:
             own_moved = moved is None or moved[bounds.assignment[self.order[a:b]]].any()

@@ -127,7 +127,7 @@ class Rows:
         """The rows at some positions, in that order."""
         if self._held is None:
             return self._read(positions)
-        return self._held[torch.from_numpy(np.asarray(positions, dtype=np.int64)).to(self.device)]
+        return rows_at(self._held, positions)
 
     def subset(self, positions: np.ndarray, *, hold: bool = True) -> "Rows":
         """The rows at some positions as new `Rows`, held if they fit."""
@@ -235,6 +235,11 @@ def read_rows(source: Matrix, which: slice | np.ndarray) -> torch.Tensor:
         return source[index].detach().float()
     rows = np.ascontiguousarray(source[which], dtype=np.float32)
     return torch.from_numpy(rows if rows.flags.writeable else rows.copy())  # torch has no read-only tensors
+
+
+def rows_at(x: torch.Tensor, positions: np.ndarray) -> torch.Tensor:
+    """The rows of a tensor at some positions, on its device; indexing takes three times as long on a CPU."""
+    return x.index_select(0, torch.from_numpy(np.asarray(positions, dtype=np.int64)).to(x.device))
 
 
 def new_matrix(*shape: int, device: torch.device | str = "cpu") -> torch.Tensor:

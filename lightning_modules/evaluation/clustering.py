@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from lightning_modules.distributed import all_gather_rows
+from lightning_modules.distributed import all_gather_rows, failing_together
 from lightning_modules.evaluation.inputs import Array, checked_labels, count_pairs, joined_max
 from lightning_modules.evaluation.longtail import GROUPS, frequency_groups, mean_known, per_class
 from lightning_modules.evaluation.result import Result
@@ -68,8 +68,9 @@ def clustering(assignment: Array, labels: Array, *, train_counts: Array | None =
         ValueError: shapes that do not match, negative values (excluded samples must be left out), or no
             samples.
     """
-    assignment = checked_labels("assignment", assignment, len(assignment))
-    labels = checked_labels("labels", labels, len(assignment))
+    with failing_together():
+        assignment = checked_labels("assignment", assignment, len(assignment))
+        labels = checked_labels("labels", labels, len(assignment))
     numbers = all_gather_rows(assignment.unique()).unique()  # of the clusters that occur on any rank
     n_clusters, n_classes = len(numbers), joined_max(labels) + 1
     if n_clusters == 0:

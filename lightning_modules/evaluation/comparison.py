@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_modules.distributed import all_gather_rows
+from lightning_modules.distributed import all_gather_rows, failing_together
 from lightning_modules.evaluation.inputs import Array
 from lightning_modules.evaluation.result import Result
 
@@ -74,17 +74,18 @@ def comparison(
     Raises:
         ValueError: shapes that do not match, no sample with both values, bad settings.
     """
-    values = [np.asarray(torch.as_tensor(x)).astype(np.float64) for x in (a, b)]
-    if values[0].shape != values[1].shape or values[0].ndim < 1:
-        raise ValueError(
-            f"both need a value for each of the same samples, got {values[0].shape} and {values[1].shape}"
-        )
-    if statistic is None and values[0].ndim != 1:
-        raise ValueError(
-            f"values of shape {values[0].shape} need a statistic that makes a figure of their mean"
-        )
-    if not 0 < confidence < 1 or n_bootstrap < 1:
-        raise ValueError(f"bad settings: {confidence=}, {n_bootstrap=}")
+    with failing_together():
+        values = [np.asarray(torch.as_tensor(x)).astype(np.float64) for x in (a, b)]
+        if values[0].shape != values[1].shape or values[0].ndim < 1:
+            raise ValueError(
+                f"both need a value for each of the same samples, got {values[0].shape} and {values[1].shape}"
+            )
+        if statistic is None and values[0].ndim != 1:
+            raise ValueError(
+                f"values of shape {values[0].shape} need a statistic that makes a figure of their mean"
+            )
+        if not 0 < confidence < 1 or n_bootstrap < 1:
+            raise ValueError(f"bad settings: {confidence=}, {n_bootstrap=}")
     values = [all_gather_rows(torch.from_numpy(x)).numpy() for x in values]
     shape = values[0].shape[1:]
     both = np.concatenate([x.reshape(len(x), -1) for x in values], 1)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_modules.distributed import all_reduce
+from lightning_modules.distributed import all_reduce, failing_together
 from lightning_modules.evaluation.dense import (
     DenseSet,
     DenseSettings,
@@ -82,9 +82,13 @@ def depth(
         raise ValueError(
             f"need 0 < min_depth < max_depth and two bins, got {min_depth}, {max_depth}, {n_bins}"
         )
-    train, test = checked_dense_pair(train_tokens, train_depths, test_tokens, test_depths)
-    for name, data in (("train", train), ("test", test)):
-        count = sum(int(_valid(torch.as_tensor(map_), min_depth, max_depth).sum()) for map_ in each_map(data))
+    with failing_together():
+        train, test = checked_dense_pair(train_tokens, train_depths, test_tokens, test_depths)
+        valid = [
+            sum(int(_valid(torch.as_tensor(map_), min_depth, max_depth).sum()) for map_ in each_map(data))
+            for data in (train, test)
+        ]
+    for name, count in zip(("train", "test"), valid):
         if int(all_reduce(torch.tensor([count], device=device))) == 0:
             raise ValueError(
                 f"{name}: no pixel has a depth in [{min_depth:g}, {max_depth:g}]: is the unit right?"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lightning_modules.distributed import all_gather_rows, world_size
+from lightning_modules.distributed import all_gather_rows, failing_together, world_size
 from lightning_modules.evaluation.inputs import Array
 from lightning_modules.evaluation.result import Result
 
@@ -69,14 +69,15 @@ def fairness(
         ValueError: lengths that do not match, values that are not finite, fewer than two groups, bad
             settings.
     """
-    own = np.asarray(torch.as_tensor(values)).astype(np.float64)
-    names = [_name(group) for group in (groups.tolist() if hasattr(groups, "tolist") else groups)]
-    if own.ndim != 1 or len(names) != len(own):
-        raise ValueError(f"expected one value and one group a sample, got {own.shape} and {len(names)}")
-    if not np.isfinite(own).all():
-        raise ValueError(f"value {int(np.flatnonzero(~np.isfinite(own))[0])} is not finite")
-    if not 0 < confidence < 1 or n_bootstrap < 1 or min_size < 1:
-        raise ValueError(f"bad settings: {confidence=}, {n_bootstrap=}, {min_size=}")
+    with failing_together():
+        own = np.asarray(torch.as_tensor(values)).astype(np.float64)
+        names = [_name(group) for group in (groups.tolist() if hasattr(groups, "tolist") else groups)]
+        if own.ndim != 1 or len(names) != len(own):
+            raise ValueError(f"expected one value and one group a sample, got {own.shape} and {len(names)}")
+        if not np.isfinite(own).all():
+            raise ValueError(f"value {int(np.flatnonzero(~np.isfinite(own))[0])} is not finite")
+        if not 0 < confidence < 1 or n_bootstrap < 1 or min_size < 1:
+            raise ValueError(f"bad settings: {confidence=}, {n_bootstrap=}, {min_size=}")
     known = _union({name for name in names if name is not None})
     code_of = {name: i for i, name in enumerate(known)}
     codes = np.array([-1 if name is None else code_of[name] for name in names], np.int64)

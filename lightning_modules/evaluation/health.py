@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.distributed import all_gather_rows, all_reduce, rank, world_size
+from lightning_modules.distributed import all_gather_rows, all_reduce, failing_together, rank, world_size
 from lightning_modules.evaluation.inputs import Array, checked_features, n_joined
 from lightning_modules.evaluation.result import Result
 
@@ -68,16 +68,17 @@ def health(
         ValueError: fewer than two samples, features that are not finite or all zero, shapes that do not
             match.
     """
-    x = checked_features("features", features, device)
+    with failing_together():
+        x = checked_features("features", features, device)
+        other = None if second_view is None else checked_features("second_view", second_view, device)
+        if other is not None and other.shape != x.shape:
+            raise ValueError(f"second_view is {tuple(other.shape)}, features are {tuple(x.shape)}")
     n, d = n_joined(x), x.shape[1]
     if n < 2:
         raise ValueError(f"health needs two samples or more, got {n}")
     unit = F.normalize(x, dim=1)
     alignment = float("nan")
-    if second_view is not None:
-        other = checked_features("second_view", second_view, device)
-        if other.shape != x.shape:
-            raise ValueError(f"second_view is {tuple(other.shape)}, features are {tuple(x.shape)}")
+    if other is not None:
         squared = (unit - F.normalize(other, dim=1)).square().sum(dtype=torch.float64)
         alignment = float(all_reduce(squared)) / n
     gram = all_reduce(x.double().T @ x.double())

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.distributed import all_gather_rows, all_reduce, rank, world_size
+from lightning_modules.distributed import all_gather_rows, all_reduce, failing_together, rank, world_size
 from lightning_modules.evaluation.inputs import (
     Array,
     checked_bank,
@@ -86,13 +86,16 @@ def knn(
         ValueError: shapes that do not match, non-finite features, negative labels, or k larger than the train
             set.
     """
-    bank = checked_bank("train", train_features)
-    bank_labels = checked_labels("train", train_labels, bank.shape[0], device)
-    queries = checked_features("test", test_features, device)
-    query_labels = checked_labels("test", test_labels, len(queries), device)
+    with failing_together():
+        bank = checked_bank("train", train_features)
+        bank_labels = checked_labels("train", train_labels, bank.shape[0], device)
+        queries = checked_features("test", test_features, device)
+        query_labels = checked_labels("test", test_labels, len(queries), device)
+        if bank.shape[1] != queries.shape[1]:
+            raise ValueError(
+                f"train features have {bank.shape[1]} dimensions, test features {queries.shape[1]}"
+            )
     counts = all_reduce(torch.tensor([len(bank_labels), len(queries)], device=device)).tolist()
-    if bank.shape[1] != queries.shape[1]:
-        raise ValueError(f"train features have {bank.shape[1]} dimensions, test features {queries.shape[1]}")
     if not counts[0] or not counts[1]:
         raise ValueError(f"no samples: {counts[0]} train, {counts[1]} test")
     ks = checked_k(k, counts[0], "train set")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import Tensor
 
-from lightning_modules.distributed import all_gather_rows, all_reduce, world_size
+from lightning_modules.distributed import all_gather_rows, all_reduce, failing_together, world_size
 from lightning_modules.evaluation.inputs import (
     Array,
     checked_features,
@@ -152,21 +152,22 @@ def linear(
         ValueError: shapes that do not match, non-finite features, one class only, too few samples.
     """
     settings = settings or LinearSettings()
-    train_sets, test_sets = _by_name(train_features), _by_name(test_features)
-    if set(train_sets) != set(test_sets):
-        raise ValueError(f"train has features {sorted(train_sets)}, test {sorted(test_sets)}")
-    train = {name: checked_features(f"train {name}", x, device) for name, x in train_sets.items()}
-    test = {name: checked_features(f"test {name}", x, device) for name, x in test_sets.items()}
-    y = checked_labels("train", train_labels, len(next(iter(train.values()))), device)
-    truth = checked_labels("test", test_labels, len(next(iter(test.values()))), device)
-    for name in train:
-        if len(train[name]) != len(y) or len(test[name]) != len(truth):
-            raise ValueError(f"features {name!r} have another number of samples than the labels")
-        if train[name].shape[1] != test[name].shape[1]:
-            raise ValueError(
-                f"features {name!r}: {train[name].shape[1]} dimensions in train, {test[name].shape[1]} in "
-                f"test"
-            )
+    with failing_together():
+        train_sets, test_sets = _by_name(train_features), _by_name(test_features)
+        if set(train_sets) != set(test_sets):
+            raise ValueError(f"train has features {sorted(train_sets)}, test {sorted(test_sets)}")
+        train = {name: checked_features(f"train {name}", x, device) for name, x in train_sets.items()}
+        test = {name: checked_features(f"test {name}", x, device) for name, x in test_sets.items()}
+        y = checked_labels("train", train_labels, len(next(iter(train.values()))), device)
+        truth = checked_labels("test", test_labels, len(next(iter(test.values()))), device)
+        for name in train:
+            if len(train[name]) != len(y) or len(test[name]) != len(truth):
+                raise ValueError(f"features {name!r} have another number of samples than the labels")
+            if train[name].shape[1] != test[name].shape[1]:
+                raise ValueError(
+                    f"features {name!r}: {train[name].shape[1]} dimensions in train, {test[name].shape[1]} "
+                    "in test"
+                )
     n_classes = joined_max(y) + 1
     n, m = n_joined(y), n_joined(truth)
     if m == 0 or n < 2:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_modules.distributed import failing_together
 from lightning_modules.evaluation.inputs import Array, checked_labels, count_pairs, joined_max
 from lightning_modules.evaluation.result import Result
 
@@ -47,8 +48,9 @@ def longtail(
     Raises:
         ValueError: shapes that do not match, labels without a train count, or no samples.
     """
-    predictions = checked_labels("predictions", predictions, len(predictions))
-    labels = checked_labels("labels", labels, len(predictions))
+    with failing_together():
+        predictions = checked_labels("predictions", predictions, len(predictions))
+        labels = checked_labels("labels", labels, len(predictions))
     counts = np.asarray(train_counts)
     n_labels = joined_max(labels) + 1
     if n_labels == 0:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_modules.distributed import all_gather_rows, all_reduce
+from lightning_modules.distributed import all_gather_rows, all_reduce, failing_together
 from lightning_modules.evaluation.inputs import Array, as_tensor, checked_features, first_row, n_joined
 from lightning_modules.evaluation.linear import fit_logistic
 from lightning_modules.evaluation.result import Result
@@ -63,12 +63,13 @@ def multilabel(
     Raises:
         ValueError: shapes that do not match, other marks, or no class with a positive in both sets.
     """
-    x, tested = (checked_features(name, f, device)
-                 for name, f in (("train", train_features), ("test", test_features)))  # fmt: skip
-    y = _checked_marks("train", train_marks, len(x), device)
-    truth = _checked_marks("test", test_marks, len(tested), device)
-    if x.shape[1] != tested.shape[1] or y.shape[1] != truth.shape[1]:
-        raise ValueError("train and test have different numbers of dimensions or of classes")
+    with failing_together():
+        x, tested = (checked_features(name, f, device)
+                     for name, f in (("train", train_features), ("test", test_features)))  # fmt: skip
+        y = _checked_marks("train", train_marks, len(x), device)
+        truth = _checked_marks("test", test_marks, len(tested), device)
+        if x.shape[1] != tested.shape[1] or y.shape[1] != truth.shape[1]:
+            raise ValueError("train and test have different numbers of dimensions or of classes")
     if not 0 < held_out < 1 or not inverse_penalties:
         raise ValueError(f"bad settings: {held_out=}, {inverse_penalties=}")
     n, first = n_joined(y), first_row(y)

@@ -3,6 +3,7 @@
 The bank may be a memory map or a store on disk, of any float type; it is read once for each call.
 """
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import faiss
@@ -10,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.distributed import all_reduce
+from lightning_modules.distributed import failing_together
 from lightning_modules.evaluation.inputs import as_tensor
 
-_TILE_NUMBERS = 2**25  # of the bank, 128 MiB; more for a large k:
+TILE_NUMBERS = 2**25  # of the bank, 128 MiB; more for a large k:
 _TILE_ROWS = 512  # times k, of which finding the best k anew in each tile takes a few per cent of the time
-_SCORES = 2**26  # computed at a time where faiss does not, 256 MiB
+SCORES = 2**26  # computed at a time where faiss does not, 256 MiB
 
 
 class RowSource(Protocol):
@@ -33,7 +34,7 @@ def top_rows(
 ) -> tuple[Tensor, Tensor]:
     """The k rows of this rank's bank most similar to each query.
 
-    A collective call: rows that are not finite are an error on every rank. Of equal similarities any may come
+    A collective call: what fails on one rank fails on all. Of equal similarities any may come
     first.
 
     Args:
@@ -51,19 +52,39 @@ def top_rows(
     """
     values = queries.new_empty(len(queries), 0)
     rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    width = max(_TILE_ROWS * k, _TILE_NUMBERS // max(1, queries.shape[1]))
+    width = max(_TILE_ROWS * k, TILE_NUMBERS // max(1, queries.shape[1]))
+    with failing_together():
+        for start, tile in bank_tiles(bank, width, queries.device, metric=metric, name=name):
+            found, places = _top(queries, tile, min(k, len(tile)), metric)
+            values, rows = torch.cat([values, found], dim=1), torch.cat([rows, start + places], dim=1)
+            values, order = values.topk(min(k, values.shape[1]), dim=1)
+            rows = rows.gather(1, order)
+    return values, rows
+
+
+def bank_tiles(
+    bank: RowSource, width: int, device: torch.device, *, metric: str, name: str
+) -> Iterator[tuple[int, Tensor]]:
+    """The rows of a bank, a tile at a time: where it begins, and (t, d) float32, of norm 1 for "cosine".
+
+    Args:
+        bank: (n, d).
+        width: rows of a tile.
+        device: of the tiles.
+        metric: "cosine", or "euclidean".
+        name: of the bank, for errors.
+
+    Raises:
+        ValueError: rows are not finite; raised after the last tile, with their number.
+    """
     bad: list[int] = []
     for start in range(0, bank.shape[0], width):
-        tile = as_tensor(bank[start : start + width]).to(queries.device, torch.float32)
+        tile = as_tensor(bank[start : start + width]).to(device, torch.float32)
         tile, wrong = _scaled(tile, metric)
         bad += [start + row for row in wrong]
-        found, places = _top(queries, tile, min(k, len(tile)), metric)
-        values, rows = torch.cat([values, found], dim=1), torch.cat([rows, start + places], dim=1)
-        values, order = values.topk(min(k, values.shape[1]), dim=1)
-        rows = rows.gather(1, order)
-    if int(all_reduce(torch.tensor([len(bad)], device=queries.device))):
+        yield start, tile
+    if bad:
         raise ValueError(f"{name}: {len(bad)} rows of features are not finite, the first at {bad[:5]}")
-    return values, rows
 
 
 def _top(queries: Tensor, tile: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
@@ -73,7 +94,7 @@ def _top(queries: Tensor, tile: Tensor, k: int, metric: str) -> tuple[Tensor, Te
         found = faiss.knn(queries.contiguous().numpy(), tile.contiguous().numpy(), k, metric=kind)
         return torch.from_numpy(found[0]), torch.from_numpy(found[1])
     parts = []
-    for some in queries.split(max(1, _SCORES // len(tile))):
+    for some in queries.split(max(1, SCORES // len(tile))):
         if metric == "cosine":
             scores = some @ tile.T
         else:  # differences, not products: what these cancel is what tells near rows apart

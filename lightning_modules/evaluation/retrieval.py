@@ -1,6 +1,6 @@
 """Retrieval by cosine: of images of the same instance (revisited Oxford and Paris), or of the same label."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.distributed import all_gather_rows, all_reduce, rank, world_size
+from lightning_modules.distributed import all_gather_rows, all_reduce, failing_together, rank, world_size
 from lightning_modules.evaluation.inputs import (
     Array,
+    checked_bank,
     checked_features,
     checked_k,
     checked_labels,
     first_row,
     n_joined,
 )
+from lightning_modules.evaluation.nearest import SCORES, TILE_NUMBERS, RowSource, bank_tiles
 from lightning_modules.evaluation.result import PER_SAMPLE, Result
 
 DIFFICULTIES = {  # which lists are right, and which are passed over
@@ -52,7 +54,7 @@ class RetrievalResult(Result):
 
 def retrieval(
     query_features: Array,
-    gallery_features: Array,
+    gallery_features: Array | RowSource,
     *,
     query_labels: Array | None = None,
     gallery_labels: Array | None = None,
@@ -68,10 +70,11 @@ def retrieval(
     the joined gallery as "easy", "hard" and "junk", the protocol is that of revisited Oxford and Paris (arXiv
     1803.11285): junk is passed over. Ties are broken by place in the gallery. Under `torch.distributed` every
     rank gives its shares of queries (with their labels or ground truth) and gallery, and gets the whole
-    result; by labels the gallery is never gathered.
+    result; the gallery is never gathered.
 
     Args:
-        query_features: (n, d); gallery_features: (m, d).
+        query_features: (n, d); gallery_features: (m, d), in memory or on disk: a memory map or a store that
+            gives rows by slice is read tile by tile, once for each block of queries.
         query_labels, gallery_labels: (n,) and (m,) integers.
         ground_truth: for each query a mapping with "easy", "hard", "junk", each optional.
         k: cut-offs.
@@ -83,29 +86,36 @@ def retrieval(
         ValueError: neither or both kinds of truth, shapes that do not match, k below 1 or above the gallery,
             no query with anything right to find.
     """
-    queries = F.normalize(checked_features("queries", query_features, device), dim=1)
-    gallery = F.normalize(checked_features("gallery", gallery_features, device), dim=1)
-    if queries.shape[1] != gallery.shape[1]:
-        raise ValueError(f"queries have {queries.shape[1]} dimensions, the gallery {gallery.shape[1]}")
-    by_label = query_labels is not None and gallery_labels is not None
-    if by_label == (ground_truth is not None):
-        raise ValueError("give query_labels and gallery_labels, or ground_truth")
-    ks = checked_k(k, n_joined(gallery) - leave_one_out, "gallery")
-    if query_labels is None or gallery_labels is None:
-        if leave_one_out:
+    with failing_together():
+        queries = F.normalize(checked_features("queries", query_features, device), dim=1)
+        gallery = checked_bank("gallery", gallery_features)
+        n_own = gallery.shape[0]
+        if queries.shape[1] != gallery.shape[1]:
+            raise ValueError(f"queries have {queries.shape[1]} dimensions, the gallery {gallery.shape[1]}")
+        by_label = query_labels is not None and gallery_labels is not None
+        if by_label == (ground_truth is not None):
+            raise ValueError("give query_labels and gallery_labels, or ground_truth")
+        own = theirs = torch.empty(0)
+        if query_labels is not None and gallery_labels is not None:
+            if leave_one_out and len(queries) != n_own:
+                raise ValueError(f"leave_one_out: {len(queries)} queries, but {n_own} in the gallery")
+            own = checked_labels("queries", query_labels, len(queries), device)
+            theirs = checked_labels("gallery", gallery_labels, n_own, device)
+        elif leave_one_out:
             raise ValueError("leave_one_out goes with labels; list the query itself as junk instead")
-        return _by_ground_truth(queries, all_gather_rows(gallery), list(ground_truth or ()), ks, block_size)
-    if leave_one_out and len(queries) != len(gallery):
-        raise ValueError(f"leave_one_out: {len(queries)} queries, but {len(gallery)} in the gallery")
-    own = checked_labels("queries", query_labels, len(queries), device)
-    theirs = checked_labels("gallery", gallery_labels, len(gallery), device)
+        elif len(ground_truth or ()) != len(queries):
+            raise ValueError(f"{len(queries)} queries, but ground truth for {len(ground_truth or ())}")
+    n = int(all_reduce(torch.tensor([n_own], device=queries.device)))
+    ks = checked_k(k, n - leave_one_out, "gallery")
+    if ground_truth is not None:
+        return _by_ground_truth(queries, gallery, n, ground_truth, ks, block_size)
     return _by_label(queries, own, gallery, theirs, ks, leave_one_out, block_size)
 
 
 def _by_label(
     queries: Tensor,
     own: Tensor,
-    gallery: Tensor,
+    gallery: RowSource,
     theirs: Tensor,
     ks: list[int],
     leave_one_out: bool,
@@ -145,18 +155,25 @@ def _by_label(
     )
 
 
-def _nearest_labels(block: Tensor, gallery: Tensor, labels: Tensor, k: int, skipped: Tensor | None) -> Tensor:
+def _nearest_labels(
+    block: Tensor, gallery: RowSource, labels: Tensor, k: int, skipped: Tensor | None
+) -> Tensor:
     """Labels (b, k) of the k most similar over all ranks; `skipped`: for each query a place to pass over."""
     sizes = all_gather_rows(torch.tensor([len(block)], device=block.device)).tolist()
-    asked = all_gather_rows(block)
-    first = first_row(gallery)
-    similarity = asked @ gallery.T
-    if skipped is not None:
-        places = all_gather_rows(skipped) - first
-        rows = ((places >= 0) & (places < len(gallery))).nonzero().flatten()
-        similarity[rows, places[rows]] = -torch.inf
-    values, places = _stable_top(similarity, min(k, len(gallery)))
-    found = labels[places]
+    asked, first = all_gather_rows(block), first_row(labels)
+    passed = None if skipped is None else all_gather_rows(skipped) - first
+    values, found = asked.new_empty(len(asked), 0), labels.new_empty(len(asked), 0)
+    with failing_together():
+        for start, tile in _tiles(gallery, asked):
+            similarity = asked @ tile.T
+            if passed is not None:
+                rows = ((passed >= start) & (passed < start + len(tile))).nonzero().flatten()
+                similarity[rows, passed[rows] - start] = -torch.inf
+            best, places = _stable_top(similarity, min(k, len(tile)))
+            values = torch.cat([values, best], dim=1)
+            found = torch.cat([found, labels[start + places]], dim=1)
+            values, order = values.sort(dim=1, descending=True, stable=True)  # earlier tiles first
+            values, found = values[:, :k], found.gather(1, order[:, :k])
     if world_size() == 1:
         return found
     own = slice(sum(sizes[: rank()]), sum(sizes[: rank() + 1]))
@@ -184,24 +201,25 @@ def _stable_top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _by_ground_truth(
     queries: Tensor,
-    gallery: Tensor,
-    ground_truth: list[Mapping[str, Sequence[int]]],
+    gallery: RowSource,
+    n_gallery: int,
+    ground_truth: Sequence[Mapping[str, Sequence[int]]],
     ks: list[int],
     block_size: int,
 ) -> RetrievalResult:
-    if len(ground_truth) != len(queries):
-        raise ValueError(f"{len(queries)} queries, but ground truth for {len(ground_truth)}")
+    with failing_together():
+        places = [
+            {name: _places(truth, name, n_gallery) for name in ("easy", "hard", "junk")}
+            for truth in ground_truth
+        ]
     sums = torch.zeros(len(DIFFICULTIES), 2 + len(ks), dtype=torch.float64)  # queries, AP, precisions
     each = np.full((len(DIFFICULTIES), len(queries)), np.nan)
-    for start in range(0, len(queries), block_size):
-        order = (
-            (queries[start : start + block_size] @ gallery.T)
-            .sort(dim=1, descending=True, stable=True)
-            .indices
-        )
+    longest = int(all_gather_rows(torch.tensor([len(queries)], device=queries.device)).max())
+    for start in range(0, longest, block_size):  # as many on every rank: each block is a collective
+        similarity = _similarities(queries[start : start + block_size], gallery)
+        order = similarity.sort(dim=1, descending=True, stable=True).indices
         for place, ranking in enumerate(order.cpu().numpy(), start):
-            truth = ground_truth[place]
-            lists = {name: _places(truth, name, len(gallery)) for name in ("easy", "hard", "junk")}
+            lists = places[place]
             for i, (right, junk) in enumerate(DIFFICULTIES.values()):
                 positives = np.concatenate([lists[name] for name in right])
                 if len(positives) == 0:
@@ -225,6 +243,21 @@ def _by_ground_truth(
         n_without={name: n - count for name, count in zip(DIFFICULTIES, counts)},
         average_precision=dict(zip(DIFFICULTIES, each)),
     )
+
+
+def _similarities(block: Tensor, gallery: RowSource) -> Tensor:
+    """Cosines (b, n) of this rank's queries and the joined gallery, of which no rank sees another's share."""
+    sizes = all_gather_rows(torch.tensor([len(block)], device=block.device)).tolist()
+    asked = all_gather_rows(block)
+    with failing_together():
+        parts = [tile @ asked.T for _, tile in _tiles(gallery, asked)]
+    joined = all_gather_rows(torch.cat(parts) if parts else asked.new_empty(0, len(asked)))
+    return joined[:, sum(sizes[: rank()]) : sum(sizes[: rank() + 1])].T
+
+
+def _tiles(gallery: RowSource, asked: Tensor) -> Iterator[tuple[int, Tensor]]:
+    width = max(1, min(TILE_NUMBERS // asked.shape[1], SCORES // max(1, len(asked))))
+    return bank_tiles(gallery, width, asked.device, metric="cosine", name="gallery")
 
 
 def trapezoid_average_precision(hits: np.ndarray) -> float:

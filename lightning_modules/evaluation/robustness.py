@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_modules.distributed import all_gather_rows, all_reduce
+from lightning_modules.distributed import all_gather_rows, all_reduce, failing_together
 from lightning_modules.evaluation.inputs import (
     Array,
     checked_features,
@@ -91,8 +91,9 @@ def robustness(
         ValueError: no sets, shapes that do not match, labels outside a class map, class maps outside the base
             classes.
     """
-    x = checked_features("train", train_features, device)
-    y = checked_labels("train", train_labels, len(x), device)
+    with failing_together():
+        x = checked_features("train", train_features, device)
+        y = checked_labels("train", train_labels, len(x), device)
     if not shifted:
         raise ValueError("no shifted sets")
     if "base" in shifted:
@@ -102,7 +103,10 @@ def robustness(
     n, n_classes = n_joined(y), joined_max(y) + 1
     if n < 2 or int((all_reduce(torch.bincount(y, minlength=n_classes)) > 0).sum()) < 2:
         raise ValueError("the base set has one class only, or no samples")
-    prepared = {name: _prepared(name, data, x.shape[1], n_classes, device) for name, data in shifted.items()}
+    with failing_together():
+        prepared = {
+            name: _prepared(name, data, x.shape[1], n_classes, device) for name, data in shifted.items()
+        }
 
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     mask = torch.zeros(n, dtype=torch.bool)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.distributed import all_reduce
+from lightning_modules.distributed import all_reduce, failing_together
 from lightning_modules.evaluation.dense import (
     DenseSet,
     DenseSettings,
@@ -79,9 +79,15 @@ def segmentation(
     """
     if n_classes < 2:
         raise ValueError(f"n_classes must be 2 or more, got {n_classes}")
-    train, test = checked_dense_pair(train_tokens, train_masks, test_tokens, test_masks)
-    for name, data in (("train", train), ("test", test)):
-        _check_labels(name, data, n_classes, ignore_label, device)
+    with failing_together():
+        train, test = checked_dense_pair(train_tokens, train_masks, test_tokens, test_masks)
+        n_train = _checked_labels("train", train, n_classes, ignore_label)
+        n_test = _checked_labels("test", test, n_classes, ignore_label)
+    for name, count in (("train", n_train), ("test", n_test)):
+        if int(all_reduce(torch.tensor([count], device=device))) == 0:
+            raise ValueError(
+                f"{name}: every pixel has the ignored label {ignore_label}, or there are no images"
+            )
 
     def loss_of(outputs: list[Tensor], rows: list[int]) -> tuple[Tensor, Tensor]:
         total, count = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -138,9 +144,8 @@ def segmentation_scores(confusion: np.ndarray, n_ignored: int = 0) -> Segmentati
     )
 
 
-def _check_labels(
-    name: str, data: DenseSet, n_classes: int, ignore_label: int, device: str | torch.device
-) -> None:
+def _checked_labels(name: str, data: DenseSet, n_classes: int, ignore_label: int) -> int:
+    """How many pixels of this rank's masks are not ignored; an error if some have other labels."""
     n_known = 0
     for i, mask in enumerate(each_map(data)):
         if mask.dtype.kind not in "iu":
@@ -153,5 +158,4 @@ def _check_labels(
                 f"0..{n_classes - 1} "
                 f"and not the ignored label {ignore_label}"
             )
-    if int(all_reduce(torch.tensor([n_known], device=device))) == 0:
-        raise ValueError(f"{name}: every pixel has the ignored label {ignore_label}, or there are no images")
+    return n_known

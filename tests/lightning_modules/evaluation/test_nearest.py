@@ -13,9 +13,9 @@ from tests.lightning_modules.ranks import on_two_ranks
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    monkeypatch.setattr(nearest, "_TILE_NUMBERS", 64 * 24)
+    monkeypatch.setattr(nearest, "TILE_NUMBERS", 64 * 24)
     monkeypatch.setattr(nearest, "_TILE_ROWS", 1)
-    monkeypatch.setattr(nearest, "_SCORES", 7 * 64)
+    monkeypatch.setattr(nearest, "SCORES", 7 * 64)
 
 
 @pytest.mark.parametrize(("n", "k"), [(1000, 1), (1000, 17), (1000, 100), (50, 80), (64, 64), (129, 5)])
@@ -37,7 +37,7 @@ def test_top_rows_are_those_of_faiss(n, k, metric):
 @pytest.mark.parametrize(("tile", "k"), [(1, 5), (512, 5), (512, 700), (1000, 40), (4096, 200)])
 def test_tiles_of_all_sizes(monkeypatch, tile, k):
     """More and fewer rows than k in a tile; a shorter last one."""
-    monkeypatch.setattr(nearest, "_TILE_NUMBERS", 16 * tile)
+    monkeypatch.setattr(nearest, "TILE_NUMBERS", 16 * tile)
     generator = torch.Generator().manual_seed(tile)
     bank, queries = (F.normalize(torch.randn(n, 16, generator=generator), dim=1) for n in (9001, 20))
     want, rows = faiss.knn(queries.numpy(), bank.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)

@@ -10,6 +10,7 @@ from torchmetrics.functional.retrieval import (
     retrieval_recall,
 )
 
+from lightning_modules.evaluation import retrieval as module
 from lightning_modules.evaluation.retrieval import retrieval, trapezoid_average_precision
 from tests.lightning_modules.ranks import on_two_ranks
 
@@ -102,6 +103,33 @@ def test_two_ranks_get_the_result_of_one():
     want = _share(None, *parts)
     for got in on_two_ranks(_share, *parts):
         assert got == pytest.approx(want, abs=1e-9)
+
+
+def test_a_gallery_on_disk_is_read_tile_by_tile(tmp_path, monkeypatch):
+    q, ql, g, gl = (part.numpy() for part in data())
+    want = _share(None, q, ql, g, gl)
+    np.save(tmp_path / "gallery.npy", g.astype(np.float64))
+    gallery = Sliced(np.load(tmp_path / "gallery.npy", mmap_mode="r"))
+    monkeypatch.setattr(module, "TILE_NUMBERS", 7 * g.shape[1])
+    labels = retrieval(q, gallery, query_labels=ql, gallery_labels=gl, k=(1, 20, 50), block_size=8)
+    same = retrieval(q, q, query_labels=ql, gallery_labels=ql, k=(5,), leave_one_out=True, block_size=8)
+    truth = [{"easy": [i % 60], "hard": [(i + 7) % 60]} for i in range(len(ql))]
+    instances = retrieval(q, gallery, ground_truth=truth, k=(5,))
+    got = [value for r in (labels, same, instances) for row in r.scores.values() for value in row.values()]
+    assert got == pytest.approx(want, abs=1e-9)
+    assert max(gallery.lengths) == 7
+    test_ties_go_by_place()
+
+
+class Sliced:
+    """Rows that can only be had by slice; keeps how many were asked for at a time."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.lengths = array, array.shape, []
+
+    def __getitem__(self, rows):
+        self.lengths.append(rows.stop - rows.start)
+        return self.array[rows]
 
 
 @pytest.mark.parametrize(
