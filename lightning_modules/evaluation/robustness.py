@@ -1,5 +1,6 @@
 """A head trained once on a base set, tested on shifted sets that hold some of its classes."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ from lightning_modules.evaluation.inputs import (
 from lightning_modules.evaluation.linear import fit_logistic
 from lightning_modules.evaluation.result import PER_SAMPLE, Result
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class ShiftedSet:
@@ -30,7 +33,7 @@ class ShiftedSet:
         labels: (n,) its own labels; or (n, m) several right answers a sample, -1 where there are fewer
             (ImageNet-ReaL). Samples without a right answer are left out.
         classes: for each of its own labels the base classes that it stands for, one or several (ObjectNet);
-            None: its labels are base classes. Predictions are limited to the base classes named here, as
+            None: its labels are base classes (others cannot be predicted, and are warned of). Predictions are limited to the base classes named here, as
             ImageNet-A, -R and ObjectNet are scored.
     """
 
@@ -164,6 +167,12 @@ def _prepared(
         right = table[right.clamp_min(-1)].flatten(1)  # -1 takes the last row, which is empty
         allowed = torch.zeros_like(allowed)
         allowed[flat] = True
+    elif unknown := int((right >= n_classes).any(1).sum()):
+        log.warning(
+            "%s: %d of %d samples have labels that no base class has (the base classes are 0..%d), which no "
+            "prediction can meet; give `classes` if the labels are numbered differently",
+            name, unknown, len(right), n_classes - 1,
+        )  # fmt: skip
     return features, right, own, allowed
 
 

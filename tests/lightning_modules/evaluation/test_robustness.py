@@ -46,6 +46,16 @@ def test_several_right_answers_and_none():
     assert np.isnan(result["class_average"])
 
 
+def test_labels_that_no_base_class_has_are_wrong_and_warned_of(caplog):
+    sets = {
+        "far": ShiftedSet(POINTS, torch.tensor([0, 1, 7, 9])),
+        "near": ShiftedSet(POINTS, torch.arange(4)),
+    }
+    assert robustness(*base(), sets).sets["far"]["accuracy"] == 0.5
+    (line,) = caplog.messages
+    assert "far: 2 of 4 samples have labels that no base class has (the base classes are 0..3)" in line
+
+
 def test_the_head_is_scikit_learns():
     x, y = base()
     generator = torch.Generator().manual_seed(1)
