@@ -340,8 +340,8 @@ def squared_distances(rows: Rows, centroids: torch.Tensor, assignment: np.ndarra
     """|x - c|^2 of each row and its centroid, (n,) float64, by subtraction, which avoids cancellation."""
 
     def one(start: int, stop: int, block: torch.Tensor) -> np.ndarray:
-        own = rows_at(centroids, assignment[start:stop])
-        return (block - own).double().square().sum(1).cpu().numpy()
+        gap = rows_at(centroids, assignment[start:stop]).sub_(block)
+        return gap.square_().sum(1).double().cpu().numpy()
 
     return fill(rows, np.empty(len(rows)), one)
 

@@ -33,8 +33,8 @@ class ShiftedSet:
         labels: (n,) its own labels; or (n, m) several right answers a sample, -1 where there are fewer
             (ImageNet-ReaL). Samples without a right answer are left out.
         classes: for each of its own labels the base classes that it stands for, one or several (ObjectNet);
-            None: its labels are base classes (others cannot be predicted, and are warned of). Predictions are limited to the base classes named here, as
-            ImageNet-A, -R and ObjectNet are scored.
+            None: its labels are base classes (others cannot be predicted, and are warned of). Predictions are
+            limited to the base classes named here, as ImageNet-A, -R and ObjectNet are scored.
     """
 
     features: Array
