@@ -67,7 +67,7 @@ def robustness(
     train_labels: Array,
     shifted: Mapping[str, ShiftedSet],
     *,
-    inverse_penalties: Sequence[float] = tuple(10.0 ** np.arange(-4, 4)),
+    inverse_penalties: Sequence[float] = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1000.0),
     held_out: float = 0.1,
     top: int = 1,
     max_iter: int = 1000,

@@ -9,6 +9,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -193,6 +194,19 @@ def test_bf16_accumulation_and_checkpoint(name, tmp_path):
     features = loaded.eval().embed(images)
     assert features.shape == (3, loaded.embedding_dimension)
     torch.testing.assert_close(features, module.eval().embed(images))
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_float16_with_a_scaled_loss(name):
+    """The scaler skips the steps whose gradients overflow, halves the scale, and then the run goes on."""
+    module, scaler = build(name), torch.amp.GradScaler("cpu")
+    before = [p.detach().clone() for p in module.parameters() if p.requires_grad]
+    trainer = fit(module, plugins=[MixedPrecision("16-mixed", device="cpu", scaler=scaler)])
+    after = [p for p in module.parameters() if p.requires_grad]
+    assert all(bool(torch.isfinite(p).all()) for p in after)
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert scaler.get_scale() >= 2**8  # 8 of 16 steps skipped at most
+    assert math.isfinite(float(trainer.callback_metrics["loss"]))
 
 
 @pytest.mark.parametrize("name", BUILD)
