@@ -63,6 +63,7 @@ class PretrainingModule(L.LightningModule):
         self.global_batch_size: int | None = None  # of the run's first batch, kept when it is resumed
         self.draw = 0  # counts batches: what random draws of a step depend on besides the seed and the sample
         self._n_steps: int | None = None
+        self._steps_ahead = 0  # of the schedules, before the optimiser's
         self.backbone = build_backbone(
             backbone,
             image_size=image_size,
@@ -124,7 +125,8 @@ class PretrainingModule(L.LightningModule):
             log.info(
                 "global batch %d, peak learning rate %g", self.global_batch_size, self.peak_learning_rate
             )
-        self.set_rates(self.global_step)
+        self._steps_ahead = self._find_steps_ahead(batch_idx)
+        self.set_rates(self.schedule_step)
 
     def set_rates(self, step: int) -> None:
         """Set what depends on the optimiser step: here the learning rate of every parameter group."""
@@ -151,8 +153,25 @@ class PretrainingModule(L.LightningModule):
         return warmup_cosine(step, total=self.n_steps, peak=peak, final=final, warmup=self.warmup_steps)
 
     @property
+    def schedule_step(self) -> int:
+        """The optimiser step at which schedules are.
+
+        In a run of so many epochs, former ones count as long as the present one is, so that schedules end
+        with the run even if a re-curation has changed the length of an epoch. Where `max_steps` ends the run,
+        and as long as no length has changed, it is `global_step`.
+        """
+        return self.global_step + self._steps_ahead
+
+    def _find_steps_ahead(self, batch_idx: int) -> int:
+        batches, every = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        if math.isinf(batches) or self.n_steps == self.trainer.max_steps:
+            return 0
+        began = self.global_step - batch_idx // every
+        return self.current_epoch * math.ceil(batches / every) - began
+
+    @property
     def n_steps(self) -> int:
-        """Optimiser steps of the whole run.
+        """Optimiser steps of the whole run, as schedules count them.
 
         Raises:
             ValueError: the Trainer has neither `max_epochs` nor `max_steps`, so no schedule can end.
@@ -192,6 +211,9 @@ class PretrainingModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self._n_steps = None  # another fit may be longer
+
+    def on_train_epoch_start(self) -> None:
+        self._n_steps = None  # so may an epoch after a re-curation
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["module_class"] = f"{type(self).__module__}.{type(self).__qualname__}"

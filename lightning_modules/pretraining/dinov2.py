@@ -337,7 +337,7 @@ class DINOv2(PretrainingModule):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable | None = None
     ) -> None:
-        momentum = self.teacher_momentum_at(self.global_step)
+        momentum = self.teacher_momentum_at(self.schedule_step)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         for teacher, student in zip(self.teacher_parts, self.student.values()):
             update_average(teacher.parameters(), student.parameters(), momentum)
@@ -345,7 +345,7 @@ class DINOv2(PretrainingModule):
                 kept.copy_(new)
 
     def _targets(self, logits: Tensor, center_name: str) -> Tensor:
-        temperature = self.teacher_temperature_at(self.global_step)
+        temperature = self.teacher_temperature_at(self.schedule_step)
         if self.hparams.centering == "sinkhorn":
             return sinkhorn_targets(logits, temperature)
         center = getattr(self, center_name)

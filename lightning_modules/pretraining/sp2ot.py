@@ -163,7 +163,7 @@ class SP2OT(PretrainingModule):
     def loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         features = self.backbone(torch.cat(batch["views"]))
         logits = self._classify(features).unflatten(1, (2, -1)).float()  # (heads, 2, B, K)
-        rho = self.rho_at(self.global_step)
+        rho = self.rho_at(self.schedule_step)
         labels = self._labels(logits.detach(), self._ids(batch), rho)
         a, b = logits.log_softmax(-1).unbind(1)
         from_a, from_b = labels.unbind(1)

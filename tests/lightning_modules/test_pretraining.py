@@ -298,6 +298,62 @@ def test_learning_rate_follows_its_closed_form():
     assert rates == pytest.approx(expected)
 
 
+class OfEachLength(L.LightningDataModule):
+    """Epochs of different lengths, as re-curations may make them."""
+
+    def __init__(self, module: L.LightningModule, lengths: list[int]) -> None:
+        super().__init__()
+        self.images, self.lengths = Images(module), lengths
+
+    def train_dataloader(self) -> DataLoader:
+        length = self.lengths[self.trainer.current_epoch]
+        return DataLoader(self.images, batch_size=2, sampler=[0, 1] * length)
+
+
+class Rates(L.Callback):
+    """Notes the learning rate of each optimiser step, and stops after some steps, with a checkpoint."""
+
+    def __init__(self, stop: int | None = None, path: Any = None) -> None:
+        self.rates: list[float] = []
+        self.stop, self.path = stop, path
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_end(self, trainer, *arguments):
+        if trainer.global_step == self.stop:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+            self.stop = None
+
+
+def rates_of(lengths: list[int], *, stop=None, path=None, resume=None, **options: Any) -> list[float]:
+    module = build("simclr", optimizer="sgd", learning_rate=0.5, warmup_epochs=0)
+    rates = Rates(stop, path)
+    trainer = L.Trainer(
+        accelerator="cpu", callbacks=[rates], reload_dataloaders_every_n_epochs=1, logger=False, min_epochs=0,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, **options,
+    )  # fmt: skip
+    trainer.fit(module, OfEachLength(module, lengths), ckpt_path=resume)
+    return rates.rates
+
+
+def test_schedules_end_with_the_run_when_epochs_change_their_length(tmp_path):
+    lengths = [4, 2, 6]
+    peak = 0.5 * 4 / 256  # two batches of two are accumulated
+    places = [(e + i / (n // 2)) / 3 for e, n in enumerate(lengths) for i in range(n // 2)]
+    expected = [peak * 0.5 * (1 + math.cos(math.pi * place)) for place in places]
+    whole = rates_of(lengths, max_epochs=3, accumulate_grad_batches=2)
+    assert whole == pytest.approx(expected)
+    options = {"max_epochs": 3, "accumulate_grad_batches": 2}
+    before = rates_of(lengths, stop=4, path=tmp_path / "a.ckpt", **options)  # within the third epoch
+    after = rates_of(lengths, resume=tmp_path / "a.ckpt", **options)
+    assert before[:4] + after == pytest.approx(expected)
+    # A run of so many steps is as long as it says, whatever the epochs' lengths.
+    steps = rates_of(lengths, max_steps=5, accumulate_grad_batches=2)
+    assert steps == pytest.approx([peak * 0.5 * (1 + math.cos(math.pi * s / 5)) for s in range(5)])
+
+
 def test_teacher_is_the_closed_form_average():
     teacher, students = torch.zeros(3), [torch.randn(3) for _ in range(4)]
     momenta = [0.9, 0.95, 0.99, 1.0]
