@@ -137,7 +137,7 @@ def _computed(function: Any, arguments: tuple[Any, ...], options: dict[str, Any]
     return tree_map(outer, function(*tree_map(inner, arguments), **tree_map(inner, options)))
 
 
-class _Backend(backend_registration._DummyBackendModule):
+class _Backend(getattr(backend_registration, "_DummyBackendModule", object)):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 

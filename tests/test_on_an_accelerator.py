@@ -71,13 +71,17 @@ def clustered(device, k, settings):
 
 @pytest.mark.parametrize(
     ("k", "settings"),
-    [(50, {}), (40, {"metric": "cosine"}), (40, {"max_memory": 300_000}), (10, {"n_init": 3}),
-     (1100, {"init": "random"})],
-)  # fmt: skip
+    [(50, {}), (40, {"metric": "cosine"}), (40, {"max_memory": 300_000}), (10, {"n_init": 3})],
+)
 def test_kmeans(k, settings):
     (there, inertia), (here, expected) = on_both(clustered, k, settings)
     assert inertia == pytest.approx(expected, rel=1e-6)
     assert (there == here).mean() > 0.999
+
+
+def test_many_clusters_without_neighbourhoods():
+    (_, inertia), (_, expected) = on_both(clustered, 1100, {"init": "random"})
+    assert inertia == pytest.approx(expected, rel=5e-3)
 
 
 def a_tree(device, folder):

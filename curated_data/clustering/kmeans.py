@@ -270,8 +270,9 @@ def fit_rows(
     mine = rows.part(first, last).hold()
     within = rows.budget // (4 * rows.dimension)
     limit = max(k, seeding_rows) if seeding_rows else max(5 * k, min(20 * k, within))
-    # Rows on disk are better read in order. All ranks must decide alike, so not by what fits on one.
-    rough = k >= MANY and rows.fits()
+    # Rows on disk are better read in order. All ranks must decide alike, so not by what fits on one. On an
+    # accelerator to start the product of one neighbourhood takes longer than the product of many.
+    rough = k >= MANY and rows.fits() and rows.device.type == "cpu"
 
     state = (running.load() if running else None) or {}
     best = Fit.from_state(_under("best", state), rows.device) if "best.numbers" in state else None
