@@ -61,7 +61,7 @@ def retrieval(
     ground_truth: Sequence[Mapping[str, Sequence[int]]] | None = None,
     k: int | Sequence[int] = (1, 5, 10),
     leave_one_out: bool = False,
-    block_size: int = 512,
+    block_size: int = 4096,
     device: str | torch.device = "cpu",
 ) -> RetrievalResult:
     """Rank the gallery by cosine for each query, and score the ranking.
@@ -79,7 +79,8 @@ def retrieval(
         ground_truth: for each query a mapping with "easy", "hard", "junk", each optional.
         k: cut-offs.
         leave_one_out: queries and gallery are the same set: a query does not find itself. By labels alone.
-        block_size: queries compared at once.
+        block_size: queries of each rank that are compared at once; fewer by `ground_truth` in a large
+            gallery, which is ranked as a whole.
         device: where to compare.
 
     Raises:
@@ -215,6 +216,7 @@ def _by_ground_truth(
     sums = torch.zeros(len(DIFFICULTIES), 2 + len(ks), dtype=torch.float64)  # queries, AP, precisions
     each = np.full((len(DIFFICULTIES), len(queries)), np.nan)
     longest = int(all_gather_rows(torch.tensor([len(queries)], device=queries.device)).max())
+    block_size = max(1, min(block_size, SCORES // (n_gallery * world_size())))
     for start in range(0, longest, block_size):  # as many on every rank: each block is a collective
         similarity = _similarities(queries[start : start + block_size], gallery)
         order = similarity.sort(dim=1, descending=True, stable=True).indices

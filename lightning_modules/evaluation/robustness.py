@@ -167,7 +167,7 @@ def _prepared(
         right = table[right.clamp_min(-1)].flatten(1)  # -1 takes the last row, which is empty
         allowed = torch.zeros_like(allowed)
         allowed[flat] = True
-    elif unknown := int((right >= n_classes).any(1).sum()):
+    elif unknown := int(((right >= 0).any(1) & ~((right >= 0) & (right < n_classes)).any(1)).sum()):
         log.warning(
             "%s: %d of %d samples have labels that no base class has (the base classes are 0..%d), which no "
             "prediction can meet; give `classes` if the labels are numbered differently",
