@@ -5,8 +5,8 @@ read without a copy to the CPU. So code that mixes devices fails here, and other
 It knows no streams, no sparse tensors and no kernels of its own.
 """
 
+import contextlib
 import multiprocessing
-import os
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -29,23 +29,34 @@ needs_backends_in_python = pytest.mark.skipif(
 )
 
 
-def on_accelerator(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)` in a forked process in which the device "elsewhere" exists.
+class Worker:
+    """A process in which the device "elsewhere" exists.
 
-    Another process, because a device cannot be unregistered.
+    Another process, because a device cannot be unregistered; not forked, because autograd does not survive
+    that; and one for many calls, because to import everything again takes seconds.
     """
-    context = multiprocessing.get_context("fork")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(send, function, arguments), daemon=True)
-    process.start()
-    if not receive.poll(120):
-        process.kill()
-        raise TimeoutError("no result in 120 s")
-    result = receive.recv()
-    process.join(10)
-    if isinstance(result, str) and result.startswith("Traceback"):
-        raise AssertionError(result)
-    return result
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.end, end = context.Pipe()
+        self.process = context.Process(target=_work, args=(end,), daemon=True)
+        self.process.start()
+        end.close()
+
+    def run(self, function: Callable[..., Any], *arguments: Any, device: str = NAME) -> Any:
+        """`function(*arguments)` there; it and they pickle. The device "cpu" leaves the other one out."""
+        self.end.send((function, arguments, device))
+        if not self.end.poll(120):
+            self.process.kill()
+            raise TimeoutError("no result in 120 s")
+        result = self.end.recv()
+        if isinstance(result, str) and result.startswith("Traceback"):
+            raise AssertionError(result)
+        return result
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.join()
 
 
 def trainer(device: str, **options: Any) -> L.Trainer:
@@ -154,17 +165,18 @@ class _Inline:
         return done
 
 
-def _work(end: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _work(end: Any) -> None:
     from curated_data.clustering import rows
 
-    torch.set_num_threads(1)  # OpenMP does not survive a fork
+    torch.set_num_threads(1)  # the same numbers from both devices
     rows._pool = lambda *_: _Inline()
-    try:
-        backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
-        torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` makes one on the CPU, and moves it
-        with _Mode():
-            result = function(*arguments)
-    except Exception:
-        result = traceback.format_exc()
-    end.send(result)
-    os._exit(0)
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
+    torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` makes one on the CPU, and moves it
+    while True:
+        function, arguments, device = end.recv()
+        try:
+            with _Mode() if device == NAME else contextlib.nullcontext():
+                result = function(*arguments)
+        except Exception:
+            result = traceback.format_exc()
+        end.send(result)

@@ -23,7 +23,7 @@ from lightning_modules.evaluation.segmentation import segmentation
 from lightning_modules.transport import p2ot
 from tests import test_datamodule_options as options
 from tests import test_recuration as recuration
-from tests.accelerator import NAME, needs_backends_in_python, on_accelerator, trainer
+from tests.accelerator import NAME, Worker, needs_backends_in_python, trainer
 from tests.clustering.test_kmeans import clouds
 from tests.lightning_modules import test_knn as online
 from tests.lightning_modules import test_pretraining as pretraining
@@ -36,10 +36,21 @@ pytestmark = [
 ]
 
 
-def on_both(function, *arguments):
-    """The results on the CPU and elsewhere, which must be equal; the function takes the device first."""
-    there, here = (on_accelerator(function, device, *arguments) for device in (NAME, "cpu"))
-    return there, here
+@pytest.fixture(scope="module")
+def worker():
+    worker = Worker()
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def on_both(worker):
+    """The results elsewhere and on the CPU, which must agree, of a function that takes the device first."""
+
+    def run(function, *arguments):
+        return tuple(worker.run(function, device, *arguments, device=device) for device in (NAME, "cpu"))
+
+    return run
 
 
 def mixing():
@@ -57,8 +68,8 @@ def mixing():
     return count
 
 
-def test_the_accelerator_refuses_mixed_devices():
-    assert on_accelerator(mixing) == 4
+def test_the_accelerator_refuses_mixed_devices(worker):
+    assert worker.run(mixing) == 4
 
 
 # --- clustering
@@ -73,13 +84,13 @@ def clustered(device, k, settings):
     ("k", "settings"),
     [(50, {}), (40, {"metric": "cosine"}), (40, {"max_memory": 300_000}), (10, {"n_init": 3})],
 )
-def test_kmeans(k, settings):
+def test_kmeans(on_both, k, settings):
     (there, inertia), (here, expected) = on_both(clustered, k, settings)
     assert inertia == pytest.approx(expected, rel=1e-6)
     assert (there == here).mean() > 0.999
 
 
-def test_many_clusters_without_neighbourhoods():
+def test_many_clusters_without_neighbourhoods(on_both):
     (_, inertia), (_, expected) = on_both(clustered, 1100, {"init": "random"})
     assert inertia == pytest.approx(expected, rel=5e-3)
 
@@ -92,7 +103,7 @@ def a_tree(device, folder):
     return tree.parent[1], tree.parent[2]
 
 
-def test_a_tree_with_checkpoints(tmp_path):
+def test_a_tree_with_checkpoints(on_both, tmp_path):
     there, here = on_both(a_tree, tmp_path)
     for a, b in zip(there, here, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -108,7 +119,7 @@ def embedded(device, paths, spec, folder):
 
 
 @pytest.mark.parametrize("spec", ["pixels:8", "efficientnet_lite0"])
-def test_embedding(spec, write_pool, tmp_path):
+def test_embedding(on_both, spec, write_pool, tmp_path):
     there, here = on_both(embedded, write_pool([5, 3]), spec, tmp_path)
     np.testing.assert_allclose(there, here, atol=1e-3)
 
@@ -130,7 +141,7 @@ def viewed(device, paths, views):
 
 
 @pytest.mark.parametrize("views", [options.JITTER, options.ResizedCrops(6)])
-def test_views_made_on_the_device(views, write_pool):
+def test_views_made_on_the_device(on_both, views, write_pool):
     there, here = on_both(viewed, write_pool([12]), views)
     assert len(there) == 12
     for sample, made in here.items():
@@ -146,7 +157,7 @@ def recurated(device, paths, folder):
     return callback.n_recurations, recuration.by_epoch(recuration.seen(f"{folder}/{device}"))
 
 
-def test_re_curation_in_training(write_pool, tmp_path):
+def test_re_curation_in_training(on_both, write_pool, tmp_path):
     there, here = on_both(recurated, write_pool(recuration.SIZES), tmp_path)
     assert there == here
     assert there[0] == 2
@@ -172,7 +183,7 @@ def losses(device, name):
 
 
 @pytest.mark.parametrize("name", pretraining.BUILD)
-def test_pretraining(name):
+def test_pretraining(on_both, name):
     there, here = on_both(losses, name)
     assert len(there) == 4
     assert there == pytest.approx(here, rel=1e-4)
@@ -185,7 +196,7 @@ def heads(device, method):
 
 
 @pytest.mark.parametrize("method", ["p2ot", "ot"])  # sp2ot's similarities are sparse
-def test_transport_clustering(method):
+def test_transport_clustering(on_both, method):
     there, here = on_both(heads, method)
     np.testing.assert_allclose(there, here, atol=1e-5)
 
@@ -194,7 +205,7 @@ def plan(device):
     return p2ot(random_cost(100, 20).to(device), 0.5, **TIGHT).cpu().numpy()
 
 
-def test_transport():
+def test_transport(on_both):
     there, here = on_both(plan)
     np.testing.assert_allclose(there, here, atol=1e-6)
 
@@ -241,7 +252,7 @@ def evaluated(device, name):
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
-def test_evaluation(name):
+def test_evaluation(on_both, name):
     there, here = on_both(evaluated, name)
     assert [str(value) for row in there for value in row] == [str(value) for row in here for value in row]
 
@@ -257,7 +268,7 @@ def probed(device):
     return [row for probe in probes for row in probe.history]
 
 
-def test_online_probes():
+def test_online_probes(on_both):
     there, here = on_both(probed)
     assert there == here
     assert len(there) == 4
