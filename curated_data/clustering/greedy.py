@@ -8,10 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from curated_data.clustering.rows import new_matrix
+from curated_data.clustering.rows import blocks, new_matrix
 
 TINY = 3e-6  # a gap below this share of |x|² is a rounding error: the row repeats a centre
 _STRIP = 1024  # places whose gaps are summed before one is drawn
+_BLOCK = 256  # rows of such a table that are computed at once
 _TABLE_BYTES = 64 << 20  # of a table of all distances between few rows
 
 
@@ -24,9 +25,7 @@ def plain_greedy(x: torch.Tensor, k: int, generator: np.random.Generator, trials
     n = len(x)
     norms = x.square().sum(1)
     if n * n * 4 <= _TABLE_BYTES and 4 * k * trials >= n:
-        every = torch.arange(n, device=x.device)
-        table = _gaps(x, norms, every, out=new_matrix(n, n, device=x.device))
-        return _greedy_by_table(table.cpu().numpy(), k, generator, trials)
+        return _greedy_by_table(_table(x, norms).cpu().numpy(), k, generator, trials)
     if x.device.type != "cpu":
         return _greedy_on_device(x, norms, k, generator, trials)
     chosen = np.empty(k, np.int64)
@@ -43,6 +42,17 @@ def plain_greedy(x: torch.Tensor, k: int, generator: np.random.Generator, trials
         chosen[i] = candidates[best]
         gap.copy_(lower[best])
     return chosen
+
+
+def _table(x: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """`_gaps` of all rows to all, (n, n), of which one half is copied from the other."""
+    n = len(x)
+    table = new_matrix(n, n, device=x.device)
+    every = torch.arange(n, device=x.device)
+    for start, stop in blocks(n, _BLOCK):
+        table[start:stop, start:] = _gaps(x[start:], norms[start:], every[: stop - start])
+        table[stop:, start:stop] = table[start:stop, stop:].T
+    return table
 
 
 def _greedy_by_table(gaps: np.ndarray, k: int, generator: np.random.Generator, trials: int) -> np.ndarray:
@@ -128,11 +138,9 @@ def _running_sums(values: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
     return (inside + before[:, None]).view(-1)[: len(values)]
 
 
-def _gaps(
-    x: torch.Tensor, norms: torch.Tensor, at: torch.Tensor, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def _gaps(x: torch.Tensor, norms: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """Squared distances of some rows to all, (len(at), n); 0 from a row to itself and to its copies."""
-    gap = torch.add(norms.index_select(0, at)[:, None], norms, out=out)
+    gap = norms.index_select(0, at)[:, None] + norms
     gap.addmm_(x.index_select(0, at), x.T, alpha=-2)
     return gap.masked_fill_(gap < TINY * norms, 0)
 

@@ -313,15 +313,26 @@ def nearest(rows: Rows, centroids: torch.Tensor) -> np.ndarray:
     return fill(rows, np.empty(len(rows), np.int64), lambda start, stop, block: ready.nearest(block))
 
 
-def nearest_columns(rows: torch.Tensor, centroids: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` centroids nearest to each row, (m, count) int64, in ascending order of their index."""
+def nearest_columns(
+    rows: torch.Tensor, centroids: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` centroids nearest to each row, in ascending order of their index, and their scores.
+
+    Returns:
+        (m, count) int64 and (m, count) float32.
+    """
     norms = centroids.square().sum(1)
 
-    def one(start: int, stop: int) -> torch.Tensor:
-        return _smallest(torch.addmm(norms, rows[start:stop], centroids.T, alpha=-2), count)
+    def one(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = torch.addmm(norms, rows[start:stop], centroids.T, alpha=-2)
+        columns = _smallest(scores, count)
+        return columns, scores.gather(1, columns)
 
     parts = parallel_map(one, list(blocks(len(rows), TILE)))
-    return torch.cat(parts) if parts else torch.empty(0, count, dtype=torch.int64)
+    if not parts:
+        return torch.empty(0, count, dtype=torch.int64), torch.empty(0, count)
+    columns, scores = zip(*parts, strict=True)
+    return torch.cat(columns), torch.cat(scores)
 
 
 def _smallest(scores: torch.Tensor, count: int) -> torch.Tensor:

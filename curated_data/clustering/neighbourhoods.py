@@ -1,6 +1,6 @@
 """Approximate nearest centroids: each row is only compared with the centroids in its neighbourhood.
 
-Rows are divided into cells around a few centres, about one for every 32 centroids, and each cell is compared
+Rows are divided into cells around a few centres, about one for every 24 centroids, and each cell is compared
 with the centroids nearest to its centre. For rows with cluster structure this finds the nearest centroids
 with a fraction of the products (all of 20,000 rows of a mixture in 256 dimensions, k = 2500); without
 structure it may miss a third (a normal cloud in 64 dimensions). So an exact pass follows, or a sample
@@ -50,7 +50,7 @@ class Neighbourhoods:
             moved: (k,) bool, which centroids have moved since `bounds` were updated last; None for all. A
                 cell is compared with those near it, or with its whole neighbourhood if they are most of it.
         """
-        columns = nearest_columns(self.centres, centroids, min(_CANDIDATES, len(centroids)))
+        columns, _ = nearest_columns(self.centres, centroids, min(_CANDIDATES, len(centroids)))
         near: np.ndarray = columns.cpu().numpy()
         fresh = np.ones(near.shape, bool) if moved is None else moved[near]
         if self.seen is not None and moved is not None:
@@ -115,9 +115,14 @@ def loses_little(loss: np.ndarray) -> bool:
 
 
 def coarse_centres(centroids: torch.Tensor) -> torch.Tensor:
-    """About k / 32 centres for neighbourhoods, from a rough k-means of the centroids; equal on all ranks."""
+    """About k / 24 centres for neighbourhoods, from a rough k-means of the centroids; equal on all ranks.
+
+    It starts with the first centroids. If these are still in the order in which greedy k-means++ chose them,
+    they cover the data. From a sample, which can omit a group of clusters, a centre of many groups remains
+    that attracts all that were omitted, and is nearest to more centroids than a neighbourhood has.
+    """
     values = centroids.cpu().numpy()
-    centres = centroids[::32].clone()
+    centres = centroids[: -(-len(centroids) // 24)].clone()
     for _ in range(3):
         norms = centres.square().sum(1)
         parts = [(norms - 2 * centroids[a:b] @ centres.T).argmin(1) for a, b in blocks(len(centroids))]

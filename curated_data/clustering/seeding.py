@@ -35,7 +35,7 @@ PROBES = 24  # cells that a candidate is compared with
 CELL = 128  # rows in a cell; down to a quarter of that for few rows, to have many more cells than probes
 _WIDTH = 16  # of which cells are multiples: products of other widths take up to 1.4 times as long
 _MANY_FIRST = 2048  # first centres, from which these are found by cells too
-_ROUND_BYTES = 128 << 20  # of scores in one round
+_SCORES_BYTES = 256 << 20  # of scores of candidates
 
 
 def seed_rows(
@@ -128,23 +128,25 @@ class _Cells:
         mine = self.row[self.begin : self.end]
         self.weights = new_matrix(len(mine), rows.dimension + 1, cell).zero_()
         self.weights[:, -1] = 1  # times |c|²
-        centres = torch.empty(len(mine), rows.dimension)
+        centres, spread = torch.empty(len(mine), rows.dimension), torch.zeros(len(mine), cell)
         for i, members in enumerate(mine):
             inside = rows.take(members[members >= 0])
             centres[i] = inside.mean(0)
+            spread[i, : len(inside)] = (inside - centres[i]).square_().sum(1).sqrt_()
             torch.mul(inside.T, -2, out=self.weights[i, :-1, : len(inside)])
         self.centres = torch.from_numpy(np.concatenate(self._gather(centres.numpy())))
+        self.spread = np.concatenate(self._gather(spread.numpy()))  # of rows around the centres
 
     def choose(self, k: int, trials: int, generator: np.random.Generator) -> np.ndarray:
         chosen = np.empty(k, np.int64)
         done = len(self.chosen)
         chosen[:done] = self.chosen
-        most = max(1, _ROUND_BYTES // (4 * trials * self.probes * self.score.shape[1]))
-        # For all rounds: memory that is new in each would cost as much as the products.
-        places = min(most, max(1, k // 3)) * trials * self.probes
-        self.scores = new_matrix(places, self.score.shape[1])
+        most = max(1, _SCORES_BYTES // (4 * trials * self.probes * self.score.shape[1]))
+        self._forget(most * trials)
         while done < k:
-            gap = self._gap().reshape(-1)
+            gap = self._gap()
+            self.reach = (self.spread + np.sqrt(gap)).max(1)
+            gap = gap.reshape(-1)
             cumulative = gap.cumsum(dtype=np.float64)
             if cumulative[-1] <= 0:
                 return fill(chosen, done, len(self.rows), generator)
@@ -160,7 +162,8 @@ class _Cells:
         self, rows: np.ndarray, slots: np.ndarray, luck: np.ndarray, trials: int, chosen: np.ndarray
     ) -> int:
         """Greedy steps with the candidates of one round, until they run out; returns the number of steps."""
-        near, place, scores = self._scores(rows)
+        at = self._known(rows)
+        near, place, scores = self.near[at], self.place[at], self.scores
         score, norm = self.score.reshape(-1), self.norm.reshape(-1)
         made = begin = 0
         while made < len(chosen) and begin < len(rows):
@@ -177,8 +180,9 @@ class _Cells:
             else:
                 gains = gains[at]
             best = ahead[at[gains.sum(1).argmax()]]
-            cells, mine = near[best], self._own(near[best])
-            self.score[cells[mine]] = np.minimum(self.score[cells[mine]], scores[place[best, mine]])
+            known = place[best] >= 0
+            cells = near[best, known]
+            self.score[cells] = np.minimum(self.score[cells], scores[place[best, known]])
             score[slots[best]] = -norm[slots[best]]
             chosen[made] = rows[best]
             made += 1
@@ -204,36 +208,54 @@ class _Cells:
         of other ranks.
         """
         cells, places = near[candidates], place[candidates]
-        if self.world == 1:
-            return self._gained(cells, places, scores).astype(np.float64)
-        mine = self._own(cells)
-        gains = np.zeros(cells.shape)
-        gains[mine] = self._gained(cells[mine], places[mine], scores)
+        gains, known = np.zeros(cells.shape), places >= 0
+        gain = self.score.take(cells[known], axis=0)
+        gain -= scores.take(places[known], axis=0)
+        gains[known] = np.maximum(gain, 0, out=gain).sum(-1)
         return gains
 
-    def _gained(self, cells: np.ndarray, places: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """How much the scores at some places lower the sums of D² of their cells, of the same shape."""
-        gain = self.score.take(cells, axis=0)
-        gain -= scores.take(places, axis=0)
-        return np.maximum(gain, 0, out=gain).sum(-1)
+    def _forget(self, capacity: int | None = None) -> None:
+        """Drop all candidates' scores, and first make room for those of a number of candidates."""
+        if capacity is not None:
+            n, self.capacity = len(self.rows), capacity
+            some = min(n, capacity)
+            self.known = np.full(n, -1)
+            self.near, self.place = (np.empty((some, self.probes), np.int64) for _ in range(2))
+            # For all rounds: memory that is new in each would cost as much as the products.
+            self.scores = new_matrix(some * self.probes, self.score.shape[1]).numpy()
+        self.known[:] = -1
+        self.n_known = self.n_places = 0
 
-    def _scores(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For m candidates: the nearest cells, (m, probes); their places in the third (-1: on another rank);
-        and the scores of the rows of these cells, (places, cell).
+    def _known(self, rows: np.ndarray) -> np.ndarray:
+        """Where candidates are among those whose scores are known, after these have been computed.
+
+        Candidate i of these has the nearest cells `near[i]`, with the scores of their rows in
+        `scores[place[i]]` (place -1: on another rank). A row that is drawn again, as every other one is in a
+        resampling, costs nothing.
         """
+        new = np.unique(rows[self.known[rows] < 0])
+        if self.n_known + len(new) > self.capacity:
+            self._forget()
+            new = np.unique(rows)
+        if len(new):
+            self._compute(new)
+        return self.known[rows]
+
+    def _compute(self, rows: np.ndarray) -> None:
+        """Add the scores of m different candidates."""
         candidates = self.rows.take(rows)
-        near = self._nearest_cells(candidates)
-        mine = np.flatnonzero(self._own(near.reshape(-1)))
+        near, squared = self._nearest_cells(candidates)
+        squared += self.norms[rows, None]
+        within = np.sqrt(np.maximum(squared, 0)) <= self.reach[near]
+        mine = np.flatnonzero((self._own(near) & within).reshape(-1))
         order = mine[np.argsort(near.reshape(-1)[mine], kind="stable")]
         place = np.full(near.size, -1)  # ordered by cell, so that products are written in place
-        place[order] = np.arange(len(order))
+        place[order] = self.n_places + np.arange(len(order))
         cells, start = np.unique(near.reshape(-1)[order], return_index=True)
-        stop = np.append(start[1:], len(order))
-        scores = self.scores[: len(order)]
+        sizes = np.diff(start, append=len(order)).tolist()
         with_norms = torch.cat([candidates, torch.from_numpy(self.norms[rows])[:, None]], dim=1)
-        sizes = (stop - start).tolist()
         who = torch.from_numpy(order // self.probes).split(sizes)
-        out = scores.split(sizes)
+        out = torch.from_numpy(self.scores[self.n_places : self.n_places + len(order)]).split(sizes)
         weights = [self.weights[cell] for cell in (cells - self.begin).tolist()]
 
         def multiply(first: int, last: int) -> None:
@@ -242,16 +264,20 @@ class _Cells:
 
         edges = np.linspace(0, len(cells), 4 * torch.get_num_threads() + 1).astype(int)
         parallel_map(multiply, list(pairwise(edges)))
-        return near, place.reshape(near.shape), scores.numpy()
+        self.known[rows] = self.n_known + np.arange(len(rows))
+        added = slice(self.n_known, self.n_known + len(rows))
+        self.near[added], self.place[added] = near, place.reshape(near.shape)
+        self.n_known += len(rows)
+        self.n_places += len(order)
 
-    def _nearest_cells(self, candidates: torch.Tensor) -> np.ndarray:
+    def _nearest_cells(self, candidates: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """The nearest cells of each candidate; every rank finds those for its share of the candidates."""
         tiles = -(-len(candidates) // TILE)  # whole tiles, for the same result on any rank
         edges = [min(TILE * (tiles * r // self.world), len(candidates)) for r in range(self.world + 1)]
         first, last = edges[self.rank], edges[self.rank + 1]
-        return np.concatenate(
-            self._gather(nearest_columns(candidates[first:last], self.centres, self.probes).numpy())
-        )
+        found = nearest_columns(candidates[first:last], self.centres, self.probes)
+        near, score = (np.concatenate(self._gather(part.numpy())) for part in found)
+        return near, score
 
     def _assign(self, centres: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """For all rows: squared norm, nearest first centre, and its score; each rank computes a part."""
