@@ -37,7 +37,7 @@ from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_
 
 log = logging.getLogger(__name__)
 
-VERSIONS = {"near_duplicates": 2, "tree": 4, "selection": 1}
+VERSIONS = {"near_duplicates": 2, "tree": 5, "selection": 1}
 """Increased when a stage computes something else from the same inputs: older artifacts are then not used."""
 
 _NO_LIMIT_GB = 1e9

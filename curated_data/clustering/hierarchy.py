@@ -281,9 +281,10 @@ def _extend(rows: Rows, picked: np.ndarray, fit: Fit) -> tuple[np.ndarray, np.nd
     is_left = np.ones(len(rows), bool)
     is_left[picked] = False
     rest = np.flatnonzero(is_left)
-    first, last = rank_range(len(rest), distributed.rank(), distributed.world_size())
+    world = distributed.world_size()
+    first, last = rank_range(len(rest), distributed.rank(), world)
     mine = rows.subset(rest[first:last])
-    own = None if fit.exact else nearest_nearby(mine, fit.centroids)
+    own = None if fit.exact else nearest_nearby(mine, fit.centroids, world)
     if own is not None:
         loss = sampled_loss(mine, fit.centroids, own, first=first, n=len(rest))
         own = own if loses_little(distributed.all_reduce(loss)) else None
@@ -314,7 +315,7 @@ def _run_fingerprint(x: Matrix, rows: Rows, levels: list[Level], settings: dict[
     ids = np.zeros(0, np.int64) if rows.ids is None else rows.ids
     return fingerprint(
         shape=list(x.shape), dtype=str(x.dtype), sample=sample, mean=mean, ids=ids,
-        levels=[asdict(level) for level in levels], settings=settings, version=5,
+        levels=[asdict(level) for level in levels], settings=settings, version=6,
     )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ class Lloyd:
         """
         if rough and not self.exact:
             if self.near is None:
-                self.near = Neighbourhoods(self.rows, coarse_centres(self.centroids))
+                self.near = Neighbourhoods(self.rows, coarse_centres(self.centroids), world=self.world)
             near = self.near
             if self.inertia == np.inf:
                 self.inertia = self._approach(near, None)
@@ -132,7 +132,7 @@ class Lloyd:
         self.sums, self.counts = state["sums"], state["counts"]
         if "centres" in state:
             centres = torch.from_numpy(state["centres"]).to(self.centroids.device)
-            self.near = Neighbourhoods(self.rows, centres, state["seen"])
+            self.near = Neighbourhoods(self.rows, centres, state["seen"], self.world)
         for name in ("assignment", "own", "other"):
             setattr(self.bounds, name, state[name][self.first : self.first + len(self.rows)].copy())
         self.done, self.before, self.inertia, self.n_repaired, self.exact = (

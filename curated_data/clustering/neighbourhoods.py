@@ -1,10 +1,10 @@
 """Approximate nearest centroids: each row is only compared with the centroids in its neighbourhood.
 
 Rows are divided into cells around a few centres, about one for every 24 centroids, and each cell is compared
-with the centroids nearest to its centre. For rows with cluster structure this finds the nearest centroids
-with a fraction of the products (all of 20,000 rows of a mixture in 256 dimensions, k = 2500); without
-structure it may miss a third (a normal cloud in 64 dimensions). So an exact pass follows, or a sample
-measures the loss.
+with the centroids nearest to its centre, less those that the triangle inequality excludes. For rows with
+cluster structure this finds the nearest centroids with a fraction of the products (all of 20,000 rows of a
+mixture in 256 dimensions, k = 2500); without structure it may miss a third (a normal cloud in 64 dimensions).
+So an exact pass follows, or a sample measures the loss.
 """
 
 from itertools import pairwise
@@ -12,8 +12,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from curated_data.clustering.bounds import Bounds, widened
-from curated_data.clustering.nearest import Centroids, nearest, nearest_columns, squared_distances
+from curated_data import distributed
+from curated_data.clustering.bounds import WIDTH, Bounds, widened
+from curated_data.clustering.nearest import Centroids, fill, nearest_columns, squared_distances
 from curated_data.clustering.rows import Rows, blocks, parallel_map, rows_at
 
 MANY = 1024  # centroids from which neighbourhoods save more than they cost
@@ -29,17 +30,23 @@ class Neighbourhoods:
         rows: a copy is held in the order of their cells, if it fits the budget.
         centres: (c, d) from `coarse_centres`; fixed while centroids move.
         seen: the attribute of a former object, which this one replaces.
+        world: how many ranks make this together, each with its own rows; neighbourhoods are the same on all.
 
     Attributes:
-        seen: (c, m) int64, the centroids of each neighbourhood when it was last looked at.
+        seen: (c, m) int64, the centroids of each neighbourhood when it was last looked at, and -1.
     """
 
-    def __init__(self, rows: Rows, centres: torch.Tensor, seen: np.ndarray | None = None) -> None:
+    def __init__(
+        self, rows: Rows, centres: torch.Tensor, seen: np.ndarray | None = None, world: int = 1
+    ) -> None:
         self.centres = centres
-        cell_of = nearest(rows, centres)
+        cell_of, distance = _nearest_centres(rows, centres)
         self.order = np.argsort(cell_of, kind="stable")
         edges = np.concatenate([[0], np.cumsum(np.bincount(cell_of, minlength=len(centres)))])
         self.cells = [(c, a, b) for c, (a, b) in enumerate(pairwise(edges)) if b > a]
+        radii = np.zeros(len(centres), np.float32)
+        np.maximum.at(radii, cell_of, distance)
+        self.radii = radii if world == 1 else distributed.all_reduce(radii, "max")
         self.rows = rows.subset(self.order)
         self.seen = seen
 
@@ -50,26 +57,28 @@ class Neighbourhoods:
             moved: (k,) bool, which centroids have moved since `bounds` were updated last; None for all. A
                 cell is compared with those near it, or with its whole neighbourhood if they are most of it.
         """
-        columns, _ = nearest_columns(self.centres, centroids, min(_CANDIDATES, len(centroids)))
-        near: np.ndarray = columns.cpu().numpy()
-        fresh = np.ones(near.shape, bool) if moved is None else moved[near]
-        if self.seen is not None and moved is not None:
-            for c, _, _ in self.cells:
-                fresh[c] |= ~np.isin(near[c], self.seen[c], assume_unique=True, kind="table")
+        near = self._neighbours(centroids)
+        fresh = within = near >= 0
+        if moved is not None:
+            fresh = moved[near] & within
+            if self.seen is not None:
+                for c, _, _ in self.cells:
+                    fresh[c] |= within[c] & ~np.isin(near[c], self.seen[c], kind="table")
         self.seen = near
 
         def prepared(ids: np.ndarray) -> Centroids:
             return Centroids(rows_at(centroids, ids), small=True)
 
         def one(c: int, a: int, b: int) -> None:
-            at, ids, rows = self.order[a:b], near[c], self.rows.block(a, b)
-            if moved is None or fresh[c].sum() > len(ids) // 2:
+            at, rows = self.order[a:b], self.rows.block(a, b)
+            ids, new = near[c, within[c]], fresh[c, within[c]]
+            if moved is None or new.sum() > len(ids) // 2:
                 bounds.compare(at, rows, ids, prepared(ids))
                 return
             # The score of a centroid outside the neighbourhood may be an old one.
             unsure = np.flatnonzero(~np.isin(bounds.assignment[at], ids))
-            if fresh[c].any():
-                some = ids[widened(fresh[c])]
+            if new.any():
+                some = ids[widened(new)]
                 unsure = np.union1d(unsure, bounds.compare_moved(at, rows, some, prepared(some)))
             if len(unsure):
                 bounds.compare(at[unsure], rows_at(rows, unsure), ids, prepared(ids))
@@ -80,11 +89,45 @@ class Neighbourhoods:
 
         parallel_map(one, [cell for cell in self.cells if stale(*cell)])
 
+    def _neighbours(self, centroids: torch.Tensor) -> np.ndarray:
+        """The centroids nearest to each centre, (c, m) int64, in ascending order; -1 for those out of reach.
 
-def nearest_nearby(rows: Rows, centroids: torch.Tensor) -> np.ndarray:
+        From a row at distance r from a centre, the two centroids nearest to the centre, the farther of them
+        at distance d, are at most r + d away, and one at distance e is at least e - r away. So none with e
+        beyond d + 2 r is among the two nearest of any row. Those within are filled up to a whole width.
+        """
+        near, scores = nearest_columns(self.centres, centroids, min(_CANDIDATES, len(centroids)))
+        distance = _distances(scores.numpy(), self.centres.square().sum(1)[:, None].numpy())
+        ascending = np.sort(distance, axis=1)
+        reach = ascending[:, min(1, distance.shape[1] - 1)] + 2 * self.radii
+        width = (ascending <= reach[:, None]).sum(1)
+        width += -width % WIDTH
+        limit = np.take_along_axis(ascending, np.minimum(width, distance.shape[1])[:, None] - 1, axis=1)
+        return np.where(distance <= limit, near.numpy(), -1)
+
+
+def _nearest_centres(rows: Rows, centres: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest centre of each row, (n,) int64, and its distance, (n,) float32."""
+    ready = Centroids(centres)
+    distance = np.empty(len(rows), np.float32)
+
+    def one(start: int, stop: int, block: torch.Tensor) -> np.ndarray:
+        index, score = ready.nearest_scored(block)
+        distance[start:stop] = _distances(score, block.square().sum(1).numpy())
+        return index
+
+    return fill(rows, np.empty(len(rows), np.int64), one), distance
+
+
+def _distances(scores: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    """Distances from scores and squared norms, at least as large as without rounding."""
+    return np.sqrt(np.maximum(scores + norms, 0) + 1e-5 * norms)
+
+
+def nearest_nearby(rows: Rows, centroids: torch.Tensor, world: int = 1) -> np.ndarray:
     """The nearest centroid in each row's neighbourhood, (n,) int64; see `sampled_loss`."""
     bounds = Bounds(len(rows))
-    Neighbourhoods(rows, coarse_centres(centroids)).look(centroids, None, bounds)
+    Neighbourhoods(rows, coarse_centres(centroids), world=world).look(centroids, None, bounds)
     return bounds.assignment
 
 

@@ -88,3 +88,24 @@ def test_a_look_at_what_moved_finds_what_a_look_at_all_finds(share, monkeypatch)
     bounds.assignment[row], bounds.own[row] = outside, -1e6
     near.look(centroids, moved, bounds)
     np.testing.assert_array_equal(bounds.assignment, afresh.assignment)
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.3, 1.0, 3.0])
+def test_centroids_out_of_reach_are_not_among_the_two_nearest(spread):
+    rng = np.random.default_rng(1)
+    middle = rng.normal(size=(40, 12)) * 3
+    x = middle[rng.integers(0, 40, 5_000)] + rng.normal(size=(5_000, 12)) * spread
+    x = x.astype(np.float32)
+    rows = prepare(x, metric="l2", device="cpu", valid=None, nonfinite="raise", max_memory=None).hold()
+    centroids = rows.take(rng.choice(5_000, 1_100, replace=False))
+    near, bounds = Neighbourhoods(rows, coarse_centres(centroids)), Bounds(5_000)
+    near.look(centroids, None, bounds)
+    everything, whole = Neighbourhoods(rows, near.centres), Bounds(5_000)
+    everything.radii[:] = np.inf
+    everything.look(centroids, None, whole)
+    assert (everything.seen >= 0).all()
+    if spread < 1:
+        assert (near.seen < 0).mean() > 0.5
+    np.testing.assert_array_equal(bounds.assignment, whole.assignment)
+    np.testing.assert_allclose(bounds.own, whole.own, atol=1e-3)
+    np.testing.assert_allclose(bounds.other, whole.other, atol=1e-3)

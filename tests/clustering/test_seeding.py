@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from curated_data.clustering import Level, hierarchical_kmeans
+from curated_data.clustering import Level, hierarchical_kmeans, seeding
 from curated_data.clustering.greedy import _draw_by_strips, _greedy_on_device, _running_sums, plain_greedy
 from curated_data.clustering.kmeans import prepare
-from curated_data.clustering.seeding import greedy_kmeans_plus_plus, seed_rows
+from curated_data.clustering.seeding import _Cells, greedy_kmeans_plus_plus, seed_rows
 from tests.oracles.clustering import clouds, squared_distances
 
 
@@ -98,6 +98,51 @@ def test_cells_choose_as_well_as_the_plain_form():
             assert len(np.unique(chosen)) == 600
             sums[name].append(squared_distances(x, x[chosen]).min(1).sum())
     assert np.mean(sums["cells"]) < 1.01 * np.mean(sums["plain"])
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+def test_candidates_gain_nothing_in_cells_out_of_reach(spread):
+    """Of the gains, taken by their definition in float64, none is missing."""
+    rng = np.random.default_rng(0)
+    middle = rng.normal(size=(60, 16)) * 3
+    x = (middle[rng.integers(0, 60, 6_000)] + rng.normal(size=(6_000, 16)) * spread).astype(np.float32)
+    rows = rows_of(x)
+    first = rng.choice(6_000, 90, replace=False)
+    cells = _Cells(rows, first, 32, 24, 0, 1)
+    cells.choose(150, 7, rng)
+    cells.choose(150, 7, rng)  # begins with the gaps to all centres of the first time
+    drawn = rng.choice(6_000, 200, replace=False)
+    at = cells._known(drawn)
+    if spread < 1:
+        assert (cells.place[at] < 0).mean() > 0.3
+    gains = cells._gains(np.arange(200), cells.near[at], cells.place[at], cells.scores)
+    centred = rows.block(0, 6_000).double().numpy()
+    gap, members = cells._gap(), cells.row
+    for i, row in enumerate(drawn):
+        for j, cell in enumerate(cells.near[at[i]]):
+            inside = members[cell][members[cell] >= 0]
+            away = squared_distances(centred[row : row + 1], centred[inside])[0]
+            expected = np.maximum(gap[cell, : len(inside)] - away, 0).sum()
+            assert abs(gains[i, j] - expected) <= 1e-3 * (1 + expected)
+
+
+def test_scores_need_not_be_kept(monkeypatch):
+    """A row that is drawn again is not computed again while there is room; without, nothing else changes."""
+    half = np.random.default_rng(0).integers(-9, 10, (4_000, 6)).astype(np.float32)
+    x = np.concatenate([half, -half])  # integers around zero: products are exact in any order
+    computed = []
+    compute = _Cells._compute
+    monkeypatch.setattr(_Cells, "_compute", lambda self, rows: (computed.append(rows), compute(self, rows)))
+    kept = greedy_kmeans_plus_plus(rows_of(x), 1_500, np.random.default_rng(0))
+    rows = np.concatenate(computed)
+    assert len(rows) == len(np.unique(rows))
+    computed.clear()
+    monkeypatch.setattr(seeding, "_SCORES_BYTES", 4 * 24 * 32 * 1_500)  # a round of 1,500 candidates
+    dropped = greedy_kmeans_plus_plus(rows_of(x), 1_500, np.random.default_rng(0))
+    rows = np.concatenate(computed)
+    assert len(rows) > 1.2 * len(np.unique(rows))
+    differ = squared_distances(x, x[kept]).min(1).sum() / squared_distances(x, x[dropped]).min(1).sum()
+    assert abs(differ - 1) < 0.01
 
 
 def test_repeated_rows_are_made_up_for():
