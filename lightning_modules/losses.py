@@ -42,7 +42,9 @@ def cauchy_contrast(a: Tensor, b: Tensor, *, all_ranks: bool = True) -> Tensor:
     def log_kernel(x: Tensor, y: Tensor) -> Tensor:
         if x.shape[1] <= 8:  # differences are exact, and as cheap in a few dimensions
             squared = (x[:, None] - y[None]).square().sum(-1)
-        else:
+        else:  # around a common centre: products of large numbers would cancel
+            centre = y.detach().mean(0)
+            x, y = x - centre, y - centre
             squared = (x.square().sum(1)[:, None] + y.square().sum(1)[None] - 2 * x @ y.T).clamp_min(0)
         return -torch.log1p(squared)
 

@@ -62,6 +62,8 @@ class Augmentation:
     Args:
         size: side of the view S in pixels.
         scale: the crop's area as a share of the image's, drawn uniformly.
+        of_square: the share is of the area of the largest square in the image instead: with one `scale` and
+            `ratio` 1, a random crop after the shorter side is resized.
         ratio: the crop's aspect ratio, drawn uniformly in its logarithm.
         flip: probability of a horizontal flip.
         jitter: largest changes of brightness, contrast, saturation (shares) and hue (turns).
@@ -81,13 +83,14 @@ class Augmentation:
     solarize: float = 0.0
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    of_square: bool = False
 
     def __call__(self, image: Tensor) -> Tensor:
         _check_image(image)
         # All draws at once: a call of torch.rand costs as much as an operation on a small image.
         draws = torch.rand(32).tolist()
         top, left, height, width = _random_crop(
-            image.shape[1], image.shape[2], self.scale, self.ratio, draws[:20]
+            image.shape[1], image.shape[2], self.scale, self.ratio, draws[:20], self.of_square
         )
         image = TF.resized_crop(image, top, left, height, width, [self.size, self.size], antialias=True)
         if draws[20] < self.flip:
@@ -183,10 +186,15 @@ def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
 
 
 def _random_crop(
-    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], draws: list[float]
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    draws: list[float],
+    of_square: bool = False,
 ) -> tuple[int, int, int, int]:
     """Top, left, height, width of a random crop: up to nine tries, then the largest centre crop."""
-    area = height * width
+    area = min(height, width) ** 2 if of_square else height * width
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for u, v in zip(draws[0:18:2], draws[1:18:2]):
         target = area * (scale[0] + (scale[1] - scale[0]) * u)

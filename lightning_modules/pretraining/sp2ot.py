@@ -136,9 +136,10 @@ class SP2OT(PretrainingModule):
         options = {
             k: tuple(v) if isinstance(v, list) else v for k, v in (self.hparams.augmentation or {}).items()
         }
-        area = (224 / 256) ** 2  # resize to 256, crop 224
+        area = (224 / 256) ** 2  # resize the shorter side to 256, crop 224
         settings: dict[str, Any] = {
             "scale": (area, area),
+            "of_square": True,
             "ratio": (1.0, 1.0),
             "jitter": (0.0,) * 4,
             "grey": 0.0,
@@ -266,7 +267,11 @@ class SP2OT(PretrainingModule):
                 if len(joined) < self.hparams.buffer_size:
                     raise RuntimeError(self._explain_short_buffer(len(joined)))
         n = len(joined)
-        if n < k:
+        largest = torch.as_tensor(n, device=joined.device)
+        if "largest" in self.state:
+            largest = torch.maximum(largest, self.state["largest"].to(joined.device))
+        self.state["largest"] = largest
+        if n < k and int(largest) < k:  # the last batch of an epoch may be shorter
             raise ValueError(
                 f"{n} samples (the global batch) cannot be shared out to n_clusters={k}: raise batch_size, "
                 f"or use the "

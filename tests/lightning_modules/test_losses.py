@@ -61,6 +61,10 @@ def test_cauchy_contrast_identities(pair):
     torch.testing.assert_close(losses.cauchy_contrast(a + 3, b + 3), loss)
     torch.testing.assert_close(losses.cauchy_contrast(b, a), loss)
     assert abs(float(losses.cauchy_contrast(2 * a, 2 * b)) - float(loss)) > 1e-2
+    wide, other = (x.double().repeat(1, 43)[:, :128] for x in pair)
+    expected = losses.cauchy_contrast(wide.float(), other.float())
+    far = losses.cauchy_contrast((wide + 1000).float(), (other + 1000).float())
+    torch.testing.assert_close(far, expected, rtol=1e-3, atol=1e-4)
     same = torch.ones(6, 2)
     assert float(losses.cauchy_contrast(same, same)) == pytest.approx(math.log(11))
 

@@ -278,6 +278,15 @@ def test_bad_batches_are_named(tmp_path):
         trainer(tmp_path).fit(module(method="p2ot"), broken)
 
 
+def test_the_last_batch_may_have_fewer_samples_than_clusters(tmp_path):
+    short = loader(batch_size=61)  # the last has 3
+    for options in ({"buffer_size": 0}, {"buffer_size": 64}):  # the buffer is used from the second epoch
+        trained = module(method="p2ot", **options)
+        trainer(tmp_path, 1).fit(trained, short)
+        assert trained.global_step == 2
+        assert all(torch.isfinite(value).all() for value in trained.state_dict().values())
+
+
 class Nameless(Patches):
     """Samples without ids, as a plain data set gives them."""
 

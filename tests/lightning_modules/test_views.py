@@ -92,6 +92,23 @@ def test_crops_lie_in_the_image(height, width, draws):
     assert 0 <= left <= width - w
 
 
+@pytest.mark.parametrize("shape", [(375, 500), (640, 480), (256, 256), (300, 2000)])
+def test_crops_of_the_square_are_random_crops_after_a_resize(shape):
+    share = (224 / 256) ** 2
+    side = min(shape)
+    crops = {
+        _random_crop(*shape, (share, share), (1.0, 1.0), row, of_square=True)
+        for row in torch.rand(500, 20, generator=torch.Generator().manual_seed(1)).tolist()
+    }
+    assert {h for _, _, h, _ in crops} == {w for _, _, _, w in crops} == {round(side * 224 / 256)}
+    for place, length in zip((0, 1), shape):  # at any place, to the borders
+        starts = torch.tensor([float(crop[place]) for crop in crops])
+        room = length - round(side * 224 / 256)
+        assert float(starts.min()) < 0.05 * room
+        assert float(starts.max()) > 0.95 * room
+        assert float(starts.mean()) == pytest.approx(room / 2, rel=0.1)
+
+
 def test_crop_areas_are_uniform():
     areas = []
     for row in torch.rand(4000, 20, generator=torch.Generator().manual_seed(1)).tolist():
