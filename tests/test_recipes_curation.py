@@ -1,17 +1,22 @@
 """Curation from YAML, and re-curation with its table, as recipes: on real images, made small."""
 
+import io
 import json
 import re
 from pathlib import Path
 
+import lightning
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from curated_data import ShardPool
 from curated_data.config import load_config
 from curated_data.errors import ConfigError, CuratedDataError
 from curated_data.report.metrics import class_balance
-from recipes import curate, recurate
+from lightning_modules import SimCLR, TSimCNE
+from recipes import curate, recurate, visualise
 
 ROOT = Path(__file__).parents[1]
 CURATIONS = sorted((ROOT / "configs" / "curation").glob("*.yaml"))
@@ -136,3 +141,36 @@ def test_recuration_settings_are_checked(monkeypatch):
     configs = ["--config", "configs/base.yaml", "--config", "configs/pretrain/simclr_fashion.yaml"]
     with pytest.raises(CuratedDataError, match=r"every_n_epochs: expected at least 1, got 0"):
         recurate.main(["fit", *configs, "--recuration.every_n_epochs", "0"])
+
+
+def test_maps_of_embeddings_and_of_a_trained_module(tmp_path, fashion_train, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = [fashion_train[0], "--target-size", "100", "--embedder", "pixels:8", "--epochs", "3"]
+    assert visualise.main([*arguments, "--out", "embedded"]) == 0
+    module = TSimCNE("resnet10", image_size=28, small_images=True, backbone_options={"width": 4})
+    trainer = lightning.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint("module.ckpt")
+    assert visualise.main([*arguments, "--out", "trained", "--module", "module.ckpt"]) == 0
+    capsys.readouterr()
+    pool = ShardPool(fashion_train[0])
+    opened = [Image.open(io.BytesIO(sample["png"])).convert("RGB") for sample in pool.read(np.arange(3))]
+    images = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in opened]
+    transform = module.eval_transform()
+    with torch.inference_mode():
+        expected = module.eval().coordinates(torch.stack([transform(image) for image in images]))
+    table = np.loadtxt("trained/map.csv", delimiter=",", skiprows=1)
+    np.testing.assert_allclose(table[:3, 1:3], expected, rtol=1e-3, atol=1e-3)
+    for out in ("embedded", "trained"):
+        quality = json.loads(Path(out, "quality.json").read_text())
+        assert (
+            quality["n_samples"] == len(pool) == len(np.loadtxt(f"{out}/map.csv", delimiter=",", skiprows=1))
+        )
+        assert 0.1 < quality["knn"] <= 1
+        assert {"map.png", "report.html"} <= {path.name for path in Path(out).iterdir()}
+    other = SimCLR("resnet10", image_size=28, small_images=True, backbone_options={"width": 4})
+    trainer = lightning.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False)
+    trainer.strategy.connect(other)
+    trainer.save_checkpoint("other.ckpt")
+    assert visualise.main([*arguments, "--out", "other", "--module", "other.ckpt"]) != 0
+    assert "only TSimCNE has a map" in capsys.readouterr().err

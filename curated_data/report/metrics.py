@@ -32,7 +32,7 @@ def perplexity(counts: np.ndarray) -> float:
 def entropy(counts: np.ndarray) -> float:
     """Shannon entropy, in nats, of the shares of `counts` (k,) in their sum; 0 if all are zero."""
     counts = _checked_counts(counts)
-    shares = counts[counts > 0] / max(counts.sum(), 1)
+    shares = counts[counts > 0] / counts.sum()
     return float(max(-(shares * np.log(shares)).sum(), 0.0))
 
 
@@ -183,15 +183,22 @@ def coverage_distance(
     distance = np.full(len(queries), np.nan, np.float32)
     for begin in range(0, len(ids), at_once):
         kept = _rows(embeddings, ids[begin : begin + at_once], metric)
+        # The search uses |x|² - 2xy + |y|², which suffers from cancellation: far from the origin, rows are
+        # moved there, and the distance of what is found is computed again.
+        origin = kept.mean(0) if metric == "l2" else np.zeros(dimension, np.float32)
+        kept -= origin
         index = faiss.IndexFlatIP(dimension) if metric == "cosine" else faiss.IndexFlatL2(dimension)
         index.add(kept)
         for first in range(0, len(queries), block):
-            rows = _rows(embeddings, queries[first : first + block], metric)
+            rows = _rows(embeddings, queries[first : first + block], metric) - origin
             finite = np.flatnonzero(np.isfinite(rows).all(axis=1))
             nearest = index.search(rows[finite], 1)[1][:, 0]
-            # The search uses |x|² - 2xy + |y|², which suffers from cancellation; recompute the distance.
             squared = ((rows[finite] - kept[nearest]) ** 2).sum(axis=1)
-            here = squared / 2 if metric == "cosine" else np.sqrt(squared)
+            if metric == "cosine":  # rows of zeros are at a right angle to all others
+                zero = (rows[finite] == 0).all(axis=1) | (kept[nearest] == 0).all(axis=1)
+                here = np.where(zero, 1, squared / 2)
+            else:
+                here = np.sqrt(squared)
             distance[first + finite] = np.fmin(distance[first + finite], here)
     return distance
 

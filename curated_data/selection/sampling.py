@@ -40,8 +40,8 @@ def hierarchical_sample(
         max_repeats: how often a sample may be selected. A cluster that must give more samples than it has is
             taken as a whole as often as possible, and the rest by the strategy (the paper's multiplier).
         seed: for the draws; equal arguments give equal ids.
-        embeddings: (n, d) the clustered rows; only needed by `closest` and `furthest` if the tree has no
-            `distance`.
+        embeddings: (n, d) the clustered rows, normalised or not for a tree by cosine; only needed by `closest`
+            and `furthest` if the tree has no `distance`.
 
     Returns:
         int64 ids in ascending order, with repeats; exactly min(target_size, max_repeats * samples in the
@@ -243,10 +243,15 @@ def _distances(
         raise ValueError(f"embeddings have {len(embeddings)} rows, the tree {len(cluster)} samples")
     centroids = np.asarray(tree.centroids[level], np.float32)
     distance = np.full(len(cluster), np.inf, np.float32)
+    is_cosine = np.allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-3)  # then all centroids are unit
     for first in range(0, len(cluster), block):
         part = np.s_[first : first + block]
         held = cluster[part] >= 0
-        rows = np.asarray(embeddings[part])[held].astype(np.float32) - centroids[cluster[part][held]]
+        rows = np.asarray(embeddings[part])[held].astype(np.float32)
+        if is_cosine:
+            norms = np.linalg.norm(rows, axis=1, keepdims=True)
+            rows = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+        rows -= centroids[cluster[part][held]]
         distance[part][held] = np.einsum("nd,nd->n", rows, rows)
     return distance
 

@@ -36,6 +36,7 @@ def test_gini_is_half_the_relative_mean_difference(counts):
 
 def test_extremes():
     assert metrics.perplexity(np.full(7, 3)) == pytest.approx(7)
+    assert metrics.perplexity(np.full(7, 1e-9)) == pytest.approx(7)
     assert metrics.gini(np.full(7, 3)) == pytest.approx(0)
     assert metrics.gini(np.array([0, 0, 0, 5])) == pytest.approx(0.75)
     assert metrics.head_to_tail(np.array([50, 5, 1])) == 50
@@ -84,6 +85,18 @@ def test_coverage_distance_against_scipy(metric, at_once, monkeypatch):
     assert (distance[ids] == 0).all()
     some = np.array([17, 3, 400])
     assert np.array_equal(metrics.coverage_distance(x, ids, metric=metric, queries=some), distance[some])
+
+
+def test_coverage_far_from_the_origin_and_of_rows_of_zeros():
+    x = np.random.default_rng(0).normal(size=(800, 32)) + 1000
+    x = x.astype(np.float32)
+    ids = np.arange(0, 800, 20)
+    expected = cdist(x.astype(np.float64), x[ids].astype(np.float64)).min(axis=1)
+    np.testing.assert_allclose(metrics.coverage_distance(x, ids), expected, rtol=1e-5, atol=1e-6)
+    x[[0, 7]] = 0
+    distance = metrics.coverage_distance(x, np.array([0, 20]), metric="cosine")
+    assert distance[7] == 1
+    assert distance[8] < 0.01
 
 
 def test_coverage_of_bad_rows_and_empty_selections():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from curated_data.clustering import Level, hierarchical_kmeans
 from curated_data.clustering.tree import ClusterTree
 from curated_data.selection import sampling
 from curated_data.selection.sampling import flat_sample, hierarchical_sample, water_fill
@@ -193,6 +194,21 @@ def test_flat_sampling_gives_every_cluster_of_a_level_the_same(level):
     ids = flat_sample(tree, 300, level=level, seed=1)
     flattened = make_tree([tree.assignment(level or 1)], [tree.n_clusters[level or 1]])
     oracle.check(nodes_of(flattened), ids, 300)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_rows_need_not_be_normalised_for_a_cosine_tree(level):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(900, 8)).astype(np.float32) * rng.lognormal(size=(900, 1)).astype(np.float32)
+    tree = hierarchical_kmeans(x, [Level(30), Level(6)], metric="cosine", seed=0)
+    ids = flat_sample(tree, 120, level=level, strategy="closest", embeddings=x)
+    cluster = tree.assignment(level)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    cosine = (unit * tree.centroids[level][cluster]).sum(1)
+    for c in np.unique(cluster):
+        members = np.flatnonzero(cluster == c)
+        count = (cluster[ids] == c).sum()
+        assert set(ids[cluster[ids] == c]) == set(members[np.argsort(-cosine[members])[:count]])
 
 
 def test_flat_closest_at_an_upper_level_measures_to_its_own_centroids():
