@@ -40,8 +40,8 @@ def hierarchical_sample(
         max_repeats: how often a sample may be selected. A cluster that must give more samples than it has is
             taken as a whole as often as possible, and the rest by the strategy (the paper's multiplier).
         seed: for the draws; equal arguments give equal ids.
-        embeddings: (n, d) the clustered rows, normalised or not for a tree by cosine; only needed by `closest`
-            and `furthest` if the tree has no `distance`.
+        embeddings: (n, d) the clustered rows, for a tree by cosine normalised or not; only needed by
+            `closest` and `furthest` if the tree has no `distance`.
 
     Returns:
         int64 ids in ascending order, with repeats; exactly min(target_size, max_repeats * samples in the
