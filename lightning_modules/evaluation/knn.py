@@ -115,8 +115,11 @@ def knn(
     for start in range(0, longest, block_size):  # as many on every rank: each block is a collective
         block = queries[start : start + block_size]
         similarity, labels = _nearest(block, bank, bank_labels, ks[-1], metric)
-        # Less 1, so that no weight overflows: votes are compared within a sample alone.
-        weights = ((similarity - 1) / temperature).exp() if temperature else torch.ones_like(similarity)
+        # Less the nearest's, whose weight is then 1, so that weights neither overflow nor all vanish: votes
+        # are compared within a sample alone.
+        weights = torch.ones_like(similarity)
+        if temperature is not None:
+            weights = ((similarity - similarity[:, :1]) / temperature).exp()
         truth = query_labels[start : start + block_size]
         for i, n in enumerate(ks):
             hit = _voted(labels[:, :n], weights[:, :n], n_classes) == truth

@@ -57,6 +57,23 @@ def test_knn_is_brute_force_and_scikit_learn(features):
     assert euclidean.accuracy[15] == pytest.approx(theirs, abs=0.011)  # one sample: ties are broken otherwise
 
 
+@pytest.mark.parametrize("temperature", [0.005, 0.0005, 1e-30])
+def test_a_low_temperature_of_far_neighbours(temperature):
+    """Neighbours at cosines of about 0.2, whose exp((s - 1) / temperature) are 0 in float32."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 1200)
+    x = 0.12 * rng.normal(size=(10, 384))[labels] + rng.normal(size=(1200, 384))
+    train, test = x[:1000] / np.linalg.norm(x[:1000], axis=1, keepdims=True), x[1000:]
+    similarity = test / np.linalg.norm(test, axis=1, keepdims=True) @ train.T
+    nearest = np.argsort(-similarity)[:, :20]
+    near = np.take_along_axis(similarity, nearest, 1)
+    weights = np.exp((near - near[:, :1]) / temperature)
+    votes = np.stack([(weights * (labels[nearest] == c)).sum(1) for c in range(10)], 1)
+    result = knn(x[:1000], labels[:1000], test, labels[1000:], k=20, temperature=temperature)
+    assert near.max() < 0.5
+    np.testing.assert_array_equal(result.correct[20], votes.argmax(1) == labels[1000:])
+
+
 def test_ranks_join_to_the_same_result(features):
     train, train_labels, test, test_labels = features
 
