@@ -83,7 +83,7 @@ def checked_labels(name: str, labels: Array, n: int, device: str | torch.device 
         raise ValueError(
             f"{name}: labels must be >= 0 (found {int(labels.min())}): leave unlabelled samples out"
         )
-    return labels.to(device, torch.int64)
+    return labels.to(device, torch.int64).contiguous()
 
 
 def n_joined(x: Tensor) -> int:
@@ -100,6 +100,15 @@ def joined_max(x: Tensor) -> int:
     """The largest value of all ranks' shares; -1 where there is none."""
     own = x.max() if len(x) else x.new_tensor(-1)
     return int(all_reduce(own.reshape(1).clone(), "max"))
+
+
+def occurring(*shares: Tensor) -> Tensor:
+    """The different labels, ascending, that any rank has in any of these arrays (n,): (C,).
+
+    Arrays are sized by their number, not by the largest label: taxon ids of a few classes go up to millions.
+    `torch.searchsorted` gives each label's place among them.
+    """
+    return all_gather_rows(torch.cat(shares).unique()).unique()
 
 
 def count_pairs(a: Tensor, b: Tensor, n_a: int, n_b: int) -> Tensor:
