@@ -165,4 +165,5 @@ def _tested(
 
 
 def _valid(depth_map: Tensor, min_depth: float, max_depth: float) -> Tensor:
+    depth_map = depth_map.to(torch.float32)  # PNGs hold uint16, which torch does not compare
     return torch.isfinite(depth_map) & (depth_map >= min_depth) & (depth_map <= max_depth)
