@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.distributed import all_gather_rows, all_reduce, failing_together, rank, world_size
@@ -18,7 +17,7 @@ from lightning_modules.evaluation.inputs import (
     checked_labels,
     occurring,
 )
-from lightning_modules.evaluation.nearest import RowSource, top_rows
+from lightning_modules.evaluation.nearest import RowSource, scaled_rows, top_rows
 from lightning_modules.evaluation.result import PER_SAMPLE, Result
 
 
@@ -104,7 +103,7 @@ def knn(
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature must be positive or None, got {temperature}")
     if metric == "cosine":
-        queries = F.normalize(queries, dim=1)
+        queries, _ = scaled_rows(queries)
     else:
         temperature = None
 

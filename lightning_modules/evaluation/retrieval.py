@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.distributed import all_gather_rows, all_reduce, failing_together, rank, world_size
@@ -20,7 +19,7 @@ from lightning_modules.evaluation.inputs import (
     n_joined,
     occurring,
 )
-from lightning_modules.evaluation.nearest import SCORES, TILE_NUMBERS, RowSource, bank_tiles
+from lightning_modules.evaluation.nearest import SCORES, TILE_NUMBERS, RowSource, bank_tiles, scaled_rows
 from lightning_modules.evaluation.result import PER_SAMPLE, Result
 
 DIFFICULTIES = {  # which lists are right, and which are passed over
@@ -89,7 +88,7 @@ def retrieval(
             no query with anything right to find.
     """
     with failing_together():
-        queries = F.normalize(checked_features("queries", query_features, device), dim=1)
+        queries, _ = scaled_rows(checked_features("queries", query_features, device))
         gallery = checked_bank("gallery", gallery_features)
         n_own = gallery.shape[0]
         if queries.shape[1] != gallery.shape[1]:
