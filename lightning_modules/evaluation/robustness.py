@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_modules.distributed import all_gather_rows, all_reduce, failing_together
 from lightning_modules.evaluation.inputs import (
     Array,
+    as_tensor,
     checked_features,
     checked_labels,
     first_row,
@@ -142,7 +143,7 @@ def _prepared(
     features = checked_features(name, data.features, device)
     if features.shape[1] != dimension:
         raise ValueError(f"{name}: features have {features.shape[1]} dimensions, the base set's {dimension}")
-    labels = torch.as_tensor(data.labels).to(device)
+    labels = as_tensor(data.labels).to(device)
     if labels.is_floating_point():
         raise TypeError(f"{name}: labels must be integers, got {labels.dtype}")
     if labels.ndim not in (1, 2) or len(labels) != len(features):
