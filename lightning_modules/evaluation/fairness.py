@@ -134,7 +134,7 @@ def _bootstrap_means(values: np.ndarray, n_bootstrap: int, generator: np.random.
 
 
 def _name(group: Any) -> str | None:
-    if group is None or group == "" or (isinstance(group, float) and np.isnan(group)):
+    if group is None or group == "" or (isinstance(group, float | np.floating) and np.isnan(group)):
         return None
     return str(group)
 
