@@ -3,6 +3,24 @@
 import math
 
 
+def steps_of_run(estimated: float) -> int:
+    """Optimiser steps of a run, by what the Trainer says in `estimated_stepping_batches`.
+
+    Raises:
+        ValueError: infinity, or Lightning's -1 for epochs of a loader without a length: no schedule can end.
+    """
+    if estimated == math.inf:
+        raise ValueError(
+            "the learning rate's schedule needs an end: give the Trainer max_epochs or max_steps"
+        )
+    if estimated < 0:
+        raise ValueError(
+            "the learning rate's schedule needs an end, and the training loader has no length: give the "
+            "Trainer max_steps, or limit_train_batches, the batches of an epoch"
+        )
+    return int(estimated)
+
+
 def warmup_cosine(step: int, *, total: int, peak: float, final: float = 0.0, warmup: int = 0) -> float:
     """Linear warm-up to `peak`, then half a cosine down to `final` (Loshchilov and Hutter 2017).
 

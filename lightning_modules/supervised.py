@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_modules.backbones import build_backbone
 from lightning_modules.optim import build_optimizer, parameter_groups
 from lightning_modules.resnet import RESNETS
-from lightning_modules.schedules import warmup_cosine
+from lightning_modules.schedules import steps_of_run, warmup_cosine
 
 SMALL_IMAGES = 64  # up to so many pixels, networks made for 224 get a finer stem
 
@@ -85,7 +85,7 @@ class Supervised(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         groups = parameter_groups([self.net], self.weight_decay)
         optimizer = build_optimizer(self.optimizer, groups, learning_rate=self.learning_rate)
-        total = int(self.trainer.estimated_stepping_batches)
+        total = steps_of_run(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_cosine(step, total=total, peak=1.0, warmup=total // 20)
         )

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from lightning_modules.distributed import all_gather_rows, failing_together
-from lightning_modules.evaluation.inputs import Array, checked_labels, count_pairs, joined_max
+from lightning_modules.distributed import failing_together
+from lightning_modules.evaluation.inputs import Array, checked_labels, count_pairs, occurring
 from lightning_modules.evaluation.longtail import GROUPS, frequency_groups, mean_known, per_class
 from lightning_modules.evaluation.result import Result
 
@@ -71,36 +71,36 @@ def clustering(assignment: Array, labels: Array, *, train_counts: Array | None =
     with failing_together():
         assignment = checked_labels("assignment", assignment, len(assignment))
         labels = checked_labels("labels", labels, len(assignment))
-    numbers = all_gather_rows(assignment.unique()).unique()  # of the clusters that occur on any rank
-    n_clusters, n_classes = len(numbers), joined_max(labels) + 1
+    numbers, names = occurring(assignment), occurring(labels)
+    n_clusters, n_classes = len(numbers), len(names)
     if n_clusters == 0:
         raise ValueError("no samples")
-    if train_counts is not None and len(train_counts) < n_classes:
-        raise ValueError(f"train_counts has {len(train_counts)} classes, the labels go up to {n_classes - 1}")
-    places = torch.searchsorted(numbers, assignment)
-    table = count_pairs(places, labels, n_clusters, n_classes).numpy()
+    if train_counts is not None and len(train_counts) <= int(names[-1]):
+        raise ValueError(f"train_counts has {len(train_counts)} classes, the labels go up to {names[-1]}")
+    places = torch.searchsorted(numbers, assignment), torch.searchsorted(names, labels)
+    table = count_pairs(*places, n_clusters, n_classes).numpy()
     clusters, classes = linear_sum_assignment(table, maximize=True)
     right = np.zeros(n_classes, np.int64)
     predicted = np.zeros(n_classes, np.int64)
     right[classes], predicted[classes] = table[clusters, classes], table[clusters].sum(1)
     total = table.sum(0)
     accuracy = per_class(right, total)
-    f1 = per_class(2 * right, predicted + total)[total > 0]
+    f1 = per_class(2 * right, predicted + total)
     groups = {}
     if train_counts is not None:
-        group = frequency_groups(train_counts, (0.3, 0.4))[:n_classes]
+        group = frequency_groups(train_counts, (0.3, 0.4))[names.numpy()]
         groups = {name: mean_known(accuracy[group == i]) for i, name in enumerate(GROUPS)}
     return ClusteringResult(
         accuracy=float(right.sum() / total.sum()),
-        class_accuracy=float(np.nanmean(accuracy)),
+        class_accuracy=float(accuracy.mean()),
         macro_f1=float(f1.mean()),
         nmi=_normalised_mutual_information(table),
         ari=_adjusted_rand_index(table),
         groups=groups,
-        matching={int(numbers[c]): int(k) for c, k in zip(clusters, classes) if total[k]},
+        matching={int(numbers[c]): int(names[k]) for c, k in zip(clusters, classes)},
         n_samples=int(total.sum()),
         n_clusters=n_clusters,
-        n_classes=int((total > 0).sum()),
+        n_classes=n_classes,
     )
 
 

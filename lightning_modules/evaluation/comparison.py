@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lightning_modules.distributed import all_gather_rows, failing_together
-from lightning_modules.evaluation.inputs import Array
+from lightning_modules.evaluation.inputs import Array, as_tensor
 from lightning_modules.evaluation.result import Result
 
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -75,7 +75,7 @@ def comparison(
         ValueError: shapes that do not match, no sample with both values, bad settings.
     """
     with failing_together():
-        values = [np.asarray(torch.as_tensor(x)).astype(np.float64) for x in (a, b)]
+        values = [np.asarray(as_tensor(x)).astype(np.float64) for x in (a, b)]
         if values[0].shape != values[1].shape or values[0].ndim < 1:
             raise ValueError(
                 f"both need a value for each of the same samples, got {values[0].shape} and {values[1].shape}"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.distributed import all_reduce
-from lightning_modules.evaluation.inputs import Array, first_row, n_joined
+from lightning_modules.evaluation.inputs import Array, as_tensor, first_row, n_joined
 from lightning_modules.evaluation.linear import batches_of
 from lightning_modules.schedules import warmup_cosine
 
@@ -51,7 +51,7 @@ class DenseSet:
 
     def token_map(self, i: int, device: str | torch.device) -> Tensor:
         """Tokens (d, h, w) float32 of one image."""
-        return torch.as_tensor(self.tokens[i]).to(device, torch.float32).permute(2, 0, 1)
+        return as_tensor(self.tokens[i]).to(device, torch.float32).permute(2, 0, 1)
 
 
 def checked_dense(name: str, tokens: Array, maps: Images) -> DenseSet:
@@ -73,7 +73,7 @@ def checked_dense(name: str, tokens: Array, maps: Images) -> DenseSet:
                 f"{name}: map {i} has shape {shape}; expected (H, W), not smaller than the {height} x "
                 f"{width} tokens"
             )
-        if not bool(torch.isfinite(torch.as_tensor(tokens[i])).all()):
+        if not bool(torch.isfinite(as_tensor(tokens[i])).all()):
             raise ValueError(f"{name}: tokens of image {i} are not finite")
     return DenseSet(tokens, maps)
 
@@ -155,7 +155,7 @@ def upsampled(outputs: Tensor, size: tuple[int, ...]) -> Tensor:
 def each_map(data: DenseSet) -> Iterator[np.ndarray]:
     """The maps of this rank's images, one after another."""
     for i in range(len(data)):
-        yield np.asarray(torch.as_tensor(data.maps[i]))
+        yield np.asarray(as_tensor(data.maps[i]))
 
 
 def _moments(data: DenseSet, device: str | torch.device) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from lightning_modules.evaluation.dense import (
     train_layer,
     upsampled,
 )
-from lightning_modules.evaluation.inputs import Array
+from lightning_modules.evaluation.inputs import Array, as_tensor
 from lightning_modules.evaluation.result import PER_SAMPLE, Result
 
 
@@ -102,7 +102,7 @@ def depth(
     def loss_of(outputs: list[Tensor], rows: list[int]) -> tuple[Tensor, Tensor]:
         errors = []
         for output, i in zip(outputs, rows):
-            truth = torch.as_tensor(train.maps[i]).to(device, torch.float32)
+            truth = as_tensor(train.maps[i]).to(device, torch.float32)
             valid = _valid(truth, min_depth, max_depth)
             errors.append(predict(output, tuple(truth.shape))[valid].log() - truth[valid].log())
         return _scale_invariant(torch.cat(errors) if errors else torch.zeros(0, device=device))
@@ -165,4 +165,5 @@ def _tested(
 
 
 def _valid(depth_map: Tensor, min_depth: float, max_depth: float) -> Tensor:
+    depth_map = depth_map.to(torch.float32)  # PNGs hold uint16, which torch does not compare
     return torch.isfinite(depth_map) & (depth_map >= min_depth) & (depth_map <= max_depth)

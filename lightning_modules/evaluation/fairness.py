@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_modules.distributed import all_gather_rows, failing_together, world_size
-from lightning_modules.evaluation.inputs import Array
+from lightning_modules.evaluation.inputs import Array, as_tensor
 from lightning_modules.evaluation.result import Result
 
 
@@ -70,7 +70,7 @@ def fairness(
             settings.
     """
     with failing_together():
-        own = np.asarray(torch.as_tensor(values)).astype(np.float64)
+        own = np.asarray(as_tensor(values)).astype(np.float64)
         names = [_name(group) for group in (groups.tolist() if hasattr(groups, "tolist") else groups)]
         if own.ndim != 1 or len(names) != len(own):
             raise ValueError(f"expected one value and one group a sample, got {own.shape} and {len(names)}")
@@ -134,7 +134,7 @@ def _bootstrap_means(values: np.ndarray, n_bootstrap: int, generator: np.random.
 
 
 def _name(group: Any) -> str | None:
-    if group is None or group == "" or (isinstance(group, float) and np.isnan(group)):
+    if group is None or group == "" or (isinstance(group, float | np.floating) and np.isnan(group)):
         return None
     return str(group)
 

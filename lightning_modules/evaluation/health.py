@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.distributed import all_gather_rows, all_reduce, failing_together, rank, world_size
 from lightning_modules.evaluation.inputs import Array, checked_features, n_joined
+from lightning_modules.evaluation.nearest import scaled_rows
 from lightning_modules.evaluation.result import Result
 
 
@@ -76,10 +76,10 @@ def health(
     n, d = n_joined(x), x.shape[1]
     if n < 2:
         raise ValueError(f"health needs two samples or more, got {n}")
-    unit = F.normalize(x, dim=1)
+    unit, _ = scaled_rows(x)
     alignment = float("nan")
     if other is not None:
-        squared = (unit - F.normalize(other, dim=1)).square().sum(dtype=torch.float64)
+        squared = (unit - scaled_rows(other)[0]).square().sum(dtype=torch.float64)
         alignment = float(all_reduce(squared)) / n
     gram = all_reduce(x.double().T @ x.double())
     if not float(gram.diagonal().sum()) > 0:

@@ -35,9 +35,13 @@ def checked_features(name: str, features: Array, device: str | torch.device = "c
 
 
 def as_tensor(array: Any) -> Tensor:
-    """A tensor without gradient of an array, a copy only where the array is read-only, as a memory map."""
-    if isinstance(array, np.ndarray) and not array.flags.writeable:
-        array = np.array(array)
+    """A tensor without gradient of an array, a copy only where torch cannot take the array's memory: that of
+    a memory map is read-only, that of a flipped array has negative strides, and files have any byte order.
+    """
+    if isinstance(array, np.ndarray):
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
+        if not array.flags.writeable or min(array.strides, default=0) < 0:
+            array = np.array(array)
     return torch.as_tensor(array).detach()
 
 
@@ -74,16 +78,17 @@ def checked_labels(name: str, labels: Array, n: int, device: str | torch.device 
         TypeError: labels that are no integers.
         ValueError: another shape, or negative labels.
     """
-    labels = torch.as_tensor(labels)
+    labels = as_tensor(labels)
     if labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"{name}: labels must be integers, got {labels.dtype}")
     if tuple(labels.shape) != (n,):
         raise ValueError(f"{name}: expected {n} labels, one a sample, got shape {tuple(labels.shape)}")
+    labels = labels.to(device, torch.int64).contiguous()
     if n and int(labels.min()) < 0:
         raise ValueError(
             f"{name}: labels must be >= 0 (found {int(labels.min())}): leave unlabelled samples out"
         )
-    return labels.to(device, torch.int64)
+    return labels
 
 
 def n_joined(x: Tensor) -> int:
@@ -100,6 +105,15 @@ def joined_max(x: Tensor) -> int:
     """The largest value of all ranks' shares; -1 where there is none."""
     own = x.max() if len(x) else x.new_tensor(-1)
     return int(all_reduce(own.reshape(1).clone(), "max"))
+
+
+def occurring(*shares: Tensor) -> Tensor:
+    """The different labels, ascending, that any rank has in any of these arrays (n,): (C,).
+
+    Arrays are sized by their number, not by the largest label: taxon ids of a few classes go up to millions.
+    `torch.searchsorted` gives each label's place among them.
+    """
+    return all_gather_rows(torch.cat(shares).unique()).unique()
 
 
 def count_pairs(a: Tensor, b: Tensor, n_a: int, n_b: int) -> Tensor:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.distributed import all_gather_rows, all_reduce, failing_together, rank, world_size
@@ -16,9 +15,9 @@ from lightning_modules.evaluation.inputs import (
     checked_features,
     checked_k,
     checked_labels,
-    joined_max,
+    occurring,
 )
-from lightning_modules.evaluation.nearest import RowSource, top_rows
+from lightning_modules.evaluation.nearest import RowSource, scaled_rows, top_rows
 from lightning_modules.evaluation.result import PER_SAMPLE, Result
 
 
@@ -104,32 +103,37 @@ def knn(
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature must be positive or None, got {temperature}")
     if metric == "cosine":
-        queries = F.normalize(queries, dim=1)
+        queries, _ = scaled_rows(queries)
     else:
         temperature = None
 
-    n_classes = 1 + max(joined_max(bank_labels), joined_max(query_labels))
+    classes = occurring(bank_labels, query_labels)
+    bank_places, query_places = (torch.searchsorted(classes, own) for own in (bank_labels, query_labels))
     hits: dict[int, list[Tensor]] = {n: [] for n in ks}
-    right = torch.zeros(len(ks), n_classes, dtype=torch.int64, device=device)
+    right = torch.zeros(len(ks), len(classes), dtype=torch.int64, device=device)
     longest = int(all_gather_rows(torch.tensor([len(queries)], device=device)).max())
     for start in range(0, longest, block_size):  # as many on every rank: each block is a collective
         block = queries[start : start + block_size]
-        similarity, labels = _nearest(block, bank, bank_labels, ks[-1], metric)
-        # Less 1, so that no weight overflows: votes are compared within a sample alone.
-        weights = ((similarity - 1) / temperature).exp() if temperature else torch.ones_like(similarity)
-        truth = query_labels[start : start + block_size]
+        similarity, voters = _nearest(block, bank, bank_places, ks[-1], metric)
+        # Less the nearest's, whose weight is then 1, so that weights neither overflow nor all vanish: votes
+        # are compared within a sample alone.
+        weights = torch.ones_like(similarity)
+        if temperature is not None:
+            weights = ((similarity - similarity[:, :1]) / temperature).exp()
+        truth = query_places[start : start + block_size]
         for i, n in enumerate(ks):
-            hit = _voted(labels[:, :n], weights[:, :n], n_classes) == truth
+            hit = _voted(voters[:, :n], weights[:, :n], len(classes)) == truth
             hits[n].append(hit)
-            right[i] += torch.bincount(truth[hit], minlength=n_classes)
+            right[i] += torch.bincount(truth[hit], minlength=len(classes))
     right = all_reduce(right).cpu()
-    total = all_reduce(torch.bincount(query_labels, minlength=n_classes)).cpu()
+    total = all_reduce(torch.bincount(query_places, minlength=len(classes))).cpu()
     present = total.nonzero().flatten()
     shares = right[:, present].double() / total[present]
+    names = classes.cpu()[present].tolist()
     return KNNResult(
         accuracy={n: int(right[i].sum()) / counts[1] for i, n in enumerate(ks)},
         class_accuracy={n: float(shares[i].mean()) for i, n in enumerate(ks)},
-        per_class={n: dict(zip(present.tolist(), shares[i].tolist())) for i, n in enumerate(ks)},
+        per_class={n: dict(zip(names, shares[i].tolist())) for i, n in enumerate(ks)},
         n_train=counts[0],
         n_test=counts[1],
         correct={n: torch.cat(found).cpu().numpy() for n, found in hits.items()},

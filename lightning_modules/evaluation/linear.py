@@ -23,8 +23,8 @@ from lightning_modules.evaluation.inputs import (
     checked_labels,
     count_pairs,
     first_row,
-    joined_max,
     n_joined,
+    occurring,
 )
 from lightning_modules.evaluation.longtail import GROUPS, frequency_groups, mean_known, per_class
 from lightning_modules.evaluation.result import PER_SAMPLE, Result
@@ -168,25 +168,25 @@ def linear(
                     f"features {name!r}: {train[name].shape[1]} dimensions in train, {test[name].shape[1]} "
                     "in test"
                 )
-    n_classes = joined_max(y) + 1
     n, m = n_joined(y), n_joined(truth)
     if m == 0 or n < 2:
         raise ValueError(f"not enough samples: {n} train, {m} test")
-    present = int((all_reduce(torch.bincount(y, minlength=n_classes)) > 0).sum())
-    if present < 2:
+    classes = occurring(y)  # a head has a column for each
+    if len(classes) < 2:
         raise ValueError("train has one class only: there is nothing to tell apart")
+    y = torch.searchsorted(classes, y)
     held_out = _held_out_rows(y, n, settings)
 
     heads, correct = [], []
     grid: dict[str, float] = {}
     for protocol in settings.protocols:
         if protocol == "few_shot":
-            rows, hits = _few_shot(train, y, test, truth, n, n_classes, settings, train_counts)
+            rows, hits = _few_shot(train, y, test, truth, n, classes, settings, train_counts)
             heads += rows
             correct += hits
             continue
         fit = _train_grid if protocol == "sgd" else _logistic_path
-        candidates = fit(train, y, (~held_out).nonzero().flatten(), n_classes, settings)
+        candidates = fit(train, y, (~held_out).nonzero().flatten(), len(classes), settings)
         scores: dict[tuple[str, float], float] = {}
         for (name, setting), head in candidates.items():
             right = (head(train[name][held_out]).argmax(1) == y[held_out]).sum()
@@ -196,13 +196,13 @@ def linear(
         head = candidates[name, setting]
         if protocol == "logistic":
             head = fit_logistic(
-                train[name], y, n_classes, inverse_penalty=setting, max_iter=settings.max_iter
+                train[name], y, len(classes), inverse_penalty=setting, max_iter=settings.max_iter
             )
         row = {"protocol": protocol, "features": name, "setting": setting, "held_out": scores[name, setting]}
-        hit = head(test[name]).argmax(1) == truth
+        hit = classes[head(test[name]).argmax(1)] == truth
         heads.append(row | _test_scores(hit, truth, train_counts))
         correct.append(hit.double().cpu().numpy())
-    return LinearResult(heads, grid, n, m, present, settings, correct)
+    return LinearResult(heads, grid, n, m, len(classes), settings, correct)
 
 
 def fit_logistic(
@@ -321,7 +321,7 @@ def _few_shot(
     test: dict[str, Tensor],
     truth: Tensor,
     n: int,
-    n_classes: int,
+    classes: Tensor,
     settings: LinearSettings,
     train_counts: Array | None,
 ) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
@@ -341,9 +341,9 @@ def _few_shot(
                 own = (chosen[(chosen >= first) & (chosen < first + len(y))] - first).to(x.device)
                 penalty = settings.few_shot_inverse_penalty
                 head = fit_logistic(
-                    x[own], y[own], n_classes, inverse_penalty=penalty, max_iter=settings.max_iter
+                    x[own], y[own], len(classes), inverse_penalty=penalty, max_iter=settings.max_iter
                 )
-                hits.append(head(test[name]).argmax(1) == truth)
+                hits.append(classes[head(test[name]).argmax(1)] == truth)
                 scores.append(_test_scores(hits[-1], truth, train_counts))
             row: dict[str, Any] = {"protocol": f"{shots}-shot", "features": name}
             row |= {key: float(np.mean([s[key] for s in scores])) for key in scores[0]}
@@ -365,18 +365,19 @@ def first_of_each(order: Tensor, labels: Tensor, n: int) -> Tensor:
 
 
 def _test_scores(hit: Tensor, truth: Tensor, train_counts: Array | None) -> dict[str, float]:
-    n_classes = joined_max(truth) + 1
-    pairs = count_pairs(truth, hit.long(), n_classes, 2).numpy()
+    present = occurring(truth)
+    pairs = count_pairs(torch.searchsorted(present, truth), hit.long(), len(present), 2).numpy()
     accuracy = per_class(pairs[:, 1], pairs.sum(1))
     scores = {
         "accuracy": float(pairs[:, 1].sum() / pairs.sum()),
-        "class_average": float(np.nanmean(accuracy)),
+        "class_average": float(accuracy.mean()),
     }
     if train_counts is not None:
         groups = frequency_groups(train_counts)
-        if len(groups) < n_classes:
-            raise ValueError(f"train_counts has {len(groups)} classes, test labels go up to {n_classes - 1}")
-        scores |= {name: mean_known(accuracy[groups[:n_classes] == i]) for i, name in enumerate(GROUPS)}
+        labels = present.cpu().numpy()
+        if len(groups) <= labels[-1]:
+            raise ValueError(f"train_counts has {len(groups)} classes, test labels go up to {labels[-1]}")
+        scores |= {name: mean_known(accuracy[groups[labels] == i]) for i, name in enumerate(GROUPS)}
     return scores
 
 

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from lightning_modules.distributed import failing_together
-from lightning_modules.evaluation.inputs import Array, checked_labels, count_pairs, joined_max
+from lightning_modules.evaluation.inputs import Array, as_tensor, checked_labels, count_pairs, joined_max
 from lightning_modules.evaluation.result import Result
 
 GROUPS = ("head", "medium", "tail")
@@ -70,7 +69,7 @@ def longtail(
 
 def frequency_groups(train_counts: Array, shares: tuple[float, float] = THIRDS) -> np.ndarray:
     """For each class 0 (head), 1 (medium) or 2 (tail), by rank of its train count; ties keep their order."""
-    counts = np.asarray(torch.as_tensor(train_counts))
+    counts = np.asarray(as_tensor(train_counts))
     if counts.ndim != 1 or len(counts) == 0 or counts.min() < 0:
         raise ValueError("train_counts must be (C,), not negative")
     if min(shares) < 0 or sum(shares) > 1:

@@ -61,7 +61,8 @@ def multilabel(
         device: where to train.
 
     Raises:
-        ValueError: shapes that do not match, other marks, or no class with a positive in both sets.
+        ValueError: shapes that do not match, other marks, fewer than two train samples, or no class with a
+            positive in both sets.
     """
     with failing_together():
         x, tested = (checked_features(name, f, device)
@@ -73,9 +74,11 @@ def multilabel(
     if not 0 < held_out < 1 or not inverse_penalties:
         raise ValueError(f"bad settings: {held_out=}, {inverse_penalties=}")
     n, first = n_joined(y), first_row(y)
+    if n < 2:
+        raise ValueError(f"train needs two samples or more, one of them to choose C on; got {n}")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     mask = torch.zeros(n, dtype=torch.bool)
-    mask[order[: max(1, round(held_out * n))]] = True
+    mask[order[: min(max(1, round(held_out * n)), n - 1)]] = True
     out = mask[first : first + len(y)].to(y.device)
     precisions, chosen = [], []
     for c in range(y.shape[1]):
@@ -115,6 +118,8 @@ def average_precision(scores: Tensor, positive: Tensor) -> float:
 
 def _precision(x: Tensor, y: Tensor, tested: Tensor, truth: Tensor, penalty: float) -> float:
     known, asked = y >= 0, truth >= 0
+    if n_joined(y[known]) == 0:  # the part that is not held out may have no mark of a class
+        return float("nan")
     head = fit_logistic(x[known], y[known], 2, inverse_penalty=penalty)
     scores = head(tested[asked])
     return average_precision(

@@ -80,7 +80,7 @@ def bank_tiles(
     bad: list[int] = []
     for start in range(0, bank.shape[0], width):
         tile = as_tensor(bank[start : start + width]).to(device, torch.float32)
-        tile, wrong = _scaled(tile, metric)
+        tile, wrong = scaled_rows(tile, metric)
         bad += [start + row for row in wrong]
         yield start, tile
     if bad:
@@ -103,8 +103,10 @@ def _top(queries: Tensor, tile: Tensor, k: int, metric: str) -> tuple[Tensor, Te
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
-def _scaled(tile: Tensor, metric: str) -> tuple[Tensor, list[int]]:
-    """Rows of norm 1 for "cosine", else as they are; 0 for those that are not finite, which are named."""
+def scaled_rows(tile: Tensor, metric: str = "cosine") -> tuple[Tensor, list[int]]:
+    """Rows (t, d) float32 of norm 1 for "cosine", else as they are; 0 for those that are not finite, whose
+    numbers come second.
+    """
     norms = torch.linalg.vector_norm(tile, dim=1, keepdim=True)
     wrong: list[int] = []
     if not bool(torch.isfinite(norms).all()):  # or the square of a finite one is not

@@ -103,8 +103,8 @@ def ranking(
     """Compare how two datasets order models.
 
     Accuracies may come from training here or from a published table. A model's interval is Student's over its
-    seeds, where there are two or more; else Wilson's binomial one for the size of the test set; else it is
-    the point itself.
+    seeds, where two or more differ; else Wilson's binomial one for the size of the test set; else it is the
+    point itself.
 
     Args:
         accuracy_a: for each model its accuracy on dataset A in 0..1, or one for each seed.
@@ -174,7 +174,7 @@ def _runs(name: str, accuracy: float | Sequence[float]) -> np.ndarray:
 
 def _interval(runs: np.ndarray, n_test: int | None, confidence: float) -> tuple[float, float]:
     mean = float(runs.mean())
-    if len(runs) > 1:
+    if np.ptp(runs) > 0:
         half = float(stats.t.ppf((1 + confidence) / 2, len(runs) - 1) * runs.std(ddof=1) / np.sqrt(len(runs)))
         return mean - half, mean + half
     if n_test is None:
@@ -184,10 +184,11 @@ def _interval(runs: np.ndarray, n_test: int | None, confidence: float) -> tuple[
 
 
 def _difference_p(one: np.ndarray, other: np.ndarray, n_test: int | None) -> float:
-    """p-value of two models' difference: Welch's t over seeds, or two binomials' z; else 1."""
-    if len(one) > 1 and len(other) > 1:
-        if one.std() == 0 and other.std() == 0:
-            return 0.0 if one.mean() != other.mean() else 1.0
+    """p-value of two models' difference: Welch's t over seeds, or two binomials' z; else 1.
+
+    Seeds that all agree do not tell how far others would lie: they count as one.
+    """
+    if len(one) > 1 and len(other) > 1 and (np.ptp(one) > 0 or np.ptp(other) > 0):
         return float(stats.ttest_ind(one, other, equal_var=False).pvalue)
     if n_test is None:
         return 1.0

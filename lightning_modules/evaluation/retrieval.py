@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.distributed import all_gather_rows, all_reduce, failing_together, rank, world_size
@@ -18,8 +17,9 @@ from lightning_modules.evaluation.inputs import (
     checked_labels,
     first_row,
     n_joined,
+    occurring,
 )
-from lightning_modules.evaluation.nearest import SCORES, TILE_NUMBERS, RowSource, bank_tiles
+from lightning_modules.evaluation.nearest import SCORES, TILE_NUMBERS, RowSource, bank_tiles, scaled_rows
 from lightning_modules.evaluation.result import PER_SAMPLE, Result
 
 DIFFICULTIES = {  # which lists are right, and which are passed over
@@ -88,7 +88,7 @@ def retrieval(
             no query with anything right to find.
     """
     with failing_together():
-        queries = F.normalize(checked_features("queries", query_features, device), dim=1)
+        queries, _ = scaled_rows(checked_features("queries", query_features, device))
         gallery = checked_bank("gallery", gallery_features)
         n_own = gallery.shape[0]
         if queries.shape[1] != gallery.shape[1]:
@@ -122,8 +122,9 @@ def _by_label(
     leave_one_out: bool,
     block_size: int,
 ) -> RetrievalResult:
-    n_labels = 1 + int(torch.cat([all_gather_rows(own), all_gather_rows(theirs)]).max())
-    n_right = all_reduce(torch.bincount(theirs, minlength=n_labels))[own] - int(leave_one_out)
+    labels = occurring(own, theirs)
+    own, theirs = (torch.searchsorted(labels, each) for each in (own, theirs))
+    n_right = all_reduce(torch.bincount(theirs, minlength=len(labels)))[own] - int(leave_one_out)
     first = first_row(queries)
     ranks = torch.arange(1, ks[-1] + 1, device=queries.device, dtype=torch.float64)
     sums = torch.zeros(len(ks), 3, dtype=torch.float64, device=queries.device)
@@ -132,16 +133,16 @@ def _by_label(
     for start in range(0, longest, block_size):  # as many on every rank: each block is a collective
         block = slice(start, start + block_size)
         skipped = torch.arange(len(own), device=own.device)[block] + first if leave_one_out else None
-        labels = _nearest_labels(queries[block], gallery, theirs, ks[-1], skipped)
+        found = _nearest_labels(queries[block], gallery, theirs, ks[-1], skipped)
         counted = n_right[block] > 0
-        right = (labels == own[block, None])[counted].double()
+        right = (found == own[block, None])[counted].double()
         possible = n_right[block][counted].double()
         precision = right.cumsum(1) / ranks
         for i, cut in enumerate(ks):
-            found = right[:, :cut].sum(1)
-            average = (precision * right)[:, :cut].sum(1) / found.clamp_min(1)
+            n_found = right[:, :cut].sum(1)
+            average = (precision * right)[:, :cut].sum(1) / n_found.clamp_min(1)
             each[i, start : start + block_size][counted] = average
-            sums[i] += torch.stack([average.sum(), (found / possible).sum(), (found > 0).double().sum()])
+            sums[i] += torch.stack([average.sum(), (n_found / possible).sum(), (n_found > 0).double().sum()])
     total = int(all_reduce((n_right > 0).sum()))
     if total == 0:
         raise ValueError("no query has anything of its label in the gallery")

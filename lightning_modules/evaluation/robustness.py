@@ -12,11 +12,12 @@ from torch import Tensor
 from lightning_modules.distributed import all_gather_rows, all_reduce, failing_together
 from lightning_modules.evaluation.inputs import (
     Array,
+    as_tensor,
     checked_features,
     checked_labels,
     first_row,
-    joined_max,
     n_joined,
+    occurring,
 )
 from lightning_modules.evaluation.linear import fit_logistic
 from lightning_modules.evaluation.result import PER_SAMPLE, Result
@@ -103,45 +104,46 @@ def robustness(
         raise ValueError('a shifted set cannot be named "base": results have the base set under that name')
     if not 0 < held_out < 1 or not inverse_penalties or top < 1:
         raise ValueError(f"bad settings: {held_out=}, {inverse_penalties=}, {top=}")
-    n, n_classes = n_joined(y), joined_max(y) + 1
-    if n < 2 or int((all_reduce(torch.bincount(y, minlength=n_classes)) > 0).sum()) < 2:
+    n, classes = n_joined(y), occurring(y)
+    if n < 2 or len(classes) < 2:
         raise ValueError("the base set has one class only, or no samples")
     with failing_together():
         prepared = {
-            name: _prepared(name, data, x.shape[1], n_classes, device) for name, data in shifted.items()
+            name: _prepared(name, data, x.shape[1], classes, device) for name, data in shifted.items()
         }
 
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     mask = torch.zeros(n, dtype=torch.bool)
     mask[order[: min(max(1, round(held_out * n)), n - 1)]] = True
     out = mask[first_row(y) :][: len(y)].to(y.device)
-    fitted, answers = x[~out], y[~out]
+    places = torch.searchsorted(classes, y)  # of the labels, among the columns of a head
+    fitted, answers = x[~out], places[~out]
     scores, head = [], None
     heads = []
     for c in sorted(inverse_penalties):
-        head = fit_logistic(fitted, answers, n_classes, inverse_penalty=c, max_iter=max_iter, start=head)
+        head = fit_logistic(fitted, answers, len(classes), inverse_penalty=c, max_iter=max_iter, start=head)
         heads.append(head)
-        scores.append(int(all_reduce((head(x[out]).argmax(1) == y[out]).sum())))
+        scores.append(int(all_reduce((head(x[out]).argmax(1) == places[out]).sum())))
     best = int(np.argmax(scores))
     head = heads[best]
-    every = torch.ones(n_classes, dtype=torch.bool, device=x.device)
+    every = torch.ones_like(classes, dtype=torch.bool)
     results, correct = {}, {}
     for name, (features, right, own, allowed) in {
         "base": (x[out], y[out, None], y[out], every),
         **prepared,
     }.items():
-        results[name], correct[name] = _scores(head(features), right, own, allowed, top)
+        results[name], correct[name] = _scores(head(features), classes, right, own, allowed, top)
     return RobustnessResult(results, float(sorted(inverse_penalties)[best]), correct)
 
 
 def _prepared(
-    name: str, data: ShiftedSet, dimension: int, n_classes: int, device: str | torch.device
+    name: str, data: ShiftedSet, dimension: int, classes: Tensor, device: str | torch.device
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Features, right base classes (n, m), -1 for none, own labels, and the base classes to choose from."""
+    """Features, right base classes (n, m), -1 for none, own labels, and which of `classes` to choose from."""
     features = checked_features(name, data.features, device)
     if features.shape[1] != dimension:
         raise ValueError(f"{name}: features have {features.shape[1]} dimensions, the base set's {dimension}")
-    labels = torch.as_tensor(data.labels).to(device)
+    labels = as_tensor(data.labels).to(device)
     if labels.is_floating_point():
         raise TypeError(f"{name}: labels must be integers, got {labels.dtype}")
     if labels.ndim not in (1, 2) or len(labels) != len(features):
@@ -151,12 +153,12 @@ def _prepared(
     labels = labels.long()
     own = labels if labels.ndim == 1 else None
     right = labels[:, None] if labels.ndim == 1 else labels
-    allowed = torch.ones(n_classes, dtype=torch.bool, device=device)
+    allowed = torch.ones_like(classes, dtype=torch.bool)
     if data.classes is not None:
         groups = [[c] if isinstance(c, int | np.integer) else list(c) for c in data.classes]
         flat = [int(c) for group in groups for c in group]
-        if not flat or min(flat) < 0 or max(flat) >= n_classes:
-            raise ValueError(f"{name}: its class map names base classes outside 0..{n_classes - 1}")
+        if not flat or min(flat) < 0 or max(flat) > int(classes[-1]):
+            raise ValueError(f"{name}: its class map names base classes outside 0..{int(classes[-1])}")
         if len(right) and int(right.max()) >= len(groups):
             raise ValueError(f"{name}: label {int(right.max())} is not in its map of {len(groups)} classes")
         width = max(map(len, groups))
@@ -165,32 +167,31 @@ def _prepared(
             table[i, : len(group)] = torch.tensor(group)
         table = table.to(device)
         right = table[right.clamp_min(-1)].flatten(1)  # -1 takes the last row, which is empty
-        allowed = torch.zeros_like(allowed)
-        allowed[flat] = True
-    elif unknown := int(((right >= 0).any(1) & ~((right >= 0) & (right < n_classes)).any(1)).sum()):
+        allowed = torch.isin(classes, torch.tensor(flat, device=device))
+    elif unknown := int(((right >= 0).any(1) & ~torch.isin(right, classes).any(1)).sum()):
         log.warning(
-            "%s: %d of %d samples have labels that no base class has (the base classes are 0..%d), which no "
-            "prediction can meet; give `classes` if the labels are numbered differently",
-            name, unknown, len(right), n_classes - 1,
+            "%s: %d of %d samples have labels that no base class has (the %d base classes lie in %d..%d), "
+            "which no prediction can meet; give `classes` if the labels are numbered differently",
+            name, unknown, len(right), len(classes), int(classes[0]), int(classes[-1]),
         )  # fmt: skip
     return features, right, own, allowed
 
 
 def _scores(
-    logits: Tensor, right: Tensor, own: Tensor | None, allowed: Tensor, top: int
+    logits: Tensor, classes: Tensor, right: Tensor, own: Tensor | None, allowed: Tensor, top: int
 ) -> tuple[dict[str, float], np.ndarray]:
     """The figures of a set over all ranks, and which of this rank's samples are right."""
     best = logits.masked_fill(~allowed, -torch.inf).topk(min(top, int(allowed.sum())), dim=1).indices
     known = (right >= 0).any(1)
-    hits = (right[:, :, None] == best[:, None, :]).flatten(1).any(1)
+    hits = (right[:, :, None] == classes[best][:, None, :]).flatten(1).any(1)
     hit = hits[known].long()
     total = n_joined(hit)
     class_average = float("nan")
     if own is not None and total:
-        labels = all_gather_rows(own[known])
+        _, labels = all_gather_rows(own[known]).unique(return_inverse=True)
         count = torch.bincount(labels)
         shares = torch.bincount(labels, weights=all_gather_rows(hit).double()) / count
-        class_average = float(shares[count > 0].mean())
+        class_average = float(shares.mean())
     figures = {
         "accuracy": int(all_reduce(hit.sum())) / total if total else float("nan"),
         "class_average": class_average,

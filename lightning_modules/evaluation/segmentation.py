@@ -18,7 +18,7 @@ from lightning_modules.evaluation.dense import (
     train_layer,
     upsampled,
 )
-from lightning_modules.evaluation.inputs import Array
+from lightning_modules.evaluation.inputs import Array, as_tensor
 from lightning_modules.evaluation.result import PER_SAMPLE, Result
 
 
@@ -92,7 +92,7 @@ def segmentation(
     def loss_of(outputs: list[Tensor], rows: list[int]) -> tuple[Tensor, Tensor]:
         total, count = torch.zeros((), device=device), torch.zeros((), device=device)
         for output, i in zip(outputs, rows):
-            mask = torch.as_tensor(train.maps[i]).to(device, torch.int64)
+            mask = as_tensor(train.maps[i]).to(device, torch.int64)
             logits = upsampled(output, tuple(mask.shape))
             total = total + F.cross_entropy(
                 logits[None], mask[None], ignore_index=ignore_label, reduction="sum"
@@ -106,7 +106,7 @@ def segmentation(
     counts = np.zeros((len(test), 3, n_classes), np.int64)
     with torch.no_grad():
         for i in range(len(test)):
-            mask = torch.as_tensor(test.maps[i]).to(device, torch.int64)
+            mask = as_tensor(test.maps[i]).to(device, torch.int64)
             predicted = upsampled(layer(test.token_map(i, device)), tuple(mask.shape)).argmax(0)
             known = mask != ignore_label
             own = torch.bincount(mask[known] * n_classes + predicted[known], minlength=n_classes**2)

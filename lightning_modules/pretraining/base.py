@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_modules.backbones import build_backbone
 from lightning_modules.distributed import rank, world_size
 from lightning_modules.optim import mark_vectors
-from lightning_modules.schedules import scaled_learning_rate, warmup_cosine
+from lightning_modules.schedules import scaled_learning_rate, steps_of_run, warmup_cosine
 from lightning_modules.views import EvalTransform, eval_transform
 
 log = logging.getLogger(__name__)
@@ -174,15 +174,11 @@ class PretrainingModule(L.LightningModule):
         """Optimiser steps of the whole run, as schedules count them.
 
         Raises:
-            ValueError: the Trainer has neither `max_epochs` nor `max_steps`, so no schedule can end.
+            ValueError: the Trainer has neither `max_epochs` nor `max_steps`, or `max_epochs` and a loader
+                without a length, so no schedule can end.
         """
         if self._n_steps is None:
-            total = self.trainer.estimated_stepping_batches
-            if total == float("inf"):
-                raise ValueError(
-                    "the learning rate's schedule needs an end: give the Trainer max_epochs or max_steps"
-                )
-            self._n_steps = int(total)
+            self._n_steps = steps_of_run(self.trainer.estimated_stepping_batches)
         return self._n_steps
 
     def epochs_to_steps(self, epochs: float) -> int:

@@ -57,6 +57,48 @@ def test_knn_is_brute_force_and_scikit_learn(features):
     assert euclidean.accuracy[15] == pytest.approx(theirs, abs=0.011)  # one sample: ties are broken otherwise
 
 
+@pytest.mark.parametrize("temperature", [0.005, 0.0005, 1e-30])
+def test_a_low_temperature_of_far_neighbours(temperature):
+    """Neighbours at cosines of about 0.2, whose exp((s - 1) / temperature) are 0 in float32."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 1200)
+    x = 0.12 * rng.normal(size=(10, 384))[labels] + rng.normal(size=(1200, 384))
+    train, test = x[:1000] / np.linalg.norm(x[:1000], axis=1, keepdims=True), x[1000:]
+    similarity = test / np.linalg.norm(test, axis=1, keepdims=True) @ train.T
+    nearest = np.argsort(-similarity)[:, :20]
+    near = np.take_along_axis(similarity, nearest, 1)
+    weights = np.exp((near - near[:, :1]) / temperature)
+    votes = np.stack([(weights * (labels[nearest] == c)).sum(1) for c in range(10)], 1)
+    result = knn(x[:1000], labels[:1000], test, labels[1000:], k=20, temperature=temperature)
+    assert near.max() < 0.5
+    np.testing.assert_array_equal(result.correct[20], votes.argmax(1) == labels[1000:])
+
+
+IDS = np.array([3, 47_115, 1_462_345, 15_300_000, 2**40])  # as taxa and WordNet offsets are numbered
+
+
+@pytest.mark.parametrize("ids", [np.arange(5), IDS])
+def test_labels_of_any_size(features, ids):
+    """The largest class occurs in the test set alone and is always wrong, on one process and on two."""
+    train, train_labels, test, test_labels = features
+    known = train_labels < 4
+    train, train_labels = train[known], train_labels[known]
+    predicted = brute_force(train, train_labels, test, 7, 0.07)
+
+    def share(rank):  # the first has no test sample of the last two classes, the second no other
+        mine = slice(0, 40) if rank == 0 else slice(40, None)
+        tested = (test_labels < 3) == (rank == 0)
+        found = knn(train[mine], ids[train_labels[mine]], test[tested], ids[test_labels[tested]], k=7)
+        return [found.accuracy, found.per_class]
+
+    whole = knn(train, ids[train_labels], test, ids[test_labels], k=7)
+    each = {int(ids[c]): (predicted == c)[test_labels == c].mean() for c in range(5)}
+    assert each[int(ids[4])] == 0
+    for accuracy, per_class in [[whole.accuracy, whole.per_class], *on_two_ranks(share)]:
+        assert accuracy[7] == pytest.approx((predicted == test_labels).mean())
+        assert per_class[7] == pytest.approx(each)
+
+
 def test_ranks_join_to_the_same_result(features):
     train, train_labels, test, test_labels = features
 

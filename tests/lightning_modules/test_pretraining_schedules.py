@@ -32,6 +32,11 @@ def test_a_loader_without_a_length_needs_the_batches_of_an_epoch():
     module = build("simclr")
     with pytest.raises(ValueError, match="limit_train_batches"):
         L.Trainer(**options).fit(module, DataLoader(Endless(module), batch_size=4))
+    without_warmup = build("simclr", warmup_epochs=0)
+    with pytest.raises(ValueError, match="no length: give the Trainer max_steps"):
+        L.Trainer(**options | {"max_steps": -1, "max_epochs": 1}).fit(
+            without_warmup, DataLoader(Endless(module), batch_size=4)
+        )
     trainer = L.Trainer(**options, limit_train_batches=2)
     trainer.fit(module, DataLoader(Endless(module), batch_size=4))
     assert trainer.global_step == 3

@@ -1,5 +1,6 @@
 """Clustering metrics and long-tail groups against scikit-learn, scipy and brute force."""
 
+import dataclasses
 import itertools
 import json
 
@@ -57,6 +58,14 @@ def test_numbers_of_clusters_may_be_large():
     small = clustering(assignment, labels)
     assert found.matching == {c * 10**12: k for c, k in small.matching.items()} == {3 * 10**12: 0, 0: 1}
     assert (found.accuracy, found.macro_f1, found.n_clusters) == (small.accuracy, small.macro_f1, 3)
+
+
+def test_numbers_of_classes_may_be_large():
+    assignment, labels = np.array([3, 3, 0, 0, 7]), np.array([0, 0, 1, 1, 2])
+    ids = np.array([7, 47_115, 2**40])
+    found, small = clustering(assignment, ids[labels]), clustering(assignment, labels)
+    assert found.matching == {3: 7, 0: 47_115, 7: 2**40}
+    assert found == dataclasses.replace(small, matching=found.matching)
 
 
 def test_more_clusters_than_classes_leave_some_unmatched():

@@ -81,6 +81,21 @@ def test_depth_that_tokens_tell_and_pixels_that_do_not_count():
     assert chance.rmse > 1.4 * result.rmse
 
 
+@pytest.mark.parametrize("kind", ["uint16", "uint32", "int32"])
+def test_depths_as_pngs_hold_them(kind):
+    """Millimetres in whole numbers give the figures of the same depths as float32, 0 counts nowhere."""
+    tokens, _, depths = scenes()
+    depths = (1000 * depths).astype(kind)
+    depths[:, 0] = 0
+    quick, options = DenseSettings(n_iter=5, batch_size=4), {"min_depth": 1, "max_depth": 8000}
+    found, want = (
+        depth(tokens[:18], maps[:18], tokens[18:], maps[18:], settings=quick, **options)
+        for maps in (depths, depths.astype(np.float32))
+    )
+    assert found == want
+    assert found.n_invalid == 6 * 16
+
+
 def _share(rank, tokens, masks, depths):
     a = slice(None, 18) if rank is None else slice(0, 5) if rank == 0 else slice(5, 18)
     b = slice(18, None) if rank is None else slice(18, 21) if rank == 0 else slice(21, None)

@@ -52,6 +52,15 @@ def test_small_groups_are_reported_and_left_out(tmp_path):
     assert (tmp_path / "r.csv").read_text().splitlines()[-1].startswith("gap,0.5")
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, float])
+def test_nan_of_any_type_is_no_group(kind):
+    groups = [kind(group) for group in (1, 2, np.nan, 2)]
+    for given in (groups, np.array(groups), np.array(groups, object)):
+        result = fairness(np.array([1.0, 0, 1, 1]), given)
+        assert set(result.groups) == {"1.0", "2.0"}
+        assert result.n_ungrouped == 1
+
+
 def _share(rank, values, groups):
     part = slice(0, 200) if rank == 0 else slice(200, None)
     result = fairness(values[part], groups[part])

@@ -30,6 +30,14 @@ def test_alignment_and_uniformity_are_their_definitions():
     assert result.feature_deviation == pytest.approx(unit_x.std(0).mean() * np.sqrt(5), rel=1e-5)
 
 
+def test_norms_beyond_the_range_of_their_squares():
+    x = np.random.default_rng(0).normal(size=(70, 5))
+    want, found = (health(z, z[::-1].copy()) for z in (x, x * 1e25))
+    assert found.alignment == pytest.approx(want.alignment, rel=1e-5)
+    assert found.uniformity == pytest.approx(want.uniformity, rel=1e-5)
+    assert found.effective_rank == pytest.approx(want.effective_rank, rel=1e-5)
+
+
 def test_collapse_shows():
     x = torch.ones(30, 6) + 1e-6 * torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     result = health(x, x)

@@ -156,6 +156,24 @@ def test_classes_missing_on_one_side():
     assert one.heads[0]["class_average"] == one.accuracy
 
 
+def _share_of_ids(rank, x, y, ids):
+    x, y, ids = map(torch.from_numpy, (x, y, ids))
+    train, test = ((slice(0, 90), slice(300, 360)), (slice(90, 300), slice(360, 400)))[rank]
+    settings = dataclasses.replace(QUICK, protocols=("sgd", "logistic", "few_shot"), shots=(3,), n_draws=2)
+    known = y[train] != 3
+    result = linear(x[train][known], ids[y[train][known]], x[test], ids[y[test]], settings=settings)
+    return [*result.grid.values(), *(head["class_average"] for head in result.heads), result.n_classes]
+
+
+def test_labels_of_any_size():
+    """Ids in the millions are classes 0, 1, 2 and, in the test set alone, 3."""
+    x, y = (part.numpy() for part in data())
+    ids = np.array([7, 47_115, 1_462_345, 2**40])
+    want = on_two_ranks(_share_of_ids, x, y, np.arange(4))
+    assert on_two_ranks(_share_of_ids, x, y, ids) == want
+    assert want[0][-1] == 3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

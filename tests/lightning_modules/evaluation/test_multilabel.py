@@ -51,6 +51,23 @@ def test_two_ranks_get_the_result_of_one():
         assert found == pytest.approx(_share(None), abs=1e-6)
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_large_part_held_out_leaves_a_sample(n):
+    """The only C is chosen, whatever is left to choose it on; then all of train counts, marked or not."""
+    x, marks = data()
+    marks[:3] = [[1, 1, -1], [0, -1, 1], [-1, 0, 0]]
+    found = multilabel(x[:n], marks[:n], x[200:], marks[200:], held_out=0.9, inverse_penalties=(0.5,))
+    for c in range(3):
+        known, asked = marks[:n, c] >= 0, marks[200:, c] >= 0
+        if len(set(marks[:n, c][known])) < 2:
+            assert np.isnan(found.average_precision[c])
+            continue
+        head = LogisticRegression(C=1.0, tol=1e-8).fit(x[:n][known], marks[:n, c][known])
+        want = average_precision_score(marks[200:, c][asked], head.decision_function(x[200:][asked]))
+        assert found.average_precision[c] == pytest.approx(want, abs=0.01)
+        assert found.inverse_penalty[c] == 0.5
+
+
 def test_bad_input_is_named():
     x, marks = data()
     with pytest.raises(ValueError, match=r"expected marks \(300, C\)"):
@@ -59,5 +76,7 @@ def test_bad_input_is_named():
         multilabel(x, marks + 1, x, marks)
     with pytest.raises(ValueError, match="no whole numbers"):
         multilabel(x, marks * 0.5, x, marks)
+    with pytest.raises(ValueError, match=r"two samples or more.*got 1"):
+        multilabel(x[:1], marks[:1], x, marks)
     with pytest.raises(ValueError, match="no class has a positive"):
         multilabel(x, marks * 0, x, marks)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from lightning_modules.evaluation import nearest
 from lightning_modules.evaluation.knn import knn
+from lightning_modules.evaluation.retrieval import retrieval
 from tests.lightning_modules.ranks import on_two_ranks
 
 
@@ -51,6 +52,18 @@ def test_norms_beyond_the_range_of_their_squares():
     spread = bank * torch.logspace(-10, 25, 300)[:, None]
     for want, found in zip(nearest.top_rows(bank[:9], bank, 7), nearest.top_rows(bank[:9], spread, 7)):
         torch.testing.assert_close(found, want)
+
+
+def test_queries_of_such_norms():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 6, (300,), generator=generator)
+    x = F.one_hot(labels, 8) + 0.5 * torch.randn(300, 8, generator=generator)
+    bank, queries, spread = x[:200], x[200:], x[200:] * torch.logspace(-10, 35, 100)[:, None]
+    want, found = (knn(bank, labels[:200], each, labels[200:], k=5) for each in (queries, spread))
+    assert found == want
+    truth = {"query_labels": labels[200:], "gallery_labels": labels[:200]}
+    want, found = (retrieval(each, bank, **truth, k=5).scores["5"] for each in (queries, spread))
+    assert found == pytest.approx(want)
 
 
 def test_no_queries_or_no_bank():

@@ -52,6 +52,29 @@ def test_seeds_give_students_intervals():
     assert result.models["vgg"]["low_b"] == result.models["vgg"]["accuracy_b"]
 
 
+def test_seeds_that_agree_count_as_one():
+    """Three of them: the mean of three equal numbers may be off by a rounding."""
+    once_a, once_b = A, A | {"vgg": A["resnet"], "resnet": A["vgg"]}
+    three_a, three_b = ({name: [value] * 3 for name, value in once.items()} for once in (once_a, once_b))
+    for n_test in (None, 50, 10_000):
+        want = ranking(once_a, once_b, n_test_a=n_test, n_test_b=n_test)
+        found = ranking(three_a, three_b, n_test_a=n_test, n_test_b=n_test)
+        for name, model in want.models.items():
+            assert found.models[name] == pytest.approx(model)
+        (swap,), (same) = want.swaps, found.swaps
+        assert [(s["models"], s["significant"]) for s in same] == [(["vgg", "resnet"], n_test == 10_000)]
+        assert (same[0]["p_a"], same[0]["p_b"]) == pytest.approx((swap["p_a"], swap["p_b"]))
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")  # scipy's word on seeds that agree
+def test_one_models_seeds_that_agree_are_tested_against_anothers():
+    seeds = {"vgg": [0.70, 0.70, 0.70], "resnet": [0.75, 0.76, 0.77]}
+    turned = {"vgg": seeds["resnet"], "resnet": seeds["vgg"]}
+    (swap,) = ranking(A | seeds, A | turned).swaps
+    want = stats.ttest_ind(seeds["vgg"], seeds["resnet"], equal_var=False).pvalue
+    assert (swap["p_a"], swap["p_b"]) == pytest.approx((want, want))
+
+
 def test_perfect_reversed_and_tied():
     perfect = ranking(A, A)
     assert (perfect.spearman, perfect.kendall, perfect.fit.slope, perfect.fit.r_squared) == pytest.approx(

@@ -37,6 +37,13 @@ def test_by_label_is_torchmetrics():
             assert result.scores[str(k)][name] == pytest.approx(want, abs=1e-6), (k, name)
 
 
+def test_labels_of_any_size():
+    q, ql, g, gl = data()
+    ids = torch.tensor([7, 47_115, 1_462_345, 15_300_000, 2**40])
+    want = retrieval(q, g, query_labels=ql, gallery_labels=gl, k=5)
+    assert retrieval(q, g, query_labels=ids[ql], gallery_labels=ids[gl], k=5) == want
+
+
 def test_leaving_oneself_out():
     q, ql, *_ = data()
     ql = torch.cat([ql[:-1], torch.tensor([9])])  # the last has nobody of its label

@@ -53,7 +53,26 @@ def test_labels_that_no_base_class_has_are_wrong_and_warned_of(caplog):
     }
     assert robustness(*base(), sets).sets["far"]["accuracy"] == 0.5
     (line,) = caplog.messages
-    assert "far: 2 of 4 samples have labels that no base class has (the base classes are 0..3)" in line
+    assert "far: 2 of 4 samples have labels that no base class has (the 4 base classes lie in 0..3)" in line
+
+
+def test_labels_of_any_size():
+    """Ids in the millions are classes 0 .. 3, one of which stands for no label of the set with a map."""
+    x, y = base()
+    own = torch.tensor([0, 1, 1, 2])
+    figures = []
+    for ids in (torch.arange(4), torch.tensor([7, 47_115, 1_462_345, 2**40])):
+        a, b, c, d = ids.tolist()
+        sets = {
+            "plain": ShiftedSet(POINTS, torch.tensor([a, b, a, d])),
+            "several": ShiftedSet(POINTS, torch.tensor([[d, a], [c, a], [c, -1], [-1, -1]])),
+            "mapped": ShiftedSet(POINTS, own, classes=[a, [b, d], d]),
+        }
+        figures.append(robustness(x, ids[y], sets, inverse_penalties=(1.0,)).sets)
+    assert figures[0]["plain"]["accuracy"] == 0.75
+    assert figures[0]["mapped"]["n_classes"] == 3
+    for name, row in figures[0].items():
+        assert figures[1][name] == pytest.approx(row, nan_ok=True)
 
 
 def test_the_head_is_scikit_learns():
