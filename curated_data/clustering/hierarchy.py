@@ -18,7 +18,7 @@ from curated_data.clustering.kmeans import check_settings, fit_rows, full_precis
 from curated_data.clustering.levels import Level, checked_levels, choose_levels, resampled_size
 from curated_data.clustering.lloyd import Fit
 from curated_data.clustering.nearest import nearest, squared_distances
-from curated_data.clustering.neighbourhoods import loses_little, nearest_nearby, sampled_loss
+from curated_data.clustering.neighbourhoods import loses_little, nearest_nearby, nearest_of_all, sampled_loss
 from curated_data.clustering.rows import Matrix, Rows, describe_memory, peak_memory, rank_range, read_rows
 from curated_data.clustering.splits import split_level
 from curated_data.clustering.tree import ClusterTree
@@ -289,7 +289,7 @@ def _extend(rows: Rows, picked: np.ndarray, fit: Fit) -> tuple[np.ndarray, np.nd
         loss = sampled_loss(mine, fit.centroids, own, first=first, n=len(rest))
         own = own if loses_little(distributed.all_reduce(loss)) else None
     if own is None:
-        own = nearest(mine, fit.centroids)
+        own = nearest_of_all(mine, fit.centroids, world) if rows.fits() else nearest(mine, fit.centroids)
     gaps = squared_distances(mine, fit.centroids, own).astype(np.float32)
     assignment[rest] = np.concatenate(distributed.all_gather(own))
     squared[rest] = np.concatenate(distributed.all_gather(gaps))

@@ -176,16 +176,18 @@ class Lloyd:
     def _assign(self, moved: np.ndarray | None) -> float:
         """Assign every row to its nearest centroid, knowing which moved (None: all); returns the inertia."""
         bounds, before = self.bounds, self.bounds.assignment.copy()
-        every, everything = np.arange(self.k), Centroids(self.centroids)
-        if moved is None or moved.sum() > 0.5 * self.k:
-            self.rows.map(
-                lambda start, stop, block: bounds.compare(slice(start, stop), block, every, everything)
-            )
+        most = moved is None or moved.sum() > 0.5 * self.k
+        if most and self.near is not None and self.near.completes(self.centroids):
+            self.near.look_exactly(self.centroids, bounds)
         else:
-            ids = widened(moved)
-            some = Centroids(rows_at(self.centroids, ids))
+            every, everything = np.arange(self.k), Centroids(self.centroids)
+            ids = every if most or moved is None else widened(moved)
+            some = Centroids(rows_at(self.centroids, ids)) if not most else everything
 
             def look(start: int, stop: int, block: torch.Tensor) -> None:
+                if most:
+                    bounds.compare(slice(start, stop), block, every, everything)
+                    return
                 unsure = bounds.compare_moved(slice(start, stop), block, ids, some)
                 if len(unsure):
                     bounds.compare(unsure + start, rows_at(block, unsure), every, everything)

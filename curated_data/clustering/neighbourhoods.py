@@ -14,12 +14,13 @@ import torch
 
 from curated_data import distributed
 from curated_data.clustering.bounds import WIDTH, Bounds, widened
-from curated_data.clustering.nearest import Centroids, fill, nearest_columns, squared_distances
+from curated_data.clustering.nearest import Centroids, fill, nearest, nearest_columns, squared_distances
 from curated_data.clustering.rows import Rows, blocks, parallel_map, rows_at
 
 MANY = 1024  # centroids from which neighbourhoods save more than they cost
 FEW = 256  # centroids, to compare with which takes no longer than to look around cells
 _CANDIDATES = 256  # centroids in a neighbourhood
+_COMPLETE = 0.1  # share of cells with complete neighbourhoods, from which to tell them apart is worth it
 _SAMPLE = 1024  # rows on which the loss is measured
 
 
@@ -57,7 +58,7 @@ class Neighbourhoods:
             moved: (k,) bool, which centroids have moved since `bounds` were updated last; None for all. A
                 cell is compared with those near it, or with its whole neighbourhood if they are most of it.
         """
-        near = self._neighbours(centroids)
+        near, _ = self._neighbours(centroids)
         fresh = within = near >= 0
         if moved is not None:
             fresh = moved[near] & within
@@ -89,8 +90,35 @@ class Neighbourhoods:
 
         parallel_map(one, [cell for cell in self.cells if stale(*cell)])
 
-    def _neighbours(self, centroids: torch.Tensor) -> np.ndarray:
-        """The centroids nearest to each centre, (c, m) int64, in ascending order; -1 for those out of reach.
+    def completes(self, centroids: torch.Tensor) -> bool:
+        """Whether enough cells reach no farther than their neighbourhoods for `look_exactly` to save time."""
+        return bool(self._neighbours(centroids)[1].mean() >= _COMPLETE)
+
+    def look_exactly(self, centroids: torch.Tensor, bounds: Bounds) -> None:
+        """Update each row's nearest of all centroids and the bound on all others.
+
+        Rows of a cell that reaches no farther than its neighbourhood are compared with that, others with all.
+        """
+        seen, complete = self._neighbours(centroids)
+        self.seen = seen
+        every, everything = np.arange(len(centroids)), Centroids(centroids)
+
+        def one(c: int, a: int, b: int) -> None:
+            ids = seen[c, seen[c] >= 0]
+            some = Centroids(rows_at(centroids, ids), small=True)
+            bounds.compare(self.order[a:b], self.rows.block(a, b), ids, some)
+
+        def others(start: int, stop: int, block: torch.Tensor) -> None:
+            bounds.compare(self.order[rest[start:stop]], block, every, everything)
+
+        parallel_map(one, [cell for cell in self.cells if complete[cell[0]]])
+        parts = [np.arange(a, b) for c, a, b in self.cells if not complete[c]]
+        rest = np.concatenate([np.empty(0, np.int64), *parts])
+        self.rows.map(others, positions=rest)
+
+    def _neighbours(self, centroids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The centroids nearest to each centre, (c, m) int64, in ascending order, -1 for those out of reach;
+        and whether these are all that are within reach, (c,) bool.
 
         From a row at distance r from a centre, the two centroids nearest to the centre, the farther of them
         at distance d, are at most r + d away, and one at distance e is at least e - r away. So none with e
@@ -101,9 +129,10 @@ class Neighbourhoods:
         ascending = np.sort(distance, axis=1)
         reach = ascending[:, min(1, distance.shape[1] - 1)] + 2 * self.radii
         width = (ascending <= reach[:, None]).sum(1)
+        complete = (width < distance.shape[1]) | (distance.shape[1] == len(centroids))
         width += -width % WIDTH
         limit = np.take_along_axis(ascending, np.minimum(width, distance.shape[1])[:, None] - 1, axis=1)
-        return np.where(distance <= limit, near.numpy(), -1)
+        return np.where(distance <= limit, near.numpy(), -1), complete
 
 
 def _nearest_centres(rows: Rows, centres: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -129,6 +158,19 @@ def nearest_nearby(rows: Rows, centroids: torch.Tensor, world: int = 1) -> np.nd
     bounds = Bounds(len(rows))
     Neighbourhoods(rows, coarse_centres(centroids), world=world).look(centroids, None, bounds)
     return bounds.assignment
+
+
+def nearest_of_all(rows: Rows, centroids: torch.Tensor, world: int = 1) -> np.ndarray:
+    """The nearest centroid of each row, (n,) int64, without looking beyond its neighbourhood where that is
+    known to hold it.
+    """
+    if len(centroids) >= MANY and rows.device.type == "cpu":
+        near = Neighbourhoods(rows, coarse_centres(centroids), world=world)
+        if near.completes(centroids):
+            bounds = Bounds(len(rows))
+            near.look_exactly(centroids, bounds)
+            return bounds.assignment
+    return nearest(rows, centroids)
 
 
 def sampled_loss(

@@ -11,7 +11,7 @@ from curated_data.clustering import neighbourhoods
 from curated_data.clustering.bounds import WIDTH, Bounds, widened
 from curated_data.clustering.kmeans import prepare
 from curated_data.clustering.nearest import Centroids
-from curated_data.clustering.neighbourhoods import Neighbourhoods, coarse_centres
+from curated_data.clustering.neighbourhoods import Neighbourhoods, coarse_centres, nearest_of_all
 
 
 @settings(deadline=None, max_examples=40)
@@ -109,3 +109,29 @@ def test_centroids_out_of_reach_are_not_among_the_two_nearest(spread):
     np.testing.assert_array_equal(bounds.assignment, whole.assignment)
     np.testing.assert_allclose(bounds.own, whole.own, atol=1e-3)
     np.testing.assert_allclose(bounds.other, whole.other, atol=1e-3)
+
+
+@pytest.mark.parametrize(("spread", "far"), [(0.05, 3.0), (0.3, 3.0), (3.0, 3.0), (0.3, 0.0)])
+def test_an_exact_look_finds_the_two_nearest_of_all(spread, far):
+    """Beside a dense cloud, whose neighbourhoods are never complete, lie islands, whose are, or clouds."""
+    rng = np.random.default_rng(2)
+    middle = rng.normal(size=(40, 12)) * far
+    x = middle[rng.integers(0, 40, 5_000)] + rng.normal(size=(5_000, 12)) * spread
+    x[:1_500] = rng.normal(size=(1_500, 12)) * 0.5 + 20
+    rows = prepare(
+        x.astype(np.float32), metric="l2", device="cpu", valid=None, nonfinite="raise", max_memory=None
+    ).hold()
+    centroids = rows.take(rng.choice(5_000, 1_100, replace=False))
+    near, bounds = Neighbourhoods(rows, coarse_centres(centroids)), Bounds(5_000)
+    complete = near._neighbours(centroids)[1]
+    assert complete.any() == (spread < 1 and far > 0)
+    assert not complete.all()
+    near.look_exactly(centroids, bounds)
+    centred = rows.block(0, 5_000).double()
+    squared = torch.cdist(centred, centroids.double()).square() - centred.square().sum(1, keepdim=True)
+    two = squared.topk(2, largest=False)
+    own = squared.gather(1, torch.from_numpy(bounds.assignment)[:, None])[:, 0]
+    np.testing.assert_allclose(own, two.values[:, 0], atol=2e-3)
+    np.testing.assert_allclose(bounds.own, two.values[:, 0], atol=2e-3)
+    np.testing.assert_allclose(bounds.other, two.values[:, 1], atol=2e-3)
+    np.testing.assert_array_equal(nearest_of_all(rows, centroids), bounds.assignment)
