@@ -93,6 +93,9 @@ def kmeans(
     one memory map); each works on its slice of the rows, and all get the whole result. It equals that of one
     process up to the order of float64 sums.
 
+    Products are float32: rows that are nearer to each other than about 1/500 of their distance from the mean
+    of all may be taken for copies.
+
     Args:
         x: (n, d) numpy array, memory map or tensor, any float dtype. Never modified.
         n_clusters: k, at most the number of valid rows.
@@ -111,8 +114,8 @@ def kmeans(
             warning, or "raise".
         max_memory: bytes for rows held as float32, of which there are up to three arrays; if one would take
             more than a third, rows are read from `x` in blocks at every pass. None takes a quarter of the
-            machine's memory, or of the CUDA device's. Not counted: about 60 bytes per row, 12 bytes per
-            dimension of a centroid, and up to 200 MiB of blocks and scores in use.
+            machine's memory, or of the CUDA device's. Not counted: about 70 bytes per row, 12 bytes per
+            dimension of a centroid, and up to 350 MiB of blocks and scores in use.
 
     Raises:
         ValueError: arguments out of range, more clusters than valid rows, or non-finite rows under "raise".

@@ -20,6 +20,8 @@ def runs(folder, world):
     small = np.array(x[:700])
     broken = np.array(x[:5000])
     broken[[4, 4500]] = np.nan
+    islands = np.array(x)  # whose neighbourhoods hold all that is within reach
+    islands[np.arange(N), np.arange(N) % 7] += 40
     flat = {
         "l2": kmeans(x, 50, seed=1),
         "cosine": kmeans(x, 50, seed=1, metric="cosine", n_init=2),
@@ -30,6 +32,7 @@ def runs(folder, world):
         "streamed": kmeans(x, 50, seed=1, max_memory=300_000),
     }
     trees = {
+        "islands": hierarchical_kmeans(islands, [Level(1100, 2, 4), Level(20)], seed=4),
         "resampled": hierarchical_kmeans(x, [Level(300, 2, 8), Level(30, 1, 4)], seed=1, resample="random"),
         "splits": hierarchical_kmeans(x, [Level(20, n_splits=8), Level(12)], seed=1),
         "kept": hierarchical_kmeans(
