@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from curated_data.embedding.embedders import Embedder
-from curated_data.errors import CuratedDataError, EmbedderError, SampleError, first_line
+from curated_data.errors import CuratedDataError, EmbedderError, first_line
 from curated_data.pool import ShardPool
-from curated_data.pool.decode import Decoders, decode_sample
+from curated_data.pool.decode import Decoders, decode_content
 from curated_data.processes import start_method, starting_workers
 
 
@@ -127,12 +127,9 @@ class _Preprocessed(Dataset):
         inputs, reasons = [], []
         for sample in self.pool.read(ids):
             try:
-                decoded = decode_sample(
+                value = decode_content(
                     sample, decoders=self.decoders, image_extensions=self.pool.image_extensions
                 )
-                value = next((decoded[name] for name in ("image", "text", "array") if name in decoded), None)
-                if value is None:
-                    raise SampleError(f"nothing to embed among its members: {sorted(sample)}")
                 inputs.append(_checked_input(self.preprocess(value)))
                 reasons.append("")
             except EmbedderError:

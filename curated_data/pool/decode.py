@@ -7,7 +7,7 @@ simplejpeg, but deprecated since torchvision 0.29, and its PNG decoder crashes o
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,48 +97,51 @@ def decode_sample(
         SampleError: no member can be decoded (lists those there are), or decoding one fails; names the shard,
             key and member.
     """
-    decoders = decoders or {}
-    members = {name: content for name, content in sample.items() if not name.startswith("__")}
+    parts = _parts(sample, decoders or {}, image_extensions)
     decoded: dict[str, Any] = {}
+    for field, part in parts.items():
 
-    def decode(name: str, default: Callable[[bytes], Any]) -> Any:
-        decoder = decoders.get(name) or decoders.get(name.rpartition(".")[2]) or default
-        try:
-            return decoder(members[name])
-        except Exception as error:  # own decoders may raise anything; the error must name the sample
-            raise undecodable(sample, name, error) from error
+        def image(data: bytes, member: str = part.member) -> Any:
+            return EncodedImage(member, data) if encoded else decode_image(data, min_size=min_size)
 
-    image = _first(members, image_extensions)
-    array = _first(members, ("npy",))
-    text = _first(members, TEXT_EXTENSIONS)
-    if image is not None:
-
-        def default(data: bytes) -> Any:
-            return EncodedImage(image, data) if encoded else decode_image(data, min_size=min_size)
-
-        decoded["image"] = decode(image, default)
-    if array is not None:
-        decoded["array"] = decode(array, decode_array)
-    if text is not None:
-        decoded["caption" if decoded else "text"] = decode(text, lambda data: data.decode("utf-8"))
-    if "cls" in members:
-        decoded["label"] = decode("cls", _label)
-    if "json" in members:
-        decoded["metadata"] = decode("json", json.loads)
-    known = {image, array, text, "cls", "json"}
-    for name in members:
-        if name not in known and (name in decoders or name.rpartition(".")[2] in decoders):
-            decoded[name] = decode(name, bytes)
-            known.add(name)
+        decoded[field] = _decode(sample, part, _DEFAULTS.get(field, image))
     if not decoded.keys() - {"label", "metadata"}:
-        _text_from_metadata(decoded)
-    if not decoded.keys() - {"label", "metadata"}:
-        has = ", ".join(sample.get("__members__") or members) or "nothing"
-        wanted = "/".join(image_extensions[:4])
-        raise SampleError(
-            f"{place_of(sample)}: no image member ({wanted}, ...), array or text; it has: {has}"
-        )
+        text = _text_of(decoded.get("metadata"))
+        if text is None:
+            raise _lacking(sample, f"image member ({'/'.join(image_extensions[:4])}, ...), array or text")
+        decoded["text"] = text
     return decoded
+
+
+def decode_content(
+    sample: Mapping[str, Any],
+    *,
+    decoders: Decoders | None = None,
+    image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
+) -> Any:
+    """What embedding takes of a sample: its image, or without one its array or text.
+
+    Nothing else is decoded, so that a label or caption that cannot be does no harm.
+
+    Args:
+        sample, decoders, image_extensions: as for `decode_sample`.
+
+    Raises:
+        SampleError: there is nothing of the kind, or decoding it fails; names the shard, key and member.
+    """
+    parts = _parts(sample, decoders or {}, image_extensions)
+    field = next((name for name in ("image", "text", "array") if name in parts), None)
+    if field is not None:
+        value = _decode(sample, parts[field], _DEFAULTS.get(field, decode_image))
+        if value is None:
+            raise undecodable(sample, parts[field].member, SampleError("its decoder gave None"))
+        return value
+    text = None
+    if parts.keys() in ({"metadata"}, {"metadata", "label"}):
+        text = _text_of(_decode(sample, parts["metadata"], json.loads))
+    if text is None:
+        raise _lacking(sample, f"image member ({'/'.join(image_extensions[:4])}, ...), array or text")
+    return text
 
 
 def place_of(sample: Mapping[str, Any]) -> str:
@@ -150,6 +153,55 @@ def undecodable(sample: Mapping[str, Any], member: str, error: Exception) -> Sam
     """The error for a member that cannot be decoded; names shard, key, member and reason."""
     reason = str(error) if isinstance(error, SampleError) else f"{type(error).__name__}: {error}"
     return SampleError(f"{place_of(sample)}, member {member!r}: {reason}")
+
+
+class _Part(NamedTuple):
+    """The member that a field is decoded from, and the user's decoder for it."""
+
+    member: str
+    own: Callable[[bytes], Any] | None
+
+
+def _parts(
+    sample: Mapping[str, Any], decoders: Decoders, image_extensions: Sequence[str]
+) -> dict[str, _Part]:
+    """What there is to decode in a sample, by field."""
+    members = [name for name in sample if not name.startswith("__")]
+    parts: dict[str, _Part] = {}
+
+    def add(field: str, member: str) -> None:
+        parts[field] = _Part(member, decoders.get(member) or decoders.get(member.rpartition(".")[2]))
+
+    image = _first(members, image_extensions)
+    array = _first(members, ("npy",))
+    text = _first(members, TEXT_EXTENSIONS)
+    if image is not None:
+        add("image", image)
+    if array is not None:
+        add("array", array)
+    if text is not None:
+        add("caption" if parts else "text", text)
+    if "cls" in members:
+        add("label", "cls")
+    if "json" in members:
+        add("metadata", "json")
+    known = {image, array, text, "cls", "json"}
+    for name in members:
+        if name not in known and (name in decoders or name.rpartition(".")[2] in decoders):
+            add(name, name)
+    return parts
+
+
+def _decode(sample: Mapping[str, Any], part: _Part, default: Callable[[bytes], Any]) -> Any:
+    try:
+        return (part.own or default)(sample[part.member])
+    except Exception as error:  # own decoders may raise anything; the error must name the sample
+        raise undecodable(sample, part.member, error) from error
+
+
+def _lacking(sample: Mapping[str, Any], what: str) -> SampleError:
+    members = sample.get("__members__") or [name for name in sample if not name.startswith("__")]
+    return SampleError(f"{place_of(sample)}: no {what}; it has: {', '.join(members) or 'nothing'}")
 
 
 def _decode_jpeg(data: bytes, min_size: int | None) -> np.ndarray | None:
@@ -202,7 +254,7 @@ def _decode_with_pillow(data: bytes, min_size: int | None) -> np.ndarray:
         ) from error
 
 
-def _first(members: Mapping[str, bytes], extensions: Sequence[str]) -> str | None:
+def _first(members: Collection[str], extensions: Sequence[str]) -> str | None:
     """The member with the most preferred extension; `left.png` counts as `png` if there is no plain one."""
     for name in extensions:
         if name in members:
@@ -220,12 +272,24 @@ def _label(data: bytes) -> int:
         raise SampleError(f"is no integer: {data[:40]!r}") from None
 
 
-def _text_from_metadata(decoded: dict[str, Any]) -> None:
-    metadata = decoded.get("metadata")
+def _text(data: bytes) -> str:
+    return data.decode("utf-8")
+
+
+def _text_of(metadata: Any) -> str | None:
     for field in ("text", "caption"):
         if isinstance(metadata, dict) and isinstance(metadata.get(field), str):
-            decoded["text"] = metadata[field]
-            return
+            return metadata[field]
+    return None
+
+
+_DEFAULTS: dict[str, Callable[[bytes], Any]] = {
+    "array": decode_array,
+    "text": _text,
+    "caption": _text,
+    "label": _label,
+    "metadata": json.loads,
+}
 
 
 def _check_pixels(width: int, height: int) -> None:

@@ -1,0 +1,77 @@
+"""What of a sample is embedded: one member, decoded alone, and in a pool of images only images."""
+
+import io
+import json
+
+import numpy as np
+import torch
+import webdataset
+
+from curated_data.cache import open_cache
+from curated_data.embedding import EmbeddingStore, ModuleEmbedder, embed_pool, resolve_embedder
+from curated_data.pool import ShardPool
+from tests.conftest import png
+
+IMAGE = png(np.full((4, 4, 3), 90, np.uint8))
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def write(path, samples: list[dict]) -> str:
+    """A shard of samples a, b, c, …"""
+    with webdataset.TarWriter(str(path)) as writer:
+        for number, sample in enumerate(samples):
+            writer.write({"__key__": "abcdefgh"[number], **sample})
+    return str(path)
+
+
+def embed(path: str, embedder, root, **settings) -> EmbeddingStore:
+    return embed_pool(ShardPool(path), embedder, open_cache(root), num_workers=0, dtype="float32", **settings)
+
+
+def of_length(text: str) -> torch.Tensor:
+    return torch.tensor([float(len(text))])
+
+
+TEXTS = ModuleEmbedder(torch.nn.Identity(), of_length, dimension=1)
+
+
+def test_members_that_are_not_embedded_do_no_harm(tmp_path):
+    bad = (
+        {"cls": b"cat"},
+        {"cls": b"3.0"},
+        {"txt": b"caf\xe9"},
+        {"json": b"{"},
+        {"npy": b"?"},
+        {"wav": b"?"},
+    )
+    path = write(tmp_path / "images.tar", [{"png": IMAGE, **extra} for extra in bad])
+    decoders = {"wav": lambda data: 1 / 0}
+    store = embed(path, resolve_embedder("pixels:2"), tmp_path / "c", decoders=decoders)
+    assert store.failures == []
+    assert len(np.unique(np.asarray(store), axis=0)) == 1
+    path = write(tmp_path / "texts.tar", [{"txt": b"four", "cls": b"cat"}, {"txt": b"sixsix", "json": b"{"}])
+    assert np.asarray(embed(path, TEXTS, tmp_path / "c")).tolist() == [[4], [6]]
+
+
+def test_what_is_embedded_must_be_readable(tmp_path):
+    samples = [
+        {"txt": b"four"},
+        {"txt": b"caf\xe9"},
+        {"json": json.dumps({"caption": "sixsix"}).encode()},
+        {"json": b"{"},
+        {"json": b"{}"},
+        {"text": b"", "cls": b"1"},
+    ]
+    decoders = {"text": lambda data: None}
+    store = embed(write(tmp_path / "t.tar", samples), TEXTS, tmp_path / "c", decoders=decoders)
+    assert np.asarray(store)[store.valid].tolist() == [[4], [6]]
+    reasons = [failure["reason"].partition("sample ")[2] for failure in store.failures]
+    assert reasons[0].startswith("'b', member 'txt': UnicodeDecodeError")
+    assert reasons[1].startswith("'d', member 'json': JSONDecodeError")
+    assert reasons[2].endswith("array or text; it has: json")
+    assert reasons[3] == "'f', member 'text': its decoder gave None"
