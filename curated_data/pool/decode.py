@@ -7,7 +7,7 @@ simplejpeg, but deprecated since torchvision 0.29, and its PNG decoder crashes o
 
 import io
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from curated_data.errors import SampleError
+from curated_data.errors import ConfigError, SampleError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "pgm", "tif", "tiff", "jp2", "avif",
                     "img", "image")  # fmt: skip
@@ -118,6 +118,7 @@ def decode_content(
     *,
     decoders: Decoders | None = None,
     image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
+    needs_image: bool = False,
 ) -> Any:
     """What embedding takes of a sample: its image, or without one its array or text.
 
@@ -125,12 +126,15 @@ def decode_content(
 
     Args:
         sample, decoders, image_extensions: as for `decode_sample`.
+        needs_image: see `check_has_image`.
 
     Raises:
         SampleError: there is nothing of the kind, or decoding it fails; names the shard, key and member.
     """
     parts = _parts(sample, decoders or {}, image_extensions)
-    field = next((name for name in ("image", "text", "array") if name in parts), None)
+    if needs_image:
+        _check_image(sample, parts)
+    field = _content(parts)
     if field is not None:
         value = _decode(sample, parts[field], _DEFAULTS.get(field, decode_image))
         if value is None:
@@ -142,6 +146,47 @@ def decode_content(
     if text is None:
         raise _lacking(sample, f"image member ({'/'.join(image_extensions[:4])}, ...), array or text")
     return text
+
+
+def as_extensions(given: str | Iterable[str], name: str) -> tuple[str, ...]:
+    """Extensions as members have them, in lower case and without the dot that they may be given with.
+
+    Args:
+        given: one or several.
+        name: of the argument.
+
+    Raises:
+        ConfigError: one is empty, or no text.
+    """
+    found = []
+    for extension in [given] if isinstance(given, str) else given:
+        plain = extension.lower().removeprefix(".") if isinstance(extension, str) else ""
+        if not plain:
+            raise ConfigError(f"{name}: expected extensions such as 'jpg', found {extension!r}")
+        found.append(plain)
+    return tuple(found)
+
+
+def has_images(extensions: Collection[str], image_extensions: Sequence[str] = IMAGE_EXTENSIONS) -> bool:
+    """Whether members with these extensions, as of a pool's index, are a pool of images."""
+    return _first(extensions, image_extensions) is not None
+
+
+def check_has_image(
+    sample: Mapping[str, Any],
+    *,
+    decoders: Decoders | None = None,
+    image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
+) -> None:
+    """Check a sample of a pool of images, in which an array or a text only goes with an image.
+
+    Args:
+        sample, decoders, image_extensions: as for `decode_sample`.
+
+    Raises:
+        SampleError: it has no image, nor an array or text with an own decoder, which may make one.
+    """
+    _check_image(sample, _parts(sample, decoders or {}, image_extensions))
 
 
 def place_of(sample: Mapping[str, Any]) -> str:
@@ -190,6 +235,17 @@ def _parts(
         if name not in known and (name in decoders or name.rpartition(".")[2] in decoders):
             add(name, name)
     return parts
+
+
+def _content(parts: Mapping[str, _Part]) -> str | None:
+    """The field that is embedded."""
+    return next((name for name in ("image", "text", "array") if name in parts), None)
+
+
+def _check_image(sample: Mapping[str, Any], parts: Mapping[str, _Part]) -> None:
+    field = _content(parts)
+    if field is None or (field != "image" and parts[field].own is None):
+        raise _lacking(sample, "image member")
 
 
 def _decode(sample: Mapping[str, Any], part: _Part, default: Callable[[bytes], Any]) -> Any:

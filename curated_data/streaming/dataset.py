@@ -1,6 +1,7 @@
 """A pool as a map-style dataset that loads whole batches."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -13,8 +14,11 @@ from curated_data.pool import ShardPool
 from curated_data.pool.decode import (
     Decoders,
     EncodedImage,
+    as_extensions,
+    check_has_image,
     decode_image,
     decode_sample,
+    has_images,
     place_of,
     undecodable,
 )
@@ -245,6 +249,8 @@ class PoolDataset(Dataset):
                 return
             has = ", ".join(sorted(sample.keys() - {"sample_id"}))
             raise SampleError(f"{place_of(members)}: nothing to make views of, it holds only {has}")
+        if name != "image" and self.views is not None and self._is_of_images:
+            check_has_image(members, decoders=self.decoders, image_extensions=self.pool.image_extensions)
         content = sample.pop(name)
         if type(content) is EncodedImage:
             content = _decoded_image(content, members, self.min_size)
@@ -263,6 +269,15 @@ class PoolDataset(Dataset):
             sample["image"] = views
         else:
             sample["views"] = list(views)
+
+    @cached_property
+    def _is_of_images(self) -> bool:
+        """Whether the samples, as far as they are read, are images."""
+        found = self.pool.index().extensions
+        if self.extensions is not None:
+            wanted = as_extensions(self.extensions, "extensions")
+            found = [name for name in found if name in wanted]
+        return has_images(found, self.pool.image_extensions)
 
     def _keep_encoded(self, sample: dict[str, Any], members: dict[str, Any], leaves_jpegs: bool) -> None:
         """Leave a JPEG to the device; decode any other image."""

@@ -4,11 +4,13 @@ import io
 import json
 
 import numpy as np
+import pytest
 import torch
 import webdataset
 
 from curated_data.cache import open_cache
 from curated_data.embedding import EmbeddingStore, ModuleEmbedder, embed_pool, resolve_embedder
+from curated_data.errors import EmbedderError
 from curated_data.pool import ShardPool
 from tests.conftest import png
 
@@ -75,3 +77,44 @@ def test_what_is_embedded_must_be_readable(tmp_path):
     assert reasons[1].startswith("'d', member 'json': JSONDecodeError")
     assert reasons[2].endswith("array or text; it has: json")
     assert reasons[3] == "'f', member 'text': its decoder gave None"
+
+
+def as_tensor(content) -> torch.Tensor:
+    """A preprocessing that would take an array or an image."""
+    return torch.as_tensor(content).float()
+
+
+@pytest.mark.parametrize(
+    "embedder", ["pixels:2", ModuleEmbedder(torch.nn.Flatten(), as_tensor, dimension=48)]
+)
+def test_a_sample_without_an_image_in_a_pool_of_images_is_counted(tmp_path, embedder):
+    others = [{"txt": b"red", "json": b"{}"}, {"npy": npy(np.zeros((3, 4, 4)))}, {"wav": b"?"}]
+    shard = write(tmp_path / "a.tar", [{"png": IMAGE, "txt": b"red"}, *others, {"x.png": IMAGE}])
+    store = embed(shard, resolve_embedder(embedder), tmp_path / "c")
+    assert store.valid.tolist() == [True, False, False, False, True]
+    assert [failure["reason"] for failure in store.failures] == [
+        f"{shard}: sample {key!r}: no image member; it has: {has}"
+        for key, has in (("b", "json, txt"), ("c", "npy"), ("d", "wav"))
+    ]
+
+
+def test_an_own_decoder_may_make_the_image(tmp_path):
+    samples = [{"png": IMAGE}, {"npy": npy(np.full((3, 4, 4), 90, np.uint8))}, {"txt": b"red"}]
+    decoders = {"npy": lambda data: torch.from_numpy(np.load(io.BytesIO(data)))}
+    store = embed(
+        write(tmp_path / "a.tar", samples), resolve_embedder("pixels:2"), tmp_path / "c", decoders=decoders
+    )
+    assert store.valid.tolist() == [True, True, False]
+    np.testing.assert_array_equal(np.asarray(store)[0], np.asarray(store)[1])
+
+
+def test_an_embedder_of_images_stops_at_a_pool_without_any(tmp_path):
+    shard = write(tmp_path / "a.tar", [{"txt": b"red"}, {"txt": b"blue"}])
+    with pytest.raises(
+        EmbedderError, match=r"takes images .* gave str; .* \(first met in .*a.tar: sample 'a'\)$"
+    ):
+        embed(shard, resolve_embedder("pixels:2"), tmp_path / "c")
+    shard = write(tmp_path / "b.tar", [{"png": IMAGE}, {"txt": b"red"}])
+    texts = ShardPool(shard, image_extensions=["jpg"])  # its png are no images, so it is a pool of texts
+    store = embed_pool(texts, TEXTS, open_cache(tmp_path / "c"), num_workers=0)
+    assert store.valid.tolist() == [False, True]

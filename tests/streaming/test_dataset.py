@@ -196,6 +196,29 @@ def test_default_views_of_what_is_no_image_say_what_to_give(tmp_path):
         PoolDataset(ShardPool(str(tmp_path / "text-0.tar")), CenterCrop(8))[0]
 
 
+@pytest.mark.parametrize("views", [CenterCrop(4), noisy, lambda content: content])
+def test_a_sample_without_an_image_in_a_pool_of_images_is_one_that_cannot_be_decoded(tmp_path, views):
+    path = tmp_path / "p.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        for number in range(8):
+            buffer = io.BytesIO()
+            Image.new("RGB", (6, 5)).save(buffer, "PNG")
+            members = {"png": buffer.getvalue(), "txt": b"red", "json": b"{}"}
+            if number == 3:
+                del members["png"]
+            writer.write({"__key__": f"{number}", **members})
+    pool = ShardPool(path)
+    with pytest.raises(SampleError, match=r"p\.tar: sample '3': no image member; it has: json, txt$"):
+        PoolDataset(pool, views)[3]
+    dataset = PoolDataset(pool, views, on_error="skip")
+    batch, report = collate(dataset.__getitems__([2, 3]))
+    assert batch["padding"].tolist() == [False, True]
+    assert [skipped.shard for skipped in report.skipped] == [str(path)]
+    texts = PoolDataset(pool, lambda text: torch.tensor(len(text)), extensions=[".TXT"])
+    assert collate(texts.__getitems__([2, 3]))[0]["image"].tolist() == [3, 3]
+    assert PoolDataset(pool)[3]["text"] == "red"
+
+
 def test_views_of_different_shapes_are_one_clear_error(write_pool):
     dataset = PoolDataset(
         ShardPool(write_pool([4])), lambda image: torch.zeros(int(torch.randint(2, 50, (1,))))
