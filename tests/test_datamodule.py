@@ -343,6 +343,7 @@ CURATED = {"curation": {"target_size": 5}, "selection": None, "embedder": Pixels
         ({"last_batch": "keep"}, "last_batch"),
         ({"on_error": "ignore"}, "on_error"),
         ({"max_skipped": 2}, "max_skipped"),
+        ({"decoders": {".": bytes}}, "decoders: expected extensions such as 'jpg'"),
         ({"views": "simclr"}, "views"),
         ({"selection": np.array([0, 99])}, "id 99 is not in the pool"),
         ({"selection": np.array([-1])}, "id -1"),

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from curated_data.embedding.embedders import Embedder
 from curated_data.errors import CuratedDataError, EmbedderError, first_line
 from curated_data.pool import ShardPool
-from curated_data.pool.decode import Decoders, decode_content, has_images, place_of
+from curated_data.pool.decode import Decoders, as_decoders, decode_content, has_images, place_of
 from curated_data.processes import start_method, starting_workers
 
 
@@ -39,7 +39,7 @@ class InputLoader:
     ) -> None:
         self.pool, self.embedder, self.batch_size, self.num_workers = pool, embedder, batch_size, num_workers
         self.device, self.ranges, self.ids = device, ranges, ids
-        self.dataset = _Preprocessed(pool, embedder.preprocess, decoders)
+        self.dataset = _Preprocessed(pool, embedder.preprocess, as_decoders(decoders))
         self.context = context
 
     def batches(self, claims: Iterator[int]) -> Iterator[tuple[np.ndarray, Tensor | None, list[str]]]:

@@ -81,8 +81,9 @@ def decode_sample(
 
     Args:
         sample: as returned by `ShardPool.read`: `__key__`, `__url__`, and bytes by extension.
-        decoders: own decoders by extension, which take precedence: `{"tif": read_bands}` decodes `tif` and
-            `left.tif`. The result for an extension that is not known here is returned under that extension.
+        decoders: own decoders by extension, which take precedence: `{"tif": read_bands}`, or `".TIF"`,
+            decodes `tif` and `left.tif`. The result for an extension that is not known here is returned under
+            that extension.
         image_extensions: the extensions of images, in order of preference; of several with the same
             extension, the first in the archive is used.
         min_size: see `decode_image`.
@@ -96,8 +97,11 @@ def decode_sample(
     Raises:
         SampleError: no member can be decoded (lists those there are), or decoding one fails; names the shard,
             key and member.
+        ConfigError: see `as_decoders`.
     """
-    parts = _parts(sample, decoders or {}, image_extensions)
+    if tuple(image_extensions) != IMAGE_EXTENSIONS:  # nor need those of every pool be looked at again
+        image_extensions = as_extensions(image_extensions, "image_extensions")
+    parts = _parts(sample, as_decoders(decoders) or {}, image_extensions)
     decoded: dict[str, Any] = {}
     for field, part in parts.items():
 
@@ -165,6 +169,23 @@ def as_extensions(given: str | Iterable[str], name: str) -> tuple[str, ...]:
             raise ConfigError(f"{name}: expected extensions such as 'jpg', found {extension!r}")
         found.append(plain)
     return tuple(found)
+
+
+def as_decoders(decoders: Decoders | None) -> Decoders | None:
+    """Decoders by the extensions that members have, see `as_extensions`.
+
+    Raises:
+        ConfigError: an extension is empty or given twice, or its decoder is no function.
+    """
+    found: dict[str, Callable[[bytes], Any]] = {}
+    for given, decoder in (decoders or {}).items():
+        (extension,) = as_extensions([given], "decoders")
+        if extension in found:
+            raise ConfigError(f"decoders: two are for {extension!r}, as {given!r} is the same; keep one")
+        if not callable(decoder):
+            raise ConfigError(f"decoders[{given!r}]: expected a function of bytes, found {decoder!r}")
+        found[extension] = decoder
+    return found or None
 
 
 def has_images(extensions: Collection[str], image_extensions: Sequence[str] = IMAGE_EXTENSIONS) -> bool:

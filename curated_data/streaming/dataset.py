@@ -14,6 +14,7 @@ from curated_data.pool import ShardPool
 from curated_data.pool.decode import (
     Decoders,
     EncodedImage,
+    as_decoders,
     as_extensions,
     check_has_image,
     decode_image,
@@ -82,7 +83,7 @@ class PoolDataset(Dataset):
         self.seed = seed
         self.extensions = extensions
         self.decode = decode
-        self.decoders = decoders
+        self.decoders = as_decoders(decoders)
         self.min_size = min_size
         self.on_error = on_error
         self.statistics = StreamStatistics(max_skipped)

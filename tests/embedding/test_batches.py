@@ -10,7 +10,7 @@ import webdataset
 
 from curated_data.cache import open_cache
 from curated_data.embedding import EmbeddingStore, ModuleEmbedder, embed_pool, resolve_embedder
-from curated_data.errors import EmbedderError
+from curated_data.errors import ConfigError, EmbedderError
 from curated_data.pool import ShardPool
 from tests.conftest import png
 
@@ -118,3 +118,24 @@ def test_an_embedder_of_images_stops_at_a_pool_without_any(tmp_path):
     texts = ShardPool(shard, image_extensions=["jpg"])  # its png are no images, so it is a pool of texts
     store = embed_pool(texts, TEXTS, open_cache(tmp_path / "c"), num_workers=0)
     assert store.valid.tolist() == [False, True]
+
+
+def test_extensions_count_in_any_spelling_and_name_the_same_embeddings(tmp_path):
+    shard = write(tmp_path / "a.tar", [{"png": IMAGE}, {"txt": b"red"}])
+    names = set()
+    for decoders, images in (({"png": black}, ["jpg", "png"]), ({".PNG": black}, (".Jpg", "PNG"))):
+        pool = ShardPool(shard, image_extensions=images)
+        store = embed_pool(
+            pool, resolve_embedder("pixels:2"), open_cache(tmp_path / "c"), num_workers=0, decoders=decoders
+        )
+        names.add(store.folder.name)
+        assert float(np.asarray(store)[0, 0]) == pytest.approx(-1, abs=1e-3)
+    assert len(names) == 1
+    assert ShardPool(shard, image_extensions=".png").image_extensions == ("png",)
+    with pytest.raises(ConfigError, match=r"image_extensions: expected extensions such as 'jpg', found '\.'"):
+        ShardPool(shard, image_extensions=["."])
+
+
+def black(data: bytes) -> torch.Tensor:
+    """An image, whatever it is decoded from."""
+    return torch.zeros((3, 4, 4), dtype=torch.uint8)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from curated_data.errors import SampleError
+from curated_data.errors import ConfigError, SampleError
 from curated_data.pool import decode_image, decode_sample
 from curated_data.pool.decode import decode_array
 
@@ -176,6 +176,25 @@ class TestSample:
         assert decode_sample({**self.place, "flac": b"123"}, decoders=decoders) == {"flac": 3}
         with pytest.raises(SampleError, match=r"sample 'dir/a', member 'tif': KeyError: 'band'"):
             decode_sample({**self.place, "tif": b""}, decoders={"tif": lambda data: {}["band"]})
+
+    def test_extensions_in_any_spelling(self, photo):
+        for spelling in ("png", ".png", "PNG", ".Png"):
+            sample = {**self.place, "left.png": b"own", "jpg": photo()}
+            found = decode_sample(sample, decoders={spelling: len}, image_extensions=[spelling])
+            assert found == {"image": 3}
+        for wrong, message in (
+            ({"": len}, "decoders: expected extensions such as 'jpg', found ''"),
+            ({".": len}, "found '.'"),
+            ({3: len}, "found 3"),
+            ({"jpg": len, ".JPG": len}, "decoders: two are for 'jpg', as '.JPG' is the same"),
+            ({"jpg": 3}, "decoders.'jpg'.: expected a function of bytes, found 3"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                decode_sample(sample, decoders=wrong)
+        with pytest.raises(
+            ConfigError, match="image_extensions: expected extensions such as 'jpg', found ''"
+        ):
+            decode_sample(sample, image_extensions=[""])
 
     @pytest.mark.parametrize(
         ("members", "message"),
