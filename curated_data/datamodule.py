@@ -29,7 +29,7 @@ from curated_data.errors import ConfigError
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.pool.urls import is_remote
-from curated_data.streaming.batch import collate
+from curated_data.streaming.batch import as_views, collate
 from curated_data.streaming.crop import CenterCrop
 from curated_data.streaming.dataset import OnError, PoolDataset
 from curated_data.streaming.device import DeviceViews
@@ -423,11 +423,8 @@ class CuratedDataModule(pl.LightningDataModule):
         if "encoded" in batch:
             assert self._decoder is not None, "made with the loader"
             self._decoder(batch, seeds.device)
-        views = self.device_views(batch.pop("image"), seeds)
-        if isinstance(views, Tensor):
-            batch["image"] = views
-        else:
-            batch["views"] = list(views)
+        views = as_views(self.device_views(batch.pop("image"), seeds), "device_views")
+        batch["image" if isinstance(views, Tensor) else "views"] = views
         return batch
 
     def _n_trained(self) -> int:
@@ -460,6 +457,7 @@ class CuratedDataModule(pl.LightningDataModule):
             last_batch="short",
         )
         dataset = self._dataset(pool, transform)
+        dataset.views_name = "eval_transform"
         return self._loader(dataset, order, size, keep_workers=False)
 
     def _dataset(self, pool: ShardPool, views: Callable[[Tensor], Any] | None) -> PoolDataset:

@@ -23,7 +23,7 @@ from curated_data.pool.decode import (
     place_of,
     undecodable,
 )
-from curated_data.streaming.batch import LoadedSamples
+from curated_data.streaming.batch import LoadedSamples, as_views
 from curated_data.streaming.encoded import EncodedSample, is_whole_jpeg
 from curated_data.streaming.fields import FIELDS, MODALITIES
 from curated_data.streaming.generators import generators_kept, seed_generators
@@ -90,6 +90,7 @@ class PoolDataset(Dataset):
         self.labels = labels
         self.seeds_for_device = seeds_for_device
         self.encoded = encoded
+        self.views_name = "views"  # the argument that they were given as
         self._seeds_all = False  # all generators, or only torch's
 
     def __len__(self) -> int:
@@ -260,16 +261,23 @@ class PoolDataset(Dataset):
             return
         seed_generators(seed, self._seeds_all)
         try:
-            views = self.views(content)
+            views = as_views(self.views(content), self.views_name)
         except SampleError as error:  # raised by views to reject a sample
             raise SampleError(f"{place_of(members)}: {error}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{error}, in {place_of(members)}") from error
         except Exception as error:  # an error in the views, whatever `on_error` says
             error.add_note(f"in the views of {place_of(members)}")
             raise
         if isinstance(views, Tensor):
             sample["image"] = views
         else:
-            sample["views"] = list(views)
+            sample["views"] = views
+
+    @property
+    def users_parts(self) -> dict[str, Any]:
+        """What users gave that goes to workers, by the name of the argument."""
+        return {self.views_name: self.views, "decoders": self.decoders}
 
     @cached_property
     def _is_of_images(self) -> bool:
