@@ -141,7 +141,7 @@ class TestDeviceViews:
         validated = CuratedDataModule(
             paths, val_pool=paths, batch_size=2, num_workers=0, eval_transform=lambda image: None
         )
-        with pytest.raises(ConfigError, match="^eval_transform: gave a NoneType"):
+        with pytest.raises(ConfigError, match=r"^eval_transform: gave a NoneType"):
             next(iter(validated.val_dataloader()))
 
     @pytest.mark.gpu
