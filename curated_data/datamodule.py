@@ -29,6 +29,7 @@ from curated_data.errors import ConfigError
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.pool.urls import is_remote
+from curated_data.processes import check_picklable
 from curated_data.streaming.batch import as_views, collate
 from curated_data.streaming.crop import CenterCrop
 from curated_data.streaming.dataset import OnError, PoolDataset
@@ -501,6 +502,7 @@ class CuratedDataModule(pl.LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),
         )
         loader.slow_after = self.slow_after
+        check_picklable(loader, **dataset.users_parts)
         return loader
 
     def _pins(self) -> bool:
