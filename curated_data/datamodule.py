@@ -39,7 +39,7 @@ from curated_data.streaming.loader import StreamLoader
 from curated_data.streaming.order import EpochOrder, LastBatch, Shuffle
 from curated_data.streaming.sampler import GlobalBatchSampler
 from curated_data.streaming.statistics import StreamStatistics
-from curated_data.streaming.strata import strata
+from curated_data.streaming.strata import check_level, strata
 from curated_data.streaming.training import TrainingStream
 from curated_data.trainer import (
     change_setting,
@@ -389,6 +389,7 @@ class CuratedDataModule(pl.LightningDataModule):
     def _strata(self, ids: np.ndarray | None, level: int) -> np.ndarray:
         assert self.curation is not None, "stratify_level comes with a curation"
         assert self.cache_dir is not None, "a curation comes with one"
+        check_level(level, self.curation.tree.n_levels)
         return strata(
             ids,
             level,

@@ -344,9 +344,12 @@ def _first(members: Collection[str], extensions: Sequence[str]) -> str | None:
 
 def _label(data: bytes) -> int:
     try:
-        return int(data.decode("ascii"))
+        label = int(data.decode("ascii"))
     except ValueError:
         raise SampleError(f"is no integer: {data[:40]!r}") from None
+    if not -(1 << 63) <= label < 1 << 63:
+        raise SampleError(f"is beyond the integers of 64 bits: {data[:40]!r}")
+    return label
 
 
 def _text(data: bytes) -> str:

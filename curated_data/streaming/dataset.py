@@ -241,6 +241,8 @@ class PoolDataset(Dataset):
             min_size=self.min_size,
             encoded=True,
         )
+        if self.decoders and "label" in decoded:
+            _check_label(decoded["label"], members)
         return {"sample_id": sample_id} | {name: decoded[name] for name in FIELDS if name in decoded}
 
     def _augment(self, sample: dict[str, Any], seed: int, members: dict[str, Any]) -> None:
@@ -302,6 +304,19 @@ class PoolDataset(Dataset):
             f"decode_on_device: takes images, uint8 (3, H, W), and a decoder gave {_kind(image)} for "
             f"{place_of(members)}"
         )
+
+
+def _check_label(label: Any, members: dict[str, Any]) -> None:
+    """Check what an own decoder made of a label, which is collated as an integer unless it is an array."""
+    if isinstance(label, Tensor | np.ndarray):
+        return
+    try:
+        torch.tensor(label, dtype=torch.int64)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ConfigError(
+            f"label: a decoder gave {label!r} for {place_of(members)}, expected an integer "
+            "of 64 bits, or an array"
+        ) from error
 
 
 def _is_rgb(image: Any) -> bool:
