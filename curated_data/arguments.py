@@ -1,5 +1,6 @@
 """The arguments of a data module: opening pools, reading ids and labels from files, checking the rest."""
 
+import numbers
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from curated_data.processes import check_context
 from curated_data.streaming.dataset import PoolDataset
 from curated_data.streaming.labels import SampleLabels
 from curated_data.streaming.order import EpochOrder
+from curated_data.streaming.strata import check_level
 
 if TYPE_CHECKING:
     from curated_data.datamodule import CuratedDataModule
@@ -78,8 +80,13 @@ def load_labels(labels: Ids | None, selection: Ids | None, pool: ShardPool) -> S
     return SampleLabels(ids, labels)
 
 
+def _is_integer(value: object) -> bool:
+    """Whether a value is an integer of any type, such as numpy's; a bool is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_arguments(data: "CuratedDataModule", selection: Ids | None, labels: Ids | None) -> None:
-    """Check the arguments of a data module, each by itself and against the others.
+    """Check the arguments of a data module, each by itself and against the others; make integers plain ones.
 
     Raises:
         ConfigError: arguments that contradict each other or are out of range.
@@ -98,13 +105,18 @@ def check_arguments(data: "CuratedDataModule", selection: Ids | None, labels: Id
         raise ConfigError("stratify_level: needs a curation, whose tree has the clusters")
     if data.stratify_level is not None and data.shuffle != "full":
         raise ConfigError(f'stratify_level: takes shuffle="full", found {data.shuffle!r}')
+    if data.stratify_level is not None and data.curation_config is not None and data.curation_config.levels:
+        check_level(data.stratify_level, len(data.curation_config.levels))  # derived ones later, by the tree
     for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0), ("image_size", 1)):
         value = getattr(data, name)
-        optional = name in ("eval_batch_size", "num_workers")
-        if not (optional and value is None) and not (isinstance(value, int) and value >= least):
+        if value is None and name in ("eval_batch_size", "num_workers"):
+            continue
+        if not _is_integer(value) or value < least:
             raise ConfigError(f"{name}: expected an integer of at least {least}, found {value!r}")
-    if not isinstance(data.seed, int):
+        setattr(data, name, int(value))
+    if not _is_integer(data.seed):
         raise ConfigError(f"seed: expected an integer, found {data.seed!r}")
+    data.seed = int(data.seed)
     for name in ("views", "device_views", "eval_transform"):
         value = getattr(data, name)
         if value is not None and not callable(value):
@@ -133,4 +145,4 @@ def check_arguments(data: "CuratedDataModule", selection: Ids | None, labels: Id
         last_batch=data.last_batch,
         shard_starts=np.zeros(2),
     )
-    PoolDataset(data.pool, on_error=data.on_error)
+    PoolDataset(data.pool, on_error=data.on_error, decoders=data.decoders)

@@ -29,7 +29,8 @@ from curated_data.errors import ConfigError
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.pool.urls import is_remote
-from curated_data.streaming.batch import collate
+from curated_data.processes import check_picklable
+from curated_data.streaming.batch import as_views, collate
 from curated_data.streaming.crop import CenterCrop
 from curated_data.streaming.dataset import OnError, PoolDataset
 from curated_data.streaming.device import DeviceViews
@@ -38,7 +39,7 @@ from curated_data.streaming.loader import StreamLoader
 from curated_data.streaming.order import EpochOrder, LastBatch, Shuffle
 from curated_data.streaming.sampler import GlobalBatchSampler
 from curated_data.streaming.statistics import StreamStatistics
-from curated_data.streaming.strata import strata
+from curated_data.streaming.strata import check_level, strata
 from curated_data.streaming.training import TrainingStream
 from curated_data.trainer import (
     change_setting,
@@ -388,6 +389,7 @@ class CuratedDataModule(pl.LightningDataModule):
     def _strata(self, ids: np.ndarray | None, level: int) -> np.ndarray:
         assert self.curation is not None, "stratify_level comes with a curation"
         assert self.cache_dir is not None, "a curation comes with one"
+        check_level(level, self.curation.tree.n_levels)
         return strata(
             ids,
             level,
@@ -423,11 +425,8 @@ class CuratedDataModule(pl.LightningDataModule):
         if "encoded" in batch:
             assert self._decoder is not None, "made with the loader"
             self._decoder(batch, seeds.device)
-        views = self.device_views(batch.pop("image"), seeds)
-        if isinstance(views, Tensor):
-            batch["image"] = views
-        else:
-            batch["views"] = list(views)
+        views = as_views(self.device_views(batch.pop("image"), seeds), "device_views")
+        batch["image" if isinstance(views, Tensor) else "views"] = views
         return batch
 
     def _n_trained(self) -> int:
@@ -460,6 +459,7 @@ class CuratedDataModule(pl.LightningDataModule):
             last_batch="short",
         )
         dataset = self._dataset(pool, transform)
+        dataset.views_name = "eval_transform"
         return self._loader(dataset, order, size, keep_workers=False)
 
     def _dataset(self, pool: ShardPool, views: Callable[[Tensor], Any] | None) -> PoolDataset:
@@ -503,6 +503,7 @@ class CuratedDataModule(pl.LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),
         )
         loader.slow_after = self.slow_after
+        check_picklable(loader, **dataset.users_parts)
         return loader
 
     def _pins(self) -> bool:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 
+_UNPICKLABLE = (AttributeError, TypeError, pickle.PicklingError)
+
+
 def n_cores() -> int:
     """The number of CPU cores that this process may use; all cores if the system does not tell (macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -34,7 +37,31 @@ def check_context(method: str | None, name: str) -> None:
 
 def start_method(loader: "DataLoader") -> str:
     """How the workers of a loader start."""
-    return (loader.multiprocessing_context or multiprocessing).get_start_method()
+    if loader.multiprocessing_context is not None:
+        return loader.multiprocessing_context.get_start_method()
+    # To ask without `allow_none` would settle the default, and a later set_start_method would fail.
+    return multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+
+
+def check_picklable(loader: "DataLoader", **parts: Any) -> None:
+    """Check that what workers get can be sent to them, before they are started.
+
+    A Trainer starts them where another error would hide this one.
+
+    Args:
+        loader: whose workers get the parts.
+        parts: what users gave that goes to workers, by the name of the argument.
+
+    Raises:
+        ConfigError: workers are not forked, and one of the parts cannot be pickled.
+    """
+    if not loader.num_workers or start_method(loader) == "fork":
+        return
+    for name, part in parts.items():
+        try:
+            pickle.dumps(part)
+        except _UNPICKLABLE as reason:  # others, as of locks, come of pickling outside the start of a process
+            raise _unpicklable(name, reason, start_method(loader)) from reason
 
 
 @contextlib.contextmanager
@@ -50,7 +77,7 @@ def starting_workers(loader: "DataLoader", **parts: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (AttributeError, TypeError, pickle.PicklingError) as error:
+    except _UNPICKLABLE as error:
         method = start_method(loader)
         if not loader.num_workers or method == "fork":
             raise
@@ -58,11 +85,15 @@ def starting_workers(loader: "DataLoader", **parts: Any) -> Iterator[None]:
             try:
                 pickle.dumps(part)
             except Exception as reason:
-                raise ConfigError(
-                    f"{name}: cannot be pickled ({reason}), and workers started by {method!r} get a pickled "
-                    "copy; give a function or class of a module, not one inside another, or no workers"
-                ) from error
+                raise _unpicklable(name, reason, method) from error
         raise
+
+
+def _unpicklable(name: str, reason: Exception, method: str) -> ConfigError:
+    return ConfigError(
+        f"{name}: cannot be pickled ({reason}), and workers started by {method!r} get a pickled copy; give a "
+        "function or class of a module, not one inside another, or no workers"
+    )
 
 
 def end_with_parent(parent: int) -> None:

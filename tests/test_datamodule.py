@@ -316,6 +316,7 @@ data:
     assert cli.datamodule.curation_config.levels[0].n_clusters == 4
 
 
+TREE = [{"n_clusters": 3}]
 CURATED = {"curation": {"target_size": 5}, "selection": None, "embedder": Pixels()}
 
 
@@ -334,8 +335,18 @@ CURATED = {"curation": {"target_size": 5}, "selection": None, "embedder": Pixels
             {**CURATED, "stratify_level": 1, "shuffle": "block"},
             'stratify_level: takes shuffle="full"',
         ),
+        (
+            {**CURATED, "curation": {"target_size": 5, "levels": TREE}, "stratify_level": 2},
+            "stratify_level: the tree has level 1, found 2",
+        ),
+        (
+            {**CURATED, "embedder": "pixels:2", "stratify_level": 9},
+            "stratify_level: the tree has level.* found 9",
+        ),
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 2.5}, "batch_size"),
+        ({"batch_size": True}, "batch_size: expected an integer of at least 1, found True"),
+        ({"seed": True}, "seed: expected an integer"),
         ({"seed": "a"}, "seed: expected an integer, found 'a'"),
         ({"num_workers": -1}, "num_workers"),
         ({"eval_batch_size": "8"}, "eval_batch_size"),
@@ -343,6 +354,7 @@ CURATED = {"curation": {"target_size": 5}, "selection": None, "embedder": Pixels
         ({"last_batch": "keep"}, "last_batch"),
         ({"on_error": "ignore"}, "on_error"),
         ({"max_skipped": 2}, "max_skipped"),
+        ({"decoders": {".": bytes}}, "decoders: expected extensions such as 'jpg'"),
         ({"views": "simclr"}, "views"),
         ({"selection": np.array([0, 99])}, "id 99 is not in the pool"),
         ({"selection": np.array([-1])}, "id -1"),
@@ -354,6 +366,23 @@ CURATED = {"curation": {"target_size": 5}, "selection": None, "embedder": Pixels
 def test_wrong_arguments_are_one_clear_error(folder, arguments, named):
     with pytest.raises(ConfigError, match=named):
         data(folder, 1, **arguments).train_dataloader()
+
+
+def test_integers_of_numpy_are_integers(folder):
+    given = {
+        "batch_size": np.int64(4),
+        "seed": np.int32(3),
+        "num_workers": np.uint8(0),
+        "image_size": np.int16(8),
+    }
+    loaded = data(folder, 1, **given)
+    assert all(type(getattr(loaded, name)) is int for name in given)
+    for ours, plain in zip(
+        loaded.train_dataloader(),
+        data(folder, 1, **{name: int(value) for name, value in given.items()}).train_dataloader(),
+        strict=True,
+    ):
+        assert ours["sample_id"].tolist() == plain["sample_id"].tolist()
 
 
 def test_a_missing_pool_is_named():

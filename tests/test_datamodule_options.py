@@ -127,6 +127,23 @@ class TestDeviceViews:
         expected = (_mix(state) >> np.uint64(40)) / 2**24
         assert np.array_equal(uniform(torch.from_numpy(seeds), 3).numpy(), expected.astype(np.float32))
 
+    def test_what_is_no_view_is_one_clear_error(self, write_pool):
+        paths = write_pool([4])
+        for name, match in (
+            ("device_views", r"device_views: gave a dict"),
+            ("views", r"views: gave a dict.* in "),
+        ):
+            data = CuratedDataModule(
+                paths, batch_size=2, num_workers=0, image_size=8, **{name: lambda *given: {"a": given[0]}}
+            )
+            with pytest.raises(ConfigError, match=f"^{match}"):
+                trained(data)
+        validated = CuratedDataModule(
+            paths, val_pool=paths, batch_size=2, num_workers=0, eval_transform=lambda image: None
+        )
+        with pytest.raises(ConfigError, match=r"^eval_transform: gave a NoneType"):
+            next(iter(validated.val_dataloader()))
+
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     def test_on_a_gpu_as_on_the_cpu(self, write_pool):

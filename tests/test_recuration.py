@@ -116,6 +116,16 @@ def test_each_epoch_streams_the_latest_selection(write_pool, tmp_path, caplog):
     assert len(list((tmp_path / "cache" / "embeddings").iterdir())) == 2
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_modules_in_other_types_re_curate(write_pool, tmp_path, precision):
+    callback = RecurationCallback(every_n_epochs=1)
+    _, data = fit(
+        write_pool(SIZES), tmp_path / "cache", None, epochs=2, callbacks=[callback], precision=precision
+    )
+    assert callback.n_recurations == 1
+    assert data.curation.embeddings.valid.all()
+
+
 class Bars(TQDMProgressBar):
     """Notes each epoch's length as the bar and the Trainer have it."""
 

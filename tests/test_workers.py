@@ -9,9 +9,11 @@ import sys
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from curated_data.config import load_config
 from curated_data.datamodule import CuratedDataModule
@@ -125,9 +127,37 @@ def test_what_cannot_be_sent_to_workers_is_named(write_pool, argument):
     settings = {"batch_size": 2, "image_size": 8, argument: given[argument]}
     data = CuratedDataModule(write_pool([4]), num_workers=1, multiprocessing_context="spawn", **settings)
     with pytest.raises(ConfigError, match=f"{argument}: cannot be pickled .*'spawn'"):
-        iter(data.train_dataloader())
+        data.train_dataloader()
+    with pytest.raises(ConfigError, match=f"{argument}: cannot be pickled .*'spawn'"):
+        fit(data)
     alone = CuratedDataModule(write_pool([4]), num_workers=0, multiprocessing_context="spawn", **settings)
     assert len(list(alone.train_dataloader())) == 2
+
+
+def test_a_validation_transform_that_cannot_be_sent_is_named(write_pool):
+    paths = write_pool([4])
+    settings = {"batch_size": 2, "val_pool": paths, "eval_transform": lambda image: image.float()}
+    data = CuratedDataModule(paths, num_workers=1, multiprocessing_context="spawn", **settings)
+    with pytest.raises(ConfigError, match=r"eval_transform: cannot be pickled .*'spawn'"):
+        fit(data)
+
+
+def test_asking_how_workers_start_leaves_it_open():
+    code = """
+import multiprocessing
+from torch.utils.data import DataLoader
+from curated_data.processes import start_method
+default = start_method(DataLoader([1]))
+multiprocessing.set_start_method("spawn")
+print(default == multiprocessing.get_all_start_methods()[0], start_method(DataLoader([1])))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["True", "spawn"], done.stderr
+
+
+def fit(data: CuratedDataModule) -> None:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    pl.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet).fit(BoringModel(), data)
 
 
 def test_a_preprocessing_that_cannot_be_sent_is_named(write_pool, tmp_path):

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from curated_data.embedding.embedders import Embedder
-from curated_data.errors import CuratedDataError, EmbedderError, SampleError, first_line
+from curated_data.errors import CuratedDataError, EmbedderError, first_line
 from curated_data.pool import ShardPool
-from curated_data.pool.decode import Decoders, decode_sample
+from curated_data.pool.decode import Decoders, as_decoders, decode_content, has_images, place_of
 from curated_data.processes import start_method, starting_workers
 
 
@@ -39,7 +39,7 @@ class InputLoader:
     ) -> None:
         self.pool, self.embedder, self.batch_size, self.num_workers = pool, embedder, batch_size, num_workers
         self.device, self.ranges, self.ids = device, ranges, ids
-        self.dataset = _Preprocessed(pool, embedder.preprocess, decoders)
+        self.dataset = _Preprocessed(pool, embedder.preprocess, as_decoders(decoders))
         self.context = context
 
     def batches(self, claims: Iterator[int]) -> Iterator[tuple[np.ndarray, Tensor | None, list[str]]]:
@@ -125,18 +125,19 @@ class _Preprocessed(Dataset):
 
     def _inputs(self, rows: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, Tensor | None, list[str]]:
         inputs, reasons = [], []
+        needs_image = has_images(self.pool.index().extensions, self.pool.image_extensions)
         for sample in self.pool.read(ids):
             try:
-                decoded = decode_sample(
-                    sample, decoders=self.decoders, image_extensions=self.pool.image_extensions
+                value = decode_content(
+                    sample,
+                    decoders=self.decoders,
+                    image_extensions=self.pool.image_extensions,
+                    needs_image=needs_image,
                 )
-                value = next((decoded[name] for name in ("image", "text", "array") if name in decoded), None)
-                if value is None:
-                    raise SampleError(f"nothing to embed among its members: {sorted(sample)}")
                 inputs.append(_checked_input(self.preprocess(value)))
                 reasons.append("")
-            except EmbedderError:
-                raise  # the embedder is wrong for this pool, not the sample
+            except EmbedderError as error:  # the embedder is wrong for this pool, not the sample
+                raise EmbedderError(f"{error} (first met in {place_of(sample)})") from error
             except Exception as error:  # the user's decoder or preprocess may raise anything
                 reasons.append(
                     str(error) if isinstance(error, CuratedDataError) else f"{type(error).__name__}: {error}"

@@ -94,7 +94,13 @@ class ModuleEmbedder(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: Tensor) -> Tensor:
-        """(B, ...) to (B, d), in evaluation mode; the network's own mode is restored."""
+        """(B, ...) to (B, d), in evaluation mode; the network's own mode is restored.
+
+        Floating-point inputs are converted to the type of the weights, for networks in bf16 or double.
+        """
+        weights = next((weights for weights in self.parameters() if weights.is_floating_point()), None)
+        if weights is not None and batch.is_floating_point():
+            batch = batch.to(weights.dtype)
         with evaluating(self):
             output = self.network(batch)
         if not isinstance(output, Tensor):

@@ -32,7 +32,7 @@ from curated_data.embedding.store import (
 from curated_data.errors import ConfigError, CuratedDataError, EmbedderError, first_line
 from curated_data.locks import locked
 from curated_data.pool import ShardPool
-from curated_data.pool.decode import IMAGE_EXTENSIONS, Decoders
+from curated_data.pool.decode import IMAGE_EXTENSIONS, Decoders, as_decoders
 from curated_data.progress import progress
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ def embeddings_name(
 def _decoder_fingerprints(decoders: Decoders | None) -> list[Any]:
     """The extension and the fingerprint of each decoder."""
     found = []
-    for extension, decode in sorted((decoders or {}).items()):
+    for extension, decode in sorted((as_decoders(decoders) or {}).items()):
         try:
             found.append([extension, module_fingerprint(decode)])
         except EmbedderError as error:

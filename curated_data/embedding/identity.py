@@ -312,6 +312,11 @@ def _weights_digest(module: nn.Module) -> str:
 
 
 def _tensor_bytes(tensor: torch.Tensor) -> bytes | memoryview:
+    if tensor.is_meta:
+        raise EmbedderError(
+            "the embedder has weights on the meta device, which hold no values; load them first, as with "
+            "`load_state_dict(..., assign=True)`"
+        )
     raw = tensor.detach().cpu().contiguous().reshape(-1)
     return raw.view(torch.uint8).numpy().data if raw.numel() else b""
 

@@ -7,7 +7,7 @@ simplejpeg, but deprecated since torchvision 0.29, and its PNG decoder crashes o
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from curated_data.errors import SampleError
+from curated_data.errors import ConfigError, SampleError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "pgm", "tif", "tiff", "jp2", "avif",
                     "img", "image")  # fmt: skip
@@ -81,8 +81,9 @@ def decode_sample(
 
     Args:
         sample: as returned by `ShardPool.read`: `__key__`, `__url__`, and bytes by extension.
-        decoders: own decoders by extension, which take precedence: `{"tif": read_bands}` decodes `tif` and
-            `left.tif`. The result for an extension that is not known here is returned under that extension.
+        decoders: own decoders by extension, which take precedence: `{"tif": read_bands}`, or `".TIF"`,
+            decodes `tif` and `left.tif`. The result for an extension that is not known here is returned under
+            that extension.
         image_extensions: the extensions of images, in order of preference; of several with the same
             extension, the first in the archive is used.
         min_size: see `decode_image`.
@@ -96,49 +97,117 @@ def decode_sample(
     Raises:
         SampleError: no member can be decoded (lists those there are), or decoding one fails; names the shard,
             key and member.
+        ConfigError: see `as_decoders`.
     """
-    decoders = decoders or {}
-    members = {name: content for name, content in sample.items() if not name.startswith("__")}
+    if tuple(image_extensions) != IMAGE_EXTENSIONS:  # nor need those of every pool be looked at again
+        image_extensions = as_extensions(image_extensions, "image_extensions")
+    parts = _parts(sample, as_decoders(decoders) or {}, image_extensions)
     decoded: dict[str, Any] = {}
+    for field, part in parts.items():
 
-    def decode(name: str, default: Callable[[bytes], Any]) -> Any:
-        decoder = decoders.get(name) or decoders.get(name.rpartition(".")[2]) or default
-        try:
-            return decoder(members[name])
-        except Exception as error:  # own decoders may raise anything; the error must name the sample
-            raise undecodable(sample, name, error) from error
+        def image(data: bytes, member: str = part.member) -> Any:
+            return EncodedImage(member, data) if encoded else decode_image(data, min_size=min_size)
 
-    image = _first(members, image_extensions)
-    array = _first(members, ("npy",))
-    text = _first(members, TEXT_EXTENSIONS)
-    if image is not None:
-
-        def default(data: bytes) -> Any:
-            return EncodedImage(image, data) if encoded else decode_image(data, min_size=min_size)
-
-        decoded["image"] = decode(image, default)
-    if array is not None:
-        decoded["array"] = decode(array, decode_array)
-    if text is not None:
-        decoded["caption" if decoded else "text"] = decode(text, lambda data: data.decode("utf-8"))
-    if "cls" in members:
-        decoded["label"] = decode("cls", _label)
-    if "json" in members:
-        decoded["metadata"] = decode("json", json.loads)
-    known = {image, array, text, "cls", "json"}
-    for name in members:
-        if name not in known and (name in decoders or name.rpartition(".")[2] in decoders):
-            decoded[name] = decode(name, bytes)
-            known.add(name)
+        decoded[field] = _decode(sample, part, _DEFAULTS.get(field, image))
     if not decoded.keys() - {"label", "metadata"}:
-        _text_from_metadata(decoded)
-    if not decoded.keys() - {"label", "metadata"}:
-        has = ", ".join(sample.get("__members__") or members) or "nothing"
-        wanted = "/".join(image_extensions[:4])
-        raise SampleError(
-            f"{place_of(sample)}: no image member ({wanted}, ...), array or text; it has: {has}"
-        )
+        text = _text_of(decoded.get("metadata"))
+        if text is None:
+            raise _lacking(sample, f"image member ({'/'.join(image_extensions[:4])}, ...), array or text")
+        decoded["text"] = text
     return decoded
+
+
+def decode_content(
+    sample: Mapping[str, Any],
+    *,
+    decoders: Decoders | None = None,
+    image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
+    needs_image: bool = False,
+) -> Any:
+    """What embedding takes of a sample: its image, or without one its array or text.
+
+    Nothing else is decoded, so that a label or caption that cannot be does no harm.
+
+    Args:
+        sample, decoders, image_extensions: as for `decode_sample`.
+        needs_image: see `check_has_image`.
+
+    Raises:
+        SampleError: there is nothing of the kind, or decoding it fails; names the shard, key and member.
+    """
+    parts = _parts(sample, decoders or {}, image_extensions)
+    if needs_image:
+        _check_image(sample, parts)
+    field = _content(parts)
+    if field is not None:
+        value = _decode(sample, parts[field], _DEFAULTS.get(field, decode_image))
+        if value is None:
+            raise undecodable(sample, parts[field].member, SampleError("its decoder gave None"))
+        return value
+    text = None
+    if parts.keys() in ({"metadata"}, {"metadata", "label"}):
+        text = _text_of(_decode(sample, parts["metadata"], json.loads))
+    if text is None:
+        raise _lacking(sample, f"image member ({'/'.join(image_extensions[:4])}, ...), array or text")
+    return text
+
+
+def as_extensions(given: str | Iterable[str], name: str) -> tuple[str, ...]:
+    """Extensions as members have them, in lower case and without the dot that they may be given with.
+
+    Args:
+        given: one or several.
+        name: of the argument.
+
+    Raises:
+        ConfigError: one is empty, or no text.
+    """
+    found = []
+    for extension in [given] if isinstance(given, str) else given:
+        plain = extension.lower().removeprefix(".") if isinstance(extension, str) else ""
+        if not plain:
+            raise ConfigError(f"{name}: expected extensions such as 'jpg', found {extension!r}")
+        found.append(plain)
+    return tuple(found)
+
+
+def as_decoders(decoders: Decoders | None) -> Decoders | None:
+    """Decoders by the extensions that members have, see `as_extensions`.
+
+    Raises:
+        ConfigError: an extension is empty or given twice, or its decoder is no function.
+    """
+    found: dict[str, Callable[[bytes], Any]] = {}
+    for given, decoder in (decoders or {}).items():
+        (extension,) = as_extensions([given], "decoders")
+        if extension in found:
+            raise ConfigError(f"decoders: two are for {extension!r}, as {given!r} is the same; keep one")
+        if not callable(decoder):
+            raise ConfigError(f"decoders[{given!r}]: expected a function of bytes, found {decoder!r}")
+        found[extension] = decoder
+    return found or None
+
+
+def has_images(extensions: Collection[str], image_extensions: Sequence[str] = IMAGE_EXTENSIONS) -> bool:
+    """Whether members with these extensions, as of a pool's index, are a pool of images."""
+    return _first(extensions, image_extensions) is not None
+
+
+def check_has_image(
+    sample: Mapping[str, Any],
+    *,
+    decoders: Decoders | None = None,
+    image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
+) -> None:
+    """Check a sample of a pool of images, in which an array or a text only goes with an image.
+
+    Args:
+        sample, decoders, image_extensions: as for `decode_sample`.
+
+    Raises:
+        SampleError: it has no image, nor an array or text with an own decoder, which may make one.
+    """
+    _check_image(sample, _parts(sample, decoders or {}, image_extensions))
 
 
 def place_of(sample: Mapping[str, Any]) -> str:
@@ -150,6 +219,66 @@ def undecodable(sample: Mapping[str, Any], member: str, error: Exception) -> Sam
     """The error for a member that cannot be decoded; names shard, key, member and reason."""
     reason = str(error) if isinstance(error, SampleError) else f"{type(error).__name__}: {error}"
     return SampleError(f"{place_of(sample)}, member {member!r}: {reason}")
+
+
+class _Part(NamedTuple):
+    """The member that a field is decoded from, and the user's decoder for it."""
+
+    member: str
+    own: Callable[[bytes], Any] | None
+
+
+def _parts(
+    sample: Mapping[str, Any], decoders: Decoders, image_extensions: Sequence[str]
+) -> dict[str, _Part]:
+    """What there is to decode in a sample, by field."""
+    members = [name for name in sample if not name.startswith("__")]
+    parts: dict[str, _Part] = {}
+
+    def add(field: str, member: str) -> None:
+        parts[field] = _Part(member, decoders.get(member) or decoders.get(member.rpartition(".")[2]))
+
+    image = _first(members, image_extensions)
+    array = _first(members, ("npy",))
+    text = _first(members, TEXT_EXTENSIONS)
+    if image is not None:
+        add("image", image)
+    if array is not None:
+        add("array", array)
+    if text is not None:
+        add("caption" if parts else "text", text)
+    if "cls" in members:
+        add("label", "cls")
+    if "json" in members:
+        add("metadata", "json")
+    known = {image, array, text, "cls", "json"}
+    for name in members:
+        if name not in known and (name in decoders or name.rpartition(".")[2] in decoders):
+            add(name, name)
+    return parts
+
+
+def _content(parts: Mapping[str, _Part]) -> str | None:
+    """The field that is embedded."""
+    return next((name for name in ("image", "text", "array") if name in parts), None)
+
+
+def _check_image(sample: Mapping[str, Any], parts: Mapping[str, _Part]) -> None:
+    field = _content(parts)
+    if field is None or (field != "image" and parts[field].own is None):
+        raise _lacking(sample, "image member")
+
+
+def _decode(sample: Mapping[str, Any], part: _Part, default: Callable[[bytes], Any]) -> Any:
+    try:
+        return (part.own or default)(sample[part.member])
+    except Exception as error:  # own decoders may raise anything; the error must name the sample
+        raise undecodable(sample, part.member, error) from error
+
+
+def _lacking(sample: Mapping[str, Any], what: str) -> SampleError:
+    members = sample.get("__members__") or [name for name in sample if not name.startswith("__")]
+    return SampleError(f"{place_of(sample)}: no {what}; it has: {', '.join(members) or 'nothing'}")
 
 
 def _decode_jpeg(data: bytes, min_size: int | None) -> np.ndarray | None:
@@ -202,7 +331,7 @@ def _decode_with_pillow(data: bytes, min_size: int | None) -> np.ndarray:
         ) from error
 
 
-def _first(members: Mapping[str, bytes], extensions: Sequence[str]) -> str | None:
+def _first(members: Collection[str], extensions: Sequence[str]) -> str | None:
     """The member with the most preferred extension; `left.png` counts as `png` if there is no plain one."""
     for name in extensions:
         if name in members:
@@ -215,17 +344,32 @@ def _first(members: Mapping[str, bytes], extensions: Sequence[str]) -> str | Non
 
 def _label(data: bytes) -> int:
     try:
-        return int(data.decode("ascii"))
+        label = int(data.decode("ascii"))
     except ValueError:
         raise SampleError(f"is no integer: {data[:40]!r}") from None
+    if not -(1 << 63) <= label < 1 << 63:
+        raise SampleError(f"is beyond the integers of 64 bits: {data[:40]!r}")
+    return label
 
 
-def _text_from_metadata(decoded: dict[str, Any]) -> None:
-    metadata = decoded.get("metadata")
+def _text(data: bytes) -> str:
+    return data.decode("utf-8")
+
+
+def _text_of(metadata: Any) -> str | None:
     for field in ("text", "caption"):
         if isinstance(metadata, dict) and isinstance(metadata.get(field), str):
-            decoded["text"] = metadata[field]
-            return
+            return metadata[field]
+    return None
+
+
+_DEFAULTS: dict[str, Callable[[bytes], Any]] = {
+    "array": decode_array,
+    "text": _text,
+    "caption": _text,
+    "label": _label,
+    "metadata": json.loads,
+}
 
 
 def _check_pixels(width: int, height: int) -> None:

@@ -29,7 +29,7 @@ from curated_data.pool.build import (
     index_shard_file,
     pool_fingerprint,
 )
-from curated_data.pool.decode import IMAGE_EXTENSIONS
+from curated_data.pool.decode import IMAGE_EXTENSIONS, as_extensions
 from curated_data.pool.index import PoolIndex, load_pool_index
 from curated_data.pool.reader import LocalReader, ReadCounters
 from curated_data.pool.remote import RemoteReader
@@ -54,13 +54,14 @@ class ShardPool:
         urls: a path or fsspec URL with braces (`pool-{000000..000099}.tar`) or a glob, or a list of these.
         cache_dir: for the index; None keeps it in memory.
         num_workers: processes (threads for remote shards) that index; None takes one per core.
-        image_extensions: the extensions of images, in order of preference.
+        image_extensions: the extensions of images in order of preference, in any case, dot or not.
         storage_options: for fsspec to access remote shards, such as an endpoint.
         remote: how remote shards are read.
 
     Raises:
         PoolError: an empty list, a pattern without a match, or a shard that is missing or given twice; on
             indexing, a shard that is not a tar, truncated, damaged or compressed, or a pool without samples.
+        ConfigError: an extension that is empty.
 
     Example:
         >>> pool = ShardPool("pool-{000..099}.tar", cache_dir="cache")  # doctest: +SKIP
@@ -76,7 +77,7 @@ class ShardPool:
         *,
         cache_dir: str | Path | None = None,
         num_workers: int | None = None,
-        image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
+        image_extensions: str | Sequence[str] = IMAGE_EXTENSIONS,
         storage_options: Mapping[str, Any] | None = None,
         remote: RemoteOptions | None = None,
     ) -> None:
@@ -85,7 +86,7 @@ class ShardPool:
         self._places = [absolute_url(url) for url in self.urls]
         self.cache_dir = None if cache_dir is None else absolute(cache_dir)
         self.num_workers = num_workers
-        self.image_extensions = tuple(extension.lower() for extension in image_extensions)
+        self.image_extensions = as_extensions(image_extensions, "image_extensions")
         self.remote = remote or RemoteOptions()
         self._access: np.ndarray | None = None
         self._index: PoolIndex | None = None
@@ -212,6 +213,7 @@ class ShardPool:
                 has changed.
         """
         ids = self._checked(ids)
+        extensions = None if extensions is None else as_extensions(extensions, "extensions")
         index = self.index()
         order = np.argsort(ids, kind="stable")
         unique, place = ids[order], None
@@ -389,9 +391,8 @@ class ShardPool:
         rows = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count) + start[owner]
         extension = index.member_extension[rows]
         if extensions is not None:
-            extensions = [extensions] if isinstance(extensions, str) else list(extensions)
-            wanted = {name.lower().removeprefix(".") for name in extensions}
-            is_wanted = np.array([name in wanted for name in index.extensions])
+            extensions = as_extensions(extensions, "extensions")
+            is_wanted = np.array([name in extensions for name in index.extensions])
             if not is_wanted.any():
                 raise PoolError(
                     f"no sample of the pool has a member {' or '.join(map(repr, extensions))}; "

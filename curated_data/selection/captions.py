@@ -19,6 +19,7 @@ import torch
 
 from curated_data.cache import atomic_path, read_array, read_manifest, write_manifest
 from curated_data.errors import ConfigError, EmbedderError, PoolError, SampleError
+from curated_data.pool.decode import as_extensions
 from curated_data.pool.writer import ShardWriter
 from curated_data.progress import progress
 from curated_data.selection.names import CaptionClass, NameMatcher, read_classes, sharing_a_name
@@ -191,6 +192,7 @@ def label_pool(
         PoolError: no sample has a caption.
         SampleError: metadata that is not a JSON object; names shard and key.
     """
+    caption, metadata = as_extensions([caption, metadata], "caption, metadata")
     present = pool.index().extensions
     if caption not in present:
         raise PoolError(

@@ -20,6 +20,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from curated_data.errors import PoolError
+from curated_data.pool.decode import as_extensions
 from curated_data.progress import progress
 
 if TYPE_CHECKING:
@@ -182,7 +183,8 @@ def image_contents(
         PoolError: no sample has such a member.
     """
     present = pool.index().extensions
-    extensions = [e for e in extensions or pool.image_extensions if e in present] or list(extensions or ())
+    given = as_extensions(extensions or (), "extensions")
+    extensions = [e for e in given or pool.image_extensions if e in present] or list(given)
     if not extensions:
         raise PoolError(f"the pool has no images, its members are {', '.join(present)}: give extensions=")
     digest = np.zeros((len(pool), 2), np.uint64)

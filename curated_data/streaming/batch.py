@@ -1,6 +1,6 @@
 """Collating samples to a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ def collate(samples: list[dict[str, Any]]) -> tuple[dict[str, Any], BatchReport]
         samples: `LoadedSamples`, as `PoolDataset` gives them.
 
     Raises:
-        ConfigError: views of different shapes.
+        ConfigError: samples differ in the number or shapes of their views, or in what they hold.
     """
     assert isinstance(samples, LoadedSamples)
     names = dict.fromkeys(name for sample in samples for name in sample)
@@ -35,8 +35,11 @@ def collate(samples: list[dict[str, Any]]) -> tuple[dict[str, Any], BatchReport]
     for name in names:
         missing = MISSING.get(name)
         values = [sample.get(name, missing) for sample in samples]
+        if name in ("image", "views", "array"):
+            _check_alike(name, samples)
         if name == "views":
-            batch[name] = [_stack(name, view) for view in zip(*values, strict=True)]
+            views = zip(*values, strict=True)
+            batch[name] = [_stack(f"views[{number}]", view) for number, view in enumerate(views)]
         elif name == "encoded":
             batch[name] = EncodedImages(values)
         elif isinstance(values[0], Tensor | np.ndarray):
@@ -48,6 +51,61 @@ def collate(samples: list[dict[str, Any]]) -> tuple[dict[str, Any], BatchReport]
         else:
             batch[name] = values
     return batch, samples.report
+
+
+def as_views(views: Any, source: str) -> Tensor | list[Tensor]:
+    """What a function of views gave, as one tensor or a list of tensors.
+
+    Args:
+        views: a tensor, an array, or a list, tuple or iterator of these.
+        source: of the views, for the error.
+
+    Raises:
+        ConfigError: it is something else, or there is no view.
+    """
+    if isinstance(views, Tensor):
+        return views
+    if isinstance(views, np.ndarray):
+        return _of_array(views, source)
+    if isinstance(views, list | tuple | Iterator):
+        found = list(views)
+        if not found:
+            raise ConfigError(f"{source}: gave no view, expected a tensor or a list of tensors")
+        for number, view in enumerate(found):
+            if not isinstance(view, Tensor | np.ndarray):
+                raise ConfigError(
+                    f"{source}: gave a list whose item {number} is a {type(view).__name__}, expected tensors"
+                )
+        return [v if isinstance(v, Tensor) else _of_array(v, source) for v in found]
+    raise ConfigError(f"{source}: gave a {type(views).__name__}, expected a tensor or a list of tensors")
+
+
+def _of_array(array: np.ndarray, source: str) -> Tensor:
+    try:
+        return torch.as_tensor(array.copy())  # torch takes neither negative strides nor read-only memory
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source}: gave an array of {array.dtype}, expected numbers") from error
+
+
+def _check_alike(name: str, samples: Sequence[dict[str, Any]]) -> None:
+    """Check that all samples have a field, and as many views."""
+    first = samples[0]
+    for sample in samples:
+        if (name in first) != (name in sample):
+            there, lacking = (first, sample) if name in first else (sample, first)
+            raise ConfigError(
+                f"{name}: sample {there['sample_id']} has it and sample {lacking['sample_id']} of the same "
+                f"batch has {_content(lacking)}; a batch takes samples of one kind"
+            )
+        if name == "views" and len(sample[name]) != len(first[name]):
+            raise ConfigError(
+                f"views: gave {len(first[name])} for sample {first['sample_id']} and {len(sample[name])} for "
+                f"sample {sample['sample_id']} of the same batch, expected as many for all"
+            )
+
+
+def _content(sample: dict[str, Any]) -> str:
+    return ", ".join(name for name in ("image", "views", "array", "text") if name in sample) or "none"
 
 
 def _stack(name: str, tensors: Sequence[Tensor | np.ndarray]) -> Tensor:

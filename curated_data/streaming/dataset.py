@@ -1,6 +1,7 @@
 """A pool as a map-style dataset that loads whole batches."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -13,12 +14,16 @@ from curated_data.pool import ShardPool
 from curated_data.pool.decode import (
     Decoders,
     EncodedImage,
+    as_decoders,
+    as_extensions,
+    check_has_image,
     decode_image,
     decode_sample,
+    has_images,
     place_of,
     undecodable,
 )
-from curated_data.streaming.batch import LoadedSamples
+from curated_data.streaming.batch import LoadedSamples, as_views
 from curated_data.streaming.encoded import EncodedSample, is_whole_jpeg
 from curated_data.streaming.fields import FIELDS, MODALITIES
 from curated_data.streaming.generators import generators_kept, seed_generators
@@ -78,13 +83,14 @@ class PoolDataset(Dataset):
         self.seed = seed
         self.extensions = extensions
         self.decode = decode
-        self.decoders = decoders
+        self.decoders = as_decoders(decoders)
         self.min_size = min_size
         self.on_error = on_error
         self.statistics = StreamStatistics(max_skipped)
         self.labels = labels
         self.seeds_for_device = seeds_for_device
         self.encoded = encoded
+        self.views_name = "views"  # the argument that they were given as
         self._seeds_all = False  # all generators, or only torch's
 
     def __len__(self) -> int:
@@ -235,6 +241,8 @@ class PoolDataset(Dataset):
             min_size=self.min_size,
             encoded=True,
         )
+        if self.decoders and "label" in decoded:
+            _check_label(decoded["label"], members)
         return {"sample_id": sample_id} | {name: decoded[name] for name in FIELDS if name in decoded}
 
     def _augment(self, sample: dict[str, Any], seed: int, members: dict[str, Any]) -> None:
@@ -245,6 +253,8 @@ class PoolDataset(Dataset):
                 return
             has = ", ".join(sorted(sample.keys() - {"sample_id"}))
             raise SampleError(f"{place_of(members)}: nothing to make views of, it holds only {has}")
+        if name != "image" and self.views is not None and self._is_of_images:
+            check_has_image(members, decoders=self.decoders, image_extensions=self.pool.image_extensions)
         content = sample.pop(name)
         if type(content) is EncodedImage:
             content = _decoded_image(content, members, self.min_size)
@@ -253,16 +263,32 @@ class PoolDataset(Dataset):
             return
         seed_generators(seed, self._seeds_all)
         try:
-            views = self.views(content)
+            views = as_views(self.views(content), self.views_name)
         except SampleError as error:  # raised by views to reject a sample
             raise SampleError(f"{place_of(members)}: {error}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{error}, in {place_of(members)}") from error
         except Exception as error:  # an error in the views, whatever `on_error` says
             error.add_note(f"in the views of {place_of(members)}")
             raise
         if isinstance(views, Tensor):
             sample["image"] = views
         else:
-            sample["views"] = list(views)
+            sample["views"] = views
+
+    @property
+    def users_parts(self) -> dict[str, Any]:
+        """What users gave that goes to workers, by the name of the argument."""
+        return {self.views_name: self.views, "decoders": self.decoders}
+
+    @cached_property
+    def _is_of_images(self) -> bool:
+        """Whether the samples, as far as they are read, are images."""
+        found = self.pool.index().extensions
+        if self.extensions is not None:
+            wanted = as_extensions(self.extensions, "extensions")
+            found = [name for name in found if name in wanted]
+        return has_images(found, self.pool.image_extensions)
 
     def _keep_encoded(self, sample: dict[str, Any], members: dict[str, Any], leaves_jpegs: bool) -> None:
         """Leave a JPEG to the device; decode any other image."""
@@ -278,6 +304,19 @@ class PoolDataset(Dataset):
             f"decode_on_device: takes images, uint8 (3, H, W), and a decoder gave {_kind(image)} for "
             f"{place_of(members)}"
         )
+
+
+def _check_label(label: Any, members: dict[str, Any]) -> None:
+    """Check what an own decoder made of a label, which is collated as an integer unless it is an array."""
+    if isinstance(label, Tensor | np.ndarray):
+        return
+    try:
+        torch.tensor(label, dtype=torch.int64)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ConfigError(
+            f"label: a decoder gave {label!r} for {place_of(members)}, expected an integer "
+            "of 64 bits, or an array"
+        ) from error
 
 
 def _is_rgb(image: Any) -> bool:

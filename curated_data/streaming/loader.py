@@ -30,7 +30,7 @@ class StreamLoader(DataLoader):
             # New shared memory for each iterator: workers of an earlier one may still be writing to theirs.
             plain = self.collate_fn.collate if isinstance(self.collate_fn, WorkerCollate) else self.collate_fn
             self.collate_fn = WorkerCollate(plain, 0 if self.dataset.decode else self.num_workers)
-        with starting_workers(self, views=self.dataset.views, decoders=self.dataset.decoders):
+        with starting_workers(self, **self.dataset.users_parts):
             batches = super().__iter__()
         return self._count(batches)  # not a generator itself, so that workers start now
 

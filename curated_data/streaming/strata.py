@@ -6,8 +6,19 @@ from pathlib import Path
 import numpy as np
 
 from curated_data.cache import atomic_save, fingerprint
-from curated_data.errors import CacheError
+from curated_data.errors import CacheError, ConfigError
 from curated_data.seals import load_npy
+
+
+def check_level(level: int, n_levels: int) -> None:
+    """Check the level by which an epoch is stratified.
+
+    Raises:
+        ConfigError: a tree of so many levels does not have it.
+    """
+    if level not in range(1, n_levels + 1):
+        levels = "level 1" if n_levels == 1 else f"levels 1 to {n_levels}"
+        raise ConfigError(f"stratify_level: the tree has {levels}, found {level!r}")
 
 
 def strata(

@@ -12,6 +12,7 @@ from torchvision import models
 from curated_data.embedding import ImagePreprocess, ModuleEmbedder, resolve_embedder
 from curated_data.embedding.identity import module_fingerprint
 from curated_data.errors import EmbedderError
+from lightning_modules import SimCLR
 
 
 @pytest.fixture
@@ -197,6 +198,21 @@ def test_modules_and_functions_given_in_code(image):
         resolve_embedder(nn.Linear(5, 5))
     with pytest.raises(EmbedderError, match=r"as .3, H, W. tensors, the pool gave str"):
         embedder.preprocess("a text")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_networks_of_other_types_embed_the_images_of_a_pool(image, dtype):
+    module = SimCLR("resnet18", image_size=32).eval()
+    expected = resolve_embedder(module)(module.eval_transform()(image)[None])
+    embedder = resolve_embedder(module.to(dtype))
+    batch = embedder.preprocess(image)[None]
+    assert batch.dtype == torch.float32
+    torch.testing.assert_close(embedder(batch).float(), expected, rtol=0.05, atol=0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(embedder(batch).float(), expected, rtol=0.05, atol=0.05)
+    tokens = torch.tensor([[1, 2]])
+    table = ModuleEmbedder(torch.nn.Embedding(3, 4).to(dtype), lambda text: tokens[0], dimension=8)
+    assert table(tokens).shape == (1, 8)
 
 
 def test_a_network_in_training_is_left_as_it_was(image):

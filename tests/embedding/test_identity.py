@@ -160,6 +160,12 @@ def test_arrays_tensors_and_library_functions_that_a_function_holds():
     assert module_fingerprint(functions["tensor"]) != prints["tensor"]
 
 
+def test_weights_without_values_are_named():
+    for held in (nn.Linear(2, 3, device="meta"), torch.zeros(2, device="meta")):
+        with pytest.raises(EmbedderError, match="weights on the meta device"):
+            module_fingerprint(held)
+
+
 def test_a_web_of_functions_ends():
     count = 40
     calls = " + ".join(f"f{number}(x)" for number in range(count))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from curated_data.errors import SampleError
+from curated_data.errors import ConfigError, SampleError
 from curated_data.pool import decode_image, decode_sample
 from curated_data.pool.decode import decode_array
 
@@ -177,6 +177,25 @@ class TestSample:
         with pytest.raises(SampleError, match=r"sample 'dir/a', member 'tif': KeyError: 'band'"):
             decode_sample({**self.place, "tif": b""}, decoders={"tif": lambda data: {}["band"]})
 
+    def test_extensions_in_any_spelling(self, photo):
+        for spelling in ("png", ".png", "PNG", ".Png"):
+            sample = {**self.place, "left.png": b"own", "jpg": photo()}
+            found = decode_sample(sample, decoders={spelling: len}, image_extensions=[spelling])
+            assert found == {"image": 3}
+        for wrong, message in (
+            ({"": len}, "decoders: expected extensions such as 'jpg', found ''"),
+            ({".": len}, "found '.'"),
+            ({3: len}, "found 3"),
+            ({"jpg": len, ".JPG": len}, "decoders: two are for 'jpg', as '.JPG' is the same"),
+            ({"jpg": 3}, "decoders.'jpg'.: expected a function of bytes, found 3"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                decode_sample(sample, decoders=wrong)
+        with pytest.raises(
+            ConfigError, match="image_extensions: expected extensions such as 'jpg', found ''"
+        ):
+            decode_sample(sample, image_extensions=[""])
+
     @pytest.mark.parametrize(
         ("members", "message"),
         [
@@ -187,6 +206,7 @@ class TestSample:
             ({"jpg": b"no"}, r"pool-7\.tar: sample 'dir/a', member 'jpg': cannot be decoded"),
             ({"jpg": b""}, r"sample 'dir/a', member 'jpg': is empty"),
             ({"txt": b"t", "cls": b"cat"}, r"member 'cls': is no integer: b'cat'"),
+            ({"txt": b"t", "cls": b"9" * 20}, r"member 'cls': is beyond the integers of 64 bits: b'9999"),
             ({"txt": b"t", "json": b"{"}, r"member 'json': JSONDecodeError"),
             ({"txt": b"\xff"}, r"member 'txt': UnicodeDecodeError"),
         ],

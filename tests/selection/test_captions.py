@@ -265,7 +265,9 @@ def test_a_pool_of_captions_to_labelled_shards_and_back(tmp_path):
             writer.write({"__key__": f"s{i}", "jpg": b"image %d" % i, "txt": caption, "json": {"n": i}})
         writer.write({"__key__": "bare", "jpg": b"no caption"})
     pool = ShardPool(str(tmp_path / "pool-*.tar"))
-    found = label_pool(pool, CLASSES, embedder=embed, threshold=0.2, block_size=4, filters={"n": range(8)})
+    found = label_pool(
+        pool, CLASSES, caption=".TXT", embedder=embed, threshold=0.2, block_size=4, filters={"n": range(8)}
+    )
     direct = label_captions([block(first=0)], CLASSES, embedder=embed, threshold=0.2)
     assert found.ids.tolist() == [i for i in direct.ids if i < 8]
 

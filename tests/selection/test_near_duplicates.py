@@ -276,7 +276,7 @@ def test_image_contents_digest_bytes_and_read_sizes(tmp_path):
             writer.write({"__key__": f"s{i}", "png": data})
         writer.write({"__key__": "no-image", "txt": "words"})
         writer.write({"__key__": "no-image-2", "txt": "words"})
-    contents = image_contents(ShardPool(str(tmp_path / "pool-*.tar")), batch_size=3)
+    contents = image_contents(ShardPool(str(tmp_path / "pool-*.tar")), ".PNG", batch_size=3)
     assert exact_groups(contents.digest).tolist() == [0, 1, 0, 3, 3, 5, 6, 7]
     assert contents.n_pixels.tolist() == [12, 25, 12, 0, 0, 0, 0, 0]
 

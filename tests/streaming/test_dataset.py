@@ -196,12 +196,37 @@ def test_default_views_of_what_is_no_image_say_what_to_give(tmp_path):
         PoolDataset(ShardPool(str(tmp_path / "text-0.tar")), CenterCrop(8))[0]
 
 
-def test_views_of_different_shapes_are_one_clear_error(write_pool):
-    dataset = PoolDataset(
-        ShardPool(write_pool([4])), lambda image: torch.zeros(int(torch.randint(2, 50, (1,))))
-    )
-    with pytest.raises(ConfigError, match="image: cannot be stacked"):
-        collate(dataset.__getitems__([0, 1, 2, 3]))
+@pytest.mark.parametrize("views", [CenterCrop(4), noisy, lambda content: content])
+def test_a_sample_without_an_image_in_a_pool_of_images_is_one_that_cannot_be_decoded(tmp_path, views):
+    path = tmp_path / "p.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        for number in range(8):
+            buffer = io.BytesIO()
+            Image.new("RGB", (6, 5)).save(buffer, "PNG")
+            members = {"png": buffer.getvalue(), "txt": b"red", "json": b"{}"}
+            if number == 3:
+                del members["png"]
+            writer.write({"__key__": f"{number}", **members})
+    pool = ShardPool(path)
+    with pytest.raises(SampleError, match=r"p\.tar: sample '3': no image member; it has: json, txt$"):
+        PoolDataset(pool, views)[3]
+    dataset = PoolDataset(pool, views, on_error="skip")
+    batch, report = collate(dataset.__getitems__([2, 3]))
+    assert batch["padding"].tolist() == [False, True]
+    assert [skipped.shard for skipped in report.skipped] == [str(path)]
+    texts = PoolDataset(pool, lambda text: torch.tensor(len(text)), extensions=[".TXT"])
+    assert collate(texts.__getitems__([2, 3]))[0]["image"].tolist() == [3, 3]
+    assert PoolDataset(pool)[3]["text"] == "red"
+
+
+@pytest.mark.parametrize("label", ["cat", None, 1 << 64, [0, "1"], float("nan")])
+def test_a_decoder_that_makes_no_label_is_named(write_pool, label):
+    paths = write_pool([3])
+    dataset = PoolDataset(ShardPool(paths), decoders={"cls": lambda data: label}, on_error="skip")
+    with pytest.raises(
+        ConfigError, match=r"^label: a decoder gave .*000\.tar: sample '000/0002', expected an int"
+    ):
+        dataset.__getitems__([2])
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
