@@ -115,8 +115,8 @@ class RecurationCallback(pl.Callback):
                 )
         if not (embedder is None or callable(embedder)):
             raise ConfigError(
-                "RecurationCallback.embedder: expected a function from the module in training to an embedder, "
-                f"got {embedder!r}; for one that stays the same give `lambda module: {embedder!r}`"
+                "RecurationCallback.embedder: expected a function of the module in training that gives an "
+                f"embedder, got {embedder!r}; for one that stays the same give `lambda module: {embedder!r}`"
             )
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.monitor, self.mode, self.patience = monitor, mode, patience
