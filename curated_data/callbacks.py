@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import numbers
 import shutil
 import time
 from collections.abc import Callable
@@ -98,7 +99,11 @@ class RecurationCallback(pl.Callback):
             ("start_epoch", start_epoch, 0),
             ("most", most, 0),
         ):
-            if value is not None and value < least:
+            if value is None:
+                continue
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+                raise ConfigError(f"RecurationCallback.{name}: expected a whole number, got {value!r}")
+            if value < least:
                 raise ConfigError(f"RecurationCallback.{name}: expected at least {least}, got {value}")
         for name, choice, choices in (
             ("mode", mode, ("min", "max")),
@@ -108,6 +113,11 @@ class RecurationCallback(pl.Callback):
                 raise ConfigError(
                     f"RecurationCallback.{name}: expected one of {', '.join(choices)}, got {choice!r}"
                 )
+        if not (embedder is None or callable(embedder)):
+            raise ConfigError(
+                "RecurationCallback.embedder: expected a function of the module in training that gives an "
+                f"embedder, got {embedder!r}; for one that stays the same give `lambda module: {embedder!r}`"
+            )
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.monitor, self.mode, self.patience = monitor, mode, patience
         if not 0 < share <= 1:

@@ -12,15 +12,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from yaml import YAMLError
 
-from curated_data.errors import CacheError, ConfigError, CuratedDataError
+from curated_data.cli_inspect import inspect, print_table
+from curated_data.errors import ConfigError
+from curated_data.locks import check_writable
 from curated_data.progress import log_to_terminal
-
-_FEW = 20  # indexes of shards that `inspect` lists one by one
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"curated-data {parsed.command}: stopped; run it again to go on", file=sys.stderr)
         return 130
-    except (CuratedDataError, ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if parsed.traceback:
             raise
         print(f"curated-data {parsed.command}: {error}", file=sys.stderr)
@@ -61,9 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "import", "turn a folder of class folders of images into shards")
     command.add_argument("folder", help="as for ImageFolder: one sub-folder per class")
     command.add_argument("out", help="where the shards go")
-    command.add_argument(
-        "--max-samples", type=int, default=10_000, help="samples per shard (default: %(default)s)"
-    )
+    _shard_options(command)
     command.set_defaults(run=_import)
 
     command = _pool_command(commands, "index", "index a pool: find the place of every sample", _index)
@@ -85,9 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _pool_command(commands, "export", "write the selection as new shards", _export)
     _curation_options(command)
     command.add_argument("--out", required=True, help="where the shards go")
-    command.add_argument(
-        "--max-samples", type=int, default=10_000, help="samples per shard (default: %(default)s)"
-    )
+    _shard_options(command)
     command.add_argument(
         "--order", choices=("pool", "shuffled"), default="shuffled", help="(default: %(default)s)"
     )
@@ -135,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--selection", metavar="NAME", help="with --sample: the selection (default: the newest)"
     )
-    command.set_defaults(run=_inspect)
+    command.set_defaults(run=inspect)
     return parser
 
 
@@ -156,6 +150,15 @@ def _pool_command(commands: Any, name: str, what: str, run: Any) -> argparse.Arg
 
 def _command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
     return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+
+
+def _shard_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--max-samples", type=int, default=10_000, help="samples per shard (default: %(default)s)"
+    )
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace the shards that an earlier run wrote there"
+    )
 
 
 def _embedder_option(command: argparse.ArgumentParser) -> None:
@@ -201,7 +204,9 @@ def _config(parsed: argparse.Namespace) -> Any:
 def _import(parsed: argparse.Namespace) -> None:
     from curated_data.pool.writer import import_folder
 
-    shards = import_folder(parsed.folder, parsed.out, max_samples=parsed.max_samples)
+    shards = import_folder(
+        parsed.folder, parsed.out, max_samples=parsed.max_samples, overwrite=parsed.overwrite
+    )
     print(f"{len(shards)} shards in {parsed.out}")
 
 
@@ -243,6 +248,8 @@ def _curate(parsed: argparse.Namespace) -> None:
     if parsed.dry_run:
         _plan(parsed)
         return
+    if parsed.ids is not None:
+        check_writable(Path(parsed.ids), is_folder=False)
     _, curation = _run_curation(parsed)
     report = curation.report
     table = Table(title=f"{report['selected']:,} of {report['samples']:,} samples selected")
@@ -256,14 +263,14 @@ def _curate(parsed: argparse.Namespace) -> None:
             f"{level['perplexity']:,.1f}",
             f"{level['selected_perplexity']:,.1f}",
         )
-    _print(table)
+    print_table(table)
     if report["failed"]:
         print(f"{report['failed']:,} samples could not be embedded: see {curation.folders['embeddings']}")
     if report["excluded"]:
         print(f"{report['excluded']:,} samples could not be clustered: their embeddings are zero")
     print(f"tree: {curation.folders['tree']}")
     print(f"ids: {curation.folders['selection'] / 'ids.npy'}")
-    if parsed.ids:
+    if parsed.ids is not None:
         from curated_data.cache import atomic_save
 
         atomic_save(parsed.ids, curation.ids)
@@ -283,7 +290,7 @@ def _plan(parsed: argparse.Namespace) -> None:
         device=parsed.device,
     )
     for table in plan_tables(found):
-        _print(table)
+        print_table(table)
 
 
 def _extend(parsed: argparse.Namespace) -> None:
@@ -298,24 +305,27 @@ def _extend(parsed: argparse.Namespace) -> None:
         device=parsed.device,
     )
     drift = curation.report["drift"]
+    if curation.report.get("removed_new"):
+        print(f"{curation.report['removed_new']:,} new samples left out as near-duplicates")
     print(f"{drift['n_new']:,} new samples, {drift['outlying']:.1%} of them outlying")
     print("a rebuild is due: run curate" if drift["rebuild_due"] else "no rebuild is due")
     print(f"ids: {curation.folders['selection'] / 'ids.npy'}")
 
 
 def _export(parsed: argparse.Namespace) -> None:
-    from curated_data.export import export
+    from curated_data.export import check_export, export
 
+    options = {"max_samples": parsed.max_samples, "overwrite": parsed.overwrite}
+    check_export(_pool(parsed), parsed.out, **options)
     pool, curation = _run_curation(parsed)
-    shards = export(
-        pool, curation.ids, parsed.out, tree=curation.tree, order=parsed.order, max_samples=parsed.max_samples
-    )
+    shards = export(pool, curation.ids, parsed.out, tree=curation.tree, order=parsed.order, **options)
     print(f"{len(curation.ids):,} samples in {len(shards):,} shards in {parsed.out}")
 
 
 def _report(parsed: argparse.Namespace) -> None:
     from curated_data.report.page import check_arrays, write_report
 
+    check_writable(Path(parsed.out), is_folder=False)
     arrays = {name: _array(getattr(parsed, name), name) for name in ("coordinates", "labels")}
     names = _class_names(parsed.class_names)
     check_arrays(len(_pool(parsed)), **arrays)
@@ -341,87 +351,17 @@ def _class_names(path: str | None) -> list[str] | None:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--class-names {path}: cannot be read ({error})") from error
-    if not text.lstrip().startswith("["):
-        return text.splitlines()
     try:
-        return [str(name) for name in json.loads(text)]
+        names = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"--class-names {path}: no JSON list ({error})") from error
-
-
-def _inspect(parsed: argparse.Namespace) -> None:
-    from curated_data.inspect import age, inspect_cache, verify_cache
-
-    if parsed.sample is not None:
-        _explain(parsed)
-        return
-    if parsed.selection is not None:
-        raise ConfigError("--selection: goes with --sample")
-    if parsed.verify:
-        problems = verify_cache(parsed.cache_dir)
-        if problems:
-            raise CacheError("\n".join(["damaged:", *problems]))
-        print(f"{parsed.cache_dir}: everything is as it was written")
-        return
-    artifacts = inspect_cache(parsed.cache_dir)
-    if parsed.json:
-        print(json.dumps([vars(artifact) for artifact in artifacts], indent=2))
-        return
-    table = Table(title=str(parsed.cache_dir))
-    for name in ("stage", "artifact", "MB", "age"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("what it is, and what determined it", overflow="fold")
-    indexes = [artifact for artifact in artifacts if artifact.stage == "index" and artifact.complete]
-    if len(indexes) > _FEW:  # one for every shard, of which a pool may have a hundred thousand
-        artifacts = [artifact for artifact in artifacts if artifact.stage != "index" or not artifact.complete]
-        table.add_row(
-            "index",
-            f"{len(indexes):,} shards",
-            f"{sum(artifact.size for artifact in indexes) / 1e6:,.1f}",
-            age(max(artifact.modified for artifact in indexes)),
-            f"{sum(artifact.details['n_samples'] for artifact in indexes):,} samples; --json lists each",
+        if text.lstrip().startswith("["):
+            raise ConfigError(f"--class-names {path}: no JSON list ({error})") from error
+        return text.splitlines()
+    if isinstance(names, dict):
+        raise ConfigError(
+            f"--class-names {path}: holds a JSON object; give a list of the names in order of their numbers"
         )
-    for artifact in artifacts:
-        details = ", ".join(f"{name}: {_short(value)}" for name, value in artifact.details.items())
-        table.add_row(
-            artifact.stage,
-            artifact.name,
-            f"{artifact.size / 1e6:,.1f}",
-            age(artifact.modified),
-            escape(details) if artifact.complete else "incomplete: being written, or its run was stopped",
-        )
-    _print(table)
-
-
-def _explain(parsed: argparse.Namespace) -> None:
-    from curated_data.inspect import check_is_cache
-    from curated_data.report.explain import explain
-    from curated_data.stored import open_curation, selections
-
-    check_is_cache(Path(parsed.cache_dir).expanduser())  # before anything is created there
-    found = selections(parsed.cache_dir)
-    if not found:
-        raise ConfigError(f"{parsed.cache_dir}: no selection in it yet; run curate")
-    name = parsed.selection or found[0]
-    lines = explain(open_curation(parsed.cache_dir, name), parsed.sample)
-    if parsed.json:
-        print(json.dumps({"selection": name, "sample": parsed.sample, "why": lines}, indent=2))
-        return
-    print(f"selection {name}")
-    for line in lines:
-        print(line)
-
-
-def _print(table: Table) -> None:
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return "(" + ", ".join(f"{name}={_short(item)}" for name, item in value.items()) + ")"
-    if isinstance(value, list):
-        return "[" + ", ".join(_short(item) for item in value[:6]) + (", …]" if len(value) > 6 else "]")
-    return str(value)
+    return [str(name) for name in names] if isinstance(names, list) else text.splitlines()
 
 
 if __name__ == "__main__":

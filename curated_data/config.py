@@ -221,6 +221,8 @@ def _check(config: CurationConfig) -> None:
         raise ConfigError(
             f"near_duplicates.threshold: a cosine is at most 1, got {config.near_duplicates.threshold}"
         )
+    if config.near_duplicates.threshold == -1:
+        raise ConfigError("near_duplicates.threshold: at -1 all samples are copies; give more than -1")
     if config.levels is not None:
         if not config.levels:
             raise ConfigError("levels: empty; give at least one level, or leave it out to have them derived")

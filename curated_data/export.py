@@ -3,14 +3,15 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from curated_data.cache import atomic_save, atomic_write_json
 from curated_data.clustering.tree import ClusterTree
-from curated_data.errors import ConfigError
+from curated_data.errors import ConfigError, PoolError
 from curated_data.pool import ShardPool, ShardWriter
+from curated_data.pool.writer import check_out, existing_shards
 from curated_data.progress import progress
 from curated_data.streaming.order import EpochOrder
 
@@ -62,6 +63,7 @@ def export(
     ids = np.asarray(ids)
     shuffled = EpochOrder(ids, seed=seed, batch_size=1, shuffle="full" if order == "shuffled" else "none")
     ids = np.sort(ids) if order == "pool" else shuffled.ids(0, 0, len(ids))
+    check_export(pool, out, max_samples=max_samples, max_bytes=max_bytes, overwrite=overwrite)
     first_of_shard: list[int] = []
     with (
         ShardWriter(out, max_samples=max_samples, max_bytes=max_bytes, overwrite=overwrite) as writer,
@@ -101,6 +103,20 @@ def export(
     )
     log.info("exported %d samples to %d shards in %s", len(ids), len(writer.shards), folder)
     return writer.shards
+
+
+def check_export(pool: ShardPool, out: str | Path, **options: Any) -> None:
+    """Check where an export goes, before anything takes long; the options are those of `check_out`.
+
+    Raises:
+        PoolError, CacheError: see `check_out`; or it would replace shards of the pool that it reads.
+    """
+    there = {path.resolve() for path in existing_shards(*check_out(out, **options))}
+    for url in pool.urls if there else ():
+        if "://" not in url and Path(url).resolve() in there:
+            raise PoolError(
+                f"{url}: is a shard of the pool, which the export would replace; give another folder"
+            )
 
 
 def _free(key: str, taken: set[str]) -> str:

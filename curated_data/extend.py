@@ -12,12 +12,19 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from curated_data.cache import MANIFEST, fingerprint, read_array, read_manifest
+from curated_data.cache import MANIFEST, fingerprint, read_array, read_json, read_manifest
 from curated_data.clustering.kmeans import prepare
 from curated_data.clustering.nearest import nearest, squared_distances
 from curated_data.clustering.rows import rank_range
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig
+from curated_data.deduplication import (
+    embed_held_out,
+    find_near_duplicates,
+    open_held_out,
+    read_keep,
+    settle_near_duplicates,
+)
 from curated_data.distributed import all_gather, build_together, rank, world_size
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.errors import CacheError, PoolError
@@ -27,7 +34,7 @@ from curated_data.pool.decode import Decoders
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 REBUILD_ABOVE = 0.05
 
 
@@ -69,6 +76,10 @@ def extend(
     their clusters. Samples of new shards go to the nearest centroid of the lowest level. In a process group
     every rank calls it, does a part of the work, and returns the same.
 
+    With `near_duplicates` enabled the grown pool is searched as a whole. New samples are left out where they
+    are copies of held-out ones, of samples in the tree, or of each other. What the tree has stays in it; a
+    warning counts those of its samples that are copies of held-out ones, as they are if `held_out` has grown.
+
     Args:
         pool: the grown pool.
         config: as for `curate`; `levels` and the other settings of the clustering are ignored, since the tree
@@ -78,9 +89,11 @@ def extend(
         rebuild_above: the share of outlying new samples above which a rebuild is due.
 
     Returns:
-        A curation whose report has an entry `drift`, with the fields of `Drift`.
+        A curation whose report has an entry `drift`, with the fields of `Drift`, and with `near_duplicates`
+        enabled the counts `removed_new` (new samples left out) and `held_out_in_tree`.
 
     Raises:
+        ConfigError: a setting that is unknown or out of range, or held-out shards that cannot be embedded.
         CacheError: `tree` is not the tree of a curation, or was built with another embedder.
         PoolError: the pool has none of the tree's shards.
         RankError: another rank has failed or died.
@@ -99,66 +112,76 @@ def _extend(
     decoders: Decoders | None,
     rebuild_above: float,
 ) -> Curation:
-    if not (base / MANIFEST).exists():
+    # Another stage's folder is sound: it must not be said to be damaged.
+    if not (base / MANIFEST).exists() or read_json(base / MANIFEST).get("stage") != "clustering":
         raise CacheError(f"{base}: holds no tree; give the folder that `curate` printed, CACHE/tree/NAME")
     manifest = read_manifest(base, "clustering")
     old = ClusterTree.load(base / "tree", memory_map=True)
     metric = manifest["settings"]["metric"]
-    store = embed_pool(
-        pool,
-        resolve_embedder(embedder),
-        root,
-        device=device,
-        decoders=decoders,
-        **dataclasses.asdict(config.embedding),
-    )
+    held_out_pool = open_held_out(config, root)  # now, before anything takes long
+    embedder = resolve_embedder(embedder)
+    settings = dataclasses.asdict(config.embedding)
+    store = embed_pool(pool, embedder, root, device=device, decoders=decoders, **settings)
     if manifest["inputs"]["embedder"] != store.folder.name:
         raise CacheError(
             f"{base}: its tree was built over embeddings {manifest['inputs']['embedder']}, these are "
             f"{store.folder.name}; give the embedder and embedding settings of that curation, or curate anew"
         )
     config = dataclasses.replace(config, metric=metric)
+    kept, known = _kept(pool, old, base)
     inputs = {"embedder": store.folder.name, "embeddings": store.fingerprint, "base": base.name}
+    folders = {"embeddings": store.folder}
+    cached: dict[str, bool] = {}
+    copies: dict[str, int] = {}
+    valid = store.valid
+    if config.near_duplicates.enabled:
+        held_out = embed_held_out(held_out_pool, embedder, root, config, device, decoders)
+        origin = {"embedder": store.folder.name, "embeddings": store.fingerprint}
+        whole, _ = find_near_duplicates(root, pool, store, held_out, config, origin)
+        folders["near_duplicates"], cached["near_duplicates"] = settle_near_duplicates(
+            root, whole, store, base.name, known, kept.parent[1] != EXCLUDED
+        )
+        inputs["near_duplicates"] = folders["near_duplicates"].name
+        valid &= read_keep(folders["near_duplicates"])
+        copies = _copies(folders["near_duplicates"])
+    elif "near_duplicates" in manifest["inputs"]:
+        log.warning(
+            "near_duplicates is not enabled, though the tree was built without near-duplicates: copies among "
+            "the new samples stay in, also those of held-out ones"
+        )
     name = fingerprint(inputs=inputs, version=VERSION)
 
     def build(folder: Path | None) -> None:
-        grown, known = _grow(pool, store, old, base, metric, device)
+        grown = _grow(store, kept, valid & ~known, metric, device)
         if folder is not None:
-            drift = vars(_drift(grown, known, rebuild_above))
-            settings = manifest["settings"]
-            publish_tree(folder, grown, pool, {"inputs": inputs, "settings": settings, "drift": drift})
+            content = {"inputs": inputs, "settings": manifest["settings"], "drift": _fit(grown, known)}
+            publish_tree(folder, grown, pool, content)
 
-    folder, found = build_together(root / "tree" / name, build)
+    folder, cached["tree"] = build_together(root / "tree" / name, build)
     grown = ClusterTree.load(folder / "tree", memory_map=True)
-    drift = read_manifest(folder, "clustering")["drift"]
-    selection, was_selected = select(root, grown, config, folder.name)
-    ids = read_ids(selection)
+    figures = read_manifest(folder, "clustering")["drift"]
+    is_due = figures["outlying"] > rebuild_above or figures["n_new"] > figures["n_old"]
+    drift = Drift(**figures, rebuild_due=is_due)
+    folders["tree"] = folder
+    folders["selection"], cached["selection"] = select(root, grown, config, folder.name)
+    ids = read_ids(folders["selection"])
     log.info(
         "extended by %d samples to %d: median distance %.2f of the old ones', %.1f %% outlying%s",
-        drift["n_new"],
+        drift.n_new,
         len(pool),
-        drift["distance_ratio"],
-        100 * drift["outlying"],
-        "; a rebuild is due" if drift["rebuild_due"] else "",
+        drift.distance_ratio,
+        100 * drift.outlying,
+        "; a rebuild is due" if is_due else "",
     )
-    valid = store.valid
     if "near_duplicates" in manifest["inputs"]:  # then what the tree leaves out counts as near-duplicates
-        valid &= grown.parent[1] != EXCLUDED
+        valid &= ~known | (grown.parent[1] != EXCLUDED)
     report = report_of(pool, store, valid, grown, ids, config)
-    report |= {"drift": drift, "cached": {"tree": found, "selection": was_selected}}
-    folders = {"embeddings": store.folder, "tree": folder, "selection": selection}
+    report |= {"drift": vars(drift), "cached": cached} | copies
     return Curation(ids, grown, store, report, config, folders)
 
 
-def _grow(
-    pool: ShardPool,
-    store: EmbeddingStore,
-    old: ClusterTree,
-    base: Path,
-    metric: str,
-    device: str | torch.device,
-) -> tuple[ClusterTree, np.ndarray]:
-    """The tree over the grown pool, and (n,) bool: which samples the old tree has."""
+def _kept(pool: ShardPool, old: ClusterTree, base: Path) -> tuple[ClusterTree, np.ndarray]:
+    """The old tree over the pool as it is now, without new samples, and (n,) bool: what it was built over."""
     manifest = read_manifest(base, "clustering")
     old_shards = [name.decode() for name in read_array(base, "shards", manifest)]
     old_ranges = read_array(base, "shard_ranges", manifest)
@@ -177,10 +200,32 @@ def _grow(
         raise PoolError(
             f"the pool has none of the {len(old_shards)} shards that {base} was built over; curate anew"
         )
-    new = store.valid & ~known
+    return ClusterTree(old.centroids, old.parent | {1: parent}, distance), known
+
+
+def _copies(folder: Path) -> dict[str, int]:
+    """The counts of near-duplicates for the report; warns of what the tree holds that is held out."""
+    manifest = read_manifest(folder, "near_duplicates")
+    counts = {name: manifest[name] for name in ("removed_new", "held_out_in_tree")}
+    log.info("near-duplicates: %d new samples removed", counts["removed_new"])
+    if counts["held_out_in_tree"]:
+        log.warning(
+            "near_duplicates.held_out: %d samples of the tree are copies of held-out ones, and stay in it; "
+            "curate anew to have them removed",
+            counts["held_out_in_tree"],
+        )
+    return counts
+
+
+def _grow(
+    store: EmbeddingStore, kept: ClusterTree, new: np.ndarray, metric: str, device: str | torch.device
+) -> ClusterTree:
+    """The tree with the new samples, (n,) bool, in the nearest clusters."""
+    assert kept.distance is not None
+    parent, distance = kept.parent[1].copy(), kept.distance.copy()
     if new.any():
         rows = prepare(store, metric=metric, device=device, valid=new, nonfinite="exclude", max_memory=None)
-        centroids = torch.from_numpy(old.centroids[1]).to(rows.device)
+        centroids = torch.from_numpy(kept.centroids[1]).to(rows.device)
         if rows.mean is not None:
             centroids = centroids - torch.from_numpy(rows.mean.astype(np.float32)).to(rows.device)
         mine = rows.part(*rank_range(len(rows), rank(), world_size()))
@@ -189,15 +234,16 @@ def _grow(
         ids = np.flatnonzero(new) if rows.ids is None else rows.ids
         parent[ids] = np.concatenate(all_gather(own))
         distance[ids] = np.sqrt(np.concatenate(all_gather(squared)))
-    return ClusterTree(old.centroids, old.parent | {1: parent}, distance), known
+    return ClusterTree(kept.centroids, kept.parent | {1: parent}, distance)
 
 
-def _drift(tree: ClusterTree, known: np.ndarray, limit: float) -> Drift:
+def _fit(tree: ClusterTree, known: np.ndarray) -> dict[str, Any]:
+    """The fields of `Drift` that do not depend on the limit."""
     assert tree.distance is not None
     inside = tree.parent[1] != EXCLUDED
     before, after = tree.distance[inside & known], tree.distance[inside & ~known]
-    if not len(after):
-        return Drift(0, len(before), 1.0, 0.0, False)
-    ratio = float(np.median(after) / max(np.median(before), np.finfo(np.float32).tiny))
-    outlying = float((after > np.quantile(before, 0.99)).mean())
-    return Drift(len(after), len(before), ratio, outlying, outlying > limit or len(after) > len(before))
+    ratio, outlying = 1.0, 0.0
+    if len(after):
+        ratio = float(np.median(after) / max(np.median(before), np.finfo(np.float32).tiny))
+        outlying = float((after > np.quantile(before, 0.99)).mean())
+    return {"n_new": len(after), "n_old": len(before), "distance_ratio": ratio, "outlying": outlying}

@@ -14,7 +14,7 @@ from curated_data.datamodule import CuratedDataModule
 from curated_data.errors import ConfigError
 from curated_data.pipeline import Curation
 from curated_data.report import figures
-from curated_data.report.metrics import class_balance, cluster_balance
+from curated_data.report.metrics import checked_labels, class_balance, cluster_balance, read_labels
 
 log = logging.getLogger(__name__)
 
@@ -32,17 +32,18 @@ class CurationLogger(pl.Callback):
     Rank zero draws and writes, which takes seconds for a pool of any size; the others wait at the next step.
 
     Args:
-        labels: (n,) class of each sample, -1 for none; None reads the pool's `.cls` members, if it has them
-            and at most 200,000 samples.
+        labels: (n,) integer class of each sample, -1 for none; None reads the pool's `.cls` members, if it
+            has them and at most 200,000 samples. Where these are no integers a warning says so.
         class_names: for the plot.
 
     Raises:
         ConfigError: a Trainer without a `CuratedDataModule` that curates, or labels of another length than
-            the pool.
+            the pool or that are no integers.
     """
 
     def __init__(self, labels: np.ndarray | None = None, *, class_names: Sequence[str] | None = None) -> None:
         self.labels, self.class_names = labels, class_names
+        self._has_labels = True  # of the pool, as far as is known
         self._logged: list[str] = []  # names of selections, so that a resumed run logs none twice
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -53,6 +54,11 @@ class CurationLogger(pl.Callback):
             raise ConfigError(
                 f"CurationLogger.labels: expected shape ({len(data.pool)},), got {np.shape(self.labels)}"
             )
+        if self.labels is not None:
+            try:
+                self.labels = checked_labels(self.labels)
+            except ValueError as error:
+                raise ConfigError(f"CurationLogger.labels: {error}") from error
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         curation = _datamodule(trainer).curation
@@ -77,8 +83,9 @@ class CurationLogger(pl.Callback):
         balance = None if labels is None else class_balance(labels, curation.ids)
         if balance is not None:
             counts = {"pool": balance.before, "selected": balance.after}
-            names = None if self.class_names is None else self.class_names[: len(balance.before)]
-            plots["curation/classes"] = figures.class_balance(counts, class_names=names)
+            plots["curation/classes"] = figures.class_balance(
+                counts, class_names=balance.names(self.class_names)
+            )
         header, rows = level_table(curation)
         step = trainer.global_step
         for logger in trainer.loggers:
@@ -88,9 +95,11 @@ class CurationLogger(pl.Callback):
     def _labels(self, data: CuratedDataModule) -> np.ndarray | None:
         if self.labels is not None:
             return self.labels
-        if "cls" not in data.pool.index().extensions or len(data.pool) > _READ_LABELS:
+        if not self._has_labels or len(data.pool) > _READ_LABELS:
             return None
-        return data.pool.labels(np.arange(len(data.pool)))
+        labels = read_labels(data.pool)
+        self._has_labels = labels is not None  # else it would be told again after each re-curation
+        return labels
 
 
 def _datamodule(trainer: pl.Trainer) -> CuratedDataModule:

@@ -25,19 +25,18 @@ from curated_data.clustering.hierarchy import hierarchical_kmeans
 from curated_data.clustering.levels import Level, choose_levels
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig, load_config
+from curated_data.deduplication import embed_held_out, find_near_duplicates, open_held_out, read_keep
 from curated_data.distributed import build_together, check_same, failing_together, rank, watched
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, CuratedDataError, PoolError
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.report.metrics import cluster_balance
-from curated_data.selection.near_duplicates import exact_groups, image_contents, near_duplicates
-from curated_data.selection.removed import Removed
 from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_sample
 
 log = logging.getLogger(__name__)
 
-VERSIONS = {"near_duplicates": 2, "tree": 5, "selection": 1}
+VERSIONS = {"tree": 5, "selection": 1}
 """Increased when a stage computes something else from the same inputs: older artifacts are then not used."""
 
 _NO_LIMIT_GB = 1e9
@@ -122,7 +121,7 @@ def _curate(
     device: str | torch.device,
     decoders: Decoders | None,
 ) -> Curation:
-    held_out_pool = _held_out_pool(config, root)  # now, before anything takes long
+    held_out_pool = open_held_out(config, root)  # now, before anything takes long
     check_same(curation=fingerprint(config=dataclasses.asdict(config)))
     pool.look_together()
     check_same(pool=pool.fingerprint)
@@ -144,13 +143,9 @@ def _curate(
     origin = {"embedder": store.folder.name, "embeddings": store.fingerprint}
     if config.near_duplicates.enabled:
         with _timed(seconds, "near_duplicates"):
-            held_out = None
-            if held_out_pool is not None:
-                held_out = embed_pool(
-                    held_out_pool, embedder, root, device=device, decoders=decoders, **settings
-                )
-            folder, cached["near_duplicates"] = _near_duplicates(
-                root, pool, store, valid, held_out, config, origin
+            held_out = embed_held_out(held_out_pool, embedder, root, config, device, decoders)
+            folder, cached["near_duplicates"] = find_near_duplicates(
+                root, pool, store, held_out, config, origin
             )
         folders["near_duplicates"] = folder
         valid &= read_keep(folder)
@@ -185,64 +180,6 @@ def _curate(
         " (found in the cache)" if all(cached.values()) else "",
     )
     return Curation(ids, tree, store, report, config, folders)
-
-
-def _held_out_pool(config: CurationConfig, root: Path) -> ShardPool | None:
-    """The evaluation sets whose samples the pool must not contain; None if there are none."""
-    if not (config.near_duplicates.enabled and config.near_duplicates.held_out):
-        return None
-    pool = ShardPool(config.near_duplicates.held_out, cache_dir=root)
-    pool.index()
-    return pool
-
-
-def _near_duplicates(
-    root: Path,
-    pool: ShardPool,
-    store: EmbeddingStore,
-    valid: np.ndarray,
-    held_out: EmbeddingStore | None,
-    config: CurationConfig,
-    origin: dict[str, str],
-) -> tuple[Path, bool]:
-    settings = dataclasses.asdict(config.near_duplicates)
-    if held_out is not None:
-        origin = origin | {"held_out": held_out.fingerprint}
-    name = near_duplicates_name(config, origin)
-
-    def build(folder: Path) -> None:
-        store.verify()
-        contents = image_contents(pool) if config.near_duplicates.prefer == "largest" else None
-        found = near_duplicates(
-            store,
-            valid=valid,
-            threshold=config.near_duplicates.threshold,
-            n_neighbours=config.near_duplicates.n_neighbours,
-            same=None if contents is None else exact_groups(contents.digest),
-            prefer=None if contents is None else contents.n_pixels,
-            held_out=None if held_out is None else held_out.as_array()[held_out.valid],
-        )
-        match = found.held_out_match
-        if held_out is not None:  # from rows that were compared to samples of the held-out pool
-            match = np.append(np.flatnonzero(held_out.valid), -1)[match]
-        Removed(found.keep, found.group, match).save(folder)
-        removed = int((valid & ~found.keep).sum())
-        counts = {"removed": removed, "held_out_matches": int((match >= 0).sum())}
-        write_manifest(folder, "near_duplicates", {"inputs": origin, "settings": settings} | counts)
-        log.info("near-duplicates: %d samples removed", removed)
-
-    return build_once(root / "near_duplicates" / name, build)
-
-
-def read_keep(folder: Path) -> np.ndarray:
-    """(n,) bool, from the folder of a near-duplicates artifact: which samples were kept."""
-    return read_array(folder, "keep", read_manifest(folder, "near_duplicates"))
-
-
-def near_duplicates_name(config: CurationConfig, origin: dict[str, str]) -> str:
-    """The name of a near-duplicates artifact, by its settings and its inputs."""
-    settings = dataclasses.asdict(config.near_duplicates)
-    return fingerprint(origin=origin, settings=settings, version=VERSIONS["near_duplicates"])
 
 
 def build_tree(

@@ -10,10 +10,11 @@ from curated_data.cache import MANIFEST, absolute, read_array, read_manifest
 from curated_data.clustering.levels import Level
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig
+from curated_data.deduplication import read_keep
 from curated_data.embedding import EmbeddingStore
 from curated_data.errors import CacheError
 from curated_data.inspect import check_is_cache
-from curated_data.pipeline import Curation, read_keep
+from curated_data.pipeline import Curation
 from curated_data.report.metrics import cluster_balance
 from curated_data.seals import load_npy
 

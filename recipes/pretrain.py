@@ -22,6 +22,7 @@ import lightning
 import numpy as np
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 
 from curated_data import CuratedDataModule
@@ -53,7 +54,21 @@ def main(
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI with one-line errors for settings that the module or the data module rejects."""
+    """LightningCLI with one-line errors for settings that the module or the data module rejects.
+
+    `test` is no subcommand: the data module has nothing to test on; `recipes/evaluate.py` evaluates.
+    """
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "test"}
+
+    def before_validate(self) -> None:
+        if not is_overridden("validation_step", self.model):
+            raise ConfigError(
+                f"validate: {type(self.model).__name__} has no validation_step; evaluate its checkpoint with "
+                "recipes/evaluate.py checkpoint:FILE"
+            )
 
     def instantiate_classes(self) -> None:
         try:

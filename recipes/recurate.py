@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from curated_data import CuratedDataModule, RecurationCallback
-from curated_data.errors import CuratedDataError
+from curated_data.errors import ConfigError, CuratedDataError
 from curated_data.report.metrics import class_balance
 from recipes import pretrain
 
@@ -50,7 +50,21 @@ class History(lightning.Callback):
 
 
 class RecurationCLI(pretrain.RecipeCLI):
-    """The command line with the callback's settings as options."""
+    """The command line with the callback's settings as options, and `fit` alone."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {"fit": pretrain.RecipeCLI.subcommands()["fit"]}
+
+    def before_instantiate_classes(self) -> None:
+        given = self.config.fit.trainer.callbacks or []
+        for callback in given if isinstance(given, list) else [given]:
+            path = str(getattr(callback, "class_path", ""))
+            if path.rpartition(".")[2] == RecurationCallback.__name__:
+                raise ConfigError(
+                    f"trainer.callbacks: has a {path}, of which this recipe makes one of its own from the "
+                    "options --recuration.*; take it out of the YAML, or run recipes/pretrain.py with it"
+                )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RecurationCallback, "recuration")

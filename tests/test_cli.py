@@ -84,7 +84,7 @@ def test_the_walk_by_commands(write_pool, tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     for stage in ("index", "embeddings", "tree", "selection", "pixels:4"):
         assert stage in shown
-    monkeypatch.setattr("curated_data.cli._FEW", 1)
+    monkeypatch.setattr("curated_data.cli_inspect._FEW", 1)
     assert main(["inspect", cache]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"2 shards .* 55 samples; --json lists each", shown)
@@ -179,6 +179,53 @@ def test_verify_names_what_is_damaged(fashion_test, tmp_path, capsys):
     assert main(["inspect", str(cache), "--verify"]) == 0
     assert "everything is as it was written" in capsys.readouterr().out
     (path,) = cache.glob("pool/*/key_bytes.npy")
+    assert main(["inspect", str(cache), "--verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"damaged": []}
     path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert main(["inspect", str(cache), "--verify", "--json"]) == 2
+    assert len(json.loads(capsys.readouterr().out)["damaged"]) == 1
     assert main(["inspect", str(cache), "--verify"]) == 2
     assert f"{path}: damaged (its checksum differs); remove {path.parent}" in capsys.readouterr().err
+
+
+def test_places_for_outputs_are_checked_before_any_work(write_pool, tmp_path, capsys):
+    shards, cache = write_pool([12]), tmp_path / "cache"
+    (tmp_path / "file").touch()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "shard-000000.tar").touch()
+    cases = (
+        (
+            ["export", "--out", str(tmp_path / "used")],
+            "are there already; .* pass overwrite=True \\(--overwrite\\)",
+        ),
+        (["export", "--out", str(tmp_path / "file")], "file: is no folder, so nothing can be written in it"),
+        (["export", "--out", str(tmp_path / "new"), "--max-samples", "0"], "max_samples=0"),
+        (["export", "--out", ""], "the place for the shards is empty; give a folder"),
+        (["export", "--out", str(tmp_path / "pool-%03d.tar"), "--overwrite"], "is a shard of the pool"),
+        (["report", "--out", str(tmp_path)], "is a folder, where a file is to be written"),
+        (["curate", "--ids", str(tmp_path)], "is a folder, where a file is to be written"),
+        (["curate", "--ids", str(tmp_path / "file" / "ids.npy")], "file: is no folder"),
+    )
+    for (command, *options), message in cases:
+        assert main([command, *shards, "--cache-dir", str(cache), *CURATION, *options]) == 2
+        assert re.search(message, capsys.readouterr().err), options
+    assert not (cache / "embeddings").exists()
+    arguments = ["--cache-dir", str(cache), *CURATION, "--out", str(tmp_path / "used"), "--overwrite"]
+    assert main(["export", *shards, *arguments]) == 0
+    assert len(ShardPool(str(tmp_path / "used" / "*.tar"))) == 12
+
+
+def test_errors_of_the_system_are_one_line(monkeypatch, capsys):
+    def refused(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("curated_data.inspect.inspect_cache", refused)
+    assert main(["inspect", "cache"]) == 2
+    assert capsys.readouterr().err == "curated-data inspect: [Errno 13] Permission denied: 'cache'\n"
+
+
+def test_class_names_in_a_json_object_are_refused(write_pool, tmp_path, capsys):
+    (tmp_path / "names.json").write_text('{"0": "cat"}')
+    arguments = ["--cache-dir", str(tmp_path / "cache"), "--class-names", str(tmp_path / "names.json")]
+    assert main(["report", *write_pool([12]), *CURATION, *arguments, "--out", str(tmp_path / "r.html")]) == 2
+    assert "names.json: holds a JSON object; give a list" in capsys.readouterr().err

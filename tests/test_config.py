@@ -59,6 +59,7 @@ def test_auto_levels():
         ),
         ({"levels": [{"n_clusters": 3, "n_splits": 2, "n_resamples": 3}]}, "splits or resampling, not both"),
         ({"near_duplicates": {"threshold": 1.5}}, "a cosine is at most 1, got 1.5"),
+        ({"near_duplicates": {"threshold": -1}}, r"near_duplicates\.threshold: at -1 all samples are copies"),
         ({"target_size": "${nowhere}"}, "nowhere"),
         ({"tol": float("nan")}, "tol"),
         ({"max_memory_gb": 0}, "max_memory_gb: expected at least 0.001"),

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from curated_data.embedding import resolve_embedder
-from curated_data.errors import CuratedDataError
+from curated_data.errors import ConfigError, CuratedDataError
 from lightning_modules import DINOv2, SimCLR
 from recipes import evaluate, pretrain
 
@@ -85,6 +85,34 @@ def test_a_config_trains(monkeypatch, tmp_path, write_pool):
     expected = cli.model.eval().embed(images)
     torch.testing.assert_close(resolve_embedder(f"checkpoint:{path}")(images), expected)
     torch.testing.assert_close(SimCLR.load_from_checkpoint(path).eval().embed(images), expected)
+    # It predicts the features of the whole pool, in its order.
+    found = cli.trainer.predict(cli.model, cli.datamodule)
+    assert torch.cat([part["sample_id"] for part in found]).tolist() == list(range(64))
+    assert torch.cat([part["label"] for part in found]).tolist() == [i % 3 for i in [*range(40), *range(24)]]
+    features = torch.cat([part["embedding"] for part in found])
+    images = torch.stack([batch for part in cli.datamodule.predict_dataloader() for batch in part["image"]])
+    torch.testing.assert_close(features, cli.model.eval().embed(images))
+
+
+def test_commands_that_cannot_work_are_refused(monkeypatch, tmp_path, write_pool, capsys):
+    write_pool([16])
+    monkeypatch.chdir(tmp_path)
+    config = str(ROOT / "configs" / "pretrain" / "simclr_fashion.yaml")
+    arguments = [*BASE, "--config", config, "--data.pool", str(tmp_path / "pool-*.tar")]
+    with pytest.raises(ConfigError, match="validate: SimCLR has no validation_step; evaluate its checkpoint"):
+        pretrain.main(["validate", *arguments, "--trainer.accelerator", "cpu"])
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main(["test", *arguments])
+    assert "test" in capsys.readouterr().err
+
+
+def test_a_batch_without_one_image_a_sample_is_not_predicted():
+    module = SimCLR(backbone_options={"width": 4}, image_size=8).eval()
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(module.predict_step(images, 0), module.embed(images))
+    assert list(module.predict_step({"image": images}, 0)) == ["embedding"]
+    with pytest.raises(TypeError, match=r"a dict with 'image'.*got \['sample_id', 'views'\]"):
+        module.predict_step({"views": [images, images], "sample_id": torch.arange(2)}, 0)
 
 
 @pytest.mark.parametrize(

@@ -104,3 +104,82 @@ def test_what_cannot_be_extended(write_pool, tmp_path):
         extend(shards[1:], CONFIG, embedder="pixels:4", **place)
     with pytest.raises(CacheError, match="holds no tree; give the folder"):
         extend(shards, CONFIG, embedder="pixels:4", cache_dir=cache, tree=tmp_path)
+    for folder in (old.folders["tree"] / "tree", old.folders["selection"]):  # both are sound
+        with pytest.raises(CacheError, match="holds no tree; give the folder that `curate` printed"):
+            extend(shards, CONFIG, embedder="pixels:4", cache_dir=cache, tree=folder)
+
+
+def test_new_copies_stay_out_and_what_the_tree_holds_stays_in(write_pool, tmp_path, caplog):
+    from curated_data.report.explain import explain
+    from curated_data.stored import open_curation
+    from tests.conftest import png
+
+    cache, rng = tmp_path / "cache", np.random.default_rng(7)
+    first = write_pool([40], name="first")
+    held_out = write_pool([3], name="held-out", seed=8)
+    pictures = [png(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(2)]
+    copies = {(0, 2 + i): pictures[0] for i in range(5)} | {(0, 7): pictures[1]}
+    # Of the new shard, 0 to 2 are held out, 2 to 6 then are copies of one image, 7 is one in the tree.
+    second = write_pool([20], name="second", seed=8, bad=copies)
+    first += write_pool([1], name="one", bad={(0, 0): pictures[1]})
+    near = {"enabled": True, "threshold": 0.999}
+    config = CONFIG | {"target_size": 1000, "near_duplicates": near | {"held_out": held_out}}
+    old = curate(first, config, embedder="pixels:4", cache_dir=cache)
+    place = {"embedder": "pixels:4", "cache_dir": cache, "tree": old.folders["tree"]}
+    grown = extend(first + second, config, **place)
+    assert grown.ids.tolist() == [*range(41), 43, *range(49, 61)]
+    assert grown.report["near_duplicates"] == grown.report["removed_new"] == 7
+    assert grown.report["excluded"] == grown.report["held_out_in_tree"] == 0
+    assert extend(first + second, config, **place).report["cached"] == {
+        "near_duplicates": True,
+        "tree": True,
+        "selection": True,
+    }
+    again = open_curation(cache, grown.folders["selection"].name)
+    assert {name: again.report[name] for name in ("near_duplicates", "excluded")} == {
+        "near_duplicates": 7,
+        "excluded": 0,
+    }
+    why = {sample: explain(again, sample)[0] for sample in (41, 44, 48)}
+    assert "sample 0 of the held-out pool" in why[41]
+    assert "near-duplicate of sample 43, which stayed" in why[44]
+    assert "near-duplicate of sample 40, which stayed" in why[48]
+
+    # The largest copy would stay of the whole pool: that in the tree does, though the new one is larger.
+    larger = write_pool([2], name="larger", bad={(0, 0): _enlarged(pictures[1])}, seed=3)
+    largest = config | {"near_duplicates": near | {"prefer": "largest"}}
+    assert extend(first + larger, largest, **place).ids.tolist() == [*range(41), 42]
+
+    # Images that were held out later cannot leave the tree, which is told.
+    caplog.clear()
+    later = config | {"near_duplicates": near | {"held_out": first[1:]}}
+    grown = extend(first + second, later, **place)
+    assert grown.report["held_out_in_tree"] == 1
+    assert 40 in grown.ids
+    assert 48 not in grown.ids
+    assert "1 samples of the tree are copies of held-out ones, and stay in it" in caplog.text
+    # And a tree without near-duplicates, extended without looking for them, is told of.
+    assert len(extend(first + second, CONFIG | {"target_size": 1000}, **place).ids) == 61
+    assert "near_duplicates is not enabled, though the tree was built without" in caplog.text
+
+
+def _enlarged(content):
+    import io
+
+    from PIL import Image
+
+    from tests.conftest import png
+
+    return png(np.kron(np.asarray(Image.open(io.BytesIO(content))), np.ones((2, 2, 1), np.uint8)))
+
+
+def test_another_limit_is_heeded_where_the_tree_is_cached(write_pool, tmp_path):
+    shards, cache = write_pool([30, 20]), tmp_path / "cache"
+    old = curate(shards[:1], CONFIG, embedder="pixels:4", cache_dir=cache)
+    place = {"embedder": "pixels:4", "cache_dir": cache, "tree": old.folders["tree"]}
+    first = extend(shards, CONFIG, **place, rebuild_above=1.0).report["drift"]
+    assert first["outlying"] > 0
+    assert not first["rebuild_due"]
+    second = extend(shards, CONFIG, **place, rebuild_above=first["outlying"] / 2).report
+    assert second["cached"]["tree"]
+    assert second["drift"] == first | {"rebuild_due": True}

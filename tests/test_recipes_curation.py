@@ -141,6 +141,15 @@ def test_recuration_settings_are_checked(monkeypatch):
     configs = ["--config", "configs/base.yaml", "--config", "configs/pretrain/simclr_fashion.yaml"]
     with pytest.raises(CuratedDataError, match=r"every_n_epochs: expected at least 1, got 0"):
         recurate.main(["fit", *configs, "--recuration.every_n_epochs", "0"])
+    twice = [
+        *configs,
+        "--config",
+        "configs/pretrain/simclr_fashion_recurated.yaml",
+        "--data.pool",
+        "pool.tar",
+    ]
+    with pytest.raises(ConfigError, match=r"trainer\.callbacks: has a curated_data\.RecurationCallback, of "):
+        recurate.main(["fit", *twice])
 
 
 def test_maps_of_embeddings_and_of_a_trained_module(tmp_path, fashion_train, monkeypatch, capsys):

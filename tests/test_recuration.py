@@ -351,6 +351,10 @@ def test_triggers(write_pool, tmp_path):
         ({"every_n_epochs": 1, "every_n_steps": 5}, "give one of"),
         ({"every_n_epochs": 1, "share": 0}, "share: expected more than 0 and at most 1, got 0"),
         ({"every_n_epochs": 0}, "every_n_epochs: expected at least 1, got 0"),
+        ({"every_n_epochs": 2.5}, r"every_n_epochs: expected a whole number, got 2\.5"),
+        ({"every_n_steps": "2"}, "every_n_steps: expected a whole number, got '2'"),
+        ({"every_n_epochs": True}, "every_n_epochs: expected a whole number, got True"),
+        ({"every_n_epochs": 1, "embedder": "pixels:4"}, r"embedder: .* give `lambda module: 'pixels:4'`"),
         (
             {"every_n_epochs": 1, "on_failure": "ignore"},
             "on_failure: expected one of keep, stop, got 'ignore'",
@@ -360,6 +364,7 @@ def test_triggers(write_pool, tmp_path):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ConfigError, match=message):
         RecurationCallback(**arguments)
+    RecurationCallback(np.int64(2), most=np.int32(3))  # whole numbers of any kind are fine
 
 
 def test_what_it_needs_of_the_trainer(write_pool, tmp_path):

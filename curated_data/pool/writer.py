@@ -15,6 +15,7 @@ import numpy as np
 
 from curated_data.cache import atomic_path
 from curated_data.errors import PoolError
+from curated_data.locks import check_writable
 from curated_data.pool.decode import IMAGE_EXTENSIONS
 from curated_data.pool.index import split_name
 from curated_data.progress import progress
@@ -53,28 +54,22 @@ class ShardWriter:
         max_bytes: int = 1 << 30,
         overwrite: bool = False,
     ) -> None:
-        pattern = os.fspath(pattern)
-        if not _NUMBER.search(pattern):
-            if pattern.endswith(".tar"):
-                raise PoolError(f"{pattern!r}: a pattern of shards needs a number, as 'shard-%06d.tar'")
-            pattern = os.path.join(pattern, "shard-%06d.tar")
-        folder, name = os.path.split(pattern)
-        if len(_NUMBER.findall(name)) != 1 or _NUMBER.search(folder) or name.count("%") != 1:
-            raise PoolError(
-                f"{pattern!r}: a pattern of shards has one number, in the file's name, as 'shard-%06d.tar'"
-            )
-        if max_samples < 1 or max_bytes < 1:
-            raise PoolError(f"a shard must hold something: max_samples={max_samples}, max_bytes={max_bytes}")
-        self.folder, self.name = Path(folder or "."), name
+        self.folder, self.name = check_out(
+            pattern, max_samples=max_samples, max_bytes=max_bytes, overwrite=overwrite
+        )
         self.max_samples, self.max_bytes = max_samples, max_bytes
         self.shards: list[Path] = []
         self.n_samples = 0
-        self._marker = self.folder / f".{name.replace('%', '')}.unfinished"
+        self._marker = _marker(self.folder, self.name)
         self._shard: Any = None
         self._file: IO[bytes] | None = None
         self._samples = self._bytes = 0
         self._last_key: str | None = None
-        self._start(overwrite)
+        existing = existing_shards(self.folder, self.name)
+        with atomic_path(self._marker) as temporary:
+            temporary.touch()
+        for path in existing:
+            path.unlink()
 
     def write(self, sample: Mapping[str, Any]) -> None:
         """Append a sample.
@@ -129,25 +124,6 @@ class ShardWriter:
             self._file = None
             self._shard.__exit__(kind, error, trace)
 
-    def _start(self, overwrite: bool) -> None:
-        existing = self._existing()  # including temporary files of a killed run
-        if existing and not overwrite and not self._marker.exists():
-            raise PoolError(
-                f"{existing[0]}: {len(existing)} shard(s) of {self.name!r} are there already; give another "
-                "name or folder, remove them, or pass overwrite=True"
-            )
-        with atomic_path(self._marker) as temporary:
-            temporary.touch()
-        for path in existing:
-            path.unlink()
-
-    def _existing(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        before, after = _NUMBER.split(self.name)[0], _NUMBER.split(self.name)[2]
-        number = re.compile(r"(\.tmp-\w{12}-)?" + re.escape(before) + r"\d+" + re.escape(after))
-        return sorted(path for path in self.folder.iterdir() if number.fullmatch(path.name))
-
     def _open(self) -> IO[bytes]:
         path = self.folder / (self.name % len(self.shards))
         self._shard = atomic_path(path)
@@ -164,6 +140,55 @@ class ShardWriter:
         self._shard.__exit__(None, None, None)
         self._samples = self._bytes = 0
         self._last_key = None
+
+
+def check_out(
+    pattern: str | Path, *, max_samples: int = 10_000, max_bytes: int = 1 << 30, overwrite: bool = False
+) -> tuple[Path, str]:
+    """Check where shards are to go, without writing anything; the arguments are those of `ShardWriter`.
+
+    Returns:
+        The folder, and the pattern of the shards' names.
+
+    Raises:
+        PoolError: the pattern or a limit cannot be used, or there are shards of that pattern.
+        CacheError: nothing can be written there.
+    """
+    pattern = os.fspath(pattern)
+    if not pattern:
+        raise PoolError("the place for the shards is empty; give a folder, '.' for this one")
+    if not _NUMBER.search(pattern):
+        if pattern.endswith(".tar"):
+            raise PoolError(f"{pattern!r}: a pattern of shards needs a number, as 'shard-%06d.tar'")
+        pattern = os.path.join(pattern, "shard-%06d.tar")
+    folder, name = Path(pattern).parent, os.path.basename(pattern)
+    if len(_NUMBER.findall(name)) != 1 or _NUMBER.search(str(folder)) or name.count("%") != 1:
+        raise PoolError(
+            f"{pattern!r}: a pattern of shards has one number, in the file's name, as 'shard-%06d.tar'"
+        )
+    if max_samples < 1 or max_bytes < 1:
+        raise PoolError(f"a shard must hold something: max_samples={max_samples}, max_bytes={max_bytes}")
+    check_writable(folder, is_folder=True)
+    existing = existing_shards(folder, name)
+    if existing and not overwrite and not _marker(folder, name).exists():
+        raise PoolError(
+            f"{existing[0]}: {len(existing)} shard(s) of {name!r} are there already; give another name or "
+            "folder, remove them, or pass overwrite=True (--overwrite)"
+        )
+    return folder, name
+
+
+def _marker(folder: Path, name: str) -> Path:
+    return folder / f".{name.replace('%', '')}.unfinished"
+
+
+def existing_shards(folder: Path, name: str) -> list[Path]:
+    """The shards of a pattern, as from `check_out`, and temporary files of a killed run."""
+    if not folder.is_dir():
+        return []
+    before, _, after = _NUMBER.split(name)
+    number = re.compile(r"(\.tmp-\w{12}-)?" + re.escape(before) + r"\d+" + re.escape(after))
+    return sorted(path for path in folder.iterdir() if number.fullmatch(path.name))
 
 
 def import_folder(
@@ -193,12 +218,16 @@ def import_folder(
         The shards.
 
     Raises:
-        PoolError: no such folder, no images in it, or images both in class folders and beside them.
+        PoolError: no such folder, no images in it, images both in class folders and beside them, or a folder
+            or an image that cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise PoolError(f"{str(folder)!r}: is no folder to import from")
-    entries = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    try:
+        entries = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    except OSError as error:
+        raise _unreadable(folder, error) from error
     classes = [name for name in entries if (folder / name).is_dir()]
     beside = [name for name in entries if (folder / name).is_file() and _extension(name) in image_extensions]
     if beside and classes:
@@ -217,7 +246,7 @@ def import_folder(
                             "__key__": os.path.join(os.path.relpath(path.parent, folder), stem).removeprefix(
                                 "./"
                             ),
-                            extension: path.read_bytes(),
+                            extension: _read(path),
                         }
                         if label is not None:
                             sample |= {"cls": label, "json": {"class_name": name}}
@@ -262,7 +291,10 @@ def encode_member(content: Any, what: str = "member") -> bytes:
 def _header(key: str, extension: str, size: int) -> bytes:
     """A member's tar header, after checking that its name will be read back as this key and extension."""
     name = f"{key}.{extension}"
-    read_back = split_name(name.encode("utf-8", "surrogateescape"))
+    try:
+        read_back = split_name(name.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError as error:
+        raise PoolError(f"member name {name!r} cannot be written in UTF-8 ({error.reason})") from error
     if read_back != (key.encode("utf-8", "surrogateescape"), extension) or "\0" in name:
         raise PoolError(
             f"member name {name!r} would not be read back as key {key!r} and extension {extension!r}: a key "
@@ -283,7 +315,11 @@ def _walk(
     folder: Path, image_extensions: tuple[str, ...]
 ) -> Iterator[tuple[list[tuple[Path, str, str]], int]]:
     """For each folder, in sorted order: images as (path, last part of key, extension); number of others."""
-    for place, folders, names in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:  # by itself, os.walk leaves out what it cannot read
+        raise _unreadable(error.filename, error) from error
+
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         images = sorted(
             name for name in names if not name.startswith(".") and _extension(name) in image_extensions
@@ -298,6 +334,17 @@ def _walk(
                 stem = stem.replace("%", "%25").replace(".", "%2E")
             found.append((Path(place, name), stem, extension.lower()))
         yield found, sum(not name.startswith(".") for name in names) - len(images)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:  # which would be taken for one of the shard being written
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path | str, error: OSError) -> PoolError:
+    return PoolError(f"{path}: cannot be read ({error.strerror}); make it readable, or move it away")
 
 
 def _extension(name: str) -> str:

@@ -1,11 +1,12 @@
 """Measures of how balanced a selection is and how well it covers its pool, which need no training.
 
 Balance over clusters (perplexity, Gini coefficient, share covered), over classes if there are labels
-(entropy,
-head-to-tail ratio), and over space (Kullback-Leibler divergence from the uniform density in low dimension);
-and coverage, the distance of samples to the nearest selected one.
+(entropy, head-to-tail ratio), and over space (Kullback-Leibler divergence from the uniform density in low
+dimension); and coverage, the distance of samples to the nearest selected one.
 """
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,15 @@ import faiss
 import numpy as np
 
 from curated_data.clustering.tree import ClusterTree
+from curated_data.errors import SampleError
 
 if TYPE_CHECKING:
     from curated_data.embedding import EmbeddingStore
+    from curated_data.pool import ShardPool
 
+log = logging.getLogger(__name__)
+
+_MANY_CLASSES = 1 << 16  # up to so many, or as many as there are samples, an array may count every number
 _SEARCHED_BYTES = 1 << 29  # of selected rows that are searched at once
 
 
@@ -115,6 +121,8 @@ class ClassBalance:
         before, after: (n_classes,) int64 samples of each class in the pool and in the selection.
         entropy_before, entropy_after: in nats; at most log(n_classes).
         ratio_before, ratio_after: largest class divided by smallest, infinite if one is missing.
+        classes: (n_classes,) int64, the class that each entry of `before` and `after` counts: 0, 1, … to the
+            largest, or only those that occur if there are far fewer of them than the largest number.
     """
 
     before: np.ndarray
@@ -123,6 +131,27 @@ class ClassBalance:
     entropy_after: float
     ratio_before: float
     ratio_after: float
+    classes: np.ndarray
+
+    def names(self, class_names: Sequence[str] | None) -> list[str]:
+        """The name of each entry, from the names of classes 0, 1, …; None gives the numbers of the classes.
+
+        Raises:
+            ValueError: there are too few names.
+        """
+        if class_names is None:
+            return [str(number) for number in self.classes.tolist()]
+        if len(class_names) <= self.classes[-1]:
+            raise ValueError(f"{len(class_names)} class_names, but the labels go up to {self.classes[-1]}")
+        return [class_names[number] for number in self.classes.tolist()]
+
+    def places(self, labels: np.ndarray) -> np.ndarray:
+        """(n,) int64, the entry of each sample's class; -1 for samples without one.
+
+        Args:
+            labels: (n,) the labels that were counted.
+        """
+        return np.where(labels >= 0, np.searchsorted(self.classes, labels), -1)
 
 
 def class_balance(labels: np.ndarray, ids: np.ndarray) -> ClassBalance | None:
@@ -132,13 +161,22 @@ def class_balance(labels: np.ndarray, ids: np.ndarray) -> ClassBalance | None:
         labels: (n,) integer class of each sample, -1 for none. Only classes that occur in the pool count;
             the arrays end with the largest of them.
         ids: (m,) selected samples.
+
+    Raises:
+        ValueError: labels that are no integers, or ids out of range.
     """
-    labels = np.asarray(labels)
+    labels = checked_labels(labels)
     chosen = labels[_checked_ids(ids, len(labels))]
-    if not (labels >= 0).any():
+    labels, chosen = labels[labels >= 0], chosen[chosen >= 0]
+    if not len(labels):
         return None
-    before = np.bincount(labels[labels >= 0])
-    after = np.bincount(chosen[chosen >= 0], minlength=len(before))
+    largest = int(labels.max())
+    if largest < max(_MANY_CLASSES, len(labels)):
+        classes = np.arange(largest + 1)
+        before, after = (np.bincount(part, minlength=largest + 1) for part in (labels, chosen))
+    else:  # such as hashes: an array up to the largest may exceed the memory
+        classes, before = np.unique(labels, return_counts=True)
+        after = np.bincount(np.searchsorted(classes, chosen), minlength=len(classes))
     occurs = before > 0
     return ClassBalance(
         before,
@@ -147,7 +185,33 @@ def class_balance(labels: np.ndarray, ids: np.ndarray) -> ClassBalance | None:
         entropy_after=entropy(after),
         ratio_before=head_to_tail(before[occurs]),
         ratio_after=head_to_tail(after[occurs]),
+        classes=classes,
     )
+
+
+def checked_labels(labels: np.ndarray) -> np.ndarray:
+    """Labels as int64.
+
+    Raises:
+        ValueError: they are no integers.
+    """
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "iub":
+        raise ValueError(f"labels need to be integers, -1 for none, got {labels.dtype}; give .astype(int)")
+    return labels.astype(np.int64, copy=False)
+
+
+def read_labels(pool: "ShardPool") -> np.ndarray | None:
+    """The classes of a pool for figures about them; None if it has none, or, with a warning, if its `.cls`
+    members are no integers, as those of a decoder's own need not be.
+    """
+    if "cls" not in pool.index().extensions:
+        return None
+    try:
+        return pool.labels(np.arange(len(pool)))
+    except SampleError as error:
+        log.warning("no figures about classes: %s", error)
+        return None
 
 
 def coverage_distance(

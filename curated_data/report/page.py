@@ -63,7 +63,8 @@ def write_report(
         coordinates: (n, 2) of every sample, for the map; None takes the first two principal components of the
             embeddings.
         coordinates_name: how the given coordinates were computed, for the map's caption.
-        labels: (n,) class of each sample, -1 for none; None reads the pool's `.cls` members.
+        labels: (n,) integer class of each sample, -1 for none; None reads the pool's `.cls` members, and
+            gives no figures about classes if these are no integers.
         class_names: of the classes; None reads `classes.json` beside the first shard, or numbers the classes.
         title: of the page.
         n_map_points: number of samples on the map, for which the page can also explain why they were chosen.
@@ -76,17 +77,18 @@ def write_report(
         The path.
 
     Raises:
-        ValueError: an array of another length than the pool.
+        ValueError: an array of another length than the pool, or labels that are no integers.
         CacheError: the path cannot be written.
     """
     n = len(pool)
     check_arrays(n, coordinates=coordinates, labels=labels)
     if curation.tree.n_samples != n:
         raise ValueError(f"the curation is of {curation.tree.n_samples} samples, the pool has {n}")
-    if labels is None and "cls" in pool.index().extensions:
-        labels = pool.labels(np.arange(n))
+    labels = metrics.read_labels(pool) if labels is None else metrics.checked_labels(labels)
     if class_names is None:
         class_names = class_names_beside(pool)
+    balance = None if labels is None else metrics.class_balance(labels, curation.ids)
+    places = None if labels is None or balance is None else balance.places(labels)
     rng = np.random.default_rng(seed)
     tiles = Tiles(pool)
     examples = {
@@ -109,12 +111,14 @@ def write_report(
         "tree": _tree_settings(curation.config),
         "seconds": curation.report.get("seconds", {}),
         "levels": _levels(curation, rng),
-        "classes": _classes(curation, labels, class_names, rng),
+        "classes": None
+        if balance is None or places is None
+        else _classes(curation, balance, places, class_names, rng),
         "coverage": _coverage(curation, n_coverage, rng),
         **examples,
         "failures": _failures(curation),
         "clusters": cluster_tables(curation, shown),
-        "map": sample_map(curation, pool, shown, coordinates, labels, tiles, n_map_images, rng),
+        "map": sample_map(curation, pool, shown, coordinates, places, tiles, n_map_images, rng),
     }
     if data["embedder"]:
         data["origin"].append(["embedder", data["embedder"]])
@@ -133,12 +137,17 @@ def check_arrays(n: int, *, coordinates: np.ndarray | None, labels: np.ndarray |
     """Check the arrays for `write_report`, before the n samples are curated.
 
     Raises:
-        ValueError: an array of another length than the pool.
+        ValueError: an array of another length than the pool, or of values that are not real numbers
+            (coordinates) or integers (labels).
     """
     if coordinates is not None and np.shape(coordinates) != (n, 2):
         raise ValueError(f"coordinates need shape ({n}, 2), got {np.shape(coordinates)}")
+    if coordinates is not None and np.asarray(coordinates).dtype.kind not in "iuf":
+        raise ValueError(f"coordinates need real numbers, got {np.asarray(coordinates).dtype}")
     if labels is not None and np.shape(labels) != (n,):
         raise ValueError(f"labels need shape ({n},), got {np.shape(labels)}")
+    if labels is not None:
+        metrics.checked_labels(labels)
 
 
 def _embedder(curation: "Curation") -> str:
@@ -212,25 +221,22 @@ def _rank_curve(sizes: np.ndarray, most: int = 240) -> list[list[int]]:
 
 def _classes(
     curation: "Curation",
-    labels: np.ndarray | None,
+    balance: metrics.ClassBalance,
+    places: np.ndarray,
     names: Sequence[str] | None,
     rng: np.random.Generator,
-) -> dict[str, Any] | None:
-    if labels is None or (balance := metrics.class_balance(labels, curation.ids)) is None:
-        return None
-    random = metrics.class_balance(labels, _random_selection(curation, rng))
+) -> dict[str, Any]:
+    """The classes' figures; `places` (n,) are those of the samples' classes in them, -1 for no class."""
+    random = metrics.class_balance(places, _random_selection(curation, rng))
     assert random is not None, "of the same labels"
-    n_classes = len(balance.before)
-    if names is not None and len(names) < n_classes:
-        raise ValueError(f"{len(names)} class_names, but the labels go up to {n_classes - 1}")
     return {
-        "names": [str(c) for c in range(n_classes)] if names is None else list(names[:n_classes]),
+        "names": balance.names(names),
         "before": balance.before.tolist(),
         "random": random.after.tolist(),
         "after": balance.after.tolist(),
         "entropy": [balance.entropy_before, random.entropy_after, balance.entropy_after],
         "ratio": [_finite(r) for r in (balance.ratio_before, random.ratio_after, balance.ratio_after)],
-        "unlabelled": int((labels < 0).sum()),
+        "unlabelled": int((places < 0).sum()),
     }
 
 

@@ -85,6 +85,29 @@ class PretrainingModule(L.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.embed(images)
 
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """The features of a batch, for `Trainer.predict`.
+
+        Args:
+            batch: a mapping with `image` (B, 3, S, S), as `eval_transform()` makes them; or only the images.
+
+        Returns:
+            Of a mapping: `embedding` (B, embedding_dimension), and `sample_id` and `label` if it has them; of
+            images: their features.
+
+        Raises:
+            TypeError: a mapping without `image`.
+        """
+        if not isinstance(batch, Mapping):
+            return self.embed(batch)
+        if not isinstance(batch.get("image"), Tensor):
+            raise TypeError(
+                "a batch to predict is a dict with 'image', a tensor (B, 3, S, S): give the loader "
+                f"eval_transform(), which makes one image of each sample; got {sorted(batch)}"
+            )
+        known = {name: batch[name] for name in ("sample_id", "label") if name in batch}
+        return known | {"embedding": self.embed(batch["image"])}
+
     def eval_transform(self) -> EvalTransform:
         """The deterministic transform uint8 (3, H, W) -> float (3, S, S) that `embed` expects."""
         return eval_transform(self.image_size)

@@ -249,3 +249,22 @@ class TestImport:
             import_folder(tmp_path / "in", tmp_path / "out")
         with pytest.raises(PoolError, match=r"nowhere.*no folder to import"):
             import_folder(tmp_path / "nowhere", tmp_path / "out")
+
+    def test_what_cannot_be_read_is_named_and_nothing_left_out(self, tmp_path, photo, monkeypatch):
+        self.make(tmp_path / "in", ["a/x.jpg"], photo)
+        (tmp_path / "in" / "a" / "y.jpg").symlink_to("y.jpg")  # a loop, which no rights open
+        with pytest.raises(PoolError, match=r"in/a/y\.jpg: cannot be read \(.*\); make it readable, or move"):
+            import_folder(tmp_path / "in", tmp_path / "out")
+        (tmp_path / "in" / "a" / "y.jpg").unlink()
+        listed = os.scandir
+
+        def scandir(place):
+            if os.fspath(place).endswith("/a"):
+                raise PermissionError(13, "Permission denied", os.fspath(place))
+            return listed(place)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        with pytest.raises(PoolError, match=r"in/a: cannot be read \(Permission denied\)"):
+            import_folder(tmp_path / "in", tmp_path / "out")
+        with pytest.raises(PoolError, match=r"in/a: cannot be read \(Permission denied\)"):
+            import_folder(tmp_path / "in" / "a", tmp_path / "out")

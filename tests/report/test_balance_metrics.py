@@ -72,6 +72,25 @@ def test_class_balance_leaves_out_what_has_no_label():
     assert metrics.class_balance(np.full(3, -1), np.array([0])) is None
 
 
+def test_class_balance_of_ids_far_apart():
+    dense, ids = np.array([0, 0, 0, 2, 2, 1, -1]), np.array([0, 3, 6])
+    far = np.array([7, 10**11 + 3, 10**11, -1])[dense]
+    balance, expected = metrics.class_balance(far, ids), metrics.class_balance(dense[dense != 1], ids[:1])
+    assert balance.classes.tolist() == [7, 10**11, 10**11 + 3]
+    assert balance.before.tolist() == [3, 2, 1]
+    assert balance.after.tolist() == [1, 1, 0]
+    assert balance.places(far).tolist() == [0, 0, 0, 1, 1, 2, -1]
+    assert balance.names(None) == ["7", "100000000000", "100000000003"]
+    assert balance.entropy_before == pytest.approx(metrics.entropy([3, 2, 1]))
+    with pytest.raises(ValueError, match="2 class_names, but the labels go up to 100000000003"):
+        balance.names(["a", "b"])
+    assert expected.classes.tolist() == [0, 1, 2]  # ordinary ones stay the places of their counts
+    assert expected.names(["a", "b", "c", "d"]) == ["a", "b", "c"]
+    for labels in (dense.astype(float), dense.astype(str)):
+        with pytest.raises(ValueError, match="labels need to be integers, -1 for none, got"):
+            metrics.class_balance(labels, ids)
+
+
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize("at_once", [None, 1, 2])
 def test_coverage_distance_against_scipy(metric, at_once, monkeypatch):

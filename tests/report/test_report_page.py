@@ -185,6 +185,10 @@ def test_arrays_of_another_pool_are_refused(small, curation, tmp_path):
         write_report(curation, small.pool, tmp_path / "r.html", coordinates=np.zeros((3, 2)))
     with pytest.raises(ValueError, match="labels need shape"):
         write_report(curation, small.pool, tmp_path / "r.html", labels=np.zeros(3, int))
+    with pytest.raises(ValueError, match="labels need to be integers, -1 for none, got float64"):
+        write_report(curation, small.pool, tmp_path / "r.html", labels=np.zeros(200))
+    with pytest.raises(ValueError, match="coordinates need real numbers, got <U1"):
+        write_report(curation, small.pool, tmp_path / "r.html", coordinates=np.full((200, 2), "x"))
     with pytest.raises(ValueError, match="1 class_names"):
         write_report(curation, small.pool, tmp_path / "r.html", class_names=["a"])
     assert list(tmp_path.iterdir()) == []
