@@ -425,6 +425,8 @@ class CuratedDataModule(pl.LightningDataModule):
         if "encoded" in batch:
             assert self._decoder is not None, "made with the loader"
             self._decoder(batch, seeds.device)
+        if "image" not in batch:
+            raise ConfigError("views: with device_views they give one tensor, and not a list of views")
         views = as_views(self.device_views(batch.pop("image"), seeds), "device_views")
         batch["image" if isinstance(views, Tensor) else "views"] = views
         return batch

@@ -138,6 +138,9 @@ class TestDeviceViews:
             )
             with pytest.raises(ConfigError, match=f"^{match}"):
                 trained(data)
+        both = {"views": lambda image: [CenterCrop(8)(image)] * 2, "device_views": ResizedCrops(8)}
+        with pytest.raises(ConfigError, match=r"^views: with device_views they give one tensor"):
+            trained(CuratedDataModule(paths, batch_size=2, num_workers=0, **both))
         validated = CuratedDataModule(
             paths, val_pool=paths, batch_size=2, num_workers=0, eval_transform=lambda image: None
         )

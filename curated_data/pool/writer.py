@@ -7,7 +7,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -16,7 +16,7 @@ import numpy as np
 from curated_data.cache import atomic_path
 from curated_data.errors import PoolError
 from curated_data.locks import check_writable
-from curated_data.pool.decode import IMAGE_EXTENSIONS
+from curated_data.pool.decode import IMAGE_EXTENSIONS, as_extensions
 from curated_data.pool.index import split_name
 from curated_data.progress import progress
 
@@ -197,7 +197,7 @@ def import_folder(
     *,
     max_samples: int = 10_000,
     max_bytes: int = 1 << 30,
-    image_extensions: tuple[str, ...] = IMAGE_EXTENSIONS,
+    image_extensions: str | Sequence[str] = IMAGE_EXTENSIONS,
     overwrite: bool = False,
 ) -> list[Path]:
     """Turn a folder of images into shards, with labels if there is one sub-folder per class.
@@ -222,6 +222,7 @@ def import_folder(
             or an image that cannot be read.
     """
     folder = Path(folder)
+    image_extensions = as_extensions(image_extensions, "image_extensions")
     if not folder.is_dir():
         raise PoolError(f"{str(folder)!r}: is no folder to import from")
     try:

@@ -233,6 +233,8 @@ class TestImport:
         assert len(pool) == len(set(keys)) == len(names)
         assert "c.d/x" in keys
         assert {"c/a%2Ejpg", "c/a%2Epng", "c/b%2EJPG", "c/b%2Ejpg"} < set(keys)
+        one_kind = ShardPool(import_folder(tmp_path / "in", tmp_path / "jpg", image_extensions=".JPG"))
+        assert len(one_kind) == len(names) - 1
 
     @pytest.mark.parametrize(
         ("names", "message"),
