@@ -45,6 +45,7 @@ from curated_data.export import export
 from curated_data.pipeline import Curation
 from curated_data.progress import log_to_terminal
 from curated_data.report.comparison import Row, compare_with_random, comparison_table
+from curated_data.report.metrics import read_labels
 from curated_data.report.page import write_report
 
 
@@ -122,7 +123,13 @@ def walk(
     curation = curate(pool, config, embedder=embedder, cache_dir=cache_dir, device=device)
     if rank() == 0:
         write(curation, pool, export_to, report_to)
-    return compare_with_random(curation, pool.labels(np.arange(len(pool))), seed=config.seed)
+    return compare_with_random(curation, labels_of(pool), seed=config.seed)
+
+
+def labels_of(pool: ShardPool) -> np.ndarray:
+    """(n,) int64 classes of a pool's samples, -1 for none: of all where they are no integers."""
+    labels = read_labels(pool)
+    return np.full(len(pool), -1) if labels is None else labels
 
 
 def write(curation: Curation, pool: ShardPool, export_to: str | None, report_to: str | None) -> None:

@@ -23,6 +23,7 @@ from curated_data import CuratedDataModule, RecurationCallback
 from curated_data.errors import ConfigError, CuratedDataError
 from curated_data.report.metrics import class_balance
 from recipes import pretrain
+from recipes.curate import labels_of
 
 
 class History(lightning.Callback):
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> Table:
     history = History()
     description = "Pretrain on a selection that is renewed during training. `fit --help` lists every setting."
     cli = pretrain.main(arguments, RecurationCLI, description, trainer_defaults={"callbacks": [history]})
-    table = changes(history, cli.datamodule.pool.labels(np.arange(len(cli.datamodule.pool))))
+    table = changes(history, labels_of(cli.datamodule.pool))
     if cli.trainer.is_global_zero:
         Console(width=None if sys.stdout.isatty() else 110).print(table)
     return table

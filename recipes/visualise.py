@@ -28,7 +28,7 @@ from curated_data.report.page import class_names_beside, write_report
 from lightning_modules import TSimCNE
 from lightning_modules.evaluation.map_quality import map_quality
 from lightning_modules.maps import draw_map, embed_2d, save_coordinates
-from recipes.curate import report_errors
+from recipes.curate import labels_of, report_errors
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,7 +69,7 @@ def visualise(options: argparse.Namespace) -> None:
         coordinates[ids] = store.rows(ids)
     else:
         coordinates[ids] = embed_2d(curation.embeddings.rows(ids), epochs=options.epochs, seed=options.seed)
-    labels = pool.labels(np.arange(len(pool)))
+    labels = labels_of(pool)
     has_labels = bool((labels >= 0).any())
     shown = labels if has_labels else curation.tree.assignment(curation.tree.n_levels)
 

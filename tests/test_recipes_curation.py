@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from curated_data import ShardPool
+from curated_data import ShardPool, ShardWriter
 from curated_data.config import load_config
 from curated_data.errors import ConfigError, CuratedDataError
 from curated_data.report.metrics import class_balance
@@ -183,3 +183,23 @@ def test_maps_of_embeddings_and_of_a_trained_module(tmp_path, fashion_train, mon
     trainer.save_checkpoint("other.ckpt")
     assert visualise.main([*arguments, "--out", "other", "--module", "other.ckpt"]) != 0
     assert "only TSimCNE has a map" in capsys.readouterr().err
+
+
+def test_classes_that_are_no_integers_leave_out_the_figures_about_them(
+    tmp_path, fashion_train, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    source = ShardPool(fashion_train[0])
+    with ShardWriter("words-%d.tar") as writer:
+        for sample in source.read(np.arange(60)):
+            writer.write({"__key__": sample["__key__"], "png": sample["png"], "cls": b"shoe"})
+    assert (
+        curate.main(["--config", str(BASE), "pool=words-0.tar", *SMALL[:1], "curation.target_size=20"]) == 0
+    )
+    shown = capsys.readouterr()
+    assert "cluster perplexity" in shown.out
+    assert "entropy" not in shown.out
+    assert (
+        visualise.main(["words-0.tar", "--embedder", "pixels:8", "--target-size", "20", "--epochs", "1"]) == 0
+    )
+    assert not Path("runs/map/quality.json").exists()
