@@ -46,18 +46,30 @@ def test_old_samples_stay_and_new_ones_go_to_the_nearest(write_pool, tmp_path, m
     np.testing.assert_array_equal(extend(shards, config, **place).ids, grown.ids)
 
 
-def extend_by_rank(rank, shards, folder, tree):
-    grown = extend(shards, CONFIG, tree=tree, embedder="pixels:4", cache_dir=folder)
+def extend_by_rank(rank, shards, folder, config, tree):
+    grown = extend(shards, config, tree=tree, embedder="pixels:4", cache_dir=folder / "cache")
     np.savez(folder / f"{rank}.npz", ids=grown.ids, parent=grown.tree.parent[1], distance=grown.tree.distance)
 
 
-def test_two_ranks_extend_together(write_pool, tmp_path):
-    shards = write_pool([30, 3000])
-    old = curate(shards[:1], CONFIG, embedder="pixels:4", cache_dir=tmp_path)
+@pytest.mark.parametrize("near_duplicates", [False, True])
+def test_two_ranks_extend_together(write_pool, tmp_path, near_duplicates):
+    *shards, held_out = write_pool([30, 3000, 20])
+    settings = {"enabled": near_duplicates, "threshold": 0.5, "held_out": [held_out]}
+    config = CONFIG | {"near_duplicates": settings}
+    old = curate(shards[:1], config, embedder="pixels:4", cache_dir=tmp_path / "cache")
     tree = old.folders["tree"]
-    run_ranks(extend_by_rank, 2, shards, tmp_path, tree)
-    shutil.rmtree(tmp_path / "tree" / sorted({p.name for p in tree.parent.glob("[!.]*")} - {tree.name})[0])
-    alone = extend(shards, CONFIG, tree=tree, embedder="pixels:4", cache_dir=tmp_path)
+    shutil.copytree(tmp_path / "cache", tmp_path / "alone")
+    run_ranks(extend_by_rank, 2, shards, tmp_path, config, tree)
+    alone = extend(
+        shards,
+        config,
+        tree=tmp_path / "alone" / "tree" / tree.name,
+        embedder="pixels:4",
+        cache_dir=tmp_path / "alone",
+    )
+    assert ("removed_new" in alone.report) == near_duplicates
+    if near_duplicates:
+        assert 0 < alone.report["removed_new"] < 3000
     for rank in (0, 1):
         found = np.load(tmp_path / f"{rank}.npz")
         np.testing.assert_array_equal(found["parent"], alone.tree.parent[1])
