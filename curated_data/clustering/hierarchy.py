@@ -288,7 +288,7 @@ def _extend(rows: Rows, picked: np.ndarray, fit: Fit) -> tuple[np.ndarray, np.nd
     if own is not None:
         loss = sampled_loss(mine, fit.centroids, own, first=first, n=len(rest))
         own = own if loses_little(distributed.all_reduce(loss)) else None
-    if own is None:
+    if own is None:  # by whether all rows fit, not this rank's: ranks must choose alike
         own = nearest_of_all(mine, fit.centroids, world) if rows.fits() else nearest(mine, fit.centroids)
     gaps = squared_distances(mine, fit.centroids, own).astype(np.float32)
     assignment[rest] = np.concatenate(distributed.all_gather(own))

@@ -176,25 +176,27 @@ class Lloyd:
     def _assign(self, moved: np.ndarray | None) -> float:
         """Assign every row to its nearest centroid, knowing which moved (None: all); returns the inertia."""
         bounds, before = self.bounds, self.bounds.assignment.copy()
-        most = moved is None or moved.sum() > 0.5 * self.k
-        if most and self.near is not None and self.near.completes(self.centroids):
-            self.near.look_exactly(self.centroids, bounds)
-        else:
+        if moved is not None and moved.sum() <= 0.5 * self.k:
+            self._compare_moved(moved)
+        elif self.near is None or not self.near.look_exactly(self.centroids, bounds):
             every, everything = np.arange(self.k), Centroids(self.centroids)
-            ids = every if most or moved is None else widened(moved)
-            some = Centroids(rows_at(self.centroids, ids)) if not most else everything
-
-            def look(start: int, stop: int, block: torch.Tensor) -> None:
-                if most:
-                    bounds.compare(slice(start, stop), block, every, everything)
-                    return
-                unsure = bounds.compare_moved(slice(start, stop), block, ids, some)
-                if len(unsure):
-                    bounds.compare(unsure + start, rows_at(block, unsure), every, everything)
-
-            self.rows.map(look)
+            self.rows.map(
+                lambda start, stop, block: bounds.compare(slice(start, stop), block, every, everything)
+            )
         self._move_sums(before)
         return self._inertia()
+
+    def _compare_moved(self, moved: np.ndarray) -> None:
+        """Compare every row with the centroids that have moved, and with all where that leaves it unsure."""
+        ids, every, everything = widened(moved), np.arange(self.k), Centroids(self.centroids)
+        some = Centroids(rows_at(self.centroids, ids))
+
+        def look(start: int, stop: int, block: torch.Tensor) -> None:
+            unsure = self.bounds.compare_moved(slice(start, stop), block, ids, some)
+            if len(unsure):
+                self.bounds.compare(unsure + start, rows_at(block, unsure), every, everything)
+
+        self.rows.map(look)
 
     def _inertia(self) -> float:
         return float(self._sum(np.array([(self.bounds.own.astype(np.float64) + self.norms).sum()]))[0])

@@ -90,16 +90,17 @@ class Neighbourhoods:
 
         parallel_map(one, [cell for cell in self.cells if stale(*cell)])
 
-    def completes(self, centroids: torch.Tensor) -> bool:
-        """Whether enough cells reach no farther than their neighbourhoods for `look_exactly` to save time."""
-        return bool(self._neighbours(centroids)[1].mean() >= _COMPLETE)
-
-    def look_exactly(self, centroids: torch.Tensor, bounds: Bounds) -> None:
+    def look_exactly(self, centroids: torch.Tensor, bounds: Bounds) -> bool:
         """Update each row's nearest of all centroids and the bound on all others.
 
         Rows of a cell that reaches no farther than its neighbourhood are compared with that, others with all.
+
+        Returns:
+            False, with nothing done, if such cells are too few to save time; the same on all ranks.
         """
         seen, complete = self._neighbours(centroids)
+        if complete.mean() < _COMPLETE:
+            return False
         self.seen = seen
         every, everything = np.arange(len(centroids)), Centroids(centroids)
 
@@ -115,6 +116,7 @@ class Neighbourhoods:
         parts = [np.arange(a, b) for c, a, b in self.cells if not complete[c]]
         rest = np.concatenate([np.empty(0, np.int64), *parts])
         self.rows.map(others, positions=rest)
+        return True
 
     def _neighbours(self, centroids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """The centroids nearest to each centre, (c, m) int64, in ascending order, -1 for those out of reach;
@@ -165,10 +167,8 @@ def nearest_of_all(rows: Rows, centroids: torch.Tensor, world: int = 1) -> np.nd
     known to hold it.
     """
     if len(centroids) >= MANY and rows.device.type == "cpu":
-        near = Neighbourhoods(rows, coarse_centres(centroids), world=world)
-        if near.completes(centroids):
-            bounds = Bounds(len(rows))
-            near.look_exactly(centroids, bounds)
+        near, bounds = Neighbourhoods(rows, coarse_centres(centroids), world=world), Bounds(len(rows))
+        if near.look_exactly(centroids, bounds):
             return bounds.assignment
     return nearest(rows, centroids)
 

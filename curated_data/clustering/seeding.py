@@ -142,7 +142,7 @@ class _Cells:
         done = len(self.chosen)
         chosen[:done] = self.chosen
         most = max(1, _SCORES_BYTES // (4 * trials * self.probes * self.score.shape[1]))
-        self._forget(most * trials)
+        self._make_room(most * trials)
         while done < k:
             gap = self._gap()
             self.reach = (self.spread + np.sqrt(gap)).max(1)
@@ -214,28 +214,30 @@ class _Cells:
         gains[known] = np.maximum(gain, 0, out=gain).sum(-1)
         return gains
 
-    def _forget(self, capacity: int | None = None) -> None:
-        """Drop all candidates' scores, and first make room for those of a number of candidates."""
-        if capacity is not None:
-            n, self.capacity = len(self.rows), capacity
-            some = min(n, capacity)
-            self.known = np.full(n, -1)
-            self.near, self.place = (np.empty((some, self.probes), np.int64) for _ in range(2))
-            # For all rounds: memory that is new in each would cost as much as the products.
-            self.scores = new_matrix(some * self.probes, self.score.shape[1]).numpy()
-        self.known[:] = -1
+    def _make_room(self, capacity: int) -> None:
+        """Make room for the scores of a number of candidates, of which none is known yet.
+
+        For all rounds: memory that is new in each would cost as much as the products.
+        """
+        n, self.capacity = len(self.rows), capacity
+        some = min(n, capacity)
+        self.known = np.full(n, -1)
+        self.near, self.place = (np.empty((some, self.probes), np.int64) for _ in range(2))
+        self.scores = new_matrix(some * self.probes, self.score.shape[1]).numpy()
         self.n_known = self.n_places = 0
 
     def _known(self, rows: np.ndarray) -> np.ndarray:
         """Where candidates are among those whose scores are known, after these have been computed.
 
         Candidate i of these has the nearest cells `near[i]`, with the scores of their rows in
-        `scores[place[i]]` (place -1: on another rank). A row that is drawn again, as every other one is in a
-        resampling, costs nothing.
+        `scores[place[i]]`; place is -1 for a cell on another rank, and for one so far away that no row of it
+        is nearer to the candidate than to its own centre. Gaps only shrink, so that remains true, and a row
+        that is drawn again, as two in five are in a resampling, costs nothing.
         """
         new = np.unique(rows[self.known[rows] < 0])
         if self.n_known + len(new) > self.capacity:
-            self._forget()
+            self.known[:] = -1
+            self.n_known = self.n_places = 0
             new = np.unique(rows)
         if len(new):
             self._compute(new)
