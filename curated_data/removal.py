@@ -1,9 +1,9 @@
 """The one place that removes files and folders.
 
-Everything else calls it with the folder that the caller owns: a cache root, an output folder, a folder of its
-own temporary files. What is removed is found below that folder after links are resolved, or the call raises. A
-name that was read from a file never reaches it but through `artifact_folder`, which lets nothing pass except a
-stage's folder and a fingerprint.
+Everything else calls it with the folder that the caller owns: a cache root, an output folder, a folder of
+its own temporary files. What is removed is found below that folder after links are resolved, or the call
+raises. A name that was read from a file never reaches it but through `artifact_folder`, which lets nothing
+pass except a stage's folder and a fingerprint.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{20}")
 def remove(path: Path | str, *, below: Path | str) -> None:
     """Remove a file, a link, or a folder with all that it holds. What is missing is fine.
 
-    A link is removed itself, never what it points to. A folder is first renamed, so that a kill leaves no part
-    of it under its own name.
+    A link is removed itself, never what it points to. A folder is first renamed, so that a kill leaves no
+    part of it under its own name.
 
     Args:
         path: what to remove.
