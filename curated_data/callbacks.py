@@ -21,10 +21,10 @@ from curated_data.cache import open_cache, read_manifest
 from curated_data.clustering.tree import EXCLUDED
 from curated_data.config import CurationConfig
 from curated_data.datamodule import CuratedDataModule
-from curated_data.distributed import broadcast, is_distributed, rank, watched
 from curated_data.embedding import Embedder, resolve_embedder
 from curated_data.embedding.sharded import unsharded
 from curated_data.errors import CacheError, ConfigError
+from curated_data.parallel import broadcast, is_distributed, rank, together
 from curated_data.pipeline import Curation, check_levels, curate
 from curated_data.recuration import levels_of_share, recurate
 from curated_data.stored import open_curation
@@ -329,23 +329,11 @@ class RecurationCallback(pl.Callback):
         config = dataclasses.replace(first, seed=first.seed + self.n_recurations + 1)
         failure: Exception | None = None
         curation: Curation | None = None
-        is_watched = False
         try:
-            with watched(cache_dir) as watch:
-                is_watched = True
-                try:
-                    curation = self._curated(trainer, pl_module, data, config, base, cache_dir)
-                except Exception as error:  # of any kind: on_failure decides what becomes of the run
-                    failure = error
-                    if watch is not None:
-                        watch.fail(error)
-                    if self.on_failure == "stop":
-                        raise
-                if watch is not None and self.on_failure == "keep":
-                    watch.meet(in_spite_of_failures=True)  # all keep the old selection, or none does
-                    failure = failure or watch.failure
-        except CacheError as error:  # the cache cannot be written any more, as all ranks have found
-            if is_watched or self.on_failure == "stop":
+            with together():  # all keep the old selection, or none does
+                curation = self._curated(trainer, pl_module, data, config, base, cache_dir)
+        except Exception as error:  # of any kind: on_failure decides what becomes of the run
+            if self.on_failure == "stop":
                 raise
             failure = error
         if failure is None and curation is not None:

@@ -24,8 +24,8 @@ from curated_data.arguments import (
 )
 from curated_data.cache import absolute
 from curated_data.config import CurationConfig, load_config
-from curated_data.distributed import watched
 from curated_data.errors import ConfigError
+from curated_data.parallel import together
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.pool.urls import is_remote
@@ -238,7 +238,7 @@ class CuratedDataModule(pl.LightningDataModule):
         A second call does nothing.
         """
         curates = stage in (None, "fit") and self.curation_config is not None and not self._is_set_up
-        with watched(self.cache_dir) if curates and self.cache_dir else contextlib.nullcontext():
+        with together() if curates else contextlib.nullcontext():
             if stage in (None, "fit"):
                 self._select()
             if stage in (None, "fit", "validate") and self.val_pool is not None:

@@ -25,12 +25,13 @@ from curated_data.deduplication import (
     read_keep,
     settle_near_duplicates,
 )
-from curated_data.distributed import all_gather, build_together, rank, world_size
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.errors import CacheError, PoolError
+from curated_data.parallel import all_gather, rank, world_size
 from curated_data.pipeline import Curation, opened, publish_tree, read_ids, report_of, select
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
+from curated_data.shared_build import build_together
 
 log = logging.getLogger(__name__)
 

@@ -26,13 +26,14 @@ from curated_data.clustering.levels import Level, choose_levels
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig, load_config
 from curated_data.deduplication import embed_held_out, find_near_duplicates, open_held_out, read_keep
-from curated_data.distributed import build_together, check_same, failing_together, rank, watched
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, CuratedDataError, PoolError
+from curated_data.parallel import check_same, rank, together
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.report.metrics import cluster_balance
 from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_sample
+from curated_data.shared_build import build_together, check_shared
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +106,11 @@ def opened(
     cache_dir: str | Path,
 ) -> Iterator[tuple[ShardPool, CurationConfig, Path]]:
     """The inputs of a curation, for a block in which ranks work together: an error of one ends all."""
-    with failing_together():
+    with together():
         settings = load_config(config)
         root = open_cache(cache_dir)
         shards = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
-    with watched(root):
+        check_shared(root)
         yield shards, settings, root
 
 
@@ -123,7 +124,7 @@ def _curate(
 ) -> Curation:
     held_out_pool = open_held_out(config, root)  # now, before anything takes long
     check_same(curation=fingerprint(config=dataclasses.asdict(config)))
-    pool.look_together()
+    pool.stat_on_all_ranks()
     check_same(pool=pool.fingerprint)
     seconds: dict[str, float] = {}
     cached: dict[str, bool] = {}

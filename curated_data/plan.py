@@ -26,10 +26,10 @@ from curated_data.clustering.levels import Level, choose_levels
 from curated_data.config import CurationConfig, load_config
 from curated_data.costs import Rates, Stage, expected_bytes, expected_stages, kmeans_work
 from curated_data.deduplication import near_duplicates_name, read_keep
-from curated_data.distributed import world_size
 from curated_data.embedding import Embedder, EmbeddingStore, resolve_embedder
 from curated_data.embedding.extract import embed_samples, embeddings_name
 from curated_data.embedding.store import missing_shards
+from curated_data.parallel import world_size
 from curated_data.pipeline import check_levels, selection_name, tree_name
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders

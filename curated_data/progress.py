@@ -24,7 +24,7 @@ def progress(description: str, total: int | None, unit: str = "") -> Iterator[Ca
         total: number of steps; None if unknown.
         unit: what is counted; adds a rate in `unit`/s to the bar.
     """
-    from curated_data.distributed import rank  # here, because it imports torch, which takes seconds
+    from curated_data.parallel import rank  # here, because it imports torch, which takes seconds
 
     if rank() != 0 or not sys.stderr.isatty():
         yield lambda n=1, note="": None

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from curated_data.distributed import rank, world_size
+from curated_data.parallel import rank, world_size
 from curated_data.processes import n_cores
 
 

@@ -1,27 +1,17 @@
-"""Collectives that losses need, with gradients; without a process group they do nothing.
+"""Collective calls on tensors in the group that trains, with gradients; on one process they do nothing.
 
 Losses here are means over a rank's own samples, of terms that may depend on every rank's samples. DDP
 averages the ranks' gradients, so training minimises the mean over the global batch, exactly as one process
 does on the joined batch. Every rank gives the same number of samples.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def rank() -> int:
-    """This process's place in the group; 0 without one."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """How many processes train together; 1 without a group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+from curated_data.parallel import rank, world_size
 
 
 def gather(x: Tensor) -> Tensor:
@@ -55,36 +45,6 @@ def all_gather_rows(x: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[:n] for part, n in zip(parts, counts)]).to(x.device)
-
-
-@contextlib.contextmanager
-def failing_together() -> Iterator[None]:
-    """If the block fails on one rank, it does on all, which would otherwise wait for that one.
-
-    For checks of what each rank was given: without a collective call, and entered by all ranks.
-
-    Raises:
-        ValueError: the block failed on another rank, which is named, with the reason.
-    """
-    failure: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    if not int(all_reduce(torch.tensor([failure is not None], dtype=torch.int32))):
-        return
-    if failure is None:
-        told = next((at, reason) for at, reason in enumerate(_gathered("")) if reason)
-        raise ValueError(f"on rank {told[0]}: {told[1]}")
-    if world_size() > 1:
-        _gathered(f"{type(failure).__name__}: {failure}")
-    raise failure
-
-
-def _gathered(text: str) -> list[str]:
-    texts = [""] * world_size()
-    dist.all_gather_object(texts, text)
-    return texts
 
 
 def _on_backend(x: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.distributed import all_reduce, gather, rank
+from curated_data.parallel import rank
+from lightning_modules.distributed import all_reduce, gather
 
 
 def nt_xent(a: Tensor, b: Tensor, *, temperature: float = 0.5) -> Tensor:

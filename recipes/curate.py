@@ -38,10 +38,10 @@ from rich.console import Console
 from curated_data import CurationConfig, ShardPool, curate
 from curated_data.clustering.kmeans import METRICS
 from curated_data.config import load_config, read_yaml, structured
-from curated_data.distributed import rank
 from curated_data.embedding import Embedder
 from curated_data.errors import ConfigError, CuratedDataError, first_line
 from curated_data.export import export
+from curated_data.parallel import rank
 from curated_data.pipeline import Curation
 from curated_data.progress import log_to_terminal
 from curated_data.report.comparison import Row, compare_with_random, comparison_table

@@ -26,8 +26,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from curated_data import CuratedDataModule, RecurationCallback, callbacks, pipeline
 from curated_data.cache import atomic_write_json
 from curated_data.clustering import hierarchy
-from curated_data.distributed import rank
 from curated_data.embedding.embedders import ModuleEmbedder
+from curated_data.parallel import rank
 from lightning_modules import SimCLR
 
 EPOCHS, WHICH = 3, 2  # the second re-curation is the one that is killed

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import nn
 
-from curated_data import CuratedDataModule, RecurationCallback, distributed
+from curated_data import CuratedDataModule, RecurationCallback, parallel
 from curated_data.errors import CacheError, ConfigError, EmbedderError
 
 SIZES = [30, 20, 14]
@@ -300,7 +300,7 @@ class _FailsOnRankOne(torch.nn.Module):
         return to_float(image)
 
     def forward(self, batch):
-        if distributed.rank() == 1:
+        if parallel.rank() == 1:
             raise OSError("the disk is gone")
         time.sleep(0.3)  # the other rank is in the middle of its work
         return batch.mean((2, 3))

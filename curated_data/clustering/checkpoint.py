@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from curated_data import distributed
+from curated_data import parallel
 from curated_data.cache import MANIFEST, atomic_path, read_manifest, write_manifest
 from curated_data.errors import CacheError
 
@@ -69,7 +69,7 @@ class Checkpoint:
         if described is None:
             return None
         return {
-            key: distributed.broadcast(arrays.get(key, np.zeros(shape, np.dtype(dtype))))
+            key: parallel.broadcast(arrays.get(key, np.zeros(shape, np.dtype(dtype))))
             for key, dtype, shape in described
         }
 
@@ -91,17 +91,17 @@ class Checkpoint:
 
     def _on_rank_zero(self, look: Callable[[], Any]) -> Any:
         """Call `look()` on rank zero; return its JSON-like answer, or raise its error, on every rank."""
-        if not distributed.is_distributed():
+        if not parallel.is_distributed():
             return look()
         said, failed = b"", None
-        if distributed.rank() == 0:
+        if parallel.rank() == 0:
             try:
                 said = json.dumps({"answer": look()}).encode()
             except Exception as error:  # raised below, after the others have been told
                 said, failed = json.dumps({"error": str(error)}).encode(), error
-        length = int(distributed.broadcast(np.array([len(said)]))[0])
-        heard = distributed.broadcast(
-            np.frombuffer(said, np.uint8) if distributed.rank() == 0 else np.zeros(length, np.uint8)
+        length = int(parallel.broadcast(np.array([len(said)]))[0])
+        heard = parallel.broadcast(
+            np.frombuffer(said, np.uint8) if parallel.rank() == 0 else np.zeros(length, np.uint8)
         )
         if failed is not None:
             raise failed
@@ -150,12 +150,12 @@ class Running:
         began = time.monotonic()
         due = began - self.last >= max(self.seconds, self.took / _WRITING_SHARE)
         if not self.alone:  # by rank zero's clock
-            due = bool(distributed.broadcast(np.array([due], np.int64))[0])
+            due = bool(parallel.broadcast(np.array([due], np.int64))[0])
         if not due:
             return
         arrays = state()
         self.number += 1
-        if self.alone or distributed.rank() == 0:
+        if self.alone or parallel.rank() == 0:
             self.saved.save(f"{self.name}-{self.number:06d}", arrays)
             self.saved.drop(f"{self.name}-{self.number - 1:06d}")
         self.last = time.monotonic()
@@ -163,7 +163,7 @@ class Running:
 
     def clear(self) -> None:
         """Remove the saved state, because the work is finished."""
-        if self.alone or distributed.rank() == 0:
+        if self.alone or parallel.rank() == 0:
             self.saved.drop(f"{self.name}-{self.number:06d}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from curated_data import distributed
+from curated_data import parallel
 from curated_data.cache import fingerprint
 from curated_data.clustering.checkpoint import Arrays, Checkpoint, Running
 from curated_data.clustering.kmeans import check_settings, fit_rows, full_precision, prepare, uncentred
@@ -128,12 +128,12 @@ def hierarchical_kmeans(
             done = saved.load(name)
             if done is None:
                 done = _cluster_level(source, level, number, work)
-                if distributed.rank() == 0:
+                if parallel.rank() == 0:
                     saved.save(name, done)
             else:
                 work.shares.finished(number, range(1 + level.n_resamples))
             for piece in saved.names():
-                if piece.startswith(f"{name}.") and distributed.rank() == 0:
+                if piece.startswith(f"{name}.") and parallel.rank() == 0:
                     saved.drop(piece)
             centroids[number] = done["centroids"]
             parent[number] = np.full(n, -1, np.int64)
@@ -246,7 +246,7 @@ def _resampled(rows: Rows, level: Level, number: int, work: _Work) -> Arrays:
             fit = work.resampled(rows.subset(picked), k, seeds, **how)
             assignment, squared = _extend(rows, picked, fit)
         state = {"centroids": uncentred(fit.centroids, rows), "assignment": assignment, "squared": squared}
-        if distributed.rank() == 0:
+        if parallel.rank() == 0:
             saved.save(names[step], state)
             if step:
                 saved.drop(names[step - 1])
@@ -281,18 +281,18 @@ def _extend(rows: Rows, picked: np.ndarray, fit: Fit) -> tuple[np.ndarray, np.nd
     is_left = np.ones(len(rows), bool)
     is_left[picked] = False
     rest = np.flatnonzero(is_left)
-    world = distributed.world_size()
-    first, last = rank_range(len(rest), distributed.rank(), world)
+    world = parallel.world_size()
+    first, last = rank_range(len(rest), parallel.rank(), world)
     mine = rows.subset(rest[first:last])
     own = None if fit.exact else nearest_nearby(mine, fit.centroids, world)
     if own is not None:
         loss = sampled_loss(mine, fit.centroids, own, first=first, n=len(rest))
-        own = own if loses_little(distributed.all_reduce(loss)) else None
+        own = own if loses_little(parallel.all_reduce(loss)) else None
     if own is None:  # by whether all rows fit, not this rank's: ranks must choose alike
         own = nearest_of_all(mine, fit.centroids, world) if rows.fits() else nearest(mine, fit.centroids)
     gaps = squared_distances(mine, fit.centroids, own).astype(np.float32)
-    assignment[rest] = np.concatenate(distributed.all_gather(own))
-    squared[rest] = np.concatenate(distributed.all_gather(gaps))
+    assignment[rest] = np.concatenate(parallel.all_gather(own))
+    squared[rest] = np.concatenate(parallel.all_gather(gaps))
     return assignment, squared
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from curated_data import distributed
+from curated_data import parallel
 from curated_data.clustering.checkpoint import Arrays, Running
 from curated_data.clustering.lloyd import Fit, Lloyd
 from curated_data.clustering.neighbourhoods import MANY
@@ -197,7 +197,7 @@ def prepare(
         normalise=metric == "cosine",
         mean=None if metric == "cosine" else mean,
         device=device,
-        budget=int(distributed.broadcast(np.array([memory_budget(max_memory, device)]))[0]),
+        budget=int(parallel.broadcast(np.array([memory_budget(max_memory, device)]))[0]),
     )
 
 
@@ -222,7 +222,7 @@ def _survey(x: Matrix, valid: np.ndarray | None, cosine: bool) -> tuple[np.ndarr
     any.
     """
     n, d = x.shape
-    first, last = rank_range(n, distributed.rank(), distributed.world_size())
+    first, last = rank_range(n, parallel.rank(), parallel.world_size())
 
     def look(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         if valid is not None and not valid[first + start : first + stop].any():
@@ -235,8 +235,8 @@ def _survey(x: Matrix, valid: np.ndarray | None, cosine: bool) -> tuple[np.ndarr
 
     parts = parallel_map(look, list(blocks(last - first, BLOCK * 8)))
     good = np.concatenate([p[0] for p in parts]) if parts else np.empty(0, bool)
-    good = np.concatenate(distributed.all_gather(good))
-    total = distributed.all_reduce(np.sum([p[1] for p in parts], axis=0) if parts else np.zeros(d))
+    good = np.concatenate(parallel.all_gather(good))
+    total = parallel.all_reduce(np.sum([p[1] for p in parts], axis=0) if parts else np.zeros(d))
     used = good if valid is None else good & valid
     # Rounded to float32: every process must subtract the same numbers.
     return good, (total / max(1, int(used.sum()))).astype(np.float32).astype(np.float64)
@@ -268,7 +268,7 @@ def fit_rows(
     """
     if k > len(rows):
         raise ValueError(f"{k} clusters need at least as many usable rows, got {len(rows)}; lower n_clusters")
-    rank, world = (0, 1) if alone else (distributed.rank(), distributed.world_size())
+    rank, world = (0, 1) if alone else (parallel.rank(), parallel.world_size())
     first, last = rank_range(len(rows), rank, world)
     mine = rows.part(first, last).hold()
     within = rows.budget // (4 * rows.dimension)
@@ -288,7 +288,7 @@ def fit_rows(
                 rows, k, init, np.random.default_rng(child), max_rows=limit, rank=rank, world=world
             )
             if world > 1:
-                seeds_at = distributed.broadcast(seeds_at)
+                seeds_at = parallel.broadcast(seeds_at)
         run = Lloyd(mine, rows.take(seeds_at), world, first)
         if "lloyd.progress" in state:
             run.restore(_under("lloyd", state))

@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from curated_data import distributed
+from curated_data import parallel
 from curated_data.clustering.bounds import Bounds, widened
 from curated_data.clustering.checkpoint import Arrays
 from curated_data.clustering.nearest import Centroids, fill, squared_distances
@@ -249,10 +249,10 @@ class Lloyd:
         self.n_repaired += len(order)
 
     def _sum(self, array: np.ndarray) -> np.ndarray:
-        return array if self.world == 1 else distributed.all_reduce(array)
+        return array if self.world == 1 else parallel.all_reduce(array)
 
     def _gather(self, array: np.ndarray) -> list[np.ndarray]:
-        return [array] if self.world == 1 else distributed.all_gather(array)
+        return [array] if self.world == 1 else parallel.all_gather(array)
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:

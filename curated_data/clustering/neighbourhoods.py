@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from curated_data import distributed
+from curated_data import parallel
 from curated_data.clustering.bounds import WIDTH, Bounds, widened
 from curated_data.clustering.nearest import Centroids, fill, nearest, nearest_columns, squared_distances
 from curated_data.clustering.rows import Rows, blocks, parallel_map, rows_at
@@ -47,7 +47,7 @@ class Neighbourhoods:
         self.cells = [(c, a, b) for c, (a, b) in enumerate(pairwise(edges)) if b > a]
         radii = np.zeros(len(centres), np.float32)
         np.maximum.at(radii, cell_of, distance)
-        self.radii = radii if world == 1 else distributed.all_reduce(radii, "max")
+        self.radii = radii if world == 1 else parallel.all_reduce(radii, "max")
         self.rows = rows.subset(self.order)
         self.seen = seen
 

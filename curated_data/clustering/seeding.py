@@ -26,7 +26,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from curated_data import distributed
+from curated_data import parallel
 from curated_data.clustering.greedy import TINY, draw, fill, plain_greedy
 from curated_data.clustering.nearest import TILE, nearest_columns
 from curated_data.clustering.rows import Rows, new_matrix, parallel_map, rank_range
@@ -198,7 +198,7 @@ class _Cells:
             return now, None
         now[~self._own(at // self.score.shape[1])] = 0
         both = np.concatenate([now[:, None], self._gains(ahead, near, place, scores)], axis=1)
-        both = distributed.all_reduce(both)
+        both = parallel.all_reduce(both)
         return both[:, 0], both[:, 1:]
 
     def _gains(
@@ -302,7 +302,7 @@ class _Cells:
         return (cells >= self.begin) & (cells < self.end)
 
     def _gather(self, array: np.ndarray) -> list[np.ndarray]:
-        return [array] if self.world == 1 else distributed.all_gather(array)
+        return [array] if self.world == 1 else parallel.all_gather(array)
 
     def _gap(self) -> np.ndarray:
         """D² of every slot; 0 for padding and for rows that repeat a centre."""

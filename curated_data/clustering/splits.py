@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from curated_data import distributed
+from curated_data import parallel
 from curated_data.clustering.checkpoint import Arrays, Checkpoint, Running
 from curated_data.clustering.kmeans import uncentred
 from curated_data.clustering.rows import Rows
@@ -36,7 +36,7 @@ def split_level(
     if groups is None:
         running = Running(saved, f"{name}.running", checkpoint_seconds)
         groups = {"assignment": run_kmeans(rows, n_groups, first, note=note, running=running).assignment}
-        if distributed.rank() == 0:
+        if parallel.rank() == 0:
             saved.save(f"{name}.groups", groups)
         running.clear()
     group_of = groups["assignment"]
@@ -49,14 +49,14 @@ def split_level(
     there = set(saved.names())
     pieces = [f"{name}.portion-{i:03d}" for i in range(len(portions))]
     done = [piece in there for piece in pieces]
-    owner = _by_size(np.where(done, 0, loads), distributed.world_size())
-    mine = [i for i in range(len(portions)) if not done[i] and owner[i] == distributed.rank()]
+    owner = _by_size(np.where(done, 0, loads), parallel.world_size())
+    mine = [i for i in range(len(portions)) if not done[i] and owner[i] == parallel.rank()]
     parts: list[Arrays] = []
     begun: dict[int, tuple[Running, Arrays]] = {}
     for i, piece in enumerate(pieces):  # all ranks load what is saved together, and one keeps it
         running = Running(saved, f"{piece}.running", checkpoint_seconds, alone=True)
         loaded = saved.load(piece) if done[i] else running.load(there)
-        if loaded is not None and done[i] and distributed.rank() == 0:
+        if loaded is not None and done[i] and parallel.rank() == 0:
             parts.append(loaded)
         elif loaded is not None and i in mine:
             begun[i] = running, loaded
@@ -133,7 +133,7 @@ def _joined(parts: list[Arrays]) -> Arrays:
 def _together(rows: Rows, parts: list[Arrays], n_slots: int) -> Arrays:
     """Join the portions of all ranks to one level; empty slots are dropped, the others numbered in order."""
     mine = _joined([_nothing(rows), *parts])
-    every = {key: np.concatenate(distributed.all_gather(array)) for key, array in mine.items()}
+    every = {key: np.concatenate(parallel.all_gather(array)) for key, array in mine.items()}
     assignment, squared = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
     assignment[every["at"]], squared[every["at"]] = every["assignment"], every["squared"]
     filled = np.bincount(assignment, minlength=n_slots) > 0

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from curated_data.cache import fingerprint
-from curated_data.distributed import check_ranks, rank, world_size
 from curated_data.embedding.batches import InputLoader
 from curated_data.embedding.embedders import Embedder, evaluating
 from curated_data.embedding.identity import module_fingerprint
@@ -31,6 +30,7 @@ from curated_data.embedding.store import (
 )
 from curated_data.errors import ConfigError, CuratedDataError, EmbedderError, first_line
 from curated_data.locks import locked
+from curated_data.parallel import check_ranks, rank, world_size
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import IMAGE_EXTENSIONS, Decoders, as_decoders
 from curated_data.progress import progress

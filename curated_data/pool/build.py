@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from curated_data.cache import MANIFEST, build_once, fingerprint, open_cache
-from curated_data.distributed import check_ranks, world_size
 from curated_data.errors import PoolError
 from curated_data.locks import locked
+from curated_data.parallel import check_ranks, world_size
 from curated_data.pool.index import (
     PoolIndex,
     ShardIndex,

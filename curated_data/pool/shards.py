@@ -11,16 +11,15 @@ from typing import Any, Self
 import numpy as np
 
 from curated_data.cache import absolute, fingerprint, open_cache
-from curated_data.distributed import (
+from curated_data.errors import PoolError, SampleError
+from curated_data.parallel import (
     all_gather,
     all_reduce,
     check_same,
     is_distributed,
-    meet_ranks,
     rank,
     world_size,
 )
-from curated_data.errors import PoolError, SampleError
 from curated_data.pool.access import DOWNLOAD, RANGES, RemoteOptions, choose_access
 from curated_data.pool.build import (
     Indexer,
@@ -106,10 +105,10 @@ class ShardPool:
         """Each shard, with its size and version at first use."""
         return stat_shards(self._places, self.storage_options, self.remote)
 
-    def look_together(self) -> None:
-        """Look at the shards, each remote one on one rank only. All ranks call it.
+    def stat_on_all_ranks(self) -> None:
+        """Stat the shards, each remote one on one rank only. All ranks call it.
 
-        Each rank sees local shards with its own eyes, as folders may differ.
+        Every rank stats local shards, as folders may differ.
 
         Raises:
             ConfigError: ranks have other shards.
@@ -120,7 +119,6 @@ class ShardPool:
         if all_reduce(np.array(["shards" in self.__dict__], np.int64), "min")[0]:
             return
         own = stat_shards(self._places[rank() :: world_size()], self.storage_options, self.remote)
-        meet_ranks()  # a rank that cannot reach a shard says so, and requests may take some ranks longer
         states = json.dumps([[shard.size, shard.version] for shard in own]).encode()
         parts = [json.loads(part.tobytes()) for part in all_gather(np.frombuffer(states, np.uint8))]
         looked = [parts[number % world_size()][number // world_size()] for number in range(len(self.urls))]

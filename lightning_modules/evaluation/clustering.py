@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from lightning_modules.distributed import failing_together
+from curated_data.parallel import together
 from lightning_modules.evaluation.inputs import Array, checked_labels, count_pairs, occurring
 from lightning_modules.evaluation.longtail import GROUPS, frequency_groups, mean_known, per_class
 from lightning_modules.evaluation.result import Result
@@ -68,7 +68,7 @@ def clustering(assignment: Array, labels: Array, *, train_counts: Array | None =
         ValueError: shapes that do not match, negative values (excluded samples must be left out), or no
             samples.
     """
-    with failing_together():
+    with together():
         assignment = checked_labels("assignment", assignment, len(assignment))
         labels = checked_labels("labels", labels, len(assignment))
     numbers, names = occurring(assignment), occurring(labels)

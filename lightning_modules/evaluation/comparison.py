@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_modules.distributed import all_gather_rows, failing_together
+from curated_data.parallel import together
+from lightning_modules.distributed import all_gather_rows
 from lightning_modules.evaluation.inputs import Array, as_tensor
 from lightning_modules.evaluation.result import Result
 
@@ -74,7 +75,7 @@ def comparison(
     Raises:
         ValueError: shapes that do not match, no sample with both values, bad settings.
     """
-    with failing_together():
+    with together():
         values = [np.asarray(as_tensor(x)).astype(np.float64) for x in (a, b)]
         if values[0].shape != values[1].shape or values[0].ndim < 1:
             raise ValueError(

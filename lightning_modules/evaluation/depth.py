@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_modules.distributed import all_reduce, failing_together
+from curated_data.parallel import together
+from lightning_modules.distributed import all_reduce
 from lightning_modules.evaluation.dense import (
     DenseSet,
     DenseSettings,
@@ -82,7 +83,7 @@ def depth(
         raise ValueError(
             f"need 0 < min_depth < max_depth and two bins, got {min_depth}, {max_depth}, {n_bins}"
         )
-    with failing_together():
+    with together():
         train, test = checked_dense_pair(train_tokens, train_depths, test_tokens, test_depths)
         valid = [
             sum(int(_valid(torch.as_tensor(map_), min_depth, max_depth).sum()) for map_ in each_map(data))

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lightning_modules.distributed import all_gather_rows, failing_together, world_size
+from curated_data.parallel import together, world_size
+from lightning_modules.distributed import all_gather_rows
 from lightning_modules.evaluation.inputs import Array, as_tensor
 from lightning_modules.evaluation.result import Result
 
@@ -69,7 +70,7 @@ def fairness(
         ValueError: lengths that do not match, values that are not finite, fewer than two groups, bad
             settings.
     """
-    with failing_together():
+    with together():
         own = np.asarray(as_tensor(values)).astype(np.float64)
         names = [_name(group) for group in (groups.tolist() if hasattr(groups, "tolist") else groups)]
         if own.ndim != 1 or len(names) != len(own):

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.distributed import all_gather_rows, all_reduce, failing_together, rank, world_size
+from curated_data.parallel import rank, together, world_size
+from lightning_modules.distributed import all_gather_rows, all_reduce
 from lightning_modules.evaluation.inputs import Array, checked_features, n_joined
 from lightning_modules.evaluation.nearest import scaled_rows
 from lightning_modules.evaluation.result import Result
@@ -68,7 +69,7 @@ def health(
         ValueError: fewer than two samples, features that are not finite or all zero, shapes that do not
             match.
     """
-    with failing_together():
+    with together():
         x = checked_features("features", features, device)
         other = None if second_view is None else checked_features("second_view", second_view, device)
         if other is not None and other.shape != x.shape:

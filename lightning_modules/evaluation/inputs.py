@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_modules.distributed import all_gather_rows, all_reduce, rank
+from curated_data.parallel import rank
+from lightning_modules.distributed import all_gather_rows, all_reduce
 
 Array = np.ndarray | Tensor
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import Tensor
 
-from lightning_modules.distributed import all_gather_rows, all_reduce, failing_together, world_size
+from curated_data.parallel import together, world_size
+from lightning_modules.distributed import all_gather_rows, all_reduce
 from lightning_modules.evaluation.inputs import (
     Array,
     checked_features,
@@ -152,7 +153,7 @@ def linear(
         ValueError: shapes that do not match, non-finite features, one class only, too few samples.
     """
     settings = settings or LinearSettings()
-    with failing_together():
+    with together():
         train_sets, test_sets = _by_name(train_features), _by_name(test_features)
         if set(train_sets) != set(test_sets):
             raise ValueError(f"train has features {sorted(train_sets)}, test {sorted(test_sets)}")

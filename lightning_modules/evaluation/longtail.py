@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_modules.distributed import failing_together
+from curated_data.parallel import together
 from lightning_modules.evaluation.inputs import Array, as_tensor, checked_labels, count_pairs, joined_max
 from lightning_modules.evaluation.result import Result
 
@@ -47,7 +47,7 @@ def longtail(
     Raises:
         ValueError: shapes that do not match, labels without a train count, or no samples.
     """
-    with failing_together():
+    with together():
         predictions = checked_labels("predictions", predictions, len(predictions))
         labels = checked_labels("labels", labels, len(predictions))
     counts = np.asarray(train_counts)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_modules.distributed import all_gather_rows, all_reduce, failing_together
+from curated_data.parallel import together
+from lightning_modules.distributed import all_gather_rows, all_reduce
 from lightning_modules.evaluation.inputs import Array, as_tensor, checked_features, first_row, n_joined
 from lightning_modules.evaluation.linear import fit_logistic
 from lightning_modules.evaluation.result import Result
@@ -64,7 +65,7 @@ def multilabel(
         ValueError: shapes that do not match, other marks, fewer than two train samples, or no class with a
             positive in both sets.
     """
-    with failing_together():
+    with together():
         x, tested = (checked_features(name, f, device)
                      for name, f in (("train", train_features), ("test", test_features)))  # fmt: skip
         y = _checked_marks("train", train_marks, len(x), device)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.distributed import failing_together
+from curated_data.parallel import together
 from lightning_modules.evaluation.inputs import as_tensor
 
 TILE_NUMBERS = 2**25  # of the bank, 128 MiB; more for a large k:
@@ -53,7 +53,7 @@ def top_rows(
     values = queries.new_empty(len(queries), 0)
     rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     width = max(_TILE_ROWS * k, TILE_NUMBERS // max(1, queries.shape[1]))
-    with failing_together():
+    with together():
         for start, tile in bank_tiles(bank, width, queries.device, metric=metric, name=name):
             found, places = _top(queries, tile, min(k, len(tile)), metric)
             values, rows = torch.cat([values, found], dim=1), torch.cat([rows, start + places], dim=1)

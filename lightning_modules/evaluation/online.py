@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from lightning_modules.distributed import all_reduce, rank, world_size
+from curated_data.parallel import rank, world_size
+from lightning_modules.distributed import all_reduce
 from lightning_modules.evaluation.knn import knn
 from lightning_modules.evaluation.linear import LinearSettings, linear
 

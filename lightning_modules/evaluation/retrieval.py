@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_modules.distributed import all_gather_rows, all_reduce, failing_together, rank, world_size
+from curated_data.parallel import rank, together, world_size
+from lightning_modules.distributed import all_gather_rows, all_reduce
 from lightning_modules.evaluation.inputs import (
     Array,
     checked_bank,
@@ -87,7 +88,7 @@ def retrieval(
         ValueError: neither or both kinds of truth, shapes that do not match, k below 1 or above the gallery,
             no query with anything right to find.
     """
-    with failing_together():
+    with together():
         queries, _ = scaled_rows(checked_features("queries", query_features, device))
         gallery = checked_bank("gallery", gallery_features)
         n_own = gallery.shape[0]
@@ -165,7 +166,7 @@ def _nearest_labels(
     asked, first = all_gather_rows(block), first_row(labels)
     passed = None if skipped is None else all_gather_rows(skipped) - first
     values, found = asked.new_empty(len(asked), 0), labels.new_empty(len(asked), 0)
-    with failing_together():
+    with together():
         for start, tile in _tiles(gallery, asked):
             similarity = asked @ tile.T
             if passed is not None:
@@ -209,7 +210,7 @@ def _by_ground_truth(
     ks: list[int],
     block_size: int,
 ) -> RetrievalResult:
-    with failing_together():
+    with together():
         places = [
             {name: _places(truth, name, n_gallery) for name in ("easy", "hard", "junk")}
             for truth in ground_truth
@@ -252,7 +253,7 @@ def _similarities(block: Tensor, gallery: RowSource) -> Tensor:
     """Cosines (b, n) of this rank's queries and the joined gallery, of which no rank sees another's share."""
     sizes = all_gather_rows(torch.tensor([len(block)], device=block.device)).tolist()
     asked = all_gather_rows(block)
-    with failing_together():
+    with together():
         parts = [tile @ asked.T for _, tile in _tiles(gallery, asked)]
     joined = all_gather_rows(torch.cat(parts) if parts else asked.new_empty(0, len(asked)))
     return joined[:, sum(sizes[: rank()]) : sum(sizes[: rank() + 1])].T

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_modules.distributed import all_gather_rows, all_reduce, failing_together
+from curated_data.parallel import together
+from lightning_modules.distributed import all_gather_rows, all_reduce
 from lightning_modules.evaluation.inputs import (
     Array,
     as_tensor,
@@ -95,7 +96,7 @@ def robustness(
         ValueError: no sets, shapes that do not match, labels outside a class map, class maps outside the base
             classes.
     """
-    with failing_together():
+    with together():
         x = checked_features("train", train_features, device)
         y = checked_labels("train", train_labels, len(x), device)
     if not shifted:
@@ -107,7 +108,7 @@ def robustness(
     n, classes = n_joined(y), occurring(y)
     if n < 2 or len(classes) < 2:
         raise ValueError("the base set has one class only, or no samples")
-    with failing_together():
+    with together():
         prepared = {
             name: _prepared(name, data, x.shape[1], classes, device) for name, data in shifted.items()
         }

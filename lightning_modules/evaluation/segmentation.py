@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.distributed import all_reduce, failing_together
+from curated_data.parallel import together
+from lightning_modules.distributed import all_reduce
 from lightning_modules.evaluation.dense import (
     DenseSet,
     DenseSettings,
@@ -79,7 +80,7 @@ def segmentation(
     """
     if n_classes < 2:
         raise ValueError(f"n_classes must be 2 or more, got {n_classes}")
-    with failing_together():
+    with together():
         train, test = checked_dense_pair(train_tokens, train_masks, test_tokens, test_masks)
         n_train = _checked_labels("train", train, n_classes, ignore_label)
         n_test = _checked_labels("test", test, n_classes, ignore_label)

@@ -10,8 +10,8 @@ import torch
 from lightning.fabric.utilities.data import AttributeDict
 from torch import Tensor
 
+from curated_data.parallel import rank, world_size
 from lightning_modules.backbones import build_backbone
-from lightning_modules.distributed import rank, world_size
 from lightning_modules.optim import mark_vectors
 from lightning_modules.schedules import scaled_learning_rate, steps_of_run, warmup_cosine
 from lightning_modules.views import EvalTransform, eval_transform

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.optim import AdamW, Optimizer
 
+from curated_data.parallel import rank
 from lightning_modules.backbones import Backbone
-from lightning_modules.distributed import rank
 from lightning_modules.heads import PrototypeHead
 from lightning_modules.losses import centered_targets, dino, ibot, koleo, sinkhorn_targets, updated_center
 from lightning_modules.masking import block_mask

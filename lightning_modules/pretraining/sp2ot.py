@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_modules.distributed import all_gather_rows, all_reduce, rank
+from curated_data.parallel import rank
+from lightning_modules.distributed import all_gather_rows, all_reduce
 from lightning_modules.evaluation.online import evaluation_mode
 from lightning_modules.optim import build_optimizer, parameter_groups
 from lightning_modules.pretraining.base import PretrainingModule

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from lightning_modules.distributed import world_size
+from curated_data.parallel import world_size
 from lightning_modules.losses import cauchy_contrast
 from lightning_modules.pretraining.base import PretrainingModule
 from lightning_modules.schedules import warmup_cosine

@@ -112,7 +112,7 @@ def test_both_ranks_raise_and_the_other_one_says_where():
     for name, (_, _, reason) in CASES.items():
         assert reason in there[name], name
         assert "on rank" not in there[name], name
-        assert here[name].startswith("ValueError: on rank 1: "), name
+        assert here[name].startswith("RankError: rank 1 failed: "), name
         assert reason in here[name], name
 
 
