@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from curated_data.parallel import together
 from lightning_modules.evaluation.inputs import Array, checked_labels, count_pairs, occurring
@@ -79,6 +80,8 @@ def clustering(assignment: Array, labels: Array, *, train_counts: Array | None =
         raise ValueError(f"train_counts has {len(train_counts)} classes, the labels go up to {names[-1]}")
     places = torch.searchsorted(numbers, assignment), torch.searchsorted(names, labels)
     table = count_pairs(*places, n_clusters, n_classes).numpy()
+    pairs = np.nonzero(table)
+    joined = [np.repeat(side, table[pairs]) for side in pairs]  # the labels of all ranks' samples, sorted
     clusters, classes = linear_sum_assignment(table, maximize=True)
     right = np.zeros(n_classes, np.int64)
     predicted = np.zeros(n_classes, np.int64)
@@ -94,41 +97,11 @@ def clustering(assignment: Array, labels: Array, *, train_counts: Array | None =
         accuracy=float(right.sum() / total.sum()),
         class_accuracy=float(accuracy.mean()),
         macro_f1=float(f1.mean()),
-        nmi=_normalised_mutual_information(table),
-        ari=_adjusted_rand_index(table),
+        nmi=float(normalized_mutual_info_score(*joined)),
+        ari=float(adjusted_rand_score(*joined)),
         groups=groups,
         matching={int(numbers[c]): int(names[k]) for c, k in zip(clusters, classes)},
         n_samples=int(total.sum()),
         n_clusters=n_clusters,
         n_classes=n_classes,
     )
-
-
-def _normalised_mutual_information(table: np.ndarray) -> float:
-    """I(clusters; classes) / mean(H(clusters), H(classes)); 1 where both are constant."""
-    joint = table / table.sum()
-    rows, columns = joint.sum(1), joint.sum(0)
-    entropy = _entropy(rows) + _entropy(columns)
-    if entropy == 0:
-        return 1.0
-    return float(max(0.0, 2 * (entropy - _entropy(joint.ravel())) / entropy))
-
-
-def _entropy(p: np.ndarray) -> float:
-    p = p[p > 0]
-    return float(-(p * np.log(p)).sum())
-
-
-def _adjusted_rand_index(table: np.ndarray) -> float:
-    """(pairs together in both - expected) / (mean pairs together - expected), Hubert and Arabie 1985."""
-
-    def pairs(counts: np.ndarray) -> int:  # exact: squares of 1e8 samples do not fit a float
-        return sum(n * (n - 1) // 2 for n in counts[counts > 1].tolist())
-
-    both, in_rows, in_columns = pairs(table.ravel()), pairs(table.sum(1)), pairs(table.sum(0))
-    n = int(table.sum())
-    everything = n * (n - 1) // 2
-    if in_rows == in_columns == both:  # identical partitions, single samples included
-        return 1.0
-    expected = in_rows * in_columns / everything
-    return float((both - expected) / ((in_rows + in_columns) / 2 - expected))
