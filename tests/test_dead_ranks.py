@@ -34,9 +34,9 @@ def srun(arguments: list[str], environment: dict[str, str], folder: Path) -> tup
         for task in tasks if any(codes) else ():
             task.kill()  # which follows SIGTERM after `KillWait` seconds
         time.sleep(0.2)
-    return max(abs(code or 0) for code in codes), "".join(
-        (folder / f"task-{task}.log").read_text() for task in range(2)
-    )
+    said = [(folder / f"task-{task}.log").read_text() for task in range(2)]
+    said += [f"srun: error: localhost: task {task}: {code}" for task, code in enumerate(codes)]
+    return max(abs(code or 0) for code in codes), "".join(said)
 
 
 @pytest.mark.slow
@@ -58,6 +58,6 @@ def test_a_killed_rank_ends_the_run_within_a_minute(launcher, dies, write_pool, 
     assert time.time() - (tmp_path / "died").stat().st_mtime < SECONDS, said[-2000:]
     assert code != 0
     told = ["another rank has ended"]
-    told += {"torchrun": ["Signal 9 (SIGKILL)"], "lightning": [], "srun": []}[launcher]
+    told += {"torchrun": ["Signal 9 (SIGKILL)"], "lightning": [], "srun": [f"task {dies}: -9"]}[launcher]
     if launcher != "lightning" or dies == 1:  # otherwise the launcher itself was killed
         assert any(word in said for word in told), said[-2000:]
