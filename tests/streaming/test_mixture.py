@@ -1,0 +1,176 @@
+"""Properties of mixtures that must hold for any components and weights."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from curated_data.errors import ConfigError
+from curated_data.streaming.mixture import MixtureOrder, Part
+from curated_data.streaming.order import EpochOrder
+from curated_data.streaming.shares import pattern, pattern_of_counts, rounded
+
+quick = settings(max_examples=60, deadline=None)
+weights = st.lists(st.integers(1, 400).map(lambda n: Fraction(n, 100)), min_size=1, max_size=7)
+
+
+EITHER, NEVER, ALWAYS = st.booleans(), st.just(False), st.just(True)
+
+
+@st.composite
+def mixtures(draw, own=EITHER, changing=EITHER):
+    """A mixture of a few components over disjoint ranges of ids, some with batches of their own."""
+    values = [float(weight) for weight in draw(weights)]
+    parts = []
+    for number in range(len(values)):
+        n = draw(st.integers(1, 60))
+        shuffle = draw(st.sampled_from(["full", "none"]))
+        order = EpochOrder(np.arange(n), seed=draw(st.integers(0, 99)), batch_size=1, shuffle=shuffle)
+        parts.append(Part(f"part {number}", order, own=draw(own), first_id=1000 * number))
+    given = values
+    if draw(changing):
+        steps = draw(st.lists(st.integers(1, 80), min_size=1, max_size=3, unique=True))
+        given = {0: values} | {step: [draw(st.floats(0.01, 1)) for _ in values] for step in sorted(steps)}
+    batch = draw(st.integers(1, 12))
+    return MixtureOrder(parts, given, batch_size=batch, epoch_size=draw(st.integers(batch, 9 * batch)))
+
+
+def stream(order: MixtureOrder, batches: int) -> np.ndarray:
+    """The ids of so many global batches, over as many epochs as it takes."""
+    epochs = range(-(-batches // order.n_batches))
+    ids = np.concatenate([order.batches(epoch, 0, order.n_batches)[1] for epoch in epochs])
+    return ids[: batches * order.batch_size]
+
+
+@quick
+@given(values=weights)
+def test_after_any_number_of_items_each_part_has_had_its_share(values):
+    n, shares = 3000, np.array([float(weight / sum(values)) for weight in values])
+    part, place = pattern(values).at(0, n)
+    counts = np.cumsum(part[:, None] == np.arange(len(values)), axis=0)
+    least = 1 - 1 / max(2 * len(values) - 2, 2)
+    assert np.abs(counts - np.arange(1, n + 1)[:, None] * shares).max() <= least + n * 2.0**-18
+    assert (place == counts[np.arange(n), part] - 1).all()
+    assert (pattern(values).before(1234) == counts[1233]).all()
+
+
+@quick
+@given(counts=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any))
+def test_a_pattern_of_counts_has_each_part_as_often(counts):
+    found = pattern_of_counts(counts)
+    assert np.bincount(found.part, minlength=len(counts)).tolist() == counts
+
+
+@quick
+@given(values=st.lists(st.floats(-3, 50), min_size=1, max_size=6), total=st.integers(0, 200))
+def test_rounded_numbers_have_the_sum(values, total):
+    found = rounded(values, total)
+    assert sum(found) == total
+    assert min(found) >= 0
+
+
+@quick
+@given(order=mixtures(own=NEVER, changing=NEVER))
+def test_the_first_samples_of_a_mixture_are_shared_out_exactly(order):
+    ids = stream(order, 40)
+    shares = np.array([float(weight) for weight in order.weights[0]])
+    counts = np.cumsum((ids // 1000)[:, None] == np.arange(len(shares)), axis=0)
+    assert np.abs(counts - np.arange(1, len(ids) + 1)[:, None] * shares).max() < 1
+
+
+@quick
+@given(order=mixtures())
+def test_any_batch_is_computed_by_itself_and_components_run_through_their_epochs(order):
+    ids = stream(order, 50)
+    size = order.batch_size
+    for batch in (0, 7, 31, 49):
+        epoch, within = divmod(batch, order.n_batches)
+        positions, found = order.batches(epoch, within, within + 1)
+        assert (found == ids[batch * size : (batch + 1) * size]).all()
+        assert (positions == np.arange(within * size, (within + 1) * size)).all()
+        counts = np.bincount(ids[: batch * size] // 1000, minlength=len(order.parts))
+        assert (order.given(epoch, within) == counts).all()
+        names = order.components(epoch, within, within + 1)
+        assert (names == found // 1000).all()
+        assert (order.spares(epoch, positions, 3) // 1000 == names[:, None]).all()
+        if any(order.parts[name].own for name in names):
+            assert len(set(names)) == 1
+    for number, part in enumerate(order.parts):
+        mine = ids[ids // 1000 == number] - part.first_id
+        n = part.order.n_samples
+        epochs = [part.order.ids(epoch, 0, n) for epoch in range(-(-len(mine) // n))]
+        assert (mine == np.concatenate([*epochs, np.empty(0, np.int64)])[: len(mine)]).all()
+
+
+@quick
+@given(order=mixtures(own=NEVER, changing=ALWAYS))
+def test_changing_weights_are_followed_within_two_samples_plus_what_they_change_in_a_chunk(order):
+    ids, size = stream(order, 120), order.batch_size
+    knots = sorted(order.weights)
+    values = np.array([[float(weight) for weight in order.weights[knot]] for knot in knots])
+    at = (np.arange(len(ids)) + 0.5) / size
+    owed = np.cumsum(np.stack([np.interp(at, knots, column) for column in values.T], axis=1), axis=0)
+    counts = np.cumsum((ids // 1000)[:, None] == np.arange(len(order.parts)), axis=0)
+    ends = np.arange(16 * size - 1, len(ids), 16 * size)
+    assert np.abs(counts - owed)[ends].max() < 2 + 1e-6
+
+
+def test_own_batches_are_a_tenth_of_all_and_spread_evenly():
+    parts = [
+        Part("web", EpochOrder(np.arange(700), seed=0, batch_size=1)),
+        Part("imagenet", EpochOrder(np.arange(90), seed=0, batch_size=1), own=True, first_id=1000),
+    ]
+    order = MixtureOrder(parts, [0.9, 0.1], batch_size=8, epoch_size=8000)
+    ids = stream(order, 1000).reshape(-1, 8) // 1000
+    own = np.flatnonzero(ids.all(axis=1))
+    assert len(own) == 100
+    assert (np.diff(own) == 10).all()
+    assert not ids[np.setdiff1d(np.arange(1000), own)].any()
+
+
+def test_everything_that_determines_the_order_is_in_its_fingerprint():
+    def order(weights=(0.5, 0.5), own=False, epoch_size=40, seed=0, name="a"):
+        first = EpochOrder(np.arange(20), seed=seed, batch_size=1)
+        parts = [Part(name, first, own=own), Part("b", first, first_id=1000)]
+        return MixtureOrder(parts, weights, batch_size=4, epoch_size=epoch_size)
+
+    others = [order((1, 2)), order(own=True), order(epoch_size=80), order(seed=1), order(name="c")]
+    assert len({order().fingerprint, *(other.fingerprint for other in others)}) == 6
+    assert order((1, 1)).fingerprint == order().fingerprint
+    assert (order().selection == np.r_[0:20, 1000:1020]).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ([0.5, 0.0], "'b'"),
+        ([0.5, -1], "'b'"),
+        ([float("nan"), 1], "'a'"),
+        ([float("inf"), 1], "'a'"),
+        (["1", 1], "'a'"),
+        ([True, 1], "'a'"),
+        ([1], "weights"),
+        ({5: [1, 1]}, "step 0"),
+        ({0: [1, 1], -3: [1, 1]}, "-3"),
+        ({0: [1, 1], 2.5: [1, 1]}, "2.5"),
+    ],
+)
+def test_bad_weights_are_named(values, named):
+    order = EpochOrder(np.arange(20), seed=0, batch_size=1)
+    with pytest.raises(ConfigError) as caught:
+        MixtureOrder([Part("a", order), Part("b", order)], values, batch_size=4, epoch_size=40)
+    assert named in str(caught.value)
+
+
+def test_mixtures_without_parts_with_equal_names_or_too_short_an_epoch():
+    order = EpochOrder(np.arange(20), seed=0, batch_size=1)
+    for parts, size, named in (
+        ([], 40, "components"),
+        ([Part("a", order), Part("a", order)], 40, "'a'"),
+        ([Part("a", order)], 3, "epoch_size"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            MixtureOrder(parts, [1.0] * len(parts), batch_size=4, epoch_size=size)
+        assert named in str(caught.value)
