@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from curated_data.errors import RankError
-from curated_data.locks import is_locked, locked
+from curated_data.locks import is_locked, locked, open_own
+from curated_data.removal import tidy
+from curated_data.seals import read_bytes
 
 _LOOK = 1.0  # seconds between looks at the others
 _BEAT = 10.0  # seconds between beats
@@ -71,8 +73,8 @@ class Watch:
                 self.fail(error)
                 raise
             else:
-                self._record_of(self.rank).unlink(missing_ok=True)
-                self._failed.unlink(missing_ok=True)
+                for path in (self._record_of(self.rank), self._failed):
+                    tidy(path, below=self._folder)
             finally:
                 ended.set()
                 thread.join()
@@ -202,7 +204,11 @@ class Watch:
         temporary = self._failed.with_name(f".tmp-{self._run}-{self.rank}")
         with contextlib.suppress(OSError):
             if not self._failed.exists():
-                temporary.write_text(json.dumps(self._failure))
+                handle = open_own(temporary, os.O_WRONLY | os.O_CREAT)
+                try:
+                    os.pwrite(handle, json.dumps(self._failure).encode(), 0)
+                finally:
+                    os.close(handle)
                 os.replace(temporary, self._failed)
 
     def _path(self, rank: int) -> Path:
@@ -212,13 +218,14 @@ class Watch:
         return self._folder / ".locks" / f"{self._run}-{rank}.rank"
 
     def _read(self, rank: int) -> dict[str, Any] | None:
-        return _read_json(self._record_of(rank))
+        record = _read_json(self._record_of(rank))
+        return None if record is None else {"host": "", "beats": 0} | _UNSEEN | record
 
     def _write(self, **changes: Any) -> None:
         """Renew the own record; a thread and the work itself do so."""
         with self._writing, contextlib.suppress(OSError):  # a lasting failure shows elsewhere
             self._record |= changes | {"beats": self._record["beats"] + 1}
-            handle = os.open(self._record_of(self.rank), os.O_WRONLY | os.O_CREAT, 0o666)
+            handle = open_own(self._record_of(self.rank), os.O_WRONLY | os.O_CREAT)
             try:
                 os.pwrite(handle, json.dumps(self._record).encode().ljust(_SIZE), 0)
             finally:
@@ -235,9 +242,10 @@ def _died(rank: int, how: str) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None if there is none, or it is being written."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(read_bytes(path))
+    except (OSError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 @functools.cache

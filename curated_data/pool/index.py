@@ -9,8 +9,6 @@ import io
 import logging
 import os
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from curated_data.cache import atomic_path, new_array, read_array, read_manifest, write_manifest
+from curated_data.cache import (
+    atomic_path,
+    new_array,
+    read_array,
+    read_arrays,
+    read_manifest,
+    verify_once,
+    write_manifest,
+)
 from curated_data.errors import CacheError, PoolError
 from curated_data.pool.tar import Source, local_source, read_members
 
@@ -166,13 +172,7 @@ def load_shard_index(folder: Path) -> ShardIndex:
 
 
 def _read_shard_index(folder: Path, manifest: Mapping[str, Any]) -> ShardIndex:
-    try:  # the archive has checksums of its own
-        with np.load(folder / "arrays.npz", allow_pickle=False) as arrays:
-            return ShardIndex(manifest["extensions"], **{name: arrays[name] for name in ARRAYS})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise CacheError(
-            f"{folder / 'arrays.npz'}: damaged ({error}); remove {folder} to index the shard again"
-        ) from error
+    return ShardIndex(manifest["extensions"], **read_arrays(folder, "arrays", ARRAYS, manifest))
 
 
 def concatenate(indexes: Sequence[ShardIndex]) -> PoolIndex:
@@ -241,6 +241,7 @@ def load_pool_index(folder: Path) -> PoolIndex:
         CacheError: missing, damaged, or written by another version.
     """
     manifest = read_manifest(folder, POOL_STAGE)
+    verify_once(folder, manifest)
     try:
         arrays = {
             # A plain view of the map: indexing an np.memmap costs microseconds per call.
