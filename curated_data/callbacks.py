@@ -6,6 +6,7 @@ import logging
 import math
 import numbers
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -132,21 +133,32 @@ class RecurationCallback(pl.Callback):
         self.embedder = embedder
         self.on_failure = on_failure
         self.keep_artifacts = keep_artifacts
+        self._artifacts: list[str] = []  # of the last re-curation, relative to the cache
+        self._run: weakref.ref[pl.Trainer] | None = None
+        self._begin()
+        self._resuming: tuple[pl.Trainer, pl.LightningModule] | None = None
+        self._is_loaded = False  # from a checkpoint, and not trained yet
+        self._made_up: int | None = None  # the epoch that was ended when the run resumed
+
+    def _begin(self) -> None:
+        """The state of a run that has just begun."""
         self.n_recurations = 0
         self._last_step = 0
         self._best: float | None = None
         self._epochs_without_gain = 0
         # An epoch that is trained but has not ended, or whose re-curation is left to the resumed run.
         self._unfinished: dict[str, int] | None = None
-        self._artifacts: list[str] = []  # of the last re-curation, relative to the cache
-        self._selection: str | None = None  # the name of its selection in the cache
-        self._resuming: tuple[pl.Trainer, pl.LightningModule] | None = None
-        self._is_loaded = False  # from a checkpoint, and not trained yet
-        self._made_up: int | None = None  # the epoch that was ended when the run resumed
+        self._selection: str | None = None  # the name of the last re-curation's selection in the cache
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_run": None}  # a weak reference does not pickle
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        if self._run is not None and self._run() is not trainer:
+            self._begin()
+        self._run = weakref.ref(trainer)
         data = _datamodule(trainer)
         if data.curation_config is None:
             raise ConfigError("RecurationCallback: the CuratedDataModule has no `curation`; give it one")

@@ -49,6 +49,7 @@ from curated_data.trainer import (
     forget_loader,
     from_module,
     is_between_epochs,
+    is_fitting,
     n_trained,
     ranks,
     setting,
@@ -252,13 +253,13 @@ class CuratedDataModule(pl.LightningDataModule):
         """Stream another selection from the next epoch on. Call it on every rank with the same ids.
 
         Within `Trainer.fit` that epoch gets a new loader, whose length may differ. Checkpoints refer to the
-        selection in the cache, or contain it if there is no `cache_dir`. What is set within `Trainer.fit` ends
-        with that run: another Trainer begins with what was set outside of one, or with the first selection.
+        selection in the cache, or contain it if there is no `cache_dir`. A selection that is set within
+        `Trainer.fit` is that run's: another Trainer begins with the first one, or with what was set outside.
 
         Args:
             ids: (n,) integers; an id that is repeated is streamed as often.
         """
-        in_a_run = self.trainer is not None and self.trainer.training
+        in_a_run = self.trainer is not None and is_fitting(self.trainer)
         self._stream.replace(checked_selection(np.asarray(ids), self.pool, "ids"), in_a_run=in_a_run)
         self._follow_selection()
 

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from curated_data.cache import (
+    MANIFEST,
+    Remedy,
     atomic_path,
     new_array,
     read_array,
@@ -27,6 +29,8 @@ from curated_data.cache import (
 )
 from curated_data.errors import CacheError, PoolError
 from curated_data.pool.tar import Source, local_source, read_members
+from curated_data.removal import shown
+from curated_data.seals import reading
 
 log = logging.getLogger(__name__)
 
@@ -242,7 +246,9 @@ def load_pool_index(folder: Path) -> PoolIndex:
     """
     manifest = read_manifest(folder, POOL_STAGE)
     verify_once(folder, manifest)
-    try:
+    with reading(folder / MANIFEST, Remedy(folder / MANIFEST)):
+        if not all(isinstance(name, str) for name in manifest["extensions"]):
+            raise ValueError(f"extensions {shown(manifest['extensions'])}")
         arrays = {
             # A plain view of the map: indexing an np.memmap costs microseconds per call.
             name: np.asarray(read_array(folder, name, manifest, map_mode="r"))
@@ -255,10 +261,6 @@ def load_pool_index(folder: Path) -> PoolIndex:
             n_duplicate_keys=manifest["n_duplicate_keys"],
             duplicate_example=manifest["duplicate_example"],
         )
-    except KeyError as error:
-        raise CacheError(
-            f"{folder}: damaged (it lacks {error}); remove it to rebuild it from the shards' indexes"
-        ) from error
 
 
 def count_duplicate_keys(key_start: np.ndarray, key_bytes: np.ndarray) -> tuple[int, str | None]:

@@ -14,7 +14,6 @@ from curated_data.removal import is_fingerprint, shown
 from curated_data.seals import load_npy
 from curated_data.streaming.order import EpochOrder
 
-
 _COUNTS = ("epoch", "batch", "n_trained")
 
 
@@ -283,8 +282,8 @@ def _checked(state: object) -> dict[str, Any]:
     for name, is_so in is_right.items():
         if not is_so:
             raise CacheError(
-                f"the checkpoint holds {name} = {shown(state.get(name))} in the data module's state, which no "
-                "run writes; resume from another checkpoint"
+                f"the data module's state in the checkpoint holds {name} = {shown(state.get(name))}, which "
+                "no run writes; resume from another checkpoint"
             )
     return state
 
