@@ -38,6 +38,11 @@ def _fold(path: Path) -> None:
     path.mkdir()
 
 
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def _pickle(path: Path) -> None:
     if path.suffix == ".npy":
         np.save(path, np.array([print, {}], object), allow_pickle=True)
@@ -59,6 +64,7 @@ DAMAGES = {
     "flipped": _flip,
     "gone": Path.unlink,
     "a folder": _fold,
+    "a pipe": _pipe,
     "pickled": _pickle,
     "reversed": _reverse,
 }
@@ -74,6 +80,8 @@ FILES = {
     "embeddings/*/*.json": ("near_duplicates", "tree", "selection"),
     "embeddings/*/.pools/*.npz": (),
     "near_duplicates/*/manifest.json": (),
+    "pool/*/member_offset.npy": (),
+    "pool/*/member_extension.npy": (),
     "near_duplicates/*/keep.npy": ("tree", "selection"),
     "tree/*/manifest.json": (),
     "tree/*/tree/manifest.json": (),
@@ -104,7 +112,8 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "names", [("flipped", "reversed"), pytest.param(tuple(DAMAGES), marks=pytest.mark.slow, id="all")]
+    "names",
+    [("flipped", "reversed", "a pipe"), pytest.param(tuple(DAMAGES), marks=pytest.mark.slow, id="all")],
 )
 @pytest.mark.parametrize("pattern", FILES)
 def test_a_damaged_file_gives_the_same_selection_or_says_what_to_remove(whole, pattern, names, tmp_path):
