@@ -8,6 +8,7 @@ carry `flock` to the server, the lock is seen by other hosts too.
 import contextlib
 import fcntl
 import os
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ MARKER = "cache.json"
 """The file that makes a folder a cache."""
 
 _POLL = 0.01
-_scopes: "list[list[Hold]]" = []
+_scopes = threading.local()  # of each thread: the holds of the blocks that it is in
 
 
 class Hold:
@@ -49,17 +50,19 @@ class Hold:
 @contextlib.contextmanager
 def holding() -> Iterator[None]:
     """Keep what `hold` takes within the block, until its end."""
-    _scopes.append([])
+    outer = getattr(_scopes, "holds", None)
+    _scopes.holds = []
     try:
         yield
     finally:
-        _scopes.pop()
+        _scopes.holds = outer
 
 
 def hold(folder: Path) -> None:
     """Hold an artifact until the end of the block of `holding`; outside of one, this does nothing."""
-    if _scopes:
-        _scopes[-1].append(Hold(folder))
+    holds = getattr(_scopes, "holds", None)
+    if holds is not None:
+        holds.append(Hold(folder))
 
 
 def remove_unheld(folder: Path, *, below: Path) -> bool:

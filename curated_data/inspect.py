@@ -68,8 +68,8 @@ def check_is_cache(root: Path) -> None:
 def verify_cache(cache_dir: str | Path) -> list[str]:
     """Read every artifact and compare it with its checksums; returns one line for each problem.
 
-    Curations check sizes, and the checksums of what they read completely. This checks everything, which for a
-    large pool takes as long as reading its embeddings once.
+    Curations check sizes, and the checksums of what they read. This checks everything, which for a large pool
+    takes as long as reading its embeddings once.
 
     Raises:
         CacheError: as for `inspect_cache`.
