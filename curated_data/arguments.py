@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from curated_data.errors import ConfigError
+from curated_data.errors import CacheError, ConfigError
 from curated_data.pool import ShardPool
 from curated_data.processes import check_context
+from curated_data.seals import load_npy
 from curated_data.streaming.dataset import PoolDataset
 from curated_data.streaming.labels import SampleLabels
 from curated_data.streaming.order import EpochOrder
@@ -38,8 +39,8 @@ def load_ids(selection: Ids, name: str = "selection") -> np.ndarray:
     if not isinstance(selection, str | Path):
         return np.asarray(selection)
     try:
-        return np.load(selection, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        return load_npy(Path(selection), "give another")
+    except CacheError as error:
         raise ConfigError(
             f"{name}: {selection} cannot be read as a .npy file of integers ({error})"
         ) from error

@@ -12,7 +12,8 @@ import errno
 import hashlib
 import json
 import os
-import shutil
+import re
+import stat
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,16 +23,29 @@ from typing import Any
 import numpy as np
 
 from curated_data.errors import CacheError
-from curated_data.locks import locked, remove_if_free, writable
-from curated_data.seals import MapMode, check_file, check_size, file_seal, load_npy, unreadable
+from curated_data.holds import MARKER
+from curated_data.locks import locked, open_own, remove_if_free, writable
+from curated_data.removal import TEMPORARY, is_fingerprint, remove, shown
+from curated_data.seals import (
+    MapMode,
+    check_all_once,
+    check_file,
+    check_once,
+    check_size,
+    file_seal,
+    load_npy,
+    load_npz,
+    read_bytes,
+    reading,
+)
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-_MARKER = "cache.json"
 _SEAL = "seal"
 _SWEPT = ".swept"
 _DAY = 24 * 3600.0
-_TEMPORARY = ".tmp-"
+_ARTIFACT = re.compile(r"(tree-)?[0-9a-f]{20}", re.ASCII)  # the name of an artifact, or of its checkpoint
+_REMOVED = f"{TEMPORARY}*-removed"  # what `removal.set_aside` left when it was killed
 
 
 def fingerprint(**parts: Any) -> str:
@@ -61,11 +75,11 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     with writable(path.parent, makes_folder=True):
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}"
+    temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}"
     try:
-        with writable(path.parent):
+        with writable(path.parent, builds=True):
             yield temporary
-        is_inside = any(part.startswith(_TEMPORARY) for part in path.parent.parts)
+        is_inside = any(part.startswith(TEMPORARY) for part in path.parent.parts)
         with writable(path):
             if not is_inside:
                 _flush(temporary)
@@ -77,10 +91,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             if not is_inside:
                 _flush_entry(path.parent)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, CacheError):  # the error of the block says more
+            remove(temporary, below=path.parent)
 
 
 def atomic_save(path: Path | str, array: np.ndarray) -> None:
@@ -105,11 +117,9 @@ def read_json(path: Path | str, remedy: object = None) -> dict[str, Any]:
         CacheError: the file is missing, is not a JSON object, or has changed since (see `sealed`).
     """
     path = Path(path)
-    remedy = _Remedy(path) if remedy is None else remedy
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise unreadable(path, error, remedy) from error
+    remedy = Remedy(path) if remedy is None else remedy
+    with reading(path, remedy):
+        content = json.loads(read_bytes(path))
     if not isinstance(content, dict):
         raise CacheError(f"{path}: expected a JSON object, found {type(content).__name__}; {remedy}")
     seal, is_ours = content.pop(_SEAL, None), content.get("format", FORMAT_VERSION) == FORMAT_VERSION
@@ -128,8 +138,12 @@ def write_manifest(folder: Path, stage: str, content: Mapping[str, Any]) -> None
 
     It holds the stage, the format version, `content`, and the size and checksum of every file.
     """
-    files = {path.name: file_seal(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    files.pop(MANIFEST, None)
+    files = {
+        path.name: file_seal(path)
+        for path in sorted(folder.iterdir())
+        # What a killed run left is no part of the artifact, and will be removed.
+        if path.is_file() and path.name != MANIFEST and not path.name.startswith(TEMPORARY)
+    }
     content = {"stage": stage, "format": FORMAT_VERSION, "files": files, **content}
     atomic_write_json(folder / MANIFEST, sealed(content))
 
@@ -143,17 +157,39 @@ def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT_VERSION:
         raise CacheError(
-            f"{folder}: written in cache format {manifest.get('format')!r}, this version reads "
-            f"{FORMAT_VERSION}; give another cache_dir, or remove this one to rebuild it"
+            f"{folder}: written in cache format {shown(manifest.get('format'))}, this version reads "
+            f"{FORMAT_VERSION}; give another cache_dir, or {Remedy(folder / MANIFEST)}"
         )
     if manifest.get("stage") != stage:
         raise CacheError(
-            f"{folder}: is an artifact of {manifest.get('stage')!r}, expected {stage!r}; "
-            f"{_Remedy(folder / MANIFEST)}"
+            f"{folder}: is an artifact of {shown(manifest.get('stage'))}, expected {stage!r}; "
+            f"{Remedy(folder / MANIFEST)}"
         )
-    for name, seal in manifest.get("files", {}).items():
-        check_size(folder / name, seal, _Remedy(folder / name))
+    manifest["files"] = _seals(folder, manifest)
+    for name, seal in manifest["files"].items():
+        check_size(folder / name, seal, Remedy(folder / name))
     return manifest
+
+
+def named_folder(root: Path, stage: str, manifest: Mapping[str, Any], *keys: str, of: Path) -> Path:
+    """The folder `root / stage / NAME`, by a name that the manifest of another artifact holds.
+
+    Args:
+        keys: where in the manifest.
+        of: the folder of that manifest, for the error.
+
+    Raises:
+        CacheError: there is something else than the name of an artifact.
+    """
+    name: Any = manifest
+    for key in keys:
+        name = name.get(key) if isinstance(name, Mapping) else None
+    if not is_fingerprint(name):
+        raise CacheError(
+            f"{of / MANIFEST}: damaged ({'.'.join(keys)} is {shown(name)}, expected an artifact's name); "
+            f"{Remedy(of / MANIFEST)}"
+        )
+    return root / stage / name
 
 
 def read_array(
@@ -162,16 +198,39 @@ def read_array(
     """The array `name`.npy of an artifact, checked against the manifest from `read_manifest`.
 
     Args:
-        map_mode: leave it on disk, see `load_npy`. Its checksum is then not verified, which would read all of
-            it.
+        map_mode: leave it on disk, see `load_npy`. Its checksum is then verified once in a process, which
+            reads all of it: for the index of 1e8 samples, 3 to 10 GB.
 
     Raises:
         CacheError: it is missing, contains pickles, or has changed since it was written.
     """
     path = folder / f"{name}.npy"
-    if map_mode is None and path.name in manifest.get("files", {}):
-        check_file(path, manifest["files"][path.name], _Remedy(path))
-    return load_npy(path, _Remedy(path), map_mode=map_mode)
+    check = check_file if map_mode is None else check_once
+    check(path, _seal_of(path, manifest), Remedy(path))
+    return load_npy(path, Remedy(path), map_mode=map_mode)
+
+
+def read_arrays(
+    folder: Path, name: str, arrays: Sequence[str], manifest: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Arrays of the archive `name`.npz of an artifact, checked against its manifest.
+
+    Raises:
+        CacheError: it is missing, lacks one, or has changed since it was written.
+    """
+    path = folder / f"{name}.npz"
+    check_file(path, _seal_of(path, manifest), Remedy(path))
+    return load_npz(path, arrays, Remedy(path))
+
+
+def verify_once(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare every file of an artifact with its checksum, once in a process, before they are mapped.
+
+    Raises:
+        CacheError: a file is missing or damaged.
+    """
+    seals = {folder / name: seal for name, seal in manifest["files"].items()}
+    check_all_once(seals, {path: Remedy(path) for path in seals})
 
 
 def check_artifact(folder: Path) -> None:
@@ -180,8 +239,8 @@ def check_artifact(folder: Path) -> None:
     Raises:
         CacheError: the manifest is damaged, or a file is missing or damaged.
     """
-    for name, seal in read_json(folder / MANIFEST).get("files", {}).items():
-        check_file(folder / name, seal, _Remedy(folder / name))
+    for name, seal in _seals(folder, read_json(folder / MANIFEST)).items():
+        check_file(folder / name, seal, Remedy(folder / name))
 
 
 def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -260,22 +319,57 @@ def open_cache(root: Path | str) -> Path:
     root = absolute(root)
     with writable(root, makes_folder=True):
         root.mkdir(parents=True, exist_ok=True)
-        probe = root / f"{_TEMPORARY}{uuid.uuid4().hex[:12]}-probe"
-        probe.touch()
-        now = probe.stat().st_mtime  # by the file server's clock, like the times of what is removed
-        probe.unlink()
-    marker = root / _MARKER
-    if marker.exists():
-        written = read_json(marker).get("format")
-        if written != FORMAT_VERSION:
-            raise CacheError(
-                f"{root}: written in cache format {written!r}, this version reads {FORMAT_VERSION}; "
-                "give another cache_dir, or remove this one to rebuild it"
-            )
+        probe = root / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-probe"
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+        now = probe.lstat().st_mtime  # by the file server's clock, like the times of what is removed
+        remove(probe, below=root)
+    marker = root / MARKER
+    if os.path.lexists(marker):
+        check_format(root)
     else:
         atomic_write_json(marker, {"format": FORMAT_VERSION})
     _sweep(root, now)
     return root
+
+
+def check_format(root: Path) -> None:
+    """Check that the cache at `root` is of this format version.
+
+    Raises:
+        CacheError: it is of another, or its marker cannot be read.
+    """
+    written = read_json(root / MARKER).get("format")
+    if written != FORMAT_VERSION:
+        raise CacheError(
+            f"{root}: written in cache format {shown(written)}, this version reads {FORMAT_VERSION}; give "
+            "another cache_dir"
+        )
+
+
+def _seals(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """The size and checksum of each file of an artifact, by names that lie in its folder."""
+    files, found = manifest.get("files", {}), {}
+    for name, seal in files.items() if isinstance(files, dict) else [(None, files)]:
+        sizes: list[Any] = [seal.get(key) for key in ("bytes", "crc32")] if isinstance(seal, dict) else []
+        if (
+            not isinstance(name, str)
+            or name in ("", ".", "..")
+            or set(name) & {"/", "\0"}
+            or [type(size) for size in sizes] != [int, int]
+        ):
+            raise CacheError(
+                f"{folder / MANIFEST}: damaged (its files have {shown(name)}: {shown(seal)}); "
+                f"{Remedy(folder / MANIFEST)}"
+            )
+        if not name.startswith(TEMPORARY):  # earlier versions sealed what a killed run had left
+            found[name] = {"bytes": sizes[0], "crc32": sizes[1]}
+    return found
+
+
+def _seal_of(path: Path, manifest: Mapping[str, Any]) -> dict[str, int]:
+    if path.name not in manifest["files"]:
+        raise CacheError(f"{path}: is not in its artifact's {MANIFEST}; {Remedy(path)}")
+    return manifest["files"][path.name]
 
 
 def _update(digest: Any, value: Any) -> None:
@@ -320,11 +414,12 @@ def _unless(*codes: int) -> Iterator[None]:
             raise
 
 
-class _Remedy:
-    """What to do about a damaged file: remove the whole artifact that it belongs to.
+class Remedy:
+    """What to do about a damaged file: remove the whole artifact of a cache that it belongs to.
 
     Found out only when an error shows it: it looks at every folder above the file, of which a cache may have
-    a hundred thousand, on a network.
+    a hundred thousand, on a network. Only an artifact of a cache is said to be removed, or, for a file that
+    lies outside, its folder if that is an artifact and holds nothing else.
     """
 
     def __init__(self, path: Path) -> None:
@@ -332,14 +427,33 @@ class _Remedy:
 
     def __str__(self) -> str:
         path = self.path
-        if path.name == _MARKER:
+        if path.name == MARKER:
             return f"see what else {path.parent} has lost, and remove that file, or give another cache_dir"
-        folders = [folder for folder in path.parents if (folder.parent.parent / _MARKER).exists()]
-        return f"remove {folders[0] if folders else path.parent} to have it built again"
+        for folder in path.absolute().parents:
+            if _ARTIFACT.fullmatch(folder.name) and _is_file(folder.parent.parent / MARKER):
+                return f"remove {folder} to have it built again"
+        if _is_artifact(path.parent):
+            return f"remove {path.parent} to have it built again"
+        return "restore it from a copy, or have it written again"
 
 
 def _checksum(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _is_artifact(folder: Path) -> bool:
+    """Whether a folder has a manifest, and nothing that this does not list."""
+    with contextlib.suppress(Exception):
+        manifest = json.loads(read_bytes(folder / MANIFEST))
+        return {path.name for path in folder.iterdir()} <= {MANIFEST, *manifest["files"]}
+    return False
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def _flush(path: Path) -> None:
@@ -361,15 +475,17 @@ def _flush_entry(path: Path) -> None:
 def _sweep(root: Path, now: float) -> None:
     """Remove what killed runs left behind and no running one can still use; at most once a day."""
     last = root / _SWEPT
-    if last.exists() and abs(now - last.stat().st_mtime) < _DAY:
-        return
-    with contextlib.suppress(OSError):  # such as in another user's cache; sweeping is optional
-        last.touch()
-        for pattern in (f"{_TEMPORARY}*", f"*/{_TEMPORARY}*", f"embeddings/*/{_TEMPORARY}*"):
-            for path in root.glob(pattern):
-                with contextlib.suppress(OSError):
-                    if path.stat().st_mtime < now - 7 * _DAY:
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for pattern in ("*/.locks/*", "embeddings/*/.locks/*"):
+    with contextlib.suppress(OSError, CacheError):  # such as in another user's cache; sweeping is optional
+        if os.path.lexists(last) and abs(now - last.lstat().st_mtime) < _DAY:
+            return
+        handle = open_own(last, os.O_WRONLY | os.O_CREAT)
+        os.utime(handle)
+        os.close(handle)
+        for place in ("", "*/", "embeddings/*/", "checkpoints/*/"):
+            for path in root.glob(f"{place}{TEMPORARY}*"):
+                with contextlib.suppress(OSError, CacheError):
+                    if path.match(_REMOVED) or path.lstat().st_mtime < now - 7 * _DAY:
+                        remove(path, below=root)
+        for pattern in (".locks/*", "*/.locks/*", "embeddings/*/.locks/*"):
             for path in root.glob(pattern):
                 remove_if_free(path, older_than=now - 7 * _DAY)

@@ -1,11 +1,12 @@
 """Re-curation: select new training data, using the features of the model in training."""
 
+import contextlib
 import dataclasses
 import logging
 import math
 import numbers
-import shutil
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,19 +18,24 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from curated_data.cache import open_cache, read_manifest
+from curated_data.cache import named_folder, read_manifest
 from curated_data.clustering.tree import EXCLUDED
 from curated_data.config import CurationConfig
 from curated_data.datamodule import CuratedDataModule
 from curated_data.embedding import Embedder, resolve_embedder
 from curated_data.embedding.sharded import unsharded
 from curated_data.errors import CacheError, ConfigError
-from curated_data.parallel import broadcast, is_distributed, rank, together
+from curated_data.holds import remove_unheld
+from curated_data.parallel import barrier, broadcast, is_distributed, rank, together
 from curated_data.pipeline import Curation, check_levels, curate
 from curated_data.recuration import levels_of_share, recurate
+from curated_data.removal import artifact_folder, artifact_name, is_fingerprint, shown
 from curated_data.stored import open_curation
 
 log = logging.getLogger(__name__)
+
+_COUNTS = ("n_recurations", "last_step", "epochs_without_gain")
+_REPLACED = ("embeddings", "fresh_embeddings", "near_duplicates", "tree")
 
 
 class RecurationCallback(pl.Callback):
@@ -127,21 +133,32 @@ class RecurationCallback(pl.Callback):
         self.embedder = embedder
         self.on_failure = on_failure
         self.keep_artifacts = keep_artifacts
+        self._artifacts: list[str] = []  # of the last re-curation, relative to the cache
+        self._run: weakref.ref[pl.Trainer] | None = None
+        self._begin()
+        self._resuming: tuple[pl.Trainer, pl.LightningModule] | None = None
+        self._is_loaded = False  # from a checkpoint, and not trained yet
+        self._made_up: int | None = None  # the epoch that was ended when the run resumed
+
+    def _begin(self) -> None:
+        """The state of a run that has just begun."""
         self.n_recurations = 0
         self._last_step = 0
         self._best: float | None = None
         self._epochs_without_gain = 0
         # An epoch that is trained but has not ended, or whose re-curation is left to the resumed run.
         self._unfinished: dict[str, int] | None = None
-        self._artifacts: list[str] = []  # of the last re-curation, relative to the cache
-        self._selection: str | None = None  # the name of its selection in the cache
-        self._resuming: tuple[pl.Trainer, pl.LightningModule] | None = None
-        self._is_loaded = False  # from a checkpoint, and not trained yet
-        self._made_up: int | None = None  # the epoch that was ended when the run resumed
+        self._selection: str | None = None  # the name of the last re-curation's selection in the cache
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_run": None}  # a weak reference does not pickle
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        if self._run is not None and self._run() is not trainer:
+            self._begin()
+        self._run = weakref.ref(trainer)
         data = _datamodule(trainer)
         if data.curation_config is None:
             raise ConfigError("RecurationCallback: the CuratedDataModule has no `curation`; give it one")
@@ -196,13 +213,14 @@ class RecurationCallback(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.n_recurations = state_dict["n_recurations"]
-        self._last_step = state_dict["last_step"]
-        self._best = state_dict["best"]
-        self._epochs_without_gain = state_dict["epochs_without_gain"]
-        self._unfinished = state_dict["unfinished"]
-        self._artifacts = state_dict["artifacts"]
-        self._selection = state_dict.get("selection")
+        state = _checked_state(state_dict)
+        self.n_recurations = state["n_recurations"]
+        self._last_step = state["last_step"]
+        self._best = state["best"]
+        self._epochs_without_gain = state["epochs_without_gain"]
+        self._unfinished = state["unfinished"]
+        self._artifacts = list(state["artifacts"])
+        self._selection = state["selection"]
         self._is_loaded = True
         if self._resuming is not None:
             (trainer, pl_module), self._resuming = self._resuming, None
@@ -244,6 +262,8 @@ class RecurationCallback(pl.Callback):
         data.curation, data.lost_tree = curation, None
         self._selection = curation.folders["selection"].name
         data.set_selection(curation.ids)
+        if not self.keep_artifacts:
+            self._drop_earlier(data)
         self.n_recurations += 1
         self._last_step = step
         self._epochs_without_gain = 0
@@ -281,8 +301,10 @@ class RecurationCallback(pl.Callback):
         except CacheError as error:
             # A later re-curation removed its tree; what is streamed is kept elsewhere.
             data.curation = data.base_curation
-            chosen = read_manifest(data.cache_dir / "selection" / self._selection, "selection")
-            data.lost_tree = chosen["inputs"]["tree"]
+            folder = data.cache_dir / "selection" / self._selection
+            chosen = read_manifest(folder, "selection")
+            tree = named_folder(data.cache_dir, "tree", chosen, "inputs", "tree", of=folder)
+            data.lost_tree = tree.name
             log.warning(
                 "the tree of the resumed selection is gone, figures show the first curation: %s", error
             )
@@ -337,8 +359,6 @@ class RecurationCallback(pl.Callback):
                 raise
             failure = error
         if failure is None and curation is not None:
-            if not self.keep_artifacts:
-                self._drop_earlier(open_cache(cache_dir), base, curation)
             return curation
         reason = f"{type(failure).__name__}: {failure}"
         log.warning("re-curation after epoch %d failed, the old selection stays: %s", epoch, reason)
@@ -366,19 +386,80 @@ class RecurationCallback(pl.Callback):
             return curate(data.pool, config, **settings)
         return recurate(data.pool, config, base=base, share=self.share, **settings)
 
-    def _drop_earlier(self, root: Path, base: Curation, curation: Curation) -> None:
-        """Remove the last re-curation's artifacts from the cache, but for those that `curation` uses too."""
-        named = ("embeddings", "fresh_embeddings", "near_duplicates", "tree")
-        first = set(base.folders.values())  # later re-curations build on it
-        new = [
-            str(folder.relative_to(root))
-            for name, folder in curation.folders.items()
-            if name in named and folder not in first
-        ]
-        if rank() == 0:
-            for name in set(self._artifacts) - set(new):
-                shutil.rmtree(root / name, ignore_errors=True)
-        self._artifacts = new
+    def _drop_earlier(self, data: CuratedDataModule) -> None:
+        """Remove the last re-curation's artifacts from the cache, but for those that somebody uses.
+
+        What another run still reads, or this one with the new curation, stays. It is looked at again after
+        the next re-curation.
+        """
+        assert data.cache_dir is not None, "a curation comes with one"
+        assert data.curation is not None, "made just now"
+        assert data.base_curation is not None, "made before the first epoch"
+        first = _artifacts(data.base_curation)  # later re-curations build on it
+        new = [name for name in _artifacts(data.curation) if name not in first]
+        earlier = [name for name in dict.fromkeys(self._artifacts) if name not in {*new, *first}]
+        barrier()  # from here on no rank holds the last curation
+        # Rank zero's list is the one that checkpoints hold.
+        left = [name for name in earlier if not _is_dropped(data.cache_dir, name)] if rank() == 0 else []
+        self._artifacts = new + left
+
+
+def _is_dropped(root: Path, name: str) -> bool:
+    """Remove an artifact that nobody uses; whether it is gone."""
+    try:
+        return remove_unheld(artifact_folder(root, name), below=root)
+    except (OSError, CacheError) as error:
+        log.warning("%s: an earlier re-curation's, is not needed any more, but stays: %s", name, error)
+        return False
+
+
+def _artifacts(curation: Curation) -> list[str]:
+    """The artifacts of a curation that a later one may remove, by their names in the cache."""
+    folders = (curation.folders[name] for name in _REPLACED if name in curation.folders)
+    return [f"{folder.parent.name}/{folder.name}" for folder in folders]
+
+
+def _checked_state(state: object) -> dict[str, Any]:
+    """The callback's state as a checkpoint holds it.
+
+    Raises:
+        CacheError: a value is missing, of another type, or names something else than an artifact of a cache.
+    """
+    if not isinstance(state, dict):
+        raise CacheError(f"RecurationCallback: the checkpoint holds {shown(state)} as its state")
+    state = {"selection": None} | state  # which the first checkpoints lack
+    unfinished, artifacts, best = (state.get(name) for name in ("unfinished", "artifacts", "best"))
+    is_right = {name: _is_count(state.get(name)) for name in _COUNTS} | {
+        "best": "best" in state and (best is None or type(best) in (int, float)),
+        "unfinished": "unfinished" in state
+        and (
+            unfinished is None
+            or (
+                isinstance(unfinished, dict)
+                and set(unfinished) == {"epoch", "step"}
+                and all(map(_is_count, unfinished.values()))
+            )
+        ),
+        "artifacts": isinstance(artifacts, list | tuple) and all(map(_is_removable, artifacts)),
+        "selection": state["selection"] is None or is_fingerprint(state["selection"]),
+    }
+    for name, is_so in is_right.items():
+        if not is_so:
+            raise CacheError(
+                f"RecurationCallback: the checkpoint holds {name} = {shown(state.get(name))}, which no "
+                "re-curation writes; resume from another checkpoint"
+            )
+    return state
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_removable(name: object) -> bool:
+    with contextlib.suppress(CacheError):
+        return artifact_name(name).partition("/")[0] != "selection"  # which checkpoints refer to
+    return False
 
 
 def _datamodule(trainer: pl.Trainer) -> CuratedDataModule:

@@ -16,7 +16,7 @@ from rich.table import Table
 from yaml import YAMLError
 
 from curated_data.cli_inspect import inspect, print_table
-from curated_data.errors import ConfigError
+from curated_data.errors import CacheError, ConfigError
 from curated_data.locks import check_writable
 from curated_data.progress import log_to_terminal
 
@@ -336,11 +336,11 @@ def _report(parsed: argparse.Namespace) -> None:
 def _array(path: str | None, name: str) -> Any:
     if path is None:
         return None
-    import numpy as np
+    from curated_data.seals import load_npy
 
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        return load_npy(Path(path), "give another")
+    except CacheError as error:
         raise ConfigError(f"--{name} {path}: cannot be read as a .npy file ({error})") from error
 
 

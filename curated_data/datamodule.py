@@ -49,6 +49,7 @@ from curated_data.trainer import (
     forget_loader,
     from_module,
     is_between_epochs,
+    is_fitting,
     n_trained,
     ranks,
     setting,
@@ -238,6 +239,8 @@ class CuratedDataModule(pl.LightningDataModule):
         A second call does nothing.
         """
         curates = stage in (None, "fit") and self.curation_config is not None and not self._is_set_up
+        if stage in (None, "fit") and self.trainer is not None and self._stream.begin_run(self.trainer):
+            self.curation, self.lost_tree = self.base_curation, None
         with together() if curates else contextlib.nullcontext():
             if stage in (None, "fit"):
                 self._select()
@@ -250,12 +253,14 @@ class CuratedDataModule(pl.LightningDataModule):
         """Stream another selection from the next epoch on. Call it on every rank with the same ids.
 
         Within `Trainer.fit` that epoch gets a new loader, whose length may differ. Checkpoints refer to the
-        selection in the cache, or contain it if there is no `cache_dir`.
+        selection in the cache, or contain it if there is no `cache_dir`. A selection that is set within
+        `Trainer.fit` is that run's: another Trainer begins with the first one, or with what was set outside.
 
         Args:
             ids: (n,) integers; an id that is repeated is streamed as often.
         """
-        self._stream.replace(checked_selection(np.asarray(ids), self.pool, "ids"))
+        in_a_run = self.trainer is not None and is_fitting(self.trainer)
+        self._stream.replace(checked_selection(np.asarray(ids), self.pool, "ids"), in_a_run=in_a_run)
         self._follow_selection()
 
     def train_dataloader(self) -> DataLoader:

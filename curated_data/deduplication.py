@@ -11,6 +11,7 @@ from curated_data.cache import build_once, fingerprint, read_array, read_manifes
 from curated_data.config import CurationConfig
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool
 from curated_data.errors import ConfigError, PoolError
+from curated_data.holds import hold
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.selection.near_duplicates import exact_groups, image_contents, near_duplicates
@@ -108,6 +109,7 @@ def find_near_duplicates(
         write_manifest(folder, "near_duplicates", {"inputs": origin, "settings": settings} | counts)
         log.info("near-duplicates: %d samples removed", removed)
 
+    hold(root / "near_duplicates" / name)
     return build_once(root / "near_duplicates" / name, build)
 
 

@@ -28,7 +28,7 @@ from curated_data.deduplication import (
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.errors import CacheError, PoolError
 from curated_data.parallel import all_gather, rank, world_size
-from curated_data.pipeline import Curation, opened, publish_tree, read_ids, report_of, select
+from curated_data.pipeline import Curation, opened, publish_tree, read_selection, report_of, select
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.shared_build import build_together
@@ -164,8 +164,6 @@ def _extend(
     is_due = figures["outlying"] > rebuild_above or figures["n_new"] > figures["n_old"]
     drift = Drift(**figures, rebuild_due=is_due)
     folders["tree"] = folder
-    folders["selection"], cached["selection"] = select(root, grown, config, folder.name)
-    ids = read_ids(folders["selection"])
     log.info(
         "extended by %d samples to %d: median distance %.2f of the old ones', %.1f %% outlying%s",
         drift.n_new,
@@ -176,8 +174,15 @@ def _extend(
     )
     if "near_duplicates" in manifest["inputs"]:  # then what the tree leaves out counts as near-duplicates
         valid &= ~known | (grown.parent[1] != EXCLUDED)
-    report = report_of(pool, store, valid, grown, ids, config)
-    report |= {"drift": vars(drift), "cached": cached} | copies
+    folders["selection"], cached["selection"] = select(
+        root,
+        grown,
+        config,
+        folder.name,
+        lambda ids: report_of(pool, store, valid, grown, ids, config) | {"drift": vars(drift)} | copies,
+    )
+    ids, report = read_selection(folders["selection"])
+    report |= {"drift": vars(drift), "cached": cached}  # by the limit of this call
     return Curation(ids, grown, store, report, config, folders)
 
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curated_data.cache import FORMAT_VERSION, MANIFEST, check_artifact, read_json
+from curated_data.cache import MANIFEST, Remedy, check_artifact, check_format, read_json
 from curated_data.errors import CacheError
+from curated_data.holds import MARKER
+from curated_data.seals import reading
 
 
 @dataclass(frozen=True)
@@ -58,19 +60,16 @@ def check_is_cache(root: Path) -> None:
     Raises:
         CacheError: it is not.
     """
-    marker = root / "cache.json"
-    if not marker.exists():
-        raise CacheError(f"{root}: no cache here (it has no cache.json); give the cache_dir of a curation")
-    written = read_json(marker).get("format")
-    if written != FORMAT_VERSION:
-        raise CacheError(f"{root}: written in cache format {written!r}, this version reads {FORMAT_VERSION}")
+    if not (root / MARKER).exists():
+        raise CacheError(f"{root}: no cache here (it has no {MARKER}); give the cache_dir of a curation")
+    check_format(root)
 
 
 def verify_cache(cache_dir: str | Path) -> list[str]:
     """Read every artifact and compare it with its checksums; returns one line for each problem.
 
-    Curations check sizes, and the checksums of what they read completely. This checks everything, which for a
-    large pool takes as long as reading its embeddings once.
+    Curations check sizes, and the checksums of what they read. This checks everything, which for a large pool
+    takes as long as reading its embeddings once.
 
     Raises:
         CacheError: as for `inspect_cache`.
@@ -107,12 +106,13 @@ def _artifact(stage: str, folder: Path) -> Artifact:
     if stage == "embeddings":
         shards = [path for path in files if path.suffix == ".json" and path.name[0] != "."]
         details = [read_json(path) for path in shards]
-        content: dict[str, Any] = {
-            "embedder": next((item.get("embedder") for item in details), None),
-            "shards": len(shards),
-            "samples": sum(item["samples"] for item in details),
-            "failed": sum(len(item["failures"]) for item in details),
-        }
+        with reading(folder, Remedy(folder / MANIFEST)):
+            content: dict[str, Any] = {
+                "embedder": next((item.get("embedder") for item in details), None),
+                "shards": len(shards),
+                "samples": sum(item["samples"] for item in details),
+                "failed": sum(len(item["failures"]) for item in details),
+            }
         complete = True  # each shard by itself; which of them are needed depends on the pool
     else:
         complete = manifest.exists()

@@ -8,7 +8,6 @@ depends on it.
 import contextlib
 import dataclasses
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,17 +26,19 @@ from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig, load_config
 from curated_data.deduplication import embed_held_out, find_near_duplicates, open_held_out, read_keep
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
-from curated_data.errors import ConfigError, CuratedDataError, PoolError
+from curated_data.errors import CacheError, ConfigError, CuratedDataError, PoolError
+from curated_data.holds import Hold, hold, holding
 from curated_data.parallel import check_same, rank, together
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
+from curated_data.removal import tidy
 from curated_data.report.metrics import cluster_balance
 from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_sample
 from curated_data.shared_build import build_together, check_shared
 
 log = logging.getLogger(__name__)
 
-VERSIONS = {"tree": 5, "selection": 1}
+VERSIONS = {"tree": 5, "selection": 2}
 """Increased when a stage computes something else from the same inputs: older artifacts are then not used."""
 
 _NO_LIMIT_GB = 1e9
@@ -62,6 +63,10 @@ class Curation:
     report: dict[str, Any]
     config: CurationConfig
     folders: dict[str, Path]
+
+    def __post_init__(self) -> None:
+        # While the curation is in use, no other run removes what it consists of.
+        object.__setattr__(self, "_holds", [Hold(folder) for folder in self.folders.values()])
 
 
 def curate(
@@ -106,7 +111,7 @@ def opened(
     cache_dir: str | Path,
 ) -> Iterator[tuple[ShardPool, CurationConfig, Path]]:
     """The inputs of a curation, for a block in which ranks work together: an error of one ends all."""
-    with together():
+    with together(), holding():
         settings = load_config(config)
         root = open_cache(cache_dir)
         shards = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
@@ -171,9 +176,15 @@ def _curate(
         folders["tree"], cached["tree"] = build_tree(root, pool, store, valid, config, origin, device)
         tree = ClusterTree.load(folders["tree"] / "tree", memory_map=True)
     with _timed(seconds, "sample"):
-        folders["selection"], cached["selection"] = select(root, tree, config, folders["tree"].name)
-        ids = read_ids(folders["selection"])
-    report = report_of(pool, store, valid, tree, ids, config) | {"cached": cached, "seconds": seconds}
+        folders["selection"], cached["selection"] = select(
+            root,
+            tree,
+            config,
+            folders["tree"].name,
+            lambda ids: report_of(pool, store, valid, tree, ids, config),
+        )
+        ids, report = read_selection(folders["selection"])
+    report |= {"cached": cached, "seconds": seconds}
     log.info(
         "selection: %d of %d samples%s",
         len(ids),
@@ -204,6 +215,7 @@ def build_tree(
     folder = root / "tree" / tree_name(config, origin)
     name = folder.name
     checkpoint = root / "checkpoints" / f"tree-{name}"
+    hold(folder)
 
     def cluster() -> ClusterTree:
         assert config.levels is not None, "derived by now"
@@ -230,7 +242,7 @@ def build_tree(
 
     _, cached = build_together(folder, build, check=store.verify)
     if rank() == 0:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        tidy(checkpoint, below=checkpoint.parent)
     return folder, cached
 
 
@@ -256,8 +268,19 @@ def publish_tree(folder: Path, tree: ClusterTree, pool: ShardPool, manifest: dic
     write_manifest(folder, "clustering", manifest)
 
 
-def select(root: Path, tree: ClusterTree, config: CurationConfig, tree_name: str) -> tuple[Path, bool]:
-    """The folder of a selection from a tree, and whether it was cached."""
+def select(
+    root: Path,
+    tree: ClusterTree,
+    config: CurationConfig,
+    tree_name: str,
+    figures: Callable[[np.ndarray], dict[str, Any]],
+) -> tuple[Path, bool]:
+    """The folder of a selection from a tree, and whether it was cached.
+
+    Args:
+        figures: of the selected ids, the report of their curation, which is kept with them: plain numbers and
+            strings that depend on nothing but the tree and the settings.
+    """
     settings = selection_settings(config)
     name = selection_name(config, tree_name)
 
@@ -271,16 +294,25 @@ def select(root: Path, tree: ClusterTree, config: CurationConfig, tree_name: str
             seed=config.seed,
         )
         np.save(folder / "ids.npy", ids)
-        write_manifest(
-            folder, "selection", {"inputs": {"tree": tree_name}, "settings": settings, "size": len(ids)}
-        )
+        content = {"inputs": {"tree": tree_name}, "settings": settings, "size": len(ids)}
+        write_manifest(folder, "selection", content | {"report": figures(ids)})
 
     return build_once(root / "selection" / name, build)
 
 
-def read_ids(folder: Path) -> np.ndarray:
-    """The ids in a selection's folder."""
-    return read_array(folder, "ids", read_manifest(folder, "selection"))
+def read_selection(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """The ids in a selection's folder, and the report of the run that drew them.
+
+    Raises:
+        CacheError: it is missing or damaged, or an earlier version drew it.
+    """
+    manifest = read_manifest(folder, "selection")
+    if not isinstance(manifest.get("report"), dict):
+        raise CacheError(
+            f"{folder}: was drawn by an earlier version, which kept no report; run its curation again, which "
+            "draws it anew"
+        )
+    return read_array(folder, "ids", manifest), manifest["report"]
 
 
 def selection_settings(config: CurationConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,15 @@ from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig
 from curated_data.embedding import Embedder, embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, PoolError
-from curated_data.pipeline import Curation, build_tree, check_levels, opened, read_ids, report_of, select
+from curated_data.pipeline import (
+    Curation,
+    build_tree,
+    check_levels,
+    opened,
+    read_selection,
+    report_of,
+    select,
+)
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 
@@ -117,17 +126,18 @@ def _recurate(
     )
     tree = ClusterTree.load(folders["tree"] / "tree", memory_map=True)
     clustered = time.monotonic()
-    folders["selection"], selection_cached = select(root, tree, config, folders["tree"].name)
-    ids = read_ids(folders["selection"])
 
-    report = report_of(pool, base.embeddings, tree.parent[1] != EXCLUDED, tree, ids, config)
-    report["near_duplicates"] = base.report["near_duplicates"]
-    report["failed"] += store.n_failures
-    n_kept = int((tree.parent[1] != EXCLUDED).sum())
-    report["excluded"] = len(pool) - report["failed"] - report["near_duplicates"] - n_kept
+    def figures(ids: np.ndarray) -> dict[str, Any]:
+        kept = tree.parent[1] != EXCLUDED
+        found = report_of(pool, base.embeddings, kept, tree, ids, config)
+        found["near_duplicates"] = base.report["near_duplicates"]
+        found["failed"] += store.n_failures
+        found["excluded"] = len(pool) - found["failed"] - found["near_duplicates"] - int(kept.sum())
+        return found | {"share": share, "fresh": len(fresh)}
+
+    folders["selection"], selection_cached = select(root, tree, config, folders["tree"].name, figures)
+    ids, report = read_selection(folders["selection"])
     report |= {
-        "share": share,
-        "fresh": len(fresh),
         "cached": {"tree": tree_cached, "selection": selection_cached},
         "seconds": {
             "embed": round(embedded - started, 3),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 from curated_data.parallel import rank, world_size
 from curated_data.processes import n_cores
@@ -42,6 +43,11 @@ def from_module(trainer: pl.Trainer | None, name: str) -> Callable[[Any], Any] |
 def n_trained(trainer: pl.Trainer) -> int:
     """The number of batches whose optimizer step is done."""
     return _batch_progress(trainer).total.processed
+
+
+def is_fitting(trainer: pl.Trainer) -> bool:
+    """Whether `Trainer.fit` runs now, be it in a validation."""
+    return trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
 
 
 def is_between_epochs(trainer: pl.Trainer) -> bool:

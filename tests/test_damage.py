@@ -5,14 +5,20 @@ what to remove, and after that the right selection.
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from curated_data import curate
+from curated_data import ShardPool, curate
+from curated_data.cache import MANIFEST, read_json
+from curated_data.config import load_config
 from curated_data.errors import CacheError
+from curated_data.export import export
+from curated_data.extend import extend
 from curated_data.inspect import verify_cache
+from curated_data.recuration import recurate
 from curated_data.seals import file_seal
 
 CONFIG = {
@@ -38,6 +44,11 @@ def _fold(path: Path) -> None:
     path.mkdir()
 
 
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def _pickle(path: Path) -> None:
     if path.suffix == ".npy":
         np.save(path, np.array([print, {}], object), allow_pickle=True)
@@ -59,6 +70,7 @@ DAMAGES = {
     "flipped": _flip,
     "gone": Path.unlink,
     "a folder": _fold,
+    "a pipe": _pipe,
     "pickled": _pickle,
     "reversed": _reverse,
 }
@@ -74,6 +86,8 @@ FILES = {
     "embeddings/*/*.json": ("near_duplicates", "tree", "selection"),
     "embeddings/*/.pools/*.npz": (),
     "near_duplicates/*/manifest.json": (),
+    "pool/*/member_offset.npy": (),
+    "pool/*/member_extension.npy": (),
     "near_duplicates/*/keep.npy": ("tree", "selection"),
     "tree/*/manifest.json": (),
     "tree/*/tree/manifest.json": (),
@@ -104,7 +118,8 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "names", [("flipped", "reversed"), pytest.param(tuple(DAMAGES), marks=pytest.mark.slow, id="all")]
+    "names",
+    [("flipped", "reversed", "a pipe"), pytest.param(tuple(DAMAGES), marks=pytest.mark.slow, id="all")],
 )
 @pytest.mark.parametrize("pattern", FILES)
 def test_a_damaged_file_gives_the_same_selection_or_says_what_to_remove(whole, pattern, names, tmp_path):
@@ -172,3 +187,74 @@ def test_every_byte_of_a_cache_can_be_looked_at(whole, tmp_path):
 def test_a_files_seal_is_its_size_and_crc(tmp_path):
     (tmp_path / "a").write_bytes(b"123456789")
     assert file_seal(tmp_path / "a") == {"bytes": 9, "crc32": 0xCBF43926}  # the check value of CRC-32
+
+
+def _grown(shards: list[str], cache: Path, held_out: list[str]) -> Callable[[], object]:
+    base = curate(shards[:1], CONFIG, embedder="pixels:4", cache_dir=cache)
+    return lambda: extend(shards, CONFIG, tree=base.folders["tree"], embedder="pixels:4", cache_dir=cache)
+
+
+def _held_out(shards: list[str], cache: Path, held_out: list[str]) -> Callable[[], object]:
+    settings = CONFIG["near_duplicates"] | {"held_out": held_out}
+    config = CONFIG | {"near_duplicates": settings}
+    return lambda: curate(shards[:1], config, embedder="pixels:4", cache_dir=cache)
+
+
+def _anew(shards: list[str], cache: Path, held_out: list[str]) -> Callable[[], object]:
+    pool = ShardPool(shards, cache_dir=cache)
+    base = curate(pool, CONFIG, embedder="pixels:4", cache_dir=cache)
+    config = load_config(CONFIG)
+    return lambda: recurate(pool, config, base=base, share=0.5, embedder="pixels:2", cache_dir=cache)
+
+
+BUILDERS = {"grown": _grown, "held out": _held_out, "anew": _anew}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_nothing_is_built_from_damaged_rows(whole, name, tmp_path):
+    """Whichever shard of whichever store it is that the build reads rows from."""
+    shards, _, _ = whole
+    cache = tmp_path / "cache"
+    build = BUILDERS[name](shards, cache, shards[1:])
+    build()
+    caught = 0
+    for path in sorted(cache.glob("embeddings/*/*.npy")):
+        _forget_what_was_built(cache, keep_base=name == "grown")
+        _flip(path)
+        _, error = _built(build)
+        assert not error or error.startswith(f"{path}: damaged")
+        caught += bool(error)
+        _flip(path)
+    assert caught >= 1 + (name == "held out")
+    _forget_what_was_built(cache, keep_base=name == "grown")
+    assert _built(build) == (True, "")
+
+
+def _forget_what_was_built(cache: Path, *, keep_base: bool) -> None:
+    """Remove what is built from embeddings, but for the tree that is extended."""
+    for stage in ("near_duplicates", "tree", "selection"):
+        for folder in (cache / stage).glob("[!.]*"):
+            if not (keep_base and stage == "tree" and "base" not in read_json(folder / MANIFEST)["inputs"]):
+                shutil.rmtree(folder)
+
+
+def _built(build: Callable[[], object]) -> tuple[bool, str]:
+    try:
+        build()
+    except CacheError as error:
+        return False, str(error)
+    return True, ""
+
+
+def test_a_damaged_index_gives_no_sample_at_all(whole, tmp_path):
+    """Neither labels nor bytes of another one: any changed byte is seen before."""
+    shards, original, _ = whole
+    shutil.copytree(original, tmp_path / "cache")
+    for path in sorted((tmp_path / "cache" / "pool").glob("*/*.npy")):
+        content = path.read_bytes()
+        for place in {8, len(content) // 2, len(content) - 1}:
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with pytest.raises(CacheError, match=f"{path.name}: damaged"):
+                export(ShardPool(shards, cache_dir=tmp_path / "cache"), [0, 29], tmp_path / "out")
+        path.write_bytes(content)
+    export(ShardPool(shards, cache_dir=tmp_path / "cache"), [0, 29], tmp_path / "out")

@@ -144,3 +144,82 @@ def test_runs_that_wait_for_several_shards_never_wait_for_each_other(write_pool,
         process.kill()
         assert not alive, "the runs wait for each other"
         assert process.exitcode == 0
+
+
+def test_a_planted_link_is_not_followed(tmp_path):
+    """Not by a lock, nor by what looks for one: the file that it leads to keeps every byte."""
+    victim = tmp_path / "victim"
+    victim.write_text("years of work")
+    (tmp_path / "cache" / ".locks").mkdir(parents=True)
+    lock = tmp_path / "cache" / ".locks" / "a.lock"
+    for plant in (lambda: lock.symlink_to(victim), lambda: os.link(victim, lock)):
+        plant()
+        with pytest.raises(CacheError, match=r"a\.lock: "), locked(tmp_path / "cache" / "a"):
+            pass
+        assert not is_locked(tmp_path / "cache" / "a")
+        locks.remove_if_free(lock, older_than=time.time() + 10)
+        assert victim.read_text() == "years of work"
+        lock.unlink()
+    lock.symlink_to(tmp_path / "made")
+    with pytest.raises(CacheError, match="is a link"), locked(tmp_path / "cache" / "a"):
+        pass
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.lock").write_text("years of work")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / ".locks").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CacheError, match=r"\.locks: is a link"), locked(tmp_path / "linked" / "a"):
+        pass
+    assert (tmp_path / "elsewhere" / "a.lock").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_lock_file_neither_blocks_nor_is_written(kind, tmp_path):
+    (tmp_path / ".locks").mkdir()
+    lock = tmp_path / ".locks" / "a.lock"
+    {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/full")}[kind](lock)
+    with pytest.raises(CacheError, match=r"a\.lock: "), locked(tmp_path / "a"):
+        pass
+    assert not is_locked(tmp_path / "a")
+
+
+def test_a_sweep_follows_no_link(tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / ".tmp-old").write_text("years of work")
+    os.utime(victim / ".tmp-old", (0, 0))
+    (tmp_path / "day").touch()
+    os.utime(tmp_path / "day", (0, 0))
+    root = open_cache(tmp_path / "cache")
+    (root / ".swept").unlink()
+    (root / ".swept").symlink_to(tmp_path / "day")
+    (root / "tree").symlink_to(victim)
+    (root / "embeddings").mkdir()
+    (root / "embeddings" / "x").symlink_to(victim)
+    (root / ".tmp-link").symlink_to(victim)
+    os.utime(root / ".tmp-link", (0, 0), follow_symlinks=False)
+    open_cache(root)
+    assert (tmp_path / "day").stat().st_mtime == 0
+    (root / ".swept").unlink()
+    open_cache(root)
+    assert not (root / ".tmp-link").is_symlink()
+    assert (victim / ".tmp-old").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["open", "ftruncate", "pwrite"])
+def test_a_full_disk_is_one_error_or_none(name, tmp_path, monkeypatch):
+    """A lock is held without its note of who holds it; it cannot be held without its file."""
+    original = getattr(os, name)
+
+    def refuse(path, *arguments, **named):
+        if name != "open" or str(path).endswith(".lock"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(path, *arguments, **named)
+
+    monkeypatch.setattr(os, name, refuse)
+    if name == "open":
+        with pytest.raises(CacheError, match="no space left"), locked(tmp_path / "a"):
+            pass
+    else:
+        with locked(tmp_path / "a") as held:
+            assert held

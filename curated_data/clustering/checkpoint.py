@@ -1,9 +1,8 @@
 """The progress of a long clustering on disk: finished pieces, each written completely or not at all."""
 
 import json
-import shutil
+import re
 import time
-import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from curated_data import parallel
-from curated_data.cache import MANIFEST, atomic_path, read_manifest, write_manifest
+from curated_data.cache import MANIFEST, atomic_path, read_array, read_manifest, write_manifest
 from curated_data.errors import CacheError
+from curated_data.removal import TEMPORARY, shown, tidy
 
 Arrays = dict[str, np.ndarray]
 
@@ -47,7 +47,7 @@ class Checkpoint:
             temporary.mkdir()
             for key, array in arrays.items():
                 np.save(temporary / f"{key}.npy", array, allow_pickle=False)
-            write_manifest(temporary, "clustering-piece", {"crc32": {k: _crc(a) for k, a in arrays.items()}})
+            write_manifest(temporary, "clustering-piece", {})
 
     def load(self, name: str) -> Arrays | None:
         """Read a piece; None if it does not exist yet.
@@ -82,12 +82,8 @@ class Checkpoint:
 
     def drop(self, name: str) -> None:
         """Remove a piece that another one replaces, on this rank."""
-        if self.folder is None or not (self.folder / name).exists():
-            return
-        aside = self.folder / f".tmp-dropped-{name}"  # if killed half-way, no half piece keeps the name
-        shutil.rmtree(aside, ignore_errors=True)
-        (self.folder / name).rename(aside)
-        shutil.rmtree(aside)
+        if self.folder is not None:
+            tidy(self.folder / name, below=self.folder)
 
     def _on_rank_zero(self, look: Callable[[], Any]) -> Any:
         """Call `look()` on rank zero; return its JSON-like answer, or raise its error, on every rank."""
@@ -137,7 +133,8 @@ class Running:
             names: of all pieces of the checkpoint, if the caller has them.
         """
         names = self.saved.names() if names is None else names
-        pieces = sorted(piece for piece in names if piece.startswith(f"{self.name}-"))
+        mine = re.compile(rf"{re.escape(self.name)}-[0-9]{{6,12}}", re.ASCII)
+        pieces = sorted(filter(mine.fullmatch, names))
         if not pieces:
             return None
         self.number = int(pieces[-1].rpartition("-")[2])
@@ -179,28 +176,14 @@ def _open(folder: Path, run: str) -> None:
     found = read_manifest(folder, "clustering-checkpoint").get("run")
     if found != run:
         raise CacheError(
-            f"{folder}: belongs to another run ({found}, this one is {run}): the data or a setting changed; "
-            "give another checkpoint folder, or remove this one to start over"
+            f"{folder}: belongs to another run ({shown(found)}, this one is {run}): the data or a setting "
+            "changed; give another checkpoint folder"
         )
-    for leftover in folder.glob(".tmp-*"):  # of a killed run; the folder has one user at a time
-        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    for leftover in folder.glob(f"{TEMPORARY}*"):  # of a killed run; the folder has one user at a time
+        tidy(leftover, below=folder)
 
 
 def _read(folder: Path) -> Arrays:
-    arrays = {}
-    for key, crc in read_manifest(folder, "clustering-piece")["crc32"].items():
-        try:
-            arrays[key] = np.load(folder / f"{key}.npy", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise CacheError(
-                f"{folder / key}.npy: cannot be read ({error}); remove {folder} to redo it"
-            ) from error
-        if _crc(arrays[key]) != crc:
-            raise CacheError(
-                f"{folder / key}.npy: damaged (its checksum differs); remove {folder} to redo it"
-            )
-    return arrays
-
-
-def _crc(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    manifest = read_manifest(folder, "clustering-piece")
+    names = [name.removesuffix(".npy") for name in manifest["files"] if name.endswith(".npy")]
+    return {name: read_array(folder, name, manifest) for name in names}

@@ -2,8 +2,6 @@
 
 import logging
 import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -14,14 +12,17 @@ from scipy import sparse
 
 from curated_data.cache import (
     MANIFEST,
+    Remedy,
     atomic_path,
     atomic_save,
-    check_artifact,
     read_array,
     read_manifest,
+    verify_once,
     write_manifest,
 )
 from curated_data.errors import CacheError
+from curated_data.removal import TEMPORARY, remove, set_aside
+from curated_data.seals import reading
 
 log = logging.getLogger(__name__)
 
@@ -161,8 +162,7 @@ class ClusterTree:
             CacheError: `path` cannot be written, or is something other than a tree.
         """
         path = Path(path)
-        if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).exists()):
-            raise CacheError(f"{path}: exists and is no cluster tree; give another path")
+        _check_replaceable(path)
         with atomic_path(path) as temporary:
             temporary.mkdir()
             for level in self.centroids:
@@ -172,11 +172,10 @@ class ClusterTree:
                 atomic_save(temporary / "distance.npy", self.distance)
             write_manifest(temporary, "tree", self._manifest())
             if (path / MANIFEST).exists():
-                read_manifest(path, "tree")  # raises if it is an artifact of another stage
-                aside = path.parent / f".tmp-{uuid.uuid4().hex[:12]}-{path.name}"
-                os.replace(path, aside)
+                aside = set_aside(path, below=path.parent)
                 os.replace(temporary, path)
-                shutil.rmtree(aside)
+                if aside is not None:
+                    remove(aside, below=path.parent)
                 temporary.mkdir()  # for `atomic_path`, whose rename onto an existing folder has no effect
 
     @classmethod
@@ -193,26 +192,20 @@ class ClusterTree:
         path = Path(path)
         manifest = read_manifest(path, "tree")
         if memory_map:
-            check_artifact(path)
+            verify_once(path, manifest)
 
         def read(name: str) -> np.ndarray:
             return read_array(path, name, manifest, map_mode="c" if memory_map else None)
 
-        try:
+        with reading(path, Remedy(path / MANIFEST)):
             levels = range(1, int(manifest["n_levels"]) + 1)
             tree = cls(
                 {level: read(f"centroids_{level}") for level in levels},
                 {level: read(f"parent_{level}") for level in levels},
                 read("distance") if manifest["distance"] else None,
             )
-        except (KeyError, TypeError) as error:
-            raise CacheError(f"{path}: manifest lacks {error}; remove the tree to rebuild it") from error
-        except ValueError as error:
-            if isinstance(error, CacheError):
-                raise
-            raise CacheError(f"{path}: damaged ({error}); remove the tree to rebuild it") from error
-        if tree._manifest() != {key: manifest.get(key) for key in tree._manifest()}:
-            raise CacheError(f"{path}: arrays do not match the manifest; remove the tree to rebuild it")
+            if tree._manifest() != {key: manifest.get(key) for key in tree._manifest()}:
+                raise ValueError("its arrays do not match its manifest")
         return tree
 
     def __repr__(self) -> str:
@@ -242,6 +235,24 @@ def take_groups(children: Children, clusters: np.ndarray) -> np.ndarray:
     # The position of every output element within its group, without a loop: a ramp that restarts per group.
     shift = np.repeat(first - np.concatenate([[0], np.cumsum(length)[:-1]]), length)
     return children.nodes[np.arange(total, dtype=np.int64) + shift]
+
+
+def _check_replaceable(path: Path) -> None:
+    """Check that a tree can be saved at `path`: there is nothing, or a tree and nothing else.
+
+    Raises:
+        CacheError: there is something else, which would be lost.
+    """
+    if path.is_symlink() or not os.path.lexists(path):
+        kind = "is a link" if path.is_symlink() else None
+    elif not path.is_dir():
+        kind = "is no folder"
+    else:
+        there = {entry.name for entry in path.iterdir() if not entry.name.startswith(TEMPORARY)}
+        written = {MANIFEST, *read_manifest(path, "tree")["files"]} if MANIFEST in there else set()
+        kind = next((f"holds {name!r}, which is no part of a tree" for name in sorted(there - written)), None)
+    if kind is not None:
+        raise CacheError(f"{path}: {kind}, so no cluster tree is saved there; give another path")
 
 
 def _counts(ids: np.ndarray, weights: np.ndarray | None, k: int) -> np.ndarray:

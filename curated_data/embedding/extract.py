@@ -29,6 +29,7 @@ from curated_data.embedding.store import (
     write_shard,
 )
 from curated_data.errors import ConfigError, CuratedDataError, EmbedderError, first_line
+from curated_data.holds import Hold
 from curated_data.locks import locked
 from curated_data.parallel import check_ranks, rank, world_size
 from curated_data.pool import ShardPool
@@ -81,6 +82,7 @@ def embed_pool(
     use_bf16 = _uses_bf16(precision, device)
     name = embeddings_name(pool, embedder, dtype=dtype, precision=precision, decoders=decoders, ids=ids)
     folder = Path(cache_root) / "embeddings" / name
+    held = Hold(folder)  # before looking what it has
     shards = pool.shard_fingerprints
     ranges = pool.shard_ranges() if ids is None else np.searchsorted(ids, pool.shard_ranges())
     missing = missing_shards(folder, shards)
@@ -114,6 +116,7 @@ def embed_pool(
         if done:
             log.info("embedded %d samples at %.0f samples/s with %s", done, done / seconds, _name(embedder))
     store = EmbeddingStore(folder, shards, embedder.dimension, dtype, ids=ids)
+    del held  # the store has its own
     if store.n_failures:
         failure = next(store.iterate_failures())
         log.warning(

@@ -4,8 +4,6 @@ import contextlib
 import io
 import os
 import threading
-import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +22,9 @@ from curated_data.cache import (
     sealed,
 )
 from curated_data.errors import CacheError
-from curated_data.seals import check_file, file_seal, load_npy
+from curated_data.holds import Hold
+from curated_data.removal import remove, shown
+from curated_data.seals import check_file, check_once, file_seal, load_npy, load_npz
 
 VERSION = 1
 """Of the extraction; increasing it makes older embeddings stale."""
@@ -65,10 +65,10 @@ class EmbeddingStore:
         self.dtype = np.dtype(dtype)
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()  # the clustering reads from several threads
+        self._hold = Hold(self.folder)
         self._table = _shard_table(self.folder, self.fingerprint, self.shard_fingerprints)
         self._starts = np.concatenate([[0], np.cumsum(self._table.samples)])
         self.shape = (int(self._starts[-1]), dimension)
-        self._is_verified = False
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -122,20 +122,17 @@ class EmbeddingStore:
         return np.searchsorted(self._starts, rows, side="right") - 1
 
     def verify(self) -> None:
-        """Compare all rows with the checksums from when they were written. Only the first call reads them.
+        """Compare all rows with the checksums from when they were written, once in a process.
 
-        Called before anything is built from all rows, beside which another pass over them is cheap.
+        Rows are compared when a shard is first read, too; this does so by several threads, and before
+        anything is built.
 
         Raises:
             CacheError: a shard's file is missing or damaged; names the first.
         """
-        if self._is_verified:
-            return
-        known = np.flatnonzero(self._table.size >= 0).tolist()
         with ThreadPoolExecutor(4) as threads:
-            for _ in threads.map(self._verify_shard, known):
+            for _ in threads.map(self._verify_shard, range(len(self.shard_fingerprints))):
                 pass
-        self._is_verified = True
 
     def __getitem__(self, which: slice | np.ndarray) -> np.ndarray:
         """Rows by a slice or by an array of numbers, as from an array in memory; the clustering uses it."""
@@ -183,9 +180,11 @@ class EmbeddingStore:
         return out
 
     def _verify_shard(self, number: int) -> None:
+        if self._table.size[number] < 0:  # an earlier version did not record it
+            return
         path = self.folder / f"{self.shard_fingerprints[number]}.npy"
         seal = {"bytes": int(self._table.size[number]), "crc32": int(self._table.crc32[number])}
-        check_file(path, seal, _REMEDY)
+        check_once(path, seal, _REMEDY)
 
     def _failures_of(self, number: int) -> Iterator[dict[str, Any]]:
         for failure in _read_shard_details(self.folder, self.shard_fingerprints[number])["failures"]:
@@ -204,6 +203,7 @@ class EmbeddingStore:
                 self._maps.move_to_end(number)
                 return self._maps[number]
             path = self.folder / f"{self.shard_fingerprints[number]}.npy"
+            self._verify_shard(number)
             array = load_npy(path, _REMEDY, map_mode="r")
             expected = (int(self._table.samples[number]), self.shape[1])
             if array.shape != expected or array.dtype != self.dtype:
@@ -250,7 +250,7 @@ def missing_shards(folder: Path, shard_fingerprints: Sequence[str]) -> list[int]
 
 def forget_table(folder: Path, store_fingerprint: str) -> None:
     """Remove the summary of a store, because some of its shards are about to be written again."""
-    _table_path(folder, store_fingerprint).unlink(missing_ok=True)
+    remove(_table_path(folder, store_fingerprint), below=folder)
 
 
 def check_shard(folder: Path, shard_fingerprint: str) -> None:
@@ -279,13 +279,10 @@ def _table_path(folder: Path, store_fingerprint: str) -> Path:
 
 def _shard_table(folder: Path, store_fingerprint: str, shards: Sequence[str]) -> _Table:
     path = _table_path(folder, store_fingerprint)
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            table = _Table(*(saved[name] for name in _Table._fields))
-        if len(table.samples) == len(shards):
+    with contextlib.suppress(CacheError):  # missing or damaged
+        table = _Table(**load_npz(path, _Table._fields, _REMEDY))
+        if _is_of(table, len(shards)):
             return table
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        pass  # missing, or damaged by the archive's own checksums
     details = [_read_shard_details(folder, name) for name in shards]
     samples = np.array([item["samples"] for item in details], np.int64)
     starts = np.cumsum(samples) - samples
@@ -336,5 +333,38 @@ def _read_shard_details(folder: Path, shard_fingerprint: str) -> dict[str, Any]:
     path = folder / f"{shard_fingerprint}.json"
     details = read_json(path, _REMEDY)
     if details.get("format") != FORMAT_VERSION:
-        raise CacheError(f"{path}: written in cache format {details.get('format')!r}; {_REMEDY}")
+        raise CacheError(f"{path}: written in cache format {shown(details.get('format'))}; {_REMEDY}")
+    samples, failures = details.get("samples"), details.get("failures")
+    file = details.get("file", {"bytes": -1, "crc32": 0})  # which an earlier version did not record
+    is_right = {
+        "samples": type(samples) is int and samples >= 0,
+        "failures": isinstance(failures, list) and all(_is_failure(item, samples) for item in failures),
+        "file": isinstance(file, dict) and [type(file.get(key)) for key in ("bytes", "crc32")] == [int, int],
+    }
+    for name, is_so in is_right.items():
+        if not is_so:
+            raise CacheError(f"{path}: damaged ({name}: {shown(details.get(name))}); {_REMEDY}")
     return details
+
+
+def _is_failure(item: object, samples: Any) -> bool:
+    return (
+        isinstance(item, dict)
+        and type(item.get("place")) is int
+        and type(samples) is int
+        and 0 <= item["place"] < samples
+        and all(isinstance(item.get(name), str) for name in ("shard", "key", "reason"))
+    )
+
+
+def _is_of(table: _Table, n_shards: int) -> bool:
+    """Whether a table can be that of so many shards."""
+    per_shard = (table.samples, table.size, table.crc32)
+    return (
+        all(array.dtype == np.int64 and array.ndim == 1 for array in table)
+        and all(len(array) == n_shards for array in per_shard)
+        and int(table.samples.min(initial=0)) >= 0
+        and int(table.failed.min(initial=0)) >= 0
+        and int(table.failed.max(initial=-1)) < int(table.samples.sum())
+        and bool((np.diff(table.failed) > 0).all())
+    )

@@ -9,8 +9,6 @@ import io
 import logging
 import os
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from curated_data.cache import atomic_path, new_array, read_array, read_manifest, write_manifest
+from curated_data.cache import (
+    MANIFEST,
+    Remedy,
+    atomic_path,
+    new_array,
+    read_array,
+    read_arrays,
+    read_manifest,
+    verify_once,
+    write_manifest,
+)
 from curated_data.errors import CacheError, PoolError
 from curated_data.pool.tar import Source, local_source, read_members
+from curated_data.removal import shown
+from curated_data.seals import reading
 
 log = logging.getLogger(__name__)
 
@@ -166,13 +176,7 @@ def load_shard_index(folder: Path) -> ShardIndex:
 
 
 def _read_shard_index(folder: Path, manifest: Mapping[str, Any]) -> ShardIndex:
-    try:  # the archive has checksums of its own
-        with np.load(folder / "arrays.npz", allow_pickle=False) as arrays:
-            return ShardIndex(manifest["extensions"], **{name: arrays[name] for name in ARRAYS})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise CacheError(
-            f"{folder / 'arrays.npz'}: damaged ({error}); remove {folder} to index the shard again"
-        ) from error
+    return ShardIndex(manifest["extensions"], **read_arrays(folder, "arrays", ARRAYS, manifest))
 
 
 def concatenate(indexes: Sequence[ShardIndex]) -> PoolIndex:
@@ -241,7 +245,10 @@ def load_pool_index(folder: Path) -> PoolIndex:
         CacheError: missing, damaged, or written by another version.
     """
     manifest = read_manifest(folder, POOL_STAGE)
-    try:
+    verify_once(folder, manifest)
+    with reading(folder / MANIFEST, Remedy(folder / MANIFEST)):
+        if not all(isinstance(name, str) for name in manifest["extensions"]):
+            raise ValueError(f"extensions {shown(manifest['extensions'])}")
         arrays = {
             # A plain view of the map: indexing an np.memmap costs microseconds per call.
             name: np.asarray(read_array(folder, name, manifest, map_mode="r"))
@@ -254,10 +261,6 @@ def load_pool_index(folder: Path) -> PoolIndex:
             n_duplicate_keys=manifest["n_duplicate_keys"],
             duplicate_example=manifest["duplicate_example"],
         )
-    except KeyError as error:
-        raise CacheError(
-            f"{folder}: damaged (it lacks {error}); remove it to rebuild it from the shards' indexes"
-        ) from error
 
 
 def count_duplicate_keys(key_start: np.ndarray, key_bytes: np.ndarray) -> tuple[int, str | None]:

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from curated_data.cache import atomic_save, fingerprint, open_cache
 from curated_data.errors import CacheError, ConfigError
+from curated_data.removal import is_fingerprint, shown
 from curated_data.seals import load_npy
 from curated_data.streaming.order import EpochOrder
+
+_COUNTS = ("epoch", "batch", "n_trained")
 
 
 class StreamPosition:
@@ -81,6 +84,8 @@ class TrainingStream:
         self.resumed_between_selections = False
         self._settings: Hashable = None  # of the order
         self._first: np.ndarray | None = None  # the run's own selection
+        # What was set outside of any run, with which a new run begins.
+        self._own: tuple[np.ndarray, str | Tensor] | None = None
         self._selected: np.ndarray | None = None
         self._name: str | Tensor | None = None  # for checkpoints; None: a resumed run selects it by itself
         self._next: tuple[np.ndarray, str | Tensor] | None = None
@@ -103,14 +108,27 @@ class TrainingStream:
         if self._name is None:
             self._selected = ids
 
-    def replace(self, ids: np.ndarray) -> None:
-        """Stream another selection from the next epoch on."""
+    def begin_run(self, owner: object) -> bool:
+        """Before a run of `owner`: forget what the run of another owner has selected; whether it was another.
+
+        A checkpoint that is loaded afterwards says what the run streams.
+        """
+        if self._owner is None or self._owner is owner or self._owner is _Nobody:
+            return False
+        self._selected, self._name = (self._first, None) if self._own is None else self._own
+        self._next, self.order, self._loaded = None, None, None
+        return True
+
+    def replace(self, ids: np.ndarray, *, in_a_run: bool = False) -> None:
+        """Stream another selection from the next epoch on; if it is set in a run, only until that ends."""
         name: str | Tensor = torch.from_numpy(ids.copy())
         if self.cache_dir is not None:
             name = fingerprint(selection=ids)
             path = _selection_path(self.cache_dir, name)
             if not path.exists():
                 atomic_save(path, ids)
+        if not in_a_run:
+            self._own = ids, name
         if self.order is not None or self._resumes_inside:
             self._next = ids, name
             return
@@ -175,6 +193,7 @@ class TrainingStream:
         """
         if not state:
             return
+        state = _checked(state)
         name = state["selection"]
         self._selected, self._name = self._first if name is None else self._find(name), name
         self._next = None
@@ -243,6 +262,34 @@ class TrainingStream:
         if fingerprint(selection=ids) != name:
             raise CacheError(f"{path}: damaged (its ids do not match its name); {remedy}")
         return ids
+
+
+def _checked(state: object) -> dict[str, Any]:
+    """A stream's state as a checkpoint holds it, before any of it is used.
+
+    Raises:
+        CacheError: a value is missing or of another type.
+    """
+    if not isinstance(state, dict):
+        raise CacheError(f"the checkpoint holds {shown(state)} as the data module's state")
+    is_right = {name: type(state.get(name)) is int and state[name] >= 0 for name in _COUNTS}
+    for name in ("selection", "next_selection"):
+        ids = state.get(name)
+        is_right[name] = name in state and (ids is None or is_fingerprint(ids) or _are_ids(ids))
+    for name, kind in (("global_batch_size", int), ("order", str)):
+        is_right[name] = name in state and (state[name] is None or type(state[name]) is kind)
+    is_right["between_epochs"] = type(state.get("between_epochs", False)) is bool  # new in later versions
+    for name, is_so in is_right.items():
+        if not is_so:
+            raise CacheError(
+                f"the data module's state in the checkpoint holds {name} = {shown(state.get(name))}, which "
+                "no run writes; resume from another checkpoint"
+            )
+    return state
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.int64 and value.ndim == 1
 
 
 def _selection_path(cache_dir: Path, name: str) -> Path:
