@@ -47,7 +47,7 @@ def build_in_memory(shards: Sequence[ShardFile], index_one: Indexer, num_workers
     """Index every shard and keep the index in memory."""
     started = time.monotonic()
     found = dict(_each(index_one, shards, range(len(shards)), num_workers))
-    pool = concatenate([found[number] for number in range(len(shards))])
+    pool = concatenate([found[number] for number in range(len(shards))], [shard.url for shard in shards])
     _report(pool, len(shards), len(shards), time.monotonic() - started)
     return pool
 
