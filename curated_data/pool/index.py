@@ -22,7 +22,7 @@ from curated_data.cache import atomic_path, new_array, read_array, read_manifest
 from curated_data.errors import CacheError, PoolError
 from curated_data.pool.links import resolve_links
 from curated_data.pool.notes import Notes, add_note, joined_notes, notes_from_json
-from curated_data.pool.tar import Link, Source, local_source, read_members
+from curated_data.pool.tar import UNKNOWN_SIZE, Link, Source, local_source, read_members
 
 STAGE = "index"
 POOL_STAGE = "pool"
@@ -36,7 +36,7 @@ _RESERVED = ("__key__", "__url__", "__bad__", "__local_path__")  # webdataset's 
 # How webdataset splits a name into key and extension, and the names that it skips.
 _KEY_AND_EXTENSION = re.compile(rb"((?:.*/|)[^.]+)[.]([^/]*)$")
 _METADATA = re.compile(rb"__[^/]*__($|/)")
-_OF_MACOS = re.compile(rb"(^|/)(\._[^/]*|\.DS_Store)$")  # AppleDouble files, which lie between others' parts
+_APPLE_DOUBLE = b"\0\x05\x16\x07"  # how such a file begins
 
 
 @dataclass(frozen=True)
@@ -339,6 +339,7 @@ def _group(source: Source) -> ShardIndex:
     if links:
         names, offsets, sizes = _with_links(names, offsets, sizes, links, notes)
 
+    of_macos = _MacOSFiles(source, names)
     keys: list[bytes] = []
     member_start: list[int] = []
     kept: list[int] = []  # the members that belong to samples
@@ -357,7 +358,7 @@ def _group(source: Source) -> ShardIndex:
         if dot and name[dot - 1] != 0x2F and name[:2] != b"__" and b"\n" not in name:
             key, spelling = name[:dot], name[dot + 1 :]
         else:  # dot-files, webdataset's metadata, and other odd names
-            if _OF_MACOS.search(name):
+            if name[dot : dot + 2] in (b"._", b".D") and of_macos(name, offsets[place]):
                 add_note(notes, "macos", 1, repr(_text(name)))
                 continue
             match = None if _METADATA.match(name) else _KEY_AND_EXTENSION.match(name)
@@ -401,6 +402,29 @@ def _group(source: Source) -> ShardIndex:
     )
 
 
+class _MacOSFiles:
+    """Tells files that macOS adds to archives: `.DS_Store`, and `._x` beside `x`, or with its first bytes."""
+
+    def __init__(self, source: Source, names: list[bytes]) -> None:
+        self.source, self.names = source, names
+        self.beside: set[bytes] | None = None  # all names, and their folders
+
+    def __call__(self, name: bytes, offset: int) -> bool:
+        folder, slash, base = name.rpartition(b"/")
+        if not base.startswith(b"._"):
+            return base == b".DS_Store"
+        if self.beside is None:
+            self.beside = set(self.names)
+            for other in self.names:
+                while (cut := other.rfind(b"/")) > 0 and other[:cut] not in self.beside:
+                    other = other[:cut]
+                    self.beside.add(other)
+        if len(base) > 2 and folder + slash + base[2:] in self.beside:
+            return True
+        can_go_back = self.source.size < UNKNOWN_SIZE
+        return len(base) > 2 and (not can_go_back or self.source.read(offset, 4) == _APPLE_DOUBLE)
+
+
 def _with_links(
     names: list[bytes], offsets: list[int], sizes: list[int], links: list[Link], notes: Notes
 ) -> tuple[list[bytes], list[int], list[int]]:
@@ -414,6 +438,9 @@ def _with_links(
             sizes[link.place] = -1
         else:
             offsets[link.place], sizes[link.place] = offsets[end], sizes[end]
+    if ends:
+        place = next(iter(ends))
+        add_note(notes, "linked", len(ends), f"{_text(names[place])!r} is {_text(names[ends[place]])!r}")
     kept = [place for place, size in enumerate(sizes) if size >= 0]
     return [names[p] for p in kept], [offsets[p] for p in kept], [sizes[p] for p in kept]
 

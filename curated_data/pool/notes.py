@@ -22,6 +22,7 @@ Notes = dict[str, Note]  # by kind, see `_KINDS`
 class _Kind(NamedTuple):
     text: str
     is_fault: bool  # samples may be lost or split: `strict` refuses it
+    level: int = logging.WARNING
 
 
 _KINDS = {
@@ -50,6 +51,7 @@ _KINDS = {
         "themselves (`tar --dereference --hard-dereference`)",
         True,
     ),
+    "linked": _Kind("{count} members are links, read as the files that they lead to", False, logging.INFO),
     "special": _Kind("{count} members are neither files, links nor folders; they are left out", False),
     "macos": _Kind(
         "{count} members are macOS's own (`._name`, `__MACOSX`, `.DS_Store`); they are left out", False
@@ -96,7 +98,7 @@ def notes_from_json(content: object) -> Notes:
 
 
 def report_notes(notes: Notes, *, strict: bool) -> None:
-    """Log each note of a pool as a warning.
+    """Log each note of a pool, most of them as a warning.
 
     Raises:
         PoolError: `strict`, and samples may be lost or split; names the first shard and place.
@@ -105,4 +107,4 @@ def report_notes(notes: Notes, *, strict: bool) -> None:
         text = _KINDS[kind].text.format(count=note.count)
         if strict and _KINDS[kind].is_fault:
             raise PoolError(f"{note.example}: {text} (refused as strict=True)")
-        log.warning("%s (first: %s)", text, note.example)
+        log.log(_KINDS[kind].level, "%s (first: %s)", text, note.example)

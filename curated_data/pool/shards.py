@@ -435,7 +435,7 @@ class ShardPool:
 
 def _colour(given: int | Sequence[int]) -> tuple[int, int, int]:
     """A colour from a grey, or from red, green and blue."""
-    values = [given] * 3 if isinstance(given, int) else list(given)
+    values = list(given) if isinstance(given, Sequence) else [given] * 3
     if len(values) != 3 or not all(isinstance(v, int) and 0 <= v <= 255 for v in values):
         raise ConfigError(f"background: expected a grey or three values, each 0 to 255, found {given!r}")
     return values[0], values[1], values[2]

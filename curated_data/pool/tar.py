@@ -19,6 +19,7 @@ from curated_data.errors import PoolError
 from curated_data.pool.notes import Notes, add_note
 
 BLOCK = 512
+UNKNOWN_SIZE = 1 << 62  # of a source that can only be read forwards
 _ZEROS = bytes(BLOCK)
 _CHUNK = 16_384  # headers verified at once: 8 MiB
 _LONGEST_EXTENSION = 1 << 20  # bytes of the extended headers of a member; real ones are far shorter
@@ -148,6 +149,25 @@ def read_members(source: Source, notes: Notes | None = None) -> Iterator[Members
         names, offsets, sizes, links = [], [], [], []
         headers.clear()
         starts.clear()
+
+
+def is_header(block: bytes, size: int, key: bytes | None) -> bool:
+    """Whether a block is the header of a file of a size and, as far as it says, with a key.
+
+    Long names and names that are not ASCII are in an extended header, and so are the sizes of huge files.
+    """
+    try:
+        if len(block) < BLOCK or _number(block[148:156]) not in _checksums(block):
+            return False
+        if block[156] not in _REGULAR or _number(block[124:136]) not in (size, 0):
+            return False
+    except ValueError:
+        return False
+    name = block[:100].partition(b"\0")[0]
+    if block[345]:
+        name = block[345:500].partition(b"\0")[0] + b"/" + name
+    is_whole = len(name) < 100 and name.isascii() and b"?" not in name
+    return key is None or not is_whole or not key.isascii() or name.startswith(key + b".")
 
 
 class _Window:
@@ -344,6 +364,11 @@ def _verify(source: Source, headers: list[bytes], starts: list[int]) -> None:
             )
 
 
+def _checksums(header: bytes) -> tuple[int, int]:
+    """The checksums that a header may have."""
+    return sum(header) - sum(header[148:156]) + 8 * 0x20, _signed_checksum(header)
+
+
 def _signed_checksum(header: bytes) -> int:
     """The checksum of some historic writers, over signed bytes."""
     signed = np.frombuffer(header, np.int8).sum(dtype=np.int64)
@@ -413,12 +438,11 @@ def _headers_among(data: bytes) -> list[bytes]:
     found = []
     for row in np.flatnonzero((table[:, 257:262] == np.frombuffer(b"ustar", np.uint8)).all(1)).tolist():
         header = table[row].tobytes()
-        unsigned = sum(header) - sum(header[148:156]) + 8 * 0x20
         try:
-            is_header = _number(header[148:156]) in (unsigned, _signed_checksum(header))
+            is_valid = _number(header[148:156]) in _checksums(header)
         except ValueError:
             continue
-        if is_header and header[156] in _REGULAR:
+        if is_valid and header[156] in _REGULAR:
             found.append(header[:100].partition(b"\0")[0])
     return found
 
