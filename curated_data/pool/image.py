@@ -207,7 +207,7 @@ def _as_rgb(image: Image.Image, background: tuple[int, int, int], scale: int) ->
     if image.mode in ("La", "RGBa"):  # which convert to nothing but their own kind
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     image = image.convert("RGBA")
-    if image.getextrema()[3][0] == 255:
+    if image.getchannel("A").histogram()[255] == image.width * image.height:
         return np.array(image.convert("RGB"))
     COUNTS.transparent += 1
     ground = Image.new("RGBA", image.size, (*background, 255))

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 class Note(NamedTuple):
     """How often something was met, and the first place in words."""
 
-    count: int
+    number: int
     example: str
 
 
@@ -62,7 +62,7 @@ _KINDS = {
 def add_note(notes: Notes, kind: str, count: int, example: str) -> None:
     """Count something; the first example is kept."""
     before = notes.get(kind)
-    notes[kind] = Note(count, example) if before is None else Note(before.count + count, before.example)
+    notes[kind] = Note(count, example) if before is None else Note(before.number + count, before.example)
 
 
 def joined_notes(of_shards: Iterable[tuple[str, Notes]]) -> Notes:
@@ -71,7 +71,7 @@ def joined_notes(of_shards: Iterable[tuple[str, Notes]]) -> Notes:
     n_shards: dict[str, int] = {}
     for url, notes in of_shards:
         for kind, note in notes.items():
-            add_note(joined, kind, note.count, f"{url}: {note.example}")
+            add_note(joined, kind, note.number, f"{url}: {note.example}")
             n_shards[kind] = n_shards.get(kind, 0) + 1
     return {
         kind: note
@@ -104,7 +104,7 @@ def report_notes(notes: Notes, *, strict: bool) -> None:
         PoolError: `strict`, and samples may be lost or split; names the first shard and place.
     """
     for kind, note in notes.items():
-        text = _KINDS[kind].text.format(count=note.count)
+        text = _KINDS[kind].text.format(count=note.number)
         if strict and _KINDS[kind].is_fault:
             raise PoolError(f"{note.example}: {text} (refused as strict=True)")
         log.log(_KINDS[kind].level, "%s (first: %s)", text, note.example)

@@ -43,7 +43,7 @@ def test_any_order_is_whole_or_said_to_be_apart(write_tar, read_by_webdataset, n
     path = write_tar("any.tar", [(name, b"1") for name in names])
     index = index_shard(path)
     assert index.keys() == [sample["__key__"] for sample in read_by_webdataset(path)]
-    count = index.notes["apart"].count if "apart" in index.notes else 0
+    count = index.notes["apart"].number if "apart" in index.notes else 0
     assert len(index) == 3 + count
 
 
@@ -67,7 +67,7 @@ def test_what_macos_adds_is_left_out_and_counted(write_tar, kind, caplog):
         assert pool.keys(range(4)) == [f"d/{i}" for i in range(4)]
     assert len(pool) == 4
     assert pool.labels(range(4)).tolist() == [0, 1, 2, 3]
-    assert pool.index().notes["macos"].count == 14
+    assert pool.index().notes["macos"].number == 14
     assert "14 members are macOS's own" in caplog.text
     len(kind(write_tar("mac.tar", members), strict=True))  # nothing is lost
 

@@ -76,7 +76,7 @@ def test_a_shard_cut_by_a_zeroed_page_is_named_and_counted_at_every_opening(tmp_
         (message,) = [record.getMessage() for record in caplog.records]
         assert "zeroed.tar" in message
         assert f"offset {start}" in message
-        count = pool.index().notes["cut"].count
+        count = pool.index().notes["cut"].number
         assert f"{count} members" in message
         assert 360 <= count <= 368  # of the 368, all whose headers are left
     caplog.clear()
@@ -106,7 +106,7 @@ def test_other_ends_are_said_at_every_opening_and_refused_if_strict(tmp_path, ca
     with pytest.raises(PoolError, match=r"odd\.tar"):
         len(ShardPool(path, cache_dir=cache, strict=True))
     if kind == "cat":
-        assert ShardPool(path).index().notes["cut"].count == 14
+        assert ShardPool(path).index().notes["cut"].number == 14
 
 
 def test_usual_ends_are_not_mentioned(tmp_path):
@@ -124,7 +124,7 @@ def test_compressed_shards_too(tmp_path):
     path.write_bytes(gzip.compress(archive(4) + archive(6)))
     pool = SequentialPool(path)
     assert len(pool) == 4
-    assert pool.index().notes["cut"].count == 12
+    assert pool.index().notes["cut"].number == 12
     with pytest.raises(PoolError, match=r"a\.tar\.gz"):
         len(SequentialPool(path, strict=True))
 

@@ -120,7 +120,7 @@ def test_members_that_are_no_files_are_passed_over(write_tar, read_by_webdataset
     found = samples_of(path, index)
     assert found == read_by_webdataset(path)
     assert [set(sample) - {"__key__", "__url__"} for sample in found] == [{"jpg", "cls", "json"}, {"jpg"}]
-    assert index.notes["special"].count == 2  # folders are no loss
+    assert index.notes["special"].number == 2  # folders are no loss
 
 
 def test_pax_headers_of_every_kind(tmp_path, read_by_webdataset):
@@ -319,7 +319,7 @@ def test_appended_archives_are_reported(write_tar, read_by_webdataset):
     path.write_bytes(path.read_bytes() + write_tar("two.tar", [("b.jpg", b"2")]).read_bytes())
     index = index_shard(path)
     assert samples_of(path, index) == read_by_webdataset(path)
-    assert index.notes["cut"].count == 1
+    assert index.notes["cut"].number == 1
     assert "'b.jpg'" in index.notes["cut"].example
 
 

@@ -87,7 +87,7 @@ def test_links_are_what_they_lead_to(write_tar, kind, format):
         "g": {"jpg": b"without an extension"},
     }
     notes = pool.index().notes
-    assert notes["links"].count == len(LOST) + 1  # the folder's link itself
+    assert notes["links"].number == len(LOST) + 1  # the folder's link itself
     assert "'to' -> 'x'" in notes["links"].example
 
 
