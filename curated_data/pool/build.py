@@ -189,11 +189,13 @@ def _report(pool: PoolIndex, n_shards: int, n_indexed: int, seconds: float) -> N
         len(pool),
         ", ".join(pool.extensions[:12]) + (", ..." if len(pool.extensions) > 12 else ""),
     )
-    if pool.n_duplicate_keys:
+    # Those whose parts lie apart are reported whenever the pool is opened.
+    n_apart = sum(pool.notes[kind].number for kind in ("apart", "scattered") if kind in pool.notes)
+    if pool.n_duplicate_keys > n_apart:
         log.warning(
             "%d of %d samples have the key of an earlier one, for example %r; samples are identified by "
             "their ids, so only joins by key are affected",
-            pool.n_duplicate_keys,
+            pool.n_duplicate_keys - n_apart,
             len(pool),
             pool.duplicate_example,
         )

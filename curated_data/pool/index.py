@@ -112,6 +112,8 @@ class PoolIndex(ShardIndex):
 def index_shard(shard: str | Path | Source) -> ShardIndex:
     """Index one archive by its headers, without reading the data of its members.
 
+    What is odd about it, such as data after its end, is counted in the index's `notes`.
+
     Args:
         shard: a local path, or a `Source` for any other storage.
 
@@ -203,10 +205,13 @@ def concatenate(indexes: Sequence[ShardIndex], urls: Sequence[str] | None = None
         _append(arrays, at, index, extensions)
         shard_start[number + 1] = at.samples
     n_duplicates, example = count_duplicate_keys(arrays["key_start"], arrays["key_bytes"])
+    notes = joined_notes((urls[number], index.notes) for number, index in enumerate(indexes))
+    if n_duplicates:
+        _note_scattered(arrays, list(extensions), notes)
     return PoolIndex(
         list(extensions),
         **arrays,
-        notes=joined_notes((urls[number], index.notes) for number, index in enumerate(indexes)),
+        notes=notes,
         shard_start=shard_start,
         n_duplicate_keys=n_duplicates,
         duplicate_example=example,
@@ -236,6 +241,9 @@ def write_pool_index(folder: Path, shard_folders: Sequence[Path]) -> None:
         shard_start[number + 1] = at.samples
     np.save(folder / "shard_start.npy", shard_start)
     n_duplicates, example = count_duplicate_keys(arrays["key_start"], arrays["key_bytes"])
+    notes = joined_notes((manifest["url"], notes_from_json(manifest["notes"])) for manifest in manifests)
+    if n_duplicates:
+        _note_scattered(arrays, list(extensions), notes)
     for array in arrays.values():
         if isinstance(array, np.memmap):
             array.flush()
@@ -249,9 +257,7 @@ def write_pool_index(folder: Path, shard_folders: Sequence[Path]) -> None:
             "n_bytes": sum(manifest["n_bytes"] for manifest in manifests),
             "n_duplicate_keys": n_duplicates,
             "duplicate_example": example,
-            "notes": joined_notes(
-                (manifest["url"], notes_from_json(manifest["notes"])) for manifest in manifests
-            ),
+            "notes": notes,
         },
     )
 
@@ -302,6 +308,18 @@ def count_duplicate_keys(key_start: np.ndarray, key_bytes: np.ndarray) -> tuple[
     Keys are compared by a 64-bit multilinear hash (8 bytes per sample): for 1e8 keys the expected number of
     false matches is below 0.1.
     """
+    hashes = _key_hashes(key_start, key_bytes)
+    order = np.sort(hashes)
+    repeated = np.flatnonzero(order[1:] == order[:-1])
+    if not len(repeated):
+        return 0, None
+    row = int(np.flatnonzero(hashes == order[repeated[0]])[0])
+    key = bytes(key_bytes[key_start[row] : key_start[row + 1]])
+    return len(repeated), key.decode("utf-8", "backslashreplace")
+
+
+def _key_hashes(key_start: np.ndarray, key_bytes: np.ndarray) -> np.ndarray:
+    """(n,) uint64, of the keys."""
     n = len(key_start) - 1
     hashes = np.empty(n, np.uint64)
     weights = np.zeros(0, np.uint64)
@@ -316,13 +334,33 @@ def count_duplicate_keys(key_start: np.ndarray, key_bytes: np.ndarray) -> tuple[
             weights = generator.integers(0, 2**64, int(lengths.max()), np.uint64)
         place = np.arange(len(blob)) - np.repeat(starts[:-1], lengths)
         hashes[first : first + len(lengths)] = np.add.reduceat(blob * weights[place], starts[:-1])
+    return hashes
+
+
+def _note_scattered(arrays: Mapping[str, np.ndarray], extensions: Sequence[str], notes: Notes) -> None:
+    """Note samples that share their key, but no extension, with one of another shard.
+
+    Called where keys repeat. Those within a shard are noted already, see `_note_parts_apart`.
+    """
+    hashes = _key_hashes(arrays["key_start"], arrays["key_bytes"])
     order = np.sort(hashes)
-    repeated = np.flatnonzero(order[1:] == order[:-1])
-    if not len(repeated):
-        return 0, None
-    row = int(np.flatnonzero(hashes == order[repeated[0]])[0])
-    key = bytes(key_bytes[key_start[row] : key_start[row + 1]])
-    return len(repeated), key.decode("utf-8", "backslashreplace")
+    rows = np.flatnonzero(np.isin(hashes, order[1:][order[1:] == order[:-1]]))
+    start = arrays["member_start"][rows]
+    length = arrays["member_start"][rows + 1] - start
+    member = (
+        np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length) + np.repeat(start, length)
+    )
+    _, group = np.unique(hashes[rows], return_inverse=True)
+    pairs = np.repeat(group, length) * len(extensions) + arrays["member_extension"][member]
+    values, counts = np.unique(pairs, return_counts=True)
+    is_apart = np.ones(group.max() + 1, bool)
+    is_apart[values[counts > 1] // len(extensions)] = False
+    number = int((np.bincount(group) - 1)[is_apart].sum())
+    number -= notes["apart"].number if "apart" in notes else 0
+    if number > 0:
+        row = rows[np.flatnonzero(is_apart[group])[0]]
+        key = bytes(arrays["key_bytes"][arrays["key_start"][row] : arrays["key_start"][row + 1]])
+        add_note(notes, "scattered", number, f"key {_text(key)!r}")
 
 
 def _group(source: Source) -> ShardIndex:

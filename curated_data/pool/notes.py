@@ -46,6 +46,12 @@ _KINDS = {
         "`curated-data import`",
         True,
     ),
+    "scattered": _Kind(
+        "{count} samples have the key of one in another shard, with other extensions: if these are parts of "
+        "one sample, as images in one shard and labels in another, each counts as a sample that lacks the "
+        "others. Write all parts of a sample side by side",
+        False,
+    ),
     "links": _Kind(
         "{count} members are links whose target is no file of the shard; they are left out. Write the files "
         "themselves (`tar --dereference --hard-dereference`)",

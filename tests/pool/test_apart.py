@@ -37,6 +37,22 @@ def test_the_same_key_with_the_same_extension_is_another_sample(write_tar):
     assert len(index) == 3
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_images_in_one_shard_and_labels_in_another(write_tar, tmp_path, caplog, cached):
+    images = write_tar("images.tar", [(f"{i}.jpg", b"1") for i in range(6)] + [("x.jpg", b"1")])
+    labels = write_tar(
+        "labels.tar", [(f"{i}.cls", b"1") for i in range(5)] + [("x.jpg", b"2"), ("y.cls", b"1")]
+    )
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            pool = ShardPool([images, labels], cache_dir=tmp_path / "cache" if cached else None)
+            assert len(pool) == 14
+        assert "5 samples have the key of one in another shard" in caplog.text
+        assert "key '0'" in caplog.text
+        assert pool.index().n_duplicate_keys == 6
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.permutations([f"{key}.{extension}" for key in "abc" for extension in ("jpg", "cls", "txt")]))
 def test_any_order_is_whole_or_said_to_be_apart(write_tar, read_by_webdataset, names):
