@@ -198,7 +198,7 @@ def embeddings_name(
 
 
 def _warn_of_equal(pool: ShardPool, store: EmbeddingStore) -> None:
-    found = equal_rows(store, store.valid)
+    found = equal_rows(store)
     if found.are_many:
         key = pool.keys([found.example])[0]
         shard = pool.urls[int(pool.shard_of([found.example])[0])]

@@ -137,7 +137,7 @@ def write_report(
 
 def _equal(curation: "Curation") -> dict[str, int] | None:
     """How many embeddings are one and the same, if that is many."""
-    found = equal_rows(curation.embeddings, curation.embeddings.valid)
+    found = equal_rows(curation.embeddings)
     return {"largest": found.largest, "looked_at": found.looked_at} if found.are_many else None
 
 
