@@ -144,6 +144,20 @@ def _pool_command(commands: Any, name: str, what: str, run: Any) -> argparse.Arg
         metavar="FOLDER",
         help="for the results of all stages, so that nothing is done twice (default: %(default)s)",
     )
+    command.add_argument(
+        "--strict", action="store_true", help="refuse shards that are cut, or hold samples in parts"
+    )
+    command.add_argument(
+        "--background",
+        type=int,
+        nargs="+",
+        default=[128],
+        metavar="0..255",
+        help="under transparent pixels: a grey, or red, green and blue (default: 128)",
+    )
+    command.add_argument(
+        "--ignore-exif", action="store_true", help="do not turn images as their EXIF data say"
+    )
     command.set_defaults(run=run)
     return command
 
@@ -214,7 +228,14 @@ def _pool(parsed: argparse.Namespace) -> Any:
     from curated_data.cache import open_cache
     from curated_data.pool import ShardPool
 
-    return ShardPool(parsed.pool, cache_dir=open_cache(parsed.cache_dir))
+    colour = parsed.background
+    return ShardPool(
+        parsed.pool,
+        cache_dir=open_cache(parsed.cache_dir),
+        background=colour[0] if len(colour) == 1 else colour,
+        exif_orientation=not parsed.ignore_exif,
+        strict=parsed.strict,
+    )
 
 
 def _index(parsed: argparse.Namespace) -> None:

@@ -23,8 +23,11 @@ VERSION = 2
 """Increased when something else is computed from the same inputs: older artifacts are then not used."""
 
 
-def open_held_out(config: CurationConfig, root: Path) -> ShardPool | None:
+def open_held_out(config: CurationConfig, root: Path, like: ShardPool) -> ShardPool | None:
     """The evaluation sets whose samples the pool must not contain; None if there are none.
+
+    Args:
+        like: the pool, by whose settings their images are decoded too.
 
     Raises:
         PoolError: no shard matches, one cannot be read, or they are empty.
@@ -33,6 +36,7 @@ def open_held_out(config: CurationConfig, root: Path) -> ShardPool | None:
         return None
     try:
         pool = ShardPool(config.near_duplicates.held_out, cache_dir=root)
+        pool.images = like.images
         pool.index()
     except PoolError as error:  # which would read as if it were of the pool itself
         raise PoolError(f"near_duplicates.held_out: {error}") from error

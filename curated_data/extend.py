@@ -119,7 +119,7 @@ def _extend(
     manifest = read_manifest(base, "clustering")
     old = ClusterTree.load(base / "tree", memory_map=True)
     metric = manifest["settings"]["metric"]
-    held_out_pool = open_held_out(config, root)  # now, before anything takes long
+    held_out_pool = open_held_out(config, root, pool)  # now, before anything takes long
     embedder = resolve_embedder(embedder)
     settings = dataclasses.asdict(config.embedding)
     store = embed_pool(pool, embedder, root, device=device, decoders=decoders, **settings)

@@ -229,3 +229,19 @@ def test_class_names_in_a_json_object_are_refused(write_pool, tmp_path, capsys):
     arguments = ["--cache-dir", str(tmp_path / "cache"), "--class-names", str(tmp_path / "names.json")]
     assert main(["report", *write_pool([12]), *CURATION, *arguments, "--out", str(tmp_path / "r.html")]) == 2
     assert "names.json: holds a JSON object; give a list" in capsys.readouterr().err
+
+
+def test_settings_of_the_pool(write_pool, tmp_path, capsys):
+    """A cut shard is a warning or, if strict, an error; how images are decoded names the embeddings."""
+    (shard,) = write_pool([4])
+    place = ["--cache-dir", str(tmp_path / "cache")]
+    with open(shard, "ab") as file:
+        file.write(b"something")
+    assert main(["index", shard, *place]) == 0
+    assert main(["index", shard, *place, "--strict"]) == 2
+    assert "strict" in capsys.readouterr().err
+    for options in ([], ["--background", "255"], ["--background", "1", "2", "3"], ["--ignore-exif"]):
+        assert main(["embed", shard, *place, "--embedder", "pixels:2", *options]) == 0
+    assert len(list((tmp_path / "cache" / "embeddings").iterdir())) == 4
+    assert main(["index", shard, *place, "--background", "300"]) == 2
+    assert "background" in capsys.readouterr().err

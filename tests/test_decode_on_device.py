@@ -30,6 +30,13 @@ def encoded(seed: int, format: str = "JPEG", mode: str = "RGB", **options) -> by
     return buffer.getvalue()
 
 
+def turned(orientation: int) -> Image.Exif:
+    """EXIF data with an orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
 def without_tables(jpeg: bytes) -> bytes:
     """A JPEG whose headers can be read, and nothing else: it has no quantisation tables."""
     place = 2
@@ -53,6 +60,7 @@ VARIETY = [
     encoded(7, subsampling=0) + b"behind its end",
     encoded(8, quality=30),
 ]
+TURNED = [encoded(8 + orientation, exif=turned(orientation)) for orientation in range(2, 9)]
 
 
 @pytest.fixture
@@ -86,7 +94,7 @@ def same(batches: list[dict], expected: list[dict], tolerance: float = 0.0) -> N
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("views", [ResizedCrops(8), JITTER, PerSample(lambda image: image)])
 def test_batches_are_those_of_the_workers(write, views, num_workers):
-    pool = write(VARIETY)
+    pool = write(VARIETY + TURNED)
     expected = trained(module(pool, device_views=views))
     batches = trained(module(pool, device_views=views, decode_on_device=True, num_workers=num_workers))
     same(batches, expected)

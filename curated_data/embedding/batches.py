@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,27 @@ from curated_data.embedding.embedders import Embedder
 from curated_data.errors import CuratedDataError, EmbedderError, first_line
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders, as_decoders, decode_content, has_images, place_of
+from curated_data.pool.image import COUNTS
+from curated_data.pool.passing import is_samples
 from curated_data.processes import start_method, starting_workers
+
+
+class Inputs(NamedTuple):
+    """A batch of rows of the store.
+
+    Attributes:
+        rows: their numbers.
+        inputs: of the good rows, stacked; None if there are none.
+        reasons: for each row why it failed, empty if good.
+        transparent: the number of images with transparent pixels.
+        transparent_example: where one is, empty if there are none.
+    """
+
+    rows: np.ndarray
+    inputs: Tensor | None
+    reasons: list[str]
+    transparent: int = 0
+    transparent_example: str = ""
 
 
 class InputLoader:
@@ -42,9 +62,11 @@ class InputLoader:
         self.dataset = _Preprocessed(pool, embedder.preprocess, as_decoders(decoders))
         self.context = context
 
-    def batches(self, claims: Iterator[int]) -> Iterator[tuple[np.ndarray, Tensor | None, list[str]]]:
-        """Batches of the claimed shards, in order: rows, inputs of the good rows (or None), and for each row
-        the reason why it failed, empty if good.
+    def batches(self, claims: Iterator[int]) -> Iterator[Inputs]:
+        """Batches of the claimed shards, in order.
+
+        Raises:
+            CuratedDataError: a worker died, or a sample met an error that does not come from its bytes.
         """
         cuts = (
             self._cut(start, min(start + self.batch_size, int(self.ranges[shard + 1])))
@@ -71,18 +93,9 @@ class InputLoader:
                     raise item
                 yield item
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if not is_of_worker(error):
                 raise
-            cause = "was killed, most likely for lack of memory"
-            if start_method(loader) != "fork":
-                cause = (
-                    "ended: for lack of memory, or because what the script does is not under its "
-                    '`if __name__ == "__main__":`'
-                )
-            raise CuratedDataError(
-                f"a worker process that decodes samples {cause} ({' '.join(str(error).split())[:300]}); "
-                "lower embedding.num_workers or embedding.batch_size, and run again to continue"
-            ) from error
+            raise worker_ended(error, start_method(loader)) from error
 
     def samples(self, rows: np.ndarray) -> np.ndarray:
         """The ids of the samples in some rows of the store."""
@@ -91,6 +104,25 @@ class InputLoader:
     def _cut(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         rows = np.arange(start, stop)
         return rows, self.samples(rows)
+
+
+def is_of_worker(error: BaseException) -> bool:
+    """Whether torch reports a dead worker. It does so by a signal, amidst whatever this process is doing."""
+    return type(error) is RuntimeError and "DataLoader worker" in str(error)
+
+
+def worker_ended(error: BaseException, start_method: str = "fork") -> CuratedDataError:
+    """The error for a dead worker process."""
+    cause = "was killed, most likely for lack of memory"
+    if start_method != "fork":
+        cause = (
+            "ended: for lack of memory, or because what the script does is not under its "
+            '`if __name__ == "__main__":`'
+        )
+    return CuratedDataError(
+        f"a worker process that decodes samples {cause} ({' '.join(str(error).split())[:300]}); "
+        "lower embedding.num_workers or embedding.batch_size, and run again to continue"
+    )
 
 
 class _Once:
@@ -115,17 +147,16 @@ class _Preprocessed(Dataset):
     ) -> None:
         self.pool, self.preprocess, self.decoders = pool, preprocess, decoders
 
-    def __getitem__(
-        self, cut: tuple[np.ndarray, np.ndarray]
-    ) -> tuple[np.ndarray, Tensor | None, list[str]] | CuratedDataError:
+    def __getitem__(self, cut: tuple[np.ndarray, np.ndarray]) -> Inputs | CuratedDataError:
         try:
             return self._inputs(*cut)
         except CuratedDataError as error:
             return error
 
-    def _inputs(self, rows: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, Tensor | None, list[str]]:
+    def _inputs(self, rows: np.ndarray, ids: np.ndarray) -> Inputs:
         inputs, reasons = [], []
         needs_image = has_images(self.pool.index().extensions, self.pool.image_extensions)
+        transparent, example = COUNTS.transparent, ""
         for sample in self.pool.read(ids):
             try:
                 value = decode_content(
@@ -133,12 +164,15 @@ class _Preprocessed(Dataset):
                     decoders=self.decoders,
                     image_extensions=self.pool.image_extensions,
                     needs_image=needs_image,
+                    settings=self.pool.images,
                 )
+                if not example and COUNTS.transparent > transparent:
+                    example = place_of(sample)
                 inputs.append(_checked_input(self.preprocess(value)))
                 reasons.append("")
-            except EmbedderError as error:  # the embedder is wrong for this pool, not the sample
-                raise EmbedderError(f"{error} (first met in {place_of(sample)})") from error
             except Exception as error:  # the user's decoder or preprocess may raise anything
+                if not is_samples(error):
+                    raise _stopped(error, sample) from error
                 reasons.append(
                     str(error) if isinstance(error, CuratedDataError) else f"{type(error).__name__}: {error}"
                 )
@@ -147,7 +181,21 @@ class _Preprocessed(Dataset):
             raise EmbedderError(
                 f"preprocess returned inputs of different shapes, {sorted(shapes)[:2]}: it must fix the size"
             )
-        return rows, _shared(torch.stack(inputs)) if inputs else None, reasons
+        stacked = _shared(torch.stack(inputs)) if inputs else None
+        return Inputs(rows, stacked, reasons, COUNTS.transparent - transparent, example)
+
+
+def _stopped(error: Exception, sample: dict[str, Any]) -> CuratedDataError:
+    """The error that stops the stage at a sample whose bytes are not at fault, as far as can be told."""
+    if isinstance(error, EmbedderError):  # the embedder is wrong for this pool
+        return EmbedderError(f"{error} (first met in {place_of(sample)})")
+    if isinstance(error, CuratedDataError):
+        return error
+    return CuratedDataError(
+        f"{place_of(sample)}: embedding stopped there at an error that does not come from its bytes "
+        f"({first_line(error, with_type=True)}); see to its cause and run again to continue. If an own "
+        "decoder or preprocess raised it because of the bytes, have it raise curated_data.errors.SampleError"
+    )
 
 
 def _checked_input(value: Any) -> Tensor:

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from curated_data.cache import fingerprint
-from curated_data.embedding.batches import InputLoader
+from curated_data.embedding.batches import InputLoader, is_of_worker, worker_ended
 from curated_data.embedding.embedders import Embedder, evaluating
+from curated_data.embedding.equal import equal_rows
 from curated_data.embedding.identity import module_fingerprint
 from curated_data.embedding.store import (
     VERSION,
@@ -38,6 +40,8 @@ from curated_data.progress import progress
 
 log = logging.getLogger(__name__)
 
+_PILLOWS_LIMIT = 89_478_485  # pixels, its default
+
 
 def embed_pool(
     pool: ShardPool,
@@ -56,8 +60,9 @@ def embed_pool(
     """Embed the shards that are not in the cache yet, and open the store.
 
     The ranks of a process group, and unrelated runs that share the cache, divide the shards among themselves
-    by locks; there are no collective calls. A sample that cannot be decoded or preprocessed, or whose
-    embedding is not finite, gets a row of zeros and an entry in the store's `failures`.
+    by locks; there are no collective calls. A sample whose bytes cannot be decoded or preprocessed, or whose
+    embedding is not finite, gets a row of zeros and an entry in the store's `failures`. An error that does
+    not come from the bytes (see `is_samples`) stops the work, and nothing of that shard is published.
 
     Args:
         pool: n samples.
@@ -123,6 +128,8 @@ def embed_pool(
             "%d of %d samples could not be embedded and will not be selected, the first: %s, key %r: %s",
             store.n_failures, len(store), failure["shard"], failure["key"], failure["reason"],
         )  # fmt: skip
+    if rank() == 0:
+        _warn_of_equal(pool, store)
     log.info("embeddings: %d x %d %s, %d shards were cached", *store.shape, dtype, len(shards) - len(missing))
     return store
 
@@ -160,7 +167,7 @@ def embed_samples(
     )
     rows = np.zeros((len(ids), embedder.dimension), dtype)
     valid = np.zeros(len(ids), bool)
-    for batch, inputs, reasons in loader.batches(iter(np.flatnonzero(np.diff(ranges)).tolist())):
+    for batch, inputs, reasons, *_ in loader.batches(iter(np.flatnonzero(np.diff(ranges)).tolist())):
         rows[batch], reasons = _embed(loader, inputs, reasons, dtype, use_bf16)
         valid[batch] = [not reason for reason in reasons]
     return rows, valid
@@ -180,7 +187,10 @@ def embeddings_name(
     unusual: dict[str, Any] = {} if ids is None else {"ids": ids}
     if pool.image_extensions != IMAGE_EXTENSIONS:  # which decide what of a sample is embedded
         unusual["image_extensions"] = pool.image_extensions
+    if Image.MAX_IMAGE_PIXELS != _PILLOWS_LIMIT:  # which decides what counts as too large to decode
+        unusual["max_image_pixels"] = Image.MAX_IMAGE_PIXELS
     return fingerprint(
+        images=pool.images._asdict(),
         embedder=embedder.fingerprint,
         dtype=dtype,
         precision=precision,
@@ -188,6 +198,22 @@ def embeddings_name(
         version=VERSION,
         **unusual,
     )
+
+
+def _warn_of_equal(pool: ShardPool, store: EmbeddingStore) -> None:
+    found = equal_rows(store)
+    if found.are_many:
+        key = pool.keys([found.example])[0]
+        shard = pool.urls[int(pool.shard_of([found.example])[0])]
+        log.warning(
+            "of %d embeddings looked at, %d equal another one, and %d are one and the same, as that of %s, "
+            "key %r; are these samples copies, or does decoding or preprocessing make them so?",
+            found.looked_at,
+            found.equal,
+            found.largest,
+            shard,
+            key,
+        )
 
 
 def _decoder_fingerprints(decoders: Decoders | None) -> list[Any]:
@@ -218,8 +244,8 @@ def _embed_shards(
     locks: dict[int, ExitStack] = {}
     done = 0
 
-    def finish(number: int, rows: np.ndarray, failures: list[dict[str, Any]]) -> None:
-        origin = {"url": pool.urls[number], "embedder": _name(loader.embedder)}
+    def finish(number: int, rows: np.ndarray, failures: list[dict[str, Any]], transparent: int = 0) -> None:
+        origin = {"url": pool.urls[number], "embedder": _name(loader.embedder), "transparent": transparent}
         write_shard(folder, shards[number], rows, failures, origin)
         locks.pop(number).close()
 
@@ -239,7 +265,8 @@ def _embed_shards(
     try:
         rows: np.ndarray | None = None
         failures: list[dict[str, Any]] = []
-        for batch, inputs, reasons in loader.batches(
+        transparent, all_transparent, example = 0, 0, ""
+        for batch, inputs, reasons, n_transparent, place_of_one in loader.batches(
             _with_empty(claims(), ranges, loader.embedder.dimension, dtype, finish)
         ):
             check_ranks()
@@ -261,9 +288,20 @@ def _embed_shards(
                 )
             done += len(batch)
             advance(len(batch))
+            transparent, example = transparent + n_transparent, example or place_of_one
+            all_transparent += n_transparent
             if batch[-1] == ranges[number + 1] - 1:
-                finish(number, rows, failures)
-                rows, failures = None, []
+                finish(number, rows, failures, transparent)
+                rows, failures, transparent = None, [], 0
+        if all_transparent:
+            log.warning(
+                "%d of %d images have transparent pixels, the first: %s; they were put on the colour %s "
+                "(`background` of ShardPool)",
+                all_transparent,
+                done,
+                example,
+                pool.images.background,
+            )
     finally:
         for lock in locks.values():
             lock.close()
@@ -338,6 +376,8 @@ def _forward(embedder: Embedder, inputs: Tensor, device: torch.device, use_bf16:
             "embedding.batch_size"
         ) from error
     except Exception as error:  # the user's network may raise anything
+        if is_of_worker(error):
+            raise worker_ended(error) from error
         raise EmbedderError(
             f"{_name(embedder)}: fails on a batch of shape {tuple(inputs.shape)} on {device} "
             f"({first_line(error, with_type=True)}); is its `preprocess` the one that it needs?"

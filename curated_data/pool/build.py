@@ -47,7 +47,7 @@ def build_in_memory(shards: Sequence[ShardFile], index_one: Indexer, num_workers
     """Index every shard and keep the index in memory."""
     started = time.monotonic()
     found = dict(_each(index_one, shards, range(len(shards)), num_workers))
-    pool = concatenate([found[number] for number in range(len(shards))])
+    pool = concatenate([found[number] for number in range(len(shards))], [shard.url for shard in shards])
     _report(pool, len(shards), len(shards), time.monotonic() - started)
     return pool
 
@@ -189,11 +189,13 @@ def _report(pool: PoolIndex, n_shards: int, n_indexed: int, seconds: float) -> N
         len(pool),
         ", ".join(pool.extensions[:12]) + (", ..." if len(pool.extensions) > 12 else ""),
     )
-    if pool.n_duplicate_keys:
+    # Those whose parts lie apart are reported whenever the pool is opened.
+    n_apart = sum(pool.notes[kind].number for kind in ("apart", "scattered") if kind in pool.notes)
+    if pool.n_duplicate_keys > n_apart:
         log.warning(
             "%d of %d samples have the key of an earlier one, for example %r; samples are identified by "
             "their ids, so only joins by key are affected",
-            pool.n_duplicate_keys,
+            pool.n_duplicate_keys - n_apart,
             len(pool),
             pool.duplicate_example,
         )

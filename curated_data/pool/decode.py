@@ -1,26 +1,26 @@
-"""Decoding the members of a sample to tensors, text and numbers.
-
-JPEGs are decoded by simplejpeg, which is 1.5 to 2 times as fast as Pillow at 256 and 500 pixels and gives the
-same pixels, at full and at reduced scale. Other formats are decoded by Pillow. `torchvision.io` is as fast as
-simplejpeg, but deprecated since torchvision 0.29, and its PNG decoder crashes on some damaged files.
-"""
+"""Decoding the members of a sample to tensors, text and numbers."""
 
 import io
 import json
+import logging
+import math
+import re
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import simplejpeg
-import torch
-from PIL import Image, UnidentifiedImageError
 
-from curated_data.errors import ConfigError, SampleError
+from curated_data.errors import ConfigError, CuratedDataError, SampleError, first_line
+from curated_data.pool.image import DEFAULT_SETTINGS, ImageSettings, decode_image
+from curated_data.pool.passing import is_samples
+
+log = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "pgm", "tif", "tiff", "jp2", "avif",
                     "img", "image")  # fmt: skip
 TEXT_EXTENSIONS = ("txt", "text")
-MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+_WARNED: set[str] = set()  # warnings that this process has passed on
 
 Decoders = Mapping[str, Callable[[bytes], Any]]
 
@@ -32,31 +32,6 @@ class EncodedImage(NamedTuple):
     data: bytes
 
 
-def decode_image(data: bytes, *, min_size: int | None = None) -> torch.Tensor:
-    """Decode an image to RGB.
-
-    Grey is repeated over the channels, palettes are looked up, CMYK is converted, alpha is dropped (all as in
-    Pillow's `convert("RGB")`); 16-bit values keep their upper byte. Of an animation, the first frame is used.
-
-    Args:
-        data: the encoded bytes, in any format that Pillow reads.
-        min_size: decode a JPEG at 1/2, 1/4 or 1/8 of its size if both sides keep at least this many pixels;
-            None always decodes at full size.
-
-    Returns:
-        uint8 (3, H, W), laid out in memory as (H, W, 3).
-
-    Raises:
-        SampleError: not an image, of an unknown format, truncated, damaged, or too large.
-    """
-    if not data:
-        raise SampleError("is empty")
-    pixels = _decode_jpeg(data, min_size) if data[:2] == b"\xff\xd8" else None
-    if pixels is None:
-        pixels = _decode_with_pillow(data, min_size)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
 def decode_array(data: bytes) -> np.ndarray:
     """Decode a `.npy` member; object arrays, which are pickles, are rejected.
 
@@ -64,8 +39,21 @@ def decode_array(data: bytes) -> np.ndarray:
         SampleError: not a `.npy` file, truncated, or an object array.
     """
     try:
-        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        stream = io.BytesIO(data)
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else _read_header_2
+        shape, _, dtype = read_header(stream)
+        # Before numpy allocates what the header says.
+        n_bytes = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or (not dtype.hasobject and n_bytes > len(data) - stream.tell()):
+            raise SampleError(f"is no readable .npy array: {shape} {dtype} in {len(data)} bytes; truncated?")
+        stream.seek(0)
+        return np.lib.format.read_array(stream, allow_pickle=False)
+    except SampleError:
+        raise
+    except Exception as error:  # numpy parses the header as Python, which raises many kinds
+        if not is_samples(error):
+            raise
         raise SampleError(f"is no readable .npy array ({error})") from error
 
 
@@ -76,6 +64,7 @@ def decode_sample(
     image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
     min_size: int | None = None,
     encoded: bool = False,
+    settings: ImageSettings = DEFAULT_SETTINGS,
 ) -> dict[str, Any]:
     """Decode a sample to the fields that embedding and training use.
 
@@ -86,7 +75,7 @@ def decode_sample(
             that extension.
         image_extensions: the extensions of images, in order of preference; of several with the same
             extension, the first in the archive is used.
-        min_size: see `decode_image`.
+        min_size, settings: see `decode_image`.
         encoded: return an image that has no own decoder as an `EncodedImage`, undecoded.
 
     Returns:
@@ -98,6 +87,7 @@ def decode_sample(
         SampleError: no member can be decoded (lists those there are), or decoding one fails; names the shard,
             key and member.
         ConfigError: see `as_decoders`.
+        Exception: any other error than those of the bytes, see `is_samples`; a note names the sample.
     """
     if tuple(image_extensions) != IMAGE_EXTENSIONS:  # nor need those of every pool be looked at again
         image_extensions = as_extensions(image_extensions, "image_extensions")
@@ -106,7 +96,9 @@ def decode_sample(
     for field, part in parts.items():
 
         def image(data: bytes, member: str = part.member) -> Any:
-            return EncodedImage(member, data) if encoded else decode_image(data, min_size=min_size)
+            if encoded:
+                return EncodedImage(member, data)
+            return decode_image(data, min_size=min_size, settings=settings)
 
         decoded[field] = _decode(sample, part, _DEFAULTS.get(field, image))
     if not decoded.keys() - {"label", "metadata"}:
@@ -123,24 +115,30 @@ def decode_content(
     decoders: Decoders | None = None,
     image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
     needs_image: bool = False,
+    settings: ImageSettings = DEFAULT_SETTINGS,
 ) -> Any:
     """What embedding takes of a sample: its image, or without one its array or text.
 
     Nothing else is decoded, so that a label or caption that cannot be does no harm.
 
     Args:
-        sample, decoders, image_extensions: as for `decode_sample`.
+        sample, decoders, image_extensions, settings: as for `decode_sample`.
         needs_image: see `check_has_image`.
 
     Raises:
         SampleError: there is nothing of the kind, or decoding it fails; names the shard, key and member.
+        Exception: any other error than those of the bytes, see `is_samples`; a note names the sample.
     """
     parts = _parts(sample, decoders or {}, image_extensions)
     if needs_image:
         _check_image(sample, parts)
     field = _content(parts)
     if field is not None:
-        value = _decode(sample, parts[field], _DEFAULTS.get(field, decode_image))
+
+        def image(data: bytes) -> Any:
+            return decode_image(data, settings=settings)
+
+        value = _decode(sample, parts[field], _DEFAULTS.get(field, image))
         if value is None:
             raise undecodable(sample, parts[field].member, SampleError("its decoder gave None"))
         return value
@@ -150,6 +148,22 @@ def decode_content(
     if text is None:
         raise _lacking(sample, f"image member ({'/'.join(image_extensions[:4])}, ...), array or text")
     return text
+
+
+def decode_encoded(
+    image: EncodedImage, sample: Mapping[str, Any], *, min_size: int | None, settings: ImageSettings
+) -> Any:
+    """Decode an image that `decode_sample` left undecoded.
+
+    Raises:
+        SampleError: its bytes cannot be decoded; names the shard, key and member.
+        Exception: any other error; a note names the sample.
+    """
+
+    def decode(data: bytes) -> Any:
+        return decode_image(data, min_size=min_size, settings=settings)
+
+    return _decode({**sample, image.member: image.data}, _Part(image.member, None), decode)
 
 
 def as_extensions(given: str | Iterable[str], name: str) -> tuple[str, ...]:
@@ -271,64 +285,41 @@ def _check_image(sample: Mapping[str, Any], parts: Mapping[str, _Part]) -> None:
 
 def _decode(sample: Mapping[str, Any], part: _Part, default: Callable[[bytes], Any]) -> Any:
     try:
-        return (part.own or default)(sample[part.member])
+        with warnings.catch_warnings(record=True) as caught:
+            value = (part.own or default)(sample[part.member])
     except Exception as error:  # own decoders may raise anything; the error must name the sample
-        raise undecodable(sample, part.member, error) from error
+        if is_samples(error):
+            raise undecodable(sample, part.member, error) from error
+        if isinstance(error, SampleError):  # because of another error, which it must not hide
+            raise CuratedDataError(
+                f"{place_of(sample)}, member {part.member!r}: {error}, because of another error "
+                f"({first_line(error.__cause__ or error.__context__ or error, with_type=True)})"
+            ) from error
+        error.add_note(f"while {place_of(sample)}, member {part.member!r}, was decoded")
+        raise
+    if caught:
+        _pass_on(caught, sample, part.member)
+    return value
+
+
+def _pass_on(caught: Sequence[warnings.WarningMessage], sample: Mapping[str, Any], member: str) -> None:
+    """Log warnings of a decoder, as Pillow's about palettes, with the sample's name; each of them once."""
+    for warning in caught:
+        text = f"{warning.category.__name__}: {' '.join(str(warning.message).split())}"
+        kind = re.sub(r"\d+", "0", text)
+        if kind not in _WARNED:
+            _WARNED.add(kind)
+            log.warning(
+                "%s, member %r: %s (further warnings of this kind are not shown)",
+                place_of(sample),
+                member,
+                text,
+            )
 
 
 def _lacking(sample: Mapping[str, Any], what: str) -> SampleError:
     members = sample.get("__members__") or [name for name in sample if not name.startswith("__")]
     return SampleError(f"{place_of(sample)}: no {what}; it has: {', '.join(members) or 'nothing'}")
-
-
-def _decode_jpeg(data: bytes, min_size: int | None) -> np.ndarray | None:
-    """(H, W, 3), or None to leave it to Pillow: CMYK, rare variants, and damaged files."""
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours in ("CMYK", "YCCK"):
-            return None
-        _check_pixels(width, height)
-        scale = 1
-        if min_size is not None:  # the same choice as Pillow's
-            scale = 8
-            while scale > 1 and min(width, height) < scale * min_size:
-                scale //= 2
-        return simplejpeg.decode_jpeg(data, min_height=-(-height // scale), min_width=-(-width // scale))
-    except SampleError:
-        raise
-    except Exception:  # ValueError for most damage, KeyError for some
-        return None
-
-
-def _decode_with_pillow(data: bytes, min_size: int | None) -> np.ndarray:
-    """(H, W, 3), from any format."""
-    try:
-        image = Image.open(io.BytesIO(data))
-        _check_pixels(image.width, image.height)
-        if min_size is not None:
-            image.draft("RGB", (min_size, min_size))
-        if image.mode.startswith("I"):  # 16 bits, which convert("RGB") would clip to white
-            values = np.asarray(image).astype(np.int64)
-            if values.min() < 0 or values.max() > 0xFFFF:
-                raise SampleError(
-                    f"has 32-bit values ({values.min()} to {values.max()}); give a decoder for it"
-                )
-            return np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
-        if image.mode == "F":
-            raise SampleError(
-                "has floating-point values, whose scale only its owner knows; give a decoder for it"
-            )
-        return np.array(image.convert("RGB"))
-    except SampleError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise SampleError(f"is too large ({error})") from error
-    except UnidentifiedImageError as error:  # whose message contains a memory address
-        raise SampleError(f"cannot be decoded (no known image format; starts {data[:8]!r})") from error
-    except Exception as error:  # Pillow's plugins raise OSError, ValueError, SyntaxError, struct.error, …
-        raise SampleError(
-            f"cannot be decoded ({str(error) or type(error).__name__}; starts {data[:8]!r})"
-        ) from error
 
 
 def _first(members: Collection[str], extensions: Sequence[str]) -> str | None:
@@ -352,6 +343,11 @@ def _label(data: bytes) -> int:
     return label
 
 
+def _read_header_2(stream: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """The header of a `.npy` of version 2 or 3, which only differ in how they encode names of fields."""
+    return np.lib.format.read_array_header_2_0(stream)
+
+
 def _text(data: bytes) -> str:
     return data.decode("utf-8")
 
@@ -370,8 +366,3 @@ _DEFAULTS: dict[str, Callable[[bytes], Any]] = {
     "label": _label,
     "metadata": json.loads,
 }
-
-
-def _check_pixels(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise SampleError(f"is {width} x {height} pixels large, more than the limit of {MAX_PIXELS}")

@@ -1,16 +1,16 @@
 """The index of a pool: the key of every sample, and the extension, offset and size of each of its members.
 
 Members are grouped into samples as in webdataset: neighbours whose names agree up to the first dot of the
-base name. All arrays are flat (row i's part of an array is `array[start[i] : start[i + 1]]`), so that 1e8
+base name. Links within an archive count as the files that they lead to, and macOS's own files are left out.
+All arrays are flat (row i's part of an array is `array[start[i] : start[i + 1]]`), so that 1e8
 samples are a handful of memory maps instead of a Python object each.
 """
 
 import io
-import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +28,25 @@ from curated_data.cache import (
     write_manifest,
 )
 from curated_data.errors import CacheError, PoolError
-from curated_data.pool.tar import Source, local_source, read_members
+from curated_data.pool.links import resolve_links
+from curated_data.pool.notes import Notes, add_note, joined_notes, notes_from_json
+from curated_data.pool.tar import UNKNOWN_SIZE, Link, Source, local_source, read_members
 from curated_data.removal import shown
 from curated_data.seals import reading
 
-log = logging.getLogger(__name__)
-
 STAGE = "index"
 POOL_STAGE = "pool"
-CODE_VERSION = 1  # part of every shard's fingerprint; increase it when arrays or grouping change
+CODE_VERSION = 2  # part of every shard's fingerprint; increase it when arrays or grouping change
 ARRAYS = ("key_start", "key_bytes", "member_start", "member_extension", "member_offset", "member_size")
 _BLOCK = 65_536  # samples whose keys are looked at at once
+_CHECKED = 1 << 22  # values of an array that are checked at once
+_FARTHEST = 1 << 62  # bytes into a shard
 _RESERVED = ("__key__", "__url__", "__bad__", "__local_path__")  # webdataset's own fields of a sample
 
 # How webdataset splits a name into key and extension, and the names that it skips.
 _KEY_AND_EXTENSION = re.compile(rb"((?:.*/|)[^.]+)[.]([^/]*)$")
 _METADATA = re.compile(rb"__[^/]*__($|/)")
+_APPLE_DOUBLE = b"\0\x05\x16\x07"  # how such a file begins
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class ShardIndex:
         member_extension: (m,) int32 into `extensions`.
         member_offset: (m,) int64, the first byte of the member's data in the archive.
         member_size: (m,) int64, bytes.
+        notes: what is odd about the archive, with counts, see `report_notes`.
     """
 
     extensions: list[str]
@@ -68,6 +72,7 @@ class ShardIndex:
     member_extension: np.ndarray
     member_offset: np.ndarray
     member_size: np.ndarray
+    notes: Notes = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.key_start) - 1
@@ -105,7 +110,7 @@ class PoolIndex(ShardIndex):
         duplicate_example: one such key, or None.
     """
 
-    shard_start: np.ndarray
+    shard_start: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     n_duplicate_keys: int = 0
     duplicate_example: str | None = None
 
@@ -116,6 +121,8 @@ class PoolIndex(ShardIndex):
 
 def index_shard(shard: str | Path | Source) -> ShardIndex:
     """Index one archive by its headers, without reading the data of its members.
+
+    What is odd about it, such as data after its end, is counted in the index's `notes`.
 
     Args:
         shard: a local path, or a `Source` for any other storage.
@@ -162,6 +169,7 @@ def save_shard_index(folder: Path, index: ShardIndex, *, url: str) -> None:
                 "n_members": len(index.member_size),
                 "n_key_bytes": len(index.key_bytes),
                 "n_bytes": int(index.member_size.sum()),
+                "notes": index.notes,
             },
         )
 
@@ -176,11 +184,21 @@ def load_shard_index(folder: Path) -> ShardIndex:
 
 
 def _read_shard_index(folder: Path, manifest: Mapping[str, Any]) -> ShardIndex:
-    return ShardIndex(manifest["extensions"], **read_arrays(folder, "arrays", ARRAYS, manifest))
+    path = folder / "arrays.npz"
+    arrays = read_arrays(folder, "arrays", ARRAYS, manifest)
+    with reading(path, Remedy(path)):
+        index = ShardIndex(manifest["extensions"], **arrays, notes=notes_from_json(manifest["notes"]))
+        _check(index, *(manifest[name] for name in ("n_samples", "n_members", "n_key_bytes")))
+    return index
 
 
-def concatenate(indexes: Sequence[ShardIndex]) -> PoolIndex:
-    """A pool's index in memory, from the indexes of its shards in order."""
+def concatenate(indexes: Sequence[ShardIndex], urls: Sequence[str] | None = None) -> PoolIndex:
+    """A pool's index in memory, from the indexes of its shards in order.
+
+    Args:
+        urls: of the shards, for the notes; None numbers them.
+    """
+    urls = [f"shard {number}" for number in range(len(indexes))] if urls is None else urls
     arrays = _empty_arrays(indexes)
     extensions: dict[str, int] = {}
     shard_start = np.zeros(len(indexes) + 1, np.int64)
@@ -189,9 +207,13 @@ def concatenate(indexes: Sequence[ShardIndex]) -> PoolIndex:
         _append(arrays, at, index, extensions)
         shard_start[number + 1] = at.samples
     n_duplicates, example = count_duplicate_keys(arrays["key_start"], arrays["key_bytes"])
+    notes = joined_notes((urls[number], index.notes) for number, index in enumerate(indexes))
+    if n_duplicates:
+        _note_scattered(arrays, list(extensions), notes)
     return PoolIndex(
         list(extensions),
         **arrays,
+        notes=notes,
         shard_start=shard_start,
         n_duplicate_keys=n_duplicates,
         duplicate_example=example,
@@ -221,6 +243,9 @@ def write_pool_index(folder: Path, shard_folders: Sequence[Path]) -> None:
         shard_start[number + 1] = at.samples
     np.save(folder / "shard_start.npy", shard_start)
     n_duplicates, example = count_duplicate_keys(arrays["key_start"], arrays["key_bytes"])
+    notes = joined_notes((manifest["url"], notes_from_json(manifest["notes"])) for manifest in manifests)
+    if n_duplicates:
+        _note_scattered(arrays, list(extensions), notes)
     for array in arrays.values():
         if isinstance(array, np.memmap):
             array.flush()
@@ -234,18 +259,23 @@ def write_pool_index(folder: Path, shard_folders: Sequence[Path]) -> None:
             "n_bytes": sum(manifest["n_bytes"] for manifest in manifests),
             "n_duplicate_keys": n_duplicates,
             "duplicate_example": example,
+            "notes": notes,
         },
     )
 
 
-def load_pool_index(folder: Path) -> PoolIndex:
+def load_pool_index(folder: Path, *, checked: bool = True) -> PoolIndex:
     """Open what `write_pool_index` wrote, as memory maps.
+
+    Args:
+        checked: verify the checksums and the places of all samples; the workers of a process that did need not.
 
     Raises:
         CacheError: missing, damaged, or written by another version.
     """
     manifest = read_manifest(folder, POOL_STAGE)
-    verify_once(folder, manifest)
+    if checked:
+        verify_once(folder, manifest)
     with reading(folder / MANIFEST, Remedy(folder / MANIFEST)):
         if not all(isinstance(name, str) for name in manifest["extensions"]):
             raise ValueError(f"extensions {shown(manifest['extensions'])}")
@@ -255,12 +285,17 @@ def load_pool_index(folder: Path) -> PoolIndex:
             for name in (*ARRAYS, "shard_start")
         }
         _check_layout(folder, arrays, len(manifest["shards"]), manifest["n_samples"])
-        return PoolIndex(
+        index = PoolIndex(
             manifest["extensions"],
             **arrays,
+            notes=notes_from_json(manifest["notes"]),
             n_duplicate_keys=manifest["n_duplicate_keys"],
             duplicate_example=manifest["duplicate_example"],
         )
+        if checked:
+            _check(index, len(index), len(index.member_size), len(index.key_bytes))
+            _check_starts("shard_start", index.shard_start, len(index))
+        return index
 
 
 def count_duplicate_keys(key_start: np.ndarray, key_bytes: np.ndarray) -> tuple[int, str | None]:
@@ -269,6 +304,18 @@ def count_duplicate_keys(key_start: np.ndarray, key_bytes: np.ndarray) -> tuple[
     Keys are compared by a 64-bit multilinear hash (8 bytes per sample): for 1e8 keys the expected number of
     false matches is below 0.1.
     """
+    hashes = _key_hashes(key_start, key_bytes)
+    order = np.sort(hashes)
+    repeated = np.flatnonzero(order[1:] == order[:-1])
+    if not len(repeated):
+        return 0, None
+    row = int(np.flatnonzero(hashes == order[repeated[0]])[0])
+    key = bytes(key_bytes[key_start[row] : key_start[row + 1]])
+    return len(repeated), key.decode("utf-8", "backslashreplace")
+
+
+def _key_hashes(key_start: np.ndarray, key_bytes: np.ndarray) -> np.ndarray:
+    """(n,) uint64, of the keys."""
     n = len(key_start) - 1
     hashes = np.empty(n, np.uint64)
     weights = np.zeros(0, np.uint64)
@@ -283,62 +330,98 @@ def count_duplicate_keys(key_start: np.ndarray, key_bytes: np.ndarray) -> tuple[
             weights = generator.integers(0, 2**64, int(lengths.max()), np.uint64)
         place = np.arange(len(blob)) - np.repeat(starts[:-1], lengths)
         hashes[first : first + len(lengths)] = np.add.reduceat(blob * weights[place], starts[:-1])
+    return hashes
+
+
+def _note_scattered(arrays: Mapping[str, np.ndarray], extensions: Sequence[str], notes: Notes) -> None:
+    """Note samples that share their key, but no extension, with one of another shard.
+
+    Called where keys repeat. Those within a shard are noted already, see `_note_parts_apart`.
+    """
+    hashes = _key_hashes(arrays["key_start"], arrays["key_bytes"])
     order = np.sort(hashes)
-    repeated = np.flatnonzero(order[1:] == order[:-1])
-    if not len(repeated):
-        return 0, None
-    row = int(np.flatnonzero(hashes == order[repeated[0]])[0])
-    key = bytes(key_bytes[key_start[row] : key_start[row + 1]])
-    return len(repeated), key.decode("utf-8", "backslashreplace")
+    rows = np.flatnonzero(np.isin(hashes, order[1:][order[1:] == order[:-1]]))
+    start = arrays["member_start"][rows]
+    length = arrays["member_start"][rows + 1] - start
+    member = (
+        np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length) + np.repeat(start, length)
+    )
+    _, group = np.unique(hashes[rows], return_inverse=True)
+    pairs = np.repeat(group, length) * len(extensions) + arrays["member_extension"][member]
+    values, counts = np.unique(pairs, return_counts=True)
+    is_apart = np.ones(group.max() + 1, bool)
+    is_apart[values[counts > 1] // len(extensions)] = False
+    number = int((np.bincount(group) - 1)[is_apart].sum())
+    number -= notes["apart"].number if "apart" in notes else 0
+    if number > 0:
+        row = rows[np.flatnonzero(is_apart[group])[0]]
+        key = bytes(arrays["key_bytes"][arrays["key_start"][row] : arrays["key_start"][row + 1]])
+        add_note(notes, "scattered", number, f"key {_text(key)!r}")
 
 
 def _group(source: Source) -> ShardIndex:
+    notes: Notes = {}
+    names: list[bytes] = []
+    offsets: list[int] = []
+    sizes: list[int] = []
+    links: list[Link] = []
+    for block in read_members(source, notes):
+        links += [link._replace(place=link.place + len(names)) for link in block.links]
+        names += block.names
+        offsets += block.offsets
+        sizes += block.sizes
+    if links:
+        names, offsets, sizes = _with_links(names, offsets, sizes, links, notes)
+
+    of_macos = _MacOSFiles(source, names)
     keys: list[bytes] = []
     member_start: list[int] = []
+    kept: list[int] = []  # the members that belong to samples
     member_extension: list[int] = []
-    member_offset: list[int] = []
-    member_size: list[int] = []
     spelled: dict[bytes, int] = {}  # number of each spelling seen, so that lower() runs once each
     extensions: dict[str, int] = {}
     current: bytes | None = None
     seen: set[int] = set()
-    for block in read_members(source):
-        for name, offset, size in zip(*block):
-            dot = name.find(b".", name.rfind(b"/") + 1)
-            if dot < 0:
+    for place, name in enumerate(names):
+        dot = name.find(b".", name.rfind(b"/") + 1)
+        if dot < 0:
+            continue
+        if b"__MACOSX/" in name:
+            add_note(notes, "macos", 1, repr(_text(name)))
+            continue
+        if dot and name[dot - 1] != 0x2F and name[:2] != b"__" and b"\n" not in name:
+            key, spelling = name[:dot], name[dot + 1 :]
+        else:  # dot-files, webdataset's metadata, and other odd names
+            if name[dot : dot + 2] in (b"._", b".D") and of_macos(name, offsets[place]):
+                add_note(notes, "macos", 1, repr(_text(name)))
                 continue
-            if dot and name[dot - 1] != 0x2F and name[:2] != b"__" and b"\n" not in name:
-                key, spelling = name[:dot], name[dot + 1 :]
-            else:  # dot-files, webdataset's metadata, and other odd names
-                match = None if _METADATA.match(name) else _KEY_AND_EXTENSION.match(name)
-                if match is None:
-                    continue
-                key, spelling = match.groups()
-            number = spelled.get(spelling)
-            if number is None:
-                extension = spelling.decode("utf-8", "surrogateescape").lower()
-                if extension in _RESERVED:
-                    raise PoolError(
-                        f"{source.name}: member {_text(name)!r} has a reserved name as its extension"
-                    )
-                number = spelled[spelling] = extensions.setdefault(extension, len(extensions))
-            if key != current:
-                keys.append(key)
-                member_start.append(len(member_size))
-                current = key
-                seen = {number}
-            elif number in seen:
-                raise PoolError(
-                    f"{source.name}: sample {_text(key)!r} has two members {list(extensions)[number]!r} "
-                    f"({_text(name)!r} at offset {offset} is the second): rename one; "
-                    "extensions start at the first dot and are compared in lower case"
-                )
-            else:
-                seen.add(number)
-            member_extension.append(number)
-            member_offset.append(offset)
-            member_size.append(size)
-    member_start.append(len(member_size))
+            match = None if _METADATA.match(name) else _KEY_AND_EXTENSION.match(name)
+            if match is None:
+                continue
+            key, spelling = match.groups()
+        number = spelled.get(spelling)
+        if number is None:
+            extension = spelling.decode("utf-8", "surrogateescape").lower()
+            if extension in _RESERVED:
+                raise PoolError(f"{source.name}: member {_text(name)!r} has a reserved name as its extension")
+            number = spelled[spelling] = extensions.setdefault(extension, len(extensions))
+        if key != current:
+            keys.append(key)
+            member_start.append(len(kept))
+            current = key
+            seen = {number}
+        elif number in seen:
+            raise PoolError(
+                f"{source.name}: sample {_text(key)!r} has two members {list(extensions)[number]!r} "
+                f"({_text(name)!r} at offset {offsets[place]} is the second): rename one; "
+                "extensions start at the first dot and are compared in lower case"
+            )
+        else:
+            seen.add(number)
+        member_extension.append(number)
+        kept.append(place)
+    member_start.append(len(kept))
+    _note_parts_apart(keys, member_start, member_extension, list(extensions), notes)
     key_start = np.zeros(len(keys) + 1, np.int64)
     np.cumsum([len(key) for key in keys], out=key_start[1:])
     return ShardIndex(
@@ -347,9 +430,73 @@ def _group(source: Source) -> ShardIndex:
         np.frombuffer(b"".join(keys), np.uint8),
         np.array(member_start, np.int64),
         np.array(member_extension, np.int32),
-        np.array(member_offset, np.int64),
-        np.array(member_size, np.int64),
+        np.array([offsets[place] for place in kept], np.int64),
+        np.array([sizes[place] for place in kept], np.int64),
+        notes,
     )
+
+
+class _MacOSFiles:
+    """Tells files that macOS adds to archives: `.DS_Store`, and `._x` beside `x`, or with its first bytes."""
+
+    def __init__(self, source: Source, names: list[bytes]) -> None:
+        self.source, self.names = source, names
+        self.beside: set[bytes] | None = None  # all names, and their folders
+
+    def __call__(self, name: bytes, offset: int) -> bool:
+        folder, slash, base = name.rpartition(b"/")
+        if not base.startswith(b"._"):
+            return base == b".DS_Store"
+        if self.beside is None:
+            self.beside = set(self.names)
+            for other in self.names:
+                while (cut := other.rfind(b"/")) > 0 and other[:cut] not in self.beside:
+                    other = other[:cut]
+                    self.beside.add(other)
+        if len(base) > 2 and folder + slash + base[2:] in self.beside:
+            return True
+        can_go_back = self.source.size < UNKNOWN_SIZE
+        return len(base) > 2 and (not can_go_back or self.source.read(offset, 4) == _APPLE_DOUBLE)
+
+
+def _with_links(
+    names: list[bytes], offsets: list[int], sizes: list[int], links: list[Link], notes: Notes
+) -> tuple[list[bytes], list[int], list[int]]:
+    """The members with the links as what they lead to, without those that lead to no file."""
+    ends = resolve_links(names, links)
+    for link in links:
+        end = ends.get(link.place)
+        if end is None:
+            text = f"{_text(names[link.place])!r} -> {_text(link.target[:200])!r}"
+            add_note(notes, "links", 1, text)
+            sizes[link.place] = -1
+        else:
+            offsets[link.place], sizes[link.place] = offsets[end], sizes[end]
+    if ends:
+        place = next(iter(ends))
+        add_note(notes, "linked", len(ends), f"{_text(names[place])!r} is {_text(names[ends[place]])!r}")
+    kept = [place for place, size in enumerate(sizes) if size >= 0]
+    return [names[p] for p in kept], [offsets[p] for p in kept], [sizes[p] for p in kept]
+
+
+def _note_parts_apart(
+    keys: list[bytes], member_start: list[int], member_extension: list[int], names: list[str], notes: Notes
+) -> None:
+    """Note samples of one key whose extensions differ: parts of a sample that do not lie side by side."""
+    if len(set(keys)) == len(keys):
+        return
+    places: dict[bytes, list[int]] = {}
+    for row, key in enumerate(keys):
+        places.setdefault(key, []).append(row)
+    count, example = 0, ""
+    for key, rows in places.items():
+        parts = [member_extension[member_start[row] : member_start[row + 1]] for row in rows]
+        if len(rows) > 1 and len(set().union(*parts)) == sum(map(len, parts)):
+            count += len(rows) - 1
+            shown = " and ".join("/".join(names[number] for number in part) for part in parts[:3])
+            example = example or f"{_text(key)!r} with {shown}"
+    if count:
+        add_note(notes, "apart", count, example)
 
 
 def _layout(n_samples: int, n_members: int, n_key_bytes: int) -> dict[str, tuple[type, tuple[int]]]:
@@ -372,6 +519,41 @@ def _check_layout(folder: Path, arrays: dict[str, np.ndarray], n_shards: int, n_
                 f"{folder / name}.npy: holds {arrays[name].dtype} {arrays[name].shape}, expected "
                 f"{np.dtype(dtype)} {shape}; remove {folder} to rebuild it from the shards' indexes"
             )
+
+
+def _check(index: ShardIndex, n_samples: int, n_members: int, n_key_bytes: int) -> None:
+    """Check that the arrays of an index fit each other, so that none leads outside another.
+
+    Raises:
+        ValueError: one does not; names it.
+    """
+    for name, (dtype, shape) in _layout(n_samples, n_members, n_key_bytes).items():
+        array = getattr(index, name)
+        if array.dtype != dtype or array.shape != shape:
+            expected = f"{np.dtype(dtype)} {shape}"
+            raise ValueError(f"{name} holds {array.dtype} {array.shape}, expected {expected}")
+    _check_starts("key_start", index.key_start, n_key_bytes)
+    _check_starts("member_start", index.member_start, n_members)
+    for name, most in (
+        ("member_extension", len(index.extensions) - 1),
+        ("member_offset", _FARTHEST),
+        ("member_size", _FARTHEST),
+    ):
+        array = getattr(index, name)
+        for first in range(0, n_members, _CHECKED):
+            part = array[first : first + _CHECKED]
+            if part.min() < 0 or part.max() > most:
+                raise ValueError(f"{name} holds {part.min()} to {part.max()}, expected 0 to {most}")
+
+
+def _check_starts(name: str, starts: np.ndarray, stop: int) -> None:
+    """Check the starts of rows that follow each other up to `stop`."""
+    for first in range(0, len(starts), _CHECKED):
+        part = starts[first : first + _CHECKED + 1]
+        if (part[1:] < part[:-1]).any():
+            raise ValueError(f"{name} is not in ascending order")
+    if starts[0] != 0 or starts[-1] != stop:
+        raise ValueError(f"{name} runs from {starts[0]} to {starts[-1]}, expected 0 to {stop}")
 
 
 def _empty_arrays(indexes: Sequence[ShardIndex]) -> dict[str, np.ndarray]:

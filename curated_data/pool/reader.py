@@ -3,7 +3,7 @@
 Members in the page cache are copied out of a memory map of the shard; all others are read with `os.pread`.
 """
 
-import errno
+import contextlib
 import mmap
 import os
 import resource
@@ -182,10 +182,15 @@ class LocalReader:
             return None
         self.counters.bytes_read += int(size.sum())
         self.counters.n_reads += len(shards)
-        return [
-            maps[number][start : start + length]
-            for number, start, length in zip(shards, offsets, sizes, strict=True)
-        ]
+        found = []
+        for number, start, length in zip(shards, offsets, sizes, strict=True):
+            found.append(maps[number][start : start + length])
+            if len(found[-1]) != length:
+                raise PoolError(
+                    f"{self.shards[number].url}: its index is of {length} bytes at offset {start}, and the "
+                    "shard ends before; remove the cache's folders `index` and `pool` to index it again"
+                )
+        return found
 
     def _read(self, runs: Runs, offset: np.ndarray, size: np.ndarray) -> list[bytes]:
         """The members, with one read per run."""
@@ -199,9 +204,15 @@ class LocalReader:
             handles = self._announce(shards[part], starts[part], lengths[part])
             for number, handle in enumerate(handles, block):
                 start, length = starts[number], lengths[number]
-                data = os.pread(handle, length, start)
-                if len(data) != length:
-                    data = self._rest(shards[number], start, length, handle, data)
+                try:
+                    data = os.pread(handle, length, start)
+                    if len(data) != length:
+                        data = self._rest(shards[number], start, length, handle, data)
+                except OSError as error:
+                    raise PoolError(
+                        f"{self.shards[shards[number]].url}: cannot be read at offset {start} "
+                        f"({error.strerror}); see to the disk, or copy the shard again"
+                    ) from error
                 low, high = first[number], first[number + 1]
                 if high - low == 1:
                     found[order[low]] = data
@@ -235,9 +246,7 @@ class LocalReader:
                     self._open[shards[place]].handle, [bytearray(1)], offsets[place], os.RWF_NOWAIT
                 ):
                     return False  # end of the file: the read itself will raise
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
+        except OSError:  # most often EAGAIN; a failing disk is found out, and named, by the read itself
             return False
         return True
 
@@ -257,7 +266,8 @@ class LocalReader:
         if (
             self.maps and os.major(status.st_dev) and status.st_size
         ):  # without a device it may be on a network
-            mapped = mmap.mmap(handle, status.st_size, prot=mmap.PROT_READ)
+            with contextlib.suppress(OSError):  # as without address space; it is read instead
+                mapped = mmap.mmap(handle, status.st_size, prot=mmap.PROT_READ)
         # Some network file systems never report the number of links.
         self._open[number] = OpenShard(handle, status.st_nlink > 0, mapped)
         return self._open[number]

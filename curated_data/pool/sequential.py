@@ -17,20 +17,20 @@ from typing import Any, Protocol
 
 import fsspec
 import numpy as np
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from curated_data.errors import PoolError
 from curated_data.pool.build import Indexer
 from curated_data.pool.index import ShardIndex, index_shard
 from curated_data.pool.shards import ShardPool
 from curated_data.pool.storage import ShardFile, stat_shards
-from curated_data.pool.tar import Source
+from curated_data.pool.tar import BLOCK, UNKNOWN_SIZE, Source, is_header
 from curated_data.pool.urls import is_pipe, unreachable
 
 log = logging.getLogger(__name__)
 
 _OPEN_STREAMS = 4
-_UNKNOWN_SIZE = 1 << 62
+_RECENT = 8  # members of a stream that are kept, so that the same sample can be read again
+_MOST_KEPT = 64 << 20  # bytes of members that links share, of a stream
 
 
 class SequentialPool(ShardPool):
@@ -38,8 +38,7 @@ class SequentialPool(ShardPool):
 
     Such a shard can only be read from its start: indexing reads it completely, and reading a sample reads all
     that precede it. Reading in the order of the ids costs one pass per shard, because streams stay open where
-    the last read ended. Samples come through webdataset's own pipeline, which stops silently at a damaged
-    header; the index notices that.
+    the last read ended. Members that several links share are kept in memory, up to 64 MiB for each stream.
 
     Args:
         urls: as for `ShardPool`, and also `pipe:<command>` with braces; commands run in a shell.
@@ -115,35 +114,49 @@ class SequentialPool(ShardPool):
         return partial(_index_stream, storage_options=self.storage_options)
 
     def _read_members(self, ids: np.ndarray, shard: np.ndarray, members: Any) -> list[bytes]:
-        found: list[bytes] = []
-        names = self.index().extensions
-        wanted = list(zip(members.owner.tolist(), members.extension.tolist()))
-        samples = {
-            row: self._sample(int(shard[row]), int(ids[row])) for row in sorted({row for row, _ in wanted})
-        }
-        for row, extension in wanted:
-            found.append(samples[row][names[extension]])
+        found: list[bytes] = [b""] * len(members.offset)
+        of_shard = shard[members.owner]
+        for place in np.lexsort((members.offset, of_shard)).tolist():
+            number, sample_id = int(of_shard[place]), int(ids[members.owner[place]])
+            offset, size = int(members.offset[place]), int(members.size[place])
+            data = self._stream(number, offset).read(offset, size, self._key_of(sample_id))
+            if data is None:
+                raise PoolError(
+                    f"{self.urls[number]}: changed since it was indexed: sample "
+                    f"{sample_id - int(self.shard_ranges()[number])} is another or missing"
+                )
+            found[place] = data
         self._reader.counters.n_members += len(found)
         self._reader.counters.bytes_needed += sum(map(len, found))
         return found
 
-    def _sample(self, shard: int, sample_id: int) -> dict[str, Any]:
-        """One sample, from an open stream that has not passed it, or from a new stream."""
-        place = sample_id - int(self.shard_ranges()[shard])
+    def _stream(self, shard: int, offset: int) -> "_Stream":
+        """An open stream of a shard that has not passed an offset or keeps what is there, or a new one."""
         stream = self._streams.get(shard)
-        if stream is None or stream.place > place:
+        if stream is None or not stream.can_read(offset):
             if stream is not None:
                 self._streams.pop(shard).close()
             while len(self._streams) >= _OPEN_STREAMS:
                 self._streams.popitem(last=False)[1].close()
-            stream = self._streams[shard] = _Stream(self.shards[shard], self.storage_options)
+            stream = _Stream(self.shards[shard], self.storage_options, self._shared_offsets(shard))
+            self._streams[shard] = stream
         self._streams.move_to_end(shard)
-        sample = stream.skip_to(place)
-        if sample is None or sample["__key__"] != self.keys([sample_id])[0]:
-            raise PoolError(
-                f"{self.urls[shard]}: changed since it was indexed: sample {place} is another or missing"
-            )
-        return sample
+        return stream
+
+    def _shared_offsets(self, shard: int) -> frozenset[int]:
+        """The offsets of members that several links of a shard lead to."""
+        index = self.index()
+        if "linked" not in index.notes:
+            return frozenset()
+        first, last = index.member_start[index.shard_start[shard : shard + 2]]
+        offsets, counts = np.unique(index.member_offset[first:last], return_counts=True)
+        return frozenset(offsets[counts > 1].tolist())
+
+    def _key_of(self, sample_id: int) -> bytes | None:
+        """The key that the header before a member must have; None where it may be that of a link's target."""
+        if "linked" in self.index().notes:
+            return None
+        return self.keys([sample_id])[0].encode("utf-8", "surrogateescape")
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -153,24 +166,47 @@ class SequentialPool(ShardPool):
 
 @dataclass
 class _Stream:
-    """A shard being read; `place` is the number of the current sample, -1 before the first."""
+    """A shard being read forwards. Its last members stay in memory, as do those at the `shared` offsets."""
 
     shard: ShardFile
     storage_options: Mapping[str, Any]
-    place: int = -1
+    shared: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         self._stack = ExitStack()
-        self._samples = self._stack.enter_context(_samples(self.shard, self.storage_options))
-        self._sample: dict[str, Any] | None = None
+        self._forward = _Forward(self._stack.enter_context(_decompressed(self.shard, self.storage_options)))
+        self._recent: OrderedDict[int, bytes] = OrderedDict()
+        self._kept: dict[int, bytes] = {}
+        self._kept_bytes = 0
 
-    def skip_to(self, place: int) -> dict[str, Any] | None:
-        while self.place < place:
-            self._sample = _next(self._samples, self.shard)
-            self.place += 1
-            if self._sample is None:
-                break
-        return self._sample
+    def can_read(self, offset: int) -> bool:
+        """Whether a member's data are in memory, or still to come."""
+        return offset in self._recent or offset in self._kept or offset - BLOCK >= self._forward.start
+
+    def read(self, offset: int, size: int, key: bytes | None) -> bytes | None:
+        """The data of the member at an offset; None if there is no such member.
+
+        Raises:
+            PoolError: the stream cannot be read.
+        """
+        data = self._recent.get(offset, self._kept.get(offset))
+        if data is not None:
+            return data
+        try:
+            content = self._forward.read(offset - BLOCK, BLOCK + size)
+        except Exception as error:  # zlib's, zstd's, the command's
+            raise _unreadable(self.shard, error) from error
+        self._forward.drop()  # the data, of which there is a copy
+        header, data = content[:BLOCK], content[BLOCK:]
+        if len(data) != size or not is_header(header, size, key):
+            return None
+        self._recent[offset] = data
+        while len(self._recent) > _RECENT:
+            self._recent.popitem(last=False)
+        if offset in self.shared and self._kept_bytes + size <= _MOST_KEPT:
+            self._kept[offset] = data
+            self._kept_bytes += size
+        return data
 
     def close(self) -> None:
         self._stack.close()
@@ -181,7 +217,7 @@ def _index_stream(shard: ShardFile, storage_options: Mapping[str, Any]) -> Shard
     with _decompressed(shard, storage_options) as stream:
         forward = _Forward(stream)
         try:
-            return index_shard(Source(shard.url, _UNKNOWN_SIZE, forward.read, least=64 << 10, most=1 << 20))
+            return index_shard(Source(shard.url, UNKNOWN_SIZE, forward.read, least=64 << 10, most=1 << 20))
         except PoolError:
             raise
         except Exception as error:  # zlib's, zstd's, the command's
@@ -215,12 +251,9 @@ class _Forward:
         self.start, self.data = offset, b"".join(pieces)
         return self.data[:length]
 
-
-@contextmanager
-def _samples(shard: ShardFile, storage_options: Mapping[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
-    """A shard's samples, as webdataset reads them."""
-    with _decompressed(shard, storage_options) as stream:
-        yield group_by_keys(tar_file_expander([{"url": shard.url, "stream": stream}]))
+    def drop(self) -> None:
+        """Forget what was read, and go on behind it."""
+        self.start, self.data = self.start + len(self.data), b""
 
 
 @contextmanager
@@ -299,16 +332,8 @@ class _Readable(io.RawIOBase):
         return len(data)
 
 
-def _next(samples: Iterator[dict[str, Any]], shard: ShardFile) -> dict[str, Any] | None:
-    try:
-        return next(samples, None)
-    except Exception as error:  # tarfile's, zlib's, zstd's, the command's
-        raise _unreadable(shard, error) from error
-
-
 def _unreadable(shard: ShardFile, error: Exception) -> PoolError:
-    reason = error.args[0] if error.args else ""  # webdataset appends streams to the arguments
-    return PoolError(f"{shard.url}: cannot be read to its end ({type(error).__name__}: {reason})")
+    return PoolError(f"{shard.url}: cannot be read to its end ({type(error).__name__}: {error})")
 
 
 def _in_sequence(shard: ShardFile) -> ShardFile:

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from curated_data.cache import absolute, fingerprint, open_cache
-from curated_data.errors import PoolError, SampleError
+from curated_data.errors import ConfigError, PoolError, SampleError
 from curated_data.parallel import (
     all_gather,
     all_reduce,
@@ -29,7 +29,9 @@ from curated_data.pool.build import (
     pool_fingerprint,
 )
 from curated_data.pool.decode import IMAGE_EXTENSIONS, as_extensions
+from curated_data.pool.image import ImageSettings
 from curated_data.pool.index import PoolIndex, load_pool_index
+from curated_data.pool.notes import report_notes
 from curated_data.pool.reader import LocalReader, ReadCounters
 from curated_data.pool.remote import RemoteReader
 from curated_data.pool.storage import ShardFile, stat_shards
@@ -56,11 +58,16 @@ class ShardPool:
         image_extensions: the extensions of images in order of preference, in any case, dot or not.
         storage_options: for fsspec to access remote shards, such as an endpoint.
         remote: how remote shards are read.
+        background: the colour that transparent pixels of images are put on: a grey, or red, green and blue,
+            0 to 255.
+        exif_orientation: turn images as their EXIF data say, as viewers do; TIFFs always are.
+        strict: raise an error about shards that were read with a warning: that are cut, end without the
+            end-of-archive marker, hold samples whose parts lie apart, or links that lead nowhere.
 
     Raises:
         PoolError: an empty list, a pattern without a match, or a shard that is missing or given twice; on
             indexing, a shard that is not a tar, truncated, damaged or compressed, or a pool without samples.
-        ConfigError: an extension that is empty.
+        ConfigError: an extension that is empty, or a background that is no colour.
 
     Example:
         >>> pool = ShardPool("pool-{000..099}.tar", cache_dir="cache")  # doctest: +SKIP
@@ -79,6 +86,9 @@ class ShardPool:
         image_extensions: str | Sequence[str] = IMAGE_EXTENSIONS,
         storage_options: Mapping[str, Any] | None = None,
         remote: RemoteOptions | None = None,
+        background: int | Sequence[int] = 128,
+        exif_orientation: bool = True,
+        strict: bool = False,
     ) -> None:
         self.storage_options = dict(storage_options or {})
         self.urls = expand_urls(urls, self.storage_options, pipes=self._takes_pipes)
@@ -87,6 +97,8 @@ class ShardPool:
         self.num_workers = num_workers
         self.image_extensions = as_extensions(image_extensions, "image_extensions")
         self.remote = remote or RemoteOptions()
+        self.images = ImageSettings(_colour(background), bool(exif_orientation))
+        self.strict = strict
         self._access: np.ndarray | None = None
         self._index: PoolIndex | None = None
         self._index_folder: Path | None = None
@@ -141,8 +153,10 @@ class ShardPool:
     def index(self) -> PoolIndex:
         """The pool's index, built on the first call or found in the cache."""
         if self._index is None:
+            is_new = self._index_folder is None
             if self._index_folder is not None:
-                self._index = load_pool_index(self._index_folder)
+                # Checked by the process that opened the pool.
+                self._index = load_pool_index(self._index_folder, checked=False)
             elif self.cache_dir is not None:
                 self._index, self._index_folder = build_in_cache(
                     self.shards, self.shard_fingerprints, self._indexer, self.num_workers, self.cache_dir
@@ -151,6 +165,8 @@ class ShardPool:
                     self._without_cache._take_index(self)
             else:
                 self._index = build_in_memory(self.shards, self._indexer, self.num_workers)
+            if is_new:
+                self._report_notes()
             if len(self._index) == 0:
                 self._index, shown = None, ", ".join(self.urls[:3])
                 raise PoolError(
@@ -360,6 +376,14 @@ class ShardPool:
         assert isinstance(self._reader, RemoteReader)
         return partial(index_shard_file, opener=self._reader.source)
 
+    def _report_notes(self) -> None:
+        assert self._index is not None
+        try:
+            report_notes(self._index.notes, strict=self.strict)
+        except PoolError:
+            self._index = self._index_folder = None
+            raise
+
     def _take_index(self, other: "ShardPool") -> None:
         """Use the index of the same pool with a cache, unless this has its own, or shards have changed."""
         if self._index is None and self.__dict__.setdefault("shards", other.shards) == other.shards:
@@ -405,6 +429,14 @@ class ShardPool:
         state["_without_cache"] = None
         state.pop("_reader", None)
         return state
+
+
+def _colour(given: int | Sequence[int]) -> tuple[int, int, int]:
+    """A colour from a grey, or from red, green and blue."""
+    values = list(given) if isinstance(given, Sequence) else [given] * 3
+    if len(values) != 3 or not all(isinstance(v, int) and 0 <= v <= 255 for v in values):
+        raise ConfigError(f"background: expected a grey or three values, each 0 to 255, found {given!r}")
+    return values[0], values[1], values[2]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Find the members of a tar archive by its headers alone.
 
 Supports what Python's `tarfile`, and so webdataset, supports: ustar with its prefix field, old V7, PAX
-(extended and global) and GNU long names, octal and base-256 sizes. A damaged header or a truncated file,
-which `tarfile` ignores silently in a stream, raises an error: a pool must not lose samples unnoticed.
+(extended and global) and GNU long names, octal and base-256 sizes; links are found too, with their targets. A
+damaged header or a truncated file, which `tarfile` ignores silently in a stream, raises an error, and what
+follows the end-of-archive marker is counted: a pool must not lose samples unnoticed. Only the headers have
+checksums, so damage within a member's data cannot be seen here.
 """
 
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -15,25 +16,40 @@ from typing import NamedTuple
 import numpy as np
 
 from curated_data.errors import PoolError
-
-log = logging.getLogger(__name__)
+from curated_data.pool.notes import Notes, add_note
 
 BLOCK = 512
+UNKNOWN_SIZE = 1 << 62  # of a source that can only be read forwards
 _ZEROS = bytes(BLOCK)
 _CHUNK = 16_384  # headers verified at once: 8 MiB
-_LONGEST_EXTENSION = 1 << 20  # bytes of an extended header; real ones are far shorter
+_LONGEST_EXTENSION = 1 << 20  # bytes of the extended headers of a member; real ones are far shorter
+_MOST_EXTENSIONS = 64  # in a row
+_LONGEST_PADDING = 10_240 + BLOCK  # of zeros at the end, by which tar fills records of 20 blocks
 _REGULAR = frozenset(b"0\x007")
 _WITHOUT_DATA = frozenset(b"123456")  # links, devices, folders, pipes: no data, whatever their size field
-_PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")
+_HARD_LINK, _SYMBOLIC_LINK, _FOLDER = b"125"
+_PAX_RECORD = re.compile(rb"([1-9]\d{0,6}) ([^=]+)=")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
 
+class Link(NamedTuple):
+    """A member that is a link: its place among the members of its block, and what it points at."""
+
+    place: int
+    target: bytes
+    is_symbolic: bool
+
+
 class Members(NamedTuple):
-    """Regular files of an archive, in order: their raw names, offsets and sizes."""
+    """Regular files and links of an archive, in order: their raw names, offsets and sizes.
+
+    Links have no data: the offset is that of their own header's end, the size 0.
+    """
 
     names: list[bytes]
     offsets: list[int]
     sizes: list[int]
+    links: list[Link]
 
 
 class Source(NamedTuple):
@@ -57,15 +73,20 @@ def local_source(path: str | Path, handle: int) -> Source:
     )
 
 
-def read_members(source: Source) -> Iterator[Members]:
-    """Yield the regular members of an archive in blocks, after verifying the checksums of their headers.
+def read_members(source: Source, notes: Notes | None = None) -> Iterator[Members]:
+    """Yield the files and links of an archive in blocks, after verifying the checksums of their headers.
+
+    Args:
+        notes: take what is odd, such as data after the end-of-archive marker.
 
     Raises:
-        PoolError: not a tar, compressed, damaged or truncated (with the offset), or a sparse member.
+        PoolError: not a tar, compressed, damaged or truncated (with the offset), a sparse member, or extended
+            headers that are longer than any real ones.
     """
+    notes = {} if notes is None else notes
     window = _Window(source)
     _check_start(source, window)
-    names, offsets, sizes = [], [], []
+    names, offsets, sizes, links = [], [], [], []
     headers: list[bytes] = []
     starts: list[int] = []
     shared: dict[bytes, bytes] = {}  # PAX global records
@@ -75,7 +96,8 @@ def read_members(source: Source) -> Iterator[Members]:
         try:
             while len(headers) < _CHUNK:
                 if position >= source.size:
-                    ended = _ends_without_marker(source, position)
+                    add_note(notes, "unmarked", 1, f"at offset {position}")
+                    ended = True
                     break
                 header = window.get(position, BLOCK)
                 kind = header[156]
@@ -86,7 +108,7 @@ def read_members(source: Source) -> Iterator[Members]:
                     and (header[135] == 0 or header[135] == 0x20)
                 ):
                     if kind == 0 and header == _ZEROS:
-                        _warn_of_rest(source, window, position)
+                        _look_behind(source, window, position, notes)
                         ended = True
                         break
                     size = int(header[124:135].partition(b"\0")[0].strip() or b"0", 8)
@@ -107,10 +129,14 @@ def read_members(source: Source) -> Iterator[Members]:
                         position += BLOCK + (size + 511 & -512)
                         continue
                 found, position = _read_odd(source, window, position, shared, headers, starts)
-                if found is not None:
-                    names.append(found[0])
-                    offsets.append(found[1])
-                    sizes.append(found[2])
+                if found.is_left_out:
+                    add_note(notes, "special", 1, f"{_shown(found.name)} at offset {found.offset - BLOCK}")
+                elif found.kind != _FOLDER:
+                    if found.kind in (_HARD_LINK, _SYMBOLIC_LINK):
+                        links.append(Link(len(names), found.target, found.kind == _SYMBOLIC_LINK))
+                    names.append(found.name)
+                    offsets.append(found.offset)
+                    sizes.append(found.size)
         except (PoolError, ValueError) as error:
             _verify(source, headers, starts)  # report the first damage, not what followed from it
             if isinstance(error, PoolError):
@@ -119,10 +145,29 @@ def read_members(source: Source) -> Iterator[Members]:
                 f"{source.name}: no readable tar header at offset {position} ({error})"
             ) from error
         _verify(source, headers, starts)
-        yield Members(names, offsets, sizes)
-        names, offsets, sizes = [], [], []
+        yield Members(names, offsets, sizes, links)
+        names, offsets, sizes, links = [], [], [], []
         headers.clear()
         starts.clear()
+
+
+def is_header(block: bytes, size: int, key: bytes | None) -> bool:
+    """Whether a block is the header of a file of a size and, as far as it says, with a key.
+
+    Long names and names that are not ASCII are in an extended header, and so are the sizes of huge files.
+    """
+    try:
+        if len(block) < BLOCK or _number(block[148:156]) not in _checksums(block):
+            return False
+        if block[156] not in _REGULAR or _number(block[124:136]) not in (size, 0):
+            return False
+    except ValueError:
+        return False
+    name = block[:100].partition(b"\0")[0]
+    if block[345]:
+        name = block[345:500].partition(b"\0")[0] + b"/" + name
+    is_whole = len(name) < 100 and name.isascii() and b"?" not in name
+    return key is None or not is_whole or not key.isascii() or name.startswith(key + b".")
 
 
 class _Window:
@@ -133,6 +178,11 @@ class _Window:
         self.start = 0
         self.data = b""
         self.length = source.least
+
+    def held(self, offset: int, length: int) -> bytes:
+        """`length` bytes at `offset` if all of them are in memory, otherwise none."""
+        at = offset - self.start
+        return self.data[at : at + length] if at >= 0 and at + length <= len(self.data) else b""
 
     def get(self, offset: int, length: int) -> bytes:
         """`length` bytes at `offset`.
@@ -159,6 +209,21 @@ class _Window:
         return self.data[at : at + length]
 
 
+class _Odd(NamedTuple):
+    """A member of any kind; the kind of a file is `0`."""
+
+    kind: int
+    name: bytes
+    target: bytes  # of a link
+    offset: int  # of its data
+    size: int
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether it is neither a file, a link nor a folder."""
+        return self.kind not in (ord("0"), _HARD_LINK, _SYMBOLIC_LINK, _FOLDER)
+
+
 def _read_odd(
     source: Source,
     window: _Window,
@@ -166,8 +231,8 @@ def _read_odd(
     shared: dict[bytes, bytes],
     headers: list[bytes],
     starts: list[int],
-) -> tuple[tuple[bytes, int, int] | None, int]:
-    """One member of any kind, and its extended headers: (name, offset, size) or None; the next position."""
+) -> tuple[_Odd, int]:
+    """One member of any kind, and its extended headers; also the next position."""
     extensions: list[tuple[int, bytes]] = []
     first = position
     while True:
@@ -182,31 +247,34 @@ def _read_odd(
             raise PoolError(f"{source.name}: negative member size at offset {position}; damaged")
         if kind not in b"xgXLK":
             break
-        if size > _LONGEST_EXTENSION:
-            raise PoolError(f"{source.name}: extended header of {size} bytes at offset {position}; damaged")
-        payload = window.get(position + BLOCK, size)
-        if kind == ord("g"):
-            shared.update(_pax_records(payload))
-        else:
-            extensions.append((kind, payload))
+        if position + size - first > _LONGEST_EXTENSION or len(extensions) == _MOST_EXTENSIONS:
+            raise PoolError(
+                f"{source.name}: the extended headers at offset {first} have {len(extensions) + 1} parts and "
+                f"{position + size - first} bytes, more than {_MOST_EXTENSIONS} or {_LONGEST_EXTENSION}; "
+                "damaged, or made to be slow: write the archive anew"
+            )
+        extensions.append((kind, window.get(position + BLOCK, size)))
         position += BLOCK + (size + 511 & -512)
 
-    name = header[:100].partition(b"\0")[0]
+    name, target = (header[start : start + 100].partition(b"\0")[0] for start in (0, 157))
     is_file = kind in _REGULAR and not (kind == 0 and name.endswith(b"/"))
     has_data = kind not in _WITHOUT_DATA and (is_file or kind != 0)
     if header[345] and kind != ord("S"):
         name = header[345:500].partition(b"\0")[0] + b"/" + name
-    name = shared.get(b"path", name)
+    own: dict[bytes, bytes] = {}
     for extension, payload in reversed(extensions):  # the outermost takes precedence
-        if extension == ord("L"):
-            name = payload.partition(b"\0")[0]
-        elif extension != ord("K"):
-            records = shared | _pax_records(payload)
-            name = records.get(b"path", name)
-            size = int(records.get(b"size", size))
-            if any(record.startswith(b"GNU.sparse") for record in records):
-                kind = ord("S")
-    if kind == ord("S"):
+        if extension in b"LK":
+            own[b"path" if extension == ord("L") else b"linkpath"] = _long_name(payload)
+        elif extension != ord("g"):
+            own |= _pax_records(payload)
+    for extension, payload in extensions:
+        if extension == ord("g"):
+            shared |= _pax_records(payload)
+    name = own.get(b"path", shared.get(b"path", name))
+    target = own.get(b"linkpath", shared.get(b"linkpath", target))
+    if b"size" in own or (extensions and b"size" in shared):
+        size = int(own.get(b"size", shared.get(b"size", b"")))
+    if kind == ord("S") or b"GNU.sparse" in own or b"GNU.sparse" in shared:
         raise PoolError(
             f"{source.name}: member {_shown(name)} at offset {position} is stored as a sparse file, whose "
             "bytes do not lie in one piece; write the archive without --sparse"
@@ -214,26 +282,51 @@ def _read_odd(
     if has_data and position + BLOCK + size > source.size:
         raise _truncated(source, header, position, size)
     after = position + BLOCK + (size + 511 & -512 if has_data else 0)
-    return ((name, position + BLOCK, size) if is_file else None), after
+    if is_file:
+        kind = ord("0")
+    elif kind == 0:  # a folder, in old archives
+        kind = _FOLDER
+    return _Odd(kind, name, target, position + BLOCK, size if is_file else 0), after
 
 
 def _pax_records(payload: bytes) -> dict[bytes, bytes]:
-    """The records of a PAX header that concern a member's name and size."""
-    if b" path=" not in payload and b" size=" not in payload and b" GNU.sparse" not in payload:
+    """The records of a PAX header that concern a member's name, target and size.
+
+    Raises:
+        ValueError: the records do not fill the header, as where part of it was overwritten.
+    """
+    is_whole = b"\0" not in payload and payload[-1:] in (b"\n", b"")
+    if is_whole and not any(key in payload for key in (b"path=", b" size=", b" GNU.sparse")):
         return {}
     records: dict[bytes, bytes] = {}
     at = 0
-    while match := _PAX_RECORD.match(payload, at):
-        length = int(match.group(1))
-        if length == 0:
-            raise ValueError("a PAX record of length 0")
-        key = match.group(2)
+    while at < len(payload):
+        match = _PAX_RECORD.match(payload, at)
+        end = at + int(match.group(1)) if match else 0
+        if match is None or not match.end() < end <= len(payload) or payload[end - 1] != ord("\n"):
+            raise ValueError(f"byte {at} of its extended header begins no PAX record")
+        key, value = match.group(2), payload[match.end() : end - 1]
         if key == b"path":
-            records[key] = payload[match.end() : at + length - 1].rstrip(b"/")
-        elif key == b"size" or key.startswith(b"GNU.sparse"):
-            records[key] = payload[match.end() : at + length - 1]
-        at += length
+            records[key] = value.rstrip(b"/")
+        elif key == b"linkpath":
+            records[key] = value
+        elif key == b"size":
+            if not value.isdigit() or len(value) > 19:
+                raise ValueError(f"a PAX size of {value[:40]!r}")
+            records[key] = value
+        elif key.startswith(b"GNU.sparse"):
+            records[b"GNU.sparse"] = b""
+        at = end
     return records
+
+
+def _long_name(payload: bytes) -> bytes:
+    """The name in a GNU header for long ones, which ends in one zero at most, or is filled up to a block."""
+    name = payload.partition(b"\0")[0]
+    rest = len(payload) - len(name)
+    if payload.count(0) != rest or (rest > 1 and len(payload) % BLOCK) or not name:
+        raise ValueError(f"a long name of {len(payload)} bytes of which only {len(name)} come before a zero")
+    return name
 
 
 def _number(field: bytes) -> int:
@@ -269,6 +362,11 @@ def _verify(source: Source, headers: list[bytes], starts: list[int]) -> None:
                 f"{source.name}: no tar header at offset {starts[row]} (its checksum does not match): the "
                 "archive is damaged there, or what came before it was; copy it again or write it anew"
             )
+
+
+def _checksums(header: bytes) -> tuple[int, int]:
+    """The checksums that a header may have."""
+    return sum(header) - sum(header[148:156]) + 8 * 0x20, _signed_checksum(header)
 
 
 def _signed_checksum(header: bytes) -> int:
@@ -308,24 +406,45 @@ def _truncated(source: Source, header: bytes, position: int, size: int) -> PoolE
     )
 
 
-def _ends_without_marker(source: Source, position: int) -> bool:
-    """The last member's data reach the end. The archive may be complete, or cut exactly there."""
-    log.warning(
-        "%s: ends at offset %d without the end-of-archive marker; is it whole?", source.name, position
-    )
-    return True
+def _look_behind(source: Source, window: _Window, position: int, notes: Notes) -> None:
+    """Note what follows the end-of-archive marker, after which all readers stop: zeros, or lost members.
+
+    Reads on to the end, which is nearly always a few kilobytes away.
+    """
+    at, length = position, 64 << 10
+    first = None  # where something else than zeros is
+    n_lost, example = 0, b""
+    while at < source.size:
+        data = window.held(at, min(length, source.size - at))  # often, which saves a remote shard a request
+        data = data or source.read(at, min(length, source.size - at))
+        if not data:
+            break
+        if first is None and data.count(0) != len(data):
+            first = at + len(data) - len(data.lstrip(b"\0"))
+        if first is not None:
+            lost = _headers_among(data)
+            n_lost, example = n_lost + len(lost), example or (lost[0] if lost else b"")
+        at, length = at + len(data), min(4 * length, 8 << 20)
+    if first is not None:
+        where = f"zeros from offset {position} on, data again from {first} on"
+        add_note(notes, "cut", n_lost, where + (f", as member {_shown(example)}" if example else ""))
+    elif at - position > _LONGEST_PADDING:
+        add_note(notes, "zeros", 1, f"{at - position} bytes of zeros from offset {position} on")
 
 
-def _warn_of_rest(source: Source, window: _Window, position: int) -> None:
-    """Warn of data after the end: every reader of concatenated archives stops after the first one."""
-    length = min(64 << 10, source.size - position)
-    at = position - window.start
-    has_all = at + length <= len(window.data)  # often, which saves a remote shard a request
-    rest = window.data[at : at + length] if has_all else source.read(position, length)
-    if rest.count(0) != len(rest):
-        log.warning(
-            "%s: what follows the end-of-archive marker at offset %d is ignored", source.name, position
-        )
+def _headers_among(data: bytes) -> list[bytes]:
+    """The names of the files whose headers are among blocks of an archive."""
+    table = np.frombuffer(data, np.uint8, len(data) // BLOCK * BLOCK).reshape(-1, BLOCK)
+    found = []
+    for row in np.flatnonzero((table[:, 257:262] == np.frombuffer(b"ustar", np.uint8)).all(1)).tolist():
+        header = table[row].tobytes()
+        try:
+            is_valid = _number(header[148:156]) in _checksums(header)
+        except ValueError:
+            continue
+        if is_valid and header[156] in _REGULAR:
+            found.append(header[:100].partition(b"\0")[0])
+    return found
 
 
 def _shown(name: bytes) -> str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from curated_data.clustering.tree import ClusterTree
 from curated_data.errors import SampleError
-from curated_data.pool.decode import decode_image
+from curated_data.pool.image import decode_image
 from curated_data.report.metrics import selected_sizes
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def thumbnails(pool: "ShardPool", ids: np.ndarray, size: int) -> np.ndarray:
         for i, sample in enumerate(pool.read(unique[first : first + 256], extensions), first):
             data = next((sample[e] for e in extensions if e in sample), b"")
             try:
-                tile = _fit(decode_image(data, min_size=size), size)
+                tile = _fit(decode_image(data, min_size=size, settings=pool.images), size)
             except SampleError:
                 tile = _crossed(size)
             out[inverse == i] = tile

@@ -18,6 +18,7 @@ import numpy as np
 from curated_data.cache import atomic_path
 from curated_data.clustering.levels import Level
 from curated_data.config import CurationConfig
+from curated_data.embedding.equal import equal_rows
 from curated_data.report import metrics
 from curated_data.report.examples import random_subset
 from curated_data.report.map import cluster_tables, sample_map, samples_shown
@@ -105,6 +106,7 @@ def write_report(
         "unique": len(np.unique(curation.ids)),
         "failed": curation.embeddings.n_failures,
         "excluded": curation.report.get("excluded", 0),
+        "equal": _equal(curation),
         "embedder": _embedder(curation),
         "origin": [["pool", " … ".join(dict.fromkeys(map(str, (pool.urls[0], pool.urls[-1]))))]],
         "settings": _settings(curation.config),
@@ -131,6 +133,12 @@ def write_report(
         temporary.write_text(page, encoding="utf-8")
     log.info("wrote the report, %.1f MB", path.stat().st_size / 1e6)
     return path
+
+
+def _equal(curation: "Curation") -> dict[str, int] | None:
+    """How many embeddings are one and the same, if that is many."""
+    found = equal_rows(curation.embeddings)
+    return {"largest": found.largest, "looked_at": found.looked_at} if found.are_many else None
 
 
 def check_arrays(n: int, *, coordinates: np.ndarray | None, labels: np.ndarray | None) -> None:

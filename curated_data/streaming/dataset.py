@@ -17,12 +17,12 @@ from curated_data.pool.decode import (
     as_decoders,
     as_extensions,
     check_has_image,
-    decode_image,
+    decode_encoded,
     decode_sample,
     has_images,
     place_of,
-    undecodable,
 )
+from curated_data.pool.orientation import jpeg_orientation
 from curated_data.streaming.batch import LoadedSamples, as_views
 from curated_data.streaming.encoded import EncodedSample, is_whole_jpeg
 from curated_data.streaming.fields import FIELDS, MODALITIES
@@ -240,6 +240,7 @@ class PoolDataset(Dataset):
             image_extensions=self.pool.image_extensions,
             min_size=self.min_size,
             encoded=True,
+            settings=self.pool.images,
         )
         if self.decoders and "label" in decoded:
             _check_label(decoded["label"], members)
@@ -257,7 +258,7 @@ class PoolDataset(Dataset):
             check_has_image(members, decoders=self.decoders, image_extensions=self.pool.image_extensions)
         content = sample.pop(name)
         if type(content) is EncodedImage:
-            content = _decoded_image(content, members, self.min_size)
+            content = self._decode(content, members)
         if self.views is None:
             sample[name] = content
             return
@@ -275,6 +276,9 @@ class PoolDataset(Dataset):
             sample["image"] = views
         else:
             sample["views"] = views
+
+    def _decode(self, image: EncodedImage, members: dict[str, Any]) -> Tensor:
+        return decode_encoded(image, members, min_size=self.min_size, settings=self.pool.images)
 
     @property
     def users_parts(self) -> dict[str, Any]:
@@ -296,9 +300,13 @@ class PoolDataset(Dataset):
         if image is None:
             raise SampleError(f"{place_of(members)}: holds no image to decode on a device")
         if type(image) is EncodedImage and not (leaves_jpegs and is_whole_jpeg(image.data)):
-            image = _decoded_image(image, members, self.min_size)
+            image = self._decode(image, members)
         if isinstance(image, EncodedImage) or _is_rgb(image):
-            sample["encoded"] = EncodedSample(image, members["__url__"], members["__key__"])
+            turned = isinstance(image, EncodedImage) and self.pool.images.exif_orientation
+            orientation = jpeg_orientation(image.data) if turned else 1
+            sample["encoded"] = EncodedSample(
+                image, members["__url__"], members["__key__"], orientation=orientation
+            )
             return
         raise ConfigError(
             f"decode_on_device: takes images, uint8 (3, H, W), and a decoder gave {_kind(image)} for "
@@ -325,13 +333,6 @@ def _is_rgb(image: Any) -> bool:
 
 def _kind(image: Any) -> str:
     return f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-
-
-def _decoded_image(image: EncodedImage, members: dict[str, Any], min_size: int | None) -> Tensor:
-    try:
-        return decode_image(image.data, min_size=min_size)
-    except SampleError as error:
-        raise undecodable(members, image.member, error) from error
 
 
 def _fill(loaded: LoadedSamples) -> None:

@@ -13,7 +13,9 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from curated_data.errors import SampleError
-from curated_data.pool.decode import MAX_PIXELS, EncodedImage, decode_image, undecodable
+from curated_data.pool.decode import EncodedImage, decode_encoded
+from curated_data.pool.image import check_pixels, oriented
+from curated_data.pool.passing import is_samples
 from curated_data.streaming.fields import BESIDE_IMAGES, MISSING
 from curated_data.streaming.statistics import Skipped
 
@@ -30,12 +32,14 @@ class EncodedSample(NamedTuple):
         image: a JPEG, or the pixels, uint8 (3, H, W), of an image in another format.
         shard, key: of its sample.
         spares: ids to try in order if it cannot be decoded.
+        orientation: of a JPEG, by its EXIF data, see `oriented`.
     """
 
     image: EncodedImage | Tensor
     shard: str
     key: str
     spares: Sequence[int] = ()
+    orientation: int = 1
 
 
 class EncodedImages:
@@ -56,6 +60,7 @@ class EncodedImages:
         self.shards = [sample.shard for sample in samples]
         self.keys = [sample.key for sample in samples]
         self.spares = [sample.spares for sample in samples]
+        self.orientations = [sample.orientation for sample in samples]
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -95,17 +100,21 @@ class DeviceDecoder:
         decoded = _decode([images[place] for place in jpegs], device)
         self._warn(sum(image is None for image in decoded), len(jpegs), device)
         for place, image in zip(jpegs, decoded, strict=True):
-            images[place] = self._decoded_on_host(place, encoded, batch) if image is None else image
+            if image is None:
+                images[place] = self._decoded_on_host(place, encoded, batch)
+            else:
+                images[place] = oriented(image, encoded.orientations[place])
         batch["image"] = torch.stack([self.crop(image.to(device)) for image in images])
 
     def _decoded_on_host(self, place: int, encoded: EncodedImages, batch: dict[str, Any]) -> Tensor:
         members = {"__url__": encoded.shards[place], "__key__": encoded.keys[place]}
+        image = EncodedImage(encoded.members[place], encoded.pieces()[place].numpy().tobytes())
         try:
-            return decode_image(encoded.pieces()[place].numpy().tobytes())
+            return decode_encoded(image, members, min_size=None, settings=self.dataset.pool.images)
         except SampleError as reason:
-            error = undecodable(members, encoded.members[place], reason)
             if not encoded.spares[place]:
-                raise error from reason
+                raise
+            error = reason
         skipped = [Skipped(encoded.shards[place], str(error))]
         sample = self.dataset.spare(encoded.spares[place], 0, skipped)
         self.dataset.statistics.skip(skipped)
@@ -135,9 +144,10 @@ def is_whole_jpeg(data: bytes) -> bool:
         return False
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except (ValueError, KeyError):  # raised for damaged data
+        check_pixels(width, height)
+    except (ValueError, KeyError):  # raised for damaged data, and for too many pixels
         return False
-    return width * height <= MAX_PIXELS and colours not in ("CMYK", "YCCK")
+    return colours not in ("CMYK", "YCCK")
 
 
 def _decode(jpegs: list[Tensor], device: torch.device) -> list[Tensor | None]:
@@ -150,7 +160,9 @@ def _decode(jpegs: list[Tensor], device: torch.device) -> list[Tensor | None]:
             return decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=device)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:
+        except RuntimeError as error:
+            if not is_samples(error):
+                raise
             if len(jpegs) == 1:
                 return [None]
     return [image for jpeg in jpegs for image in _decode([jpeg], device)]

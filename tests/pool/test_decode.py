@@ -24,7 +24,12 @@ def encoded(image: Image.Image, format: str, **options) -> bytes:
 
 
 def by_pillow(data: bytes) -> torch.Tensor:
-    return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
+    """Pillow's pixels, transparent ones on mid-grey."""
+    image = Image.open(io.BytesIO(data))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (128, 128, 128, 255)), image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def picture(mode: str, size=(37, 23)) -> Image.Image:
