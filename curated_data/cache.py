@@ -23,6 +23,7 @@ import numpy as np
 
 from curated_data.errors import CacheError
 from curated_data.locks import locked, remove_if_free, writable
+from curated_data.paths import local_path
 from curated_data.seals import MapMode, check_file, check_size, file_seal, load_npy, unreadable
 
 FORMAT_VERSION = 1
@@ -243,8 +244,12 @@ def build_once(folder: Path | str, build: Callable[[Path], None]) -> tuple[Path,
 
 
 def absolute(path: Path | str) -> Path:
-    """An absolute path, which stays valid if the process changes its working directory."""
-    return Path(path).expanduser().absolute()
+    """An absolute path, which stays valid if the process changes its working directory.
+
+    Raises:
+        CacheError: it is a URL; a cache needs locks and renames, which stores lack.
+    """
+    return local_path(path, "cache_dir", CacheError).absolute()
 
 
 def open_cache(root: Path | str) -> Path:

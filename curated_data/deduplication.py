@@ -2,7 +2,9 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +24,9 @@ VERSION = 2
 """Increased when something else is computed from the same inputs: older artifacts are then not used."""
 
 
-def open_held_out(config: CurationConfig, root: Path) -> ShardPool | None:
+def open_held_out(
+    config: CurationConfig, root: Path, storage_options: Mapping[str, Any] | None = None
+) -> ShardPool | None:
     """The evaluation sets whose samples the pool must not contain; None if there are none.
 
     Raises:
@@ -31,7 +35,7 @@ def open_held_out(config: CurationConfig, root: Path) -> ShardPool | None:
     if not (config.near_duplicates.enabled and config.near_duplicates.held_out):
         return None
     try:
-        pool = ShardPool(config.near_duplicates.held_out, cache_dir=root)
+        pool = ShardPool(config.near_duplicates.held_out, cache_dir=root, storage_options=storage_options)
         pool.index()
     except PoolError as error:  # which would read as if it were of the pool itself
         raise PoolError(f"near_duplicates.held_out: {error}") from error

@@ -28,6 +28,7 @@ from curated_data.deduplication import (
 from curated_data.distributed import all_gather, build_together, rank, world_size
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.errors import CacheError, PoolError
+from curated_data.paths import local_path
 from curated_data.pipeline import Curation, opened, publish_tree, read_ids, report_of, select
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
@@ -99,7 +100,9 @@ def extend(
         RankError: another rank has failed or died.
     """
     with opened(pool, config, cache_dir) as (shards, settings, root):
-        return _extend(shards, settings, Path(tree), embedder, root, device, decoders, rebuild_above)
+        return _extend(
+            shards, settings, local_path(tree, "tree"), embedder, root, device, decoders, rebuild_above
+        )
 
 
 def _extend(
@@ -118,7 +121,7 @@ def _extend(
     manifest = read_manifest(base, "clustering")
     old = ClusterTree.load(base / "tree", memory_map=True)
     metric = manifest["settings"]["metric"]
-    held_out_pool = open_held_out(config, root)  # now, before anything takes long
+    held_out_pool = open_held_out(config, root, pool.storage_options)  # now, before anything takes long
     embedder = resolve_embedder(embedder)
     settings = dataclasses.asdict(config.embedding)
     store = embed_pool(pool, embedder, root, device=device, decoders=decoders, **settings)

@@ -121,7 +121,7 @@ def _curate(
     device: str | torch.device,
     decoders: Decoders | None,
 ) -> Curation:
-    held_out_pool = open_held_out(config, root)  # now, before anything takes long
+    held_out_pool = open_held_out(config, root, pool.storage_options)  # now, before anything takes long
     check_same(curation=fingerprint(config=dataclasses.asdict(config)))
     pool.look_together()
     check_same(pool=pool.fingerprint)

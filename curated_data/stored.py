@@ -21,7 +21,7 @@ from curated_data.seals import load_npy
 
 def selections(cache_dir: str | Path) -> list[str]:
     """The names of the selections in a cache, newest first."""
-    found = [path.parent for path in (Path(cache_dir).expanduser() / "selection").glob(f"*/{MANIFEST}")]
+    found = [path.parent for path in (absolute(cache_dir) / "selection").glob(f"*/{MANIFEST}")]
     return [path.name for path in sorted(found, key=lambda path: (-path.stat().st_mtime, path.name))]
 
 

@@ -190,9 +190,9 @@ class RemoteFolder:
     def _reaching(self, url: str) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, CuratedDataError):
+        except CuratedDataError:
             raise
-        except Exception as error:
+        except Exception as error:  # each store has its own
             raise CacheError(
                 f"{url}: cannot be written ({printable(error)}); check the bucket or host, its rights, and "
                 "storage_options"

@@ -23,6 +23,9 @@ from curated_data.removal import TEMPORARY
 
 log = logging.getLogger(__name__)
 
+BESIDE = ("classes.json", "clusters.npy", "ids.npy", "manifest.json")
+"""What a run may write beside its shards."""
+
 _NUMBER = re.compile(r"%0?(\d*)d")
 
 
@@ -89,7 +92,9 @@ class ShardWriter:
         """Remove what a killed run of this pattern left, and finished shards if that was asked."""
         existing = _check_ours(self.out, self.name, self._claim.listed, overwrite)
         self._claim.add(existing)  # so that a kill within the next lines leaves none that nobody owns
-        for name in existing:
+        beside = [name for name in BESIDE if name in self._claim.listed]
+        unfinished = re.compile(rf"\.tmp-\w{{12}}-({'|'.join(map(re.escape, beside))})")
+        for name in existing + [name for name in self.out.names() if unfinished.fullmatch(name)] + beside:
             self.out.remove(name)
 
     def write(self, sample: Mapping[str, Any]) -> None:
@@ -100,6 +105,8 @@ class ShardWriter:
                 digits, dicts and lists as JSON, numpy arrays as `.npy`, PIL images as PNG. Other fields that
                 start with `__` are ignored.
         """
+        if self._claim.is_released:
+            raise PoolError(f"{self.out}: this writer is closed, or failed before; open another")
         key = sample.get("__key__")
         if not isinstance(key, str):
             raise PoolError(f"a sample needs a '__key__' of type str, not {key!r}")
@@ -118,8 +125,6 @@ class ShardWriter:
         length = sum(len(header) + _padded(len(content)) for header, (_, content) in zip(headers, members))
         if self._samples and (self._samples >= self.max_samples or self._bytes + length > self.max_bytes):
             self.publish()
-        if self._claim.is_released:
-            raise PoolError(f"{self.out}: this writer is closed, or failed before; open another")
         file = self._open() if self._file is None else self._file
         try:
             with writing(self.shards[-1]):
@@ -137,6 +142,7 @@ class ShardWriter:
 
     def write_beside(self, name: str, content: bytes) -> None:
         """Write a file beside the shards, which belongs to this run as they do."""
+        assert name in BESIDE, "what a killed run leaves is looked for by these names"
         self._claim.add([name])
         with self.out.create(name) as file, writing(self.out.place(name)):
             file.write(content)
