@@ -224,13 +224,14 @@ def _config(parsed: argparse.Namespace) -> Any:
 
     config = read_yaml(Path(parsed.config)) if parsed.config else OmegaConf.create({})
     config.pop("storage_options", None)  # which are the pool's, and may be secret
+    merged: Any = config
     for item in parsed.set:
         if "=" not in item:
             raise ConfigError(f"--set {item}: expected FIELD=VALUE")
-    try:
-        merged = OmegaConf.merge(config, OmegaConf.from_dotlist(parsed.set))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"--set {' '.join(parsed.set)}: {' '.join(str(error).split())}") from error
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"--set {item}: {' '.join(str(error).split())}") from error
     assert isinstance(merged, DictConfig), "both are mappings"
     if parsed.target_size is not None:
         merged.target_size = parsed.target_size

@@ -31,6 +31,7 @@ from curated_data.embedding import resolve_embedder
 from curated_data.errors import ConfigError, CuratedDataError, first_line
 from curated_data.paths import local_path
 from curated_data.progress import log_to_terminal
+from curated_data.removal import remove
 from lightning_modules.evaluation.comparison import ComparisonResult, comparison
 from recipes.evaluations import Features, Figures, evaluate, evaluate_shifted
 from recipes.suite import Dataset, Part, load_suite, open_suite
@@ -182,7 +183,7 @@ def write(results: Results, compared: Comparisons, out: Path) -> None:
     if twins:
         _write_csv(out / "duplicates.csv", twins)
     else:
-        (out / "duplicates.csv").unlink(missing_ok=True)
+        remove(out / "duplicates.csv", below=out)
     samples: dict[str, Any] = {
         f"{name}|{dataset}|{title}": figure.samples
         for name, found in results.items()
