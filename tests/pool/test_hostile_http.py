@@ -34,7 +34,7 @@ class Hostile:
     def __init__(self, data, answer=None):
         self.data, self.answer, self.honest = data, answer, answer is None
         self.requests, self.sent = Counter(), 0
-        self.headers, self.more = [], {}
+        self.headers, self.more, self.look = [], {}, None
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/p.tar"
         threading.Thread(target=self.serve, daemon=True).start()
@@ -63,7 +63,8 @@ class Hostile:
             asked = re.search(r"range: bytes=(\d+)-(\d+)", text, re.IGNORECASE)
             start, stop = (int(asked[1]), int(asked[2]) + 1) if asked else (0, len(self.data))
             if method == "HEAD":
-                pieces = [head(200, len(self.data), **self.more)]
+                known = [head(200, len(self.data), **self.more)]
+                pieces = self.look() if self.look else known
             elif self.honest:
                 pieces = honest(self.data, start, stop) if asked else whole(self.data, start, stop)
             else:
@@ -390,6 +391,30 @@ class TestHonest:
         server.honest, server.data = False, data + bytes(512)  # HEAD tells of the new size
         with pytest.raises(PoolError, match="changed since it was indexed"):
             pool.read([2])
+
+
+LOOKS = {
+    "silence": lambda: silent(b""),
+    "one byte at a time": lambda: trickle(b"HTTP/1.1 200 X\r\nX-Long: "),
+    "no length": lambda: [head(200)],
+    "a negative length": lambda: [head(200, -5)],
+    "no number": lambda: [head(200, "many")],
+    "packed": lambda: [head(200, 100, Content_Encoding="gzip")],
+    "503": lambda: [head(503, 0)],
+    "a loop of redirects": lambda: [head(302, 0, Location="/p.tar")],
+    "no HTTP": lambda: [bytes(range(256)) * 5000],
+    "endless headers": lambda: endless(b"HTTP/1.1 200 X\r\nX-Long: "),
+    "nothing": lambda: [],
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_look_ends(serve, data, name):
+    server = serve(data, lambda data, start, stop: LOOKS[name]())
+    server.look = LOOKS[name]
+    with pytest.raises(PoolError) as caught:
+        len(ShardPool(server.url, remote=RemoteOptions(**QUICK)))
+    check(caught, server, data)
 
 
 def test_a_folder_is_named_as_such(serve):

@@ -251,6 +251,10 @@ class TestJoined:
         if "*" not in pattern and "?" not in pattern:
             assert found == webdataset.shardlists.expand_urls(pattern)
 
+    def test_pipes_are_joined(self):
+        found = expand_urls("pipe:cat a.tar::pipe:cat b-{0..1}.tar", pipes=True)
+        assert found == ["pipe:cat a.tar", "pipe:cat b-0.tar", "pipe:cat b-1.tar"]
+
     def test_urls_are_joined(self, bucket, tmp_path):
         local, stored = write(tmp_path / "l", 2), write(bucket, 4, first=50)
         pool = ShardPool(f"{local[0]}::{bucket}/shard-*.tar")
