@@ -1,9 +1,11 @@
 """Expanding the patterns that a user gives to the list of shards of a pool."""
 
 import difflib
+import fnmatch
 import glob
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,7 @@ from curated_data.errors import PoolError, printable
 from curated_data.paths import is_chain, parts_of, spelled
 
 _MANY = 256  # files, from which they are looked up in parallel
+_SILENCE = 60.0  # seconds without an answer, after which a listing has failed
 _EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}  # what installs a protocol's packages
 Result = TypeVar("Result")
 
@@ -179,16 +182,30 @@ def _braces(pattern: str) -> list[str]:
 def _glob_remote(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(pattern, **storage_options)
-        matches = sorted(filesystem.glob(path))
+        folder = pattern.rpartition("/")[0]
+        if pattern.startswith(("http://", "https://")) and "*" not in folder and "[" not in folder:
+            matches = _glob_http(filesystem, pattern)
+        else:
+            matches = sorted(filesystem.glob(path))
     except ImportError as error:
         raise unreachable(pattern, error) from error
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each protocol has its own
         raise PoolError(f"{pattern!r}: cannot be listed ({printable(error)})") from error
     if not matches:
         raise PoolError(
             f"no shard matches {pattern!r}; check the bucket or host, the folder, and the pattern"
         )
     return [filesystem.unstrip_protocol(path) for path in matches]
+
+
+def _glob_http(filesystem: Any, pattern: str) -> list[str]:
+    """The files that the page of a folder links to; `?` is no wildcard in these URLs."""
+    from curated_data.pool import http  # here, because it imports this module
+
+    folder, _, name = pattern.rpartition("/")
+    found = fsspec.asyn.sync(filesystem.loop, http.links, filesystem, f"{folder}/", _SILENCE)
+    wanted = re.compile(re.escape(f"{folder}/") + fnmatch.translate(name.replace("?", "[?]")))
+    return sorted({url for url in found if wanted.fullmatch(url) and "/" not in url[len(folder) + 1 :]})
 
 
 def _nearest(folder: str, name: str) -> str:

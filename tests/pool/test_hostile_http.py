@@ -417,6 +417,38 @@ def test_a_look_ends(serve, data, name):
     check(caught, server, data)
 
 
+PAGE = b"""<html><body><a href="../">up</a> <A class=x HREF='p-1.tar'>1</A> <a href=p-0.tar>0</a>
+<a href="/p-2.tar">2</a> <a href="http://elsewhere/p-3.tar">3</a> <a href="sub/p-4.tar">4</a>
+<a href="p-&amp;5.tar">5</a> <a href="q.tar">6</a> <a href="p-1.tar">again</a>"""
+
+
+def test_a_pattern_takes_the_files_of_the_folders_page(serve, data):
+    server = serve(PAGE)
+    base = server.url.removesuffix("/p.tar")
+    assert ShardPool(f"{base}/p-*.tar").urls == [f"{base}/p-{name}.tar" for name in ("&5", "0", "1", "2")]
+    with pytest.raises(PoolError, match=r"no shard matches .*/x-\*\.tar"):
+        ShardPool(f"{base}/x-*.tar")
+
+
+@pytest.mark.parametrize("name", sorted(LOOKS.keys() - {"no length", "a negative length", "no number"}))
+def test_a_listing_ends(serve, name, monkeypatch):
+    monkeypatch.setattr("curated_data.pool.urls._SILENCE", 0.5)
+    server = serve(b"", lambda data, start, stop: LOOKS[name]())
+    with pytest.raises(PoolError) as caught:
+        ShardPool(server.url.replace("p.tar", "p-*.tar"))
+    assert server.url.removesuffix("p.tar") in str(caught.value)
+    assert len(str(caught.value)) < 600
+    assert server.sent < 12 << 20
+
+
+def test_an_endless_listing_ends(serve, monkeypatch):
+    monkeypatch.setattr("curated_data.pool.http._PAGE", 1 << 20)
+    server = serve(b"", lambda data, start, stop: endless(head(200, Content_Type="text/html")))
+    with pytest.raises(PoolError, match="sends more than"):
+        ShardPool(server.url.replace("p.tar", "p-*.tar"))
+    assert server.sent < 12 << 20
+
+
 def test_a_folder_is_named_as_such(serve):
     with pytest.raises(PoolError, match=r"is a folder; give its shards.*\*\.tar"):
         ShardPool("http://127.0.0.1:1/pool/")
