@@ -1,13 +1,14 @@
 """The arguments of a data module: opening pools, reading ids and labels from files, checking the rest."""
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from curated_data.errors import CacheError, ConfigError
+from curated_data.paths import local_path
 from curated_data.pool import ShardPool
 from curated_data.processes import check_context
 from curated_data.seals import load_npy
@@ -23,10 +24,12 @@ Pool = ShardPool | str | Path | Sequence[str | Path]
 Ids = str | Path | np.ndarray
 
 
-def open_pool(pool: Pool, cache_dir: str | Path | None) -> ShardPool:
+def open_pool(
+    pool: Pool, cache_dir: str | Path | None, storage_options: Mapping[str, Any] | None = None
+) -> ShardPool:
     """A `ShardPool` that keeps its index in `cache_dir`, unless it already has a cache of its own."""
     if not isinstance(pool, ShardPool):
-        return ShardPool(pool, cache_dir=cache_dir)
+        return ShardPool(pool, cache_dir=cache_dir, storage_options=storage_options)
     return pool if cache_dir is None or pool.cache_dir is not None else pool.with_cache(cache_dir)
 
 
@@ -39,7 +42,7 @@ def load_ids(selection: Ids, name: str = "selection") -> np.ndarray:
     if not isinstance(selection, str | Path):
         return np.asarray(selection)
     try:
-        return load_npy(Path(selection), "give another")
+        return load_npy(local_path(selection, name), "give another")
     except CacheError as error:
         raise ConfigError(
             f"{name}: {selection} cannot be read as a .npy file of integers ({error})"

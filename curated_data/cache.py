@@ -25,6 +25,7 @@ import numpy as np
 from curated_data.errors import CacheError
 from curated_data.holds import MARKER
 from curated_data.locks import locked, open_own, remove_if_free, writable
+from curated_data.paths import local_path
 from curated_data.removal import TEMPORARY, is_fingerprint, remove, shown
 from curated_data.seals import (
     MapMode,
@@ -302,8 +303,12 @@ def build_once(folder: Path | str, build: Callable[[Path], None]) -> tuple[Path,
 
 
 def absolute(path: Path | str) -> Path:
-    """An absolute path, which stays valid if the process changes its working directory."""
-    return Path(path).expanduser().absolute()
+    """An absolute path, which stays valid if the process changes its working directory.
+
+    Raises:
+        CacheError: it is a URL; a cache needs locks and renames, which stores lack.
+    """
+    return local_path(path, "cache_dir", CacheError).absolute()
 
 
 def open_cache(root: Path | str) -> Path:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import re
 import signal
 import sys
 import threading
@@ -16,9 +17,12 @@ from rich.table import Table
 from yaml import YAMLError
 
 from curated_data.cli_inspect import inspect, print_table
-from curated_data.errors import CacheError, ConfigError
-from curated_data.locks import check_writable
+from curated_data.errors import CacheError, ConfigError, printable
+from curated_data.paths import local_path
 from curated_data.progress import log_to_terminal
+
+_REPEATED = ("--set", "--storage-options")
+_SETTING = re.compile(r"[A-Za-z_][\w.\[\]]*=|\{")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     SIGTERM is cleaned up after, too, and exits with 143.
     """
-    parsed = _parser().parse_args(arguments)
+    parsed = _parser().parse_args(_one_each(sys.argv[1:] if arguments is None else arguments))
     log_to_terminal(logging.WARNING if parsed.quiet else logging.INFO)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)
@@ -41,6 +45,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"curated-data {parsed.command}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _one_each(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with `--set A=1 B=2 POOL` as `--set A=1 --set B=2 POOL`, so that it takes no shards."""
+    spread: list[str] = []
+    option = None
+    for number, argument in enumerate(arguments):
+        if argument == "--":
+            return [*spread, *arguments[number:]]
+        if option is not None and (spread[-1] == option or _SETTING.match(argument)):
+            if spread[-1] != option:
+                spread.append(option)
+            spread[-1] = f"{option}={argument}"
+        else:
+            option = argument if argument in _REPEATED else None
+            spread.append(argument)
+            continue
+    return spread
 
 
 def _end(number: int, frame: Any) -> None:
@@ -60,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("folder", help="as for ImageFolder: one sub-folder per class")
     command.add_argument("out", help="where the shards go")
     _shard_options(command)
+    _storage_options(command)
     command.set_defaults(run=_import)
 
     command = _pool_command(commands, "index", "index a pool: find the place of every sample", _index)
@@ -149,21 +172,32 @@ def _pool_command(commands: Any, name: str, what: str, run: Any) -> argparse.Arg
     )
     command.add_argument(
         "--background",
-        type=int,
-        nargs="+",
-        default=[128],
+        type=_colour,
+        default=128,
         metavar="0..255",
-        help="under transparent pixels: a grey, or red, green and blue (default: 128)",
+        help="under transparent pixels: a grey, or red,green,blue (default: 128)",
     )
     command.add_argument(
         "--ignore-exif", action="store_true", help="do not turn images as their EXIF data say"
     )
+    _storage_options(command)
     command.set_defaults(run=run)
     return command
 
 
 def _command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
     return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+
+
+def _storage_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--storage-options",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for fsspec, to reach remote shards and outputs, as client_kwargs.endpoint_url=http://HOST, or "
+        "a JSON object; --config takes them, too, as `storage_options`",
+    )
 
 
 def _shard_options(command: argparse.ArgumentParser) -> None:
@@ -191,7 +225,7 @@ def _curation_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--target-size", type=int, metavar="N", help="samples to select")
     command.add_argument(
         "--set",
-        nargs="+",
+        action="append",
         default=[],
         metavar="FIELD=VALUE",
         help="any other field, as in --set strategy=closest 'levels=[{n_clusters: 1000}, {n_clusters: 100}]'",
@@ -202,13 +236,15 @@ def _config(parsed: argparse.Namespace) -> Any:
     from curated_data.config import load_config, read_yaml
 
     config = read_yaml(Path(parsed.config)) if parsed.config else OmegaConf.create({})
+    config.pop("storage_options", None)  # which are the pool's, and may be secret
+    merged: Any = config
     for item in parsed.set:
         if "=" not in item:
             raise ConfigError(f"--set {item}: expected FIELD=VALUE")
-    try:
-        merged = OmegaConf.merge(config, OmegaConf.from_dotlist(parsed.set))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"--set {' '.join(parsed.set)}: {' '.join(str(error).split())}") from error
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"--set {item}: {' '.join(str(error).split())}") from error
     assert isinstance(merged, DictConfig), "both are mappings"
     if parsed.target_size is not None:
         merged.target_size = parsed.target_size
@@ -219,7 +255,11 @@ def _import(parsed: argparse.Namespace) -> None:
     from curated_data.pool.writer import import_folder
 
     shards = import_folder(
-        parsed.folder, parsed.out, max_samples=parsed.max_samples, overwrite=parsed.overwrite
+        parsed.folder,
+        parsed.out,
+        max_samples=parsed.max_samples,
+        overwrite=parsed.overwrite,
+        storage_options=_storage(parsed),
     )
     print(f"{len(shards)} shards in {parsed.out}")
 
@@ -228,14 +268,44 @@ def _pool(parsed: argparse.Namespace) -> Any:
     from curated_data.cache import open_cache
     from curated_data.pool import ShardPool
 
-    colour = parsed.background
     return ShardPool(
         parsed.pool,
         cache_dir=open_cache(parsed.cache_dir),
-        background=colour[0] if len(colour) == 1 else colour,
+        storage_options=_storage(parsed),
+        background=parsed.background,
         exif_orientation=not parsed.ignore_exif,
         strict=parsed.strict,
     )
+
+
+def _colour(text: str) -> int | list[int]:
+    """A grey, or red,green,blue, for argparse; `ShardPool` checks their range."""
+    values = [int(value) for value in text.split(",")]
+    return values[0] if len(values) == 1 else values
+
+
+def _storage(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The options for fsspec, of the command line over those of the YAML file."""
+    from curated_data.config import read_yaml
+
+    file = getattr(parsed, "config", None)
+    parts: list[Any] = [read_yaml(Path(file)).get("storage_options") or {}] if file else []
+    for item in parsed.storage_options:
+        try:
+            is_json = item.lstrip().startswith("{")
+            part = OmegaConf.create(json.loads(item)) if is_json else OmegaConf.from_dotlist([item])
+        except (ValueError, YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(
+                f"--storage-options: no KEY=VALUE or JSON object ({printable(error)})"
+            ) from None
+        if not is_json and "=" not in item:
+            raise ConfigError(f"--storage-options {item}: expected KEY=VALUE, or a JSON object")
+        parts.append(part)
+    try:
+        merged: Any = OmegaConf.to_container(OmegaConf.merge({}, *parts), resolve=True)
+    except (ValueError, OmegaConfBaseException) as error:
+        raise ConfigError(f"storage_options: expected keys and values ({printable(error)})") from None
+    return merged
 
 
 def _index(parsed: argparse.Namespace) -> None:
@@ -270,7 +340,7 @@ def _curate(parsed: argparse.Namespace) -> None:
         _plan(parsed)
         return
     if parsed.ids is not None:
-        check_writable(Path(parsed.ids), is_folder=False)
+        _check_output(parsed.ids, parsed)
     _, curation = _run_curation(parsed)
     report = curation.report
     table = Table(title=f"{report['selected']:,} of {report['samples']:,} samples selected")
@@ -292,10 +362,17 @@ def _curate(parsed: argparse.Namespace) -> None:
     print(f"tree: {curation.folders['tree']}")
     print(f"ids: {curation.folders['selection'] / 'ids.npy'}")
     if parsed.ids is not None:
-        from curated_data.cache import atomic_save
+        from curated_data.pool.encode import encode_member
+        from curated_data.pool.out import write_file
 
-        atomic_save(parsed.ids, curation.ids)
-        print(f"ids: {parsed.ids}")
+        print(f"ids: {write_file(parsed.ids, encode_member(curation.ids), _storage(parsed))}")
+
+
+def _check_output(place: str, parsed: argparse.Namespace) -> None:
+    """Check that a file can be written, before anything takes long."""
+    from curated_data.pool.out import open_file
+
+    open_file(place, _storage(parsed))[0].check()
 
 
 def _plan(parsed: argparse.Namespace) -> None:
@@ -346,7 +423,7 @@ def _export(parsed: argparse.Namespace) -> None:
 def _report(parsed: argparse.Namespace) -> None:
     from curated_data.report.page import check_arrays, write_report
 
-    check_writable(Path(parsed.out), is_folder=False)
+    _check_output(parsed.out, parsed)
     arrays = {name: _array(getattr(parsed, name), name) for name in ("coordinates", "labels")}
     names = _class_names(parsed.class_names)
     check_arrays(len(_pool(parsed)), **arrays)
@@ -360,7 +437,7 @@ def _array(path: str | None, name: str) -> Any:
     from curated_data.seals import load_npy
 
     try:
-        return load_npy(Path(path), "give another")
+        return load_npy(local_path(path, f"--{name}"), "give another")
     except CacheError as error:
         raise ConfigError(f"--{name} {path}: cannot be read as a .npy file ({error})") from error
 
@@ -369,7 +446,7 @@ def _class_names(path: str | None) -> list[str] | None:
     if path is None:
         return None
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = local_path(path, "--class-names").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--class-names {path}: cannot be read ({error})") from error
     try:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -69,11 +68,12 @@ def inspect(parsed: argparse.Namespace) -> None:
 
 
 def _explain(parsed: argparse.Namespace) -> None:
+    from curated_data.cache import absolute
     from curated_data.inspect import check_is_cache
     from curated_data.report.explain import explain
     from curated_data.stored import open_curation, selections
 
-    check_is_cache(Path(parsed.cache_dir).expanduser())  # before anything is created there
+    check_is_cache(absolute(parsed.cache_dir))  # before anything is created there
     found = selections(parsed.cache_dir)
     if not found:
         raise ConfigError(f"{parsed.cache_dir}: no selection in it yet; run curate")

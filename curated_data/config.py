@@ -14,6 +14,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from curated_data.clustering.levels import Level
 from curated_data.errors import ConfigError, first_line
+from curated_data.paths import local_path
 from curated_data.processes import check_context
 
 T = TypeVar("T")
@@ -256,6 +257,7 @@ def read_yaml(path: Path) -> DictConfig:
     Raises:
         ConfigError: it cannot be read, is no YAML, or is a list.
     """
+    path = local_path(path, "a YAML file")
     try:
         content = OmegaConf.load(path)
     except OSError as error:

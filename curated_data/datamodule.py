@@ -123,6 +123,7 @@ class CuratedDataModule(pl.LightningDataModule):
             default. With the last two, `views`, `eval_transform` and `decoders` must pickle.
         worker_timeout: seconds to wait for a batch from the workers before raising an error; 0 waits forever.
         slow_after: seconds to wait for a batch before logging a warning, once per epoch; 0 never warns.
+        storage_options: for fsspec, to read remote shards of pools that are given as paths or URLs.
 
     Attributes:
         curation: what `curate` returned; None before `setup`, and without a curation.
@@ -169,11 +170,12 @@ class CuratedDataModule(pl.LightningDataModule):
         multiprocessing_context: str | None = None,
         worker_timeout: float = 1800.0,
         slow_after: float = 60.0,
+        storage_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.cache_dir = None if cache_dir is None else absolute(cache_dir)
-        self.pool = open_pool(pool, cache_dir)
-        self.val_pool = None if val_pool is None else open_pool(val_pool, cache_dir)
+        self.pool = open_pool(pool, cache_dir, storage_options)
+        self.val_pool = None if val_pool is None else open_pool(val_pool, cache_dir, storage_options)
         self.curation_config = None if curation is None else load_config(curation)
         self.embedder = embedder
         self.views = views

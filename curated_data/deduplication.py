@@ -35,7 +35,9 @@ def open_held_out(config: CurationConfig, root: Path, like: ShardPool) -> ShardP
     if not (config.near_duplicates.enabled and config.near_duplicates.held_out):
         return None
     try:
-        pool = ShardPool(config.near_duplicates.held_out, cache_dir=root)
+        pool = ShardPool(
+            config.near_duplicates.held_out, cache_dir=root, storage_options=like.storage_options
+        )
         pool.images = like.images
         pool.index()
     except PoolError as error:  # which would read as if it were of the pool itself

@@ -37,3 +37,17 @@ def first_line(error: BaseException, *, with_type: bool = False) -> str:
     if not lines:
         return name
     return f"{name}: {lines[0]}"[:300] if with_type else lines[0][:300]
+
+
+def printable(error: BaseException | str, longest: int = 200) -> str:
+    """What an error of another library says, as part of a line of ours: its type and first line, short, and
+    without the bytes of a server's reply.
+    """
+    if isinstance(error, str):
+        text = error
+    else:
+        name, said = type(error).__name__, str(error)
+        text = f"{name}: {said}" if said else name
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    line = "".join(letter if letter.isprintable() else "?" for letter in line[: longest + 1])
+    return line if len(line) <= longest else line[: longest - 1] + "…"

@@ -1,16 +1,19 @@
 """Write a selection as new shards that can be traced back to the pool and the clusters."""
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from curated_data.cache import atomic_save, atomic_write_json
 from curated_data.clustering.tree import ClusterTree
 from curated_data.errors import ConfigError, PoolError
 from curated_data.pool import ShardPool, ShardWriter
+from curated_data.pool.encode import encode_member
+from curated_data.pool.out import LocalFolder
+from curated_data.pool.urls import is_remote
 from curated_data.pool.writer import check_out, existing_shards
 from curated_data.progress import progress
 from curated_data.streaming.order import EpochOrder
@@ -19,6 +22,7 @@ log = logging.getLogger(__name__)
 
 Order = Literal["shuffled", "pool", "given"]
 _BLOCK = 256  # samples read at once
+_BESIDE = ("manifest.json", "ids.npy", "clusters.npy")  # the shards
 
 
 def export(
@@ -32,46 +36,52 @@ def export(
     max_samples: int = 10_000,
     max_bytes: int = 1 << 30,
     overwrite: bool = False,
-) -> list[Path]:
+    storage_options: Mapping[str, Any] | None = None,
+) -> list[Any]:
     """Copy the selected samples of a pool to new shards; members keep their bytes, samples their keys.
 
     A key that the shard already has (of a repeated sample, or another sample of that name) gets the suffix
     `~2`, `~3`, … The folder also gets `ids.npy`, (n,) int64, the pool's id of each exported sample in the
     order of the shards; with a tree `clusters.npy`, (n, n_levels), its cluster at levels 1, 2, …; and
-    `manifest.json` with the pool, the settings, and the number of the first sample of every shard. The same
-    arguments give the same bytes; a killed export starts over.
+    `manifest.json` with the pool, the settings, and the number of the first sample of every shard, which
+    is written last. The same arguments give the same bytes. An export that was killed at any point is started
+    over by the next one to the same place: what it wrote is removed first, and nothing else.
 
     Args:
         pool: to copy from.
         ids: (n,) integers; a repeated id is written as often.
-        out: a folder, or a pattern as for `ShardWriter`.
+        out: a folder, or a pattern, as for `ShardWriter`: on this machine, or the URL of a store.
         tree: the cluster tree of the pool.
         order: "shuffled", "pool" (ascending ids, the fastest to read), or "given" (as in `ids`).
         seed: for the shuffling.
         max_samples, max_bytes: per shard.
         overwrite: replace the shards of an earlier export.
+        storage_options: for fsspec, to write to a store; None takes those of the pool.
 
     Returns:
-        The shards.
+        The shards, as paths, or as URLs in a store.
 
     Raises:
         ConfigError: no ids, or an unknown order.
-        PoolError: an id outside the pool, a shard that changed, or `out` already holds shards.
+        PoolError: an id outside the pool, a shard that changed, or `out` already holds shards or an export.
+        CacheError: it cannot be written.
     """
     if order not in get_args(Order):
         raise ConfigError(f"order: expected one of {', '.join(get_args(Order))}, found {order!r}")
     ids = np.asarray(ids)
     shuffled = EpochOrder(ids, seed=seed, batch_size=1, shuffle="full" if order == "shuffled" else "none")
     ids = np.sort(ids) if order == "pool" else shuffled.ids(0, 0, len(ids))
-    check_export(pool, out, max_samples=max_samples, max_bytes=max_bytes, overwrite=overwrite)
+    options: dict[str, Any] = {
+        "max_samples": max_samples,
+        "max_bytes": max_bytes,
+        "overwrite": overwrite,
+        "storage_options": pool.storage_options if storage_options is None else storage_options,
+    }
+    check_export(pool, out, **options)
     first_of_shard: list[int] = []
-    with (
-        ShardWriter(out, max_samples=max_samples, max_bytes=max_bytes, overwrite=overwrite) as writer,
-        progress("export", len(ids), "samples") as advance,
-    ):
-        folder = writer.folder
-        for name in ("manifest.json", "ids.npy", "clusters.npy"):  # of an earlier export, no longer true
-            (folder / name).unlink(missing_ok=True)
+    with ShardWriter(out, **options) as writer, progress("export", len(ids), "samples") as advance:
+        for name in _BESIDE:  # of an earlier export, no longer true
+            writer.remove_beside(name)
         keys: set[str] = set()
         for start in range(0, len(ids), _BLOCK):
             samples = pool.read(ids[start : start + _BLOCK])
@@ -83,25 +93,25 @@ def export(
                     keys.clear()
                 keys.add(key)
             advance(len(samples))
-    atomic_save(folder / "ids.npy", ids.astype(np.int64, copy=False))
-    if tree is not None:
-        clusters = [tree.assignment(level, ids) for level in range(1, tree.n_levels + 1)]
-        atomic_save(folder / "clusters.npy", np.stack(clusters, axis=1).astype(np.int32))
-    atomic_write_json(
-        folder / "manifest.json",
-        {
+        writer.publish()
+        writer.write_beside("ids.npy", encode_member(ids.astype(np.int64, copy=False)))
+        if tree is not None:
+            clusters = [tree.assignment(level, ids) for level in range(1, tree.n_levels + 1)]
+            writer.write_beside("clusters.npy", encode_member(np.stack(clusters, axis=1).astype(np.int32)))
+        manifest = {
             "pool": {"fingerprint": pool.fingerprint, "shards": pool.urls},
             "order": order,
             "seed": seed if order == "shuffled" else None,
             "samples": len(ids),
             "levels": 0 if tree is None else tree.n_levels,
             "shards": [
-                {"name": path.name, "first": first}
-                for path, first in zip(writer.shards, first_of_shard, strict=True)
+                {"name": str(place).rpartition("/")[2], "first": first}
+                for place, first in zip(writer.shards, first_of_shard, strict=True)
             ],
-        },
-    )
-    log.info("exported %d samples to %d shards in %s", len(ids), len(writer.shards), folder)
+        }
+        text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+        writer.write_beside("manifest.json", text.encode())
+    log.info("exported %d samples to %d shards in %s", len(ids), len(writer.shards), writer.out)
     return writer.shards
 
 
@@ -111,9 +121,18 @@ def check_export(pool: ShardPool, out: str | Path, **options: Any) -> None:
     Raises:
         PoolError, CacheError: see `check_out`; or it would replace shards of the pool that it reads.
     """
-    there = {path.resolve() for path in existing_shards(*check_out(out, **options))}
-    for url in pool.urls if there else ():
-        if "://" not in url and Path(url).resolve() in there:
+    options.setdefault("storage_options", pool.storage_options)
+    folder, name = check_out(out, **options, beside=dict.fromkeys(_BESIDE))
+    there = existing_shards(folder, name)
+    if isinstance(folder, LocalFolder):
+        own = {str(folder.place(found).resolve()) for found in there}
+        read = {url: url if is_remote(url) else str(Path(url).resolve()) for url in pool.urls if own}
+    else:
+        folder.check()
+        own = {folder.place(found) for found in there}
+        read = {url: url for url in pool.urls if own}
+    for url, place in read.items():
+        if place in own:
             raise PoolError(
                 f"{url}: is a shard of the pool, which the export would replace; give another folder"
             )

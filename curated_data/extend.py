@@ -28,6 +28,7 @@ from curated_data.deduplication import (
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.errors import CacheError, PoolError
 from curated_data.parallel import all_gather, rank, world_size
+from curated_data.paths import local_path
 from curated_data.pipeline import Curation, opened, publish_tree, read_selection, report_of, select
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
@@ -100,7 +101,9 @@ def extend(
         RankError: another rank has failed or died.
     """
     with opened(pool, config, cache_dir) as (shards, settings, root):
-        return _extend(shards, settings, Path(tree), embedder, root, device, decoders, rebuild_above)
+        return _extend(
+            shards, settings, local_path(tree, "tree"), embedder, root, device, decoders, rebuild_above
+        )
 
 
 def _extend(

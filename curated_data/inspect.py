@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curated_data.cache import MANIFEST, Remedy, check_artifact, check_format, read_json
+from curated_data.cache import MANIFEST, Remedy, absolute, check_artifact, check_format, read_json
 from curated_data.errors import CacheError
 from curated_data.holds import MARKER
 from curated_data.seals import reading
@@ -42,7 +42,7 @@ def inspect_cache(cache_dir: str | Path) -> list[Artifact]:
     Raises:
         CacheError: the folder is not a cache, or another format version wrote it.
     """
-    root = Path(cache_dir).expanduser()
+    root = absolute(cache_dir)
     check_is_cache(root)
     stages = ["index", "pool", "embeddings", "near_duplicates", "tree", "selection"]
     others = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -76,7 +76,7 @@ def verify_cache(cache_dir: str | Path) -> list[str]:
     """
     from curated_data.embedding.store import check_shard  # here, because its package imports torch
 
-    root = Path(cache_dir).expanduser()
+    root = absolute(cache_dir)
     check_is_cache(root)
     problems: list[str] = []
     for manifest in sorted(root.glob(f"[!.]*/[!.]*/**/{MANIFEST}")):

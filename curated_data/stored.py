@@ -19,7 +19,7 @@ from curated_data.seals import load_npy, reading
 
 def selections(cache_dir: str | Path) -> list[str]:
     """The names of the selections in a cache, newest first."""
-    found = [path.parent for path in (Path(cache_dir).expanduser() / "selection").glob(f"*/{MANIFEST}")]
+    found = [path.parent for path in (absolute(cache_dir) / "selection").glob(f"*/{MANIFEST}")]
     found = [path for path in found if is_fingerprint(path.name)]
     return [path.name for path in sorted(found, key=lambda path: (-path.lstat().st_mtime, path.name))]
 

@@ -60,6 +60,7 @@ class Settings:
     device: str = "auto"
     export: str | None = None
     report: str | None = None
+    storage_options: dict[str, Any] = field(default_factory=dict)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +95,7 @@ def read_settings(paths: Sequence[str], overrides: Sequence[str] = ()) -> Settin
 def run(settings: Settings) -> None:
     """Curate by the settings, and print the table."""
     config = load_config(settings.curation)
-    pool = ShardPool(settings.pool, cache_dir=settings.cache_dir)
+    pool = ShardPool(settings.pool, cache_dir=settings.cache_dir, storage_options=settings.storage_options)
     with process_group():
         rows = walk(
             pool,

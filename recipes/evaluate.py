@@ -29,7 +29,9 @@ from rich.table import Column, Table
 from curated_data.cache import atomic_path, atomic_write_json, open_cache
 from curated_data.embedding import resolve_embedder
 from curated_data.errors import ConfigError, CuratedDataError, first_line
+from curated_data.paths import local_path
 from curated_data.progress import log_to_terminal
+from curated_data.removal import remove
 from lightning_modules.evaluation.comparison import ComparisonResult, comparison
 from recipes.evaluations import Features, Figures, evaluate, evaluate_shifted
 from recipes.suite import Dataset, Part, load_suite, open_suite
@@ -73,8 +75,8 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--workers: expected 0 or more, got {options.workers}")
     options.device = usable_device(options.device)
     suite = load_suite(options.suite)
-    cache, out = open_cache(options.cache_dir), Path(options.out)
-    parts, missing = open_suite(suite, Path(options.root), cache)
+    cache, out = open_cache(options.cache_dir), local_path(options.out, "--out")
+    parts, missing = open_suite(suite, local_path(options.root, "--root"), cache)
     results: Results = {}
     for name in names:
         features = Features(resolve_embedder(name), cache, options.workers, options.device)
@@ -181,7 +183,7 @@ def write(results: Results, compared: Comparisons, out: Path) -> None:
     if twins:
         _write_csv(out / "duplicates.csv", twins)
     else:
-        (out / "duplicates.csv").unlink(missing_ok=True)
+        remove(out / "duplicates.csv", below=out)
     samples: dict[str, Any] = {
         f"{name}|{dataset}|{title}": figure.samples
         for name, found in results.items()

@@ -37,6 +37,7 @@ from curated_data import CuratedDataModule, CurationConfig, ShardPool, ShardWrit
 from curated_data.cache import atomic_path, fingerprint, open_cache
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, CuratedDataError, PoolError
+from curated_data.paths import local_path
 from curated_data.pipeline import Curation
 from curated_data.progress import log_to_terminal
 from curated_data.report import figures
@@ -94,7 +95,7 @@ def quieten_lightning() -> None:
 def run(options: argparse.Namespace) -> None:
     """Curate, pretrain twice, evaluate, draw."""
     started = time.monotonic()
-    out = Path(options.out)
+    out = local_path(options.out, "--out")
     cache = open_cache(out / "cache")
     data = choose_data(options)
     for name, least in (("epochs", 1), ("workers", 0), ("target_size", 1), ("image_size", 1)):
@@ -174,7 +175,9 @@ def parse_options() -> argparse.Namespace:
 def choose_data(options: argparse.Namespace) -> Data:
     """The pool that the command line names, with settings that suit it."""
     if options.pool:
-        n_samples = len(ShardPool(options.pool, cache_dir=open_cache(Path(options.out) / "cache")))
+        n_samples = len(
+            ShardPool(options.pool, cache_dir=open_cache(local_path(options.out, "--out") / "cache"))
+        )
         return Data(
             options.pool, options.test, options.target_size or n_samples // 5, options.image_size or 224
         )
@@ -183,7 +186,11 @@ def choose_data(options: argparse.Namespace) -> Data:
         test, classes, size = [str(FASHION / "fashion-test-00.tar")], FASHION_CLASSES, 28
     else:
         classes, size = CIFAR_CLASSES if options.data == "cifar10" else None, 32
-        folder = long_tailed_cifar(Path(options.out)) if options.data == "cifar10" else Path(options.data)
+        folder = (
+            long_tailed_cifar(local_path(options.out, "--out"))
+            if options.data == "cifar10"
+            else local_path(options.data, "--data")
+        )
         train, test = (sorted(map(str, folder.glob(f"*{part}*.tar"))) for part in ("train", "test"))
         if not train:
             raise CuratedDataError(
@@ -191,7 +198,7 @@ def choose_data(options: argparse.Namespace) -> Data:
             )
     is_grey = options.data == "fashion"
     metric = "cosine" if is_grey else "l2"  # measured on both, see docs/how_it_works.md
-    n_samples = len(ShardPool(train, cache_dir=open_cache(Path(options.out) / "cache")))
+    n_samples = len(ShardPool(train, cache_dir=open_cache(local_path(options.out, "--out") / "cache")))
     target_size = options.target_size or n_samples // 5
     return Data(train, test, target_size, options.image_size or size, classes, is_grey, metric)
 

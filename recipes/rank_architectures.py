@@ -39,6 +39,7 @@ from curated_data import CuratedDataModule
 from curated_data.cache import atomic_path, atomic_write_json, fingerprint, open_cache, read_json
 from curated_data.errors import ConfigError, CuratedDataError
 from curated_data.locks import locked
+from curated_data.paths import local_path
 from curated_data.progress import log_to_terminal, progress
 from lightning_modules.evaluation.ranking import RankingResult, ranking
 from lightning_modules.supervised import Supervised, build_classifier
@@ -116,7 +117,9 @@ def run(options: argparse.Namespace) -> RankingResult:
     """Find the accuracies of every architecture on both datasets, then write statistics, table and figure."""
     budget = Budget(**{name: getattr(options, name) for name in Budget.__dataclass_fields__})
     check_options(options)
-    known = read_known(Path(options.known)) if options.known else {side: {} for side in SIDES}
+    known = (
+        read_known(local_path(options.known, "--known")) if options.known else {side: {} for side in SIDES}
+    )
     if options.architectures:
         models = options.architectures
     elif options.known:
@@ -147,7 +150,7 @@ def run(options: argparse.Namespace) -> RankingResult:
                          confidence=options.confidence)  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    report(result, accuracies, names, Path(options.out))
+    report(result, accuracies, names, local_path(options.out, "--out"))
     return result
 
 

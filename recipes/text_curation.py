@@ -40,6 +40,7 @@ from curated_data.cache import atomic_write_json, build_once, fingerprint, open_
 from curated_data.embedding import Embedder, resolve_embedder
 from curated_data.embedding.text import check_text
 from curated_data.errors import CuratedDataError, PoolError
+from curated_data.paths import local_path
 from curated_data.progress import progress
 from curated_data.report.comparison import Row
 from recipes.curate import add_selection_options, print_comparison, report_errors, walk_by_options
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> dict[str, Row]:
     """Curate; returns the rows of the table."""
     root = open_cache(options.cache_dir)
     embedder = text_embedder(options.embedder)
-    shards = write_shards(Source(Path(options.source), options.text, options.label), root)
+    shards = write_shards(Source(local_path(options.source, "--source"), options.text, options.label), root)
     return walk_by_options(ShardPool(shards, cache_dir=root), embedder, options)
 
 

@@ -23,6 +23,7 @@ from curated_data.cache import open_cache
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.embedding.embedders import ModuleEmbedder
 from curated_data.errors import ConfigError, EmbedderError
+from curated_data.paths import local_path
 from curated_data.report.examples import thumbnails
 from curated_data.report.page import class_names_beside, write_report
 from lightning_modules import TSimCNE
@@ -56,7 +57,7 @@ def visualise(options: argparse.Namespace) -> None:
     """Write the map as a figure and a table, and a report with it."""
     if options.epochs < 1:
         raise ConfigError(f"--epochs {options.epochs}: the map needs one pass or more")
-    out = Path(options.out)
+    out = local_path(options.out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     pool = ShardPool(options.pool, cache_dir=options.cache_dir)
     settings = {"target_size": options.target_size, "seed": options.seed}

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import uuid
 
 import numpy as np
 import pytest
@@ -142,6 +143,7 @@ def test_help_and_a_look_at_a_cache_import_no_torch(tmp_path):
     open_cache(tmp_path)
     code = """
 import sys
+import uuid
 from curated_data.cli import main
 assert main(["inspect", sys.argv[1]]) == 0
 try:
@@ -240,8 +242,105 @@ def test_settings_of_the_pool(write_pool, tmp_path, capsys):
     assert main(["index", shard, *place]) == 0
     assert main(["index", shard, *place, "--strict"]) == 2
     assert "strict" in capsys.readouterr().err
-    for options in ([], ["--background", "255"], ["--background", "1", "2", "3"], ["--ignore-exif"]):
+    for options in ([], ["--background", "255"], ["--background", "1,2,3"], ["--ignore-exif"]):
         assert main(["embed", shard, *place, "--embedder", "pixels:2", *options]) == 0
     assert len(list((tmp_path / "cache" / "embeddings").iterdir())) == 4
     assert main(["index", shard, *place, "--background", "300"]) == 2
     assert "background" in capsys.readouterr().err
+
+
+class TestRepeatedOptions:
+    """Options that take several values leave the shards to the command."""
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["--set", "strategy=closest", "POOL"],
+            ["--set", "strategy=closest", "seed=3", "POOL"],
+            ["--set", "seed=3", "--set", "strategy=closest", "POOL"],
+            ["POOL", "--set", "strategy=closest", "seed=3"],
+            ["--set=strategy=closest", "POOL", "--set", "seed=3"],
+            ["--set", "strategy=closest", "--", "POOL"],
+            ["--storage-options", "anon=true", "--set", "strategy=closest", "POOL"],
+            ["--storage-options", '{"a": {"b": 1}}', "c=2", "POOL", "--set", "strategy=closest"],
+        ],
+    )
+    def test_in_any_order(self, arguments, write_pool, tmp_path, capsys):
+        shards = write_pool([12])
+        spread = [item for argument in arguments for item in (shards if argument == "POOL" else [argument])]
+        options = ["--embedder", "pixels:4", "--target-size", "3", "--cache-dir", str(tmp_path / "cache")]
+        assert main(["-q", "curate", *options, *spread]) == 0
+        (manifest,) = (tmp_path / "cache" / "selection").glob("*/manifest.json")
+        assert json.loads(manifest.read_text())["settings"]["strategy"] == "closest"
+
+    def test_several_shards_after_a_setting(self, write_pool, tmp_path, capsys):
+        shards = write_pool([7, 5])
+        place = ["--cache-dir", str(tmp_path / "cache"), "--embedder", "pixels:4", "--target-size", "3"]
+        assert main(["-q", "curate", *place, "--set", "seed=1", *shards]) == 0
+        assert "3 of 12 samples" in capsys.readouterr().out
+
+    def test_a_setting_without_a_value_is_named(self, write_pool, capsys):
+        assert main(["curate", *write_pool([3]), "--set", "strategy", "--target-size", "2"]) == 2
+        assert "--set strategy: expected FIELD=VALUE" in capsys.readouterr().err
+
+
+class TestStorageOptions:
+    @pytest.fixture
+    def s3(self, write_pool):
+        """Shards in moto's S3 server, which cannot be reached without options."""
+        s3fs = pytest.importorskip("s3fs")
+        server_module = pytest.importorskip("moto.server")
+        server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        endpoint = f"http://{host}:{port}"
+        bucket = s3fs.S3FileSystem(key="k", secret="s3cr3t", client_kwargs={"endpoint_url": endpoint})
+        name = f"options-{uuid.uuid4().hex[:8]}"
+        bucket.mkdir(name)
+        bucket.put(write_pool([12])[0], f"{name}/p-0.tar")
+        yield endpoint, f"s3://{name}"
+        server.stop()
+
+    def test_by_keys_json_and_yaml(self, s3, tmp_path, capsys):
+        cache = tmp_path / "cache"
+        options = {"key": "k", "secret": "s3cr3t", "client_kwargs": {"endpoint_url": s3[0]}}
+        (tmp_path / "c.yaml").write_text(json.dumps({"target_size": 3, "storage_options": options}))
+        keys = ["key=k", "secret=s3cr3t", f"client_kwargs.endpoint_url={s3[0]}"]
+        pool = [f"{s3[1]}/p-*.tar", "--cache-dir", str(cache)]
+        assert main(["-q", "index", *pool, "--storage-options", *keys]) == 0
+        assert main(["-q", "index", "--storage-options", json.dumps(options), *pool]) == 0
+        assert capsys.readouterr().out.count("12 samples in 1 shards") == 2
+        run = ["--config", str(tmp_path / "c.yaml"), "--embedder", "pixels:4"]
+        assert main(["-q", "curate", *pool, *run]) == 0
+        assert main(["-q", "export", *pool, *run, "--out", f"{s3[1]}/out"]) == 0
+        assert main(["-q", "report", *pool, *run, "--out", str(tmp_path / "report.html")]) == 0
+        mixed = ["--storage-options", "secret=s3cr3t", "--config", str(tmp_path / "c.yaml")]
+        assert main(["-q", "curate", *pool, "--embedder", "pixels:4", *mixed]) == 0
+        files = [tmp_path / "report.html", *(path for path in cache.rglob("*") if path.is_file())]
+        assert not [path for path in files if b"s3cr3t" in path.read_bytes()]
+
+    @pytest.mark.parametrize("value", ["nothing", "{broken", "[1]"])
+    def test_what_is_no_option_is_named(self, value, write_pool, capsys):
+        assert main(["index", *write_pool([3]), "--storage-options", value]) == 2
+        assert "--storage-options" in capsys.readouterr().err
+
+    def test_the_recipe_and_the_data_module_take_them(self, s3, tmp_path):
+        from curated_data import CuratedDataModule
+        from recipes.curate import read_settings, run
+
+        options = {"key": "k", "secret": "s3cr3t", "client_kwargs": {"endpoint_url": s3[0]}}
+        (tmp_path / "c.yaml").write_text(
+            json.dumps(
+                {
+                    "pool": f"{s3[1]}/p-*.tar",
+                    "embedder": "pixels:4",
+                    "curation": {"target_size": 3},
+                    "cache_dir": str(tmp_path / "cache"),
+                    "storage_options": options,
+                }
+            )
+        )
+        run(read_settings([str(tmp_path / "c.yaml")]))
+        assert (tmp_path / "cache" / "selection").is_dir()
+        data = CuratedDataModule(f"{s3[1]}/p-*.tar", storage_options=options)
+        assert len(data.pool) == 12

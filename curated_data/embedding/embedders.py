@@ -272,7 +272,7 @@ def _hub(rest: str) -> Embedder:
 
 def _checkpoint(path: str) -> Embedder:
     """A module whose checkpoint contains its dotted class name, so that this package need not know it."""
-    content = read_weights(Path(path), f"checkpoint:{path}")
+    content = read_weights(Path(path).expanduser(), f"checkpoint:{path}")
     dotted = content.get("module_class") if isinstance(content, dict) else None
     if not isinstance(dotted, str):
         raise EmbedderError(

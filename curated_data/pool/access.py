@@ -21,6 +21,8 @@ class RemoteOptions:
         n_threads: parallel requests in each process.
         attempts: how often a request is tried before it fails, with pauses of `backoff`, twice that, four
             times that, … seconds.
+        silence: seconds in which an HTTP server that sends next to nothing has failed; a long download has
+            not. Other protocols have their own, see `storage_options`.
         cache_bytes: limit on the size of all downloaded shards, over all processes that share the cache.
         latency: seconds that a request takes at least, for the comparison.
         bandwidth: bytes per second in one process, for the comparison.
@@ -33,6 +35,7 @@ class RemoteOptions:
     n_threads: int = 32
     attempts: int = 5
     backoff: float = 0.5
+    silence: float = 60.0
     cache_bytes: int = 32 << 30
     latency: float = 0.02
     bandwidth: float = 100e6

@@ -268,7 +268,7 @@ def load_pool_index(folder: Path, *, checked: bool = True) -> PoolIndex:
     """Open what `write_pool_index` wrote, as memory maps.
 
     Args:
-        checked: verify the checksums and the places of all samples; the workers of a process that did need not.
+        checked: verify the checksums and the places of all samples; a process's workers need not.
 
     Raises:
         CacheError: missing, damaged, or written by another version.

@@ -175,4 +175,6 @@ class CachedReader(LocalReader):
         return self._shard_cache.open(self.shards[number], download)
 
     def _is_current(self, number: int, status: os.stat_result, was_linked: bool) -> bool:
+        if status.st_size != self.shards[number].size:  # cut short since: opening it again repairs it
+            return False
         return status.st_nlink > 0 or not was_linked  # otherwise evicted: closing it frees its space

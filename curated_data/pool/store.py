@@ -1,5 +1,6 @@
 """Access to remote files through fsspec, with retries: their state, ranges of bytes, downloads."""
 
+import contextlib
 import logging
 import math
 import os
@@ -7,18 +8,21 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
 
-from curated_data.errors import PoolError
+from curated_data.errors import CuratedDataError, PoolError, printable
+from curated_data.pool import http
 from curated_data.pool.access import RemoteOptions
+from curated_data.pool.out import writing
 from curated_data.pool.storage import ShardFile
-from curated_data.pool.urls import unreachable
+from curated_data.pool.urls import a_folder, unreachable
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +30,7 @@ _HTTP = ("http://", "https://")
 _S3 = ("s3://", "s3a://")
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "Content-MD5", "LastModified", "Last-Modified", "mtime")
 _LISTED_FROM = 200  # shards in one folder, from which listing it is faster than one request per shard
+_PIECE = 32 << 20  # bytes asked for at once, to download
 Result = TypeVar("Result")
 
 
@@ -43,7 +48,17 @@ class Store:
         def look() -> dict[str, Any]:
             filesystem, path = self._resolve(url)
             filesystem.invalidate_cache()
-            return filesystem.info(path)
+            if not url.startswith(_HTTP):
+                return filesystem.info(path)
+            info = self._wait(filesystem, filesystem._info, path, timeout=2 * self.options.silence)
+            if info.get("mimetype") == "text/html":  # as of servers that call everything so
+                first = self._wait(filesystem, http.first_bytes, filesystem, path, self.options.silence)
+                if first.lstrip()[:1] == b"<":
+                    raise PoolError(
+                        f"{url}: its server answers with a web page, not with a shard; give the URL of a "
+                        "file, or for a folder add *.tar"
+                    )
+            return info
 
         return _state(url, self._retried(look, url))
 
@@ -74,7 +89,7 @@ class Store:
         if stop <= start:
             return b""
 
-        failed = False
+        failed, silence = False, self.options.silence
 
         def ask() -> bytes:
             nonlocal failed
@@ -84,11 +99,12 @@ class Store:
             filesystem, path = self._resolve(shard.url)
             same: bool | None = None  # unknown
             if shard.url.startswith(_HTTP):
-                data, same = fsspec.asyn.sync(
-                    filesystem.loop, _ask_http, filesystem, path, shard, start, stop
-                )
+                with self._told_by_size(shard):
+                    data, same = self._wait(
+                        filesystem, http.read_range, filesystem, path, shard, start, stop, silence
+                    )
             elif shard.url.startswith(_S3):
-                data, same = fsspec.asyn.sync(filesystem.loop, _ask_s3, filesystem, path, shard, start, stop)
+                data, same = self._wait(filesystem, _ask_s3, filesystem, path, shard, start, stop)
             else:
                 data = filesystem.cat_file(path, start=start, end=stop)
             if len(data) != stop - start:
@@ -105,11 +121,35 @@ class Store:
 
         def fetch() -> None:
             filesystem, remote = self._resolve(shard.url)
-            with open(path, "r+b") as file:
-                filesystem.get_file(remote, file)
+            with writing(path):
+                handle = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with open(handle, "wb", buffering=0) as file:
+
+                def write(piece: bytes) -> None:
+                    if file.tell() + len(piece) > shard.size:
+                        raise OSError(f"sends more than its {shard.size} bytes")
+                    with writing(path):
+                        while piece:
+                            piece = piece[file.write(piece) :]
+
+                same, silence = True, self.options.silence
+                if shard.url.startswith(_HTTP):
+                    with self._told_by_size(shard):
+                        same = self._wait(
+                            filesystem, http.read_whole, filesystem, remote, shard, write, silence
+                        )
+                elif shard.url.startswith(_S3):
+                    for start in range(0, shard.size, _PIECE):
+                        write(self.read(shard, start, min(start + _PIECE, shard.size)))
+                else:
+                    with filesystem.open(remote, "rb") as stored:
+                        while piece := stored.read(_PIECE):
+                            write(piece)
                 size = file.tell()
             if size != shard.size:
                 raise OSError(f"got {size} of its {shard.size} bytes")
+            if same is False:
+                self._check_unchanged(shard, at_once=True)
 
         self._retried(fetch, shard.url)
 
@@ -121,10 +161,28 @@ class Store:
         host = urlsplit(url).netloc
         with self._lock:
             if host not in self._ranges:
-                self._ranges[host] = self._probe(url) == 206
+                self._ranges[host] = self._has_ranges(url)
                 if not self._ranges[host]:
                     log.info("%s does not support ranged reads: its shards are downloaded whole", host)
             return self._ranges[host]
+
+    def _has_ranges(self, url: str) -> bool:
+        filesystem, path = self._resolve(url)
+        silence = self.options.silence
+        ask = partial(self._wait, filesystem, http.has_ranges, filesystem, path, silence)
+        return self._retried(ask, url)
+
+    @contextlib.contextmanager
+    def _told_by_size(self, shard: ShardFile) -> Iterator[None]:
+        """Look at a shard again whose server says that it has another size."""
+        try:
+            yield
+        except http.OtherSizeError:
+            self._check_unchanged(shard, at_once=True)
+            raise
+
+    def _wait(self, filesystem: Any, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return fsspec.asyn.sync(filesystem.loop, call, *arguments, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"storage_options": self.storage_options, "options": self.options}
@@ -165,21 +223,6 @@ class Store:
         first = next(iter(found), None)
         return found if first is not None and found[first] == self.stat(first) else {}
 
-    def _probe(self, url: str) -> int:
-        """The HTTP status of a request for the first byte; the body is not read."""
-        filesystem, path = self._resolve(url)
-
-        async def status() -> int:
-            session = await filesystem.set_session()
-            headers = {**filesystem.kwargs.get("headers", {}), "Range": "bytes=0-0"}
-            others = {name: value for name, value in filesystem.kwargs.items() if name != "headers"}
-            async with session.get(filesystem.encode_url(path), headers=headers, **others) as response:
-                if response.status >= 500:
-                    response.raise_for_status()
-                return response.status
-
-        return self._retried(lambda: fsspec.asyn.sync(filesystem.loop, status), url)
-
     def _resolve(self, url: str) -> tuple[Any, str]:
         self._check_process()
         found = self._files.get(url)
@@ -212,65 +255,54 @@ class Store:
                     raise PoolError(f"{url}: is not there, or vanished since it was indexed") from error
                 last = error.__cause__
             except PermissionError as error:
-                raise PoolError(f"{url}: may not be read ({error}); see storage_options") from error
-            except PoolError:
+                raise PoolError(
+                    f"{url}: may not be read ({printable(error)}); see storage_options"
+                ) from error
+            except CuratedDataError:
                 raise
             except Exception as error:  # each protocol has its own network errors
                 last = error
             if attempt + 1 < self.options.attempts:
                 # With jitter, so that many readers do not return at once; no generator that users seed.
                 pause = self.options.backoff * 2**attempt * (0.5 + random.SystemRandom().random())
-                log.warning("%s: %s: %s; trying again in %.3g s", url, type(last).__name__, last, pause)
+                log.warning("%s: %s; trying again in %.3g s", url, printable(last), pause)
                 time.sleep(pause)
         raise PoolError(
             f"{url}: cannot be read: {self.options.attempts} attempts failed over "
-            f"{time.monotonic() - started:.1f} s ({type(last).__name__}: {last})"
+            f"{time.monotonic() - started:.1f} s ({printable(last)})"
         ) from last
 
 
 def _state(url: str, info: Mapping[str, Any]) -> ShardFile:
-    if info.get("size") is None:
+    if info.get("type") == "directory":
+        raise a_folder(url)
+    if info.get("size") is None or int(info["size"]) < 0:
         raise PoolError(f"{url}: its server does not tell its size, so it cannot be indexed")
     version = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
     return ShardFile(url, int(info["size"]), version)
 
 
-async def _ask_http(
-    filesystem: Any, path: str, shard: ShardFile, start: int, stop: int
-) -> tuple[bytes, bool | None]:
-    """A range of a file, and whether the answer has the indexed version and size (None if unknown)."""
-    session = await filesystem.set_session()
-    headers = {**filesystem.kwargs.get("headers", {}), "Range": f"bytes={start}-{stop - 1}"}
-    others = {name: value for name, value in filesystem.kwargs.items() if name != "headers"}
-    async with session.get(filesystem.encode_url(path), headers=headers, **others) as response:
-        if response.status == 404:
-            raise FileNotFoundError(shard.url)
-        response.raise_for_status()
-        data = await response.read()
-        if response.status != 206:  # the whole file, as HTTP allows
-            data, total = data[start:stop], len(data)
-        else:
-            total = response.headers.get("Content-Range", "").rpartition("/")[2]
-        return data, _is_same(shard, str(total), response.headers.get("ETag"))
-
-
 async def _ask_s3(
     filesystem: Any, path: str, shard: ShardFile, start: int, stop: int
 ) -> tuple[bytes, bool | None]:
-    """As `_ask_http`. s3fs's own methods do not return the version."""
+    """As `http.read_range`. s3fs's own methods do not return the version."""
     bucket, key, _ = filesystem.split_path(path)
     answer = await filesystem._call_s3(
         "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}"
     )
+    pieces: list[bytes] = []
     try:
-        data = await answer["Body"].read()
+        missing = stop - start + 1  # one more than there should be, to see whether there is
+        while missing > 0 and (piece := await answer["Body"].read(missing)):
+            pieces.append(piece)
+            missing -= len(piece)
     finally:
         answer["Body"].close()
-    total = answer.get("ContentRange", "").rpartition("/")[2]
-    return data, _is_same(shard, total, answer.get("ETag"))
+    return b"".join(pieces), _is_same(shard, answer.get("ContentRange", ""), answer.get("ETag"))
 
 
-def _is_same(shard: ShardFile, total: str, etag: str | None) -> bool | None:
+def _is_same(shard: ShardFile, content_range: str, etag: str | None) -> bool | None:
+    total = content_range.rpartition("/")[2]
     if total.isdigit() and int(total) != shard.size:
         return False
     return None if etag is None else etag == shard.version

@@ -1,9 +1,11 @@
 """Expanding the patterns that a user gives to the list of shards of a pool."""
 
 import difflib
+import fnmatch
 import glob
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,16 +14,18 @@ from typing import Any, TypeVar
 import braceexpand
 import fsspec
 
-from curated_data.errors import PoolError
+from curated_data.errors import PoolError, printable
+from curated_data.paths import is_chain, parts_of, spelled
 
 _MANY = 256  # files, from which they are looked up in parallel
+_SILENCE = 60.0  # seconds without an answer, after which a listing has failed
 _EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}  # what installs a protocol's packages
 Result = TypeVar("Result")
 
 
 def is_remote(url: str) -> bool:
     """Whether a shard is read through fsspec instead of as a local file."""
-    return ("://" in url or "::" in url) and not is_pipe(url)
+    return ("://" in url or is_chain(url)) and not is_pipe(url)
 
 
 def is_pipe(url: str) -> bool:
@@ -34,7 +38,7 @@ def unreachable(url: str, error: Exception) -> PoolError:
     protocol = url.rpartition("::")[2].partition("://")[0]
     extra = _EXTRAS.get(protocol) if isinstance(error, ImportError) else None
     hint = f"; pip install 'curated-data[{extra}]'" if extra else ""
-    return PoolError(f"{url}: cannot be reached ({error}){hint}")
+    return PoolError(f"{url}: cannot be reached ({printable(error)}){hint}")
 
 
 def absolute_url(url: str) -> str:
@@ -52,8 +56,9 @@ def expand_urls(
 
     Args:
         urls: a path or fsspec URL, with braces (`pool-{000..099}.tar`) or `*`, `?`, `[...]` and `**` (only
-            `*` for remote URLs), or a list of these. An existing file whose name contains such characters is
-            taken literally.
+            `*` for remote URLs), or a list of these. `A::B` is the shards of A, then those of B, as in
+            webdataset; a chain of fsspec's (`simplecache::s3://...`) is one URL. An existing file whose name
+            contains such characters is taken literally.
         storage_options: for fsspec, to list a remote pattern.
         pipes: accept `pipe:<command>` too.
 
@@ -72,7 +77,8 @@ def expand_urls(
             raise PoolError(
                 f"a shard is named by a path or URL, not by {pattern!r} ({type(pattern).__name__})"
             )
-        expanded.extend(_expand(os.fspath(pattern), storage_options or {}, pipes))
+        for part in _joined(pattern):
+            expanded.extend(_expand(part, storage_options or {}, pipes))
     seen: set[str] = set()
     for url in expanded:
         place = absolute_url(url)
@@ -106,6 +112,22 @@ def missing_shard(path: str, note: str = "") -> PoolError:
     return PoolError(f"no shard matches {path!r}{note}{_nearest(parent, name)}")
 
 
+def a_folder(url: str) -> PoolError:
+    """The error for a folder in place of shards."""
+    return PoolError(f"{url!r} is a folder; give its shards, for example {os.path.join(url, '*.tar')!r}")
+
+
+def _joined(pattern: str | Path) -> list[str]:
+    """The places that a pattern joins with `::`, spelled out."""
+    text = spelled(pattern)
+    if "::" not in text or os.path.isfile(text):
+        return [text]
+    parts = parts_of(text)
+    if not all(parts):
+        raise PoolError(f"{text!r}: names nothing before or after one of its '::'; write A.tar::B.tar")
+    return [spelled(part) for part in parts]
+
+
 def _expand(pattern: str, storage_options: Mapping[str, Any], pipes: bool) -> list[str]:
     if is_pipe(pattern):
         if pipes:
@@ -114,17 +136,14 @@ def _expand(pattern: str, storage_options: Mapping[str, Any], pipes: bool) -> li
             f"{pattern!r}: a pipe has no offsets to read samples at; read it in sequence with "
             "curated_data.pool.sequential.SequentialPool, or store the shards as files"
         )
-    if pattern.startswith(("file://", "local://")):
-        pattern = pattern.split("://", 1)[1]
     remote = is_remote(pattern)
+    if remote and pattern.endswith("/"):
+        raise a_folder(pattern)
     if not remote:
-        pattern = os.path.expanduser(pattern)
         if os.path.isfile(pattern):
             return [pattern]
         if os.path.isdir(pattern):
-            raise PoolError(
-                f"{pattern!r} is a folder; give its shards, for example {os.path.join(pattern, '*.tar')!r}"
-            )
+            raise a_folder(pattern)
     pieces = _braces(pattern)
     found: list[str] = []
     for piece in pieces:
@@ -163,16 +182,30 @@ def _braces(pattern: str) -> list[str]:
 def _glob_remote(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(pattern, **storage_options)
-        matches = sorted(filesystem.glob(path))
+        folder = pattern.rpartition("/")[0]
+        if pattern.startswith(("http://", "https://")) and "*" not in folder and "[" not in folder:
+            matches = _glob_http(filesystem, pattern)
+        else:
+            matches = sorted(filesystem.glob(path))
     except ImportError as error:
         raise unreachable(pattern, error) from error
-    except (OSError, ValueError) as error:
-        raise PoolError(f"{pattern!r}: cannot be listed ({type(error).__name__}: {error})") from error
+    except Exception as error:  # each protocol has its own
+        raise PoolError(f"{pattern!r}: cannot be listed ({printable(error)})") from error
     if not matches:
         raise PoolError(
             f"no shard matches {pattern!r}; check the bucket or host, the folder, and the pattern"
         )
     return [filesystem.unstrip_protocol(path) for path in matches]
+
+
+def _glob_http(filesystem: Any, pattern: str) -> list[str]:
+    """The files that the page of a folder links to; `?` is no wildcard in these URLs."""
+    from curated_data.pool import http  # here, because it imports this module
+
+    folder, _, name = pattern.rpartition("/")
+    found = fsspec.asyn.sync(filesystem.loop, http.links, filesystem, f"{folder}/", _SILENCE)
+    wanted = re.compile(re.escape(f"{folder}/") + fnmatch.translate(name.replace("?", "[?]")))
+    return sorted({url for url in found if wanted.fullmatch(url) and "/" not in url[len(folder) + 1 :]})
 
 
 def _nearest(folder: str, name: str) -> str:

@@ -1,26 +1,30 @@
 """Writing pools: shards with reproducible bytes, each published when it is complete."""
 
-import io
+import contextlib
 import json
 import logging
 import os
 import re
 import tarfile
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
-import numpy as np
-
-from curated_data.cache import atomic_path
 from curated_data.errors import PoolError
-from curated_data.locks import check_writable
+from curated_data.paths import local_path, spelled
+from curated_data.pool.claim import Claim, check_free
 from curated_data.pool.decode import IMAGE_EXTENSIONS, as_extensions
+from curated_data.pool.encode import encode_member
+from curated_data.pool.folders import ImageFolders, read_image
 from curated_data.pool.index import split_name
+from curated_data.pool.out import LocalFolder, RemoteFolder, open_out, writing
 from curated_data.progress import progress
+from curated_data.removal import TEMPORARY
 
 log = logging.getLogger(__name__)
+
+BESIDE = ("classes.json", "clusters.npy", "ids.npy", "manifest.json")
+"""What a run may write beside its shards."""
 
 _NUMBER = re.compile(r"%0?(\d*)d")
 
@@ -29,17 +33,25 @@ class ShardWriter:
     """Writes samples to numbered tar shards, which webdataset reads back unchanged.
 
     Equal samples give equal bytes: headers contain no times or owners. A shard gets its name when it is
-    complete. A killed run leaves a marker beside its shards, and the next writer of the same pattern starts
-    over.
+    complete. A killed run leaves a marker beside its shards, and the next writer of the same pattern removes
+    what that run wrote and starts over. Two writers of a pattern at once are an error.
 
     Args:
-        pattern: a file name with one number (`out/train-%06d.tar`), or a folder, for `shard-%06d.tar` in it.
+        pattern: a file name with one number (`out/train-%06d.tar`), or a folder, for `shard-%06d.tar` in it;
+            on this machine, or the URL of a store that fsspec can write, such as `s3://bucket/folder`.
         max_samples: per shard.
         max_bytes: a shard is closed before it exceeds this size, unless a single sample does.
         overwrite: replace shards of the same pattern from a finished run.
+        storage_options: for fsspec, to write to a store.
+
+    Attributes:
+        shards: those written, as paths, or as URLs in a store.
+        n_samples: how many were written.
 
     Raises:
-        PoolError: shards of that pattern exist, or webdataset would not read a sample back unchanged.
+        PoolError: shards of that pattern exist, another writer is at work on them, or webdataset would not
+            read a sample back unchanged.
+        CacheError: they cannot be written.
 
     Example:
         >>> with ShardWriter("out/train-%06d.tar") as writer:  # doctest: +SKIP
@@ -53,37 +65,53 @@ class ShardWriter:
         max_samples: int = 10_000,
         max_bytes: int = 1 << 30,
         overwrite: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.folder, self.name = check_out(
-            pattern, max_samples=max_samples, max_bytes=max_bytes, overwrite=overwrite
+        self.out, self.name = check_out(
+            pattern,
+            max_samples=max_samples,
+            max_bytes=max_bytes,
+            overwrite=overwrite,
+            storage_options=storage_options,
         )
-        self.max_samples, self.max_bytes = max_samples, max_bytes
-        self.shards: list[Path] = []
+        self.max_samples, self.max_bytes, self.overwrite = max_samples, max_bytes, overwrite
+        self.shards: list[Any] = []
         self.n_samples = 0
-        self._marker = _marker(self.folder, self.name)
-        self._shard: Any = None
+        self._shard: contextlib.ExitStack | None = None
         self._file: IO[bytes] | None = None
         self._samples = self._bytes = 0
         self._last_key: str | None = None
-        existing = existing_shards(self.folder, self.name)
-        with atomic_path(self._marker) as temporary:
-            temporary.touch()
-        for path in existing:
-            path.unlink()
+        self._claim = Claim(self.out, _marker(self.name), overwrite=overwrite)
+        try:
+            self._start_over(overwrite)
+        except BaseException:
+            self._claim.release(is_done=False)
+            raise
+
+    def _start_over(self, overwrite: bool) -> None:
+        """Remove what a killed run of this pattern left, and finished shards if that was asked."""
+        existing = _check_ours(self.out, self.name, self._claim.listed, overwrite)
+        self._claim.add(existing)  # so that a kill within the next lines leaves none that nobody owns
+        beside = [name for name in BESIDE if name in self._claim.listed]
+        unfinished = re.compile(rf"\.tmp-\w{{12}}-({'|'.join(map(re.escape, beside))})")
+        for name in existing + [name for name in self.out.names() if unfinished.fullmatch(name)] + beside:
+            self.out.remove(name)
 
     def write(self, sample: Mapping[str, Any]) -> None:
         """Append a sample.
 
         Args:
             sample: `__key__`, and members by extension: bytes are written as they are, str as UTF-8, int as
-                digits, dicts and lists as JSON, numpy arrays as `.npy`. Other fields that start with `__` are
-                ignored.
+                digits, dicts and lists as JSON, numpy arrays as `.npy`, PIL images as PNG. Other fields that
+                start with `__` are ignored.
         """
+        if self._claim.is_released:
+            raise PoolError(f"{self.out}: this writer is closed, or failed before; open another")
         key = sample.get("__key__")
         if not isinstance(key, str):
             raise PoolError(f"a sample needs a '__key__' of type str, not {key!r}")
         members = [
-            (extension, encode_member(content, f"sample {key!r}, member {extension!r}"))
+            (extension, encode_member(content, f"sample {key!r}, member {extension!r}", extension))
             for extension, content in sample.items()
             if not extension.startswith("__")
         ]
@@ -96,22 +124,54 @@ class ShardWriter:
         headers = [_header(key, extension, len(content)) for extension, content in members]
         length = sum(len(header) + _padded(len(content)) for header, (_, content) in zip(headers, members))
         if self._samples and (self._samples >= self.max_samples or self._bytes + length > self.max_bytes):
-            self._publish()
+            self.publish()
         file = self._open() if self._file is None else self._file
-        for header, (_, content) in zip(headers, members):
-            file.write(header)
-            file.write(content)
-            file.write(bytes(_padded(len(content)) - len(content)))
+        try:
+            with writing(self.shards[-1]):
+                for header, (_, content) in zip(headers, members):
+                    file.write(header)
+                    file.write(content)
+                    file.write(bytes(_padded(len(content)) - len(content)))
+        except BaseException:  # the shard is cut within a sample
+            self._give_up()
+            raise
         self._samples += 1
         self._bytes += length
         self.n_samples += 1
         self._last_key = key
 
+    def write_beside(self, name: str, content: bytes) -> None:
+        """Write a file beside the shards, which belongs to this run as they do."""
+        assert name in BESIDE, "what a killed run leaves is looked for by these names"
+        self._claim.add([name])
+        with self.out.create(name) as file, writing(self.out.place(name)):
+            file.write(content)
+
+    def remove_beside(self, name: str) -> None:
+        """Remove such a file of an earlier run, after `check_out` has let it pass."""
+        self._claim.add([name])
+        self.out.remove(name)
+
+    def publish(self) -> None:
+        """Publish the shard that was begun; the run goes on."""
+        if self._file is None or self._shard is None:
+            return
+        end = 2 * tarfile.BLOCKSIZE  # two empty blocks, then up to a full record
+        try:
+            with writing(self.shards[-1]):
+                self._file.write(bytes(end + -(self._bytes + end) % tarfile.RECORDSIZE))
+            self._shard.close()
+        except BaseException:
+            self._give_up()
+            raise
+        self._file = self._shard = None
+        self._samples = self._bytes = 0
+        self._last_key = None
+
     def close(self) -> None:
         """Publish the last shard and mark the run as finished. Without samples there are no shards."""
-        if self._file is not None:
-            self._publish()
-        self._marker.unlink(missing_ok=True)
+        self.publish()
+        self._claim.release(is_done=True)  # unless it was released after an error
 
     def __enter__(self) -> Self:
         return self
@@ -119,76 +179,105 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if kind is None:
             self.close()
-        elif self._file is not None:  # keep complete shards and the marker, drop the current shard
-            self._file.close()
-            self._file = None
-            self._shard.__exit__(kind, error, trace)
+        else:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Keep complete shards and the marker, drop the current shard."""
+        self._file, shard, self._shard = None, self._shard, None
+        if shard is not None:
+            with contextlib.suppress(_Dropped):
+                shard.__exit__(_Dropped, _Dropped(), None)
+        self._claim.release(is_done=False)
 
     def _open(self) -> IO[bytes]:
-        path = self.folder / (self.name % len(self.shards))
-        self._shard = atomic_path(path)
-        self._file = open(self._shard.__enter__(), "wb")  # noqa: SIM115 (open across calls)
-        self.shards.append(path)
+        name = self.name % len(self.shards)
+        self._claim.add([name])
+        self._shard = contextlib.ExitStack()
+        self._file = self._shard.enter_context(self.out.create(name))
+        self.shards.append(self.out.place(name))
         return self._file
 
-    def _publish(self) -> None:
-        assert self._file is not None, "called where samples have been written"
-        end = 2 * tarfile.BLOCKSIZE  # two empty blocks, then up to a full record
-        self._file.write(bytes(end + -(self._bytes + end) % tarfile.RECORDSIZE))
-        self._file.close()
-        self._file = None
-        self._shard.__exit__(None, None, None)
-        self._samples = self._bytes = 0
-        self._last_key = None
+
+class _Dropped(Exception):
+    """Thrown into the shard that is being written, to drop it."""
 
 
 def check_out(
-    pattern: str | Path, *, max_samples: int = 10_000, max_bytes: int = 1 << 30, overwrite: bool = False
-) -> tuple[Path, str]:
+    pattern: str | Path,
+    *,
+    max_samples: int = 10_000,
+    max_bytes: int = 1 << 30,
+    overwrite: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+    beside: Mapping[str, bytes | None] | None = None,
+) -> tuple[LocalFolder | RemoteFolder, str]:
     """Check where shards are to go, without writing anything; the arguments are those of `ShardWriter`.
+
+    Args:
+        beside: files that will be written beside the shards, with their content if it is known. One that is
+            there already, with other content, counts as the shards do.
 
     Returns:
         The folder, and the pattern of the shards' names.
 
     Raises:
-        PoolError: the pattern or a limit cannot be used, or there are shards of that pattern.
+        PoolError: the pattern or a limit cannot be used, there are shards of that pattern, or another writer
+            is at work on them.
         CacheError: nothing can be written there.
     """
-    pattern = os.fspath(pattern)
+    pattern = spelled(pattern)
     if not pattern:
         raise PoolError("the place for the shards is empty; give a folder, '.' for this one")
+    folder, slash, name = pattern.rpartition("/")
     if not _NUMBER.search(pattern):
         if pattern.endswith(".tar"):
             raise PoolError(f"{pattern!r}: a pattern of shards needs a number, as 'shard-%06d.tar'")
-        pattern = os.path.join(pattern, "shard-%06d.tar")
-    folder, name = Path(pattern).parent, os.path.basename(pattern)
-    if len(_NUMBER.findall(name)) != 1 or _NUMBER.search(str(folder)) or name.count("%") != 1:
+        folder, name = pattern, "shard-%06d.tar"
+    if len(_NUMBER.findall(name)) != 1 or _NUMBER.search(folder) or name.count("%") != 1:
         raise PoolError(
             f"{pattern!r}: a pattern of shards has one number, in the file's name, as 'shard-%06d.tar'"
         )
     if max_samples < 1 or max_bytes < 1:
         raise PoolError(f"a shard must hold something: max_samples={max_samples}, max_bytes={max_bytes}")
-    check_writable(folder, is_folder=True)
-    existing = existing_shards(folder, name)
-    if existing and not overwrite and not _marker(folder, name).exists():
-        raise PoolError(
-            f"{existing[0]}: {len(existing)} shard(s) of {name!r} are there already; give another name or "
-            "folder, remove them, or pass overwrite=True (--overwrite)"
-        )
-    return folder, name
+    out = open_out(folder or ("/" if slash else "."), storage_options)
+    if isinstance(out, LocalFolder):
+        out.check()
+    listed = check_free(out, _marker(name), overwrite=overwrite)
+    _check_ours(out, name, listed, overwrite)
+    for file, content in () if overwrite else (beside or {}).items():
+        found = None if file in listed else out.read(file)
+        if found is not None and found != content:
+            raise PoolError(
+                f"{out.place(file)}: is there already, of other shards; give another folder, remove it, or "
+                "pass overwrite=True (--overwrite)"
+            )
+    return out, name
 
 
-def _marker(folder: Path, name: str) -> Path:
-    return folder / f".{name.replace('%', '')}.unfinished"
+def _marker(name: str) -> str:
+    return f".{_NUMBER.sub('#', name)}.unfinished"
 
 
-def existing_shards(folder: Path, name: str) -> list[Path]:
-    """The shards of a pattern, as from `check_out`, and temporary files of a killed run."""
-    if not folder.is_dir():
-        return []
+def existing_shards(folder: LocalFolder | RemoteFolder, name: str) -> list[str]:
+    """The names of the shards of a pattern, as from `check_out`, and of temporary files of a killed run."""
     before, _, after = _NUMBER.split(name)
-    number = re.compile(r"(\.tmp-\w{12}-)?" + re.escape(before) + r"\d+" + re.escape(after))
-    return sorted(path for path in folder.iterdir() if number.fullmatch(path.name))
+    number = re.compile(r"(\.tmp-\w{12}-)?" + re.escape(before) + r" *\d+" + re.escape(after))
+    return [found for found in folder.names() if number.fullmatch(found)]
+
+
+def _check_ours(
+    folder: LocalFolder | RemoteFolder, name: str, listed: set[str], overwrite: bool
+) -> list[str]:
+    """The shards that are there already, if they may be removed: a dead run wrote them, or it was asked."""
+    existing = existing_shards(folder, name)
+    others = [found for found in existing if found not in listed and not found.startswith(TEMPORARY)]
+    if others and not overwrite:
+        raise PoolError(
+            f"{folder.place(others[0])}: {len(others)} shard(s) of {name!r} are there already; give another "
+            "name or folder, remove them, or pass overwrite=True (--overwrite)"
+        )
+    return existing
 
 
 def import_folder(
@@ -199,7 +288,8 @@ def import_folder(
     max_bytes: int = 1 << 30,
     image_extensions: str | Sequence[str] = IMAGE_EXTENSIONS,
     overwrite: bool = False,
-) -> list[Path]:
+    storage_options: Mapping[str, Any] | None = None,
+) -> list[Any]:
     """Turn a folder of images into shards, with labels if there is one sub-folder per class.
 
     An image's key is its path below `folder` without the extension. Dots in the name are written as `%2E`,
@@ -209,84 +299,68 @@ def import_folder(
 
     Args:
         folder: `folder/<class>/**/<image>`, or images directly in it.
-        out: a folder for the shards, or a pattern as for `ShardWriter`.
+        out: a folder for the shards, or a pattern, as for `ShardWriter`.
         max_samples, max_bytes: per shard.
-        image_extensions: which files are images; others are counted and skipped. Dot-files are ignored.
+        image_extensions: which files are images (`.jfif` becomes `.jpg`). All others are left out and
+            counted by extension, and so are hidden files, what macOS adds to archives (`__MACOSX`, `._*`),
+            and what is no regular file.
         overwrite: replace the shards of an earlier run.
+        storage_options: for fsspec, to write to a store.
 
     Returns:
-        The shards.
+        The shards, as paths, or as URLs in a store.
 
     Raises:
-        PoolError: no such folder, no images in it, images both in class folders and beside them, or a folder
-            or an image that cannot be read.
+        PoolError: no such folder, no images in it, images both in class folders and beside them, a folder or
+            an image that cannot be read, or a `classes.json` of other classes beside the shards.
+        CacheError: the shards cannot be written.
     """
-    folder = Path(folder)
+    folder = local_path(folder, "folder")
     image_extensions = as_extensions(image_extensions, "image_extensions")
     if not folder.is_dir():
         raise PoolError(f"{str(folder)!r}: is no folder to import from")
-    try:
-        entries = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
-    except OSError as error:
-        raise _unreadable(folder, error) from error
-    classes = [name for name in entries if (folder / name).is_dir()]
-    beside = [name for name in entries if (folder / name).is_file() and _extension(name) in image_extensions]
+    first = ImageFolders(folder, image_extensions)
+    names, beside = first.top()
+    classes = [name for name in names if sum(map(len, first.below(folder / name)))]
     if beside and classes:
         raise PoolError(
-            f"{folder / beside[0]}: lies beside the class folders ({classes[0]!r}, ...), so it has no "
+            f"{beside[0].path}: lies beside the class folders ({classes[0]!r}, ...), so it has no "
             "class; move it into one, or import a folder without class folders"
         )
-    n_other = 0
-    with ShardWriter(out, max_samples=max_samples, max_bytes=max_bytes, overwrite=overwrite) as writer:
+    if first.left_out:  # said first: one may want to stop
+        counts = ", ".join(f"{count:,} {what}" for what, count in sorted(first.left_out.items()))
+        log.warning("%s: left out %d files: %s", folder, first.left_out.total(), counts)
+    if not beside and not classes:
+        raise PoolError(f"{str(folder)!r}: has no image ({', '.join(image_extensions[:5])}, ...) to import")
+    listed = (json.dumps(classes, ensure_ascii=False, indent=0) + "\n").encode("utf-8", "surrogateescape")
+    options: dict[str, Any] = {
+        "max_samples": max_samples,
+        "max_bytes": max_bytes,
+        "overwrite": overwrite,
+        "storage_options": storage_options,
+    }
+    check_out(out, **options, beside={"classes.json": listed} if classes else None)
+    with ShardWriter(out, **options) as writer:
+        again = ImageFolders(folder, image_extensions)
         with progress("import", None, "images") as advance:
             for label, name in enumerate(classes) if classes else [(None, "")]:
-                for files, others in _walk(folder / name, image_extensions):
-                    n_other += others
-                    for path, stem, extension in files:
+                for images in again.below(folder / name):
+                    for path, stem, extension in images:
+                        above = os.path.relpath(path.parent, folder)
                         sample: dict[str, Any] = {
-                            "__key__": os.path.join(os.path.relpath(path.parent, folder), stem).removeprefix(
-                                "./"
-                            ),
-                            extension: _read(path),
+                            "__key__": os.path.join(above, stem).removeprefix("./"),
+                            extension: read_image(path),
                         }
                         if label is not None:
                             sample |= {"cls": label, "json": {"class_name": name}}
                         writer.write(sample)
                         advance()
-        if not writer.n_samples:
-            raise PoolError(
-                f"{str(folder)!r}: has no image ({', '.join(image_extensions[:5])}, ...) to import"
-            )
         if classes:
-            with atomic_path(writer.folder / "classes.json") as temporary:
-                temporary.write_text(
-                    json.dumps(classes, ensure_ascii=False, indent=0) + "\n", "utf-8", "surrogateescape"
-                )
+            writer.write_beside("classes.json", listed)
     log.info(
         "imported %d images of %d classes to %d shards", writer.n_samples, len(classes), len(writer.shards)
     )
-    if n_other:
-        log.warning("%s: left out %d files that are not images", folder, n_other)
     return writer.shards
-
-
-def encode_member(content: Any, what: str = "member") -> bytes:
-    """The bytes of a member with this content, see `ShardWriter.write`."""
-    if isinstance(content, bytes | bytearray | memoryview):
-        return bytes(content)
-    if isinstance(content, str):
-        return content.encode("utf-8", "surrogateescape")
-    if isinstance(content, int | np.integer) and not isinstance(content, bool):
-        return str(int(content)).encode("ascii")
-    if isinstance(content, Mapping | list | tuple):
-        return json.dumps(content, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogateescape")
-    if isinstance(content, np.ndarray) and not content.dtype.hasobject:
-        buffer = io.BytesIO()
-        np.lib.format.write_array(buffer, content, allow_pickle=False)
-        return buffer.getvalue()
-    raise PoolError(
-        f"{what}: cannot write a {type(content).__name__}; give bytes, str, int, dict, list or a numpy array"
-    )
 
 
 def _header(key: str, extension: str, size: int) -> bytes:
@@ -310,43 +384,3 @@ def _header(key: str, extension: str, size: int) -> bytes:
 
 def _padded(length: int) -> int:
     return -(-length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-
-def _walk(
-    folder: Path, image_extensions: tuple[str, ...]
-) -> Iterator[tuple[list[tuple[Path, str, str]], int]]:
-    """For each folder, in sorted order: images as (path, last part of key, extension); number of others."""
-
-    def refuse(error: OSError) -> None:  # by itself, os.walk leaves out what it cannot read
-        raise _unreadable(error.filename, error) from error
-
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        images = sorted(
-            name for name in names if not name.startswith(".") and _extension(name) in image_extensions
-        )
-        stems = Counter(name.rpartition(".")[0] for name in images)
-        found = []
-        for name in images:
-            stem, _, extension = name.rpartition(".")
-            if stems[stem] > 1:
-                stem = name
-            if "." in stem or "%2E" in stem or "%25" in stem:  # so that no two stems become equal
-                stem = stem.replace("%", "%25").replace(".", "%2E")
-            found.append((Path(place, name), stem, extension.lower()))
-        yield found, sum(not name.startswith(".") for name in names) - len(images)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:  # which would be taken for one of the shard being written
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path | str, error: OSError) -> PoolError:
-    return PoolError(f"{path}: cannot be read ({error.strerror}); make it readable, or move it away")
-
-
-def _extension(name: str) -> str:
-    return name.rpartition(".")[2].lower() if "." in name else ""

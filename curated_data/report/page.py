@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curated_data.cache import atomic_path
 from curated_data.clustering.levels import Level
 from curated_data.config import CurationConfig
 from curated_data.embedding.equal import equal_rows
+from curated_data.pool.out import write_file
 from curated_data.report import metrics
 from curated_data.report.examples import random_subset
 from curated_data.report.map import cluster_tables, sample_map, samples_shown
@@ -54,13 +54,14 @@ def write_report(
     n_map_images: int = 1_000,
     n_coverage: int = 5_000,
     seed: int = 0,
-) -> Path:
+    storage_options: Mapping[str, Any] | None = None,
+) -> Any:
     """Write the report page of a curation.
 
     Args:
         curation: from `curate`.
         pool: the pool that was curated.
-        path: of the HTML file.
+        path: of the HTML file, on this machine or the URL of one in a store.
         coordinates: (n, 2) of every sample, for the map; None takes the first two principal components of the
             embeddings.
         coordinates_name: how the given coordinates were computed, for the map's caption.
@@ -73,9 +74,10 @@ def write_report(
         n_map_images: how many of these have a thumbnail.
         n_coverage: number of samples whose distance to the nearest selected one is measured.
         seed: for the subsets.
+        storage_options: for fsspec, to write to a store; None takes those of the pool.
 
     Returns:
-        The path.
+        The path, or the URL.
 
     Raises:
         ValueError: an array of another length than the pool, or labels that are no integers.
@@ -128,11 +130,11 @@ def write_report(
     data["tiles"] = {"size": TILE, "columns": COLUMNS, "image": tiles.sheet()}
     page = _TEMPLATE.read_text(encoding="utf-8").replace("{{title}}", html.escape(title))
     page = page.replace("{{data}}", _json(data))
-    path = Path(path)
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    log.info("wrote the report, %.1f MB", path.stat().st_size / 1e6)
-    return path
+    content = page.encode("utf-8")
+    options = getattr(pool, "storage_options", None) if storage_options is None else storage_options
+    written = write_file(path, content, options)
+    log.info("wrote the report, %.1f MB", len(content) / 1e6)
+    return written
 
 
 def _equal(curation: "Curation") -> dict[str, int] | None:

@@ -230,8 +230,8 @@ def export_labelled(
             for sample, label in zip(pool.read(found.ids[part]), found.labels[part].tolist(), strict=True):
                 members = {name: value for name, value in sample.items() if not name.startswith("__")}
                 writer.write({"__key__": sample["__key__"], **members, "cls": label})
-    with atomic_path(writer.folder / "classes.json") as temporary:
-        temporary.write_text(json.dumps([c.names[0] for c in found.classes], indent=1))
+        names = json.dumps([c.names[0] for c in found.classes], indent=1)
+        writer.write_beside("classes.json", names.encode())
     return [str(path) for path in writer.shards]
 
 

@@ -1,0 +1,530 @@
+"""Where shards and exports go: folders, stores, `~`; one writer at a time; nothing of others is removed."""
+
+import contextlib
+import errno
+import io
+import itertools
+import multiprocessing
+import os
+import signal
+import socket
+import uuid
+import zipfile
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import webdataset
+
+from curated_data import CuratedDataModule, curate
+from curated_data.cache import open_cache
+from curated_data.cli import main
+from curated_data.errors import CacheError, ConfigError, CuratedDataError, PoolError
+from curated_data.export import export
+from curated_data.pool import RemoteOptions, ShardPool, ShardWriter, import_folder
+from curated_data.pool import claim as claims
+from curated_data.pool.urls import expand_urls
+from curated_data.report.page import write_report
+
+QUICK = RemoteOptions(attempts=2, backoff=0.01)
+
+
+@pytest.fixture
+def bucket():
+    """A folder of fsspec's memory file system, which this process alone sees."""
+    name = f"memory://test-{uuid.uuid4().hex}"
+    yield name
+    with contextlib.suppress(FileNotFoundError):
+        fsspec.filesystem("memory").rm(name.removeprefix("memory:/"), recursive=True)
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """moto's S3 server: the options for fsspec, and the URL of a bucket."""
+    pytest.importorskip("s3fs")
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = {"key": "k", "secret": "s", "client_kwargs": {"endpoint_url": f"http://{host}:{port}"}}
+    name = f"bucket-{uuid.uuid4().hex[:8]}"
+    fsspec.filesystem("s3", **options).mkdir(name)
+    yield options, f"s3://{name}"
+    server.stop()
+
+
+def samples(count, first=0):
+    return [{"__key__": f"{i:03d}", "txt": f"text {i}", "cls": i % 3} for i in range(first, first + count)]
+
+
+def write(place, count=5, first=0, **options):
+    with ShardWriter(place, max_samples=2, **options) as writer:
+        for sample in samples(count, first):
+            writer.write(sample)
+    return writer.shards
+
+
+def names_in(url, **options):
+    filesystem, path = fsspec.core.url_to_fs(url, **options)
+    filesystem.invalidate_cache()
+    return sorted(name.rpartition("/")[2] for name in filesystem.ls(path, detail=False))
+
+
+def contents(samples):
+    return [{name: value for name, value in sample.items() if name != "__url__"} for sample in samples]
+
+
+class TestStores:
+    def test_shards_go_to_memory(self, bucket, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        shards = write(f"{bucket}/deep/part-%03d.tar")
+        assert shards == [f"{bucket}/deep/part-00{i}.tar" for i in range(3)]
+        assert names_in(f"{bucket}/deep") == [f"part-00{i}.tar" for i in range(3)]
+        pool = ShardPool(shards)
+        assert contents(pool.read(np.arange(5))) == contents(
+            ShardPool(write(tmp_path / "local")).read(range(5))
+        )
+        assert os.listdir(tmp_path) == ["local"]
+
+    def test_shards_go_to_s3(self, s3, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        options, url = s3
+        shards = write(f"{url}/pool", storage_options=options)
+        assert shards == [f"{url}/pool/shard-00000{i}.tar" for i in range(3)]
+        assert names_in(f"{url}/pool", **options) == [f"shard-00000{i}.tar" for i in range(3)]
+        pool = ShardPool(f"{url}/pool/*.tar", storage_options=options)
+        assert pool.labels(np.arange(5)).tolist() == [0, 1, 2, 0, 1]
+        exported = export(pool, [3, 1], f"{url}/selected")  # with the options of the pool
+        assert names_in(f"{url}/selected", **options) == ["ids.npy", "manifest.json", "shard-000000.tar"]
+        assert len(ShardPool(exported, storage_options=options)) == 2
+        with pytest.raises(PoolError, match=r"shard-000000\.tar: 3 shard\(s\).*already"):
+            write(f"{url}/pool", 1, storage_options=options)
+        write(f"{url}/pool", 1, storage_options=options, overwrite=True)
+        assert names_in(f"{url}/pool", **options) == ["shard-000000.tar"]
+        assert not os.listdir(tmp_path)
+        with pytest.raises(CacheError, match="no-such-bucket"):
+            write("s3://no-such-bucket/pool", storage_options=options)
+
+    def test_an_error_leaves_no_part_of_a_shard(self, bucket):
+        with ShardWriter(bucket, max_samples=2) as writer:
+            for sample in samples(3):
+                writer.write(sample)
+            writer.__exit__(RuntimeError, RuntimeError("stop"), None)
+        assert names_in(bucket) == [".shard-#.tar.unfinished", "shard-000000.tar"]
+        write(bucket)
+        assert names_in(bucket) == [f"shard-00000{i}.tar" for i in range(3)]
+
+    @pytest.mark.parametrize("scheme", ["file://", "local://"])
+    def test_the_scheme_of_local_files(self, scheme, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        shards = write(f"{scheme}{tmp_path}/out")
+        assert shards[0] == tmp_path / "out" / "shard-000000.tar"
+        assert os.listdir(tmp_path) == ["out"]
+        assert open_cache(f"{scheme}{tmp_path}/cache") == tmp_path / "cache"
+
+    def test_a_url_in_a_path(self, bucket, tmp_path, monkeypatch):
+        """`Path` makes one slash of two."""
+        monkeypatch.chdir(tmp_path)
+        assert write(Path(f"{bucket}/x"))[0] == f"{bucket}/x/shard-000000.tar"
+        assert len(ShardPool(Path(f"{bucket}/x/*.tar"))) == 5
+        assert not os.listdir(tmp_path)
+
+    @pytest.mark.parametrize(
+        "place", ["http://127.0.0.1:1/x", "nosuch://x/y", "simplecache::memory://x", "pipe:cat"]
+    )
+    def test_what_cannot_be_written_is_named(self, place, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for use in (write, lambda place: import_folder(tmp_path, place)):
+            (tmp_path / "a.jpg").write_bytes(b"x")
+            with pytest.raises(CuratedDataError) as caught:
+                use(place)
+            assert place in str(caught.value)
+        assert os.listdir(tmp_path) == ["a.jpg"]
+
+    def test_a_store_that_fails_is_one_error(self, bucket, monkeypatch):
+        from fsspec.implementations.memory import MemoryFileSystem
+
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        calls = []
+
+        def refuse(self, *arguments, **options):
+            calls.append(arguments)
+            raise OSError("503 slow down" + "\n" + "\0binary" * 1000)
+
+        with ShardWriter(bucket) as writer:
+            writer.write(samples(1)[0])
+            monkeypatch.setattr(MemoryFileSystem, "put_file", refuse)
+            with pytest.raises(CacheError, match=r"shard-000000\.tar: cannot be written") as caught:
+                writer.publish()
+            with pytest.raises(PoolError, match="closed, or failed"):
+                writer.write(samples(1)[0])
+        assert len(calls) == 3
+        assert len(str(caught.value)) < 500
+        monkeypatch.undo()
+        assert names_in(bucket) == [".shard-#.tar.unfinished"]  # not taken for finished
+
+    def test_import_export_and_report_from_the_command_line(self, bucket, write_pool, tmp_path, monkeypatch):
+        shards = write_pool([12])
+        place = ["--cache-dir", str(tmp_path / "cache"), "--embedder", "pixels:4", "--target-size", "3"]
+        monkeypatch.chdir(tmp_path)
+        before = {*os.listdir(tmp_path), "cache"}
+        assert main(["-q", "export", *shards, *place, "--out", f"{bucket}/out"]) == 0
+        assert names_in(f"{bucket}/out") == ["clusters.npy", "ids.npy", "manifest.json", "shard-000000.tar"]
+        assert main(["-q", "report", *shards, *place, "--out", f"{bucket}/report.html"]) == 0
+        assert main(["-q", "curate", *shards, *place, "--ids", f"{bucket}/ids.npy"]) == 0
+        memory = fsspec.filesystem("memory")
+        assert memory.cat(f"{bucket}/report.html").startswith(b"<!")
+        ids = np.load(io.BytesIO(memory.cat(f"{bucket}/ids.npy")))
+        assert np.array_equal(np.sort(np.load(io.BytesIO(memory.cat(f"{bucket}/out/ids.npy")))), ids)
+        assert set(os.listdir(tmp_path)) == before
+
+
+class TestLocalOnly:
+    def test_a_url_for_a_cache_is_refused(self, write_pool, tmp_path, monkeypatch):
+        shards = write_pool([6])
+        monkeypatch.chdir(tmp_path)
+        before = os.listdir(tmp_path)
+        for url in ("s3://bucket/cache", "memory://x", Path("s3://bucket/cache")):
+            for use in (
+                open_cache,
+                lambda url: ShardPool(shards, cache_dir=url),
+                lambda url: ShardPool(shards).with_cache(url),
+                lambda url: curate(shards, {"target_size": 2}, embedder="pixels:4", cache_dir=url),
+                lambda url: CuratedDataModule(shards, cache_dir=url),
+            ):
+                with pytest.raises(CacheError, match=r"cache_dir: .*is a URL"):
+                    use(url)
+        assert main(["index", *shards, "--cache-dir", "s3://bucket/cache"]) == 2
+        assert main(["inspect", "s3://bucket/cache"]) == 2
+        assert os.listdir(tmp_path) == before
+
+    def test_a_url_for_a_file_that_is_read(self, write_pool, tmp_path):
+        with pytest.raises(ConfigError, match=r"selection: 's3://b/ids\.npy' is a URL"):
+            CuratedDataModule(write_pool([6]), selection="s3://b/ids.npy").setup("fit")
+        with pytest.raises(ConfigError, match="folder: 's3://b/images' is a URL"):
+            import_folder("s3://b/images", tmp_path / "out")
+
+    def test_home_is_home_everywhere(self, write_pool, tmp_path, monkeypatch):
+        shards = write_pool([6])
+        home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+        home.mkdir(), elsewhere.mkdir()
+        monkeypatch.setenv("HOME", str(home))
+        monkeypatch.chdir(elsewhere)
+        assert write("~/out")[0] == home / "out" / "shard-000000.tar"
+        assert len(ShardPool("~/out/*.tar")) == 5
+        assert len(ShardPool(Path("~/out/shard-000000.tar"))) == 2
+        export(ShardPool(shards, cache_dir="~/cache"), [0], "~/exported")
+        (home / "images").mkdir()
+        (home / "images" / "a.jpg").write_bytes(b"x")
+        import_folder("~/images", "~/imported")
+        curation = curate(shards, {"target_size": 2}, embedder="pixels:4", cache_dir="~/cache")
+        write_report(curation, ShardPool(shards), "~/report.html")
+        np.save(home / "ids.npy", np.array([1, 2]))
+        (home / "c.yaml").write_text("target_size: 2\n")
+        options = ["--embedder", "pixels:4", "--config=~/c.yaml", "--cache-dir=~/cache"]
+        assert main(["-q", "curate", *shards, *options, "--ids=~/chosen.npy"]) == 0
+        data = CuratedDataModule(shards, selection="~/ids.npy", num_workers=0, batch_size=2, image_size=8)
+        data.setup("fit")
+        assert data.train_dataloader() is not None
+        assert {"out", "cache", "exported", "imported", "report.html", "chosen.npy"} <= set(os.listdir(home))
+        assert not os.listdir(elsewhere)
+
+
+class TestJoined:
+    @pytest.mark.parametrize(
+        ("pattern", "expected"),
+        [
+            ("{0}/a-0.tar::{0}/b-0.tar", ["a-0", "b-0"]),
+            ("{0}/a-{{0..1}}.tar::{0}/b-*.tar", ["a-0", "a-1", "b-0", "b-1"]),
+            ("{0}/b-?.tar::file://{0}/a-1.tar::{0}/c.tar", ["b-0", "b-1", "a-1", "c"]),
+        ],
+    )
+    def test_pools_are_joined_in_their_order(self, tmp_path, pattern, expected):
+        for name in ("a-0", "a-1", "b-0", "b-1", "c"):
+            with webdataset.TarWriter(str(tmp_path / f"{name}.tar")) as writer:
+                writer.write({"__key__": name, "txt": "x"})
+        pattern = pattern.format(tmp_path)
+        found = expand_urls(pattern)
+        assert [Path(path).stem for path in found] == expected
+        assert ShardPool(pattern).keys(range(len(expected))) == expected
+        if "*" not in pattern and "?" not in pattern:
+            assert found == webdataset.shardlists.expand_urls(pattern)
+
+    def test_pipes_are_joined(self):
+        found = expand_urls("pipe:cat a.tar::pipe:cat b-{0..1}.tar", pipes=True)
+        assert found == ["pipe:cat a.tar", "pipe:cat b-0.tar", "pipe:cat b-1.tar"]
+
+    def test_urls_are_joined(self, bucket, tmp_path):
+        local, stored = write(tmp_path / "l", 2), write(bucket, 4, first=50)
+        pool = ShardPool(f"{local[0]}::{bucket}/shard-*.tar")
+        assert pool.keys(range(6)) == ["000", "001", "050", "051", "052", "053"]
+        assert ShardPool(f"{stored[0]}::{stored[1]}::{local[0]}").keys([0, 2, 4]) == ["050", "052", "000"]
+
+    def test_a_chain_is_one_shard(self, bucket, tmp_path):
+        stored, local = write(bucket, 4), write(tmp_path / "l", 2, first=9)
+        for chain in ("simplecache::", "filecache::"):
+            pool = ShardPool(chain + stored[1], remote=QUICK)
+            assert pool.urls == [chain + stored[1]]
+            assert pool.keys([0, 1]) == ["002", "003"]
+        joined = ShardPool(f"simplecache::{stored[1]}::{local[0]}", remote=QUICK)
+        assert joined.urls == [f"simplecache::{stored[1]}", str(local[0])]
+        assert joined.keys(range(4)) == ["002", "003", "009", "010"]
+        with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+            archive.write(local[0], "in.tar")
+        inside = ShardPool(f"zip://in.tar::{tmp_path}/z.zip::{stored[0]}", remote=QUICK)
+        assert inside.keys(range(4)) == ["009", "010", "000", "001"]
+
+    def test_a_file_of_such_a_name_is_itself(self, tmp_path):
+        shard = write(tmp_path / "l", 2)[0].rename(tmp_path / "a::b.tar")
+        assert ShardPool(shard).keys([1]) == ["001"]
+
+    @pytest.mark.parametrize("pattern", ["A.tar::", "::A.tar", "A.tar::::B.tar"])
+    def test_nothing_before_or_after(self, pattern):
+        with pytest.raises(PoolError, match="names nothing"):
+            ShardPool(pattern)
+
+    def test_a_missing_part_is_named(self, tmp_path):
+        write(tmp_path, 2)
+        with pytest.raises(PoolError, match=r"B\.tar"):
+            ShardPool(f"{tmp_path}/shard-000000.tar::{tmp_path}/B.tar")
+
+
+def stopped_writer(place, begun, end, count=5):
+    with ShardWriter(place, max_samples=2) as writer:
+        for sample in samples(count):
+            writer.write(sample)
+        begun.set()
+        end.wait(60)
+        if end.is_set() and count == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class TestWriters:
+    def run(self, place, count=5):
+        processes = multiprocessing.get_context("fork")
+        begun, end = processes.Event(), processes.Event()
+        process = processes.Process(target=stopped_writer, args=(place, begun, end, count))
+        process.start()
+        assert begun.wait(60)
+        return process, end
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_a_living_writer_is_left_alone(self, tmp_path, overwrite):
+        process, end = self.run(tmp_path, count=4)
+        try:
+            before = {path.name: path.read_bytes() for path in tmp_path.glob("s*.tar")}
+            assert before
+            for place in (tmp_path, tmp_path / "shard-%03d.tar", f"file://{tmp_path}"):
+                with pytest.raises(PoolError, match=r"another writer .* is at work \(.* process \d+\)"):
+                    write(place, overwrite=overwrite)
+            assert {path.name: path.read_bytes() for path in tmp_path.glob("s*.tar")} == before
+            assert write(tmp_path / "other-%d.tar")  # another pattern is another's business
+        finally:
+            end.set()
+            process.join()
+        assert process.exitcode == 0
+        assert len(ShardPool(f"{tmp_path}/shard-*.tar")) == 4
+
+    def test_after_a_dead_writer_its_files_go_and_no_others(self, tmp_path):
+        process, end = self.run(tmp_path)
+        end.set()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert (tmp_path / "shard-000001.tar").exists()
+        (tmp_path / "shard-000009.tar").write_bytes(b"of somebody else")
+        with pytest.raises(PoolError, match=r"shard-000009\.tar: 1 shard\(s\)"):
+            write(tmp_path, 1)
+        assert (tmp_path / "shard-000009.tar").read_bytes() == b"of somebody else"
+        assert (tmp_path / "shard-000001.tar").exists()
+        (tmp_path / "shard-000009.tar").unlink()
+        write(tmp_path, 1)
+        assert os.listdir(tmp_path) == ["shard-000000.tar"]
+
+    def test_two_writers_in_one_process(self, tmp_path, bucket):
+        for place in (tmp_path, bucket):
+            with ShardWriter(place) as first:
+                first.write(samples(1)[0])
+                for overwrite in (False, True):
+                    with pytest.raises(PoolError, match="is at work"):
+                        ShardWriter(place, overwrite=overwrite)
+            assert len(ShardPool(first.shards)) == 1
+
+    def test_a_writer_that_was_dropped_is_dead(self, tmp_path):
+        writer = ShardWriter(tmp_path, max_samples=1)
+        for sample in samples(2):
+            writer.write(sample)
+        del writer
+        write(tmp_path, 1)
+        assert os.listdir(tmp_path) == ["shard-000000.tar"]
+
+    @pytest.mark.parametrize("line", ["../victim", "/etc/passwd", "", "shard-000000.tar/../../victim", "\0"])
+    def test_names_in_a_marker_are_not_trusted(self, tmp_path, line):
+        out = tmp_path / "out"
+        out.mkdir()
+        (tmp_path / "victim").write_text("mine")
+        (out / "notes.txt").write_text("mine")
+        (out / ".shard-#.tar.unfinished").write_text(f"host 1 {'0' * 32}\nnotes.txt\n{line}\n")
+        write(out, 1)
+        assert (tmp_path / "victim").read_text() == "mine"
+        assert sorted(os.listdir(out)) == ["notes.txt", "shard-000000.tar"]
+
+    @pytest.mark.parametrize("kind", ["link", "pipe"])
+    def test_a_planted_marker_is_not_followed(self, tmp_path, kind):
+        victim, marker = tmp_path / "victim", tmp_path / "out" / ".shard-#.tar.unfinished"
+        victim.write_text("mine")
+        marker.parent.mkdir()
+        marker.symlink_to(victim) if kind == "link" else os.mkfifo(marker)
+        with pytest.raises(CacheError, match="unfinished"):
+            write(tmp_path / "out", 1)
+        assert victim.read_text() == "mine"
+
+    def test_a_writer_of_another_host(self, bucket):
+        memory = fsspec.filesystem("memory")
+        write(bucket, 1)
+        memory.pipe(
+            f"{bucket}/.shard-#.tar.unfinished", f"elsewhere 7 {'0' * 32}\nshard-000000.tar\n".encode()
+        )
+        with pytest.raises(PoolError, match=r"elsewhere process 7.*overwrite=True"):
+            write(bucket, 1)
+        assert names_in(bucket) == [".shard-#.tar.unfinished", "shard-000000.tar"]
+        write(bucket, 3, overwrite=True)
+        assert names_in(bucket) == ["shard-000000.tar", "shard-000001.tar"]
+
+    def test_a_dead_writer_in_a_store(self, bucket):
+        """Of this host and a process that has ended: it is started over unasked."""
+        process = multiprocessing.get_context("fork").Process(target=int)
+        process.start()
+        process.join()
+        header = f"{socket.gethostname()} {process.pid} {'0' * 32}"
+        write(bucket, 4)
+        fsspec.filesystem("memory").pipe(
+            f"{bucket}/.shard-#.tar.unfinished", f"{header}\nshard-000000.tar\nshard-000001.tar\n".encode()
+        )
+        write(bucket, 1)
+        assert names_in(bucket) == ["shard-000000.tar"]
+
+    def test_who_was_taken_over_stops(self, bucket, monkeypatch):
+        writer = ShardWriter(bucket, max_samples=1)
+        writer.write(samples(1)[0])
+        monkeypatch.setattr(claims.socket, "gethostname", lambda: "elsewhere")
+        with ShardWriter(bucket, overwrite=True, max_samples=1) as other:
+            other.write(samples(1)[0])
+        with pytest.raises(PoolError, match="has taken over"):
+            writer.write(samples(2)[1])
+        assert names_in(bucket) == ["shard-000000.tar"]
+
+    def test_a_folder_of_that_name_is_not_removed(self, tmp_path):
+        (tmp_path / "shard-000000.tar").mkdir()
+        (tmp_path / "shard-000000.tar" / "x").touch()
+        with pytest.raises(PoolError, match="is a folder"):
+            write(tmp_path, overwrite=True)
+        assert (tmp_path / "shard-000000.tar" / "x").exists()
+
+
+class TestExports:
+    def test_what_an_earlier_export_wrote_beside_is_kept(self, tmp_path):
+        pool = ShardPool(write(tmp_path / "pool", 6))
+        export(pool, [0, 1], tmp_path / "out" / "train-%d.tar")
+        before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        with pytest.raises(PoolError, match=r"manifest\.json: is there already"):
+            export(pool, [2], tmp_path / "out" / "val-%d.tar")
+        assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_killed_at_any_file_it_starts_over(self, tmp_path, overwrite):
+        """Killed before and after each rename and removal, in turn."""
+        pool = ShardPool(write(tmp_path / "pool", 6))
+        export(pool, [0, 1, 2, 3], tmp_path / "whole", max_samples=2)
+        expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+        out, step = tmp_path / "out", 0
+        while True:
+            if overwrite and step == 0:
+                export(pool, [5, 4, 3, 2, 1], out, max_samples=1)
+            process = multiprocessing.get_context("fork").Process(
+                target=killed_export, args=(pool, out, step, overwrite)
+            )
+            process.start()
+            process.join()
+            step += 1
+            if process.exitcode == 0:
+                break
+            if (
+                not overwrite
+                and not (out / ".shard-#.tar.unfinished").exists()
+                and (out / "ids.npy").exists()
+            ):
+                break  # killed after its end
+            assert process.exitcode == -signal.SIGKILL
+        assert step > 10
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
+
+
+def killed_export(pool, out, step, overwrite):
+    """Export, and die at the `step`th file event."""
+    events = itertools.count()
+
+    def event():
+        if next(events) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def deadly(call):
+        def wrapped(*arguments, **options):
+            event()
+            result = call(*arguments, **options)
+            event()
+            return result
+
+        return wrapped
+
+    for name in ("replace", "rename", "unlink", "fsync"):
+        setattr(os, name, deadly(getattr(os, name)))
+    export(pool, [0, 1, 2, 3], out, max_samples=2, overwrite=overwrite)
+
+
+class TestFullDisks:
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+    @pytest.mark.parametrize("call", ["fsync", "replace"])
+    def test_a_failing_disk_is_one_error(self, tmp_path, monkeypatch, code, call, write_pool):
+        pool = ShardPool(write_pool([6]))
+        (tmp_path / "images").mkdir()
+        (tmp_path / "images" / "a.jpg").write_bytes(b"x")
+        curation = curate(pool, {"target_size": 2}, embedder="pixels:4", cache_dir=tmp_path / "cache")
+
+        def fail(*arguments):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, call, fail)
+        for number, use in enumerate(
+            (
+                write,
+                lambda place: export(pool, [0], place),
+                lambda place: import_folder(tmp_path / "images", place),
+                lambda place: write_report(curation, pool, place / "report.html"),
+            )
+        ):
+            place = tmp_path / f"out-{number}"
+            with pytest.raises(CacheError, match=f"out-{number}") as caught:
+                use(place)
+            assert os.strerror(code) in str(caught.value)
+            assert not [name for name in os.listdir(place) if name.startswith((".tmp-", "s", "r"))]
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux")
+    def test_a_full_disk_while_a_shard_is_written(self, tmp_path, monkeypatch):
+        """Every write fails as on a full disk; the next run starts over."""
+        opened = open
+
+        def full(path, mode="r", *arguments, **options):
+            is_shard = "x" in mode and "shard" in str(path)
+            if is_shard:
+                opened(path, mode).close()
+            return opened("/dev/full", "wb") if is_shard else opened(path, mode, *arguments, **options)
+
+        monkeypatch.setattr("builtins.open", full)
+        writer = ShardWriter(tmp_path)
+        with pytest.raises(CacheError, match=r"shard-000000\.tar: no space left"):
+            writer.write({"__key__": "a", "bin": bytes(1 << 20)})
+        monkeypatch.undo()
+        assert os.listdir(tmp_path) == [".shard-#.tar.unfinished"]
+        write(tmp_path, 1)
+        assert os.listdir(tmp_path) == ["shard-000000.tar"]
