@@ -124,12 +124,12 @@ def _curate(
     held_out_pool = open_held_out(config, root)  # now, before anything takes long
     check_same(curation=fingerprint(config=dataclasses.asdict(config)))
     pool.look_together()
-    check_same(pool=pool.fingerprint)
     seconds: dict[str, float] = {}
     cached: dict[str, bool] = {}
 
     with _timed(seconds, "index"):
         n_samples = len(pool)
+    check_same(pool=pool.fingerprint)
     log.info("pool: %d samples in %d shards", n_samples, len(pool.urls))
     check_levels(config.levels, n_samples)
 
@@ -225,7 +225,9 @@ def build_tree(
         tree = cluster()
         if temporary is not None:
             tree = tree if complete is None else complete(tree)
-            publish_tree(temporary, tree, pool, {"inputs": origin, "settings": settings | {"levels": levels}})
+            publish_tree(
+                temporary, tree, pool, store, {"inputs": origin, "settings": settings | {"levels": levels}}
+            )
 
     _, cached = build_together(folder, build, check=store.verify)
     if rank() == 0:
@@ -247,10 +249,12 @@ def tree_name(config: CurationConfig, origin: dict[str, str]) -> str:
     return fingerprint(origin=origin, settings=settings, levels=levels, version=VERSIONS["tree"])
 
 
-def publish_tree(folder: Path, tree: ClusterTree, pool: ShardPool, manifest: dict[str, Any]) -> None:
+def publish_tree(
+    folder: Path, tree: ClusterTree, pool: ShardPool, store: EmbeddingStore, manifest: dict[str, Any]
+) -> None:
     """Write a tree and the shards that it covers, by which a pool that has grown finds its old samples."""
     tree.save(folder / "tree")
-    np.save(folder / "shards.npy", np.array(pool.shard_fingerprints, "S20"))
+    np.save(folder / "shards.npy", np.array(store.shard_fingerprints, "S20"))
     np.save(folder / "shard_ranges.npy", pool.shard_ranges())
     write_manifest(folder, "clustering", manifest)
 

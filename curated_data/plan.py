@@ -28,6 +28,7 @@ from curated_data.costs import Rates, Stage, expected_bytes, expected_stages, km
 from curated_data.deduplication import near_duplicates_name, read_keep
 from curated_data.distributed import world_size
 from curated_data.embedding import Embedder, EmbeddingStore, resolve_embedder
+from curated_data.embedding.contents import Contents
 from curated_data.embedding.extract import embed_samples, embeddings_name
 from curated_data.embedding.store import missing_shards
 from curated_data.pipeline import check_levels, selection_name, tree_name
@@ -100,12 +101,14 @@ def plan(
     settings = dataclasses.asdict(config.embedding)
     folder = root / "embeddings" / embeddings_name(pool, embedder, decoders=decoders, **settings)
     ranges = pool.shard_ranges()
-    missing = missing_shards(folder, pool.shard_fingerprints)
+    contents = Contents(root, pool).recognise()
+    missing = missing_shards(folder, contents)
     n_missing = int(sum(ranges[number + 1] - ranges[number] for number in missing))
 
-    store = None if missing else EmbeddingStore(
-        folder, pool.shard_fingerprints, embedder.dimension, config.embedding.dtype
-    )  # fmt: skip
+    names = [name for name in contents if name is not None]
+    store = None
+    if not missing:
+        store = EmbeddingStore(folder, names, embedder.dimension, config.embedding.dtype, urls=pool.urls)
     cached, valid = _cached(root, config, store)
     n_valid = n_samples if valid is None else int(valid.sum())
     levels = config.levels or choose_levels(n_valid)

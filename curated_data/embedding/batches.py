@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from curated_data.embedding.contents import sample_digest
 from curated_data.embedding.embedders import Embedder
 from curated_data.errors import CuratedDataError, EmbedderError, first_line
 from curated_data.pool import ShardPool
@@ -42,9 +43,11 @@ class InputLoader:
         self.dataset = _Preprocessed(pool, embedder.preprocess, as_decoders(decoders))
         self.context = context
 
-    def batches(self, claims: Iterator[int]) -> Iterator[tuple[np.ndarray, Tensor | None, list[str]]]:
+    def batches(
+        self, claims: Iterator[int]
+    ) -> Iterator[tuple[np.ndarray, Tensor | None, list[str], list[bytes]]]:
         """Batches of the claimed shards, in order: rows, inputs of the good rows (or None), and for each row
-        the reason why it failed, empty if good.
+        the reason why it failed, empty if good, and the digest of the sample's bytes.
         """
         cuts = (
             self._cut(start, min(start + self.batch_size, int(self.ranges[shard + 1])))
@@ -104,7 +107,7 @@ class _Once:
 
 
 class _Preprocessed(Dataset):
-    """Maps rows and the ids of their samples to the rows, stacked inputs and reasons of failures.
+    """Maps rows and the ids of their samples to the rows, stacked inputs, reasons of failures and digests.
 
     An error that must stop everything is returned, not raised: a worker passes it on unchanged, instead of
     wrapped in a traceback.
@@ -117,16 +120,19 @@ class _Preprocessed(Dataset):
 
     def __getitem__(
         self, cut: tuple[np.ndarray, np.ndarray]
-    ) -> tuple[np.ndarray, Tensor | None, list[str]] | CuratedDataError:
+    ) -> tuple[np.ndarray, Tensor | None, list[str], list[bytes]] | CuratedDataError:
         try:
             return self._inputs(*cut)
         except CuratedDataError as error:
             return error
 
-    def _inputs(self, rows: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, Tensor | None, list[str]]:
-        inputs, reasons = [], []
+    def _inputs(
+        self, rows: np.ndarray, ids: np.ndarray
+    ) -> tuple[np.ndarray, Tensor | None, list[str], list[bytes]]:
+        inputs, reasons, digests = [], [], []
         needs_image = has_images(self.pool.index().extensions, self.pool.image_extensions)
         for sample in self.pool.read(ids):
+            digests.append(sample_digest(sample))
             try:
                 value = decode_content(
                     sample,
@@ -147,7 +153,7 @@ class _Preprocessed(Dataset):
             raise EmbedderError(
                 f"preprocess returned inputs of different shapes, {sorted(shapes)[:2]}: it must fix the size"
             )
-        return rows, _shared(torch.stack(inputs)) if inputs else None, reasons
+        return rows, _shared(torch.stack(inputs)) if inputs else None, reasons, digests
 
 
 def _checked_input(value: Any) -> Tensor:

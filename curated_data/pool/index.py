@@ -12,13 +12,14 @@ import re
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from curated_data.cache import atomic_path, new_array, read_array, read_manifest, write_manifest
+from curated_data.cache import atomic_path, fingerprint, new_array, read_array, read_manifest, write_manifest
 from curated_data.errors import CacheError, PoolError
 from curated_data.pool.tar import Source, local_source, read_members
 
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 STAGE = "index"
 POOL_STAGE = "pool"
-CODE_VERSION = 1  # part of every shard's fingerprint; increase it when arrays or grouping change
+CODE_VERSION = 2  # part of every shard's fingerprint; increase it when arrays or grouping change
 ARRAYS = ("key_start", "key_bytes", "member_start", "member_extension", "member_offset", "member_size")
 _BLOCK = 65_536  # samples whose keys are looked at at once
 _RESERVED = ("__key__", "__url__", "__bad__", "__local_path__")  # webdataset's own fields of a sample
@@ -61,6 +62,15 @@ class ShardIndex:
 
     def __len__(self) -> int:
         return len(self.key_start) - 1
+
+    @cached_property
+    def layout(self) -> str:
+        """The name of this index by what it holds: the keys, extensions, offsets and sizes of all members.
+
+        Wherever the shard lies and whenever it was written; of the members' bytes it knows nothing.
+        """
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        return fingerprint(stage="layout", code=CODE_VERSION, **arrays)
 
     def keys(self, rows: Sequence[int] | np.ndarray | None = None) -> list[str]:
         """The keys of some samples, or of all."""
