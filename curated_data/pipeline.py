@@ -25,7 +25,13 @@ from curated_data.clustering.hierarchy import hierarchical_kmeans
 from curated_data.clustering.levels import Level, choose_levels
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig, load_config
-from curated_data.deduplication import embed_held_out, find_near_duplicates, open_held_out, read_keep
+from curated_data.deduplication import (
+    check_preference,
+    embed_held_out,
+    find_near_duplicates,
+    open_held_out,
+    read_keep,
+)
 from curated_data.distributed import build_together, check_same, failing_together, rank, watched
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, CuratedDataError, PoolError
@@ -121,7 +127,8 @@ def _curate(
     device: str | torch.device,
     decoders: Decoders | None,
 ) -> Curation:
-    held_out_pool = open_held_out(config, root)  # now, before anything takes long
+    embedder = resolve_embedder(embedder)  # now, before anything takes long
+    held_out_pool = open_held_out(config, root)
     check_same(curation=fingerprint(config=dataclasses.asdict(config)))
     pool.look_together()
     seconds: dict[str, float] = {}
@@ -132,9 +139,10 @@ def _curate(
     check_same(pool=pool.fingerprint)
     log.info("pool: %d samples in %d shards", n_samples, len(pool.urls))
     check_levels(config.levels, n_samples)
+    check_preference(config, pool)
 
     with _timed(seconds, "embed"):
-        embedder = resolve_embedder(embedder)
+        held_out = embed_held_out(held_out_pool, embedder, root, config, device, decoders)  # the smaller
         settings = dataclasses.asdict(config.embedding)
         store = embed_pool(pool, embedder, root, device=device, decoders=decoders, **settings)
     valid = store.valid
@@ -143,7 +151,6 @@ def _curate(
     origin = {"embedder": store.folder.name, "embeddings": store.fingerprint}
     if config.near_duplicates.enabled:
         with _timed(seconds, "near_duplicates"):
-            held_out = embed_held_out(held_out_pool, embedder, root, config, device, decoders)
             folder, cached["near_duplicates"] = find_near_duplicates(
                 root, pool, store, held_out, config, origin
             )
@@ -225,9 +232,8 @@ def build_tree(
         tree = cluster()
         if temporary is not None:
             tree = tree if complete is None else complete(tree)
-            publish_tree(
-                temporary, tree, pool, store, {"inputs": origin, "settings": settings | {"levels": levels}}
-            )
+            content = {"inputs": origin, "settings": settings | {"levels": levels}}
+            publish_tree(temporary, tree, pool, store, content)
 
     _, cached = build_together(folder, build, check=store.verify)
     if rank() == 0:

@@ -25,7 +25,7 @@ from curated_data.clustering.kmeans import kmeans
 from curated_data.clustering.levels import Level, choose_levels
 from curated_data.config import CurationConfig, load_config
 from curated_data.costs import Rates, Stage, expected_bytes, expected_stages, kmeans_work
-from curated_data.deduplication import near_duplicates_name, read_keep
+from curated_data.deduplication import check_preference, near_duplicates_name, read_keep
 from curated_data.distributed import world_size
 from curated_data.embedding import Embedder, EmbeddingStore, resolve_embedder
 from curated_data.embedding.contents import Contents
@@ -93,11 +93,12 @@ def plan(
         ConfigError, PoolError, EmbedderError, CacheError: as `curate` would in its first minutes.
     """
     config = load_config(config)
+    embedder = resolve_embedder(embedder)
     root = open_cache(cache_dir)
     pool = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
     n_samples = len(pool)
     check_levels(config.levels, n_samples)
-    embedder = resolve_embedder(embedder)
+    check_preference(config, pool)
     settings = dataclasses.asdict(config.embedding)
     folder = root / "embeddings" / embeddings_name(pool, embedder, decoders=decoders, **settings)
     ranges = pool.shard_ranges()

@@ -64,6 +64,10 @@ class Contents:
         for number, place in enumerate(zip(self.layouts, self._states, strict=True)):
             self.names[number] = known.get(place, self.names[number])
 
+    def knows(self, contents: list[str]) -> bool:
+        """Whether each of these contents has been found in some shard, as far as is still on record."""
+        return {fact[2] for fact in self._facts.all()}.issuperset(contents)
+
     def look(self, number: int) -> None:
         """Take in what other processes have found out about one shard since.
 
