@@ -192,7 +192,7 @@ def _extend(
 
 
 def _check_shards(pool: ShardPool, base: Path, manifest: Mapping[str, Any], root: Path) -> None:
-    """Check that the pool has some shard of the tree, as far as the cache knows what the tree's shards are."""
+    """Check that the pool has some shard of the tree, as far as the cache knows what those are."""
     contents = Contents(root, pool)
     old = _shards_of(base, manifest)
     names = contents.recognise()
