@@ -85,11 +85,11 @@ class Contents:
         """Read the samples of a shard to learn its content."""
         first, last = self.pool.shard_ranges()[number : number + 2].tolist()
         digest = hashlib.sha256()
-        sizes = self.pool.sizes(np.arange(first, last)) if last > first else np.zeros(0, np.int64)
-        parts = np.flatnonzero(np.diff(np.cumsum(sizes) // _READ, prepend=0)) if len(sizes) else []
-        for ids in np.split(np.arange(first, last), parts):
+        ids = np.arange(first, last)
+        cuts = np.flatnonzero(np.diff(np.cumsum(self.pool.sizes(ids)) // _READ, prepend=0))
+        for part in np.split(ids, cuts):
             check_ranks()
-            for sample in self.pool.read(ids) if len(ids) else ():
+            for sample in self.pool.read(part):
                 digest.update(sample_digest(sample))
         self.record(number, digest.digest())
 

@@ -312,7 +312,7 @@ def _checkpoint(rest: str) -> Embedder:
     return _of_pretraining_module(fitted(build, path, dotted), f"checkpoint:{path}")
 
 
-def _module_class(path: str, dotted: str, package: str) -> Callable[..., PretrainingModule]:
+def _module_class(path: str, dotted: str, package: str) -> Callable[..., Any]:
     """The class of a pretraining module by its dotted name; its own module starts with `package`."""
     module_name, _, class_name = dotted.rpartition(".")
     try:

@@ -252,8 +252,8 @@ class _Walk:
                 for name, attribute in sorted(vars(kind).items())
                 if any(_functions(attribute))
             }
-            values = {name: member.value for name, member in getattr(kind, "__members__", {}).items()}
-            values |= {name: value for name, value in vars(kind).items() if name[:2] != "__"}
+            values = {name: value for name, value in vars(kind).items() if name[:2] != "__"}
+            values |= {name: member.value for name, member in getattr(kind, "__members__", {}).items()}
             return [bases, members, {n: self.identity(v) for n, v in sorted(values.items()) if _is_data(v)}]
         globals_ = vars(sys.modules.get(kind.__module__, types.ModuleType("")))
         named = {

@@ -192,11 +192,10 @@ def _classes(tree: ast.AST, path: list[str]) -> Iterator[ast.ClassDef]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ClassDef) and path == [node.name]:
             yield node
-        named = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if named and len(path) > 1 and node.name == path[0]:
-            yield from _classes(node, path[1:])
-        elif not named:
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _classes(node, path)
+        elif len(path) > 1 and node.name == path[0]:
+            yield from _classes(node, path[1:])
 
 
 def _source(parsed: _Parsed, node: Any) -> Source:

@@ -71,7 +71,7 @@ def build_in_cache(
     """
     started = time.monotonic()
     root = open_cache(cache_dir)
-    known = dict(Facts(root, "layouts").all())
+    known: dict[str, str] = {fact[0]: fact[1] for fact in Facts(root, "layouts").all()}
     layouts = [known.get(shard.fingerprint) for shard in shards]
     pool = _pool_folder(root, layouts)
     if pool is not None and (pool / MANIFEST).exists():

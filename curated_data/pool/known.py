@@ -43,9 +43,12 @@ class Facts:
         return [fact for fact in self._bucket(first[:2]) if fact[0] == first]
 
     def add(self, *fact: str) -> None:
-        """Record a fact. An older one with all but the last fingerprint in common is forgotten."""
+        """Record a fact. Others with all but the last fingerprint in common are forgotten first."""
         folder = self.folder / fact[0][:2]
         path = folder / "-".join(fact)
+        for other in self.starting(fact[0]):
+            if other[:-1] == fact[:-1] and other != fact:
+                remove(folder / "-".join(other), below=self.root)
         with writable(folder, makes_folder=True):
             folder.mkdir(parents=True, exist_ok=True)
         with writable(path):
@@ -55,9 +58,6 @@ class Facts:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-        for other in self.starting(fact[0]):
-            if other[:-1] == fact[:-1] and other != fact:
-                remove(folder / "-".join(other), below=self.root)
 
     def _bucket(self, name: str) -> Iterator[Fact]:
         try:
