@@ -25,9 +25,11 @@ import torch
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from curated_data import CuratedDataModule
-from curated_data.cache import atomic_path, open_cache, write_manifest
+from curated_data.cache import atomic_path, fingerprint, open_cache, write_manifest
 from curated_data.pool import PoolIndex, ShardPool, index_shard
+from curated_data.pool.build import pool_fingerprint
 from curated_data.pool.index import ARRAYS, POOL_STAGE
+from curated_data.pool.known import Facts
 
 
 def write_shard(path: Path, n_samples: int, image_bytes: int, *, float_times: bool = False) -> None:
@@ -131,7 +133,11 @@ def open_pool(folder: Path, n_shards: int, per_shard: int = 100) -> None:
         shard_start=np.arange(n_shards + 1) * per_shard,
     )
     pool = ShardPool(pattern, cache_dir=cache)
-    with atomic_path(open_cache(cache) / POOL_STAGE / pool.fingerprint) as temporary:
+    root = open_cache(cache)
+    layouts = [fingerprint(shard=number) for number in range(n_shards)]
+    for shard, layout in zip(pool.shards, layouts, strict=True):
+        Facts(root, "layouts").add(shard.fingerprint, layout)
+    with atomic_path(root / POOL_STAGE / pool_fingerprint(layouts)) as temporary:
         temporary.mkdir()
         for name in (*ARRAYS, "shard_start"):
             np.save(temporary / f"{name}.npy", getattr(index, name))
@@ -147,7 +153,7 @@ def open_pool(folder: Path, n_shards: int, per_shard: int = 100) -> None:
     print(f"{n:,} samples in {n_shards:,} shards, indexed")
     pool = timed("pattern to names", lambda: ShardPool(pattern, cache_dir=cache))
     timed("sizes and times of shards", lambda: pool.shards)
-    timed("their fingerprints", lambda: pool.fingerprint)
+    timed("their fingerprints", lambda: [shard.fingerprint for shard in pool.shards])
     timed("the index", pool.index)
     print(f"  {'pickled for a worker':28}{len(pickle.dumps(pool)) / 1e6:8.1f} MB")
     for shuffle in ("full", "block"):

@@ -24,11 +24,13 @@ from process_memory import memory_added
 
 from curated_data import CuratedDataModule, ShardPool, curate, flat_sample, hierarchical_sample
 from curated_data.cache import open_cache
+from curated_data.embedding.contents import Contents
 from curated_data.embedding.extract import embeddings_name
 from curated_data.embedding.store import write_shard
 from curated_data.extend import extend
 from curated_data.plan import plan
 from curated_data.pool.index import STAGE, ShardIndex, save_shard_index
+from curated_data.pool.known import Facts
 from curated_data.recuration import draw_share, recurate
 from curated_data.report.explain import explain
 from curated_data.report.page import write_report
@@ -172,7 +174,8 @@ def plant_index(pool: ShardPool, root: Path) -> None:
             offset,
             np.tile([400, 60], PER_SHARD),
         )
-        save_shard_index(root / STAGE / shard.fingerprint, index, url=shard.url)
+        save_shard_index(root / STAGE / index.layout, index, url=shard.url)
+        Facts(root, "layouts").add(shard.fingerprint, index.layout)
 
 
 def plant_embeddings(pool: ShardPool, root: Path, name: str, ids: np.ndarray | None = None) -> None:
@@ -183,10 +186,12 @@ def plant_embeddings(pool: ShardPool, root: Path, name: str, ids: np.ndarray | N
     places = rng.normal(0, 4, (PLACES, DIMENSION))
     weight = 1 / np.arange(1, PLACES + 1)
     ranges = pool.shard_ranges() if ids is None else np.searchsorted(ids, pool.shard_ranges())
-    for shard, size in zip(pool.shard_fingerprints, np.diff(ranges).tolist(), strict=True):
+    contents = Contents(root, pool)
+    for number, size in enumerate(np.diff(ranges).tolist()):
         place = places[rng.choice(PLACES, size, p=weight / weight.sum())]
         rows = (place + rng.normal(size=(size, DIMENSION))).astype(np.float16)
-        write_shard(folder, shard, rows, [], {"url": "", "embedder": name})
+        content = contents.names[number] or contents.record(number, f"shard {number}".encode())
+        write_shard(folder, content, rows, [], {"url": "", "embedder": name})
 
 
 def data_module(pool: ShardPool, config: Any, settings: dict[str, Any], **how: Any) -> CuratedDataModule:

@@ -122,7 +122,7 @@ def cell(options: argparse.Namespace, way: str, seed: int) -> dict[str, Any]:
     settings = {
         "way": way,
         "seed": seed,
-        "pool": ShardPool(data.pool, cache_dir=cache).fingerprint,
+        "pool": ShardPool(data.pool, cache_dir=cache).state,
         "embedder": options.embedder,
         "metric": options.metric or data.metric,
         "target_size": data.target_size,

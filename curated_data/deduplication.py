@@ -13,7 +13,7 @@ from curated_data.embedding import Embedder, EmbeddingStore, embed_pool
 from curated_data.errors import ConfigError, PoolError
 from curated_data.holds import hold
 from curated_data.pool import ShardPool
-from curated_data.pool.decode import Decoders
+from curated_data.pool.decode import Decoders, has_images
 from curated_data.selection.near_duplicates import exact_groups, image_contents, near_duplicates
 from curated_data.selection.removed import Removed
 
@@ -43,6 +43,21 @@ def open_held_out(config: CurationConfig, root: Path, like: ShardPool) -> ShardP
     except PoolError as error:  # which would read as if it were of the pool itself
         raise PoolError(f"near_duplicates.held_out: {error}") from error
     return pool
+
+
+def check_preference(config: CurationConfig, pool: ShardPool) -> None:
+    """Check, before anything is embedded, that near-duplicates can be told apart as asked.
+
+    Raises:
+        ConfigError: the largest copies shall stay, and the pool has no images.
+    """
+    asked = config.near_duplicates.enabled and config.near_duplicates.prefer == "largest"
+    present = pool.index().extensions
+    if asked and not has_images(present, pool.image_extensions):
+        raise ConfigError(
+            "near_duplicates.prefer: 'largest' is of images, and the pool has none, its members are "
+            f"{', '.join(present)}; leave it out"
+        )
 
 
 def embed_held_out(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from curated_data.clustering.rows import rank_range
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig
 from curated_data.deduplication import (
+    check_preference,
     embed_held_out,
     find_near_duplicates,
     open_held_out,
@@ -26,7 +28,9 @@ from curated_data.deduplication import (
     settle_near_duplicates,
 )
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
-from curated_data.errors import CacheError, PoolError
+from curated_data.embedding.contents import Contents
+from curated_data.embedding.extract import embeddings_name
+from curated_data.errors import CacheError, ConfigError, PoolError
 from curated_data.parallel import all_gather, rank, world_size
 from curated_data.paths import local_path
 from curated_data.pipeline import Curation, opened, publish_tree, read_selection, report_of, select
@@ -96,6 +100,7 @@ def extend(
 
     Raises:
         ConfigError: a setting that is unknown or out of range, or held-out shards that cannot be embedded.
+        EmbedderError: the embedder cannot be found or does not fit the pool.
         CacheError: `tree` is not the tree of a curation, or was built with another embedder.
         PoolError: the pool has none of the tree's shards.
         RankError: another rank has failed or died.
@@ -122,24 +127,30 @@ def _extend(
     manifest = read_manifest(base, "clustering")
     old = ClusterTree.load(base / "tree", memory_map=True)
     metric = manifest["settings"]["metric"]
-    held_out_pool = open_held_out(config, root, pool)  # now, before anything takes long
+    # All that can be wrong is looked at now, before anything is embedded.
+    if not (isinstance(rebuild_above, int | float) and rebuild_above >= 0):
+        raise ConfigError(f"rebuild_above: expected a share of the new samples, got {rebuild_above!r}")
     embedder = resolve_embedder(embedder)
     settings = dataclasses.asdict(config.embedding)
-    store = embed_pool(pool, embedder, root, device=device, decoders=decoders, **settings)
-    if manifest["inputs"]["embedder"] != store.folder.name:
+    own, name = manifest["inputs"]["embedder"], embeddings_name(pool, embedder, decoders=decoders, **settings)
+    if own != name:
         raise CacheError(
-            f"{base}: its tree was built over embeddings {manifest['inputs']['embedder']}, these are "
-            f"{store.folder.name}; give the embedder and embedding settings of that curation, or curate anew"
+            f"{base}: its tree was built over embeddings {own}, these are {name}; give the embedder and "
+            "embedding settings of that curation, or curate anew"
         )
+    held_out_pool = open_held_out(config, root, pool)
+    check_preference(config, pool)
+    _check_shards(pool, base, manifest, root)
     config = dataclasses.replace(config, metric=metric)
-    kept, known = _kept(pool, old, base)
+    held_out = embed_held_out(held_out_pool, embedder, root, config, device, decoders)  # the smaller
+    store = embed_pool(pool, embedder, root, device=device, decoders=decoders, **settings)
+    kept, known = _kept(pool, store.shard_fingerprints, old, base)
     inputs = {"embedder": store.folder.name, "embeddings": store.fingerprint, "base": base.name}
     folders = {"embeddings": store.folder}
     cached: dict[str, bool] = {}
     copies: dict[str, int] = {}
     valid = store.valid
     if config.near_duplicates.enabled:
-        held_out = embed_held_out(held_out_pool, embedder, root, config, device, decoders)
         origin = {"embedder": store.folder.name, "embeddings": store.fingerprint}
         whole, _ = find_near_duplicates(root, pool, store, held_out, config, origin)
         folders["near_duplicates"], cached["near_duplicates"] = settle_near_duplicates(
@@ -159,7 +170,7 @@ def _extend(
         grown = _grow(store, kept, valid & ~known, metric, device)
         if folder is not None:
             content = {"inputs": inputs, "settings": manifest["settings"], "drift": _fit(grown, known)}
-            publish_tree(folder, grown, pool, content)
+            publish_tree(folder, grown, pool, store, content)
 
     folder, cached["tree"] = build_together(root / "tree" / name, build)
     grown = ClusterTree.load(folder / "tree", memory_map=True)
@@ -189,26 +200,48 @@ def _extend(
     return Curation(ids, grown, store, report, config, folders)
 
 
-def _kept(pool: ShardPool, old: ClusterTree, base: Path) -> tuple[ClusterTree, np.ndarray]:
-    """The old tree over the pool as it is now, without new samples, and (n,) bool: what it was built over."""
+def _check_shards(pool: ShardPool, base: Path, manifest: Mapping[str, Any], root: Path) -> None:
+    """Check that the pool has some shard of the tree, as far as the cache knows what those are."""
+    contents = Contents(root, pool)
+    old = _shards_of(base, manifest)
+    names = contents.recognise()
+    if not set(old) & set(names) and contents.knows(old):
+        raise _no_shard(old, base)
+
+
+def _shards_of(base: Path, manifest: Mapping[str, Any]) -> list[str]:
+    return [name.decode("ascii", "replace") for name in read_array(base, "shards", manifest)]
+
+
+def _no_shard(shards: list[str], base: Path) -> PoolError:
+    return PoolError(f"the pool has none of the {len(shards)} shards that {base} was built over; curate anew")
+
+
+def _kept(pool: ShardPool, shards: list[str], old: ClusterTree, base: Path) -> tuple[ClusterTree, np.ndarray]:
+    """The old tree over the pool as it is now, without new samples, and (n,) bool: what it was built over.
+
+    Args:
+        shards: the content of each shard of the pool.
+    """
     manifest = read_manifest(base, "clustering")
-    old_shards = [name.decode() for name in read_array(base, "shards", manifest)]
+    old_shards = _shards_of(base, manifest)
     old_ranges = read_array(base, "shard_ranges", manifest)
-    place = {name: number for number, name in enumerate(old_shards)}
+    places: dict[str, list[int]] = defaultdict(list)  # a shard may have been in the pool twice
+    for number, name in reversed(list(enumerate(old_shards))):
+        places[name].append(number)
     ranges = pool.shard_ranges()
     parent = np.full(len(pool), EXCLUDED, np.int64)
     distance = np.full(len(pool), np.nan, np.float32)
     known = np.zeros(len(pool), bool)
-    for number, name in enumerate(pool.shard_fingerprints):
-        if name in place:
+    for number, name in enumerate(shards):
+        if places[name]:
+            place = places[name].pop()
             here = slice(ranges[number], ranges[number + 1])
-            there = slice(old_ranges[place[name]], old_ranges[place[name] + 1])
+            there = slice(old_ranges[place], old_ranges[place + 1])
             parent[here], known[here] = old.parent[1][there], True
             distance[here] = np.nan if old.distance is None else old.distance[there]
     if not known.any():
-        raise PoolError(
-            f"the pool has none of the {len(old_shards)} shards that {base} was built over; curate anew"
-        )
+        raise _no_shard(old_shards, base)
     return ClusterTree(old.centroids, old.parent | {1: parent}, distance), known
 
 

@@ -24,7 +24,13 @@ from curated_data.clustering.hierarchy import hierarchical_kmeans
 from curated_data.clustering.levels import Level, choose_levels
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig, load_config
-from curated_data.deduplication import embed_held_out, find_near_duplicates, open_held_out, read_keep
+from curated_data.deduplication import (
+    check_preference,
+    embed_held_out,
+    find_near_duplicates,
+    open_held_out,
+    read_keep,
+)
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.errors import CacheError, ConfigError, CuratedDataError, PoolError
 from curated_data.holds import Hold, hold, holding
@@ -127,20 +133,22 @@ def _curate(
     device: str | torch.device,
     decoders: Decoders | None,
 ) -> Curation:
-    held_out_pool = open_held_out(config, root, pool)  # now, before anything takes long
+    embedder = resolve_embedder(embedder)  # now, before anything takes long
+    held_out_pool = open_held_out(config, root, pool)
     check_same(curation=fingerprint(config=dataclasses.asdict(config)))
     pool.stat_on_all_ranks()
-    check_same(pool=pool.fingerprint)
     seconds: dict[str, float] = {}
     cached: dict[str, bool] = {}
 
     with _timed(seconds, "index"):
         n_samples = len(pool)
+    check_same(pool=pool.fingerprint)
     log.info("pool: %d samples in %d shards", n_samples, len(pool.urls))
     check_levels(config.levels, n_samples)
+    check_preference(config, pool)
 
     with _timed(seconds, "embed"):
-        embedder = resolve_embedder(embedder)
+        held_out = embed_held_out(held_out_pool, embedder, root, config, device, decoders)  # the smaller
         settings = dataclasses.asdict(config.embedding)
         store = embed_pool(pool, embedder, root, device=device, decoders=decoders, **settings)
     valid = store.valid
@@ -149,7 +157,6 @@ def _curate(
     origin = {"embedder": store.folder.name, "embeddings": store.fingerprint}
     if config.near_duplicates.enabled:
         with _timed(seconds, "near_duplicates"):
-            held_out = embed_held_out(held_out_pool, embedder, root, config, device, decoders)
             folder, cached["near_duplicates"] = find_near_duplicates(
                 root, pool, store, held_out, config, origin
             )
@@ -238,7 +245,8 @@ def build_tree(
         tree = cluster()
         if temporary is not None:
             tree = tree if complete is None else complete(tree)
-            publish_tree(temporary, tree, pool, {"inputs": origin, "settings": settings | {"levels": levels}})
+            content = {"inputs": origin, "settings": settings | {"levels": levels}}
+            publish_tree(temporary, tree, pool, store, content)
 
     _, cached = build_together(folder, build, check=store.verify)
     if rank() == 0:
@@ -260,10 +268,12 @@ def tree_name(config: CurationConfig, origin: dict[str, str]) -> str:
     return fingerprint(origin=origin, settings=settings, levels=levels, version=VERSIONS["tree"])
 
 
-def publish_tree(folder: Path, tree: ClusterTree, pool: ShardPool, manifest: dict[str, Any]) -> None:
+def publish_tree(
+    folder: Path, tree: ClusterTree, pool: ShardPool, store: EmbeddingStore, manifest: dict[str, Any]
+) -> None:
     """Write a tree and the shards that it covers, by which a pool that has grown finds its old samples."""
     tree.save(folder / "tree")
-    np.save(folder / "shards.npy", np.array(pool.shard_fingerprints, "S20"))
+    np.save(folder / "shards.npy", np.array(store.shard_fingerprints, "S20"))
     np.save(folder / "shard_ranges.npy", pool.shard_ranges())
     write_manifest(folder, "clustering", manifest)
 

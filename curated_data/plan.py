@@ -25,8 +25,9 @@ from curated_data.clustering.kmeans import kmeans
 from curated_data.clustering.levels import Level, choose_levels
 from curated_data.config import CurationConfig, load_config
 from curated_data.costs import Rates, Stage, expected_bytes, expected_stages, kmeans_work
-from curated_data.deduplication import near_duplicates_name, read_keep
+from curated_data.deduplication import check_preference, near_duplicates_name, read_keep
 from curated_data.embedding import Embedder, EmbeddingStore, resolve_embedder
+from curated_data.embedding.contents import Contents
 from curated_data.embedding.extract import embed_samples, embeddings_name
 from curated_data.embedding.store import missing_shards
 from curated_data.parallel import world_size
@@ -92,20 +93,23 @@ def plan(
         ConfigError, PoolError, EmbedderError, CacheError: as `curate` would in its first minutes.
     """
     config = load_config(config)
+    embedder = resolve_embedder(embedder)
     root = open_cache(cache_dir)
     pool = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
     n_samples = len(pool)
     check_levels(config.levels, n_samples)
-    embedder = resolve_embedder(embedder)
+    check_preference(config, pool)
     settings = dataclasses.asdict(config.embedding)
     folder = root / "embeddings" / embeddings_name(pool, embedder, decoders=decoders, **settings)
     ranges = pool.shard_ranges()
-    missing = missing_shards(folder, pool.shard_fingerprints)
+    contents = Contents(root, pool).recognise()
+    missing = missing_shards(folder, contents)
     n_missing = int(sum(ranges[number + 1] - ranges[number] for number in missing))
 
-    store = None if missing else EmbeddingStore(
-        folder, pool.shard_fingerprints, embedder.dimension, config.embedding.dtype
-    )  # fmt: skip
+    names = [name for name in contents if name is not None]
+    store = None
+    if not missing:
+        store = EmbeddingStore(folder, names, embedder.dimension, config.embedding.dtype, urls=pool.urls)
     cached, valid = _cached(root, config, store)
     n_valid = n_samples if valid is None else int(valid.sum())
     levels = config.levels or choose_levels(n_valid)

@@ -77,7 +77,7 @@ def recurate(
 
     Raises:
         ConfigError: a share outside (0, 1], or more clusters than the share has samples.
-        PoolError: none of the share could be embedded, or a shard cannot be read.
+        PoolError: `base` is of another pool, none of the share could be embedded, or a shard cannot be read.
         EmbedderError: the embedder does not fit the pool.
         RankError: another rank has failed or died.
     """
@@ -96,6 +96,8 @@ def _recurate(
     decoders: Decoders | None,
 ) -> Curation:
     started = time.monotonic()
+    if base.tree.n_samples != len(pool):
+        raise PoolError(f"base: its tree is of {base.tree.n_samples} samples, the pool has {len(pool)}")
     fresh = draw_share(base.tree.parent[1] != EXCLUDED, share, config.seed)
     config = dataclasses.replace(config, levels=levels_of_share(config.levels, base, share))
     check_levels(config.levels, len(fresh))

@@ -1,7 +1,7 @@
 """Weights of a network from a file, whatever the file wraps them in."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ def load_weights(net: nn.Module, path: str | Path, *, name: str) -> None:
     Raises:
         ValueError: no such file, not a file of tensors, or weights of another network (names some of them).
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(
             f"pretrained {str(path)!r}: no such file; give a .pth, .pt, .ckpt or .safetensors file"
@@ -37,7 +37,8 @@ def load_weights(net: nn.Module, path: str | Path, *, name: str) -> None:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a truncated zip, a pickle, a text file: torch raises many kinds
         raise ValueError(
-            f"pretrained {str(path)!r}: not a file of tensors that can be read safely ({error})"
+            f"pretrained {str(path)!r}: not a file of tensors that can be read safely "
+            f"({_first_line(error)}); fetch it again, or save a state dict"
         ) from error
     state = _state_dict_of(content)
     if not state:
@@ -46,7 +47,7 @@ def load_weights(net: nn.Module, path: str | Path, *, name: str) -> None:
     state = _strip_prefixes(state, expected)
     if isinstance(net, VisionTransformer):
         # Resamples position embeddings to another grid, renames DINOv2's own.
-        state = checkpoint_filter_fn(state, net)
+        state = _fitted(lambda: checkpoint_filter_fn(state, net), path, name)
     for key in expected:  # BatchNorm's count of batches, which files of before it and converted ones lack
         if key.endswith("num_batches_tracked"):
             state.setdefault(key, expected[key])
@@ -61,7 +62,7 @@ def load_weights(net: nn.Module, path: str | Path, *, name: str) -> None:
             f"pretrained {str(path)!r} does not fit backbone {name!r}: "
             f"{len(missing)} weights missing, {len(wrong)} of another shape, for example {shown}"
         )
-    net.load_state_dict({key: state[key] for key in expected})
+    _fitted(lambda: net.load_state_dict({key: state[key] for key in expected}), path, name)
     log.info("backbone %s: weights of %s", name, path)
 
 
@@ -73,7 +74,22 @@ def _state_dict_of(content: Any) -> dict[str, Tensor]:
         if isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    return {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+
+
+def _fitted(load: Callable[[], Any], path: Path, name: str) -> Any:
+    """What a call gives that fits weights to a network; tensors of a file may be of any kind."""
+    try:
+        return load()
+    except Exception as error:
+        raise ValueError(
+            f"pretrained {str(path)!r} does not fit backbone {name!r} ({_first_line(error)}); give the "
+            "weights of such a network"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def _strip_prefixes(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

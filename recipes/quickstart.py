@@ -235,7 +235,7 @@ def pretrained(
     """SimCLR trained on a selection, or loaded from an earlier run."""
     settings = simclr_settings(data, options.backbone)
     key = fingerprint(
-        ids=ids, pool=pool.fingerprint, settings=settings, epochs=options.epochs, seed=options.seed, version=1
+        ids=ids, pool=pool.state, settings=settings, epochs=options.epochs, seed=options.seed, version=1
     )
     path = cache / "pretrained" / f"{key}.ckpt"
     lightning.seed_everything(options.seed, verbose=False)

@@ -218,7 +218,7 @@ def fill(
             for seed in options.seeds:
                 of = data[side]
                 key = fingerprint(
-                    train=of.train.fingerprint, test=of.test.fingerprint, ids=of.ids, classes=of.classes,
+                    train=of.train.state, test=of.test.state, ids=of.ids, classes=of.classes,
                     architecture=spec, seed=seed, budget=asdict(budget), version=1,
                 )  # fmt: skip
                 jobs[side, spec, seed] = cache / "accuracies" / f"{key}.json"

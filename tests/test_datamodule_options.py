@@ -341,7 +341,7 @@ class TestRemotePools:
         assert np.array_equal(np.sort(ids[:44]), few_and_all)
         assert np.array_equal(np.sort(ids[44:]), np.arange(80, 120))
         downloaded = {path.stem for path in (cache / "shards").glob("*.tar")}
-        assert downloaded == {pool.shard_fingerprints[1], pool.shard_fingerprints[2]}
+        assert downloaded == {pool.shards[1].fingerprint, pool.shards[2].fingerprint}
         assert server.bytes_sent == sizes[1] + sizes[2] + needed
 
 

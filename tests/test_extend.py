@@ -2,7 +2,9 @@
 told.
 """
 
+import io
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -10,8 +12,12 @@ from scipy.spatial.distance import cdist
 
 from curated_data import curate
 from curated_data.cli import main
-from curated_data.errors import CacheError, PoolError
+from curated_data.embedding import extract
+from curated_data.errors import CacheError, ConfigError, EmbedderError, PoolError
 from curated_data.extend import extend
+from curated_data.plan import plan
+from curated_data.pool import ShardPool
+from curated_data.recuration import recurate
 from tests.processes import run_ranks
 
 CONFIG = {
@@ -119,6 +125,68 @@ def test_what_cannot_be_extended(write_pool, tmp_path):
     for folder in (old.folders["tree"] / "tree", old.folders["selection"]):  # both are sound
         with pytest.raises(CacheError, match="holds no tree; give the folder that `curate` printed"):
             extend(shards, CONFIG, embedder="pixels:4", cache_dir=cache, tree=folder)
+
+
+def test_what_needs_no_embedding_is_checked_first(write_pool, tmp_path, monkeypatch):
+    """By every command that embeds: what is wrong is said before the first sample is embedded."""
+    shards, cache = write_pool([30, 20, 5]), tmp_path / "cache"
+    old = curate(shards[:1], CONFIG, embedder="pixels:4", cache_dir=cache)
+    other = tmp_path / "arrays.tar"
+    with tarfile.open(other, "w") as archive:
+        for number in range(30):
+            member = tarfile.TarInfo(f"{number}.npy")
+            member.size = 9
+            archive.addfile(member, io.BytesIO(b"any bytes"))
+    monkeypatch.setattr(extract, "_forward", None)  # nothing is embedded
+    largest = CONFIG | {"near_duplicates": {"enabled": True, "prefer": "largest"}}
+    held_out = CONFIG | {"near_duplicates": {"enabled": True, "held_out": ["nowhere.tar"]}}
+    pool = ShardPool(shards[:2])
+    place = {"cache_dir": cache, "embedder": "pixels:4"}
+    tree = place | {"tree": old.folders["tree"]}
+    other_dtype = CONFIG | {"embedding": {"dtype": "float16"}}
+    many = CONFIG | {"levels": [{"n_clusters": 100}]}
+    cases = [
+        (CacheError, lambda: extend(shards, CONFIG, **tree | {"embedder": "pixels:5"})),
+        (CacheError, lambda: extend(shards, other_dtype, **tree)),
+        (CacheError, lambda: extend(shards, CONFIG, **tree, decoders={"png": bytes})),
+        (CacheError, lambda: extend(shards, CONFIG, **tree | {"tree": old.folders["selection"]})),
+        (PoolError, lambda: extend(shards[1:], CONFIG, **tree)),
+        (PoolError, lambda: extend(shards, held_out, **tree)),
+        (ConfigError, lambda: extend(shards, CONFIG | {"target_size": 0}, **tree)),
+        (ConfigError, lambda: extend(shards, CONFIG, **tree, rebuild_above="much")),
+        (EmbedderError, lambda: extend(shards, CONFIG, **tree | {"embedder": "pixel"})),
+        (PoolError, lambda: recurate(pool, old.config, base=old, share=0.5, **place)),
+        (ConfigError, lambda: curate([other], largest, **place)),
+        (ConfigError, lambda: plan([other], largest, **place)),
+        (PoolError, lambda: curate(shards, held_out, **place)),
+        (EmbedderError, lambda: curate(shards, CONFIG, **place | {"embedder": "pixel"})),
+        (ConfigError, lambda: curate(shards[1:], many, **place)),
+    ]
+    for number, (error, run) in enumerate(cases):
+        with pytest.raises(error) as caught:
+            run()
+        assert type(caught.value) is error, (number, caught.value)
+
+
+def test_the_wrong_pool_is_found_even_where_the_cache_has_forgotten_its_shards(write_pool, tmp_path):
+    shards, cache = write_pool([30, 20]), tmp_path / "cache"
+    old = curate(shards[:1], CONFIG, embedder="pixels:4", cache_dir=cache)
+    shutil.rmtree(cache / ".shards")
+    place = {"embedder": "pixels:4", "cache_dir": cache, "tree": old.folders["tree"]}
+    assert extend(shards, CONFIG, **place).report["drift"]["n_old"] == 30
+    with pytest.raises(PoolError, match="none of the 1 shards"):
+        extend(shards[1:], CONFIG, **place)
+
+
+def test_a_shard_that_is_in_the_pool_twice_keeps_both_places(write_pool, tmp_path):
+    first, second = write_pool([30, 20])
+    twin = shutil.copyfile(first, tmp_path / "twin.tar")
+    near = CONFIG | {"near_duplicates": {"enabled": True, "threshold": 0.9999}}
+    old = curate([first, twin], near, embedder="pixels:4", cache_dir=tmp_path / "cache")
+    assert old.report["near_duplicates"] == 30
+    place = {"embedder": "pixels:4", "cache_dir": tmp_path / "cache", "tree": old.folders["tree"]}
+    grown = extend([second, first, twin], near, **place)
+    np.testing.assert_array_equal(grown.tree.parent[1][20:], old.tree.parent[1])
 
 
 def test_new_copies_stay_out_and_what_the_tree_holds_stays_in(write_pool, tmp_path, caplog):

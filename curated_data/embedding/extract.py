@@ -4,6 +4,7 @@ So a killed run loses at most one shard of work per process. Batches never span 
 same way, so that a shard's embeddings do not depend on which process computes them, or with which others.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from curated_data.cache import fingerprint
 from curated_data.embedding.batches import InputLoader, is_of_worker, worker_ended
+from curated_data.embedding.contents import Contents, content_name
 from curated_data.embedding.embedders import Embedder, evaluating
 from curated_data.embedding.equal import equal_rows
 from curated_data.embedding.identity import module_fingerprint
@@ -88,11 +90,13 @@ def embed_pool(
     name = embeddings_name(pool, embedder, dtype=dtype, precision=precision, decoders=decoders, ids=ids)
     folder = Path(cache_root) / "embeddings" / name
     held = Hold(folder)  # before looking what it has
-    shards = pool.shard_fingerprints
+    contents = Contents(Path(cache_root), pool)
+    # Of a shard that is embedded in part, the content cannot be learned on the way.
+    contents.recognise(every=ids is not None)
     ranges = pool.shard_ranges() if ids is None else np.searchsorted(ids, pool.shard_ranges())
-    missing = missing_shards(folder, shards)
+    missing = missing_shards(folder, contents.names)
     if missing:
-        forget_table(folder, store_fingerprint(folder, shards, dtype))
+        _forget_table(folder, contents, dtype)
         _move(embedder, device)
         samples = int(sum(ranges[number + 1] - ranges[number] for number in missing))
         started = time.monotonic()
@@ -114,13 +118,16 @@ def embed_pool(
             first = rank() * len(missing) // world_size()
             turned = missing[first:] + missing[:first]
             # It may wait for a shard while holding others, so all processes go in the same order.
-            in_one_order = sorted(missing, key=shards.__getitem__)
+            in_one_order = sorted(missing, key=contents.locks.__getitem__)
             for wait, numbers in ((False, turned), (True, in_one_order)):
-                done += _embed_shards(numbers, folder, loader, wait, dtype, use_bf16, advance)
+                done += _embed_shards(numbers, folder, loader, contents, wait, dtype, use_bf16, advance)
         seconds = time.monotonic() - started
         if done:
             log.info("embedded %d samples at %.0f samples/s with %s", done, done / seconds, _name(embedder))
-    store = EmbeddingStore(folder, shards, embedder.dimension, dtype, ids=ids)
+        _forget_table(folder, contents, dtype)
+    names = [name for name in contents.names if name is not None]
+    assert len(names) == len(pool.urls), "every shard is embedded, by this process or another"
+    store = EmbeddingStore(folder, names, embedder.dimension, dtype, ids=ids, urls=pool.urls)
     del held  # the store has its own
     if store.n_failures:
         failure = next(store.iterate_failures())
@@ -130,8 +137,15 @@ def embed_pool(
         )  # fmt: skip
     if rank() == 0:
         _warn_of_equal(pool, store)
-    log.info("embeddings: %d x %d %s, %d shards were cached", *store.shape, dtype, len(shards) - len(missing))
+    log.info("embeddings: %d x %d %s, %d shards were cached", *store.shape, dtype, len(names) - len(missing))
     return store
+
+
+def _forget_table(folder: Path, contents: Contents, dtype: str) -> None:
+    """Forget the summary of a store, some of whose shards are written again."""
+    names = [name for name in contents.names if name is not None]
+    if len(names) == len(contents.names):
+        forget_table(folder, store_fingerprint(folder, names, dtype))
 
 
 def embed_samples(
@@ -234,29 +248,43 @@ def _embed_shards(
     numbers: list[int],
     folder: Path,
     loader: InputLoader,
+    contents: Contents,
     wait: bool,
     dtype: str,
     use_bf16: bool,
     advance: Callable[..., None],
 ) -> int:
     """Embed those of the shards that are missing and can be claimed; returns their number of samples."""
-    pool, shards, ranges = loader.pool, loader.pool.shard_fingerprints, loader.ranges
+    pool, ranges = loader.pool, loader.ranges
     locks: dict[int, ExitStack] = {}
     done = 0
 
-    def finish(number: int, rows: np.ndarray, failures: list[dict[str, Any]], transparent: int = 0) -> None:
+    def finish(
+        number: int, rows: np.ndarray, failures: list[dict[str, Any]], digest: bytes, transparent: int = 0
+    ) -> None:
         origin = {"url": pool.urls[number], "embedder": _name(loader.embedder), "transparent": transparent}
-        write_shard(folder, shards[number], rows, failures, origin)
+        name = contents.names[number]
+        if loader.ids is None:  # all of the shard was read; it may have changed though its state did not
+            name = content_name(contents.layouts[number], digest)
+        assert name is not None, "of a shard that is embedded in part, found before"
+        write_shard(folder, name, rows, failures, origin)
+        if loader.ids is None:
+            contents.record(number, digest)
         locks.pop(number).close()
+
+    def is_done(number: int) -> bool:
+        name = contents.names[number]
+        return name is not None and is_embedded(folder, name)
 
     def claims() -> Iterator[int]:
         for number in numbers:
-            if is_embedded(folder, shards[number]):
+            if is_done(number):
                 continue
             lock = ExitStack()
-            if not lock.enter_context(locked(folder / shards[number], wait=wait)) or is_embedded(
-                folder, shards[number]
-            ):
+            held = lock.enter_context(locked(folder / contents.locks[number], wait=wait))
+            if held:
+                contents.look(number)  # another process may have embedded it since
+            if not held or is_done(number):
                 lock.close()
             else:
                 locks[number] = lock
@@ -265,8 +293,9 @@ def _embed_shards(
     try:
         rows: np.ndarray | None = None
         failures: list[dict[str, Any]] = []
+        digest = hashlib.sha256()
         transparent, all_transparent, example = 0, 0, ""
-        for batch, inputs, reasons, n_transparent, place_of_one in loader.batches(
+        for batch, inputs, reasons, digests, n_transparent, place_of_one in loader.batches(
             _with_empty(claims(), ranges, loader.embedder.dimension, dtype, finish)
         ):
             check_ranks()
@@ -286,13 +315,14 @@ def _embed_shards(
                         "reason": reasons[position],
                     }
                 )
+            digest.update(b"".join(digests))
             done += len(batch)
             advance(len(batch))
             transparent, example = transparent + n_transparent, example or place_of_one
             all_transparent += n_transparent
             if batch[-1] == ranges[number + 1] - 1:
-                finish(number, rows, failures, transparent)
-                rows, failures, transparent = None, [], 0
+                finish(number, rows, failures, digest.digest(), transparent)
+                rows, failures, transparent, digest = None, [], 0, hashlib.sha256()
         if all_transparent:
             log.warning(
                 "%d of %d images have transparent pixels, the first: %s; they were put on the colour %s "
@@ -314,7 +344,7 @@ def _with_empty(
     """The claims; shards without samples, which give no batch, are finished here."""
     for number in claims:
         if ranges[number] == ranges[number + 1]:
-            finish(number, np.zeros((0, dimension), dtype), [])
+            finish(number, np.zeros((0, dimension), dtype), [], hashlib.sha256().digest())
         else:
             yield number
 

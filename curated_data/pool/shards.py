@@ -102,6 +102,7 @@ class ShardPool:
         self._access: np.ndarray | None = None
         self._index: PoolIndex | None = None
         self._index_folder: Path | None = None
+        self._layouts: list[str] | None = None
         self._without_cache: ShardPool | None = None
 
     def __len__(self) -> int:
@@ -141,13 +142,28 @@ class ShardPool:
         self.shards = shards
 
     @cached_property
+    def state(self) -> str:
+        """The name of the pool as it is now: of the place, size, and time or ETag of its shards in order.
+
+        Another place gives another name, as does any change to a shard. Needs no index.
+        """
+        return fingerprint(stage="pool state", shards=[shard.fingerprint for shard in self.shards])
+
+    @property
     def shard_fingerprints(self) -> list[str]:
-        """The name of each shard in its state, under which its artifacts are kept."""
-        return [shard.fingerprint for shard in self.shards]
+        """The layout of each shard: the name of the keys, extensions, offsets and sizes of its members.
+
+        The same wherever the shards lie. Found by indexing the pool, which reads headers alone, so two shards
+        that differ only in their members' bytes have the same; embedding, which reads those, tells them apart
+        (see `curated_data.embedding.contents`).
+        """
+        self.index()
+        assert self._layouts is not None, "set with the index"
+        return self._layouts
 
     @cached_property
     def fingerprint(self) -> str:
-        """The name of the pool, from the fingerprints of its shards in order."""
+        """The name of the pool, from the layouts of its shards in order."""
         return pool_fingerprint(self.shard_fingerprints)
 
     def index(self) -> PoolIndex:
@@ -158,13 +174,13 @@ class ShardPool:
                 # Checked by the process that opened the pool.
                 self._index = load_pool_index(self._index_folder, checked=False)
             elif self.cache_dir is not None:
-                self._index, self._index_folder = build_in_cache(
-                    self.shards, self.shard_fingerprints, self._indexer, self.num_workers, self.cache_dir
+                self._index, self._index_folder, self._layouts = build_in_cache(
+                    self.shards, self._indexer, self.num_workers, self.cache_dir
                 )
                 if self._without_cache is not None:
                     self._without_cache._take_index(self)
             else:
-                self._index = build_in_memory(self.shards, self._indexer, self.num_workers)
+                self._index, self._layouts = build_in_memory(self.shards, self._indexer, self.num_workers)
             if is_new:
                 self._report_notes()
             if len(self._index) == 0:
@@ -387,7 +403,11 @@ class ShardPool:
     def _take_index(self, other: "ShardPool") -> None:
         """Use the index of the same pool with a cache, unless this has its own, or shards have changed."""
         if self._index is None and self.__dict__.setdefault("shards", other.shards) == other.shards:
-            self._index, self._index_folder = other._index, other._index_folder
+            self._index, self._index_folder, self._layouts = (
+                other._index,
+                other._index_folder,
+                other._layouts,
+            )
 
     def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = np.asarray(ids)

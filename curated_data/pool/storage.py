@@ -30,10 +30,10 @@ class ShardFile:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The name, 20 hexadecimal digits, of everything that is derived from this shard alone."""
+        """The name, 20 hexadecimal digits, of this state: what is known of it need not be read again."""
         place = self.url if is_remote(self.url) else os.path.abspath(self.url)
         return fingerprint(
-            stage="shard", code=CODE_VERSION, place=place, size=self.size, version=self.version
+            stage="state", code=CODE_VERSION, place=place, size=self.size, version=self.version
         )
 
 

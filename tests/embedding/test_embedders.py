@@ -170,7 +170,7 @@ def test_files_of_code_or_of_another_network_are_refused(tmp_path):
     with pytest.raises(EmbedderError, match="no 'module_class'"):
         resolve_embedder(f"checkpoint:{tmp_path / 'plain.ckpt'}")
     torch.save({"state_dict": {}, "module_class": "os.path.join"}, tmp_path / "evil.ckpt")
-    with pytest.raises(EmbedderError, match="no pretraining module"):
+    with pytest.raises(EmbedderError, match="must not choose what is imported"):
         resolve_embedder(f"checkpoint:{tmp_path / 'evil.ckpt'}")
 
 

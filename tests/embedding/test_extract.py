@@ -173,9 +173,6 @@ def test_second_call_and_new_shards_embed_only_what_is_missing(write_pool, tmp_p
     assert seen == [5, 6, 7]
     np.testing.assert_array_equal(np.asarray(grown)[:11], np.asarray(first))
     assert grown.fingerprint != first.fingerprint
-    os.utime(shards[1], (1, 1))
-    embed_pool(ShardPool(shards), embedder, root, **settings)
-    assert seen == [5, 6, 7, 6]
 
 
 def _slow(batch):
@@ -375,13 +372,13 @@ def test_a_store_of_many_shards_is_opened_by_one_file(write_pool, tmp_path, monk
     monkeypatch.setattr(
         store_module, "_read_shard_details", lambda *which: read.append(which) or details(*which)
     )
-    again = EmbeddingStore(first.folder, pool.shard_fingerprints, first.shape[1], "float16")
+    again = EmbeddingStore(first.folder, first.shard_fingerprints, first.shape[1], "float16")
     assert (len(again), again.n_failures, read) == (9, 2, [])
     np.testing.assert_array_equal(again.valid, first.valid)
     assert [failure["id"] for failure in again.iterate_failures()] == [3, 6]
     assert len(read) == 2
     # A shard that is embedded again brings its own failures.
-    for path in first.folder.glob(f"{pool.shard_fingerprints[2]}.*"):
+    for path in first.folder.glob(f"{first.shard_fingerprints[2]}.*"):
         path.unlink()
     decoders = {"png": lambda data: torch.zeros((3, 8, 8), dtype=torch.uint8)}
     monkeypatch.setattr(extract_module, "_decoder_fingerprints", lambda decoders: [])
@@ -393,9 +390,9 @@ def test_a_store_of_many_shards_is_opened_by_one_file(write_pool, tmp_path, monk
 def test_damaged_files_of_the_store_are_named(write_pool, tmp_path, embedder):
     pool, root = ShardPool(write_pool([4])), open_cache(tmp_path / "c")
     store = embed_pool(pool, embedder, root, num_workers=0)
-    array = store.folder / f"{pool.shard_fingerprints[0]}.npy"
+    array = store.folder / f"{store.shard_fingerprints[0]}.npy"
     array.write_bytes(array.read_bytes()[:40])
-    again = EmbeddingStore(store.folder, pool.shard_fingerprints, 3, "float16")
+    again = EmbeddingStore(store.folder, store.shard_fingerprints, 3, "float16")
     with pytest.raises(CacheError, match=r"remove the shard's .npy and .json there"):
         again.rows([0])
 

@@ -3,10 +3,19 @@
 import functools
 import importlib.util
 import io
+import itertools
+import json
+import linecache
 import logging
 import math
+import os
+import shutil
+import subprocess
+import sys
 import threading
 import types
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +24,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from curated_data.embedding import identity
-from curated_data.embedding.embedders import resolve_embedder
+from curated_data.embedding.embedders import ImagePreprocess, ModuleEmbedder, resolve_embedder
 from curated_data.embedding.identity import module_fingerprint
 from curated_data.errors import EmbedderError
 
@@ -61,9 +70,15 @@ def gain(x):
 """
 
 
+COUNT = itertools.count()
+
+
 def load(source: str, name: str = "users_module") -> types.ModuleType:
+    """A module of the user's, whose source is at hand as that of a notebook's cell is."""
+    file = f"/cells/{next(COUNT)}.py"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     module = types.ModuleType(name)
-    exec(compile(source, name, "exec"), vars(module))
+    exec(compile(source, file, "exec", dont_inherit=True), vars(module))
     return module
 
 
@@ -241,13 +256,8 @@ def test_methods_that_a_librarys_call_count(old, new, counts):
     assert fingerprints(OVERRIDING) == before
 
 
-def test_the_embedding_of_a_module_counts_where_this_package_is_installed(monkeypatch):
-    """Its own code then counts by its name, and names nothing of the module that it wraps."""
-    monkeypatch.setattr(
-        identity,
-        "_is_library",
-        lambda module, rest=identity._is_library: module.startswith("curated_data") or rest(module),
-    )
+def test_the_embedding_of_a_module_counts_through_the_code_of_this_package():
+    """Which names nothing of the module that it wraps."""
 
     def fingerprint(source):
         return resolve_embedder(load(source).Trained()).fingerprint
@@ -308,3 +318,215 @@ def test_what_an_object_of_c_code_holds_is_not_taken_for_its_attributes(held):
     """Since Python 3.12 the classes of some look like those of Python."""
     with pytest.raises(EmbedderError, match="identity cannot be determined"):
         module_fingerprint(lambda images: (images, held))
+
+
+FINGERPRINTS = {
+    "a network": "aa2ea46b5c76ecdb2478",
+    "a function": "c8c8ac56956a136c6289",
+    "pixels": "d6acfd8c08c61b831473",
+    "a pretraining module": "32937df58fca902734f8",
+}
+
+
+def fixed_embedders():
+    """Embedders whose fingerprints are known: of a user's code, of this package's, and of libraries'."""
+    from tests.embedding import fixed_network
+
+    network = fixed_network.Network()
+    return {
+        "a network": ModuleEmbedder(network, ImagePreprocess(8), dimension=2),
+        "a function": ModuleEmbedder(fixed_network.scaled, v2.CenterCrop(8), dimension=3),
+        "pixels": resolve_embedder("pixels:4"),
+        "a pretraining module": resolve_embedder(trained_module()),
+    }
+
+
+def trained_module():
+    from lightning_modules import SimCLR
+
+    module = SimCLR(image_size=32, small_images=True)
+    with torch.no_grad():
+        for number, tensor in enumerate(module.state_dict().values()):
+            tensor.fill_(number)
+    return module
+
+
+def test_known_fingerprints():
+    """In any version of Python, from anywhere: what changes one embeds the pools of all users again.
+
+    Bump a constant of `CODE_VERSIONS` if that is meant.
+    """
+    assert {name: e.fingerprint for name, e in fixed_embedders().items()} == FINGERPRINTS
+
+
+PRINT = """
+import sys, json
+from pathlib import Path
+sys.path.append(sys.argv[1])
+import tests.embedding.test_identity as here
+import curated_data, lightning_modules
+print(json.dumps({"at": [curated_data.__file__, lightning_modules.__file__],
+                  "found": {name: e.fingerprint for name, e in here.fixed_embedders().items()}}))
+"""
+
+
+def installed(folder, repository):
+    """As by a wheel's installation, without building one."""
+    for package in ("curated_data", "lightning_modules"):
+        shutil.copytree(
+            repository / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "data")
+        )
+
+
+def installed_wheel(folder, repository):
+    tool = shutil.which("uv")
+    if tool is None:
+        pytest.skip("no uv to build a wheel with")
+    built = folder.parent / "built"
+    subprocess.run([tool, "build", "--wheel", "-q", "-o", built, repository], check=True)
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+
+
+@pytest.mark.parametrize("install", [installed, pytest.param(installed_wheel, marks=pytest.mark.slow)])
+def test_a_wheel_gives_the_fingerprints_of_a_checkout(tmp_path, install):
+    repository, folder = Path(__file__).parents[2], tmp_path / "lib" / "site-packages"
+    folder.mkdir(parents=True)
+    install(folder, repository)
+    shutil.copytree(repository / "tests", tmp_path / "users" / "tests")
+    run = subprocess.run(
+        [sys.executable, "-c", PRINT, str(tmp_path / "users")],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    shown = json.loads(run.stdout.splitlines()[-1])
+    assert all(Path(path).is_relative_to(folder) for path in shown["at"])
+    assert shown["found"] == {name: e.fingerprint for name, e in fixed_embedders().items()}
+
+
+def test_no_bytecode_line_or_path_counts(tmp_path, monkeypatch):
+    """Of code whose source is at hand."""
+    monkeypatch.setattr(identity, "_code", None)
+    prints = set()
+    for number, above in enumerate(
+        ("", "import os\n\n\n", "# comment\nclass Other:\n    def f(self):\n        pass\n")
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / f"file{number}.py").write_text(above + NETWORK)
+        spec = importlib.util.spec_from_file_location(f"module{number}", folder / f"file{number}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        prints.add(module_fingerprint(module.Mine(), module.scaled, lambda x: x))
+    assert len(prints) == 1
+
+
+def test_a_script_and_the_module_that_it_is_count_the_same(tmp_path):
+    (tmp_path / "script.py").write_text(
+        NETWORK + "\nif __name__ == '__main__':\n"
+        "    from curated_data.embedding.identity import module_fingerprint\n"
+        "    import script\n"
+        "    print(module_fingerprint(Mine(), Mine), module_fingerprint(script.Mine(), script.Mine))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert len(set(run.stdout.split())) == 1
+
+
+def test_code_without_a_source_is_said_to_hold_for_one_version(caplog):
+    space = {"__name__": "typed"}
+    exec("def f(x):\n    return x * 2\ndef g(x):\n    return x * 3", space)
+    assert module_fingerprint(space["f"]) != module_fingerprint(space["g"])
+    assert "give the embedder an attribute `fingerprint`" in caplog.text
+    caplog.clear()
+    space["f"].fingerprint = "doubled"
+    module_fingerprint(space["f"])
+    assert not caplog.text
+
+
+HELD = """
+import enum
+import functools
+import pathlib
+import re
+import torch
+from torch import nn
+
+class Mode(enum.Enum):
+    MEAN = "mean"
+    MAX = "max"
+
+class Part:
+    factor = 2
+
+    def __call__(self, x):
+        return x * self.factor
+
+TABLE = {"a": 1}
+PATTERN = re.compile("a+")
+FOLDER = pathlib.PurePath("a/b")
+look_up = TABLE.get
+
+def decorated(function):
+    @functools.wraps(function)
+    def inner(x):
+        return function(x) + 1
+    return inner
+
+@torch.no_grad()
+def in_no_grad(x):
+    return x - 5
+
+@decorated
+def network(x):
+    values = [Mode.MEAN, PATTERN.pattern, str(FOLDER), look_up("a"), Part()(x)]
+    return in_no_grad(x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("Mode.MEAN, ", "Mode.MAX, "),
+        ('"mean"', '"average"'),
+        ('"a+"', '"b+"'),
+        ('"a/b"', '"a/c"'),
+        ('{"a": 1}', '{"a": 2}'),
+        ("factor = 2", "factor = 3"),
+        ("x * self.factor", "x + self.factor"),
+        ("+ 1", "+ 2"),
+        ("x - 5", "x - 6"),
+    ],
+)
+def test_whatever_a_function_reaches_counts(old, new):
+    assert HELD.count(old) == 1
+    before = module_fingerprint(load(HELD).network)
+    assert module_fingerprint(load(HELD).network) == before
+    assert module_fingerprint(load(HELD.replace(old, new)).network) != before
+
+
+def test_a_setting_in_the_class_counts():
+    source = NETWORK.replace("return x.mean((2, 3))", "return x.mean((2, 3)) ** self.power")
+    prints = [module_fingerprint(load(s).Mine()) for s in (source, source.replace("power = 2", "power = 3"))]
+    assert prints[0] != prints[1]
+
+
+def test_private_settings_count():
+    source = NETWORK.replace("self.scale + 1", "self.__secret()").replace(
+        "def training_step", "def __secret(self):\n        return self.__hidden\n\n    def training_step"
+    ).replace("self.scale, self.unused", "self.__hidden, self.scale, self.unused").replace(
+        "= scale, object()", "= 3, scale, object()")  # fmt: skip
+    prints = [
+        module_fingerprint(load(s).Mine()) for s in (source, source.replace("= 3, scale", "= 4, scale"))
+    ]
+    assert prints[0] != prints[1]
+
+
+def test_settings_that_a_librarys_function_encloses_count():
+    import torch.optim.swa_utils as of_a_library
+
+    averages = [of_a_library.get_ema_multi_avg_fn(decay) for decay in (0.9, 0.99, 0.9)]
+    prints = [module_fingerprint(function) for function in averages]
+    assert prints[0] == prints[2] != prints[1]

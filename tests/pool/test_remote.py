@@ -393,7 +393,7 @@ class TestPlan:
             assert contents(workers.apply(pool.read, (ids,))) == [expected[i] for i in ids]
         if access == "auto":
             assert {path.stem for path in (cache / "shards").glob("*.tar")} == {
-                pool.shard_fingerprints[number] for number in np.flatnonzero(plan)
+                pool.shards[number].fingerprint for number in np.flatnonzero(plan)
             }
 
     def test_the_whole_pool_and_sizes_of_a_few(self, serve, tmp_path, monkeypatch):

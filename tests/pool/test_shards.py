@@ -195,7 +195,7 @@ class TestFaults:
 
     def test_before_indexing(self, small_pool, tmp_path):
         pool = ShardPool(small_pool, cache_dir=tmp_path / "cache")
-        assert pool.fingerprint
+        assert pool.shards
         small_pool[0].write_bytes(small_pool[0].read_bytes() + bytes(512))
         with pytest.raises(PoolError, match=r"pool-000000\.tar: changed since"):
             pool.index()
@@ -293,7 +293,7 @@ class TestCache:
         pool = ShardPool(small_pool, cache_dir=tmp_path / "cache")
         processes = multiprocessing.get_context("fork")
         results = processes.Queue()
-        with locked(tmp_path / "cache" / "index" / pool.shard_fingerprints[1]):
+        with locked(tmp_path / "cache" / "index" / pool.shards[1].fingerprint):
             runs = [processes.Process(target=lambda: results.put(len(pool))) for _ in range(2)]
             for run in runs:
                 run.start()
