@@ -88,6 +88,7 @@ def _recurate(
 ) -> Curation:
     started = time.monotonic()
     fresh = draw_share(base.tree.parent[1] != EXCLUDED, share, config.seed)
+    derived = not config.levels
     config = dataclasses.replace(config, levels=levels_of_share(config.levels, base, share))
     check_levels(config.levels, len(fresh))
     settings = dataclasses.asdict(config.embedding)
@@ -113,7 +114,15 @@ def _recurate(
     kept = {name: base.folders[name] for name in ("near_duplicates",) if name in base.folders}
     folders = {"embeddings": base.embeddings.folder, "fresh_embeddings": store.folder} | kept
     folders["tree"], tree_cached = build_tree(
-        root, pool, store, usable, config, origin, device, lambda tree: spread(tree, fresh, base.tree)
+        root,
+        pool,
+        store,
+        usable,
+        config,
+        origin,
+        device,
+        lambda tree: spread(tree, fresh, base.tree),
+        derived=derived,
     )
     tree = ClusterTree.load(folders["tree"] / "tree", memory_map=True)
     clustered = time.monotonic()
