@@ -35,7 +35,7 @@ PROBES = 48  # cells that a candidate is compared with; by 24, small separate bl
 CELL = 128  # rows in a cell; down to a quarter of that for few rows, to have many more cells than probes
 _WIDTH = 16  # of which cells are multiples: products of other widths take up to 1.4 times as long
 _MANY_FIRST = 2048  # first centres, from which these are found by cells too
-_SCORES_BYTES = 256 << 20  # of scores of candidates
+SCORES_BYTES = 256 << 20  # of scores of candidates
 
 
 def seed_rows(
@@ -144,7 +144,7 @@ class _Cells:
         chosen = np.empty(k, np.int64)
         done = len(self.chosen)
         chosen[:done] = self.chosen
-        most = max(1, _SCORES_BYTES // (4 * trials * self.probes * self.score.shape[1]))
+        most = max(1, SCORES_BYTES // (4 * trials * self.probes * self.score.shape[1]))
         self._make_room(most * trials)
         while done < k:
             gap = self._gap()
