@@ -7,6 +7,7 @@ import numpy as np
 
 from curated_data.clustering.levels import resampled_size
 from curated_data.clustering.rows import BLOCK
+from curated_data.clustering.seeding import SCORES_BYTES
 from curated_data.config import CurationConfig
 from curated_data.selection.near_duplicates import CELL_SIZE, N_PROBES
 
@@ -119,25 +120,37 @@ def near_duplicates_flops(n: int, dimension: int) -> float:
     return 2.0 * n * min(n, (1 + N_PROBES) * CELL_SIZE) * dimension
 
 
-def expected_bytes(n: int, dimension: int, config: CurationConfig) -> dict[str, int]:
-    """Sizes on disk and peak memory, by the names of `Plan`'s fields."""
+def expected_bytes(
+    n: int, dimension: int, config: CurationConfig, *, base: int = 0, index: int = 0
+) -> dict[str, int]:
+    """Sizes on disk and peak memory, by the names of `Plan`'s fields.
+
+    Args:
+        base: memory of a process with all libraries, the embedder, and no pool.
+        index: bytes of the pool's index, which is mapped, as embeddings and tree are: their pages count as
+            the process's memory, although the system takes them back where it has none left.
+    """
     levels = config.levels or ()
     clusters = sum(level.n_clusters * level.n_splits for level in levels)
     itemsize = np.dtype(config.embedding.dtype).itemsize
     tree = n * (8 + 4) + clusters * (4 * dimension + 8)
     row = 4 * dimension
-    # Clustering: all rows and a resampling's as float32, up to the limit; three blocks of rows in transit;
-    # four blocks of distances; centroids and their sums; some sixty bytes per row.
+    # Clustering: all rows, a resampling's, and one of these in the order of its cells as float32, up to the
+    # limit; blocks of rows in transit, as float64 too; four blocks of distances; centroids and their sums;
+    # some hundred bytes per row.
     lowest = levels[0].n_clusters if levels else 0
     resampled = 0
     if levels and levels[0].n_resamples:
         resampled = min(n, lowest * resampled_size(levels[0], n))
-    held = min((n + resampled) * row, int(config.max_memory_gb * 1e9))
-    peak = held + 3 * min(n, _ROWS_IN_TRANSIT) * row + 4 * BLOCK * 4 * lowest + 3 * lowest * row + 60 * n
+    # The rows to seed on are held twice: as they are, and by cells.
+    seeded = 2 * min(n, 20 * lowest)
+    held = min((n + max(resampled, seeded)) * row, int(config.max_memory_gb * 1e9))
+    blocks = 5 * min(n, _ROWS_IN_TRANSIT) * row + 4 * BLOCK * 4 * lowest
+    peak = held + blocks + 6 * lowest * row + min(SCORES_BYTES, 400 * n) + 100 * n
     if config.near_duplicates.enabled:  # the rows of a cell and its neighbours, and faiss's copies
-        peak = max(peak, 6 * min(n, CELL_SIZE) * row + 60 * n)
+        peak = max(peak, 6 * min(n, CELL_SIZE) * row + 100 * n)
     return {
         "embedding_bytes": n * dimension * itemsize,
         "tree_bytes": tree,
-        "peak_bytes": _LIBRARIES + peak,
+        "peak_bytes": base + index + n * dimension * itemsize + tree + _LIBRARIES + peak,
     }

@@ -267,15 +267,13 @@ def _grow(
     parent, distance = kept.parent[1].copy(), kept.distance.copy()
     if new.any():
         rows = prepare(store, metric=metric, device=device, valid=new, nonfinite="exclude", max_memory=None)
-        centroids = torch.from_numpy(kept.centroids[1]).to(rows.device)
-        if rows.mean is not None:
-            centroids = centroids - torch.from_numpy(rows.mean.astype(np.float32)).to(rows.device)
+        centroids = rows.frame.inside(torch.from_numpy(kept.centroids[1]).to(rows.device)).float()
         mine = rows.part(*rank_range(len(rows), rank(), world_size()))
         own = nearest(mine, centroids)
         squared = squared_distances(mine, centroids, own)
         ids = np.flatnonzero(new) if rows.ids is None else rows.ids
         parent[ids] = np.concatenate(all_gather(own))
-        distance[ids] = np.sqrt(np.concatenate(all_gather(squared)))
+        distance[ids] = np.sqrt(np.concatenate(all_gather(squared))) * rows.frame.scale
     return ClusterTree(kept.centroids, kept.parent | {1: parent}, distance)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from curated_data.cache import build_once, fingerprint, open_cache, read_array, read_manifest, write_manifest
 from curated_data.clustering.hierarchy import hierarchical_kmeans
-from curated_data.clustering.levels import Level, choose_levels
+from curated_data.clustering.levels import Level, TooManyClusters, choose_levels
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig, load_config
 from curated_data.deduplication import (
@@ -44,7 +44,7 @@ from curated_data.shared_build import build_together, check_shared
 
 log = logging.getLogger(__name__)
 
-VERSIONS = {"tree": 5, "selection": 2}
+VERSIONS = {"tree": 6, "selection": 2}
 """Increased when a stage computes something else from the same inputs: older artifacts are then not used."""
 
 _NO_LIMIT_GB = 1e9
@@ -176,11 +176,14 @@ def _curate(
             f"none of the pool's {n_samples} samples could be embedded; the first: {first['shard']}, key "
             f"{first['key']!r}: {first['reason']}"
         )
+    derived = not config.levels
     config = dataclasses.replace(config, levels=config.levels or choose_levels(n_valid))
     check_levels(config.levels, n_valid)
 
     with _timed(seconds, "cluster"):
-        folders["tree"], cached["tree"] = build_tree(root, pool, store, valid, config, origin, device)
+        folders["tree"], cached["tree"] = build_tree(
+            root, pool, store, valid, config, origin, device, derived=derived
+        )
         tree = ClusterTree.load(folders["tree"] / "tree", memory_map=True)
     with _timed(seconds, "sample"):
         folders["selection"], cached["selection"] = select(
@@ -210,12 +213,19 @@ def build_tree(
     origin: dict[str, str],
     device: str | torch.device,
     complete: Callable[[ClusterTree], ClusterTree] | None = None,
+    *,
+    derived: bool = False,
 ) -> tuple[Path, bool]:
     """The folder of the cluster tree, and whether it was cached. All ranks of a group build it together.
 
     Args:
         complete: makes a tree over the pool of the tree over the store's rows, if these are not the same;
             called on rank zero.
+        derived: the levels are not the user's, so they shrink where rows repeat.
+
+    Raises:
+        ConfigError: the user's levels ask for more clusters than the distinct rows fill.
+        PoolError: no row can be clustered.
     """
     settings = tree_settings(config)
     levels = settings.pop("levels")
@@ -234,12 +244,15 @@ def build_tree(
                 device=device,
                 checkpoint=checkpoint,
                 max_memory=int(min(config.max_memory_gb, _NO_LIMIT_GB) * 1e9),
+                shrink=derived,
                 **settings,
             )
         except CuratedDataError:
             raise
-        except ValueError as error:  # known only from the rows: too many equal ones leave clusters empty
+        except TooManyClusters as error:  # known only from the rows: too many equal ones leave clusters empty
             raise ConfigError(f"levels: {error}; or leave `levels` out to have them derived") from error
+        except ValueError as error:
+            raise PoolError(f"the pool's embeddings cannot be clustered: {error}") from error
 
     def build(temporary: Path | None) -> None:
         tree = cluster()
@@ -251,7 +264,22 @@ def build_tree(
     _, cached = build_together(folder, build, check=store.verify)
     if rank() == 0:
         tidy(checkpoint, below=checkpoint.parent)
+    if cached and not derived:
+        _check_shrunk(folder, config.levels or [])
     return folder, cached
+
+
+def _check_shrunk(folder: Path, levels: list[Level]) -> None:
+    """Refuse a tree whose levels were derived and have shrunk, if the same are now asked for."""
+    found = list(ClusterTree.load(folder / "tree", memory_map=True).n_clusters.values())
+    asked = [level.n_clusters * level.n_splits for level in levels]
+    # Splits may leave some out, whoever asked for them.
+    same = (k == total or level.n_splits > 1 for k, total, level in zip(found, asked, levels, strict=False))
+    if len(found) != len(asked) or not all(same):
+        raise ConfigError(
+            f"levels: {asked} clusters asked for, but rows repeat so often that only {found} can be filled; "
+            "ask for these, or leave `levels` out to have them derived"
+        )
 
 
 def tree_settings(config: CurationConfig) -> dict[str, Any]:

@@ -99,6 +99,7 @@ def _recurate(
     if base.tree.n_samples != len(pool):
         raise PoolError(f"base: its tree is of {base.tree.n_samples} samples, the pool has {len(pool)}")
     fresh = draw_share(base.tree.parent[1] != EXCLUDED, share, config.seed)
+    derived = not config.levels
     config = dataclasses.replace(config, levels=levels_of_share(config.levels, base, share))
     check_levels(config.levels, len(fresh))
     settings = dataclasses.asdict(config.embedding)
@@ -124,7 +125,15 @@ def _recurate(
     kept = {name: base.folders[name] for name in ("near_duplicates",) if name in base.folders}
     folders = {"embeddings": base.embeddings.folder, "fresh_embeddings": store.folder} | kept
     folders["tree"], tree_cached = build_tree(
-        root, pool, store, usable, config, origin, device, lambda tree: spread(tree, fresh, base.tree)
+        root,
+        pool,
+        store,
+        usable,
+        config,
+        origin,
+        device,
+        lambda tree: spread(tree, fresh, base.tree),
+        derived=derived,
     )
     tree = ClusterTree.load(folders["tree"] / "tree", memory_map=True)
     clustered = time.monotonic()

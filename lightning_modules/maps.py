@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from curated_data.clustering.rows import Matrix, read_rows
 from lightning_modules.heads import mlp
 from lightning_modules.losses import cauchy_contrast
 from lightning_modules.randomness import seeded
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def embed_2d(
-    features: np.ndarray | Tensor,
+    features: Matrix,
     *,
     epochs: int = 40,
     seed: int = 0,
@@ -39,7 +40,8 @@ def embed_2d(
     more.
 
     Args:
-        features: (n, d).
+        features: (n, d) array, memory map or tensor, any float type. Exact copies count as one sample: they
+            would be each other's only neighbours.
         epochs: passes over the training samples.
         seed: same seed, same map, on one machine.
         n_neighbors: k of the neighbour graph.
@@ -48,22 +50,23 @@ def embed_2d(
         (n, 2) float32, centred.
 
     Raises:
-        ValueError: fewer than three samples, or features that are not finite.
+        ValueError: fewer than three samples, or features that are not finite, with their rows.
     """
     n = len(features)
-    if n < 3 or features.ndim != 2:
+    if n < 3 or len(features.shape) != 2:
         raise ValueError(f"a map needs features (n, d) of at least 3 samples, got {tuple(features.shape)}")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(n, generator=generator)[:max_train].sort().values.numpy()
+    distinct = _distinct(features)
+    chosen = torch.randperm(len(distinct), generator=generator)[:max_train].sort().values.numpy()
+    chosen = distinct[chosen]
     train = _rows(features, chosen)
-    if not torch.isfinite(train).all():
-        raise ValueError("features are not finite: leave excluded samples out of the map")
-    mean, scale = train.mean(0), (train - train.mean(0)).square().sum(1).mean().sqrt().clamp_min(1e-12)
+    mean, least = train.mean(0), 1e-12 if train.dtype == torch.float32 else 1e-300
+    scale = (train - mean).square().sum(1).mean().sqrt().clamp_min(least)
     neighbors = torch.from_numpy(_neighbor_graph(train.numpy(), min(n_neighbors, len(train) - 1)))
     dimension = train.shape[1]
-    train = ((train - mean) / scale * dimension**0.5).to(device)
+    train = ((train - mean) / scale * dimension**0.5).float().to(device)
 
     with seeded(seed, torch.device(device)):
         network = mlp([dimension, hidden_dimension, hidden_dimension, 2]).to(device)
@@ -100,7 +103,7 @@ def embed_2d(
     with torch.no_grad():
         for start in range(0, n, 65536):
             block = _rows(features, np.arange(start, min(start + 65536, n)))
-            block = ((block - mean) / scale * dimension**0.5).to(device)
+            block = ((block - mean) / scale * dimension**0.5).float().to(device)
             coordinates[start : start + len(block)] = network(block).cpu().numpy()
     return coordinates - coordinates[chosen].mean(0)
 
@@ -191,14 +194,39 @@ def isolated(coordinates: np.ndarray, *, share: float = 1e-3, n_neighbors: int =
     return mask
 
 
-def _rows(features: np.ndarray | Tensor, rows: np.ndarray) -> Tensor:
-    block = features[rows] if isinstance(features, np.ndarray) else features[torch.from_numpy(rows)].cpu()
-    return torch.as_tensor(np.asarray(block, dtype=np.float32))
+def _rows(features: Matrix, rows: np.ndarray) -> Tensor:
+    """Rows as float32, or as float64 if they are, or their squares would leave float32's range."""
+    block = read_rows(features, rows).cpu()
+    largest = float(block.abs().amax()) if block.numel() else 0.0
+    return block if not largest or 1e-15 < largest < 1e15 else block.double()
+
+
+def _distinct(features: Matrix) -> np.ndarray:
+    """The first of each set of equal rows, ascending; all rows where fewer than three differ.
+
+    Raises:
+        ValueError: rows that are not finite.
+    """
+    n, bad = len(features), []
+    keys = np.empty(n, np.int64)
+    for start in range(0, n, 65536):
+        block = read_rows(features, np.arange(start, min(start + 65536, n))).cpu()
+        bad += (torch.nonzero(~torch.isfinite(block).all(1))[:, 0] + start).tolist()
+        keys[start : start + len(block)] = [hash(row.tobytes()) for row in block.numpy()]
+    if bad:
+        raise ValueError(
+            f"features are not finite in {len(bad)} rows, the first {bad[:10]}: leave excluded samples "
+            "out of the map"
+        )
+    first = np.sort(np.unique(keys, return_index=True)[1])
+    return first if len(first) >= 3 else np.arange(n)
 
 
 def _neighbor_graph(x: np.ndarray, k: int) -> np.ndarray:
     """The k nearest others of each row by cosine, (n, k) int64."""
-    x = x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
+    x = (
+        x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12 if x.dtype == np.float32 else 1e-300)
+    ).astype(np.float32)
     index = faiss.IndexFlatIP(x.shape[1])
     index.add(x)
     found = index.search(x, k + 1)[1]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curated_data.clustering.rows import Matrix, read_rows
 from lightning_modules.transport import gaussian_similarity, solve_p2ot, solve_sp2ot
 
 METHODS = ("sp2ot", "p2ot", "ot")
@@ -32,7 +33,7 @@ class TransportClusters:
 
 @torch.no_grad()
 def cluster_embeddings(
-    x: np.ndarray | Tensor,
+    x: Matrix,
     n_clusters: int,
     *,
     method: str = "sp2ot",
@@ -87,11 +88,11 @@ def cluster_embeddings(
     chosen = np.arange(n) if n <= sample_size else np.sort(generator.choice(n, sample_size, replace=False))
     sample = _rows(x, chosen, device)
     mean = sample.mean(0) if center else torch.zeros_like(sample[0])
-    points = F.normalize(sample - mean, dim=1)
-    similarity = gaussian_similarity(sample, n_neighbors=n_neighbors) if method == "sp2ot" else None
+    points = F.normalize(sample - mean, dim=1, eps=_eps(sample)).float()
+    similarity = gaussian_similarity(sample.float(), n_neighbors=n_neighbors) if method == "sp2ot" else None
     # Random directions, as the classifier begins: seeds among the samples start most prototypes in the head
     # classes.
-    prototypes = torch.from_numpy(generator.standard_normal((n_clusters, sample.shape[1]))).to(sample)
+    prototypes = torch.from_numpy(generator.standard_normal((n_clusters, sample.shape[1]))).to(points)
     prototypes = F.normalize(prototypes, dim=1)
     potentials = None
     for step in range(1, n_iter + 1):
@@ -120,10 +121,10 @@ def cluster_embeddings(
     assignment, total = np.empty(n, np.int64), 0.0
     for start in range(0, n, block_size):
         block = _rows(x, np.arange(start, min(start + block_size, n)), device)
-        cosine, nearest = (F.normalize(block - mean, dim=1) @ prototypes.T).max(1)
+        cosine, nearest = (F.normalize(block - mean, dim=1, eps=_eps(block)).float() @ prototypes.T).max(1)
         assignment[start : start + len(block)] = nearest.cpu().numpy()
         total += float((1 - cosine).sum(dtype=torch.float64))
-    return TransportClusters(assignment, prototypes.cpu().numpy(), mean.cpu().numpy(), total / n)
+    return TransportClusters(assignment, prototypes.cpu().numpy(), mean.float().cpu().numpy(), total / n)
 
 
 def similarity_weight(strength: float, rho: float, n: int) -> float:
@@ -134,15 +135,19 @@ def similarity_weight(strength: float, rho: float, n: int) -> float:
     return strength * (1 - rho) * n / 5120
 
 
-def _rows(x: np.ndarray | Tensor, rows: np.ndarray, device: str | torch.device) -> Tensor:
-    """Rows as float32 on the device, which must be finite."""
-    if isinstance(x, Tensor):
-        block = x[torch.from_numpy(rows).to(x.device)]
-    else:
-        block = torch.from_numpy(np.asarray(x[rows]))
-    block = block.to(device, torch.float32)
+def _rows(x: Matrix, rows: np.ndarray, device: str | torch.device) -> Tensor:
+    """Rows on the device as float32, or as float64 if they are, or their squares would leave float32's range;
+    they must be finite.
+    """
+    block = read_rows(x, rows).to(device)
     finite = torch.isfinite(block).all(1)
     if not bool(finite.all()):
         bad = rows[(~finite).cpu().numpy()]
         raise ValueError(f"embeddings of rows {bad[:10].tolist()} ({len(bad)} in all) hold NaN or infinity")
-    return block
+    largest = float(block.abs().amax()) if block.numel() else 0.0
+    return block if not largest or 1e-15 < largest < 1e15 else block.double()
+
+
+def _eps(rows: Tensor) -> float:
+    """The least norm to divide by."""
+    return 1e-12 if rows.dtype == torch.float32 else 1e-300

@@ -83,8 +83,8 @@ def _usable(x: Matrix, metric: str, valid: np.ndarray | None) -> tuple[np.ndarra
     """Ids of the finite, valid rows, and these rows, (m, d) float64; of unit norm for "cosine"."""
     rows = prepare(x, metric=metric, device="cpu", valid=valid, nonfinite="exclude", max_memory=None)
     ids = np.arange(len(x)) if rows.ids is None else rows.ids
-    values = rows.block(0, len(rows)).numpy().astype(np.float64)
-    return ids, values if rows.mean is None else values + rows.mean
+    values = rows.block(0, len(rows)).numpy().astype(np.float64) * rows.frame.scale
+    return ids, values if rows.frame.mean is None else values + rows.frame.mean
 
 
 def _tree(n: int, ids: np.ndarray, rows: np.ndarray, labels: np.ndarray, metric: str) -> ClusterTree:

@@ -14,13 +14,21 @@ import torch
 from curated_data import parallel
 from curated_data.cache import fingerprint
 from curated_data.clustering.checkpoint import Arrays, Checkpoint, Running
-from curated_data.clustering.kmeans import check_settings, fit_rows, full_precision, prepare, uncentred
-from curated_data.clustering.levels import Level, checked_levels, choose_levels, resampled_size
+from curated_data.clustering.kmeans import check_settings, fit_rows, full_precision, prepare
+from curated_data.clustering.levels import (
+    Level,
+    TooManyClusters,
+    checked_levels,
+    choose_levels,
+    resampled_size,
+    shrunk_levels,
+)
 from curated_data.clustering.lloyd import Fit
-from curated_data.clustering.nearest import nearest, squared_distances
+from curated_data.clustering.nearest import squared_distances
 from curated_data.clustering.neighbourhoods import loses_little, nearest_nearby, nearest_of_all, sampled_loss
 from curated_data.clustering.rows import Matrix, Rows, describe_memory, peak_memory, rank_range, read_rows
 from curated_data.clustering.splits import split_level
+from curated_data.clustering.survey import warn_unresolved
 from curated_data.clustering.tree import ClusterTree
 from curated_data.progress import progress
 
@@ -50,6 +58,7 @@ def hierarchical_kmeans(
     seeding_rows: int | None = None,
     max_memory: int | None = None,
     target_size: int | None = None,
+    shrink: bool = False,
 ) -> ClusterTree:
     """Cluster rows, then their centroids, and so on, resampling each level towards a uniform density.
 
@@ -75,13 +84,16 @@ def hierarchical_kmeans(
             passed since it was last saved (or ten times as long as writing took, if that is more). Its state
             takes 16 bytes per row and 12 bytes per dimension of a centroid.
         target_size: the intended size of the selection; only for `levels="auto"`.
+        shrink: make a level smaller, or leave it out, where rows repeat so often that fewer clusters below
+            hold one than the level asks for; always so with "auto".
 
     Returns:
         A tree with `distance`. Invalid rows, and clusters that stayed empty because of repeated rows, have
-        parent -1.
+        parent -1. Its centroids are float32: a warning says so where that blurs them (see `KMeansResult`).
 
     Raises:
-        ValueError: settings that are out of range or contradict the data.
+        ValueError: settings that are out of range or contradict the data, or rows beyond float32's range.
+        TooManyClusters: (a ValueError) a level asks for more clusters than there are rows or clusters below.
         CacheError: (a ValueError) the checkpoint belongs to another run, or is damaged.
     """
     if resample not in RESAMPLES:
@@ -101,8 +113,8 @@ def hierarchical_kmeans(
     if isinstance(levels, str):
         if levels != "auto":
             raise ValueError(f'levels needs a sequence of Level or "auto", got {levels!r}')
-        levels = choose_levels(len(rows), target_size)
-    levels = checked_levels(levels, len(rows))
+        levels, shrink = choose_levels(len(rows), target_size), True
+    levels = checked_levels(shrunk_levels(levels, len(rows)) if shrink else levels, len(rows))
     settings = {
         "resample": resample, "init": init, "metric": metric, "n_iter": n_iter, "tol": tol, "n_init": n_init,
         "seed": seed, "seeding_rows": seeding_rows,
@@ -113,6 +125,8 @@ def hierarchical_kmeans(
     run = "" if checkpoint is None else _run_fingerprint(x, rows, levels, settings)
     saved = Checkpoint(checkpoint, run)
     log.info("clustering %s", describe_memory(rows))
+    warn_unresolved(rows.sample, levels[0].n_clusters * levels[0].n_splits)
+    _check_range(rows)
 
     centroids: dict[int, np.ndarray] = {}
     parent: dict[int, np.ndarray] = {}
@@ -123,7 +137,9 @@ def hierarchical_kmeans(
             resample, seed, run_kmeans, replace(run_kmeans, n_iter=resample_n_iter), saved,
             checkpoint_seconds, _Shares(levels, len(rows), advance),
         )  # fmt: skip
-        for number, level in enumerate(levels, 1):
+        number = 0
+        while number < len(levels):
+            number, level = number + 1, levels[number]
             name = f"level-{number}"
             done = saved.load(name)
             if done is None:
@@ -141,9 +157,14 @@ def hierarchical_kmeans(
             parent[number][kept] = done["assignment"]
             if number == 1:
                 distance = np.full(n, np.nan, np.float32)
-                distance[kept] = np.sqrt(done["squared"])
+                distance[kept] = np.sqrt(done["squared"]) * source.frame.scale
             filled = np.bincount(done["assignment"], minlength=len(done["centroids"])) > 0
             n = len(filled)
+            if shrink:
+                planned = levels
+                levels = levels[:number] + shrunk_levels(levels[number:], int(filled.sum()))
+                for left_out in range(len(levels), len(planned)):
+                    work.shares.finished(left_out + 1, range(1 + planned[left_out].n_resamples))
             if number < len(levels):
                 _check_filled(levels[number], number, filled)
                 source = prepare(
@@ -245,7 +266,7 @@ def _resampled(rows: Rows, level: Level, number: int, work: _Work) -> Arrays:
             picked = _balanced_sample(state["assignment"], state["squared"], k, r, work.resample, rng)
             fit = work.resampled(rows.subset(picked), k, seeds, **how)
             assignment, squared = _extend(rows, picked, fit)
-        state = {"centroids": uncentred(fit.centroids, rows), "assignment": assignment, "squared": squared}
+        state = {"centroids": rows.frame.outside(fit.centroids), "assignment": assignment, "squared": squared}
         if parallel.rank() == 0:
             saved.save(names[step], state)
             if step:
@@ -288,8 +309,8 @@ def _extend(rows: Rows, picked: np.ndarray, fit: Fit) -> tuple[np.ndarray, np.nd
     if own is not None:
         loss = sampled_loss(mine, fit.centroids, own, first=first, n=len(rest))
         own = own if loses_little(parallel.all_reduce(loss)) else None
-    if own is None:  # by whether all rows fit, not this rank's: ranks must choose alike
-        own = nearest_of_all(mine, fit.centroids, world) if rows.fits() else nearest(mine, fit.centroids)
+    if own is None:
+        own = nearest_of_all(mine, fit.centroids, world)
     gaps = squared_distances(mine, fit.centroids, own).astype(np.float32)
     assignment[rest] = np.concatenate(parallel.all_gather(own))
     squared[rest] = np.concatenate(parallel.all_gather(gaps))
@@ -299,10 +320,24 @@ def _extend(rows: Rows, picked: np.ndarray, fit: Fit) -> tuple[np.ndarray, np.nd
 def _check_filled(level: Level, below: int, filled: np.ndarray) -> None:
     """Check that enough clusters hold a row for the next level; repeated rows leave some empty."""
     if level.n_clusters > filled.sum():
-        raise ValueError(
+        raise TooManyClusters(
             f"level {below + 1} asks for {level.n_clusters} clusters, but only {filled.sum()} of the "
             f"{len(filled)} clusters of level {below} hold a row, as rows repeat; lower n_clusters, or "
             "remove duplicates first"
+        )
+
+
+def _check_range(rows: Rows) -> None:
+    """Check that float32, in which a tree is kept, can hold centroids; warn if it blurs them."""
+    if rows.largest > np.finfo(np.float32).max and not rows.frame.normalise:
+        raise ValueError(
+            f"x has values up to {rows.largest:.3g}, and a tree keeps centroids as float32, up to 3.4e38: "
+            "divide the rows by a constant"
+        )
+    if rows.frame.dtype == np.float64:
+        log.warning(
+            "rows lie so far from zero that the tree's centroids, float32, are blurred; clusters and "
+            "distances are not. To have exact centroids, take the mean of the rows off first"
         )
 
 
@@ -311,11 +346,12 @@ def _run_fingerprint(x: Matrix, rows: Rows, levels: list[Level], settings: dict[
     n = len(x)
     spread = np.unique(np.linspace(0, n - 1, 4096).astype(np.int64))
     sample = read_rows(x, spread).cpu().numpy()
-    mean = np.zeros(0) if rows.mean is None else rows.mean  # over all the data
+    frame = rows.frame
+    mean = np.zeros(0) if frame.mean is None else frame.mean  # over all the data
     ids = np.zeros(0, np.int64) if rows.ids is None else rows.ids
     return fingerprint(
-        shape=list(x.shape), dtype=str(x.dtype), sample=sample, mean=mean, ids=ids,
-        levels=[asdict(level) for level in levels], settings=settings, version=6,
+        shape=list(x.shape), dtype=str(x.dtype), sample=sample, mean=mean, scale=frame.scale, ids=ids,
+        levels=[asdict(level) for level in levels], settings=settings, version=7,
     )  # fmt: skip
 
 
@@ -327,6 +363,6 @@ def _log_level(number: int, found: Arrays, seconds: float, rows: Rows) -> None:
         "level %d: %d clusters of %d rows, sizes %d/%d/%d (min/median/max), perplexity %.0f, %d empty, "
         "inertia %.6g, %.1f s, %.1f GiB of memory at most",
         number, k, n, sizes.min(), np.median(sizes), sizes.max(), math.exp(-(share * np.log(share)).sum()),
-        (sizes == 0).sum(), found["squared"].sum(dtype=np.float64), seconds,
+        (sizes == 0).sum(), found["squared"].sum(dtype=np.float64) * rows.frame.scale**2, seconds,
         peak_memory(rows.device) / 2**30,
     )  # fmt: skip

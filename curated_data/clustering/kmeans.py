@@ -14,16 +14,13 @@ from curated_data.clustering.checkpoint import Arrays, Running
 from curated_data.clustering.lloyd import Fit, Lloyd
 from curated_data.clustering.neighbourhoods import MANY
 from curated_data.clustering.rows import (
-    BLOCK,
     Matrix,
     Rows,
-    blocks,
     memory_budget,
-    parallel_map,
     rank_range,
-    read_rows,
 )
 from curated_data.clustering.seeding import seed_rows
+from curated_data.clustering.survey import survey, warn_unresolved
 from curated_data.errors import first_line
 
 log = logging.getLogger(__name__)
@@ -31,19 +28,19 @@ log = logging.getLogger(__name__)
 METRICS = ("l2", "cosine")
 INITS = ("k-means++", "random")
 
-_LARGEST = 1e36  # larger squared norms would overflow float32 in intermediate results
-
 
 @dataclass(frozen=True)
 class KMeansResult:
     """The result of `kmeans`.
 
     Attributes:
-        centroids: (k, d) float32; of unit norm under the cosine metric.
+        centroids: (k, d) float32, of unit norm under the cosine metric. float64 where float32 would blur
+            them: for rows a thousand times as far from zero as they are apart, or outside its range.
         assignment: (n,) int64, each row's nearest centroid; -1 for excluded rows.
         inertia: sum of squared distances of the rows to their centroids (of normalised rows under cosine).
         n_iter: Lloyd iterations of the best run.
-        distance: (n,) float32 Euclidean distance to the centroid; NaN for excluded rows.
+        distance: (n,) Euclidean distance to the centroid, float32, or float64 outside its range; NaN for
+            excluded rows.
         n_empty: clusters without a row, which only occur if rows repeat or iterations were cut short.
         n_repaired: how often an empty cluster was given the row farthest from its centroid.
     """
@@ -93,8 +90,9 @@ def kmeans(
     one memory map); each works on its slice of the rows, and all get the whole result. It equals that of one
     process up to the order of float64 sums.
 
-    Products are float32: rows that are nearer to each other than about 1/500 of their distance from the mean
-    of all may be taken for copies.
+    Rows are centred in their own precision and scaled to float32's range; products are float32. So rows that
+    are nearer to each other than about 1/500 of their distance from the mean of all may be taken for copies.
+    Where that blurs clusters of the size that is asked for, a warning says so.
 
     Args:
         x: (n, d) numpy array, memory map or tensor, any float dtype. Never modified.
@@ -107,18 +105,20 @@ def kmeans(
         seed: any non-negative integer.
         device: "cpu", "cuda", …, or "auto" for a CUDA device if there is one.
         n_init: number of runs with different seedings; the one with the lowest inertia is kept.
-        seeding_rows: seed on at most this many random rows; None takes 20 * k, or fewer if those would exceed
-            `max_memory`.
+        seeding_rows: seed on at most this many random rows; None takes 20 * k.
         valid: (n,) bool, rows to use; None for all.
         nonfinite: what to do with NaN or infinite rows (and zero rows under cosine): "exclude" them with a
             warning, or "raise".
         max_memory: bytes for rows held as float32, of which there are up to three arrays; if one would take
-            more than a third, rows are read from `x` in blocks at every pass. None takes a quarter of the
-            machine's memory, or of the CUDA device's. Not counted: about 70 bytes per row, 12 bytes per
-            dimension of a centroid, and up to 350 MiB of blocks and scores in use.
+            more than a third, rows are read from `x` in blocks at every pass. That takes longer, and changes
+            nothing else. None takes a quarter of the machine's memory, or of the CUDA device's. Not counted:
+            about 70 bytes per row, 20 bytes per dimension of a centroid, and up to 350 MiB of blocks and
+            scores in use.
 
     Raises:
-        ValueError: arguments out of range, more clusters than valid rows, or non-finite rows under "raise".
+        ValueError: arguments out of range, more clusters than valid rows, non-finite rows under "raise", or
+            rows to seed on that must be held and exceed a third of `max_memory`: a few clusters of many
+            `seeding_rows`, or any on an accelerator.
     """
     if isinstance(n_clusters, bool) or not hasattr(n_clusters, "__index__") or n_clusters < 1:
         raise ValueError(f"n_clusters needs an integer of at least 1, got {n_clusters!r}")
@@ -126,6 +126,7 @@ def kmeans(
         init=init, metric=metric, n_iter=n_iter, tol=tol, n_init=n_init, seed=seed, seeding_rows=seeding_rows
     )
     rows = prepare(x, metric=metric, device=device, valid=valid, nonfinite=nonfinite, max_memory=max_memory)
+    warn_unresolved(rows.sample, n_clusters)
     fit = fit_rows(
         rows,
         n_clusters,
@@ -178,7 +179,8 @@ def prepare(
         valid = np.asarray(valid)
         if valid.dtype != bool or valid.shape != (n,):
             raise ValueError(f"valid needs shape ({n},) of bool, got {valid.shape} of {valid.dtype}")
-    usable, mean = _survey(x, valid, metric == "cosine")
+    found = survey(x, valid, metric == "cosine")
+    usable = found.usable
     bad = ~usable if valid is None else valid & ~usable
     if bad.any():
         ids = np.flatnonzero(bad)
@@ -189,15 +191,17 @@ def prepare(
         log.warning("excluded %d of %d rows that are %s: %s", len(ids), n, what, shown)
     kept = usable if valid is None else usable & valid
     if not kept.any():
-        raise ValueError(f"x has no usable row among {n}")
+        need = "valid, finite and not zero" if metric == "cosine" else "valid and finite"
+        raise ValueError(f"x has no usable row among {n}: none is {need}")
     device = resolve_device(device)
     return Rows(
         x,
         None if kept.all() else np.flatnonzero(kept),
-        normalise=metric == "cosine",
-        mean=None if metric == "cosine" else mean,
+        frame=found.frame,
         device=device,
         budget=int(parallel.broadcast(np.array([memory_budget(max_memory, device)]))[0]),
+        sample=found.sample,
+        largest=found.largest,
     )
 
 
@@ -215,31 +219,6 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise ValueError(
             f'device={str(device)!r} cannot be used here ({first_line(error)}); give "cpu" or "auto"'
         ) from error
-
-
-def _survey(x: Matrix, valid: np.ndarray | None, cosine: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the valid rows are usable, and their mean; each rank reads its share, and no block without
-    any.
-    """
-    n, d = x.shape
-    first, last = rank_range(n, parallel.rank(), parallel.world_size())
-
-    def look(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        if valid is not None and not valid[first + start : first + stop].any():
-            return np.zeros(stop - start, bool), np.zeros(d)
-        rows = read_rows(x, slice(first + start, first + stop)).cpu().double().numpy()
-        size = np.square(rows).sum(1)
-        good = np.isfinite(size) & (size > 0) if cosine else size < _LARGEST
-        used = good if valid is None else good & valid[first + start : first + stop]
-        return good, rows[used].sum(0)
-
-    parts = parallel_map(look, list(blocks(last - first, BLOCK * 8)))
-    good = np.concatenate([p[0] for p in parts]) if parts else np.empty(0, bool)
-    good = np.concatenate(parallel.all_gather(good))
-    total = parallel.all_reduce(np.sum([p[1] for p in parts], axis=0) if parts else np.zeros(d))
-    used = good if valid is None else good & valid
-    # Rounded to float32: every process must subtract the same numbers.
-    return good, (total / max(1, int(used.sum()))).astype(np.float32).astype(np.float64)
 
 
 def fit_rows(
@@ -271,11 +250,9 @@ def fit_rows(
     rank, world = (0, 1) if alone else (parallel.rank(), parallel.world_size())
     first, last = rank_range(len(rows), rank, world)
     mine = rows.part(first, last).hold()
-    within = rows.budget // (4 * rows.dimension)
-    limit = max(k, seeding_rows) if seeding_rows else max(5 * k, min(20 * k, within))
-    # Rows on disk are better read in order. All ranks must decide alike, so not by what fits on one. On an
-    # accelerator to start the product of one neighbourhood takes longer than the product of many.
-    rough = k >= MANY and rows.fits() and rows.device.type == "cpu"
+    limit = max(k, seeding_rows) if seeding_rows else 20 * k
+    # On an accelerator to start the product of one neighbourhood takes longer than the product of many.
+    rough = k >= MANY and rows.device.type == "cpu"
 
     state = (running.load() if running else None) or {}
     best = Fit.from_state(_under("best", state), rows.device) if "best.numbers" in state else None
@@ -317,22 +294,20 @@ def _under(name: str, arrays: Arrays) -> Arrays:
 
 def spread(fit: Fit, rows: Rows, n: int) -> KMeansResult:
     """A fit as a result for the user: in the input's coordinates, over all n rows."""
-    assignment, distance = np.full(n, -1, np.int64), np.full(n, np.nan, np.float32)
+    scale = rows.frame.scale
+    within = 2.0**-100 < scale < 2.0**100
+    assignment = np.full(n, -1, np.int64)
+    distance = np.full(n, np.nan, np.float32 if within else np.float64)
     kept = slice(None) if rows.ids is None else rows.ids
-    assignment[kept], distance[kept] = fit.assignment, np.sqrt(fit.squared)
+    assignment[kept] = fit.assignment
+    distance[kept] = np.sqrt(fit.squared) if scale == 1 else np.sqrt(fit.squared.astype(np.float64)) * scale
     counts = np.bincount(fit.assignment, minlength=len(fit.centroids))
     return KMeansResult(
-        uncentred(fit.centroids, rows),
+        rows.frame.outside(fit.centroids),
         assignment,
-        fit.inertia,
+        fit.inertia * scale * scale,
         fit.n_iter,
         distance,
         int((counts == 0).sum()),
         fit.n_repaired,
     )
-
-
-def uncentred(centroids: torch.Tensor, rows: Rows) -> np.ndarray:
-    """Centroids in the input's coordinates, float32."""
-    wide = centroids.cpu().double().numpy()
-    return (wide if rows.mean is None else wide + rows.mean).astype(np.float32)

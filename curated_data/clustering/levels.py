@@ -1,8 +1,12 @@
 """The settings of a level of the hierarchy, and a default choice of levels for any number of rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+
+class TooManyClusters(ValueError):
+    """A level asks for more clusters than there are rows, or clusters below that hold one."""
 
 
 @dataclass
@@ -82,6 +86,24 @@ def choose_levels(n: int, target_size: int | None = None) -> list[Level]:
     return levels
 
 
+def shrunk_levels(levels: Sequence[Level], n: int) -> list[Level]:
+    """Levels above n clusters that hold a row: where one asks for more, it gets a tenth of what is below.
+
+    Rows that repeat leave clusters empty, so derived levels may ask for too many. As in `choose_levels`,
+    levels that would get too small are left out.
+    """
+    found: list[Level] = []
+    for level in levels:
+        if level.n_clusters * level.n_splits > n:
+            k = n // 10
+            if k < (50 if found else 10):
+                break
+            level = replace(level, n_clusters=k, n_splits=1, sample_size=resampled_size(Level(k), n))
+        found.append(level)
+        n = level.n_clusters * level.n_splits
+    return found
+
+
 def resampled_size(level: Level, n: int) -> int:
     """r_l for n rows: as set, or by default half the average cluster size."""
     return level.sample_size or max(2, round(n / level.n_clusters / 2))
@@ -95,7 +117,8 @@ def checked_levels(levels: Sequence[Any], n: int) -> list[Level]:
         n: rows to cluster.
 
     Raises:
-        ValueError: no levels, an entry of another type, or more clusters than rows or clusters below.
+        ValueError: no levels, an entry of another type.
+        TooManyClusters: (a ValueError) more clusters than rows or clusters below.
     """
     if not len(levels):
         raise ValueError("levels needs at least one Level")
@@ -107,7 +130,7 @@ def checked_levels(levels: Sequence[Any], n: int) -> list[Level]:
             level = Level(**level)
         what = "usable rows" if number == 1 else f"clusters of level {number - 1}"
         if level.n_clusters > below:
-            raise ValueError(
+            raise TooManyClusters(
                 f"level {number} asks for {level.n_clusters} clusters of {below} {what}; "
                 "levels go from fine to coarse"
             )

@@ -1,5 +1,6 @@
 """Lloyd's iterations: assign every row to its nearest centroid, move centroids to the means, repeat."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
@@ -219,12 +220,16 @@ class Lloyd:
     def _update(self) -> np.ndarray:
         """Move centroids to the means, empty clusters' to far rows; returns which moved, (k,) bool."""
         means = self.sums / np.maximum(self.counts, 1)[:, None]
-        if self.rows.normalise:
+        frame = self.rows.frame
+        if frame.normalise:
+            middle = 0.0 if frame.mean is None else frame.mean  # of unit rows
+            means = means * frame.scale + middle
             length = np.linalg.norm(means, axis=1, keepdims=True)
             means = np.divide(means, length, out=means, where=length > 0)
+            means = (means - middle) / frame.scale
         new = torch.from_numpy(means.astype(np.float32)).to(self.centroids.device)
         still = self.counts == 0
-        if self.rows.normalise:
+        if frame.normalise:
             still |= length[:, 0] == 0  # unit rows that cancel out have no mean direction
         still = torch.from_numpy(still).to(new.device)
         new[still] = self.centroids[still]
@@ -265,28 +270,52 @@ def _largest(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _add_segments(sums: np.ndarray, rows: Rows, at: np.ndarray, clusters: np.ndarray, sign: int) -> None:
-    """Add `sign` times the rows at `at` to the sums of their clusters, in float64, by sorted segments.
+    """Add `sign` times the rows at `at` to the sums of their clusters, in float64.
 
-    Rows in memory are sorted by cluster at once; others are read in their order and sorted block by block.
+    They are added in pieces of a block of the rows in the order of their clusters, whether they are read in
+    that order from memory or block by block from a disk: the sums are the same to the last bit.
     """
+    order = _stable_order(clusters, rows.device)
+    clusters = clusters[order]
+    size = BLOCK if rows.device.type == "cpu" else 16 * BLOCK
+    begins = np.arange(len(at)) % size == 0
+    begins[1:] |= clusters[1:] != clusters[:-1]
+    first = np.flatnonzero(begins)
+    edges = [*first.searchsorted(np.arange(0, len(at), size)).tolist(), len(first)]
     if rows.held:
-        order = _stable_order(clusters, rows.device)
-        at, clusters = at[order], clusters[order]
-        del order
+        at = at[order]
+        # A few pieces at a time: their sums may be as large as the rows.
+        for begin, end in blocks(len(edges) - 1, 4 * torch.get_num_threads()):
 
-    # A few blocks at a time: partial sums of unsorted rows are as large as the rows.
-    for begin, end in blocks(len(at), 4 * torch.get_num_threads() * BLOCK):
+            def one(start: int, stop: int, block: torch.Tensor, begin: int = begin) -> np.ndarray:
+                piece = begin + start // size
+                return segment_sums(block, first[edges[piece] : edges[piece + 1]] - piece * size)
 
-        def one(start: int, stop: int, block: torch.Tensor, begin: int = begin) -> tuple[np.ndarray, ...]:
-            part = clusters[begin + start : begin + stop]
-            if not rows.held:
-                order = _stable_order(part, rows.device)
-                part, block = part[order], rows_at(block, order)
-            first = np.flatnonzero(np.concatenate([[True], part[1:] != part[:-1]]))
-            return part[first], segment_sums(block, first)
+            chunk = at[begin * size : end * size]
+            for piece, partial in enumerate(rows.map(one, size, chunk), begin):
+                sums[clusters[first[edges[piece] : edges[piece + 1]]]] += sign * partial
+        return
+    segment_of = np.empty(len(at), np.int64)
+    segment_of[order] = np.cumsum(begins) - 1
+    found = np.zeros((len(first), rows.dimension))
 
-        for ids, partial in rows.map(one, positions=at[begin:end]):
-            sums[ids] += sign * partial
+    def grouped(
+        start: int, stop: int, block: torch.Tensor, begin: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        of = segment_of[begin + start : begin + stop]
+        inside = _stable_order(of, rows.device)
+        segments = of[inside]
+        starts = np.flatnonzero(np.concatenate([[True], segments[1:] != segments[:-1]]))
+        return segments[starts], starts, rows_at(block, inside).cpu().numpy()
+
+    for begin, end in blocks(len(at), 4 * torch.get_num_threads() * size):
+        for ids, starts, values in rows.map(functools.partial(grouped, begin=begin), size, at[begin:end]):
+            # One row after the other, as within a piece: each sum goes on from where it stands.
+            going_on = np.insert(values.astype(np.float64), starts, found[ids], axis=0)
+            found[ids] = np.add.reduceat(going_on, starts + np.arange(len(starts)), axis=0)
+    for piece in range(len(edges) - 1):
+        own = slice(edges[piece], edges[piece + 1])
+        sums[clusters[first[own]]] += sign * found[own]
 
 
 def _stable_order(values: np.ndarray, device: torch.device) -> np.ndarray:

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol, TypeVar
 
@@ -35,6 +36,40 @@ class Matrix(Protocol):
         """Some rows, by a slice or an array of ids."""
 
 
+@dataclass(frozen=True)
+class Frame:
+    """Coordinates in which float32 holds the rows: (x - mean) / scale, under cosine of unit rows.
+
+    Subtracting a mean leaves squared distances unchanged, and reduces the rounding errors of their expansion
+    |x|^2 - 2 x.c + |c|^2. A scale keeps squares within float32's range.
+
+    Attributes:
+        normalise: divide every row by its Euclidean norm (cosine metric) first.
+        mean: (d,) float64, or None for none.
+        scale: a power of two, so that it changes no digit.
+        exact: convert in float64. Otherwise in float32, which is as good for rows that are given in it.
+        dtype: of centroids in the input's coordinates: float64 where float32 could not tell them apart.
+    """
+
+    normalise: bool
+    mean: np.ndarray | None
+    scale: float = 1.0
+    exact: bool = False
+    dtype: type[np.floating] = np.float32
+
+    def inside(self, points: torch.Tensor) -> torch.Tensor:
+        """Points, of unit norm under cosine, in these coordinates, as float64."""
+        points = points.double() / self.scale
+        if self.mean is None:
+            return points
+        return points - torch.from_numpy(self.mean / self.scale).to(points.device)
+
+    def outside(self, points: torch.Tensor) -> np.ndarray:
+        """Points of these coordinates in the input's, as `dtype`."""
+        wide = points.cpu().double().numpy() * self.scale
+        return (wide if self.mean is None else wide + self.mean).astype(self.dtype)
+
+
 class Rows:
     """Some rows of a matrix, read in blocks as float32 on the computing device, centred or normalised.
 
@@ -43,11 +78,11 @@ class Rows:
     Args:
         source: (n, d) numpy array, memory map or tensor, any float dtype.
         ids: (m,) int64, which rows of the source; None for all.
-        normalise: divide every row by its Euclidean norm (cosine metric).
-        mean: (d,) float64 subtracted from every row, or None. It leaves squared distances unchanged, and
-            reduces the rounding errors of their expansion |x|^2 - 2 x.c + |c|^2.
+        frame: the coordinates to convert to.
         device: of the blocks.
         budget: bytes that held rows may take.
+        sample: (s, d) float64, some of the rows in the coordinates of the frame, not rounded to float32.
+        largest: absolute value in the source's rows.
     """
 
     def __init__(
@@ -55,14 +90,20 @@ class Rows:
         source: Matrix,
         ids: np.ndarray | None,
         *,
-        normalise: bool,
-        mean: np.ndarray | None,
+        frame: Frame,
         device: torch.device,
         budget: int,
+        sample: np.ndarray | None = None,
+        largest: float = 0.0,
     ) -> None:
         self.source, self.ids = source, ids
-        self.normalise, self.mean, self.device, self.budget = normalise, mean, device, budget
-        self._mean = None if mean is None else torch.from_numpy(mean.astype(np.float32)).to(device)
+        self.largest = largest
+        self.sample = np.empty((0, source.shape[1])) if sample is None else sample
+        self.frame, self.device, self.budget = frame, device, budget
+        self._shift: torch.Tensor | None = None
+        if frame.mean is not None:
+            shift = frame.mean / frame.scale if frame.exact else frame.mean.astype(np.float32)
+            self._shift = torch.from_numpy(shift).to(device)
         self._held: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -132,9 +173,7 @@ class Rows:
     def subset(self, positions: np.ndarray, *, hold: bool = True) -> "Rows":
         """The rows at some positions as new `Rows`, held if they fit."""
         ids = positions if self.ids is None else self.ids[positions]
-        rows = Rows(
-            self.source, ids, normalise=self.normalise, mean=self.mean, device=self.device, budget=self.budget
-        )
+        rows = Rows(self.source, ids, frame=self.frame, device=self.device, budget=self.budget)
         if not hold:
             return rows
         if self._held is not None:
@@ -146,9 +185,7 @@ class Rows:
         if (start, stop) == (0, len(self)):
             return self
         ids = np.arange(start, stop) if self.ids is None else self.ids[start:stop]
-        rows = Rows(
-            self.source, ids, normalise=self.normalise, mean=self.mean, device=self.device, budget=self.budget
-        )
+        rows = Rows(self.source, ids, frame=self.frame, device=self.device, budget=self.budget)
         if self._held is not None:
             rows._held = self._held[start:stop]
         return rows.hold()
@@ -180,14 +217,15 @@ class Rows:
         return read_rows(self.source, which if self.ids is None else self.ids[which])
 
     def _converted(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of the source, normalised or centred."""
-        if self.normalise:
-            # In float64: the norm of a float16 or float32 row must not overflow or vanish.
-            wide = rows.double()
-            rows = (wide / wide.norm(dim=1, keepdim=True)).float()
-        if self._mean is not None:
-            rows = rows - self._mean
-        return rows.contiguous()
+        """Rows of the source in the coordinates of the frame."""
+        rows = rows.double() if self.frame.exact else rows.float()
+        if self.frame.normalise:
+            rows = unit(rows)
+        if self.frame.scale != 1:
+            rows = rows / self.frame.scale
+        if self._shift is not None:
+            rows = rows - self._shift
+        return rows.float().contiguous()
 
 
 class _ReadAhead:
@@ -229,12 +267,24 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def read_rows(source: Matrix, which: slice | np.ndarray) -> torch.Tensor:
-    """Rows of an array or tensor as float32, on the tensor's device."""
+    """Rows of an array or tensor as float32, or as float64 if they are, on the tensor's device."""
     if isinstance(source, torch.Tensor):
         index = which if isinstance(which, slice) else torch.from_numpy(which).to(source.device)
-        return source[index].detach().float()
-    rows = np.ascontiguousarray(source[which], dtype=np.float32)
+        found = source[index].detach()
+        return found if found.dtype == torch.float64 else found.float()
+    rows = source[which]
+    rows = np.ascontiguousarray(rows, dtype=np.float64 if rows.dtype.itemsize > 4 else np.float32)
     return torch.from_numpy(rows if rows.flags.writeable else rows.copy())  # torch has no read-only tensors
+
+
+def unit(rows: torch.Tensor) -> torch.Tensor:
+    """Rows divided by their norm: float32 of float32 rows, float64 of float64."""
+    # In float64: the norm of a float16 or float32 row must not overflow or vanish.
+    wide = rows.double()
+    if rows.dtype == torch.float64:  # nor may that of float64: a power of two for each row changes no digit
+        wide = torch.ldexp(wide, -torch.frexp(wide.abs().amax(1, keepdim=True)).exponent.clamp(min=-1000))
+    wide = wide / wide.norm(dim=1, keepdim=True)
+    return wide if rows.dtype == torch.float64 else wide.float()
 
 
 def rows_at(x: torch.Tensor, positions: np.ndarray) -> torch.Tensor:
@@ -319,6 +369,15 @@ def describe_memory(rows: Rows) -> str:
         else f"read in blocks at every pass: {size:.2f} GiB as float32 are more than a third of {allowed:.2f}"
     )
     return f"{len(rows)} x {rows.dimension} rows on {rows.device}, {where}"
+
+
+def resident_memory() -> int:
+    """Memory of this process in bytes; its peak where the system does not tell the present."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_memory(torch.device("cpu"))
 
 
 def peak_memory(device: torch.device) -> int:

@@ -31,11 +31,11 @@ from curated_data.clustering.greedy import TINY, draw, fill, plain_greedy
 from curated_data.clustering.nearest import TILE, nearest_columns
 from curated_data.clustering.rows import Rows, new_matrix, parallel_map, rank_range
 
-PROBES = 24  # cells that a candidate is compared with
+PROBES = 48  # cells that a candidate is compared with; by 24, small separate blobs are seeded 3 % worse
 CELL = 128  # rows in a cell; down to a quarter of that for few rows, to have many more cells than probes
 _WIDTH = 16  # of which cells are multiples: products of other widths take up to 1.4 times as long
 _MANY_FIRST = 2048  # first centres, from which these are found by cells too
-_SCORES_BYTES = 256 << 20  # of scores of candidates
+SCORES_BYTES = 256 << 20  # of scores of candidates
 
 
 def seed_rows(
@@ -83,9 +83,10 @@ def greedy_kmeans_plus_plus(
     """Positions of k different rows, chosen by greedy k-means++."""
     n = len(rows)
     trials = 2 + int(math.log(k))
-    cell = cell or min(max(n // (12 * PROBES) // _WIDTH * _WIDTH, CELL // 4), CELL)
+    cell = cell or min(max(n // (6 * PROBES) // _WIDTH * _WIDTH, CELL // 4), CELL)
     n_first = n // (2 * cell)
     if n_first < 2 * probes or k <= 2 * n_first or rows.device.type != "cpu":
+        _check_memory(rows, probes, cell)
         return plain_greedy(rows.block(0, n), k, generator, trials)
     # The first centres, one for every other cell, from a sample: with so few, it has many rows for each.
     sample = np.sort(generator.choice(n, min(n, 16 * n_first), replace=False))
@@ -107,9 +108,10 @@ class _Cells:
         self.rows, self.chosen, self.probes = rows, first, probes
         self.rank, self.world = rank, world
         centres = rows.take(first)
-        self.norms, centre_of, score = self._assign(centres)
-        # The rows of each centre fill separate cells, of which the last is padded.
-        order = np.lexsort((score + self.norms, centre_of))
+        self.norms, centre_of, second, score = self._assign(centres)
+        # The rows of each centre fill separate cells, of which the last is padded. Those with the same second
+        # nearest centre lie together, so that a small blob without a centre of its own is not torn apart.
+        order = np.lexsort((score + self.norms, second, centre_of))
         sizes = np.bincount(centre_of, minlength=len(first))
         n_cells = -(-sizes // cell)
         shift = (np.cumsum(n_cells) - n_cells) * cell - (np.cumsum(sizes) - sizes)
@@ -126,14 +128,15 @@ class _Cells:
         # This rank's cells.
         self.begin, self.end = (len(self.row) * r // world for r in (rank, rank + 1))
         mine = self.row[self.begin : self.end]
-        self.weights = new_matrix(len(mine), rows.dimension + 1, cell).zero_()
-        self.weights[:, -1] = 1  # times |c|²
+        # Made for each use if they may not be held.
+        self.weights = new_matrix(len(mine), rows.dimension + 1, cell) if rows.fits() else None
         centres, spread = torch.empty(len(mine), rows.dimension), torch.zeros(len(mine), cell)
         for i, members in enumerate(mine):
             inside = rows.take(members[members >= 0])
             centres[i] = inside.mean(0)
             spread[i, : len(inside)] = (inside - centres[i]).square_().sum(1).sqrt_()
-            torch.mul(inside.T, -2, out=self.weights[i, :-1, : len(inside)])
+            if self.weights is not None:
+                _as_weights(inside, self.weights[i])
         self.centres = torch.from_numpy(np.concatenate(self._gather(centres.numpy())))
         self.spread = np.concatenate(self._gather(spread.numpy()))  # of rows around the centres
 
@@ -141,7 +144,7 @@ class _Cells:
         chosen = np.empty(k, np.int64)
         done = len(self.chosen)
         chosen[:done] = self.chosen
-        most = max(1, _SCORES_BYTES // (4 * trials * self.probes * self.score.shape[1]))
+        most = max(1, SCORES_BYTES // (4 * trials * self.probes * self.score.shape[1]))
         self._make_room(most * trials)
         while done < k:
             gap = self._gap()
@@ -166,20 +169,24 @@ class _Cells:
         near, place, scores = self.near[at], self.place[at], self.scores
         score, norm = self.score.reshape(-1), self.norm.reshape(-1)
         made = begin = 0
-        while made < len(chosen) and begin < len(rows):
-            ahead = np.arange(begin, min(begin + 2 * trials, len(rows)))
-            now, gains = self._look_ahead(ahead, slots, near, place, scores)
-            at = np.flatnonzero((now > luck[ahead]) & (now > TINY * norm[slots[ahead]]))[:trials]
-            begin = int(ahead[at[-1]] if len(at) == trials else ahead[-1]) + 1
-            if len(at) < trials and begin == len(rows) and made:
+        while made < len(chosen):
+            # As many candidates as the plain form has, however few of them are accepted: with fewer, a step
+            # would choose worse.
+            accepted, gained = np.empty(0, np.int64), np.empty(0)
+            while len(accepted) < trials and begin < len(rows):
+                ahead = np.arange(begin, min(begin + 2 * trials, len(rows)))
+                now, gains = self._look_ahead(ahead, slots, near, place, scores)
+                at = np.flatnonzero((now > luck[ahead]) & (now > TINY * norm[slots[ahead]]))
+                at = at[: trials - len(accepted)]
+                begin = int(ahead[at[-1]] if len(accepted) + len(at) == trials else ahead[-1]) + 1
+                gains = self._gains(ahead[at], near, place, scores) if gains is None else gains[at]
+                accepted = np.concatenate([accepted, ahead[at]])
+                gained = np.concatenate([gained, gains.sum(1)])
+            if len(accepted) < trials and made:
                 break  # too few are left for a step; the next round draws more
-            if not len(at):
-                continue
-            if gains is None:
-                gains = self._gains(ahead[at], near, place, scores)
-            else:
-                gains = gains[at]
-            best = ahead[at[gains.sum(1).argmax()]]
+            if not len(accepted):
+                break
+            best = accepted[gained.argmax()]
             known = place[best] >= 0
             cells = near[best, known]
             self.score[cells] = np.minimum(self.score[cells], scores[place[best, known]])
@@ -258,11 +265,10 @@ class _Cells:
         with_norms = torch.cat([candidates, torch.from_numpy(self.norms[rows])[:, None]], dim=1)
         who = torch.from_numpy(order // self.probes).split(sizes)
         out = torch.from_numpy(self.scores[self.n_places : self.n_places + len(order)]).split(sizes)
-        weights = [self.weights[cell] for cell in (cells - self.begin).tolist()]
 
         def multiply(first: int, last: int) -> None:
             for i in range(first, last):
-                torch.mm(with_norms.index_select(0, who[i]), weights[i], out=out[i])
+                torch.mm(with_norms.index_select(0, who[i]), self._weights(cells[i]), out=out[i])
 
         edges = np.linspace(0, len(cells), 4 * torch.get_num_threads() + 1).astype(int)
         parallel_map(multiply, list(pairwise(edges)))
@@ -271,6 +277,14 @@ class _Cells:
         self.near[added], self.place[added] = near, place.reshape(near.shape)
         self.n_known += len(rows)
         self.n_places += len(order)
+
+    def _weights(self, cell: int) -> torch.Tensor:
+        """(d + 1, width), by which candidates, with their norms, are multiplied for the scores of a cell."""
+        if self.weights is not None:
+            return self.weights[cell - self.begin]
+        members = self.row[cell]
+        weights = new_matrix(self.rows.dimension + 1, len(members))
+        return _as_weights(self.rows.take(members[members >= 0]), weights)
 
     def _nearest_cells(self, candidates: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """The nearest cells of each candidate; every rank finds those for its share of the candidates."""
@@ -281,22 +295,26 @@ class _Cells:
         near, score = (np.concatenate(self._gather(part.numpy())) for part in found)
         return near, score
 
-    def _assign(self, centres: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For all rows: squared norm, nearest first centre, and its score; each rank computes a part."""
+    def _assign(self, centres: torch.Tensor) -> tuple[np.ndarray, ...]:
+        """For all rows: squared norm, nearest and second nearest first centre, and the score of the nearest;
+        each rank computes a part.
+        """
         weight, bias = -2 * centres.T, centres.square().sum(1)
         start, end = rank_range(len(self.rows), self.rank, self.world)
 
         def one(a: int, b: int, x: torch.Tensor) -> tuple[np.ndarray, ...]:
             tile = torch.addmm(bias, x, weight).numpy()
-            at = tile.argmin(1)
-            return x.square().sum(1).numpy(), at, tile[np.arange(len(tile)), at]
+            every, at = np.arange(len(tile)), tile.argmin(1)
+            score = tile[every, at]
+            tile[every, at] = np.inf
+            return x.square().sum(1).numpy(), at, tile.argmin(1), score
 
-        none = (np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.float32))
+        none = (np.empty(0, np.float32), *(np.empty(0, np.int64),) * 2, np.empty(0, np.float32))
         parts = [none, *self.rows.map(one, positions=np.arange(start, end))]
-        norms, centre_of, score = (
+        norms, centre_of, second, score = (
             np.concatenate(self._gather(np.concatenate(part))) for part in zip(*parts, strict=True)
         )
-        return norms, centre_of, score
+        return norms, centre_of, second, score
 
     def _own(self, cells: np.ndarray) -> np.ndarray:
         return (cells >= self.begin) & (cells < self.end)
@@ -308,3 +326,22 @@ class _Cells:
         """D² of every slot; 0 for padding and for rows that repeat a centre."""
         gap = self.score + self.norm
         return np.where(gap > TINY * self.norm, gap, 0)
+
+
+def _as_weights(rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The weights of a cell's rows, written to `out`; zero for padding."""
+    out.zero_()
+    out[-1] = 1  # times |c|²
+    torch.mul(rows.T, -2, out=out[:-1, : len(rows)])
+    return out
+
+
+def _check_memory(rows: Rows, probes: int, cell: int) -> None:
+    """Check that the plain form, which holds all rows, may do so; the few of the default always may."""
+    if rows.fits() or (rows.device.type == "cpu" and len(rows) < 4 * probes * cell):
+        return
+    need = 3 * 4 * len(rows) * rows.dimension
+    raise ValueError(
+        f"max_memory={3 * rows.budget} bytes are too few to seed on {len(rows)} rows of {rows.dimension} "
+        f"numbers, which takes {need}; allow that, or seed on fewer with seeding_rows"
+    )

@@ -8,7 +8,6 @@ import numpy as np
 
 from curated_data import parallel
 from curated_data.clustering.checkpoint import Arrays, Checkpoint, Running
-from curated_data.clustering.kmeans import uncentred
 from curated_data.clustering.rows import Rows
 
 _PORTIONS = 256  # the most portions in which groups are distributed and saved
@@ -95,7 +94,7 @@ def _split(
             parts.append(
                 {
                     "slots": g * n_splits + np.arange(len(fit.centroids)),
-                    "centroids": uncentred(fit.centroids, rows),
+                    "centroids": rows.frame.outside(fit.centroids),
                     "at": members,
                     "assignment": g * n_splits + fit.assignment,
                     "squared": fit.squared,
@@ -116,7 +115,7 @@ def _nothing(rows: Rows) -> Arrays:
     none = np.empty(0, np.float32)
     return {
         "slots": ids,
-        "centroids": np.empty((0, d), np.float32),
+        "centroids": np.empty((0, d), rows.frame.dtype),
         "at": ids,
         "assignment": ids,
         "squared": none,

@@ -1,9 +1,9 @@
 """A labelled dataset from captions alone, constructed as in LAIONet and ImageNot (arXiv 2404.02112).
 
-A sample gets the label of a class if its caption contains a name of the class, as a whole word, and no name
-of another class, and if it is close to the class in the space of a text embedder: to "name: definition" by a
-threshold, or to its definition more than to any other. Images are not looked at, so that the labels do not
-depend on them.
+A sample gets the label of a class if its caption contains a name of the class, as a whole word and not within
+a longer name, and no name of another class, and if it is close to the class in the space of a text embedder:
+to "name: definition" by a threshold, or to its definition more than to any other. Images are not looked at,
+so that the labels do not depend on them.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Classes with their names, and finding these names in captions: whole words, ignoring case."""
 
 import json
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
@@ -39,13 +40,15 @@ class CaptionClass:
 class NameMatcher:
     """Finds the classes whose names occur in captions, as whole words, ignoring case.
 
-    Words are runs of letters and digits. The words of a name may be separated by spaces, hyphens, underscores
-    or apostrophes, and by other punctuation only if the name has it too ("St. Bernard" is found as it is
-    written and without the full stop). A caption without the first word of any name, as nearly all are, costs
-    one set look-up per word.
+    Words are runs of letters and digits, without the accents of Latin and Greek letters ("Café" is "cafe"),
+    and with the symbols of "C++", "C#" and ".NET", which are other words than "C" and "net". The longest name
+    at a place counts: "hot dog" is no "dog". The words of a name may be separated by spaces, hyphens,
+    underscores or apostrophes, and by other punctuation only if the name has it too ("St. Bernard" is found
+    as it is written and without the full stop). A caption without the first word of any name, as nearly all
+    are, costs one set look-up per word.
 
     Args:
-        classes: names that belong to several of them are ignored, and listed in `ambiguous`.
+        classes: names that belong to several of them name none, and are listed in `ambiguous`.
     """
 
     NONE, SEVERAL = -1, -2
@@ -63,15 +66,17 @@ class NameMatcher:
                 if words:
                     owners[words].add(i)
                     written[words] |= {words, tuple(_words(_normal(name)))}
-        self.ambiguous = sorted(" ".join(words) for words, who in owners.items() if len(who) > 1)
-        self.names = {form: min(owners[words]) for words, forms in written.items() if len(owners[words]) == 1
-                      for form in forms}  # fmt: skip
+        self.ambiguous = sorted(
+            " ".join(words).translate(_READABLE) for words, who in owners.items() if len(who) > 1
+        )
+        self.names = {form: min(owners[words]) if len(owners[words]) == 1 else self.SEVERAL
+                      for words, forms in written.items() for form in forms}  # fmt: skip
         self.nameless = sorted(set(range(len(classes))) - set(self.names.values()))
         self._first = frozenset(words[0] for words in self.names)
         lengths: dict[str, set[int]] = defaultdict(set)
         for words in self.names:
             lengths[words[0]].add(len(words))
-        self._lengths = {first: sorted(n) for first, n in lengths.items()}
+        self._lengths = {first: sorted(n, reverse=True) for first, n in lengths.items()}
 
     def match(self, captions: Sequence[str]) -> np.ndarray:
         """(n,) int64: the only class that each caption names, NONE, or SEVERAL."""
@@ -90,13 +95,15 @@ class NameMatcher:
         return label in self._classes(_normal(text))
 
     def _classes(self, text: str) -> set[int]:
-        classes = set()
-        words = _words(text)
+        classes, words, end = set(), _words(text), 0
         for at, word in enumerate(words):
             for length in self._lengths.get(word, ()):
                 owner = self.names.get(tuple(words[at : at + length]))
                 if owner is not None:
-                    classes.add(owner)
+                    if at + length > end and owner != self.SEVERAL:  # not within a longer name before
+                        classes.add(owner)
+                    end = max(end, at + length)
+                    break
         return classes
 
 
@@ -186,6 +193,13 @@ def _words(text: str) -> list[str]:
     return words
 
 
+_PLUS, _HASH, _DOT = "\ue000", "\ue001", "\ue002"  # symbols that are part of a word
+_READABLE = str.maketrans({_PLUS: "+", _HASH: "#", _DOT: "."})
+_AFTER = re.compile(r"(?<=\w)(?:\+\+|\+(?!\w)|#(?![\w#]))")  # of C++, C# and 18+, not of dog+cat
+_BEFORE = re.compile(r"(?<![^\s(\"'])\.(?=[^\W\d_])")  # of .NET, not of 3.5 or of the end of a sentence
+_PLAIN = str.maketrans({"ø": "o", "đ": "d", "ð": "d", "ł": "l", "ı": "i", "æ": "ae", "œ": "oe", "þ": "th"})
+
+
 class _Separators(dict[int, int]):
     """For `str.translate`: keeps letters and digits, turns separators within a name to spaces, and all other
     characters to line ends, which end a phrase.
@@ -194,7 +208,7 @@ class _Separators(dict[int, int]):
     def __missing__(self, code: int) -> int:
         character = chr(code)
         category = unicodedata.category(character)
-        if category[0] in "LNM":
+        if category[0] in "LNM" or character in _PLUS + _HASH + _DOT:
             self[code] = code
         elif character.isspace() or category == "Pd" or character in "_'’`":
             self[code] = ord(" ")
@@ -209,4 +223,24 @@ _SEPARATORS = _Separators()
 def _normal(text: str) -> str:
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
-    return text.casefold().translate(_SEPARATORS)
+    text = text.casefold()
+    if not text.isascii():
+        text = _without_accents(text)
+    if "+" in text or "#" in text:
+        text = _AFTER.sub(lambda found: found[0].replace("+", _PLUS).replace("#", _HASH) + " ", text)
+    if "." in text:
+        text = _BEFORE.sub(_DOT, text)
+    return text.translate(_SEPARATORS)
+
+
+def _without_accents(text: str) -> str:
+    """Latin and Greek letters without their accents; in other scripts marks make other letters."""
+    kept: list[str] = []
+    base = ""
+    for character in unicodedata.normalize("NFD", text):
+        if not unicodedata.combining(character):
+            base = character
+        elif "\u0300" <= character <= "\u036f" and unicodedata.name(base, "").startswith(("LATIN", "GREEK")):
+            continue
+        kept.append(character)
+    return unicodedata.normalize("NFC", "".join(kept)).translate(_PLAIN)

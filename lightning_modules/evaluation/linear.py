@@ -6,8 +6,10 @@ features is a head, and all are trained on the same batches; the head that is be
 is tested.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import Tensor
 
-from curated_data.parallel import together, world_size
+from curated_data.parallel import rank, together, world_size
 from lightning_modules.distributed import all_gather_rows, all_reduce
 from lightning_modules.evaluation.inputs import (
     Array,
@@ -31,8 +33,11 @@ from lightning_modules.evaluation.longtail import GROUPS, frequency_groups, mean
 from lightning_modules.evaluation.result import PER_SAMPLE, Result
 from lightning_modules.schedules import cosine
 
+log = logging.getLogger(__name__)
+
 PROTOCOLS = ("sgd", "logistic", "few_shot")
 _LOGISTIC_BLOCK = 2**25  # scores, or features, of a block: 256 MB
+_FLAT = 1e-5  # derivative of the mean loss at which rounding may end a search that has converged
 _LOGISTIC_COPY = 2**30  # bytes of features up to which they are copied as float64
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 
@@ -217,27 +222,32 @@ def fit_logistic(
 ) -> Head:
     """Multinomial logistic regression by L-BFGS, scikit-learn's objective: C sum(cross-entropy) + |W|² / 2.
 
+    Works on centred features in the scale of what they do to the objective: offsets and scales of features do
+    not slow it down, and the penalty stays that of W. Warns if `max_iter` iterations were too few.
+
     Args:
-        x: this rank's share of the features, (n, d) float32; y: (n,) labels.
+        x: this rank's share of the features, (n, d) floating point; y: (n,) labels.
         n_classes: columns of the head.
         inverse_penalty: C.
         max_iter: of L-BFGS.
         start: head to begin at.
     """
     n, d = n_joined(y), x.shape[1]
-    if x.numel() * 8 <= _LOGISTIC_COPY:
-        x = x.double()  # once; larger sets are converted block by block in every pass
-    penalty = torch.full((d + 1, 1), 1 / (inverse_penalty * n), dtype=torch.float64, device=x.device)
-    penalty[d] = 0  # the intercept is free
-
     # Scores of a block of samples at a time: those of a million samples for a thousand classes are 10 GB.
     size = max(1, _LOGISTIC_BLOCK // max(n_classes, d))
+    weight = 1 / (inverse_penalty * n)  # of |W|² / 2, beside the mean of the loss
+    mean, scale = _moments(x, n, size)
+    scale = (scale.square() / 4 + weight).sqrt()  # of the objective's second derivatives
+    convert = partial(_standardised, mean=mean, scale=scale)
+    if x.numel() * 8 <= _LOGISTIC_COPY:
+        x, convert = convert(x), lambda rows: rows  # once; larger sets block by block in every pass
+    penalty = torch.cat([weight / scale.square(), scale.new_zeros(1)])[:, None]  # the intercept is free
 
     def mean_loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         w = torch.from_numpy(flat).to(x.device).reshape(d + 1, n_classes)
         gradient, loss = torch.zeros_like(w), w.new_zeros(1)
         for rows, answers in zip(x.split(size), y.split(size)):
-            rows = rows.double()
+            rows = convert(rows)
             log_p = torch.addmm(w[d], rows, w[:d]).log_softmax(1)
             loss -= log_p.gather(1, answers[:, None]).sum()
             p = log_p.exp_()
@@ -252,11 +262,35 @@ def fit_logistic(
 
     first = np.zeros((d + 1) * n_classes)
     if start is not None:
-        first = torch.cat([start.weight, start.bias[None]]).double().flatten().cpu().numpy()
+        bias = start.bias.double() + mean @ start.weight.double()
+        first = torch.cat([start.weight.double() * scale[:, None], bias[None]]).flatten().cpu().numpy()
     options = {"maxiter": max_iter, "maxfun": 2 * max_iter, "gtol": 1e-7, "ftol": 64 * np.finfo(float).eps}
     found = minimize(mean_loss, first, jac=True, method="L-BFGS-B", options=options)
-    w = torch.from_numpy(found.x).to(x.device).reshape(d + 1, n_classes).float()
-    return Head(w[:d], w[d])
+    slope = float(np.abs(found.jac).max())
+    if not found.success and slope > _FLAT and rank() == 0:
+        log.warning(
+            "logistic regression with C=%g has not converged after %d iterations (largest derivative %.2g): "
+            "raise max_iter=%d, or lower C",
+            inverse_penalty, found.nit, slope, max_iter,
+        )  # fmt: skip
+    w = torch.from_numpy(found.x).to(x.device).reshape(d + 1, n_classes)
+    rounded = (w[:d] / scale[:, None]).float()
+    return Head(rounded, (w[d] - mean @ rounded.double()).float())
+
+
+def _moments(x: Tensor, n: int, size: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each feature over all ranks' n samples, (d,) float64."""
+    total, squares = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
+    for rows in x.split(size):
+        total += rows.double().sum(0)
+    mean = all_reduce(total) / n
+    for rows in x.split(size):
+        squares += (rows.double() - mean).square().sum(0)
+    return mean, (all_reduce(squares) / n).sqrt()
+
+
+def _standardised(rows: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    return (rows.double() - mean) / scale
 
 
 def _logistic_path(

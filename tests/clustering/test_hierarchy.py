@@ -7,10 +7,13 @@ import re
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from curated_data.clustering import ClusterTree, Level, choose_levels, hierarchical_kmeans, hierarchy, kmeans
 from curated_data.clustering.hierarchy import _balanced_sample
 from curated_data.clustering.kmeans import prepare
+from curated_data.clustering.levels import TooManyClusters
 from curated_data.clustering.neighbourhoods import loses_little, nearest_nearby, sampled_loss
 from tests.oracles.clustering import clouds, kl_to_uniform, squared_distances, two_dimensional
 
@@ -179,7 +182,7 @@ def test_a_sample_tells_what_neighbourhoods_missed(kind, enough):
     rng = np.random.default_rng(0)
     x = clouds(6000, 2, 300, seed=0) if kind == "clusters" else rng.normal(size=(6000, 32)).astype(np.float32)
     rows = prepare(x, metric="l2", device="cpu", valid=None, nonfinite="raise", max_memory=None)
-    centroids = torch.from_numpy(kmeans(x, 1500, seed=0).centroids - rows.mean.astype(np.float32))
+    centroids = torch.from_numpy(kmeans(x, 1500, seed=0).centroids - rows.frame.mean.astype(np.float32))
     found = nearest_nearby(rows, centroids)
     gaps = squared_distances(rows.block(0, 6000).numpy(), centroids.numpy())
     right, lost = (found == gaps.argmin(1)).mean(), gaps[np.arange(6000), found].sum() / gaps.min(1).sum() - 1
@@ -301,3 +304,32 @@ def test_one_log_line_a_level(caplog):
     assert "level 1: 50 clusters of 500 rows, sizes " in lines[0]
     assert "perplexity" in lines[0]
     assert "0 empty" in lines[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 700), st.integers(1, 60), st.sampled_from(["l2", "cosine"]), st.integers(0, 5))
+def test_automatic_levels_shrink_to_what_repeated_rows_allow(n, distinct, metric, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(distinct, 3))[rng.integers(0, distinct, n)].astype(np.float32)
+    x[rng.random(n) < rng.choice([0, 0.5])] = 0  # not usable under cosine
+    if metric == "cosine" and not x.any():
+        with pytest.raises(ValueError, match="no usable row"):
+            hierarchical_kmeans(x, "auto", metric=metric)
+        return
+    tree = hierarchical_kmeans(x, "auto", metric=metric, seed=seed)
+    usable = n if metric == "l2" else x.any(1).sum()
+    assert tree.sizes(tree.n_levels).sum() == usable
+    assert (np.diff(list(tree.n_clusters.values())) < 0).all()
+
+
+def test_levels_shrink_only_where_they_must():
+    x = np.repeat(clouds(400, 3, 5, seed=0), 100, axis=0)
+    levels = choose_levels(len(x))
+    assert [level.n_clusters for level in levels] == [2000, 200]
+    assert list(hierarchical_kmeans(x, "auto").n_clusters.values()) == [2000, 200]
+    x = np.repeat(clouds(150, 3, 5, seed=0), 267, axis=0)
+    assert list(hierarchical_kmeans(x, "auto").n_clusters.values()) == [2002, 15]
+    asked = [Level(2000), Level(200), Level(20)]
+    assert list(hierarchical_kmeans(x, asked, shrink=True).n_clusters.values()) == [2000, 15]
+    with pytest.raises(TooManyClusters, match="level 2 asks for 200 clusters, but only 150"):
+        hierarchical_kmeans(x, asked)

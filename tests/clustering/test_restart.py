@@ -108,7 +108,7 @@ def test_a_long_kmeans_goes_on_from_its_last_iteration(tmp_path, monkeypatch, k)
     x = clouds(4000, 8, 60, seed=0)
     levels, settings = [Level(k)], {"seed": 1, "tol": 0, "checkpoint_seconds": 0}
     plain = hierarchical_kmeans(x, levels, **settings)
-    seedings, updates, stop_at = [], [], [4, 9]
+    seedings, updates, stop_at = [], [], [3, 6]
     seed, update = seeding.seed_rows, lloyd.Lloyd._update
 
     def counted_update(self):

@@ -154,4 +154,4 @@ def test_blocks_without_a_valid_row_are_not_read(metric):
     np.testing.assert_array_equal(rows.ids, np.setdiff1d(np.arange(70_000, 71_000), 70_001))
     np.testing.assert_array_equal(rows.ids, plain.ids)
     if metric == "l2":
-        np.testing.assert_allclose(rows.mean, np.delete(x[70_000:71_000], 1, 0).mean(0), rtol=1e-5)
+        np.testing.assert_allclose(rows.frame.mean, np.delete(x[70_000:71_000], 1, 0).mean(0), rtol=1e-5)

@@ -137,7 +137,7 @@ def test_scores_need_not_be_kept(monkeypatch):
     rows = np.concatenate(computed)
     assert len(rows) == len(np.unique(rows))
     computed.clear()
-    monkeypatch.setattr(seeding, "_SCORES_BYTES", 4 * 24 * 32 * 1_500)  # a round of 1,500 candidates
+    monkeypatch.setattr(seeding, "SCORES_BYTES", 4 * 24 * 32 * 1_500)  # a round of 1,500 candidates
     dropped = greedy_kmeans_plus_plus(rows_of(x), 1_500, np.random.default_rng(0))
     rows = np.concatenate(computed)
     assert len(rows) > 1.2 * len(np.unique(rows))

@@ -83,3 +83,46 @@ def test_bad_input():
 def _pca(x: np.ndarray) -> np.ndarray:
     centered = x - x.mean(0)
     return centered @ np.linalg.svd(centered, full_matrices=False)[2][:2].T
+
+
+def kinds(x):
+    """The same rows as all that `kmeans` takes."""
+    return {
+        "big-endian": x.astype(">f4"), "float64": x.astype(np.float64), "fortran": np.asfortranarray(x),
+        "strided": np.repeat(x, 2, axis=0)[::2], "flipped": x[::-1].copy()[::-1],
+        "grad": torch.from_numpy(x).requires_grad_(),
+    }  # fmt: skip
+
+
+def test_every_kind_of_features_gives_the_same_map(tmp_path):
+    x = load_digits(return_X_y=True)[0][:200].astype(np.float32)
+    expected = embed_2d(x, epochs=2)
+    np.save(tmp_path / "x.npy", x)
+    for name, given in (kinds(x) | {"map": np.load(tmp_path / "x.npy", mmap_mode="r")}).items():
+        # Means are taken in float64 of float64 rows.
+        atol = 0.05 if name == "float64" else 0
+        np.testing.assert_allclose(embed_2d(given, epochs=2), expected, atol=atol, err_msg=name)
+    for dtype in (torch.bfloat16, torch.float16):  # the digits are small integers: no digit is lost
+        np.testing.assert_array_equal(embed_2d(torch.from_numpy(x).to(dtype), epochs=2), expected)
+    for factor in (1e-30, 1e30):
+        assert np.isfinite(embed_2d(x * np.float32(factor), epochs=2)).all()
+
+
+def test_rows_that_are_not_finite_are_named_wherever_they_are():
+    x = np.random.default_rng(0).normal(size=(2000, 4))
+    x[[3, 1999], 1] = np.nan, np.inf
+    with pytest.raises(ValueError, match=r"3, 1999"):
+        embed_2d(x, epochs=1, max_train=10)
+
+
+def test_copies_do_not_take_the_place_of_neighbours(digits):
+    """Fifty copies of each of some digits: their neighbours are others, and the map is as good as without."""
+    x, labels, _ = digits
+    rng = np.random.default_rng(0)
+    copied = np.repeat(rng.choice(len(x), 60, replace=False), 50)
+    every = np.concatenate([np.arange(len(x)), copied])
+    coordinates = embed_2d(x[every], epochs=20, seed=3, max_train=len(x))
+    np.testing.assert_array_equal(coordinates[: len(x)][copied], coordinates[len(x) :])
+    score = cross_val_score(KNeighborsClassifier(15), coordinates[: len(x)], labels, cv=5).mean()
+    assert score > 0.85
+    assert embed_2d(np.ones((50, 4)), epochs=1).shape == (50, 2)

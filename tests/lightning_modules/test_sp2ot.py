@@ -345,3 +345,22 @@ def test_bad_embeddings_are_named(options, message):
     x[17] = np.nan
     with pytest.raises(ValueError, match="17"):
         cluster_embeddings(x, 3)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_embeddings_of_every_kind_are_clustered_alike(center, tmp_path):
+    x = blobs()[0].astype(np.float16).astype(np.float32)
+    options = {"method": "p2ot", "n_iter": 5, "center": center}
+    expected = cluster_embeddings(x, 6, **options)
+    np.save(tmp_path / "x.npy", x)
+    kinds = {
+        "big-endian": x.astype(">f4"), "float64": x.astype(np.float64), "half": torch.from_numpy(x).half(),
+        "strided": np.repeat(x, 2, axis=0)[::2], "map": np.load(tmp_path / "x.npy", mmap_mode="r"),
+        "grad": torch.from_numpy(x).requires_grad_(), "large": x * np.float32(2.0**100),
+        "small": x * np.float32(2.0**-100),
+    }  # fmt: skip
+    for name, given in kinds.items():
+        found = cluster_embeddings(given, 6, **options)
+        assert (found.assignment == expected.assignment).mean() > 0.99, name
+    found = cluster_embeddings(torch.from_numpy(x).bfloat16(), 6, **options)
+    assert clustering(found.assignment, expected.assignment).nmi > 0.8

@@ -41,14 +41,20 @@ def embed(texts):
 
 
 def by_expressions(caption: str, classes=CLASSES) -> set[int]:
+    def plain(text: str) -> str:
+        return text.casefold().replace("é", "e").replace("ü", "u")
+
     owners: dict[str, set[int]] = {}
     for i, c in enumerate(classes):
         for name in c.names:
-            owners.setdefault(" ".join(re.split(r"[\s\-_'’`]+", name.casefold())), set()).add(i)
-    found = set()
+            owners.setdefault(" ".join(re.split(r"[\s\-_'’`]+", plain(name))), set()).add(i)
+    spans = []
     for name, who in owners.items():
         pattern = r"[\s\-_'’`]+".join(map(re.escape, name.split()))
-        if len(who) == 1 and re.search(rf"(?<![^\W_]){pattern}(?![^\W_])", caption.casefold()):
+        spans += [(m.span(), who) for m in re.finditer(rf"(?<![^\W_]){pattern}(?![^\W_])", plain(caption))]
+    found = set()
+    for (a, b), who in spans:  # a name within a longer one does not count
+        if len(who) == 1 and not any(c <= a and b <= d and d - c > b - a for (c, d), _ in spans):
             found |= who
     return found
 
@@ -100,6 +106,58 @@ def test_a_name_with_punctuation_is_found_as_it_is_written():
                 "a u.s. air force jet", "US Air Force jet", "AC Milan", "A.C. Milan", "A. C. Milan won",
                 "At the 'St.' Bernard waits."]  # fmt: skip
     assert matcher.match(captions).tolist() == [0, 0, 0, 0, -1, -1, 1, -1, -1, 2, 2, 0]
+
+
+def test_symbols_are_part_of_a_name():
+    names = ["C", "C++", "C#", ".NET", "net", "F#", "dog", "cat", "18+"]
+    matcher = NameMatcher([CaptionClass(name, (name,)) for name in names])
+    captions = {
+        "I write C++.": "C++", "c++11 and later": "C++", "C# in a nutshell": "C#", "the C language": "C",
+        "(C++)": "C++", "C++/C#": None, "the .NET framework": ".NET", "a (.net) developer": ".NET",
+        "a fishing net": "net", "It ends in a net.": "net", "asp.net": "net", "F#": "F#", "#dog": "dog",
+        "#dog#cat": None, "dog+cat": None, "for 18+ only": "18+", "vitamin C.": "C", "a C-clamp": "C",
+    }  # fmt: skip
+    for caption, name in captions.items():
+        expected = NameMatcher.SEVERAL if name is None else names.index(name)
+        assert matcher.match([caption]).tolist() == [expected], caption
+    twice = NameMatcher([CaptionClass("a", ("C++", "x")), CaptionClass("b", ("c++",))])
+    assert twice.ambiguous == ["c++"]
+
+
+def test_accents_fold_and_other_scripts_keep_their_marks():
+    names = ["Café", "Straße", "smörgåsbord", "Łódź", "が", "к", "й", "φάρος"]
+    matcher = NameMatcher([CaptionClass(name, (name,)) for name in names])
+    found = matcher.match(
+        [
+            "a cafe",
+            "CAFÉ",
+            "cafe\u0301",
+            "STRASSE",
+            "strasse",
+            "smorgasbord",
+            "Lodz",
+            "か",
+            "が",
+            "й",
+            "и",
+            "φαρος",
+        ]
+    )
+    assert found.tolist() == [0, 0, 0, 1, 1, 2, 3, -1, 4, 6, -1, 7]
+
+
+def test_the_longest_name_wins():
+    matcher = NameMatcher([
+        CaptionClass("dog", ("dog",)), CaptionClass("hot dog", ("hot dog",)),
+        CaptionClass("stand", ("hot dog stand",)), CaptionClass("shark", ("white shark",)),
+        CaptionClass("fin", ("shark fin",)), CaptionClass("a", ("sea lion",)),
+        CaptionClass("b", ("sea lion",)), CaptionClass("lion", ("lion",)),
+    ])  # fmt: skip
+    captions = ["a hot dog", "a dog", "hot dog stands", "a hot dog stand", "a hot dog and a dog",
+                "white shark fin", "a sea lion", "a sea lion and a lion", "hot, dog"]  # fmt: skip
+    several = NameMatcher.SEVERAL
+    assert matcher.match(captions).tolist() == [1, 0, 1, 2, several, several, -1, 7, 0]
+    assert not matcher.holds("hot dog", 0)
 
 
 def test_names_of_several_classes_are_no_names():

@@ -39,6 +39,39 @@ def test_logistic_regression_is_scikit_learns(c, block, copy, monkeypatch):
     )
 
 
+def objective(weight, bias, x, y, c):
+    """Scikit-learn's, in float64."""
+    scores = x @ weight + bias
+    return c * F.cross_entropy(scores, y, reduction="sum").item() + weight.square().sum().item() / 2
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, -3e4])
+@pytest.mark.parametrize("scale", [1.0, 1e-4, "mixed"])
+@pytest.mark.parametrize("c", [1e-3, 1.0, 100.0])
+def test_offsets_and_scales_reach_scikit_learns_objective(offset, scale, c, caplog):
+    """Features of any mean and width end at the minimum, whatever the penalty, which stays that of W."""
+    x, y = data()
+    widths = torch.logspace(-3, 3, 12) if scale == "mixed" else torch.full((12,), scale)
+    x = (x + offset).double() * widths
+    head = fit_logistic(x, y, 4, inverse_penalty=c)
+    assert not caplog.records
+    # Theirs knows no offset, which the free intercept takes.
+    middle = x.mean(0)
+    theirs = LogisticRegression(C=c, tol=1e-10, max_iter=10_000, solver="newton-cholesky")
+    theirs.fit((x - middle).numpy(), y.numpy())
+    weight, bias = torch.from_numpy(theirs.coef_.T), torch.from_numpy(theirs.intercept_)
+    best = objective(weight, bias, x - middle, y, c)
+    found = objective(head.weight.double(), head.bias.double(), x, y, c)
+    assert found == pytest.approx(best, rel=1e-4)
+
+
+def test_logistic_regression_says_that_it_has_not_converged(caplog):
+    x, y = data()
+    fit_logistic(x, y, 4, inverse_penalty=100.0, max_iter=3)
+    assert "has not converged" in caplog.text
+    assert "max_iter=3" in caplog.text
+
+
 def test_the_grid_is_each_head_trained_alone():
     """The joint training against torch's own SGD, one head at a time, on the same batches."""
     x, y = data()
