@@ -8,7 +8,7 @@ import numpy as np
 from curated_data.clustering.levels import resampled_size
 from curated_data.clustering.rows import BLOCK
 from curated_data.config import CurationConfig
-from curated_data.selection.near_duplicates import CELL_SIZE, N_PROBES
+from curated_data.selection.links import N_PROBES, ONE_CELL, mean_cell_size
 
 _ROWS_IN_TRANSIT = 8 * BLOCK  # converted at once
 _LIBRARIES = 60_000_000  # bytes of buffers that torch, BLAS and faiss allocate on first use
@@ -115,8 +115,12 @@ def kmeans_work(n: float, k: int, dimension: int) -> float:
 
 
 def near_duplicates_flops(n: int, dimension: int) -> float:
-    """Operations to compare every sample with its own cell and the neighbouring cells that are searched."""
-    return 2.0 * n * min(n, (1 + N_PROBES) * CELL_SIZE) * dimension
+    """Operations to find each sample's cell and to compare it with that and the neighbouring ones, two times:
+    what stays of the first search is searched again.
+    """
+    cell = mean_cell_size(n)
+    compared = n if n <= cell else n / cell + (1 + N_PROBES) * cell
+    return 2 * 2.0 * n * compared * dimension
 
 
 def expected_bytes(n: int, dimension: int, config: CurationConfig) -> dict[str, int]:
@@ -135,7 +139,7 @@ def expected_bytes(n: int, dimension: int, config: CurationConfig) -> dict[str, 
     held = min((n + resampled) * row, int(config.max_memory_gb * 1e9))
     peak = held + 3 * min(n, _ROWS_IN_TRANSIT) * row + 4 * BLOCK * 4 * lowest + 3 * lowest * row + 60 * n
     if config.near_duplicates.enabled:  # the rows of a cell and its neighbours, and faiss's copies
-        peak = max(peak, 6 * min(n, CELL_SIZE) * row + 60 * n)
+        peak = max(peak, 6 * min(n, ONE_CELL) * row + 60 * n)
     return {
         "embedding_bytes": n * dimension * itemsize,
         "tree_bytes": tree,
