@@ -17,6 +17,7 @@ originals and copies, and of the originals alone:
 import argparse
 import io
 import tempfile
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +47,9 @@ def main() -> None:
 
 def chosen(folder: Path, n: int) -> list[Path]:
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
-    order = np.random.default_rng(0).permutation(len(paths))[:n]
-    return [paths[i] for i in order]
+    order = np.random.default_rng(0).permutation(len(paths))
+    large = (paths[i] for i in order if min(Image.open(paths[i]).size) >= 12)  # for a caption and a border
+    return list(islice(large, n))
 
 
 def read(path: Path) -> Image.Image:

@@ -115,12 +115,13 @@ def kmeans_work(n: float, k: int, dimension: int) -> float:
 
 
 def near_duplicates_flops(n: int, dimension: int) -> float:
-    """Operations to find each sample's cell and to compare it with that and the neighbouring ones, two times:
-    what stays of the first search is searched again.
+    """Operations to compare every sample with all others, or beyond a few to find its cell and to compare it
+    with that and the neighbouring ones: two times, as what stays of the first search is searched again.
     """
+    if n <= ONE_CELL:
+        return 2.0 * n * n * dimension
     cell = mean_cell_size(n)
-    compared = n if n <= cell else n / cell + (1 + N_PROBES) * cell
-    return 2 * 2.0 * n * compared * dimension
+    return 2 * 2.0 * n * (n / cell + (1 + N_PROBES) * cell) * dimension
 
 
 def expected_bytes(n: int, dimension: int, config: CurationConfig) -> dict[str, int]:

@@ -92,8 +92,8 @@ def extend(
 
     Returns:
         A curation whose report has an entry `drift`, with the fields of `Drift`, and with `near_duplicates`
-        enabled the counts `removed_new` (new samples left out), `readmitted` (samples removed earlier that are
-        copies of none now) and `held_out_in_tree`.
+        enabled the counts `removed_new` (new samples left out), `readmitted` (samples removed earlier that
+        are copies of none now) and `held_out_in_tree`.
 
     Raises:
         ConfigError: a setting that is unknown or out of range, or held-out shards that cannot be embedded.

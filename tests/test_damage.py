@@ -75,6 +75,7 @@ FILES = {
     "embeddings/*/.pools/*.npz": (),
     "near_duplicates/*/manifest.json": (),
     "near_duplicates/*/keep.npy": ("tree", "selection"),
+    "near_duplicates/*/near.npy": ("tree", "selection"),
     "tree/*/manifest.json": (),
     "tree/*/tree/manifest.json": (),
     "tree/*/tree/parent_1.npy": ("selection",),

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from curated_data.errors import PoolError
 from curated_data.pool.decode import as_extensions
 from curated_data.progress import progress
-from curated_data.selection.cover import Cover
+from curated_data.selection.cover import Cover, independent_set
 from curated_data.selection.links import N_PROBES, LinkSearch, Near, cosines, reaches, stored_rows
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 THRESHOLD = 0.95
-"""The default cosine, chosen by measurement (`benchmarks/near_duplicates.py --images`)."""
+"""The default cosine, chosen by measurement (`benchmarks/planted_copies.py`)."""
 _BLOCK = 16_384
 _NO_DIRECTION = np.uint64(0)
 
@@ -187,6 +187,37 @@ def match_held_out(
         best = order[np.diff(row[order], prepend=-1) != 0]
         match[first + directed[row[best]]] = given[place[best]]
     return match
+
+
+def similar_pairs(
+    embeddings: "np.ndarray | EmbeddingStore",
+    *,
+    valid: np.ndarray | None = None,
+    threshold: float = THRESHOLD,
+    n_neighbours: int = 16,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (p, 2) of samples, smaller id first, and their cosines (p,), from one search.
+
+    Of samples with equal rows, each is in a pair with the first, and only the first is in pairs with others.
+    """
+    ids = np.arange(len(embeddings)) if valid is None else np.flatnonzero(valid)
+    code = _codes(embeddings, ids)
+    ids = ids[code[ids] != _NO_DIRECTION]
+    first = _others_first(code, ids[:0], ids, None)
+    equal = first >= 0
+    equal[equal] = _are_equal(embeddings, ids[equal], first[equal])
+    different = ids[~equal]
+    pairs, cosine, _ = LinkSearch(embeddings, threshold, n_neighbours)(different, different)
+    of_equal = np.stack([first[equal], ids[equal]], axis=1)
+    return np.concatenate([of_equal, pairs]), np.concatenate([np.ones(len(of_equal), np.float32), cosine])
+
+
+def would_leave_out(n: int, pairs: np.ndarray) -> int:
+    """How many of n samples a cover leaves out, if pairs (p, 2) are all there are."""
+    connections = np.bincount(pairs.ravel(), minlength=n)
+    rank = np.empty(n, np.int64)
+    rank[np.lexsort((np.arange(n), -connections))] = np.arange(n)
+    return n - int(independent_set(pairs, rank).sum())
 
 
 class Contents(NamedTuple):
