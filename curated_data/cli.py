@@ -1,4 +1,4 @@
-"""The command line: `curated-data import | index | embed | curate | extend | export | report | inspect`."""
+"""The command line: `curated-data import | index | embed | duplicates | curate | extend | export | …`."""
 
 import argparse
 import json
@@ -89,6 +89,30 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _pool_command(commands, "embed", "embed every sample of a pool", _embed)
     _embedder_option(command)
+
+    command = _pool_command(
+        commands,
+        "duplicates",
+        "show pairs of near-duplicates, to choose their threshold by looking",
+        _duplicates,
+    )
+    _embedder_option(command)
+    command.add_argument(
+        "--examples",
+        default="duplicates.html",
+        metavar="PAGE",
+        help="the HTML page to write (default: %(default)s)",
+    )
+    command.add_argument(
+        "--least",
+        type=float,
+        default=0.85,
+        metavar="COSINE",
+        help="the lowest cosine to show (default: %(default)s)",
+    )
+    command.add_argument(
+        "--pairs", type=int, default=12, metavar="N", help="to show from each band (default: %(default)s)"
+    )
 
     command = _pool_command(
         commands, "curate", "select a balanced subset: index, embed, cluster, sample", _curate
@@ -322,6 +346,29 @@ def _embed(parsed: argparse.Namespace) -> None:
     )
     count = store.n_failures
     print(f"{len(store):,} embeddings of length {store.shape[1]}, {count:,} failed: {store.folder}")
+
+
+def _duplicates(parsed: argparse.Namespace) -> None:
+    from curated_data.cache import open_cache
+    from curated_data.embedding import embed_pool, resolve_embedder
+    from curated_data.report.duplicates import band_edges, write_pairs
+
+    band_edges(parsed.least)  # before anything takes long
+    if parsed.pairs < 1:
+        raise ConfigError(f"--pairs {parsed.pairs}: give at least 1")
+    check_writable(Path(parsed.examples), is_folder=False)
+    pool = _pool(parsed)
+    store = embed_pool(
+        pool, resolve_embedder(parsed.embedder), open_cache(parsed.cache_dir), device=parsed.device
+    )
+    bands = write_pairs(pool, store, parsed.examples, least=parsed.least, n_pairs=parsed.pairs)
+    table = Table(title=f"{len(store) - store.n_failures:,} samples")
+    for name in ("threshold", "pairs at or above it", "samples that would be left out"):
+        table.add_column(name, justify="right")
+    for band in bands:
+        table.add_row(f"{band.least:g}", f"{band.n_pairs_above:,}", f"{band.n_left_out:,}")
+    print_table(table)
+    print(f"pairs to look at: {parsed.examples}")
 
 
 def _run_curation(parsed: argparse.Namespace) -> tuple[Any, Any]:

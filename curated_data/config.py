@@ -46,17 +46,20 @@ class NearDuplicateConfig:
 
     Attributes:
         enabled: whether to remove near-duplicates.
-        threshold: cosine similarity at or above which two samples are copies of each other.
-        n_neighbours: how many nearest neighbours each sample is compared with.
-        prefer: which sample of a group is kept: the one nearest its "centroid", or the "largest" image. The
-            latter reads every image once, and treats equal bytes as copies whatever their embeddings.
+        threshold: cosine similarity at or above which two samples are copies of each other. What it means
+            depends on the embedder: `curated-data duplicates` shows pairs to choose it by.
+        n_neighbours: how many links of each sample a search finds at once; it changes the time, hardly the
+            result.
+        prefer: which of two copies is kept: the more "connected", that with more copies, or the "largest"
+            image. The latter reads every image once, and treats equal bytes as copies whatever their
+            embeddings.
         held_out: shards of evaluation sets; copies of their samples are removed from the pool too.
     """
 
     enabled: bool = False
     threshold: float = 0.95
     n_neighbours: int = 16
-    prefer: str = "centroid"
+    prefer: str = "connected"
     held_out: list[str] = field(default_factory=list)
 
 
@@ -117,7 +120,7 @@ _CHOICES = {
     "init": ("k-means++", "random"),
     "embedding.dtype": ("float16", "float32"),
     "embedding.precision": ("auto", "32", "bf16"),
-    "near_duplicates.prefer": ("centroid", "largest"),
+    "near_duplicates.prefer": ("connected", "largest"),
 }
 _LEAST = {
     "target_size": 1,

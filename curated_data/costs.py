@@ -9,7 +9,7 @@ from curated_data.clustering.levels import resampled_size
 from curated_data.clustering.rows import BLOCK
 from curated_data.clustering.seeding import SCORES_BYTES
 from curated_data.config import CurationConfig
-from curated_data.selection.near_duplicates import CELL_SIZE, N_PROBES
+from curated_data.selection.links import N_PROBES, ONE_CELL, mean_cell_size
 
 _ROWS_IN_TRANSIT = 8 * BLOCK  # converted at once
 _LIBRARIES = 60_000_000  # bytes of buffers that torch, BLAS and faiss allocate on first use
@@ -116,8 +116,13 @@ def kmeans_work(n: float, k: int, dimension: int) -> float:
 
 
 def near_duplicates_flops(n: int, dimension: int) -> float:
-    """Operations to compare every sample with its own cell and the neighbouring cells that are searched."""
-    return 2.0 * n * min(n, (1 + N_PROBES) * CELL_SIZE) * dimension
+    """Operations to compare every sample with all others, or beyond a few to find its cell and to compare it
+    with that and the neighbouring ones: two times, as what stays of the first search is searched again.
+    """
+    if n <= ONE_CELL:
+        return 2.0 * n * n * dimension
+    cell = mean_cell_size(n)
+    return 2 * 2.0 * n * (n / cell + (1 + N_PROBES) * cell) * dimension
 
 
 def expected_bytes(
@@ -148,7 +153,7 @@ def expected_bytes(
     blocks = 5 * min(n, _ROWS_IN_TRANSIT) * row + 4 * BLOCK * 4 * lowest
     peak = held + blocks + 6 * lowest * row + min(SCORES_BYTES, 400 * n) + 100 * n
     if config.near_duplicates.enabled:  # the rows of a cell and its neighbours, and faiss's copies
-        peak = max(peak, 6 * min(n, CELL_SIZE) * row + 100 * n)
+        peak = max(peak, 6 * min(n, ONE_CELL) * row + 100 * n)
     return {
         "embedding_bytes": n * dimension * itemsize,
         "tree_bytes": tree,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from curated_data.selection.removed import Removed
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 """Increased when something else is computed from the same inputs: older artifacts are then not used."""
 
 
@@ -101,11 +102,19 @@ def find_near_duplicates(
     held_out: EmbeddingStore | None,
     config: CurationConfig,
     origin: dict[str, str],
+    grown: "Grown | None" = None,
 ) -> tuple[Path, bool]:
-    """The folder with a pool's near-duplicates, see `Removed`, and whether it was cached."""
+    """The folder with a pool's near-duplicates, see `Removed`, and whether it was cached.
+
+    Args:
+        origin: the names of what the embeddings are made of.
+        grown: for a pool that has grown around a tree, whose samples stay.
+    """
     settings = dataclasses.asdict(config.near_duplicates)
     if held_out is not None:
         origin = origin | {"held_out": held_out.fingerprint}
+    if grown is not None:
+        origin = origin | {"base": grown.base}
     name = near_duplicates_name(config, origin)
 
     def build(folder: Path) -> None:
@@ -120,59 +129,40 @@ def find_near_duplicates(
             same=None if contents is None else exact_groups(contents.digest),
             prefer=None if contents is None else contents.n_pixels,
             held_out=None if held_out is None else held_out.as_array()[held_out.valid],
+            stay=None if grown is None else grown.in_tree,
         )
         match = found.held_out_match
         if held_out is not None:  # from rows that were compared to samples of the held-out pool
             match = np.append(np.flatnonzero(held_out.valid), -1)[match]
-        Removed(found.keep, found.group, match).save(folder)
-        removed = int((valid & ~found.keep).sum())
-        counts = {"removed": removed, "held_out_matches": int((match >= 0).sum())}
+        Removed(found.keep, found.near, match, found.cosine).save(folder)
+        left_out = valid & ~found.keep
+        counts = {"removed": int(left_out.sum()), "held_out_matches": int((match >= 0).sum())}
+        if grown is not None:
+            counts["removed_new"] = int((left_out & ~grown.known).sum())
+            counts["held_out_in_tree"] = int((grown.in_tree & (match >= 0)).sum())
         write_manifest(folder, "near_duplicates", {"inputs": origin, "settings": settings} | counts)
-        log.info("near-duplicates: %d samples removed", removed)
+        log.info("near-duplicates: %d samples removed", counts["removed"])
 
     hold(root / "near_duplicates" / name)
     return build_once(root / "near_duplicates" / name, build)
 
 
-def settle_near_duplicates(
-    root: Path, found: Path, store: EmbeddingStore, base: str, settled: np.ndarray, in_tree: np.ndarray
-) -> tuple[Path, bool]:
-    """Near-duplicates of a pool that has grown around a tree, whose samples stay whatever they are copies of.
+@dataclass(frozen=True)
+class Grown:
+    """What a pool of n samples, which has grown, has of an earlier tree.
 
-    A new sample is removed if it is a copy of a held-out one or of one in the tree. Of new samples that are
-    copies of each other one stays: the one that would in the pool as a whole, else that with the smallest id.
+    Samples that were in the tree stay, whatever they are copies of. All others are looked at anew, also those
+    that were removed before the tree was built: what they were copies of may have left the pool since.
 
-    Args:
-        found: the folder that `find_near_duplicates` gave for the whole pool.
+    Attributes:
         base: the name of the tree.
-        settled: (n,) bool, the samples that the tree was built over, removed ones included.
+        known: (n,) bool, the samples that the tree was built over, removed ones included.
         in_tree: (n,) bool, those of them that have a cluster.
-
-    Returns:
-        A folder as from `find_near_duplicates`, and whether it was cached.
     """
 
-    def build(folder: Path) -> None:
-        whole = Removed.load(found)
-        candidates = np.flatnonzero(store.valid & ~settled & (whole.held_out < 0))
-        taken = np.zeros(len(settled), bool)
-        taken[whole.group[in_tree & (whole.group >= 0)]] = True
-        candidates = candidates[~taken[whole.group[candidates]]]
-        candidates = candidates[np.lexsort((candidates, ~whole.keep[candidates], whole.group[candidates]))]
-        first = np.diff(whole.group[candidates], prepend=-1) != 0
-        keep = in_tree.copy()
-        keep[candidates[first]] = True
-        Removed(keep, whole.group, whole.held_out).save(folder)
-        counts = {
-            "removed": int((store.valid & ~keep).sum()),
-            "removed_new": int((store.valid & ~settled & ~keep).sum()),
-            "held_out_matches": int((whole.held_out >= 0).sum()),
-            "held_out_in_tree": int((in_tree & (whole.held_out >= 0)).sum()),
-        }
-        write_manifest(folder, "near_duplicates", {"inputs": inputs} | counts)
-
-    inputs = {"near_duplicates": found.name, "base": base}
-    return build_once(root / "near_duplicates" / fingerprint(settled=inputs, version=VERSION), build)
+    base: str
+    known: np.ndarray
+    in_tree: np.ndarray
 
 
 def read_keep(folder: Path) -> np.ndarray:

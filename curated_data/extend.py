@@ -20,12 +20,12 @@ from curated_data.clustering.rows import rank_range
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig
 from curated_data.deduplication import (
+    Grown,
     check_preference,
     embed_held_out,
     find_near_duplicates,
     open_held_out,
     read_keep,
-    settle_near_duplicates,
 )
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
 from curated_data.embedding.contents import Contents
@@ -82,9 +82,11 @@ def extend(
     their clusters. Samples of new shards go to the nearest centroid of the lowest level. In a process group
     every rank calls it, does a part of the work, and returns the same.
 
-    With `near_duplicates` enabled the grown pool is searched as a whole. New samples are left out where they
-    are copies of held-out ones, of samples in the tree, or of each other. What the tree has stays in it; a
-    warning counts those of its samples that are copies of held-out ones, as they are if `held_out` has grown.
+    With `near_duplicates` enabled, new samples are left out where they are copies of held-out ones, of
+    samples in the tree, or of each other. What the tree has stays in it; a warning counts those of its
+    samples that are copies of held-out ones, as they are if `held_out` has grown. Samples that were removed
+    before the tree was built, but are copies of none that stays now, are assigned like new ones: what they
+    were copies of may have left the pool, or the threshold may be another.
 
     Args:
         pool: the grown pool.
@@ -96,7 +98,8 @@ def extend(
 
     Returns:
         A curation whose report has an entry `drift`, with the fields of `Drift`, and with `near_duplicates`
-        enabled the counts `removed_new` (new samples left out) and `held_out_in_tree`.
+        enabled the counts `removed_new` (new samples left out), `readmitted` (samples removed earlier that
+        are copies of none now) and `held_out_in_tree`.
 
     Raises:
         ConfigError: a setting that is unknown or out of range, or held-out shards that cannot be embedded.
@@ -150,15 +153,22 @@ def _extend(
     cached: dict[str, bool] = {}
     copies: dict[str, int] = {}
     valid = store.valid
+    in_tree = kept.parent[1] != EXCLUDED
+    new = ~known
     if config.near_duplicates.enabled:
         origin = {"embedder": store.folder.name, "embeddings": store.fingerprint}
-        whole, _ = find_near_duplicates(root, pool, store, held_out, config, origin)
-        folders["near_duplicates"], cached["near_duplicates"] = settle_near_duplicates(
-            root, whole, store, base.name, known, kept.parent[1] != EXCLUDED
+        folders["near_duplicates"], cached["near_duplicates"] = find_near_duplicates(
+            root, pool, store, held_out, config, origin, Grown(base.name, known, in_tree)
         )
         inputs["near_duplicates"] = folders["near_duplicates"].name
         valid &= read_keep(folders["near_duplicates"])
         copies = _copies(folders["near_duplicates"])
+        again = np.flatnonzero(valid & known & ~in_tree)
+        again = again[store.rows(again).any(axis=1)]  # zero rows are excluded for another reason
+        new[again] = True
+        copies["readmitted"] = len(again)
+        if len(again):
+            log.info("near-duplicates: %d samples removed earlier are copies of none now", len(again))
     elif "near_duplicates" in manifest["inputs"]:
         log.warning(
             "near_duplicates is not enabled, though the tree was built without near-duplicates: copies among "
@@ -167,9 +177,9 @@ def _extend(
     name = fingerprint(inputs=inputs, version=VERSION)
 
     def build(folder: Path | None) -> None:
-        grown = _grow(store, kept, valid & ~known, metric, device)
+        grown = _grow(store, kept, valid & new, metric, device)
         if folder is not None:
-            content = {"inputs": inputs, "settings": manifest["settings"], "drift": _fit(grown, known)}
+            content = {"inputs": inputs, "settings": manifest["settings"], "drift": _fit(grown, in_tree)}
             publish_tree(folder, grown, pool, store, content)
 
     folder, cached["tree"] = build_together(root / "tree" / name, build)
@@ -277,11 +287,11 @@ def _grow(
     return ClusterTree(kept.centroids, kept.parent | {1: parent}, distance)
 
 
-def _fit(tree: ClusterTree, known: np.ndarray) -> dict[str, Any]:
+def _fit(tree: ClusterTree, was_in: np.ndarray) -> dict[str, Any]:
     """The fields of `Drift` that do not depend on the limit."""
     assert tree.distance is not None
     inside = tree.parent[1] != EXCLUDED
-    before, after = tree.distance[inside & known], tree.distance[inside & ~known]
+    before, after = tree.distance[inside & was_in], tree.distance[inside & ~was_in]
     ratio, outlying = 1.0, 0.0
     if len(after):
         ratio = float(np.median(after) / max(np.median(before), np.finfo(np.float32).tiny))

@@ -89,6 +89,7 @@ FILES = {
     "pool/*/member_offset.npy": (),
     "pool/*/member_extension.npy": (),
     "near_duplicates/*/keep.npy": ("tree", "selection"),
+    "near_duplicates/*/near.npy": ("tree", "selection"),
     "tree/*/manifest.json": (),
     "tree/*/tree/manifest.json": (),
     "tree/*/tree/parent_1.npy": ("selection",),

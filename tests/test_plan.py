@@ -92,7 +92,8 @@ def test_near_duplicates_take_one_rank_and_grow_with_the_pool_alone():
         for n, ranks in ((10**6, 1), (10**7, 1), (10**7, 4))
     }
     near = {case: stages["near_duplicates"] for case, stages in seconds.items()}
-    assert near[10**7, 1] == near[10**7, 4] == pytest.approx(10 * near[10**6, 1])
+    assert near[10**7, 1] == near[10**7, 4]
+    assert 10 * near[10**6, 1] < near[10**7, 1] < 20 * near[10**6, 1]  # more cells to choose from
     assert seconds[10**7, 4]["cluster"] == pytest.approx(seconds[10**7, 1]["cluster"] / 4)
 
 

@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from curated_data.report.metrics import selected_sizes
 from curated_data.selection.removed import Removed
 
@@ -74,9 +72,10 @@ def _why_removed(curation: "Curation", sample: int) -> str:
     if folder is None:
         return "the clustering excluded it, as its embedding is zero, which has no direction"
     removed = Removed.load(folder)
-    if removed.held_out[sample] >= 0:
-        return f"it is a near-duplicate of sample {removed.held_out[sample]} of the held-out pool"
-    stayed = removed.copy_of(np.array([sample]))[0]
-    if stayed < 0:
+    if removed.keep[sample]:
+        return "the clustering excluded it, as its embedding is zero, which has no direction"
+    near, held_out = int(removed.near[sample]), int(removed.held_out[sample])
+    if near < 0 and held_out < 0:
         return "it was left out before the clustering"
-    return f"it is a near-duplicate of sample {stayed}, which stayed"
+    where = f"sample {held_out} of the held-out pool" if near < 0 else f"sample {near}, which stayed"
+    return f"it is a near-duplicate of {where}, at a cosine of {removed.cosine[sample]:.4f}"

@@ -50,6 +50,7 @@ def sample_map(
     leaf = tree.parent[1][shown]
     count = np.bincount(curation.ids, minlength=tree.n_samples)[shown]
     folder = curation.folders.get("near_duplicates")
+    found = None if folder is None else Removed.load(folder)
     wide = tree.n_samples >= 2**31
     tiles.add(shown[np.sort(rng.permutation(len(shown))[:n_images])])
     tile = np.array([tiles.place.get(int(i), -1) for i in shown])
@@ -62,7 +63,8 @@ def sample_map(
         "shard": _packed(pool.shard_of(shown), np.int32),
         "id": _packed(shown, np.float64 if wide else np.int32),
         "wide_ids": wide,
-        "copy": None if folder is None else _packed(_copies(folder, shown), np.float64 if wide else np.int32),
+        "copy": None if found is None else _packed(_copies(found, shown), np.float64 if wide else np.int32),
+        "cosine": None if found is None else _packed(found.cosine[shown], np.float32),
         "x": _packed(placed[:, 0], np.uint16),
         "y": _packed(placed[:, 1], np.uint16),
         "leaf": _packed(np.where(leaf >= 0, np.searchsorted(np.unique(leaf[leaf >= 0]), leaf), -1), np.int32),
@@ -102,10 +104,9 @@ def cluster_tables(curation: "Curation", shown: np.ndarray) -> list[dict[str, st
     return tables
 
 
-def _copies(folder: Path, shown: np.ndarray) -> np.ndarray:
+def _copies(found: Removed, shown: np.ndarray) -> np.ndarray:
     """(m,) the sample kept in place of a copy, -2 for a copy of a held-out sample, -1 for no copy."""
-    found = Removed.load(folder)
-    return np.where(found.held_out[shown] >= 0, -2, found.copy_of(shown))
+    return np.where((found.held_out[shown] >= 0) & ~found.keep[shown], -2, found.near[shown])
 
 
 def _leaf_ranks(tree: ClusterTree, distance: np.ndarray, shown: np.ndarray) -> np.ndarray:

@@ -97,22 +97,22 @@ def near_duplicate_groups(curation: "Curation", tiles: Tiles, n_groups: int = 12
     if folder is None:
         return None
     found = Removed.load(folder)
-    members = np.bincount(found.group[found.group >= 0], minlength=len(found.group))
-    several = np.flatnonzero(members > 1)
+    copies = np.bincount(found.near[found.near >= 0], minlength=len(found.keep))
+    several = np.flatnonzero(copies)
     groups = []
-    for first in several[np.argsort(-members[several], kind="stable")[:n_groups]].tolist():
-        ids = np.flatnonzero(found.group == first)
-        kept, dropped = ids[found.keep[ids]][:3], ids[~found.keep[ids]][:9]
+    for kept in several[np.argsort(-copies[several], kind="stable")[:n_groups]].tolist():
+        dropped = np.flatnonzero(found.near == kept)
+        dropped = dropped[np.argsort(found.cosine[dropped], kind="stable")][:9]  # the least alike
         groups.append(
             {
-                "size": len(ids),
-                "kept": tiles.examples(kept),
+                "size": 1 + int(copies[kept]),
+                "kept": tiles.examples(np.array([kept])),
                 "dropped": tiles.examples(dropped),
             }
         )
-    held_out = np.flatnonzero(found.held_out >= 0)
+    held_out = np.flatnonzero((found.held_out >= 0) & ~found.keep)
     return {
-        "removed": int(((found.group >= 0) & ~found.keep).sum()) - len(held_out),
+        "removed": int((found.near >= 0).sum()),
         "held_out": len(held_out),
         "held_out_examples": tiles.examples(held_out[:18]),
         "n_groups": len(several),

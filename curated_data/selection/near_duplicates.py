@@ -1,27 +1,25 @@
 """Find exact and near duplicates, and choose which of them to keep.
 
-Two samples are near-duplicates if the cosine of their embeddings reaches a threshold. Groups are the
-connected components of these links, and one sample of each group is kept. The search needs memory for two
-blocks of rows, for a pool of any size: rows are divided into the cells of random pivots, and a sample is
-compared with its own cell and with those others that a row within the threshold can be in.
+Two samples are near-duplicates if the cosine of their embeddings reaches a threshold. Each sample that is not
+kept has a kept one within the threshold, which is named, and no two kept ones are within it, as far as the
+search can know. Groups are therefore stars around a kept sample, not chains: being near is not handed on.
 """
 
 import hashlib
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-import faiss
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from curated_data.errors import PoolError
 from curated_data.pool.decode import as_extensions
 from curated_data.progress import progress
+from curated_data.selection.cover import Cover, independent_set
+from curated_data.selection.links import N_PROBES, LinkSearch, Near, cosines, reaches, stored_rows
 
 if TYPE_CHECKING:
     from curated_data.embedding import EmbeddingStore
@@ -29,65 +27,78 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CELL_SIZE = 16_384
-"""Mean number of samples in a cell, which is searched as a whole."""
-N_PROBES = 4
-"""The most other cells that a sample is compared with."""
-_PIVOT_DISTANCES = 1 << 22  # looked at at once
+THRESHOLD = 0.95
+"""The default cosine, chosen by measurement (`benchmarks/planted_copies.py`)."""
+_BLOCK = 16_384
+_NO_DIRECTION = np.uint64(0)
 
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """Groups of copies among n samples.
+    """Which of n samples are copies, and of what.
 
     Attributes:
         keep: (n,) bool, False for copies of a kept sample, for copies of held-out samples, and where `valid`
             is False.
-        group: (n,) int64, the smallest id of the sample's group, which is its own if it has no copies; -1 if
-            not valid.
-        pairs: (p, 2) int64, the linked samples, smaller id first, in ascending order.
-        similarity: (p,) float32, their cosines.
+        near: (n,) int64, for copies of a kept sample that sample; -1 for all others.
+        cosine: (n,) float32, of a copy with what it is a copy of, in `near` or held out; NaN for all others.
         held_out_match: (n,) int64, the row of the held-out set that the sample is a copy of, -1 for none.
+        pairs: (p, 2) int64, the linked samples that were found on the way, smaller id first, in ascending
+            order; of samples with equal rows only one is searched.
+        similarity: (p,) float32, their cosines.
     """
 
     keep: np.ndarray
-    group: np.ndarray
+    near: np.ndarray
+    cosine: np.ndarray
+    held_out_match: np.ndarray
     pairs: np.ndarray
     similarity: np.ndarray
-    held_out_match: np.ndarray
+
+    @property
+    def group(self) -> np.ndarray:
+        """(n,) int64: the kept sample of each sample's group, which is itself if it is kept; -1 for none."""
+        return np.where(self.keep, np.arange(len(self.keep)), self.near)
 
 
 def near_duplicates(
     embeddings: "np.ndarray | EmbeddingStore",
     *,
     valid: np.ndarray | None = None,
-    threshold: float = 0.95,
+    threshold: float = THRESHOLD,
     n_neighbours: int = 16,
     same: np.ndarray | None = None,
     prefer: np.ndarray | None = None,
     held_out: np.ndarray | None = None,
+    stay: np.ndarray | None = None,
     n_probes: int = N_PROBES,
-    cell_size: int = CELL_SIZE,
+    cell_size: int | None = None,
     seed: int = 0,
 ) -> NearDuplicates:
-    """Find groups of near-duplicates, and choose one sample of each group to keep.
+    """Find near-duplicates, and choose which samples to keep: a cover of all by kept ones, found greedily.
 
-    For up to `cell_size` samples the search is exact, up to `n_neighbours` links per sample. For more, a link
-    across cells is missed only if more than `n_probes` other cells are possible from both of its ends; the
-    number of such samples is logged.
+    A cosine is that of the stored rows in float64, and may lack 1e-12 to the threshold. Rows that are equal
+    to the byte are one row to the search. Zero rows have no direction: they are near nothing and kept.
+
+    For up to 16,384 different rows the search is exact. For more, rows are compared within the cells of
+    random pivots, and a link across cells is missed if more than `n_probes` other cells are possible from
+    both of its ends; the number of such samples is logged. What would be kept is searched again, with other
+    pivots each time, until no link is found among it.
 
     Args:
         embeddings: (n, d) rows of any scale, an array, memory map or store.
         valid: (n,) bool, False for samples to exclude from the comparison.
         threshold: cosine at or above which two samples are copies, in (-1, 1].
-        n_neighbours: how many links from each sample into each cell are searched.
-        same: (n,) integers, equal for samples that are known to be copies, such as from `exact_groups`; these
-            are joined whatever their embeddings.
-        prefer: (n,) numbers, such as the sizes of images in pixels; the member with the largest is kept. None
-            keeps the member nearest to the group's mean embedding. On ties, the smallest id is kept.
+        n_neighbours: how many links from each sample into each cell a search finds at once. With more, fewer
+            searches are needed.
+        same: (n,) integers, equal for samples that are known to be copies, such as from `exact_groups`, at
+            whatever cosine; one of them is kept, or none if all are copies of another.
+        prefer: (n,) numbers, such as the sizes of images in pixels; of two linked samples that with the
+            larger is kept. None keeps that with more copies. On ties, the smallest id is kept.
         held_out: (m, d) embeddings of an evaluation set; samples within the threshold of one are not kept.
+        stay: (n,) bool, samples that are kept whatever they are copies of, also of each other.
         n_probes: the most other cells that a sample is compared with.
-        cell_size: mean number of samples in a cell.
+        cell_size: mean number of samples in a cell; None derives it.
         seed: for the pivots.
 
     Raises:
@@ -96,44 +107,59 @@ def near_duplicates(
     n = len(embeddings)
     if not -1 < threshold <= 1:
         raise ValueError(f"threshold={threshold}: a cosine, give a number above -1 and up to 1")
-    if min(n_neighbours, n_probes + 1, cell_size) < 1:
+    if min(n_neighbours, n_probes + 1, 1 if cell_size is None else cell_size) < 1:
         raise ValueError(
             f"n_neighbours={n_neighbours}, n_probes={n_probes}, cell_size={cell_size}: must be positive"
         )
-    for name, array in (("valid", valid), ("same", same), ("prefer", prefer)):
+    for name, array in (("valid", valid), ("same", same), ("prefer", prefer), ("stay", stay)):
         if array is not None and np.shape(array) != (n,):
             raise ValueError(f"{name} needs shape ({n},), got {np.shape(array)}")
     valid = np.ones(n, bool) if valid is None else np.asarray(valid, bool)
-    ids = np.flatnonzero(valid)
-
-    found = list(_links(embeddings, ids, threshold, n_neighbours, n_probes, cell_size, seed))
-    pairs, similarity = _unique_pairs(found)
-    group = np.where(valid, _components(n, pairs, same, valid), -1)
-
-    held_out_match = np.full(n, -1, np.int64)
+    keep = np.zeros(n, bool) if stay is None else np.asarray(stay, bool) & valid
+    prefer = None if prefer is None else np.asarray(prefer)
+    code = _codes(embeddings, np.flatnonzero(valid))
+    near = np.full(n, -1, np.int64)
+    match = np.full(n, -1, np.int64)
     if held_out is not None:
-        held_out_match[ids] = match_held_out(embeddings, held_out, threshold=threshold, ids=ids)
-    candidates = valid & (held_out_match < 0)
-    if prefer is None:
-        prefer = _closeness_to_mean(embeddings, group)
-    keep = _best_of_each_group(group, candidates, np.asarray(prefer))
+        ids = np.flatnonzero(valid)
+        match[ids] = match_held_out(embeddings, held_out, threshold=threshold, ids=ids)
+
+    search = LinkSearch(embeddings, threshold, n_neighbours, n_probes, cell_size, seed)
+    undecided = np.flatnonzero(valid & ~keep & (match < 0))
+    while len(undecided):
+        near[undecided] = -1
+        if same is not None:
+            near[undecided] = _others_first(np.asarray(same), np.flatnonzero(keep), undecided, prefer)
+        _decide(search, undecided[near[undecided] < 0], keep, near, code, prefer)
+        # The copy of one that was left out needs to be near what that one is near, or is decided anew.
+        lost = undecided[~keep[undecided]]
+        lost = lost[~keep[near[lost]]]
+        near[lost] = near[near[lost]]
+        undecided = lost[~reaches(_cosines(embeddings, lost, embeddings, near[lost]), threshold)]
+
+    cosine = np.full(n, np.nan, np.float32)
+    out = np.flatnonzero(near >= 0)
+    cosine[out] = _cosines(embeddings, out, embeddings, near[out])
+    out = np.flatnonzero(match >= 0)
+    if held_out is not None:
+        cosine[out] = _cosines(embeddings, out, held_out, match[out])
+    pairs, similarity = search.found()
     log.info(
-        "near-duplicates: %d pairs, %d groups, %d samples dropped, of them %d found in the held-out set",
-        len(pairs),
-        len(np.unique(group[(group >= 0) & _in_larger_group(group)])),
+        "near-duplicates: %d samples dropped, of them %d found in the held-out set; %d searches",
         int((valid & ~keep).sum()),
-        int((held_out_match >= 0).sum()),
+        int(((match >= 0) & ~keep).sum()),
+        search.n_searches,
     )
-    return NearDuplicates(keep, group, pairs, similarity, held_out_match)
+    return NearDuplicates(keep, near, cosine, match, pairs, similarity)
 
 
 def match_held_out(
     embeddings: "np.ndarray | EmbeddingStore",
     held_out: np.ndarray,
     *,
-    threshold: float = 0.95,
+    threshold: float = THRESHOLD,
     ids: np.ndarray | None = None,
-    block: int = 16_384,
+    block: int = _BLOCK,
 ) -> np.ndarray:
     """For each sample, the nearest row of a held-out set if their cosine reaches the threshold; otherwise -1.
 
@@ -146,16 +172,52 @@ def match_held_out(
         (q,) int64.
     """
     ids = np.arange(len(embeddings)) if ids is None else ids
-    held_out = _unit(np.asarray(held_out), np.arange(len(held_out)))
     match = np.full(len(ids), -1, np.int64)
-    if not len(held_out):
+    held_out = np.asarray(held_out)
+    given = np.flatnonzero(held_out.any(axis=1))
+    if not len(given):
         return match
-    index = faiss.IndexFlatIP(held_out.shape[1])
-    index.add(held_out)
+    among = Near(held_out[given], threshold)
     for first in range(0, len(ids), block):
-        similarity, nearest = index.search(_unit(embeddings, ids[first : first + block]), 1)
-        match[first : first + block] = np.where(_reaches(similarity, threshold), nearest, -1)[:, 0]
+        rows = stored_rows(embeddings, ids[first : first + block])
+        _check_finite(rows, ids[first : first + block])
+        directed = np.flatnonzero(rows.any(axis=1))
+        row, place, cosine, _ = among.search(rows[directed], 1)
+        order = np.lexsort((place, -cosine, row))
+        best = order[np.diff(row[order], prepend=-1) != 0]
+        match[first + directed[row[best]]] = given[place[best]]
     return match
+
+
+def similar_pairs(
+    embeddings: "np.ndarray | EmbeddingStore",
+    *,
+    valid: np.ndarray | None = None,
+    threshold: float = THRESHOLD,
+    n_neighbours: int = 16,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (p, 2) of samples, smaller id first, and their cosines (p,), from one search.
+
+    Of samples with equal rows, each is in a pair with the first, and only the first is in pairs with others.
+    """
+    ids = np.arange(len(embeddings)) if valid is None else np.flatnonzero(valid)
+    code = _codes(embeddings, ids)
+    ids = ids[code[ids] != _NO_DIRECTION]
+    first = _others_first(code, ids[:0], ids, None)
+    equal = first >= 0
+    equal[equal] = _are_equal(embeddings, ids[equal], first[equal])
+    different = ids[~equal]
+    pairs, cosine, _ = LinkSearch(embeddings, threshold, n_neighbours)(different, different)
+    of_equal = np.stack([first[equal], ids[equal]], axis=1)
+    return np.concatenate([of_equal, pairs]), np.concatenate([np.ones(len(of_equal), np.float32), cosine])
+
+
+def would_leave_out(n: int, pairs: np.ndarray) -> int:
+    """How many of n samples a cover leaves out, if pairs (p, 2) are all there are."""
+    connections = np.bincount(pairs.ravel(), minlength=n)
+    rank = np.empty(n, np.int64)
+    rank[np.lexsort((np.arange(n), -connections))] = np.arange(n)
+    return n - int(independent_set(pairs, rank).sum())
 
 
 class Contents(NamedTuple):
@@ -211,187 +273,96 @@ def exact_groups(digest: np.ndarray) -> np.ndarray:
     return np.where(digest.any(axis=1), first[inverse], np.arange(len(digest)))
 
 
-def _links(
-    embeddings: "np.ndarray | EmbeddingStore",
+def _decide(
+    search: LinkSearch,
     ids: np.ndarray,
-    threshold: float,
-    n_neighbours: int,
-    n_probes: int,
-    cell_size: int,
-    seed: int,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of ids (p, 2) whose cosine reaches the threshold, with their cosines, cell by cell."""
-    n_cells = -(-len(ids) // cell_size)
-    if n_cells <= 1:
-        yield from _search(embeddings, ids, ids, threshold, n_neighbours, cell_size)
-        return
-    home, probes = _cells(embeddings, ids, threshold, n_cells, n_probes, cell_size, seed)
-    by_home = np.argsort(home, kind="stable")
-    starts = np.searchsorted(home[by_home], np.arange(n_cells + 1))
-    visitors = np.argsort(probes, axis=None, kind="stable")  # flat indices into `probes`, by cell
-    visits = np.searchsorted(probes.ravel()[visitors], np.arange(n_cells + 1))
-    with progress("near-duplicates", n_cells, "cells") as advance:
-        for cell in range(n_cells):
-            members = ids[by_home[starts[cell] : starts[cell + 1]]]
-            guests = ids[np.sort(visitors[visits[cell] : visits[cell + 1]] // max(probes.shape[1], 1))]
-            yield from _search(embeddings, members, members, threshold, n_neighbours, cell_size)
-            yield from _search(embeddings, members, guests, threshold, n_neighbours, cell_size)
-            advance()
+    keep: np.ndarray,
+    near: np.ndarray,
+    code: np.ndarray,
+    prefer: np.ndarray | None,
+) -> None:
+    """Fill in `keep` and `near` for samples, beside those that are kept already."""
+    keep[ids[code[ids] == _NO_DIRECTION]] = True
+    stay, ids = np.flatnonzero(keep & (code != _NO_DIRECTION)), ids[code[ids] != _NO_DIRECTION]
+    first = _others_first(code, stay, ids, prefer)
+    equal = first >= 0
+    equal[equal] = _are_equal(search.embeddings, ids[equal], first[equal])
+    near[ids] = np.where(equal, first, -1)
+    size = np.bincount(first[equal], minlength=len(keep)) + 1
+    cover = Cover(search, size, prefer)
+    keep[cover.decide(ids[~equal], stay)] = True
+    linked = np.flatnonzero(cover.near >= 0)
+    near[linked] = cover.near[linked]
+    lost = ids[equal][~keep[first[equal]]]  # equal to one that was left out
+    near[lost] = near[near[lost]]
 
 
-def _cells(
-    embeddings: "np.ndarray | EmbeddingStore",
-    ids: np.ndarray,
-    threshold: float,
-    n_cells: int,
-    n_probes: int,
-    block: int,
-    seed: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Each sample's cell, (m,), and the other cells to search for its copies, (m, n_probes), -1 for none.
-
-    Let q be in cell a. A row within distance r of q, but in another cell c, is nearer to pivot c than to
-    pivot a. So q is within r of the plane half-way between the pivots: |q - c|² - |q - a|² <= 2 r |a - c|.
-    All other cells are ruled out.
-    """
-    rng = np.random.default_rng(seed)
-    pivots = np.unique(_unit(embeddings, np.sort(rng.choice(ids, n_cells, replace=False))), axis=0)
-    apart = np.sqrt(np.maximum(2 - 2 * pivots @ pivots.T, 0))
-    reach = np.sqrt(2 - 2 * threshold) + 1e-3  # distance of unit vectors at the threshold, and rounding
-    dtype = np.int16 if len(pivots) < 2**15 else np.int32  # the former are sorted in linear time
-    home = np.empty(len(ids), dtype)
-    probes = np.full((len(ids), min(n_probes, len(pivots))), -1, dtype)
-    n_cut = 0
-    at_once = max(_PIVOT_DISTANCES // len(pivots), 1)
-    for start in range(0, len(ids), block):
-        products = 2 * _unit(embeddings, ids[start : start + block]) @ pivots.T
-        for first in range(start, start + len(products), at_once):
-            margin = 2 - products[first - start : first - start + at_once]
-            part, row = np.s_[first : first + len(margin)], np.arange(len(margin))
-            home[part] = own = margin.argmin(axis=1)
-            margin -= margin[row, own][:, None]
-            margin[margin > 2 * reach * apart[own]] = np.inf
-            margin[row, own] = np.inf
-            n_cut += int((np.isfinite(margin).sum(axis=1) > probes.shape[1]).sum())
-            for place in range(probes.shape[1]):  # a sort of all pivots would take most of the time
-                nearest = margin.argmin(axis=1)
-                probes[part, place] = np.where(np.isfinite(margin[row, nearest]), nearest, -1)
-                margin[row, nearest] = np.inf
-    if n_cut:
-        log.info(
-            "near-duplicates: for %.1f %% of the samples, copies may be in more than n_probes=%d other "
-            "cells; only the nearest cells were searched",
-            100 * n_cut / len(ids),
-            n_probes,
-        )
-    return home, probes
-
-
-def _search(
-    embeddings: "np.ndarray | EmbeddingStore",
-    members: np.ndarray,
-    queries: np.ndarray,
-    threshold: float,
-    n_neighbours: int,
-    block: int,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Links from queries to members of one cell, in blocks of both."""
-    for first in range(0, len(members) if len(queries) else 0, block):
-        base = members[first : first + block]
-        rows = _unit(embeddings, base)
-        index = faiss.IndexFlatIP(rows.shape[1])
-        index.add(rows)
-        for start in range(0, len(queries), block):
-            asked = queries[start : start + block]
-            similarity, place = index.search(_unit(embeddings, asked), min(n_neighbours + 1, len(base)))
-            linked = _reaches(similarity, threshold) & (base[place] != asked[:, None])
-            row, column = np.nonzero(linked)
-            yield np.stack([asked[row], base[place[row, column]]], axis=1), similarity[row, column]
-
-
-def _unique_pairs(found: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Each pair once, smaller id first, in ascending order, with the larger of its two cosines."""
-    pairs = np.concatenate([np.sort(p, axis=1) for p, _ in found] or [np.empty((0, 2), np.int64)])
-    similarity = np.concatenate([s for _, s in found] or [np.empty(0, np.float32)])
-    order = np.lexsort((-similarity, pairs[:, 1], pairs[:, 0]))
-    pairs, similarity = pairs[order], similarity[order]
-    new = np.ones(len(pairs), bool)
-    new[1:] = (pairs[1:] != pairs[:-1]).any(axis=1)
-    return pairs[new], np.minimum(similarity[new], 1)
-
-
-def _components(n: int, pairs: np.ndarray, same: np.ndarray | None, valid: np.ndarray) -> np.ndarray:
-    """(n,) the smallest id of each sample's connected component."""
-    links = [pairs]
-    if same is not None:
-        held = np.flatnonzero(valid)
-        _, first, inverse = np.unique(np.asarray(same)[held], return_index=True, return_inverse=True)
-        links.append(np.stack([held, held[first[inverse]]], axis=1))
-    row, column = np.concatenate(links).T
-    graph = coo_array((np.ones(len(row), np.int8), (row, column)), shape=(n, n))
-    n_components, component = connected_components(graph, directed=False)
-    smallest = np.empty(n_components, np.int64)
-    smallest[component[::-1]] = np.arange(n - 1, -1, -1)  # of several values, the last is kept
-    return smallest[component]
-
-
-def _in_larger_group(group: np.ndarray) -> np.ndarray:
-    """(n,) bool: whether the sample has copies."""
-    count = np.bincount(group[group >= 0], minlength=len(group))
-    return (group >= 0) & (count[group] > 1)
-
-
-def _closeness_to_mean(
-    embeddings: "np.ndarray | EmbeddingStore", group: np.ndarray, most: int = 1024, block: int = 16_384
+def _others_first(
+    label: np.ndarray, stay: np.ndarray, ids: np.ndarray, prefer: np.ndarray | None
 ) -> np.ndarray:
-    """(n,) cosine of each sample with the mean of its group; 0 for samples without copies.
+    """(m,) for each id the sample of the same label that comes before all others, -1 if it does itself.
 
-    To bound memory, only the first `most` members of a larger group are considered; the others get -inf.
+    Those that stay come first, then those with the larger `prefer`, then the smaller id.
     """
-    closeness = np.zeros(len(group), np.float64)
-    members = np.flatnonzero(_in_larger_group(group))
-    members = members[np.argsort(group[members], kind="stable")]
-    bounds = np.flatnonzero(np.diff(group[members], prepend=-2, append=-2))
-    place = np.arange(len(members)) - np.repeat(bounds[:-1], np.diff(bounds))
-    closeness[members[place >= most]] = -np.inf
-    members = members[place < most]
-    bounds = np.concatenate([[0], np.cumsum(np.minimum(np.diff(bounds), most))])
-    first = 0
-    while first + 1 < len(bounds):  # as many whole groups as fit a block
-        last = int(np.searchsorted(bounds, bounds[first] + block, side="right")) - 1
-        part = members[bounds[first] : bounds[last]]
-        rows = _unit(embeddings, part)
-        means = np.add.reduceat(rows, bounds[first:last] - bounds[first], axis=0)
-        means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-        means = np.repeat(means, np.diff(bounds[first : last + 1]), axis=0)
-        closeness[part] = np.einsum("nd,nd->n", rows, means).round(6)  # so that equal rows tie
-        first = last
-    return closeness
+    both = np.concatenate([stay, ids])
+    given = np.arange(len(both)) >= len(stay)
+    keys = [both, given, label[both]]
+    if prefer is not None:
+        keys.insert(1, -prefer[both].astype(np.float64))
+    order = np.lexsort(keys)
+    starts = np.flatnonzero(np.diff(np.unique(label[both], return_inverse=True)[1][order], prepend=-1))
+    first = np.empty(len(both), np.int64)
+    first[order] = np.repeat(both[order][starts], np.diff(starts, append=len(both)))
+    return np.where(first == both, -1, first)[given]
 
 
-def _best_of_each_group(group: np.ndarray, candidates: np.ndarray, prefer: np.ndarray) -> np.ndarray:
-    """(n,) bool: of each group's candidates, the one with the largest `prefer`; on ties the smallest id."""
-    keep = candidates & ~_in_larger_group(np.where(candidates, group, -1))  # all but those with a choice
-    ids = np.flatnonzero(candidates & ~keep)
-    ids = ids[np.lexsort((ids, -prefer[ids].astype(np.float64), group[ids]))]
-    keep[ids[np.diff(group[ids], prepend=-1) != 0]] = True
-    return keep
+def _codes(embeddings: "np.ndarray | EmbeddingStore", ids: np.ndarray, block: int = 2_048) -> np.ndarray:
+    """(n,) uint64: a number that equal rows share, and few others do; `_NO_DIRECTION` for zero rows."""
+    code = np.zeros(len(embeddings), np.uint64)
+    weights = np.random.default_rng(0).integers(2**63, size=embeddings.shape[1], dtype=np.uint64) * 2 + 1
+    for start in range(0, len(ids), block):
+        part = ids[start : start + block]
+        rows = stored_rows(embeddings, part)
+        _check_finite(rows, part)
+        words = np.ascontiguousarray(rows + rows.dtype.type(0))  # as -0 is 0
+        words = words.view(f"u{words.dtype.itemsize}").astype(np.uint64)
+        code[part] = np.where(rows.any(axis=1), (words * weights).sum(axis=1) | np.uint64(1), _NO_DIRECTION)
+    return code
 
 
-def _reaches(similarity: np.ndarray, threshold: float) -> np.ndarray:
-    """Whether cosines reach the threshold, up to float32 rounding, so that equal rows reach 1."""
-    return similarity >= threshold - 1e-6
+def _are_equal(
+    embeddings: "np.ndarray | EmbeddingStore", a: np.ndarray, b: np.ndarray, block: int = _BLOCK
+) -> np.ndarray:
+    """(m,) bool: whether the rows of ids in a and b are equal."""
+    out = np.empty(len(a), bool)
+    for start in range(0, len(a), block):
+        part = np.s_[start : start + block]
+        out[part] = (stored_rows(embeddings, a[part]) == stored_rows(embeddings, b[part])).all(axis=1)
+    return out
 
 
-def _unit(embeddings: "np.ndarray | EmbeddingStore", ids: np.ndarray) -> np.ndarray:
-    """(m, d) float32 rows of norm 1; zero rows stay zero, and are near nothing."""
-    rows = embeddings.rows(ids) if hasattr(embeddings, "rows") else embeddings[ids]
-    rows = np.ascontiguousarray(rows, np.float32)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    if not np.isfinite(norms).all():
-        bad = ids[np.flatnonzero(~np.isfinite(norms))[0]]
-        raise ValueError(f"embedding of sample {bad} is not finite: mark such samples in valid=")
-    return rows / np.maximum(norms, np.finfo(np.float32).tiny)
+def _cosines(
+    a: "np.ndarray | EmbeddingStore",
+    ids_a: np.ndarray,
+    b: "np.ndarray | EmbeddingStore",
+    ids_b: np.ndarray,
+    block: int = _BLOCK,
+) -> np.ndarray:
+    """(m,) cosines in float64 of rows by their ids."""
+    out = np.empty(len(ids_a))
+    for start in range(0, len(out), block):
+        rows_a, rows_b = (stored_rows(x, ids[start : start + block]) for x, ids in ((a, ids_a), (b, ids_b)))
+        place = np.arange(len(rows_a))
+        out[start : start + block] = cosines(rows_a, place, rows_b, place)
+    return out.clip(-1, 1)
+
+
+def _check_finite(rows: np.ndarray, ids: np.ndarray) -> None:
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        raise ValueError(
+            f"embedding of sample {ids[finite.argmin()]} is not finite: mark such samples in valid="
+        )
 
 
 def _n_pixels(data: bytes) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from curated_data.cache import read_array, read_manifest
+from curated_data.errors import CacheError
 
 
 @dataclass(frozen=True)
@@ -14,40 +15,38 @@ class Removed:
 
     Attributes:
         keep: (n,) bool, whether the sample was kept.
-        group: (n,) int64, the smallest id of the sample's group of copies, -1 if it was not compared.
+        near: (n,) int64, the kept sample that a removed one is a copy of; -1 for samples that were kept
+            themselves, were not compared, or are copies of held-out ones.
         held_out: (n,) int64, the sample of the held-out pool that it is a copy of, -1 for none.
+        cosine: (n,) float32, with the one that it is a copy of; NaN for none.
     """
 
     keep: np.ndarray
-    group: np.ndarray
+    near: np.ndarray
     held_out: np.ndarray
+    cosine: np.ndarray
 
     @classmethod
     def load(cls, folder: Path) -> "Removed":
         """Read from the folder of a near-duplicates artifact.
 
         Raises:
-            CacheError: it is missing or damaged.
+            CacheError: it is missing or damaged, or an earlier version wrote it.
         """
         manifest = read_manifest(folder, "near_duplicates")
-        keep, group = (read_array(folder, name, manifest) for name in ("keep", "group"))
+        if "near.npy" not in manifest["files"]:
+            raise CacheError(
+                f"{folder}: an earlier version wrote it, and did not record what each sample is a copy of; "
+                "run the curation again"
+            )
+        keep, near, cosine = (read_array(folder, name, manifest) for name in ("keep", "near", "cosine"))
         if "held_out.npy" not in manifest["files"]:
-            return cls(keep, group, np.broadcast_to(np.int64(-1), keep.shape))
-        return cls(keep, group, read_array(folder, "held_out", manifest))
+            return cls(keep, near, np.broadcast_to(np.int64(-1), keep.shape), cosine)
+        return cls(keep, near, read_array(folder, "held_out", manifest), cosine)
 
     def save(self, folder: Path) -> None:
         """Write the arrays, before the folder's manifest; `held_out` only if there are matches."""
-        np.save(folder / "keep.npy", self.keep)
-        np.save(folder / "group.npy", self.group)
+        for name in ("keep", "near", "cosine"):
+            np.save(folder / f"{name}.npy", getattr(self, name))
         if (self.held_out >= 0).any():
             np.save(folder / "held_out.npy", self.held_out)
-
-    def copy_of(self, ids: np.ndarray) -> np.ndarray:
-        """(m,) int64: for each of the ids (m,), the sample that was kept in its place; -1 for samples that
-        were kept themselves, were not compared, or are copies of held-out ones.
-        """
-        stayed = np.full(len(self.keep), -1, np.int64)
-        kept = np.flatnonzero(self.keep & (self.group >= 0))
-        stayed[self.group[kept]] = kept
-        left = ~self.keep[ids] & (self.group[ids] >= 0) & (self.held_out[ids] < 0)
-        return np.where(left, stayed[self.group[ids]], -1)

@@ -49,8 +49,7 @@ class Rows(np.ndarray):
 def curation(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("near_duplicates")
     found = near_duplicates(small.x, threshold=0.9999, valid=small.tree.parent[1] >= 0)
-    np.save(folder / "keep.npy", found.keep)
-    np.save(folder / "group.npy", found.group)
+    Removed(found.keep, found.near, found.held_out_match, found.cosine).save(folder)
     write_manifest(folder, "near_duplicates", {})
     return SimpleNamespace(
         ids=small.ids,
@@ -303,10 +302,11 @@ def test_the_page_of_texts_runs_in_a_browser(text_page, tmp_path):
 def copies(small, tmp_path_factory):
     """A curation where sample 20 was found a copy of sample 10, and sample 30 one of a held-out sample."""
     folder = tmp_path_factory.mktemp("copies")
-    keep, group, held_out = np.ones(200, bool), np.arange(200), np.full(200, -1)
+    keep, near, held_out = np.ones(200, bool), np.full(200, -1), np.full(200, -1)
+    cosine = np.full(200, np.nan, np.float32)
     keep[[20, 30]] = False
-    group[20], held_out[30] = 10, 4
-    Removed(keep, group, held_out).save(folder)
+    near[20], held_out[30], cosine[20], cosine[30] = 10, 4, 0.9712, 0.9654
+    Removed(keep, near, held_out, cosine).save(folder)
     write_manifest(folder, "near_duplicates", {})
     parent = small.tree.parent | {1: np.where(keep, small.tree.parent[1], -1)}
     tree = ClusterTree(small.tree.centroids, parent, small.tree.distance)
@@ -322,10 +322,11 @@ def copies(small, tmp_path_factory):
 
 def test_copies_are_explained_by_what_stayed(copies, small, tmp_path):
     assert explain(copies, 20) == [
-        "Sample 20 took no part: it is a near-duplicate of sample 10, which stayed."
+        "Sample 20 took no part: it is a near-duplicate of sample 10, which stayed, at a cosine of 0.9712."
     ]
     assert explain(copies, 30) == [
-        "Sample 30 took no part: it is a near-duplicate of sample 4 of the held-out pool."
+        "Sample 30 took no part: it is a near-duplicate of sample 4 of the held-out pool, at a cosine of "
+        "0.9654."
     ]
     data = content(write_report(copies, small.pool, tmp_path / "report.html", n_coverage=10))
     copy = unpack(data["map"]["copy"], "<i4")
@@ -342,11 +343,13 @@ def test_copies_are_explained_by_what_stayed(copies, small, tmp_path):
 def test_copies_in_a_browser(copies, small, tmp_path):
     page = write_report(copies, small.pool, tmp_path / "report.html", n_coverage=10)
     _, shown = in_browser(f"{page.as_uri()}#sample=20", tmp_path / "first")
-    assert 'It is a near-duplicate of sample <a href="#sample=10">10</a>, which stayed.' in shown
+    assert (
+        'It is a near-duplicate of sample <a href="#sample=10">10</a>, which stayed (cosine 0.9712).' in shown
+    )
     assert "1 copy in 1 group left the pool" in shown
     assert "1 sample left because it is a copy of held-out ones." in shown
     _, shown = in_browser(f"{page.as_uri()}#sample=30", tmp_path / "second")
-    assert "It is a copy of a held-out sample." in shown
+    assert "It is a copy of a held-out sample (cosine 0.9654)." in shown
     _, shown = in_browser(f"{page.as_uri()}#sample=999", tmp_path / "third")
     assert "The pool has ids 0 to 199." in shown
 
