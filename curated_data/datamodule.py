@@ -30,6 +30,7 @@ from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.pool.urls import is_remote
 from curated_data.processes import check_picklable
+from curated_data.resuming import StreamResuming
 from curated_data.streaming.batch import as_views, collate
 from curated_data.streaming.crop import CenterCrop
 from curated_data.streaming.dataset import OnError, PoolDataset
@@ -44,11 +45,11 @@ from curated_data.streaming.training import TrainingStream
 from curated_data.trainer import (
     change_setting,
     cores_a_rank,
-    end_resumed_epoch,
     epochs_to_come,
     forget_loader,
     from_module,
     is_between_epochs,
+    is_running,
     n_trained,
     ranks,
     setting,
@@ -204,7 +205,7 @@ class CuratedDataModule(pl.LightningDataModule):
         self._given_selection = selection
         self._given_labels = labels
         check_arguments(self, selection, labels)
-        self._stream = TrainingStream(self._n_trained, self.cache_dir)
+        self._stream = TrainingStream(self._n_trained, self.cache_dir, self._checked_ids)
         self._is_set_up = False
         self._reload_every: int | None = None
         self._decoder: DeviceDecoder | None = None
@@ -240,6 +241,7 @@ class CuratedDataModule(pl.LightningDataModule):
         curates = stage in (None, "fit") and self.curation_config is not None and not self._is_set_up
         with watched(self.cache_dir) if curates and self.cache_dir else contextlib.nullcontext():
             if stage in (None, "fit"):
+                self._attach()
                 self._select()
             if stage in (None, "fit", "validate") and self.val_pool is not None:
                 self.val_pool.index()
@@ -250,15 +252,18 @@ class CuratedDataModule(pl.LightningDataModule):
         """Stream another selection from the next epoch on. Call it on every rank with the same ids.
 
         Within `Trainer.fit` that epoch gets a new loader, whose length may differ. Checkpoints refer to the
-        selection in the cache, or contain it if there is no `cache_dir`.
+        selection in the cache, or contain it if there is no `cache_dir`. A selection that is set during a
+        run is that run's: another Trainer begins with the first one again. One that is set outside a run is
+        for all runs to come.
 
         Args:
             ids: (n,) integers; an id that is repeated is streamed as often.
         """
-        self._stream.replace(checked_selection(np.asarray(ids), self.pool, "ids"))
+        ids = checked_selection(np.asarray(ids), self.pool, "ids")
+        self._stream.replace(ids, for_this_run=is_running(self.trainer))
         self._follow_selection()
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> StreamLoader:
         if not self._is_set_up:
             self._select()
         overfits = bool(setting(self.trainer, "overfit_batches"))
@@ -272,8 +277,6 @@ class CuratedDataModule(pl.LightningDataModule):
             self.stratify_level,
         )
         order = self._stream.prepare(self.trainer, settings, lambda ids: self._training_order(ids, shuffle))
-        if self.trainer is not None and self._stream.resumed_between_selections:
-            self._stream.resumed_between_selections = not end_resumed_epoch(self.trainer, order.n_batches)
         self._follow_selection()
         dataset = self._dataset(self.pool, self._training_views())
         dataset.statistics = self.statistics
@@ -286,7 +289,7 @@ class CuratedDataModule(pl.LightningDataModule):
         keep = self.persistent_workers
         if keep is None:  # kept workers, pinned memory and a reload leak file handles (Lightning #18487)
             keep = not (self._pins() and setting(self.trainer, _RELOAD))
-        return self._loader(
+        loader = self._loader(
             dataset,
             order,
             self.batch_size,
@@ -294,7 +297,10 @@ class CuratedDataModule(pl.LightningDataModule):
             position=None if overfits else self._stream.position,
             n_spares=_SPARES if self.on_error == "skip" else 0,
             endless=self.trainer is not None and not overfits,
+            whole_epochs=self.trainer is None,
         )
+        loader.stream = self._stream if self.trainer is None else None
+        return loader
 
     def val_dataloader(self) -> DataLoader:
         """All of `val_pool` in its order, each sample once. Without a `val_pool` the method is hidden.
@@ -323,7 +329,8 @@ class CuratedDataModule(pl.LightningDataModule):
         """Continue from where `state_dict` was taken.
 
         Raises:
-            CacheError: a re-curated selection is no longer in the cache.
+            CacheError: the state is damaged, or a re-curated selection is no longer in the cache.
+            ConfigError: the state is of another pool.
         """
         # A Trainer restores the data module for validation and prediction too; training does not resume then.
         if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
@@ -344,6 +351,18 @@ class CuratedDataModule(pl.LightningDataModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self._hide_val_dataloader()
+
+    def _attach(self) -> None:
+        """Begin anew for a Trainer that the stream has not met yet, on the first selection."""
+        if self.trainer is None:
+            return
+        if not any(isinstance(callback, StreamResuming) for callback in self.trainer.callbacks):
+            self.trainer.callbacks.insert(0, StreamResuming())
+        if self._stream.attach(self.trainer):
+            self.curation, self.lost_tree, self._reload_every = self.base_curation, None, None
+
+    def _checked_ids(self, ids: np.ndarray) -> np.ndarray:
+        return checked_selection(ids, self.pool, "the checkpoint's selection")
 
     def _select(self) -> None:
         if self._is_set_up:
@@ -441,7 +460,7 @@ class CuratedDataModule(pl.LightningDataModule):
         """While a new selection is waiting, make the Trainer ask for a new loader at the next epoch."""
         if self.trainer is None:
             return
-        waiting = self._stream.waiting or self._stream.resumed_between_selections
+        waiting = self._stream.waiting
         if waiting and self._reload_every is None:
             self._reload_every = change_setting(self.trainer, _RELOAD, 1)
         elif not waiting and self._reload_every is not None:
@@ -477,7 +496,7 @@ class CuratedDataModule(pl.LightningDataModule):
 
     def _loader(
         self, dataset: PoolDataset, order: EpochOrder, batch_size: int, *, keep_workers: bool, **sampling: Any
-    ) -> DataLoader:
+    ) -> StreamLoader:
         number, n_ranks = ranks(self.trainer)
         sampler = GlobalBatchSampler(
             None,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 from curated_data.distributed import rank, world_size
 from curated_data.processes import n_cores
@@ -45,9 +46,20 @@ def n_trained(trainer: pl.Trainer) -> int:
 
 
 def is_between_epochs(trainer: pl.Trainer) -> bool:
-    """Whether the Trainer has finished the batches of an epoch, and not begun the next."""
-    epochs: Any = trainer.fit_loop.epoch_progress.current
-    return _batch_progress(trainer).is_last_batch or epochs.processed == epochs.ready > 0
+    """Whether the Trainer has trained the last batch of its epoch, and not begun the next. An epoch that a
+    limit or a signal has cut short has not ended.
+    """
+    progress = _batch_progress(trainer)
+    return progress.is_last_batch or progress.current.ready == 0
+
+
+def is_running(trainer: pl.Trainer | None) -> bool:
+    """Whether the Trainer is within `fit`."""
+    return (
+        trainer is not None
+        and trainer.state.fn == TrainerFn.FITTING
+        and trainer.state.status == TrainerStatus.RUNNING
+    )
 
 
 def forget_loader(trainer: pl.Trainer) -> None:
@@ -70,27 +82,6 @@ def epochs_to_come(trainer: pl.Trainer | None, n_batches: int) -> int:
         batches = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
         limits.append(-(-batches // n_batches))
     return max(1, min(limits, default=1))
-
-
-def end_resumed_epoch(trainer: pl.Trainer, n_batches: int) -> bool:
-    """Make a Trainer that resumes after an epoch's last batch treat that epoch as complete.
-
-    The Trainer compares its progress with the length of the loader, which by now is that of the next
-    selection.
-
-    Args:
-        n_batches: the length of the loader.
-
-    Returns:
-        Whether that was possible. It is not before the Trainer has restored its progress, after which it asks
-        for a loader again.
-    """
-    progress = _batch_progress(trainer)
-    if not progress.is_last_batch:
-        return False
-    if progress.current.completed < progress.current.processed:  # saved as that batch ended
-        progress.current.completed = max(progress.current.completed, n_batches)
-    return True
 
 
 def _batch_progress(trainer: pl.Trainer) -> Any:
