@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -30,12 +31,14 @@ from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.pool.urls import is_remote
 from curated_data.processes import check_picklable
-from curated_data.resuming import StreamResuming
+from curated_data.resuming import is_tuned, resume_stream
 from curated_data.streaming.batch import as_views, collate
+from curated_data.streaming.classes import ClassNumbers, class_names
 from curated_data.streaming.crop import CenterCrop
 from curated_data.streaming.dataset import OnError, PoolDataset
 from curated_data.streaming.device import DeviceViews
 from curated_data.streaming.encoded import DeviceDecoder
+from curated_data.streaming.labels import SampleLabels
 from curated_data.streaming.loader import StreamLoader
 from curated_data.streaming.order import EpochOrder, LastBatch, Shuffle
 from curated_data.streaming.sampler import GlobalBatchSampler
@@ -69,7 +72,8 @@ class CuratedDataModule(pl.LightningDataModule):
 
     `setup("fit")` runs the curation, or finds it in the cache; `train_dataloader` streams the selection. A
     batch is a dict: `views` (list of tensors (B, C, H, W)) or `image` (B, C, H, W), `sample_id` (B,) int64,
-    and, if the pool has them, `label` (B,) int64, `caption` and `metadata` (lists of B). Where a batch may be
+    and, if the pool has them, `label` (B,) int64, `caption` and `metadata` (lists of B), and what own decoders
+    gave, by extension (see `fields`). Class names as labels are numbered in sorted order. Where a batch may be
     padded (validation, prediction, `last_batch="pad"`), `padding` (B,) bool marks the samples to ignore.
 
     The order of global batches depends only on the selection, the seed, the epoch and the global batch size,
@@ -112,6 +116,9 @@ class CuratedDataModule(pl.LightningDataModule):
         stratify_level: give every global batch the clusters of this level of the tree in the proportions of
             the selection.
         decoders: by extension, see `decode_sample`.
+        fields: what batches have besides images: some of "label", "caption" and "metadata", and the extensions
+            of `decoders` for members that are none of these. Members of other fields are not decoded, so what
+            they hold does not matter. None: all.
         min_size: decode larger JPEGs at a reduced scale whose sides are at least this many pixels.
         image_size: side of the default image, in pixels.
         on_error: what to do about a sample that cannot be decoded: "raise", or "skip" (another one replaces
@@ -131,6 +138,8 @@ class CuratedDataModule(pl.LightningDataModule):
             `curation` is the first one; None otherwise.
         selection: (n,) int64 ids that the next epoch streams; None before `setup`, and for a whole pool.
         statistics: what this process streamed, skipped and read in training.
+        class_names: in the order of their numbers, if the `.cls` members hold names; None before a loader is
+            made, and if they hold integers.
 
     Raises:
         ConfigError: arguments that contradict each other or are out of range.
@@ -159,6 +168,7 @@ class CuratedDataModule(pl.LightningDataModule):
         last_batch: LastBatch = "drop",
         stratify_level: int | None = None,
         decoders: Decoders | None = None,
+        fields: Sequence[str] | None = None,
         min_size: int | None = None,
         image_size: int = 224,
         on_error: OnError = "raise",
@@ -188,6 +198,7 @@ class CuratedDataModule(pl.LightningDataModule):
         self.last_batch = last_batch
         self.stratify_level = stratify_level
         self.decoders = decoders
+        self.fields = fields
         self.min_size = min_size
         self.image_size = image_size
         self.on_error = on_error
@@ -201,6 +212,8 @@ class CuratedDataModule(pl.LightningDataModule):
         self.curation: Curation | None = None
         self.base_curation: Curation | None = None
         self.lost_tree: str | None = None
+        self.class_names: tuple[str, ...] | None = None
+        self._class_names_known = False
         self.statistics = StreamStatistics(max_skipped)
         self._given_selection = selection
         self._given_labels = labels
@@ -266,6 +279,7 @@ class CuratedDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> StreamLoader:
         if not self._is_set_up:
             self._select()
+        self._stay_within_selection()
         overfits = bool(setting(self.trainer, "overfit_batches"))
         shuffle = "none" if overfits else self.shuffle
         settings = (
@@ -278,9 +292,10 @@ class CuratedDataModule(pl.LightningDataModule):
         )
         order = self._stream.prepare(self.trainer, settings, lambda ids: self._training_order(ids, shuffle))
         self._follow_selection()
-        dataset = self._dataset(self.pool, self._training_views())
+        labels = load_labels(self._given_labels, self._given_selection, self.pool)
+        dataset = self._dataset(self.pool, self._training_views(), labels)
         dataset.statistics = self.statistics
-        dataset.labels = load_labels(self._given_labels, self._given_selection, self.pool)
+        dataset.n_streamed = order.n_samples // ranks(self.trainer)[1]
         dataset.seeds_for_device = self.device_views is not None
         dataset.encoded = self.decode_on_device
         if self.decode_on_device:
@@ -313,8 +328,8 @@ class CuratedDataModule(pl.LightningDataModule):
         return self._evaluation_loader(self.val_pool)
 
     def predict_dataloader(self) -> DataLoader:
-        """The whole pool in its order, each sample once."""
-        return self._evaluation_loader(self.pool)
+        """The whole pool in its order, each sample once. Prediction writers get the ids as batch indices."""
+        return self._evaluation_loader(self.pool, plain=True)
 
     def teardown(self, stage: str | None = None) -> None:
         for pool in (self.pool, self.val_pool):
@@ -352,12 +367,19 @@ class CuratedDataModule(pl.LightningDataModule):
         self.__dict__ |= state
         self._hide_val_dataloader()
 
+    def _stay_within_selection(self) -> None:
+        """Stop a Tuner's search for a batch size at the largest one that the selection fills."""
+        n_samples = len(self.pool) if self.selection is None else len(self.selection)
+        most = n_samples // ranks(self.trainer)[1]
+        if self.last_batch == "drop" and self.batch_size > most > 0 and is_tuned(self.trainer):
+            log.warning("batch_size: %d is more than the selection fills; trying %d", self.batch_size, most)
+            self.batch_size = most
+
     def _attach(self) -> None:
         """Begin anew for a Trainer that the stream has not met yet, on the first selection."""
         if self.trainer is None:
             return
-        if not any(isinstance(callback, StreamResuming) for callback in self.trainer.callbacks):
-            self.trainer.callbacks.insert(0, StreamResuming())
+        resume_stream(self.trainer)
         if self._stream.attach(self.trainer):
             self.curation, self.lost_tree, self._reload_every = self.base_curation, None, None
 
@@ -436,7 +458,17 @@ class CuratedDataModule(pl.LightningDataModule):
         self._planned = order.selection
 
     def _make_device_views(self, batch: Any, dataloader_idx: int) -> Any:
-        """Lightning's `on_after_batch_transfer`; batches for evaluation pass unchanged."""
+        """Lightning's `on_after_batch_transfer`; a subclass's own, or the module's, gets what it returns."""
+        batch = self._with_device_views(batch)
+        if type(self).on_after_batch_transfer is not CuratedDataModule.on_after_batch_transfer:
+            return type(self).on_after_batch_transfer(self, batch, dataloader_idx)
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if module is not None and is_overridden("on_after_batch_transfer", module):
+            return module.on_after_batch_transfer(batch, dataloader_idx)  # Lightning calls only one of two
+        return batch
+
+    def _with_device_views(self, batch: Any) -> Any:
+        """A batch for training with its views; others unchanged."""
         if not isinstance(batch, dict) or "view_seed" not in batch:
             return batch
         assert self.device_views is not None, "seeds are there for its sake"
@@ -467,7 +499,7 @@ class CuratedDataModule(pl.LightningDataModule):
             change_setting(self.trainer, _RELOAD, self._reload_every)
             self._reload_every = None
 
-    def _evaluation_loader(self, pool: ShardPool) -> DataLoader:
+    def _evaluation_loader(self, pool: ShardPool, *, plain: bool = False) -> DataLoader:
         transform = (
             self.eval_transform or from_module(self.trainer, "eval_transform") or CenterCrop(self.image_size)
         )
@@ -481,18 +513,30 @@ class CuratedDataModule(pl.LightningDataModule):
         )
         dataset = self._dataset(pool, transform)
         dataset.views_name = "eval_transform"
-        return self._loader(dataset, order, size, keep_workers=False)
+        return self._loader(dataset, order, size, keep_workers=False, plain=plain)
 
-    def _dataset(self, pool: ShardPool, views: Callable[[Tensor], Any] | None) -> PoolDataset:
-        return PoolDataset(
+    def _dataset(
+        self, pool: ShardPool, views: Callable[[Tensor], Any] | None, labels: SampleLabels | None = None
+    ) -> PoolDataset:
+        dataset = PoolDataset(
             pool,
             views,
             seed=self.seed,
             decoders=self.decoders,
+            fields=self.fields,
             min_size=self.min_size,
             on_error=self.on_error,
             max_skipped=self.max_skipped,
+            labels=labels,
         )
+        if "label" in dataset.fields and labels is None and "cls" not in (dataset.decoders or {}):
+            if not self._class_names_known:
+                pools = [self.pool] + ([] if self.val_pool is None else [self.val_pool])
+                self.class_names = class_names(pools, self.cache_dir)
+                self._class_names_known = True
+            if self.class_names is not None:
+                dataset.decoders = {**(dataset.decoders or {}), "cls": ClassNumbers(self.class_names)}
+        return dataset
 
     def _loader(
         self, dataset: PoolDataset, order: EpochOrder, batch_size: int, *, keep_workers: bool, **sampling: Any

@@ -7,6 +7,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from curated_data.errors import ConfigError
 from curated_data.streaming.state import is_state
+from curated_data.trainer import is_running
 
 
 class StreamResuming(pl.Callback):
@@ -40,6 +41,21 @@ class StreamResuming(pl.Callback):
                     "weights to train from the start"
                 )
         settle_progress(loops["fit_loop"])
+
+
+def resume_stream(trainer: pl.Trainer) -> None:
+    """Give a Trainer the callback that resumes the stream, once."""
+    if not _has_callback(trainer):
+        trainer.callbacks.insert(0, StreamResuming())
+
+
+def is_tuned(trainer: pl.Trainer | None) -> bool:
+    """Whether a Tuner tries something out, without the callbacks of the Trainer."""
+    return trainer is not None and is_running(trainer) and not _has_callback(trainer)
+
+
+def _has_callback(trainer: pl.Trainer) -> bool:
+    return any(isinstance(callback, StreamResuming) for callback in trainer.callbacks)
 
 
 def _found(states: dict[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """What the data module asks of the Trainer that it is attached to, if any, and what it tells it."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -34,10 +36,27 @@ def change_setting(trainer: pl.Trainer, name: str, value: Any) -> Any:
 
 
 def from_module(trainer: pl.Trainer | None, name: str) -> Callable[[Any], Any] | None:
-    """What a method of the module in training returns; None if there is no such method."""
-    module = None if trainer is None else getattr(trainer, "lightning_module", None)
-    factory = getattr(module, name, None)
-    return factory() if callable(factory) else None
+    """A transform of the module in training: what its method of that name returns, or the attribute itself.
+
+    None if it has neither. A function, method or class that takes no arguments makes the transform; any other
+    function or object, such as torchvision's, is one.
+    """
+    found = getattr(getattr(trainer, "lightning_module", None), name, None)
+    if not callable(found):
+        return None
+    return found() if _makes_transforms(found) else found
+
+
+def _makes_transforms(found: Callable[..., Any]) -> bool:
+    if not isinstance(found, type | functools.partial) and not inspect.isroutine(found):
+        return False
+    try:
+        inspect.signature(found).bind()
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature
+        return True
+    return True
 
 
 def n_trained(trainer: pl.Trainer) -> int:

@@ -1,5 +1,6 @@
-"""However often a run is stopped, and from whichever checkpoints it goes on, it trains what one run trains."""
+"""However often a run is stopped, and wherever it goes on from, it trains what one run trains."""
 
+import contextlib
 import random
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.streaming.trainer_runs import data, trainer, write_pools
 from tests.test_recuration import SIZES, TinyModule, datamodule
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
 
 class Saving(Checkpoint):
     """Writes a checkpoint at every moment at which one may be written."""
@@ -104,7 +106,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_any_stops_and_resumes_train_what_one_run_trains(folder, tmp_path, options, seed):
     settings = dict(options)
@@ -114,10 +116,8 @@ def test_any_stops_and_resumes_train_what_one_run_trains(folder, tmp_path, optio
     def fit(callbacks, path, more):
         module = Listing(estimates=estimates)
         run = trainer(folder, 1, callbacks=callbacks, **(settings | more))
-        try:
+        with contextlib.suppress(Interrupted):
             run.fit(module, data(folder, 1, **val), ckpt_path=path)
-        except Interrupted:
-            pass
         return module.trained
 
     steps_a_batch = settings.get("accumulate_grad_batches", 1)
@@ -164,7 +164,7 @@ class Noting(TinyModule):
         pass
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("options", [{}, {"val": True}, {"limit_train_batches": 3}], ids=str)
 def test_re_curated_runs_too(write_pool, tmp_path, options, seed):
     shards, settings = write_pool(SIZES), dict(options)
@@ -180,10 +180,8 @@ def test_re_curated_runs_too(write_pool, tmp_path, options, seed):
             max_epochs=3, accelerator="cpu", num_sanity_val_steps=0, callbacks=callbacks,
             enable_checkpointing=len(callbacks) > 1, **quiet, **(settings | more),
         )  # fmt: skip
-        try:
+        with contextlib.suppress(Interrupted):
             run.fit(module, loaded, ckpt_path=path)
-        except Interrupted:
-            pass
         return module.trained
 
     whole = fit([], None, {})

@@ -32,7 +32,8 @@ def checked_state(state: Any) -> dict[str, Any]:
             raise CacheError(f"the checkpoint's stream: has no {name!r}; {_REMEDY}")
         if not is_right(found[name]):
             raise CacheError(
-                f"the checkpoint's stream, {name}: expected {expected}, found {_shown(found[name])}; {_REMEDY}"
+                f"the checkpoint's stream, {name}: expected {expected}, found {_shown(found[name])}; "
+                f"{_REMEDY}"
             )
     return {name: found[name] for name in _CHECKS}
 
@@ -67,7 +68,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "next_selection": _IDS,
     "epoch": _COUNT,
     "batch": _COUNT,
-    "global_batch_size": (lambda value: value is None or (_is_count(value) and value > 0), "None or a number"),
+    "global_batch_size": (
+        lambda value: value is None or (_is_count(value) and value > 0),
+        "None or a number",
+    ),
     "order": (_is_name, "None or a fingerprint"),
     "n_trained": _COUNT,
     "between_epochs": (lambda value: type(value) is bool, "True or False"),

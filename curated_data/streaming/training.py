@@ -253,8 +253,8 @@ class TrainingStream:
             np.asarray(before), np.asarray(self._selected)
         ):
             raise ConfigError(
-                "the loader's state: is of a selection that was passed to set_selection; load it into the data "
-                "module, and ask that for the loader"
+                "the loader's state: is of a selection that was passed to set_selection; load it into the "
+                "data module, and ask that for the loader"
             )
         self._check_resumed(order)
         self.order, self.owner = order, None
