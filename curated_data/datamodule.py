@@ -72,9 +72,10 @@ class CuratedDataModule(pl.LightningDataModule):
 
     `setup("fit")` runs the curation, or finds it in the cache; `train_dataloader` streams the selection. A
     batch is a dict: `views` (list of tensors (B, C, H, W)) or `image` (B, C, H, W), `sample_id` (B,) int64,
-    and, if the pool has them, `label` (B,) int64, `caption` and `metadata` (lists of B), and what own decoders
-    gave, by extension (see `fields`). Class names as labels are numbered in sorted order. Where a batch may be
-    padded (validation, prediction, `last_batch="pad"`), `padding` (B,) bool marks the samples to ignore.
+    and, if the pool has them, `label` (B,) int64, `caption` and `metadata` (lists of B), and outputs of own
+    decoders, by extension (see `fields`). Labels that are class names, as text, are numbered in sorted order
+    from 0, over `pool` and `val_pool` together. Where a batch may be padded (validation, prediction,
+    `last_batch="pad"`), `padding` (B,) bool marks the samples to ignore.
 
     The order of global batches depends only on the selection, the seed, the epoch and the global batch size,
     and checkpoints hold the position in it: training resumes at the very next sample, on any number of ranks
@@ -116,9 +117,9 @@ class CuratedDataModule(pl.LightningDataModule):
         stratify_level: give every global batch the clusters of this level of the tree in the proportions of
             the selection.
         decoders: by extension, see `decode_sample`.
-        fields: what batches have besides images: some of "label", "caption" and "metadata", and the extensions
-            of `decoders` for members that are none of these. Members of other fields are not decoded, so what
-            they hold does not matter. None: all.
+        fields: what batches have besides images: some of "label", "caption" and "metadata", and the
+            extensions of `decoders` for members that are none of these. Members of other fields are not
+            decoded, so what they hold does not matter. None: all.
         min_size: decode larger JPEGs at a reduced scale whose sides are at least this many pixels.
         image_size: side of the default image, in pixels.
         on_error: what to do about a sample that cannot be decoded: "raise", or "skip" (another one replaces

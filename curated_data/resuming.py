@@ -46,7 +46,7 @@ class StreamResuming(pl.Callback):
 def resume_stream(trainer: pl.Trainer) -> None:
     """Give a Trainer the callback that resumes the stream, once."""
     if not _has_callback(trainer):
-        trainer.callbacks.insert(0, StreamResuming())
+        _callbacks(trainer).insert(0, StreamResuming())
 
 
 def is_tuned(trainer: pl.Trainer | None) -> bool:
@@ -55,7 +55,12 @@ def is_tuned(trainer: pl.Trainer | None) -> bool:
 
 
 def _has_callback(trainer: pl.Trainer) -> bool:
-    return any(isinstance(callback, StreamResuming) for callback in trainer.callbacks)
+    return any(isinstance(callback, StreamResuming) for callback in _callbacks(trainer))
+
+
+def _callbacks(trainer: Any) -> list[pl.Callback]:
+    """Of a Trainer, which Lightning sets outside the class."""
+    return trainer.callbacks
 
 
 def _found(states: dict[str, Any]) -> str:

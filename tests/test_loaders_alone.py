@@ -154,7 +154,9 @@ def test_a_bare_loader_on_several_ranks_says_what_to_pass(folder):
     class Two(DDPStrategy):
         """What Lightning asks for on two ranks, in one process."""
 
-        distributed_sampler_kwargs = {"num_replicas": 2, "rank": 0}
+        @property
+        def distributed_sampler_kwargs(self):
+            return {"num_replicas": 2, "rank": 0}
 
     run = trainer(folder, 1, strategy=Two(process_group_backend="gloo"))
     with pytest.raises(ConfigError, match="datamodule=data"):
@@ -180,7 +182,7 @@ if __name__ == "__main__":
         for _ in range(2):
             assert len(stream) == 5
             for batch in stream:
-                total = fabric.all_reduce(batch["sample_id"].sum().float(), reduce_op="sum")  # hangs out of step
+                fabric.all_reduce(batch["sample_id"].sum().float(), reduce_op="sum")  # hangs if out of step
                 seen.append(batch["sample_id"].tolist())
                 states.append(loader.state_dict())
         Path(out / f"fabric-{fabric.global_rank}.json").write_text(json.dumps([seen, states[2]]))

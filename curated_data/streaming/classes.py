@@ -1,7 +1,7 @@
 """Class names in `.cls` members, and their numbers.
 
-The names of a pool, sorted by their characters' code points, are numbered from 0. Pools that are used together
-(for training and validation) are numbered together. So the numbers depend on nothing but the pools.
+The names of a pool, sorted by their characters' code points, are numbered from 0. Pools that are used
+together (for training and validation) are numbered together. So the numbers depend on the pools alone.
 """
 
 import logging
