@@ -149,4 +149,4 @@ def check_arguments(data: "CuratedDataModule", selection: Ids | None, labels: Id
         last_batch=data.last_batch,
         shard_starts=np.zeros(2),
     )
-    PoolDataset(data.pool, on_error=data.on_error, decoders=data.decoders)
+    PoolDataset(data.pool, on_error=data.on_error, decoders=data.decoders, fields=data.fields)

@@ -6,7 +6,6 @@ import logging
 import math
 import numbers
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +30,7 @@ from curated_data.pipeline import Curation, check_levels, curate
 from curated_data.recuration import levels_of_share, recurate
 from curated_data.removal import artifact_folder, artifact_name, is_fingerprint, shown
 from curated_data.stored import open_curation
+from curated_data.trainer import is_between_epochs
 
 log = logging.getLogger(__name__)
 
@@ -133,32 +133,25 @@ class RecurationCallback(pl.Callback):
         self.embedder = embedder
         self.on_failure = on_failure
         self.keep_artifacts = keep_artifacts
-        self._artifacts: list[str] = []  # of the last re-curation, relative to the cache
-        self._run: weakref.ref[pl.Trainer] | None = None
-        self._begin()
+        self._begin_anew()
         self._resuming: tuple[pl.Trainer, pl.LightningModule] | None = None
         self._is_loaded = False  # from a checkpoint, and not trained yet
         self._made_up: int | None = None  # the epoch that was ended when the run resumed
 
-    def _begin(self) -> None:
-        """The state of a run that has just begun."""
+    def _begin_anew(self) -> None:
+        """Set what a run changes, and its checkpoints have, to what it is when one begins."""
         self.n_recurations = 0
         self._last_step = 0
         self._best: float | None = None
         self._epochs_without_gain = 0
         # An epoch that is trained but has not ended, or whose re-curation is left to the resumed run.
         self._unfinished: dict[str, int] | None = None
-        self._selection: str | None = None  # the name of the last re-curation's selection in the cache
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_run": None}  # a weak reference does not pickle
+        self._artifacts: list[str] = []  # of the last re-curation, relative to the cache
+        self._selection: str | None = None  # the name of its selection in the cache
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if self._run is not None and self._run() is not trainer:
-            self._begin()
-        self._run = weakref.ref(trainer)
         data = _datamodule(trainer)
         if data.curation_config is None:
             raise ConfigError("RecurationCallback: the CuratedDataModule has no `curation`; give it one")
@@ -182,6 +175,8 @@ class RecurationCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         resumes, self._is_loaded = self._is_loaded, False
+        if not resumes and trainer.global_step == 0:
+            self._begin_anew()
         if self._unfinished is not None and not resumes and trainer.global_step != self._unfinished["step"]:
             self._unfinished = None  # of another Trainer's run
         self._make_up(trainer, pl_module)
@@ -194,12 +189,15 @@ class RecurationCallback(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         made_up, self._made_up = self._made_up, None
+        if not is_between_epochs(trainer):  # cut short by a limit or a signal: a resumed run will end it
+            return
         if made_up == trainer.current_epoch:
             self._unfinished = None
             return
         figures = self._end_epoch(trainer, pl_module, trainer.current_epoch, trainer.global_step)
         if figures:
-            pl_module.log_dict(figures, rank_zero_only=True)
+            # Equal on all ranks but for the minutes; every rank has them, for callbacks that monitor one.
+            pl_module.log_dict(figures, sync_dist=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {

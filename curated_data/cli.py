@@ -356,7 +356,7 @@ def _duplicates(parsed: argparse.Namespace) -> None:
     band_edges(parsed.least)  # before anything takes long
     if parsed.pairs < 1:
         raise ConfigError(f"--pairs {parsed.pairs}: give at least 1")
-    check_writable(Path(parsed.examples), is_folder=False)
+    _check_output(parsed.examples, parsed)
     pool = _pool(parsed)
     store = embed_pool(
         pool, resolve_embedder(parsed.embedder), open_cache(parsed.cache_dir), device=parsed.device

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -30,11 +31,14 @@ from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.pool.urls import is_remote
 from curated_data.processes import check_picklable
+from curated_data.resuming import is_tuned, resume_stream
 from curated_data.streaming.batch import as_views, collate
+from curated_data.streaming.classes import ClassNumbers, class_names
 from curated_data.streaming.crop import CenterCrop
 from curated_data.streaming.dataset import OnError, PoolDataset
 from curated_data.streaming.device import DeviceViews
 from curated_data.streaming.encoded import DeviceDecoder
+from curated_data.streaming.labels import SampleLabels
 from curated_data.streaming.loader import StreamLoader
 from curated_data.streaming.order import EpochOrder, LastBatch, Shuffle
 from curated_data.streaming.sampler import GlobalBatchSampler
@@ -44,12 +48,11 @@ from curated_data.streaming.training import TrainingStream
 from curated_data.trainer import (
     change_setting,
     cores_a_rank,
-    end_resumed_epoch,
     epochs_to_come,
     forget_loader,
     from_module,
     is_between_epochs,
-    is_fitting,
+    is_running,
     n_trained,
     ranks,
     setting,
@@ -69,8 +72,10 @@ class CuratedDataModule(pl.LightningDataModule):
 
     `setup("fit")` runs the curation, or finds it in the cache; `train_dataloader` streams the selection. A
     batch is a dict: `views` (list of tensors (B, C, H, W)) or `image` (B, C, H, W), `sample_id` (B,) int64,
-    and, if the pool has them, `label` (B,) int64, `caption` and `metadata` (lists of B). Where a batch may be
-    padded (validation, prediction, `last_batch="pad"`), `padding` (B,) bool marks the samples to ignore.
+    and, if the pool has them, `label` (B,) int64, `caption` and `metadata` (lists of B), and outputs of own
+    decoders, by extension (see `fields`). Labels that are class names, as text, are numbered in sorted order
+    from 0, over `pool` and `val_pool` together. Where a batch may be padded (validation, prediction,
+    `last_batch="pad"`), `padding` (B,) bool marks the samples to ignore.
 
     The order of global batches depends only on the selection, the seed, the epoch and the global batch size,
     and checkpoints hold the position in it: training resumes at the very next sample, on any number of ranks
@@ -112,6 +117,9 @@ class CuratedDataModule(pl.LightningDataModule):
         stratify_level: give every global batch the clusters of this level of the tree in the proportions of
             the selection.
         decoders: by extension, see `decode_sample`.
+        fields: what batches have besides images: some of "label", "caption" and "metadata", and the
+            extensions of `decoders` for members that are none of these. Members of other fields are not
+            decoded, so what they hold does not matter. None: all.
         min_size: decode larger JPEGs at a reduced scale whose sides are at least this many pixels.
         image_size: side of the default image, in pixels.
         on_error: what to do about a sample that cannot be decoded: "raise", or "skip" (another one replaces
@@ -132,6 +140,8 @@ class CuratedDataModule(pl.LightningDataModule):
             `curation` is the first one; None otherwise.
         selection: (n,) int64 ids that the next epoch streams; None before `setup`, and for a whole pool.
         statistics: what this process streamed, skipped and read in training.
+        class_names: in the order of their numbers, if the `.cls` members hold names; None before a loader is
+            made, and if they hold integers.
 
     Raises:
         ConfigError: arguments that contradict each other or are out of range.
@@ -160,6 +170,7 @@ class CuratedDataModule(pl.LightningDataModule):
         last_batch: LastBatch = "drop",
         stratify_level: int | None = None,
         decoders: Decoders | None = None,
+        fields: Sequence[str] | None = None,
         min_size: int | None = None,
         image_size: int = 224,
         on_error: OnError = "raise",
@@ -190,6 +201,7 @@ class CuratedDataModule(pl.LightningDataModule):
         self.last_batch = last_batch
         self.stratify_level = stratify_level
         self.decoders = decoders
+        self.fields = fields
         self.min_size = min_size
         self.image_size = image_size
         self.on_error = on_error
@@ -203,11 +215,13 @@ class CuratedDataModule(pl.LightningDataModule):
         self.curation: Curation | None = None
         self.base_curation: Curation | None = None
         self.lost_tree: str | None = None
+        self.class_names: tuple[str, ...] | None = None
+        self._class_names_known = False
         self.statistics = StreamStatistics(max_skipped)
         self._given_selection = selection
         self._given_labels = labels
         check_arguments(self, selection, labels)
-        self._stream = TrainingStream(self._n_trained, self.cache_dir)
+        self._stream = TrainingStream(self._n_trained, self.cache_dir, self._checked_ids)
         self._is_set_up = False
         self._reload_every: int | None = None
         self._decoder: DeviceDecoder | None = None
@@ -241,10 +255,9 @@ class CuratedDataModule(pl.LightningDataModule):
         A second call does nothing.
         """
         curates = stage in (None, "fit") and self.curation_config is not None and not self._is_set_up
-        if stage in (None, "fit") and self.trainer is not None and self._stream.begin_run(self.trainer):
-            self.curation, self.lost_tree = self.base_curation, None
         with together() if curates else contextlib.nullcontext():
             if stage in (None, "fit"):
+                self._attach()
                 self._select()
             if stage in (None, "fit", "validate") and self.val_pool is not None:
                 self.val_pool.index()
@@ -255,19 +268,21 @@ class CuratedDataModule(pl.LightningDataModule):
         """Stream another selection from the next epoch on. Call it on every rank with the same ids.
 
         Within `Trainer.fit` that epoch gets a new loader, whose length may differ. Checkpoints refer to the
-        selection in the cache, or contain it if there is no `cache_dir`. A selection that is set within
-        `Trainer.fit` is that run's: another Trainer begins with the first one, or with what was set outside.
+        selection in the cache, or contain it if there is no `cache_dir`. A selection that is set during a
+        run is that run's: another Trainer begins with the first one again. One that is set outside a run is
+        for all runs to come.
 
         Args:
             ids: (n,) integers; an id that is repeated is streamed as often.
         """
-        in_a_run = self.trainer is not None and is_fitting(self.trainer)
-        self._stream.replace(checked_selection(np.asarray(ids), self.pool, "ids"), in_a_run=in_a_run)
+        ids = checked_selection(np.asarray(ids), self.pool, "ids")
+        self._stream.replace(ids, for_this_run=is_running(self.trainer))
         self._follow_selection()
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> StreamLoader:
         if not self._is_set_up:
             self._select()
+        self._stay_within_selection()
         overfits = bool(setting(self.trainer, "overfit_batches"))
         shuffle = "none" if overfits else self.shuffle
         settings = (
@@ -279,12 +294,11 @@ class CuratedDataModule(pl.LightningDataModule):
             self.stratify_level,
         )
         order = self._stream.prepare(self.trainer, settings, lambda ids: self._training_order(ids, shuffle))
-        if self.trainer is not None and self._stream.resumed_between_selections:
-            self._stream.resumed_between_selections = not end_resumed_epoch(self.trainer, order.n_batches)
         self._follow_selection()
-        dataset = self._dataset(self.pool, self._training_views())
+        labels = load_labels(self._given_labels, self._given_selection, self.pool)
+        dataset = self._dataset(self.pool, self._training_views(), labels)
         dataset.statistics = self.statistics
-        dataset.labels = load_labels(self._given_labels, self._given_selection, self.pool)
+        dataset.n_streamed = order.n_samples // ranks(self.trainer)[1]
         dataset.seeds_for_device = self.device_views is not None
         dataset.encoded = self.decode_on_device
         if self.decode_on_device:
@@ -293,7 +307,7 @@ class CuratedDataModule(pl.LightningDataModule):
         keep = self.persistent_workers
         if keep is None:  # kept workers, pinned memory and a reload leak file handles (Lightning #18487)
             keep = not (self._pins() and setting(self.trainer, _RELOAD))
-        return self._loader(
+        loader = self._loader(
             dataset,
             order,
             self.batch_size,
@@ -301,7 +315,10 @@ class CuratedDataModule(pl.LightningDataModule):
             position=None if overfits else self._stream.position,
             n_spares=_SPARES if self.on_error == "skip" else 0,
             endless=self.trainer is not None and not overfits,
+            whole_epochs=self.trainer is None,
         )
+        loader.stream = self._stream if self.trainer is None else None
+        return loader
 
     def val_dataloader(self) -> DataLoader:
         """All of `val_pool` in its order, each sample once. Without a `val_pool` the method is hidden.
@@ -314,8 +331,8 @@ class CuratedDataModule(pl.LightningDataModule):
         return self._evaluation_loader(self.val_pool)
 
     def predict_dataloader(self) -> DataLoader:
-        """The whole pool in its order, each sample once."""
-        return self._evaluation_loader(self.pool)
+        """The whole pool in its order, each sample once. Prediction writers get the ids as batch indices."""
+        return self._evaluation_loader(self.pool, plain=True)
 
     def teardown(self, stage: str | None = None) -> None:
         for pool in (self.pool, self.val_pool):
@@ -330,7 +347,8 @@ class CuratedDataModule(pl.LightningDataModule):
         """Continue from where `state_dict` was taken.
 
         Raises:
-            CacheError: a re-curated selection is no longer in the cache.
+            CacheError: the state is damaged, or a re-curated selection is no longer in the cache.
+            ConfigError: the state is of another pool.
         """
         # A Trainer restores the data module for validation and prediction too; training does not resume then.
         if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
@@ -351,6 +369,25 @@ class CuratedDataModule(pl.LightningDataModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self._hide_val_dataloader()
+
+    def _stay_within_selection(self) -> None:
+        """Stop a Tuner's search for a batch size at the largest one that the selection fills."""
+        n_samples = len(self.pool) if self.selection is None else len(self.selection)
+        most = n_samples // ranks(self.trainer)[1]
+        if self.last_batch == "drop" and self.batch_size > most > 0 and is_tuned(self.trainer):
+            log.warning("batch_size: %d is more than the selection fills; trying %d", self.batch_size, most)
+            self.batch_size = most
+
+    def _attach(self) -> None:
+        """Begin anew for a Trainer that the stream has not met yet, on the first selection."""
+        if self.trainer is None:
+            return
+        resume_stream(self.trainer)
+        if self._stream.attach(self.trainer):
+            self.curation, self.lost_tree, self._reload_every = self.base_curation, None, None
+
+    def _checked_ids(self, ids: np.ndarray) -> np.ndarray:
+        return checked_selection(ids, self.pool, "the checkpoint's selection")
 
     def _select(self) -> None:
         if self._is_set_up:
@@ -424,7 +461,17 @@ class CuratedDataModule(pl.LightningDataModule):
         self._planned = order.selection
 
     def _make_device_views(self, batch: Any, dataloader_idx: int) -> Any:
-        """Lightning's `on_after_batch_transfer`; batches for evaluation pass unchanged."""
+        """Lightning's `on_after_batch_transfer`; a subclass's own, or the module's, gets what it returns."""
+        batch = self._with_device_views(batch)
+        if type(self).on_after_batch_transfer is not CuratedDataModule.on_after_batch_transfer:
+            return type(self).on_after_batch_transfer(self, batch, dataloader_idx)
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if module is not None and is_overridden("on_after_batch_transfer", module):
+            return module.on_after_batch_transfer(batch, dataloader_idx)  # Lightning calls only one of two
+        return batch
+
+    def _with_device_views(self, batch: Any) -> Any:
+        """A batch for training with its views; others unchanged."""
         if not isinstance(batch, dict) or "view_seed" not in batch:
             return batch
         assert self.device_views is not None, "seeds are there for its sake"
@@ -448,14 +495,14 @@ class CuratedDataModule(pl.LightningDataModule):
         """While a new selection is waiting, make the Trainer ask for a new loader at the next epoch."""
         if self.trainer is None:
             return
-        waiting = self._stream.waiting or self._stream.resumed_between_selections
+        waiting = self._stream.waiting
         if waiting and self._reload_every is None:
             self._reload_every = change_setting(self.trainer, _RELOAD, 1)
         elif not waiting and self._reload_every is not None:
             change_setting(self.trainer, _RELOAD, self._reload_every)
             self._reload_every = None
 
-    def _evaluation_loader(self, pool: ShardPool) -> DataLoader:
+    def _evaluation_loader(self, pool: ShardPool, *, plain: bool = False) -> DataLoader:
         transform = (
             self.eval_transform or from_module(self.trainer, "eval_transform") or CenterCrop(self.image_size)
         )
@@ -469,22 +516,34 @@ class CuratedDataModule(pl.LightningDataModule):
         )
         dataset = self._dataset(pool, transform)
         dataset.views_name = "eval_transform"
-        return self._loader(dataset, order, size, keep_workers=False)
+        return self._loader(dataset, order, size, keep_workers=False, plain=plain)
 
-    def _dataset(self, pool: ShardPool, views: Callable[[Tensor], Any] | None) -> PoolDataset:
-        return PoolDataset(
+    def _dataset(
+        self, pool: ShardPool, views: Callable[[Tensor], Any] | None, labels: SampleLabels | None = None
+    ) -> PoolDataset:
+        dataset = PoolDataset(
             pool,
             views,
             seed=self.seed,
             decoders=self.decoders,
+            fields=self.fields,
             min_size=self.min_size,
             on_error=self.on_error,
             max_skipped=self.max_skipped,
+            labels=labels,
         )
+        if "label" in dataset.fields and labels is None and "cls" not in (dataset.decoders or {}):
+            if not self._class_names_known:
+                pools = [self.pool] + ([] if self.val_pool is None else [self.val_pool])
+                self.class_names = class_names(pools, self.cache_dir)
+                self._class_names_known = True
+            if self.class_names is not None:
+                dataset.decoders = {**(dataset.decoders or {}), "cls": ClassNumbers(self.class_names)}
+        return dataset
 
     def _loader(
         self, dataset: PoolDataset, order: EpochOrder, batch_size: int, *, keep_workers: bool, **sampling: Any
-    ) -> DataLoader:
+    ) -> StreamLoader:
         number, n_ranks = ranks(self.trainer)
         sampler = GlobalBatchSampler(
             None,

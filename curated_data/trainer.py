@@ -1,5 +1,7 @@
 """What the data module asks of the Trainer that it is attached to, if any, and what it tells it."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -34,10 +36,27 @@ def change_setting(trainer: pl.Trainer, name: str, value: Any) -> Any:
 
 
 def from_module(trainer: pl.Trainer | None, name: str) -> Callable[[Any], Any] | None:
-    """What a method of the module in training returns; None if there is no such method."""
-    module = None if trainer is None else getattr(trainer, "lightning_module", None)
-    factory = getattr(module, name, None)
-    return factory() if callable(factory) else None
+    """A transform of the module in training: what its method of that name returns, or the attribute itself.
+
+    None if it has neither. A function, method or class that takes no arguments makes the transform; any other
+    function or object, such as torchvision's, is one.
+    """
+    found = getattr(getattr(trainer, "lightning_module", None), name, None)
+    if not callable(found):
+        return None
+    return found() if _makes_transforms(found) else found
+
+
+def _makes_transforms(found: Callable[..., Any]) -> bool:
+    if not isinstance(found, type | functools.partial) and not inspect.isroutine(found):
+        return False
+    try:
+        inspect.signature(found).bind()
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature
+        return True
+    return True
 
 
 def n_trained(trainer: pl.Trainer) -> int:
@@ -45,15 +64,21 @@ def n_trained(trainer: pl.Trainer) -> int:
     return _batch_progress(trainer).total.processed
 
 
-def is_fitting(trainer: pl.Trainer) -> bool:
-    """Whether `Trainer.fit` runs now, be it in a validation."""
-    return trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
-
-
 def is_between_epochs(trainer: pl.Trainer) -> bool:
-    """Whether the Trainer has finished the batches of an epoch, and not begun the next."""
-    epochs: Any = trainer.fit_loop.epoch_progress.current
-    return _batch_progress(trainer).is_last_batch or epochs.processed == epochs.ready > 0
+    """Whether the Trainer has trained the last batch of its epoch, and not begun the next. An epoch that a
+    limit or a signal has cut short has not ended.
+    """
+    progress = _batch_progress(trainer)
+    return progress.is_last_batch or progress.current.ready == 0
+
+
+def is_running(trainer: pl.Trainer | None) -> bool:
+    """Whether the Trainer is within `fit`."""
+    return (
+        trainer is not None
+        and trainer.state.fn == TrainerFn.FITTING
+        and trainer.state.status == TrainerStatus.RUNNING
+    )
 
 
 def forget_loader(trainer: pl.Trainer) -> None:
@@ -76,27 +101,6 @@ def epochs_to_come(trainer: pl.Trainer | None, n_batches: int) -> int:
         batches = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
         limits.append(-(-batches // n_batches))
     return max(1, min(limits, default=1))
-
-
-def end_resumed_epoch(trainer: pl.Trainer, n_batches: int) -> bool:
-    """Make a Trainer that resumes after an epoch's last batch treat that epoch as complete.
-
-    The Trainer compares its progress with the length of the loader, which by now is that of the next
-    selection.
-
-    Args:
-        n_batches: the length of the loader.
-
-    Returns:
-        Whether that was possible. It is not before the Trainer has restored its progress, after which it asks
-        for a loader again.
-    """
-    progress = _batch_progress(trainer)
-    if not progress.is_last_batch:
-        return False
-    if progress.current.completed < progress.current.processed:  # saved as that batch ended
-        progress.current.completed = max(progress.current.completed, n_batches)
-    return True
 
 
 def _batch_progress(trainer: pl.Trainer) -> Any:

@@ -10,17 +10,21 @@
 `--dry-run` prints what the run would do and need, with times estimated by a probe of embedder, k-means and a
 few training steps on this machine. `--config` may be given several times; later files override earlier ones.
 `--print_config` shows the result. `fit --help` and `fit --model.help lightning_modules.SimCLR` list every
-setting. `${…}` refers to other values.
+setting. `${…}` refers to other values. `--ckpt_path last` goes on from the newest `last.ckpt` of the runs of
+this logger, or of the ModelCheckpoint's `dirpath`.
 """
 
+import difflib
 import statistics
 import sys
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import lightning
 import numpy as np
 from jsonargparse import set_parsing_settings
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
@@ -45,6 +49,7 @@ def main(
         lightning.LightningModule,
         CuratedDataModule,
         subclass_mode_model=True,
+        parser_class=ExactParser,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"parser_mode": "omegaconf+", "description": description},
         seed_everything_default=0,
@@ -53,8 +58,24 @@ def main(
     )
 
 
+class ExactParser(LightningArgumentParser):
+    """A parser that takes no option for an abbreviation of another, and names the nearest one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+        if message.lower().startswith("unrecognized") and unknown:
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        super().error(message, ex)
+
+
 class RecipeCLI(LightningCLI):
     """LightningCLI with one-line errors for settings that the module or the data module rejects.
+
+    Checkpoints are also linked as `last.ckpt`, and `--ckpt_path last` is an error where there is none.
 
     `test` is no subcommand: the data module has nothing to test on; `recipes/evaluate.py` evaluates.
     """
@@ -62,6 +83,10 @@ class RecipeCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "test"}
+
+    def before_fit(self) -> None:
+        if str(self.config.fit.ckpt_path) == "last":
+            self.config_init.fit.ckpt_path = last_checkpoint(self.trainer)
 
     def before_validate(self) -> None:
         if not is_overridden("validation_step", self.model):
@@ -79,6 +104,41 @@ class RecipeCLI(LightningCLI):
             if isinstance(cause, ValueError | TypeError) and not isinstance(error, CuratedDataError):
                 raise ConfigError(str(cause)) from error
             raise
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.save_last is None:
+                callback.save_last = "link"
+
+
+def last_checkpoint(trainer: lightning.Trainer) -> Path:
+    """The newest `last.ckpt` of the runs of a Trainer's loggers, or in the folders of its callbacks.
+
+    Lightning looks only into the folder of the run that begins, and goes on without a checkpoint.
+
+    Raises:
+        ConfigError: there is none; names where it was looked for.
+    """
+    callbacks = [
+        callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)
+    ]
+    folders = [Path(callback.dirpath) for callback in callbacks if callback.dirpath is not None]
+    folders += [
+        Path(logger.save_dir) / str(logger.name) / "*" / "checkpoints"
+        for logger in trainer.loggers
+        if logger.save_dir is not None
+    ]
+    folders.append(Path(trainer.default_root_dir) / "checkpoints")
+    patterns = [folder / "last*.ckpt" for folder in folders]
+    found = [path for pattern in patterns for path in Path(pattern.anchor).glob(str(_relative(pattern)))]
+    if not found:
+        places = ", ".join(dict.fromkeys(map(str, patterns)))
+        raise ConfigError(
+            f"ckpt_path: there is no last checkpoint ({places}); give the file, or leave it out"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(path.anchor) if path.anchor else path
 
 
 class Pretrain(RecipeCLI):
@@ -92,6 +152,7 @@ class Pretrain(RecipeCLI):
         )
 
     def before_fit(self) -> None:
+        super().before_fit()
         if self.config.fit.dry_run:
             show_plan(self.model, self.datamodule, self.trainer, self.config.fit.trainer)
             raise SystemExit(0)

@@ -394,5 +394,5 @@ def test_the_loader_given_by_hand_to_a_distributed_trainer_is_not_cut_twice(fold
     """Lightning then cannot rebuild the sampler: a clear error is better than wrong shares."""
     loaded = data(folder, 1)
     sampler = loaded.train_dataloader().batch_sampler
-    with pytest.raises(TypeError):
+    with pytest.raises(ConfigError, match="datamodule=data"):
         type(sampler)(range(4), batch_size=8, drop_last=True)

@@ -332,7 +332,9 @@ class TestRemotePools:
         cache = tmp_path / "cache"
         pool = ShardPool(server.url + "/pool-{000..002}.tar", cache_dir=cache, remote=remote)
         few_and_all = np.concatenate([[0, 10, 20, 30], np.arange(40, 80)])
-        data = CuratedDataModule(pool, selection=few_and_all, batch_size=4, num_workers=0, image_size=8)
+        data = CuratedDataModule(  # without labels, a few of which are looked at first
+            pool, selection=few_and_all, batch_size=4, num_workers=0, image_size=8, fields=[]
+        )
         pool.index()
         needed = pool.sizes([0, 10, 20, 30]).sum()
         server.bytes_sent = 0

@@ -57,7 +57,7 @@ def start(command: list[str], folder: Path, **more: str) -> str:
 
 
 def checkpoint(folder: Path) -> dict[str, Any]:
-    (path,) = folder.glob("runs/pretrain/version_*/checkpoints/*.ckpt")
+    (path,) = folder.glob("runs/pretrain/version_*/checkpoints/epoch=*.ckpt")
     return torch.load(path, weights_only=True, map_location="cpu")
 
 
@@ -166,12 +166,18 @@ def test_the_sbatch_script_is_sound():
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (1, False), (138, True)])
 def test_the_sbatch_script_requeues_what_a_signal_ended(status, requeued, tmp_path):
     """138 is SIGUSR1 to a run that does not train yet, which ends it."""
-    for name, content in (("srun", f"exit {status}"), ("scontrol", f'echo "$@" >> {tmp_path}/asked')):
+    for name, content in (
+        ("srun", f"echo $SRUN_CPUS_PER_TASK > {tmp_path}/cpus; exit {status}"),
+        ("scontrol", f'echo "$@" >> {tmp_path}/asked'),
+    ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{content}\n")
         (tmp_path / name).chmod(0o755)
-    more = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "1"}
+    more = {
+        "SLURM_JOB_ID": "77", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_CPUS_PER_TASK": "12",
+    }  # fmt: skip
     more["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
     script = ROOT / "configs" / "slurm" / "pretrain.sbatch"
     done = subprocess.run(["bash", script, "--config", "x.yaml"], env=environment(**more))
     assert done.returncode == status
     assert (tmp_path / "asked").exists() == requeued
+    assert (tmp_path / "cpus").read_text() == "12\n"

@@ -10,7 +10,7 @@ from torch.utils.data import default_collate
 
 from curated_data.errors import ConfigError
 from curated_data.streaming.encoded import EncodedImages
-from curated_data.streaming.fields import MISSING
+from curated_data.streaming.fields import BESIDE_IMAGES, MISSING
 from curated_data.streaming.statistics import BatchReport
 
 
@@ -22,6 +22,9 @@ class LoadedSamples(list):
 
 def collate(samples: list[dict[str, Any]]) -> tuple[dict[str, Any], BatchReport]:
     """Collate samples to a batch: tensors and numbers to tensors; captions, metadata and members to lists.
+
+    Outputs of own decoders that are tensors, arrays or numbers become one tensor; of other types, or if a
+    sample of the batch lacks its own, they are a list, with None where one is missing.
 
     Args:
         samples: `LoadedSamples`, as `PoolDataset` gives them.
@@ -42,12 +45,14 @@ def collate(samples: list[dict[str, Any]]) -> tuple[dict[str, Any], BatchReport]
             batch[name] = [_stack(f"views[{number}]", view) for number, view in enumerate(views)]
         elif name == "encoded":
             batch[name] = EncodedImages(values)
-        elif isinstance(values[0], Tensor | np.ndarray):
+        elif all(isinstance(value, Tensor | np.ndarray) for value in values):
             batch[name] = _stack(name, values)
         elif name in ("sample_id", "label", "view_seed"):
             batch[name] = torch.tensor(values, dtype=torch.int64)
         elif name == "padding":
             batch[name] = torch.tensor(values, dtype=torch.bool)
+        elif name not in BESIDE_IMAGES and all(isinstance(value, int | float) for value in values):
+            batch[name] = torch.tensor(values)
         else:
             batch[name] = values
     return batch, samples.report
@@ -113,5 +118,8 @@ def _stack(name: str, tensors: Sequence[Tensor | np.ndarray]) -> Tensor:
     shapes = {tensor.shape for tensor in tensors}
     if len(shapes) > 1:
         found = sorted(map(tuple, shapes))[:4]
-        raise ConfigError(f"{name}: cannot be stacked to a batch, shapes differ: {found}; resize or crop")
+        raise ConfigError(
+            f"{name}: cannot be stacked to a batch, shapes differ: {found}; resize or crop, or "
+            "have the decoder give a list of what varies"
+        )
     return default_collate(tensors)  # into shared memory, if this is a worker

@@ -25,7 +25,7 @@ from curated_data.pool.decode import (
 from curated_data.pool.orientation import jpeg_orientation
 from curated_data.streaming.batch import LoadedSamples, as_views
 from curated_data.streaming.encoded import EncodedSample, is_whole_jpeg
-from curated_data.streaming.fields import FIELDS, MODALITIES
+from curated_data.streaming.fields import MODALITIES, asked_members, checked_fields
 from curated_data.streaming.generators import generators_kept, seed_generators
 from curated_data.streaming.labels import SampleLabels
 from curated_data.streaming.order import view_seeds
@@ -51,6 +51,9 @@ class PoolDataset(Dataset):
         extensions: read only the members with these extensions; None reads all.
         decode: False returns the undecoded bytes of the members, under "members".
         decoders, min_size: own decoders by extension, and decoding at a reduced size, see `decode_sample`.
+        fields: what samples have besides their image, array or text: "label", "caption", "metadata", and the
+            extensions of own decoders whose outputs they have under that name. Other members are not decoded.
+            None: all.
         on_error: what to do about a sample that cannot be decoded: "raise", or "skip", which replaces it by
             one of the request's spares, or by padding if the request has none.
         max_skipped: the largest share of samples that may be skipped, of those that this process was given so
@@ -70,6 +73,7 @@ class PoolDataset(Dataset):
         decode: bool = True,
         decoders: Decoders | None = None,
         min_size: int | None = None,
+        fields: Sequence[str] | None = None,
         on_error: OnError = "raise",
         max_skipped: float = 0.01,
         labels: SampleLabels | None = None,
@@ -85,16 +89,18 @@ class PoolDataset(Dataset):
         self.decode = decode
         self.decoders = as_decoders(decoders)
         self.min_size = min_size
+        self.fields = checked_fields(fields, self.decoders, pool.image_extensions)
         self.on_error = on_error
         self.statistics = StreamStatistics(max_skipped)
         self.labels = labels
         self.seeds_for_device = seeds_for_device
         self.encoded = encoded
+        self.n_streamed: int | None = None  # samples of a rank's epoch, which Lightning's Tuner asks for
         self.views_name = "views"  # the argument that they were given as
         self._seeds_all = False  # all generators, or only torch's
 
     def __len__(self) -> int:
-        return len(self.pool)
+        return len(self.pool) if self.n_streamed is None else self.n_streamed
 
     def __getitem__(self, sample_id: int) -> dict[str, Any]:
         return self.__getitems__([sample_id])[0]
@@ -217,7 +223,8 @@ class PoolDataset(Dataset):
 
     def _stand_in(self, sample_id: int, seed: int, skipped: list[Skipped]) -> dict[str, Any]:
         """One of the next samples of the pool, as padding for a batch of which no sample can be decoded."""
-        following = [(sample_id + step) % len(self) for step in range(1, min(len(self), _FOLLOWING))]
+        n = len(self.pool)
+        following = [(sample_id + step) % n for step in range(1, min(n, _FOLLOWING))]
         try:
             return self.spare(following, seed, list(skipped))
         except SampleError as error:
@@ -234,8 +241,9 @@ class PoolDataset(Dataset):
 
     def _fields(self, sample_id: int, members: dict[str, Any]) -> dict[str, Any]:
         """The fields of a sample, all decoded except its image."""
+        fields = self.fields if self.labels is None else self.fields - {"label"}
         decoded = decode_sample(
-            members,
+            asked_members(members, fields, self.decoders, self.pool.image_extensions),
             decoders=self.decoders,
             image_extensions=self.pool.image_extensions,
             min_size=self.min_size,
@@ -244,7 +252,9 @@ class PoolDataset(Dataset):
         )
         if self.decoders and "label" in decoded:
             _check_label(decoded["label"], members)
-        return {"sample_id": sample_id} | {name: decoded[name] for name in FIELDS if name in decoded}
+        if "metadata" not in fields:  # decoded for its text
+            decoded.pop("metadata", None)
+        return {"sample_id": sample_id} | decoded
 
     def _augment(self, sample: dict[str, Any], seed: int, members: dict[str, Any]) -> None:
         """Decode the image, and replace it, or the array or text, by its views."""

@@ -1,11 +1,13 @@
 """One rank's share of the global batches."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from torch.utils.data import BatchSampler
 
+from curated_data.errors import ConfigError
 from curated_data.streaming.order import EpochOrder
 from curated_data.streaming.training import StreamPosition
 
@@ -55,6 +57,15 @@ class GlobalBatchSampler(BatchSampler):
         n_spares: spare ids per sample, see `BatchRequest`.
         endless: continue into the next epoch until `len` batches are given, for loops that count by
             themselves; otherwise stop at the end of the epoch.
+        whole_epochs: begin the next epoch with every iterator, even if the last one was left in the middle.
+        plain: give lists of ids instead of `BatchRequest`s, for loops that pass them on to users. What marks
+            padding waits in `paddings`.
+
+    Attributes:
+        paddings: of the batches that were requested and have not come yet, if `plain`.
+
+    Raises:
+        ConfigError: made by Lightning or Fabric from a loader that was not asked for by a Trainer.
     """
 
     def __init__(
@@ -63,13 +74,22 @@ class GlobalBatchSampler(BatchSampler):
         batch_size: int,
         drop_last: bool,
         *,
-        order: EpochOrder,
-        rank: int,
-        world_size: int,
+        order: EpochOrder | None = None,
+        rank: int = 0,
+        world_size: int = 1,
         position: StreamPosition | None = None,
         n_spares: int = 0,
         endless: bool = False,
+        whole_epochs: bool = False,
+        plain: bool = False,
     ) -> None:
+        if order is None:
+            raise ConfigError(
+                "the loader of a CuratedDataModule cannot be given another sampler: pass the data module "
+                "instead, `trainer.fit(module, datamodule=data)`; with Fabric, ask for the loader after "
+                "`fabric.launch()` and pass it to `fabric.setup_dataloaders(loader, "
+                "use_distributed_sampler=False)`"
+            )
         # Not super().__init__: there is no sampler of single samples here.
         self.sampler = range(order.n_samples)
         self.batch_size = batch_size
@@ -80,16 +100,27 @@ class GlobalBatchSampler(BatchSampler):
         self.position = position
         self.n_spares = n_spares
         self.endless = endless
+        self.whole_epochs = whole_epochs
+        self.plain = plain
+        self.paddings: deque[np.ndarray] = deque()
 
     def __len__(self) -> int:
         """Batches of a whole epoch, even if one is resumed in the middle."""
         return self.order.n_batches
 
-    def __iter__(self) -> Iterator[BatchRequest]:
+    def __iter__(self) -> Iterator[list[int]]:
         # Read now, not at the first batch: a training loop creates the iterator when it starts counting.
-        n = self.order.n_batches
-        epoch, batch = (0, 0) if self.position is None else self.position.begin(n)
-        return self._requests(epoch, batch, n if self.endless else n - batch)
+        n, epoch, batch = self.order.n_batches, 0, 0
+        if self.position is not None:
+            epoch, batch = self.position.begin(n, whole_epochs=self.whole_epochs)
+        requests = self._requests(epoch, batch, n if self.endless else n - batch)
+        self.paddings.clear()
+        return map(self._plain, requests) if self.plain else requests
+
+    def _plain(self, request: BatchRequest) -> list[int]:
+        marks = request.padding
+        self.paddings.append(np.zeros(len(request), bool) if marks is None else marks)
+        return list(request)
 
     def _requests(self, epoch: int, batch: int, count: int) -> Iterator[BatchRequest]:
         n, at_once = self.order.n_batches, max(1, _AHEAD // self.order.batch_size)

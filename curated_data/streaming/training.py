@@ -10,11 +10,9 @@ from torch import Tensor
 
 from curated_data.cache import atomic_save, fingerprint, open_cache
 from curated_data.errors import CacheError, ConfigError
-from curated_data.removal import is_fingerprint, shown
 from curated_data.seals import load_npy
 from curated_data.streaming.order import EpochOrder
-
-_COUNTS = ("epoch", "batch", "n_trained")
+from curated_data.streaming.state import checked_state
 
 
 class StreamPosition:
@@ -31,12 +29,20 @@ class StreamPosition:
 
     def __init__(self, n_trained: Callable[[], int]) -> None:
         self.n_trained = n_trained
+        self._resumes = False  # whether it was loaded, and nothing trained since
         self.restart()
 
-    def restart(self, epoch: int = 0, batch: int = 0, n_trained: int | None = None) -> None:
+    def restart(
+        self, epoch: int = 0, batch: int = 0, n_trained: int | None = None, *, resumes: bool = False
+    ) -> None:
         """Move to `batch` of `epoch`, where the loop's count is `n_trained`; None: its present count."""
-        self._epoch, self._batch = epoch, batch
+        self._epoch, self._batch, self._resumes = epoch, batch, resumes
         self._base = self.n_trained() if n_trained is None else n_trained
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch next; within the epoch that a state was loaded for, stay at its batch."""
+        if not (self._resumes and not self.moved and epoch == self._epoch):
+            self.restart(epoch, 0, self._count())
 
     def now(self, n_batches: int) -> tuple[int, int]:
         """The epoch and its batch that come next, in epochs of `n_batches`."""
@@ -49,10 +55,18 @@ class StreamPosition:
         """Whether any batches were trained on since the loader was last started."""
         return self.n_trained() > self._base
 
-    def begin(self, n_batches: int) -> tuple[int, int]:
-        """The same as `now`, and record it as the place where the loader is started."""
+    def begin(self, n_batches: int, *, whole_epochs: bool = False) -> tuple[int, int]:
+        """The same as `now`, and record it as the place where the loader is started.
+
+        Args:
+            n_batches: of an epoch.
+            whole_epochs: begin the next epoch instead of going on within one, unless a loaded state says so.
+        """
+        resumes = self._resumes and not self.moved
+        if whole_epochs and not resumes:
+            self.skip_to_epoch(n_batches)
         epoch, batch = self.now(n_batches)
-        self.restart(epoch, batch, self._count())
+        self.restart(epoch, batch, self._count(), resumes=resumes)
         return epoch, batch
 
     def skip_to_epoch(self, n_batches: int) -> None:
@@ -70,26 +84,30 @@ class TrainingStream:
     Args:
         n_trained: see `StreamPosition`.
         cache_dir: where to store the selections that checkpoints refer to; None: checkpoints contain them.
+        check_ids: returns the ids of a checkpoint, or raises an error if they do not fit the pool.
 
     Attributes:
         order: of the latest loader; None before the first one.
-        resumed_between_selections: whether the run resumes between the last batch of one selection and the
-            first of the next.
+        owner: the Trainer whose batches the position counts, or None.
     """
 
-    def __init__(self, n_trained: Callable[[], int], cache_dir: Path | None) -> None:
+    def __init__(
+        self,
+        n_trained: Callable[[], int],
+        cache_dir: Path | None,
+        check_ids: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
         self.position = StreamPosition(n_trained)
         self.cache_dir = cache_dir
+        self.check_ids = check_ids
         self.order: EpochOrder | None = None
-        self.resumed_between_selections = False
+        self.owner: object = None
         self._settings: Hashable = None  # of the order
         self._first: np.ndarray | None = None  # the run's own selection
-        # What was set outside of any run, with which a new run begins.
-        self._own: tuple[np.ndarray, str | Tensor] | None = None
+        self._given: _Selection | None = None  # that replaced it outside a run, for all runs to come
         self._selected: np.ndarray | None = None
         self._name: str | Tensor | None = None  # for checkpoints; None: a resumed run selects it by itself
-        self._next: tuple[np.ndarray, str | Tensor] | None = None
-        self._owner: object = None
+        self._next: _Selection | None = None
         self._loaded: dict[str, Any] | None = None
 
     @property
@@ -108,27 +126,19 @@ class TrainingStream:
         if self._name is None:
             self._selected = ids
 
-    def begin_run(self, owner: object) -> bool:
-        """Before a run of `owner`: forget what the run of another owner has selected; whether it was another.
+    def replace(self, ids: np.ndarray, *, for_this_run: bool = True) -> None:
+        """Stream another selection from the next epoch on.
 
-        A checkpoint that is loaded afterwards says what the run streams.
+        Args:
+            ids: (n,) int64.
+            for_this_run: whether a new owner streams the run's own selection again.
         """
-        if self._owner is None or self._owner is owner or self._owner is _Nobody:
-            return False
-        self._selected, self._name = (self._first, None) if self._own is None else self._own
-        self._next, self.order, self._loaded = None, None, None
-        return True
-
-    def replace(self, ids: np.ndarray, *, in_a_run: bool = False) -> None:
-        """Stream another selection from the next epoch on; if it is set in a run, only until that ends."""
         name: str | Tensor = torch.from_numpy(ids.copy())
         if self.cache_dir is not None:
             name = fingerprint(selection=ids)
             path = _selection_path(self.cache_dir, name)
             if not path.exists():
                 atomic_save(path, ids)
-        if not in_a_run:
-            self._own = ids, name
         if self.order is not None or self._resumes_inside:
             self._next = ids, name
             return
@@ -136,28 +146,44 @@ class TrainingStream:
         if self._loaded is not None:
             self._begin_resumed_epoch(self._loaded)
 
+    def attach(self, owner: object) -> bool:
+        """Count the batches of another owner from now on.
+
+        Returns:
+            Whether the owner is a new one and starts at the beginning of the run's own selection. One for
+            which a state was loaded goes on from there.
+        """
+        if self.owner is owner:
+            return False
+        resumed = self._loaded if self.owner is _Nobody else None
+        self.owner = owner
+        if resumed is not None:
+            self.position.restart(resumed["epoch"], resumed["batch"], resumes=True)
+            return False
+        self._selected, self._name = self._given or (self._first, None)
+        self.order = self._next = self._loaded = None
+        self.position.restart()
+        return True
+
     def prepare(
         self, owner: object, settings: Hashable, build: Callable[[np.ndarray | None], EpochOrder]
     ) -> EpochOrder:
         """The order for a new loader.
 
         Args:
-            owner: the Trainer whose batches the position counts, or None. A new owner starts the stream from
-                the beginning, unless a state was loaded for it.
+            owner: the Trainer whose batches the position counts, or None, see `attach`.
             settings: what `build` depends on besides the selection; while they are equal, the order is kept.
             build: makes the order of a selection.
 
         Raises:
             ConfigError: an epoch would be resumed in the middle with another order than it began with.
         """
-        self._attach(owner)
+        self.attach(owner)
         if self._next is not None and self.order is not None:
             n_batches, resumes = self.order.n_batches, not self.position.moved
             between = None if self._resumes_inside else self._loaded  # the state, if taken between epochs
             if not resumes or between is not None or self.position.now(n_batches)[1] == 0:
                 self.position.skip_to_epoch(n_batches)
-                if resumes and between is not None and between["n_trained"] > 0:
-                    self.resumed_between_selections = True
                 self._loaded = None
                 (self._selected, self._name), self._next = self._next, None
                 self.order = None
@@ -185,49 +211,64 @@ class TrainingStream:
             "between_epochs": between_epochs,
         }
 
-    def load_state_dict(self, state: dict[str, Any], owner: object) -> None:
+    def load_state_dict(self, given: Any, owner: object) -> None:
         """Continue from where `state_dict` was taken; `owner` as for `prepare`.
 
         Raises:
-            CacheError: a selection passed to `replace` is no longer in the cache, or damaged.
+            CacheError: the state is damaged, or a selection passed to `replace` is no longer in the cache, or
+                damaged.
         """
-        if not state:
+        if given == {}:
             return
-        state = _checked(state)
+        state = checked_state(given)
+        following = None
+        if state["next_selection"] is not None:
+            following = self._find(state["next_selection"]), state["next_selection"]
         name = state["selection"]
         self._selected, self._name = self._first if name is None else self._find(name), name
-        self._next = None
-        if state["next_selection"] is not None:
-            self._next = self._find(state["next_selection"]), state["next_selection"]
+        self._next = following
         self.order = None
         self._loaded = state
-        self._owner = owner if owner is not None else _Nobody
+        self.owner = owner if owner is not None else _Nobody
         # A Trainer restores its loops, and so the count, only after this, and may ask for a loader before.
-        self.position.restart(state["epoch"], state["batch"], None if owner is None else state["n_trained"])
+        n_trained = None if owner is None else state["n_trained"]
+        self.position.restart(state["epoch"], state["batch"], n_trained, resumes=True)
         if self._next is not None and not self._resumes_inside:
             (self._selected, self._name), self._next = self._next, None
             self._begin_resumed_epoch(state)
+
+    def load_into(self, given: Any, order: EpochOrder) -> None:
+        """Continue from where `state_dict` was taken, with a loader that has its order already.
+
+        Raises:
+            CacheError: see `load_state_dict`.
+            ConfigError: the state is of another selection or, within an epoch, of another order.
+        """
+        state = checked_state(given)
+        before = self._selected
+        self.load_state_dict(state, None)
+        if (before is None) != (self._selected is None) or not np.array_equal(
+            np.asarray(before), np.asarray(self._selected)
+        ):
+            raise ConfigError(
+                "the loader's state: is of a selection that was passed to set_selection; load it into the "
+                "data module, and ask that for the loader"
+            )
+        self._check_resumed(order)
+        self.order, self.owner = order, None
 
     @property
     def _resumes_inside(self) -> bool:
         """Whether the loaded state was taken within an epoch, which is to be continued."""
         state = self._loaded
-        return state is not None and state["batch"] > 0 and not state.get("between_epochs", False)
+        return state is not None and state["batch"] > 0 and not state["between_epochs"]
 
     def _begin_resumed_epoch(self, loaded: dict[str, Any]) -> None:
         """Begin the next epoch, with another selection, after a state that was taken between epochs."""
         epoch = loaded["epoch"] + (loaded["batch"] > 0)
         self._loaded = {**loaded, "epoch": epoch, "batch": 0}
-        n_trained = None if self._owner is _Nobody else loaded["n_trained"]
-        self.position.restart(epoch, 0, n_trained)
-        self.resumed_between_selections = loaded["n_trained"] > 0
-
-    def _attach(self, owner: object) -> None:
-        if self._owner is owner:
-            return
-        loaded = self._loaded if self._owner is _Nobody and self._loaded else {"epoch": 0, "batch": 0}
-        self.position.restart(loaded["epoch"], loaded["batch"])
-        self._owner = owner
+        n_trained = None if self.owner is _Nobody else loaded["n_trained"]
+        self.position.restart(epoch, 0, n_trained, resumes=True)
 
     def _check_resumed(self, order: EpochOrder) -> None:
         if self.position.moved:
@@ -247,10 +288,20 @@ class TrainingStream:
                 f"resume: {place} of another order; use the selection, seed, shuffle and stratify_level of "
                 "that run, or resume from the end of an epoch"
             )
+        if loaded["batch"] >= order.n_batches:
+            raise CacheError(
+                f"the checkpoint's batch: {loaded['batch']} of an epoch of {order.n_batches}; the file is "
+                "damaged, resume from another checkpoint"
+            )
 
     def _find(self, name: str | Tensor) -> np.ndarray:
         if isinstance(name, Tensor):
-            return name.numpy()
+            ids = name.numpy()
+        else:
+            ids = self._read(name)
+        return ids if self.check_ids is None else self.check_ids(ids)
+
+    def _read(self, name: str) -> np.ndarray:
         path = None if self.cache_dir is None else _selection_path(self.cache_dir, name)
         if path is None or not path.exists():
             raise CacheError(
@@ -264,32 +315,7 @@ class TrainingStream:
         return ids
 
 
-def _checked(state: object) -> dict[str, Any]:
-    """A stream's state as a checkpoint holds it, before any of it is used.
-
-    Raises:
-        CacheError: a value is missing or of another type.
-    """
-    if not isinstance(state, dict):
-        raise CacheError(f"the checkpoint holds {shown(state)} as the data module's state")
-    is_right = {name: type(state.get(name)) is int and state[name] >= 0 for name in _COUNTS}
-    for name in ("selection", "next_selection"):
-        ids = state.get(name)
-        is_right[name] = name in state and (ids is None or is_fingerprint(ids) or _are_ids(ids))
-    for name, kind in (("global_batch_size", int), ("order", str)):
-        is_right[name] = name in state and (state[name] is None or type(state[name]) is kind)
-    is_right["between_epochs"] = type(state.get("between_epochs", False)) is bool  # new in later versions
-    for name, is_so in is_right.items():
-        if not is_so:
-            raise CacheError(
-                f"the data module's state in the checkpoint holds {name} = {shown(state.get(name))}, which "
-                "no run writes; resume from another checkpoint"
-            )
-    return state
-
-
-def _are_ids(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.int64 and value.ndim == 1
+_Selection = tuple[np.ndarray, str | Tensor]
 
 
 def _selection_path(cache_dir: Path, name: str) -> Path:
