@@ -204,6 +204,8 @@ def _as_rgb(image: Image.Image, background: tuple[int, int, int], scale: int) ->
     if scale != 1 and image.mode in ("L", "RGB"):  # Pillow scales the values to 8 bits, but not the key
         scaled = [scale * k if scale > 0 else k >> 8 for k in (key if isinstance(key, tuple) else (key,))]
         image.info["transparency"] = tuple(scaled) if isinstance(key, tuple) else scaled[0]
+    if image.mode == "1" and key == 1:  # as older versions of Pillow give it for white
+        image.info["transparency"] = 255
     if image.mode in ("La", "RGBa"):  # which convert to nothing but their own kind
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     image = image.convert("RGBA")

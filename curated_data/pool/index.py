@@ -8,7 +8,6 @@ samples are a handful of memory maps instead of a Python object each.
 
 import io
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,9 +29,10 @@ from curated_data.cache import (
     write_manifest,
 )
 from curated_data.errors import CacheError, PoolError
-from curated_data.pool.links import resolve_links
+from curated_data.pool.grouping import group_members, text_of
+from curated_data.pool.grouping import split_name as split_name
 from curated_data.pool.notes import Notes, add_note, joined_notes, notes_from_json
-from curated_data.pool.tar import UNKNOWN_SIZE, Link, Source, local_source, read_members
+from curated_data.pool.tar import Source, local_source
 from curated_data.removal import shown
 from curated_data.seals import reading
 
@@ -43,12 +43,6 @@ ARRAYS = ("key_start", "key_bytes", "member_start", "member_extension", "member_
 _BLOCK = 65_536  # samples whose keys are looked at at once
 _CHECKED = 1 << 22  # values of an array that are checked at once
 _FARTHEST = 1 << 62  # bytes into a shard
-_RESERVED = ("__key__", "__url__", "__bad__", "__local_path__")  # webdataset's own fields of a sample
-
-# How webdataset splits a name into key and extension, and the names that it skips.
-_KEY_AND_EXTENSION = re.compile(rb"((?:.*/|)[^.]+)[.]([^/]*)$")
-_METADATA = re.compile(rb"__[^/]*__($|/)")
-_APPLE_DOUBLE = b"\0\x05\x16\x07"  # how such a file begins
 
 
 @dataclass(frozen=True)
@@ -143,24 +137,15 @@ def index_shard(shard: str | Path | Source) -> ShardIndex:
             members with the same extension, which webdataset rejects too.
     """
     if isinstance(shard, Source):
-        return _group(shard)
+        return _of_source(shard)
     try:
         handle = os.open(shard, os.O_RDONLY)
     except OSError as error:
         raise PoolError(f"{shard}: cannot be opened ({error.strerror})") from error
     try:
-        return _group(local_source(shard, handle))
+        return _of_source(local_source(shard, handle))
     finally:
         os.close(handle)
-
-
-def split_name(name: bytes) -> tuple[bytes, str] | None:
-    """A member's key and extension, split as in webdataset; None for a name that it skips."""
-    match = None if _METADATA.match(name) else _KEY_AND_EXTENSION.match(name)
-    if match is None:
-        return None
-    extension = match.group(2).decode("utf-8", "surrogateescape").lower()
-    return None if extension in _RESERVED else (match.group(1), extension)
 
 
 def save_shard_index(folder: Path, index: ShardIndex, *, url: str) -> None:
@@ -367,147 +352,23 @@ def _note_scattered(arrays: Mapping[str, np.ndarray], extensions: Sequence[str],
     if number > 0:
         row = rows[np.flatnonzero(is_apart[group])[0]]
         key = bytes(arrays["key_bytes"][arrays["key_start"][row] : arrays["key_start"][row + 1]])
-        add_note(notes, "scattered", number, f"key {_text(key)!r}")
+        add_note(notes, "scattered", number, f"key {text_of(key)!r}")
 
 
-def _group(source: Source) -> ShardIndex:
-    notes: Notes = {}
-    names: list[bytes] = []
-    offsets: list[int] = []
-    sizes: list[int] = []
-    links: list[Link] = []
-    for block in read_members(source, notes):
-        links += [link._replace(place=link.place + len(names)) for link in block.links]
-        names += block.names
-        offsets += block.offsets
-        sizes += block.sizes
-    if links:
-        names, offsets, sizes = _with_links(names, offsets, sizes, links, notes)
-
-    of_macos = _MacOSFiles(source, names)
-    keys: list[bytes] = []
-    member_start: list[int] = []
-    kept: list[int] = []  # the members that belong to samples
-    member_extension: list[int] = []
-    spelled: dict[bytes, int] = {}  # number of each spelling seen, so that lower() runs once each
-    extensions: dict[str, int] = {}
-    current: bytes | None = None
-    seen: set[int] = set()
-    for place, name in enumerate(names):
-        dot = name.find(b".", name.rfind(b"/") + 1)
-        if dot < 0:
-            continue
-        if b"__MACOSX/" in name:
-            add_note(notes, "macos", 1, repr(_text(name)))
-            continue
-        if dot and name[dot - 1] != 0x2F and name[:2] != b"__" and b"\n" not in name:
-            key, spelling = name[:dot], name[dot + 1 :]
-        else:  # dot-files, webdataset's metadata, and other odd names
-            if name[dot : dot + 2] in (b"._", b".D") and of_macos(name, offsets[place]):
-                add_note(notes, "macos", 1, repr(_text(name)))
-                continue
-            match = None if _METADATA.match(name) else _KEY_AND_EXTENSION.match(name)
-            if match is None:
-                continue
-            key, spelling = match.groups()
-        number = spelled.get(spelling)
-        if number is None:
-            extension = spelling.decode("utf-8", "surrogateescape").lower()
-            if extension in _RESERVED:
-                raise PoolError(f"{source.name}: member {_text(name)!r} has a reserved name as its extension")
-            number = spelled[spelling] = extensions.setdefault(extension, len(extensions))
-        if key != current:
-            keys.append(key)
-            member_start.append(len(kept))
-            current = key
-            seen = {number}
-        elif number in seen:
-            raise PoolError(
-                f"{source.name}: sample {_text(key)!r} has two members {list(extensions)[number]!r} "
-                f"({_text(name)!r} at offset {offsets[place]} is the second): rename one; "
-                "extensions start at the first dot and are compared in lower case"
-            )
-        else:
-            seen.add(number)
-        member_extension.append(number)
-        kept.append(place)
-    member_start.append(len(kept))
-    _note_parts_apart(keys, member_start, member_extension, list(extensions), notes)
-    key_start = np.zeros(len(keys) + 1, np.int64)
-    np.cumsum([len(key) for key in keys], out=key_start[1:])
+def _of_source(source: Source) -> ShardIndex:
+    grouped = group_members(source)
+    key_start = np.zeros(len(grouped.keys) + 1, np.int64)
+    np.cumsum([len(key) for key in grouped.keys], out=key_start[1:])
     return ShardIndex(
-        list(extensions),
+        grouped.extensions,
         key_start,
-        np.frombuffer(b"".join(keys), np.uint8),
-        np.array(member_start, np.int64),
-        np.array(member_extension, np.int32),
-        np.array([offsets[place] for place in kept], np.int64),
-        np.array([sizes[place] for place in kept], np.int64),
-        notes,
+        np.frombuffer(b"".join(grouped.keys), np.uint8),
+        np.array(grouped.member_start, np.int64),
+        np.array(grouped.member_extension, np.int32),
+        np.array(grouped.member_offset, np.int64),
+        np.array(grouped.member_size, np.int64),
+        grouped.notes,
     )
-
-
-class _MacOSFiles:
-    """Tells files that macOS adds to archives: `.DS_Store`, and `._x` beside `x`, or with its first bytes."""
-
-    def __init__(self, source: Source, names: list[bytes]) -> None:
-        self.source, self.names = source, names
-        self.beside: set[bytes] | None = None  # all names, and their folders
-
-    def __call__(self, name: bytes, offset: int) -> bool:
-        folder, slash, base = name.rpartition(b"/")
-        if not base.startswith(b"._"):
-            return base == b".DS_Store"
-        if self.beside is None:
-            self.beside = set(self.names)
-            for other in self.names:
-                while (cut := other.rfind(b"/")) > 0 and other[:cut] not in self.beside:
-                    other = other[:cut]
-                    self.beside.add(other)
-        if len(base) > 2 and folder + slash + base[2:] in self.beside:
-            return True
-        can_go_back = self.source.size < UNKNOWN_SIZE
-        return len(base) > 2 and (not can_go_back or self.source.read(offset, 4) == _APPLE_DOUBLE)
-
-
-def _with_links(
-    names: list[bytes], offsets: list[int], sizes: list[int], links: list[Link], notes: Notes
-) -> tuple[list[bytes], list[int], list[int]]:
-    """The members with the links as what they lead to, without those that lead to no file."""
-    ends = resolve_links(names, links)
-    for link in links:
-        end = ends.get(link.place)
-        if end is None:
-            text = f"{_text(names[link.place])!r} -> {_text(link.target[:200])!r}"
-            add_note(notes, "links", 1, text)
-            sizes[link.place] = -1
-        else:
-            offsets[link.place], sizes[link.place] = offsets[end], sizes[end]
-    if ends:
-        place = next(iter(ends))
-        add_note(notes, "linked", len(ends), f"{_text(names[place])!r} is {_text(names[ends[place]])!r}")
-    kept = [place for place, size in enumerate(sizes) if size >= 0]
-    return [names[p] for p in kept], [offsets[p] for p in kept], [sizes[p] for p in kept]
-
-
-def _note_parts_apart(
-    keys: list[bytes], member_start: list[int], member_extension: list[int], names: list[str], notes: Notes
-) -> None:
-    """Note samples of one key whose extensions differ: parts of a sample that do not lie side by side."""
-    if len(set(keys)) == len(keys):
-        return
-    places: dict[bytes, list[int]] = {}
-    for row, key in enumerate(keys):
-        places.setdefault(key, []).append(row)
-    count, example = 0, ""
-    for key, rows in places.items():
-        parts = [member_extension[member_start[row] : member_start[row + 1]] for row in rows]
-        if len(rows) > 1 and len(set().union(*parts)) == sum(map(len, parts)):
-            count += len(rows) - 1
-            shown = " and ".join("/".join(names[number] for number in part) for part in parts[:3])
-            example = example or f"{_text(key)!r} with {shown}"
-    if count:
-        add_note(notes, "apart", count, example)
 
 
 def _layout(n_samples: int, n_members: int, n_key_bytes: int) -> dict[str, tuple[type, tuple[int]]]:
@@ -597,7 +458,3 @@ def _append(
     arrays["member_offset"][at.members : at.members + m] = index.member_offset
     arrays["member_size"][at.members : at.members + m] = index.member_size
     at.samples, at.members, at.key_bytes = at.samples + n, at.members + m, at.key_bytes + b
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "backslashreplace")

@@ -68,9 +68,17 @@ class Source(NamedTuple):
 
 def local_source(path: str | Path, handle: int) -> Source:
     """An open file as a `Source`."""
-    return Source(
-        str(path), os.fstat(handle).st_size, lambda offset, length: os.pread(handle, length, offset)
-    )
+
+    def read(offset: int, length: int) -> bytes:
+        try:
+            return os.pread(handle, length, offset)
+        except OSError as error:
+            raise PoolError(
+                f"{path}: cannot be read at offset {offset} ({error.strerror}); see to the disk, or copy the "
+                "shard again"
+            ) from error
+
+    return Source(str(path), os.fstat(handle).st_size, read)
 
 
 def read_members(source: Source, notes: Notes | None = None) -> Iterator[Members]:

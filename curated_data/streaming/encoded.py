@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import simplejpeg
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -145,7 +146,7 @@ def is_whole_jpeg(data: bytes) -> bool:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         check_pixels(width, height)
-    except (ValueError, KeyError):  # raised for damaged data, and for too many pixels
+    except (ValueError, KeyError, Image.DecompressionBombWarning):  # damaged, or of too many pixels
         return False
     return colours not in ("CMYK", "YCCK")
 

@@ -159,13 +159,15 @@ def test_streaming_skips_no_sample_for_them(write_pool, error):
 
 
 def test_a_disk_that_fails_is_the_shards(write_pool, monkeypatch):
-    pool = ShardPool(write_pool([4]))
+    pool, other = ShardPool(write_pool([4])), ShardPool(write_pool([3], name="other"))
     len(pool)
 
     def fails(*args):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "pread", fails)
+    with pytest.raises(PoolError, match=r"other-000\.tar.*Input/output error"):
+        len(other)
     monkeypatch.setattr(pool._reader, "maps", False)
     with pytest.raises(PoolError, match=r"pool-000\.tar.*Input/output error"):
         pool.read([0])
