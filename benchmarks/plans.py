@@ -5,8 +5,8 @@
 
 Each pool is planned in an empty cache and then curated, in a process of its own. Seconds are CPU seconds of
 that process, by plan and by curation alike, so that other work on the machine tells neither; embedding
-therefore takes no worker processes. Memory is what near-duplicates and clustering added to a second process,
-which finds the embeddings in the cache.
+therefore takes no worker processes. Memory is the peak of a second process, which finds the embeddings
+in the cache, libraries and mapped files included.
 """
 
 import argparse
@@ -14,11 +14,11 @@ import multiprocessing
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from process_memory import memory_added
 
 from curated_data import CurationConfig, ShardPool, curate, pipeline
 from curated_data import plan as planning
@@ -89,13 +89,14 @@ def timed(pool: str, embedder: str, cache: str) -> tuple[dict[str, float], dict[
 
 
 def memory(pool: str, embedder: str, cache: str) -> float:
-    """MB that near-duplicates and clustering added at their height, mapped files aside (Linux)."""
+    """MB of the process at its height, mapped files included, with the embeddings in the cache (Linux)."""
     torch.set_num_threads(1)
     config = settings(pool, seed=1)
     config.near_duplicates.threshold -= 1e-3  # so that both are made anew
     place = {"embedder": embedder, "cache_dir": cache}
-    planning.resolve_embedder(embedder)
-    return memory_added(lambda: curate(pool, config, **place))[1] / 1e6
+    curate(pool, config, **place)
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0]) / 1e6
 
 
 if __name__ == "__main__":

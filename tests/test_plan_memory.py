@@ -25,11 +25,8 @@ def run(what, pool, cache, n, dimension, duplicates):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-@pytest.mark.parametrize(
-    ("n", "dimension", "duplicates"),
-    [(12_000, 1024, False), pytest.param(60_000, 768, True, marks=pytest.mark.slow)],
-)
-def test_the_peak_of_a_curation_is_within_its_plan(n, dimension, duplicates, tmp_path):
+def test_the_peak_of_a_curation_is_within_its_plan(tmp_path):
+    n, dimension, duplicates = 12_000, 1024, False
     write_pool(tmp_path / "pool.tar", n)
     settings = (tmp_path / "pool.tar", tmp_path / "cache", n, dimension, duplicates)
     planned = run("plan", *settings)["found"]

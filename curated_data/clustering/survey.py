@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def survey(x: Matrix, valid: np.ndarray | None, cosine: bool) -> Survey:
     sampled[np.linspace(0, n - 1, max(2, min(_SAMPLE, _SAMPLE_VALUES // d))).astype(np.int64)] = True
     nothing = np.zeros(d), np.full(d, np.inf), np.full(d, -np.inf), 0.0, np.empty((0, d))
 
-    def look(start: int, stop: int) -> tuple[np.ndarray, ...]:
+    def look(start: int, stop: int) -> tuple[Any, ...]:
         which = slice(first + start, first + stop)
         if valid is not None and not valid[which].any():
             return np.zeros(stop - start, bool), *nothing
@@ -71,7 +72,8 @@ def survey(x: Matrix, valid: np.ndarray | None, cosine: bool) -> Survey:
         with np.errstate(over="ignore"):
             return good, rows.sum(0), rows.min(0), rows.max(0), largest, rows[sampled[which][used]]
 
-    parts = parallel_map(look, list(blocks(last - first, BLOCK * 8))) or [(np.empty(0, bool), *nothing)]
+    parts = parallel_map(look, list(blocks(last - first, BLOCK * 8)))
+    parts = parts or [(np.empty(0, bool), *nothing)]
     good, totals, lowest, highest, largest, sample = zip(*parts, strict=True)
     usable = np.concatenate(parallel.all_gather(np.concatenate(good)))
     count = max(1, int((usable if valid is None else usable & valid).sum()))

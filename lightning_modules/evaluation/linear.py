@@ -238,7 +238,7 @@ def fit_logistic(
     weight = 1 / (inverse_penalty * n)  # of |W|² / 2, beside the mean of the loss
     mean, scale = _moments(x, n, size)
     scale = (scale.square() / 4 + weight).sqrt()  # of the objective's second derivatives
-    convert = partial(_standardised, mean=mean, scale=scale)
+    convert: Callable[[Tensor], Tensor] = partial(_standardised, mean=mean, scale=scale)
     if x.numel() * 8 <= _LOGISTIC_COPY:
         x, convert = convert(x), lambda rows: rows  # once; larger sets block by block in every pass
     penalty = torch.cat([weight / scale.square(), scale.new_zeros(1)])[:, None]  # the intercept is free
