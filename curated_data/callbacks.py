@@ -72,7 +72,8 @@ class RecurationCallback(pl.Callback):
         on_failure: "keep" the old selection and log a warning, or "stop" the run with the error. On several
             ranks a failure of one is that of all.
         keep_artifacts: keep the embeddings and trees of earlier re-curations in the cache. Selections are
-            always kept, because checkpoints refer to them.
+            always kept, because checkpoints refer to them, and so is what another run or a `Curation` still
+            uses.
 
     Raises:
         ConfigError: no trigger or several, values out of range, or a Trainer without a `CuratedDataModule`
