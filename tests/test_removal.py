@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 
 import curated_data
 from curated_data import ClusterTree, CuratedDataModule, RecurationCallback, ShardPool, ShardWriter, curate
-from curated_data.cache import MANIFEST, Remedy, open_cache, read_manifest, sealed
+from curated_data.cache import MANIFEST, open_cache, read_manifest, sealed
 from curated_data.callbacks import _is_dropped
 from curated_data.clustering.checkpoint import Checkpoint, Running
 from curated_data.embedding.store import EmbeddingStore
 from curated_data.errors import CacheError, CuratedDataError
 from curated_data.inspect import inspect_cache, verify_cache
+from curated_data.remedies import Remedy
 from curated_data.removal import STAGES, artifact_folder, remove, set_aside
 from curated_data.seals import load_npy
 from curated_data.stored import open_curation, selections

@@ -18,7 +18,6 @@ import numpy as np
 
 from curated_data.cache import (
     MANIFEST,
-    Remedy,
     atomic_path,
     new_array,
     read_array,
@@ -29,6 +28,7 @@ from curated_data.cache import (
 )
 from curated_data.errors import CacheError, PoolError
 from curated_data.pool.tar import Source, local_source, read_members
+from curated_data.remedies import Remedy
 from curated_data.removal import shown
 from curated_data.seals import reading
 
