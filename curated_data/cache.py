@@ -12,8 +12,6 @@ import errno
 import hashlib
 import json
 import os
-import re
-import stat
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +24,8 @@ from curated_data.errors import CacheError
 from curated_data.holds import MARKER
 from curated_data.locks import locked, open_own, remove_if_free, writable
 from curated_data.paths import local_path
+from curated_data.remedies import MANIFEST as MANIFEST
+from curated_data.remedies import Remedy
 from curated_data.removal import TEMPORARY, is_fingerprint, remove, shown
 from curated_data.seals import (
     MapMode,
@@ -41,11 +41,9 @@ from curated_data.seals import (
 )
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 _SEAL = "seal"
 _SWEPT = ".swept"
 _DAY = 24 * 3600.0
-_ARTIFACT = re.compile(r"(tree-)?[0-9a-f]{20}", re.ASCII)  # the name of an artifact, or of its checkpoint
 _REMOVED = f"{TEMPORARY}*-removed"  # what `removal.set_aside` left when it was killed
 
 
@@ -419,46 +417,8 @@ def _unless(*codes: int) -> Iterator[None]:
             raise
 
 
-class Remedy:
-    """What to do about a damaged file: remove the whole artifact of a cache that it belongs to.
-
-    Found out only when an error shows it: it looks at every folder above the file, of which a cache may have
-    a hundred thousand, on a network. Only an artifact of a cache is said to be removed, or, for a file that
-    lies outside, its folder if that is an artifact and holds nothing else.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __str__(self) -> str:
-        path = self.path
-        if path.name == MARKER:
-            return f"see what else {path.parent} has lost, and remove that file, or give another cache_dir"
-        for folder in path.absolute().parents:
-            if _ARTIFACT.fullmatch(folder.name) and _is_file(folder.parent.parent / MARKER):
-                return f"remove {folder} to have it built again"
-        if _is_artifact(path.parent):
-            return f"remove {path.parent} to have it built again"
-        return "restore it from a copy, or have it written again"
-
-
 def _checksum(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _is_artifact(folder: Path) -> bool:
-    """Whether a folder has a manifest, and nothing that this does not list."""
-    with contextlib.suppress(Exception):
-        manifest = json.loads(read_bytes(folder / MANIFEST))
-        return {path.name for path in folder.iterdir()} <= {MANIFEST, *manifest["files"]}
-    return False
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return stat.S_ISREG(path.lstat().st_mode)
-    except (OSError, ValueError):
-        return False
 
 
 def _flush(path: Path) -> None:

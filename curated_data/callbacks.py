@@ -1,6 +1,5 @@
 """Re-curation: select new training data, using the features of the model in training."""
 
-import contextlib
 import dataclasses
 import logging
 import math
@@ -28,13 +27,13 @@ from curated_data.holds import remove_unheld
 from curated_data.parallel import barrier, broadcast, is_distributed, rank, together
 from curated_data.pipeline import Curation, check_levels, curate
 from curated_data.recuration import levels_of_share, recurate
-from curated_data.removal import artifact_folder, artifact_name, is_fingerprint, shown
+from curated_data.recuration_state import checked_state
+from curated_data.removal import artifact_folder
 from curated_data.stored import open_curation
 from curated_data.trainer import is_between_epochs
 
 log = logging.getLogger(__name__)
 
-_COUNTS = ("n_recurations", "last_step", "epochs_without_gain")
 _REPLACED = ("embeddings", "fresh_embeddings", "near_duplicates", "tree")
 
 
@@ -72,7 +71,8 @@ class RecurationCallback(pl.Callback):
         on_failure: "keep" the old selection and log a warning, or "stop" the run with the error. On several
             ranks a failure of one is that of all.
         keep_artifacts: keep the embeddings and trees of earlier re-curations in the cache. Selections are
-            always kept, because checkpoints refer to them.
+            always kept, because checkpoints refer to them, and so is what another run or a `Curation` still
+            uses.
 
     Raises:
         ConfigError: no trigger or several, values out of range, or a Trainer without a `CuratedDataModule`
@@ -211,7 +211,7 @@ class RecurationCallback(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state = _checked_state(state_dict)
+        state = checked_state(state_dict)
         self.n_recurations = state["n_recurations"]
         self._last_step = state["last_step"]
         self._best = state["best"]
@@ -415,49 +415,6 @@ def _artifacts(curation: Curation) -> list[str]:
     """The artifacts of a curation that a later one may remove, by their names in the cache."""
     folders = (curation.folders[name] for name in _REPLACED if name in curation.folders)
     return [f"{folder.parent.name}/{folder.name}" for folder in folders]
-
-
-def _checked_state(state: object) -> dict[str, Any]:
-    """The callback's state as a checkpoint holds it.
-
-    Raises:
-        CacheError: a value is missing, of another type, or names something else than an artifact of a cache.
-    """
-    if not isinstance(state, dict):
-        raise CacheError(f"RecurationCallback: the checkpoint holds {shown(state)} as its state")
-    state = {"selection": None} | state  # which the first checkpoints lack
-    unfinished, artifacts, best = (state.get(name) for name in ("unfinished", "artifacts", "best"))
-    is_right = {name: _is_count(state.get(name)) for name in _COUNTS} | {
-        "best": "best" in state and (best is None or type(best) in (int, float)),
-        "unfinished": "unfinished" in state
-        and (
-            unfinished is None
-            or (
-                isinstance(unfinished, dict)
-                and set(unfinished) == {"epoch", "step"}
-                and all(map(_is_count, unfinished.values()))
-            )
-        ),
-        "artifacts": isinstance(artifacts, list | tuple) and all(map(_is_removable, artifacts)),
-        "selection": state["selection"] is None or is_fingerprint(state["selection"]),
-    }
-    for name, is_so in is_right.items():
-        if not is_so:
-            raise CacheError(
-                f"RecurationCallback: the checkpoint holds {name} = {shown(state.get(name))}, which no "
-                "re-curation writes; resume from another checkpoint"
-            )
-    return state
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 62
-
-
-def _is_removable(name: object) -> bool:
-    with contextlib.suppress(CacheError):
-        return artifact_name(name).partition("/")[0] != "selection"  # which checkpoints refer to
-    return False
 
 
 def _datamodule(trainer: pl.Trainer) -> CuratedDataModule:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curated_data.cache import MANIFEST, Remedy, absolute, check_artifact, check_format, read_json
+from curated_data.cache import MANIFEST, absolute, check_artifact, check_format, read_json
 from curated_data.errors import CacheError
 from curated_data.holds import MARKER
+from curated_data.remedies import Remedy
 from curated_data.seals import reading
 
 

@@ -4,6 +4,7 @@ import copy
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import time
 from pathlib import Path
@@ -145,33 +146,33 @@ def test_where_no_lock_can_be_taken_nothing_is_held_and_nothing_fails(artifact, 
     assert not (tmp_path / "no").exists()
 
 
-def _hold_often(folder, until):
-    while time.time() < until:
+def _hold_often(folder, ended):
+    while not ended.is_set():
         held = Hold(folder)
         if (folder / "rows").exists():
             time.sleep(0.001)
             (folder / "rows").read_text()
         del held
+        time.sleep(random.random() * 0.02)
 
 
 def test_no_holder_ever_loses_what_it_has_seen(artifact):
     """Holders come and go while one process removes and builds the artifact again and again."""
-    until = time.time() + 3
-    processes = [CONTEXT.Process(target=_hold_often, args=(artifact, until)) for _ in range(3)]
+    ended = CONTEXT.Event()
+    processes = [CONTEXT.Process(target=_hold_often, args=(artifact, ended)) for _ in range(3)]
     for process in processes:
         process.start()
-    removed = 0
-    while time.time() < until:
-        if remove(artifact):
-            removed += 1
-            temporary = artifact.with_name(".tmp-new")
-            temporary.mkdir()
-            (temporary / "rows").write_text("x")
-            temporary.rename(artifact)
+    for _ in range(30):
+        while not remove(artifact):
+            time.sleep(0.0005)
+        temporary = artifact.with_name(".tmp-new")
+        temporary.mkdir()
+        (temporary / "rows").write_text("x")
+        temporary.rename(artifact)
+    ended.set()
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert removed
 
 
 CONFIG = {"target_size": 10, "levels": [{"n_clusters": 4}], "embedding": {"num_workers": 0}}
@@ -219,3 +220,18 @@ def test_a_faster_training_leaves_what_a_slower_one_reads(write_pool, tmp_path):
     assert len(kept) == 3  # the first curation's, the slower run's, the last one's
     del slower
     assert remove_unheld(tmp_path / "c" / mine, below=tmp_path / "c")
+
+
+def test_two_ranks_do_not_hold_each_others_leftovers(write_pool, tmp_path):
+    callback = RecurationCallback(every_n_epochs=1)
+    fit(
+        write_pool(SIZES),
+        tmp_path / "c",
+        None,
+        epochs=4,
+        callbacks=[callback],
+        devices=2,
+        strategy="ddp_fork",
+    )
+    for stage in ("embeddings", "tree"):  # the first curation's and the last one's
+        assert len([path for path in (tmp_path / "c" / stage).iterdir() if path.name[0] != "."]) == 2

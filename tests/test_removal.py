@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 
 import curated_data
 from curated_data import ClusterTree, CuratedDataModule, RecurationCallback, ShardPool, ShardWriter, curate
-from curated_data.cache import MANIFEST, Remedy, open_cache, read_manifest, sealed
+from curated_data.cache import MANIFEST, open_cache, read_manifest, sealed
 from curated_data.callbacks import _is_dropped
 from curated_data.clustering.checkpoint import Checkpoint, Running
 from curated_data.embedding.store import EmbeddingStore
 from curated_data.errors import CacheError, CuratedDataError
 from curated_data.inspect import inspect_cache, verify_cache
+from curated_data.remedies import Remedy
 from curated_data.removal import STAGES, artifact_folder, remove, set_aside
 from curated_data.seals import load_npy
 from curated_data.stored import open_curation, selections
@@ -545,3 +546,41 @@ def test_a_loaded_store_names_its_shards_files(place):
         table.unlink()
     with pytest.raises(CacheError, match=rf"{shards[0]}\.json: damaged \(failures"):
         EmbeddingStore(folder, shards, 12, "float16")
+
+
+@pytest.mark.parametrize("artifacts", ["absolute", "climbing", "letters", "selection", "link"])
+def test_a_training_checkpoint_has_no_folder_removed(write_pool, tmp_path, artifacts):
+    """Plain values in a checkpoint file, as `weights_only` loads them, in a whole run that re-curates."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from tests.test_recuration import SIZES, fit
+
+    shards, cache, victim = write_pool(SIZES), tmp_path / "cache", tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").write_text("years of work")
+    saving = ModelCheckpoint(tmp_path / "k", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    callbacks = [RecurationCallback(1), saving]
+    fit(shards, cache, None, epochs=2, callbacks=callbacks, enable_checkpointing=True)
+    path = tmp_path / "k" / "step=6.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    (key,) = (key for key in checkpoint["callbacks"] if "Recuration" in key)
+    state = checkpoint["callbacks"][key]
+    (tmp_path / "cache" / "tree" / NAME).symlink_to(victim)
+    state["artifacts"] = {
+        "absolute": [str(victim)],
+        "climbing": ["../victim", "tree/../../victim"],
+        "letters": str(victim),
+        "selection": [f"selection/{state['selection']}"],
+        "link": [f"tree/{NAME}"],
+    }[artifacts]
+    torch.save(checkpoint, path)
+    before = {found for found in tmp_path.rglob("*") if ".locks" not in found.parts}
+    resumed = {"epochs": 3, "callbacks": [RecurationCallback(1)], "ckpt_path": path}
+    if artifacts == "link":  # of the right form, so it is looked at, and stays
+        fit(shards, cache, None, **resumed)
+    else:
+        with pytest.raises(CacheError, match="artifacts"):
+            fit(shards, cache, None, **resumed)
+        assert before <= {found for found in tmp_path.rglob("*") if ".locks" not in found.parts}
+    assert (victim / "precious").read_text() == "years of work"
+    assert (cache / "selection" / state["selection"]).is_dir()

@@ -12,7 +12,6 @@ from scipy import sparse
 
 from curated_data.cache import (
     MANIFEST,
-    Remedy,
     atomic_path,
     atomic_save,
     read_array,
@@ -21,6 +20,7 @@ from curated_data.cache import (
     write_manifest,
 )
 from curated_data.errors import CacheError
+from curated_data.remedies import Remedy
 from curated_data.removal import TEMPORARY, remove, set_aside
 from curated_data.seals import reading
 

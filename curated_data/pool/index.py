@@ -18,7 +18,6 @@ import numpy as np
 
 from curated_data.cache import (
     MANIFEST,
-    Remedy,
     atomic_path,
     fingerprint,
     new_array,
@@ -33,6 +32,7 @@ from curated_data.pool.grouping import group_members, text_of
 from curated_data.pool.grouping import split_name as split_name
 from curated_data.pool.notes import Notes, add_note, joined_notes, notes_from_json
 from curated_data.pool.tar import Source, local_source
+from curated_data.remedies import Remedy
 from curated_data.removal import shown
 from curated_data.seals import reading
 
