@@ -22,7 +22,7 @@ from curated_data.cache import open_cache
 from curated_data.cli import main
 from curated_data.errors import CacheError, ConfigError, CuratedDataError, PoolError
 from curated_data.export import export
-from curated_data.pool import RemoteOptions, ShardPool, ShardWriter, import_folder
+from curated_data.pool import RemoteOptions, ShardPool, ShardWriter, import_folder, out
 from curated_data.pool import claim as claims
 from curated_data.pool.urls import expand_urls
 from curated_data.report.page import write_report
@@ -141,6 +141,29 @@ class TestStores:
                 use(place)
             assert place in str(caught.value)
         assert os.listdir(tmp_path) == ["a.jpg"]
+
+    def test_where_files_grow_in_sight_they_are_renamed_when_whole(self, bucket, monkeypatch):
+        """As on SFTP or HDFS: a shard never stands under its name in part."""
+        from fsspec.implementations.memory import MemoryFileSystem
+
+        monkeypatch.setattr(out, "_WHOLE", ())
+        seen = []
+        put = MemoryFileSystem.put_file
+
+        def put_file(self, local, remote, **options):
+            seen.append(remote.rpartition("/")[2])
+            return put(self, local, remote, **options)
+
+        monkeypatch.setattr(MemoryFileSystem, "put_file", put_file)
+        shards = write(f"{bucket}/deep")
+        assert all(name.startswith(".tmp-") for name in seen)
+        assert names_in(f"{bucket}/deep") == [f"shard-00000{i}.tar" for i in range(3)]
+        assert len(ShardPool(shards)) == 5
+        fsspec.filesystem("memory").pipe(
+            f"{bucket}/deep/.tmp-{'0' * 12}-shard-000007.tar", b"of a killed run"
+        )
+        write(f"{bucket}/deep", 1, overwrite=True)
+        assert names_in(f"{bucket}/deep") == ["shard-000000.tar"]
 
     def test_a_store_that_fails_is_one_error(self, bucket, monkeypatch):
         from fsspec.implementations.memory import MemoryFileSystem
