@@ -373,6 +373,17 @@ class TestWriters:
                         ShardWriter(place, overwrite=overwrite)
             assert len(ShardPool(first.shards)) == 1
 
+    def test_a_living_writer_of_an_overlapping_pattern(self, tmp_path):
+        with ShardWriter(tmp_path / "x-1%d.tar") as first:
+            first.write(samples(1)[0])
+            first.publish()
+            with pytest.raises(PoolError, match="is at work"):
+                ShardWriter(tmp_path / "x-%d.tar", overwrite=True)
+            assert (tmp_path / "x-10.tar").exists()
+        assert len(ShardPool(first.shards)) == 1
+        write(tmp_path / "x-%d.tar", 1, overwrite=True)
+        assert os.listdir(tmp_path) == ["x-0.tar"]
+
     def test_a_writer_that_was_dropped_is_dead(self, tmp_path):
         writer = ShardWriter(tmp_path, max_samples=1)
         for sample in samples(2):
