@@ -171,6 +171,8 @@ class RemoteFolder:
         for attempt in range(_ATTEMPTS):
             with self._reaching(self.place(name)):
                 try:
+                    if not self._is_whole:
+                        self._store.makedirs(self._path, exist_ok=True)
                     self._store.put_file(local, first)
                     self._store.invalidate_cache()
                     stored = self._store.info(first).get("size")

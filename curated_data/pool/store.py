@@ -30,7 +30,7 @@ _HTTP = ("http://", "https://")
 _S3 = ("s3://", "s3a://")
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "Content-MD5", "LastModified", "Last-Modified", "mtime")
 _LISTED_FROM = 200  # shards in one folder, from which listing it is faster than one request per shard
-_PIECE = 32 << 20  # bytes asked for at once, to download
+_PIECE = 8 << 20  # bytes asked for at once, to download
 Result = TypeVar("Result")
 
 

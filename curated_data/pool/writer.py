@@ -12,7 +12,7 @@ from typing import IO, Any, Self
 
 from curated_data.errors import PoolError
 from curated_data.paths import local_path, spelled
-from curated_data.pool.claim import Claim, check_free
+from curated_data.pool.claim import Claim, check_free, names_in
 from curated_data.pool.decode import IMAGE_EXTENSIONS, as_extensions
 from curated_data.pool.encode import encode_member
 from curated_data.pool.folders import ImageFolders, read_image
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 BESIDE = ("classes.json", "clusters.npy", "ids.npy", "manifest.json")
 """What a run may write beside its shards."""
 
+_UNFINISHED = ".unfinished"
 _NUMBER = re.compile(r"%0?(\d*)d")
 
 
@@ -91,6 +92,10 @@ class ShardWriter:
     def _start_over(self, overwrite: bool) -> None:
         """Remove what a killed run of this pattern left, and finished shards if that was asked."""
         existing = _check_ours(self.out, self.name, self._claim.listed, overwrite)
+        markers = [name for name in self.out.names() if name.endswith(_UNFINISHED)] if existing else []
+        for marker in markers:  # another pattern may have such names, too
+            if marker != _marker(self.name) and names_in(self.out.read(marker)) & set(existing):
+                check_free(self.out, marker, overwrite=overwrite)
         self._claim.add(existing)  # so that a kill within the next lines leaves none that nobody owns
         beside = [name for name in BESIDE if name in self._claim.listed]
         unfinished = re.compile(rf"\.tmp-\w{{12}}-({'|'.join(map(re.escape, beside))})")
@@ -256,7 +261,7 @@ def check_out(
 
 
 def _marker(name: str) -> str:
-    return f".{_NUMBER.sub('#', name)}.unfinished"
+    return f".{_NUMBER.sub('#', name)}{_UNFINISHED}"
 
 
 def existing_shards(folder: LocalFolder | RemoteFolder, name: str) -> list[str]:

@@ -22,7 +22,7 @@ from curated_data.cache import open_cache
 from curated_data.cli import main
 from curated_data.errors import CacheError, ConfigError, CuratedDataError, PoolError
 from curated_data.export import export
-from curated_data.pool import RemoteOptions, ShardPool, ShardWriter, import_folder
+from curated_data.pool import RemoteOptions, ShardPool, ShardWriter, import_folder, out
 from curated_data.pool import claim as claims
 from curated_data.pool.urls import expand_urls
 from curated_data.report.page import write_report
@@ -141,6 +141,29 @@ class TestStores:
                 use(place)
             assert place in str(caught.value)
         assert os.listdir(tmp_path) == ["a.jpg"]
+
+    def test_where_files_grow_in_sight_they_are_renamed_when_whole(self, bucket, monkeypatch):
+        """As on SFTP or HDFS: a shard never stands under its name in part."""
+        from fsspec.implementations.memory import MemoryFileSystem
+
+        monkeypatch.setattr(out, "_WHOLE", ())
+        seen = []
+        put = MemoryFileSystem.put_file
+
+        def put_file(self, local, remote, **options):
+            seen.append(remote.rpartition("/")[2])
+            return put(self, local, remote, **options)
+
+        monkeypatch.setattr(MemoryFileSystem, "put_file", put_file)
+        shards = write(f"{bucket}/deep")
+        assert all(name.startswith(".tmp-") for name in seen)
+        assert names_in(f"{bucket}/deep") == [f"shard-00000{i}.tar" for i in range(3)]
+        assert len(ShardPool(shards)) == 5
+        fsspec.filesystem("memory").pipe(
+            f"{bucket}/deep/.tmp-{'0' * 12}-shard-000007.tar", b"of a killed run"
+        )
+        write(f"{bucket}/deep", 1, overwrite=True)
+        assert names_in(f"{bucket}/deep") == ["shard-000000.tar"]
 
     def test_a_store_that_fails_is_one_error(self, bucket, monkeypatch):
         from fsspec.implementations.memory import MemoryFileSystem
@@ -349,6 +372,17 @@ class TestWriters:
                     with pytest.raises(PoolError, match="is at work"):
                         ShardWriter(place, overwrite=overwrite)
             assert len(ShardPool(first.shards)) == 1
+
+    def test_a_living_writer_of_an_overlapping_pattern(self, tmp_path):
+        with ShardWriter(tmp_path / "x-1%d.tar") as first:
+            first.write(samples(1)[0])
+            first.publish()
+            with pytest.raises(PoolError, match="is at work"):
+                ShardWriter(tmp_path / "x-%d.tar", overwrite=True)
+            assert (tmp_path / "x-10.tar").exists()
+        assert len(ShardPool(first.shards)) == 1
+        write(tmp_path / "x-%d.tar", 1, overwrite=True)
+        assert os.listdir(tmp_path) == ["x-0.tar"]
 
     def test_a_writer_that_was_dropped_is_dead(self, tmp_path):
         writer = ShardWriter(tmp_path, max_samples=1)
