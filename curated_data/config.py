@@ -57,7 +57,7 @@ class NearDuplicateConfig:
     """
 
     enabled: bool = False
-    threshold: float = 0.95
+    threshold: float = 0.98
     n_neighbours: int = 16
     prefer: str = "connected"
     held_out: list[str] = field(default_factory=list)

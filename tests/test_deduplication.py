@@ -3,7 +3,9 @@
 import pytest
 
 from curated_data import curate
+from curated_data.config import NearDuplicateConfig
 from curated_data.errors import ConfigError, PoolError
+from curated_data.selection.near_duplicates import THRESHOLD
 
 CONFIG = {"target_size": 5, "levels": [{"n_clusters": 2}], "embedding": {"num_workers": 0}}
 
@@ -24,6 +26,10 @@ def test_held_out_shards_of_which_nothing_can_be_embedded(write_pool, tmp_path):
         run(shards, broken, cache)
     with pytest.raises(PoolError, match=r"^near_duplicates\.held_out: the pool is empty"):
         run(shards, write_pool([0], name="none"), cache)
+
+
+def test_the_setting_and_the_function_have_one_default():
+    assert NearDuplicateConfig().threshold == THRESHOLD
 
 
 def test_held_out_samples_that_cannot_be_embedded_are_counted(write_pool, tmp_path, caplog):

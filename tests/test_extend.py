@@ -243,6 +243,39 @@ def test_new_copies_stay_out_and_what_the_tree_holds_stays_in(write_pool, tmp_pa
     assert "near_duplicates is not enabled, though the tree was built without" in caplog.text
 
 
+def test_what_was_removed_comes_back_if_nothing_that_it_copies_is_left(write_pool, tmp_path):
+    """The originals' shard has left the pool: one copy of each stays, the others are near a kept one."""
+    from curated_data.selection.removed import Removed
+    from tests.conftest import png
+
+    cache, rng = tmp_path / "cache", np.random.default_rng(77)
+    pictures = [rng.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(4)]
+    first = write_pool([12], name="first", bad={(0, i): png(p) for i, p in enumerate(pictures)}, seed=1)
+    # Each picture twice more, slightly changed, and the last copy of the fourth in a third shard.
+    changed = [png(p ^ (rng.random(p.shape) < 0.5)) for p in pictures]
+    second = write_pool([20], name="second", bad={(0, i): changed[i // 2] for i in range(8)}, seed=2)
+    third = write_pool([6], name="third", bad={(0, 0): changed[3]}, seed=3)
+    config = CONFIG | {"target_size": 1000, "near_duplicates": {"enabled": True, "threshold": 0.999}}
+    old = curate(first + second, config, embedder="pixels:4", cache_dir=cache)
+    assert old.report["near_duplicates"] == 8
+    place = {"embedder": "pixels:4", "cache_dir": cache, "tree": old.folders["tree"]}
+    grown = extend(second + third, config, **place)
+    assert grown.report["readmitted"] == 4
+    assert grown.report["removed_new"] == 1
+    removed = Removed.load(grown.folders["near_duplicates"])
+    x = grown.embeddings.as_array(np.float64)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    out = np.flatnonzero(~removed.keep)
+    assert len(out) == 5
+    assert removed.keep[removed.near[out]].all()
+    assert ((unit[out] * unit[removed.near[out]]).sum(axis=1) >= 0.999).all()
+    cosine = unit[removed.keep] @ unit[removed.keep].T
+    assert (cosine >= 0.999).sum() == len(cosine)
+    assert set(grown.ids) == set(np.flatnonzero(removed.keep))
+    # With the originals still there, all of them stay out.
+    assert extend(first + second + third, config, **place).report["readmitted"] == 0
+
+
 def _enlarged(content):
     import io
 

@@ -183,7 +183,9 @@ def test_more_copies_than_neighbours_hide_nothing(n_copies, n_neighbours, cell_s
     scaled = x[:2] * np.linspace(1, 3, n_copies, dtype=np.float32)[:, None, None]  # equal but for rounding
     x = np.concatenate([x, np.tile(x[:5], (n_copies, 1)), near, scaled.reshape(-1, 16)])
     x = x[rng.permutation(len(x))]
-    found = near_duplicates(x, n_neighbours=n_neighbours, cell_size=cell_size, n_probes=len(x))
+    found = near_duplicates(
+        x, threshold=0.95, n_neighbours=n_neighbours, cell_size=cell_size, n_probes=len(x)
+    )
     check(found, x, 0.95)
     assert found.keep.sum() == 30
 
@@ -208,7 +210,7 @@ def test_the_more_connected_stays_and_ties_keep_the_first():
     assert near_duplicates(x, threshold=1.0).near.tolist() == [-1, 0, 0, 0]
     # Two copies of one image have more copies than the image between them and a third.
     pair = np.array([[1, 0], [1, 0], [0.97, 0.2]])
-    assert near_duplicates(pair).near.tolist() == [-1, 0, 0]
+    assert near_duplicates(pair, threshold=0.95).near.tolist() == [-1, 0, 0]
 
 
 def test_few_probes_find_nearly_all():
