@@ -6,7 +6,7 @@ same way, so that a shard's embeddings do not depend on which process computes t
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from curated_data.errors import ConfigError, CuratedDataError, EmbedderError, fi
 from curated_data.locks import locked
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import IMAGE_EXTENSIONS, Decoders, as_decoders
+from curated_data.pool.fields import checked_fields
 from curated_data.progress import progress
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def embed_pool(
     device: str | torch.device = "auto",
     precision: str = "auto",
     decoders: Decoders | None = None,
+    fields: Sequence[str] | None = None,
     multiprocessing_context: str | None = None,
     ids: np.ndarray | None = None,
 ) -> EmbeddingStore:
@@ -56,7 +58,8 @@ def embed_pool(
 
     The ranks of a process group, and unrelated runs that share the cache, divide the shards among themselves
     by locks; there are no collective calls. A sample that cannot be decoded or preprocessed, or whose
-    embedding is not finite, gets a row of zeros and an entry in the store's `failures`.
+    embedding is not finite, gets a row of zeros and an entry in the store's `failures`. So does one of which
+    a field cannot be decoded that training will ask for.
 
     Args:
         pool: n samples.
@@ -68,6 +71,7 @@ def embed_pool(
         device: of the embedder; "auto" takes the current CUDA device, or the CPU if there is none.
         precision: "32", or "bf16" for autocast; "auto" takes bf16 on CUDA devices that support it.
         decoders: by extension, see `decode_sample`.
+        fields: those that training will ask for, see `checked_fields`; None: all.
         multiprocessing_context: how those processes start, see `EmbeddingConfig`.
         ids: (m,) int64, ascending and unique: embed only these samples. The store then has one row for each,
             in their order, and is separate from that of the whole pool.
@@ -79,7 +83,9 @@ def embed_pool(
     device = _device(device)
     _check_dimension(embedder)
     use_bf16 = _uses_bf16(precision, device)
-    name = embeddings_name(pool, embedder, dtype=dtype, precision=precision, decoders=decoders, ids=ids)
+    name = embeddings_name(
+        pool, embedder, dtype=dtype, precision=precision, decoders=decoders, fields=fields, ids=ids
+    )
     folder = Path(cache_root) / "embeddings" / name
     shards = pool.shard_fingerprints
     ranges = pool.shard_ranges() if ids is None else np.searchsorted(ids, pool.shard_ranges())
@@ -100,6 +106,7 @@ def embed_pool(
                 multiprocessing_context,
                 ranges,
                 ids,
+                checked_fields(fields, as_decoders(decoders), pool.image_extensions),
             )
             done = 0
             # Ranks start at different shards, so as not to queue for the same locks. A second pass, which
@@ -170,6 +177,7 @@ def embeddings_name(
     dtype: str,
     precision: str,
     decoders: Decoders | None = None,
+    fields: Sequence[str] | None = None,
     ids: np.ndarray | None = None,
     **_: Any,
 ) -> str:
@@ -177,6 +185,11 @@ def embeddings_name(
     unusual: dict[str, Any] = {} if ids is None else {"ids": ids}
     if pool.image_extensions != IMAGE_EXTENSIONS:  # which decide what of a sample is embedded
         unusual["image_extensions"] = pool.image_extensions
+    if fields is not None:
+        own = as_decoders(decoders)
+        checked = checked_fields(fields, own, pool.image_extensions)
+        if checked != checked_fields(None, own, pool.image_extensions):
+            unusual["fields"] = sorted(checked)
     return fingerprint(
         embedder=embedder.fingerprint,
         dtype=dtype,
