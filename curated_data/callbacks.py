@@ -379,6 +379,7 @@ class RecurationCallback(pl.Callback):
             "cache_dir": cache_dir,
             "device": trainer.strategy.root_device,
             "decoders": data.decoders,
+            "fields": data.fields,
         }
         if self.share == 1:
             return curate(data.pool, config, **settings)

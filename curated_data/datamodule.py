@@ -119,7 +119,8 @@ class CuratedDataModule(pl.LightningDataModule):
         decoders: by extension, see `decode_sample`.
         fields: what batches have besides images: some of "label", "caption" and "metadata", and the
             extensions of `decoders` for members that are none of these. Members of other fields are not
-            decoded, so what they hold does not matter. None: all.
+            decoded, so what they hold does not matter; a curation takes no sample whose fields cannot be
+            decoded. None: all.
         min_size: decode larger JPEGs at a reduced scale whose sides are at least this many pixels.
         image_size: side of the default image, in pixels.
         on_error: what to do about a sample that cannot be decoded: "raise", or "skip" (another one replaces
@@ -404,6 +405,7 @@ class CuratedDataModule(pl.LightningDataModule):
                 cache_dir=self.cache_dir,
                 device="auto" if self.trainer is None else self.trainer.strategy.root_device,
                 decoders=self.decoders,
+                fields=self.fields,
             )
             self.base_curation = self.curation
             self._stream.start_with(self.curation.ids)

@@ -77,7 +77,7 @@ def embed_held_out(
     if pool is None:
         return None
     settings = dataclasses.asdict(config.embedding)
-    store = embed_pool(pool, embedder, root, device=device, decoders=decoders, **settings)
+    store = embed_pool(pool, embedder, root, device=device, decoders=decoders, fields=[], **settings)
     if store.n_failures == len(store):
         first = next(store.iterate_failures())
         raise ConfigError(

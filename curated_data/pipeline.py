@@ -83,6 +83,7 @@ def curate(
     cache_dir: str | Path,
     device: str | torch.device = "auto",
     decoders: Decoders | None = None,
+    fields: Sequence[str] | None = None,
 ) -> Curation:
     """Select a balanced subset of a pool by hierarchical k-means with resampling (arXiv 2405.15613).
 
@@ -97,6 +98,8 @@ def curate(
         device: for embedding and clustering; "auto" takes the current CUDA device, or the CPU if there is
             none.
         decoders: of pool members by extension, see `decode_sample`.
+        fields: what training will ask for besides the images, as for `CuratedDataModule`. A sample of which
+            one cannot be decoded counts as failed and is not selected. None: all.
 
     Raises:
         ConfigError: a setting that is unknown, out of range, or asks for more clusters than the pool has
@@ -107,7 +110,7 @@ def curate(
         RankError: another rank has failed or died.
     """
     with opened(pool, config, cache_dir) as (shards, settings, root):
-        return _curate(shards, settings, embedder, root, device, decoders)
+        return _curate(shards, settings, embedder, root, device, decoders, fields)
 
 
 @contextlib.contextmanager
@@ -132,6 +135,7 @@ def _curate(
     root: Path,
     device: str | torch.device,
     decoders: Decoders | None,
+    fields: Sequence[str] | None,
 ) -> Curation:
     embedder = resolve_embedder(embedder)  # now, before anything takes long
     held_out_pool = open_held_out(config, root, pool)
@@ -150,7 +154,7 @@ def _curate(
     with _timed(seconds, "embed"):
         held_out = embed_held_out(held_out_pool, embedder, root, config, device, decoders)  # the smaller
         settings = dataclasses.asdict(config.embedding)
-        store = embed_pool(pool, embedder, root, device=device, decoders=decoders, **settings)
+        store = embed_pool(pool, embedder, root, device=device, decoders=decoders, fields=fields, **settings)
     valid = store.valid
     folders = {"embeddings": store.folder}
 

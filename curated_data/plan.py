@@ -56,8 +56,8 @@ class Plan:
         embedding_bytes: size of the pool's embeddings on disk.
         tree_bytes: size of the tree on disk: centroids, and arrays with one entry per sample.
         peak_bytes: peak memory of each rank's process, as the system counts it: libraries, embedder, mapped
-            files, and what near-duplicates and clustering take. The measured peak should be 0.4 to 1 times it; worker
-            processes come on top.
+            files, and what near-duplicates and clustering take. The measured peak should be 0.4 to 1 times it;
+            worker processes come on top.
         stages: in order.
     """
 

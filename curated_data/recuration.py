@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ def recurate(
     cache_dir: str | Path,
     device: str | torch.device = "auto",
     decoders: Decoders | None = None,
+    fields: Sequence[str] | None = None,
 ) -> Curation:
     """Select again, embedding only a share of the pool. Every rank calls it and returns the same.
 
@@ -69,7 +70,7 @@ def recurate(
         config: as for `curate`; the search for near-duplicates is not repeated.
         base: an earlier curation of the whole pool, whose clusters place the samples that are not embedded.
         share: of the samples that are embedded, in (0, 1].
-        embedder, cache_dir, device, decoders: as for `curate`.
+        embedder, cache_dir, device, decoders, fields: as for `curate`.
 
     Returns:
         A curation whose `embeddings` are still those of `base`, which cover the pool. The new ones are in
@@ -82,7 +83,7 @@ def recurate(
         RankError: another rank has failed or died.
     """
     with opened(pool, config, cache_dir) as (shards, settings, root):
-        return _recurate(shards, settings, base, share, embedder, root, device, decoders)
+        return _recurate(shards, settings, base, share, embedder, root, device, decoders, fields)
 
 
 def _recurate(
@@ -94,6 +95,7 @@ def _recurate(
     root: Path,
     device: str | torch.device,
     decoders: Decoders | None,
+    fields: Sequence[str] | None,
 ) -> Curation:
     started = time.monotonic()
     if base.tree.n_samples != len(pool):
@@ -104,7 +106,14 @@ def _recurate(
     check_levels(config.levels, len(fresh))
     settings = dataclasses.asdict(config.embedding)
     store = embed_pool(
-        pool, resolve_embedder(embedder), root, device=device, decoders=decoders, ids=fresh, **settings
+        pool,
+        resolve_embedder(embedder),
+        root,
+        device=device,
+        decoders=decoders,
+        fields=fields,
+        ids=fresh,
+        **settings,
     )
     usable = store.valid
     if not usable.any():

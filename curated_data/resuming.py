@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.trainer.states import TrainerFn
 
 from curated_data.errors import ConfigError
@@ -50,8 +51,12 @@ def resume_stream(trainer: pl.Trainer) -> None:
 
 
 def is_tuned(trainer: pl.Trainer | None) -> bool:
-    """Whether a Tuner tries something out, without the callbacks of the Trainer."""
-    return trainer is not None and is_running(trainer) and not _has_callback(trainer)
+    """Whether a Tuner tries something out, for which it takes the Trainer's callbacks away, or will."""
+    if trainer is None or not is_running(trainer):
+        return False
+    return not _has_callback(trainer) or any(
+        isinstance(callback, BatchSizeFinder) for callback in _callbacks(trainer)
+    )
 
 
 def _has_callback(trainer: pl.Trainer) -> bool:

@@ -120,13 +120,15 @@ def test_a_modules_views_are_a_transform_or_make_one(folder, form):
 @pytest.mark.parametrize("mode", ["power", "binsearch"])
 @pytest.mark.parametrize("start", [2, 16, 100])
 def test_a_search_for_a_batch_size_ends_at_the_selection(folder, mode, start):
-    loaded, module = data(folder, 1), Seeing()
-    run = trainer(folder, 1, max_epochs=1)
-    Tuner(run).scale_batch_size(module, datamodule=loaded, mode=mode, init_val=start, steps_per_trial=1)
+    loaded, module = data(folder, 1, val_pool=str(folder / "validation-0.tar")), Seeing()
+    run = trainer(folder, 1, max_epochs=1, limit_val_batches=1)
+    Tuner(run).scale_batch_size(
+        module, datamodule=loaded, mode=mode, init_val=start, steps_per_trial=1, margin=0.0
+    )
     assert loaded.batch_size == len(SELECTION)
     module.batches.clear()
     run.fit(module, loaded)
-    (batch,) = module.batches
+    batch = module.batches[0]
     assert sorted(batch["sample_id"].tolist()) == sorted(SELECTION.tolist())
 
 
@@ -155,7 +157,7 @@ def test_prediction_writers_get_plain_ids(folder, tmp_path, num_workers):
     writer = Writer("batch_and_epoch")
     run = trainer(folder, 1, callbacks=[writer], enable_checkpointing=False)
     predicted = run.predict(Predicting(), data(folder, 1, num_workers=num_workers))
-    (of_epoch,) = writer.epochs
+    ((of_epoch,),) = writer.epochs
     for batches in (writer.batches, of_epoch):
         assert all(type(ids) is list and {type(one) for one in ids} == {int} for ids in batches)
         assert [one for ids in batches for one in ids] == list(range(N_SAMPLES))

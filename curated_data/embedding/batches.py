@@ -13,7 +13,7 @@ from curated_data.embedding.contents import sample_digest
 from curated_data.embedding.embedders import Embedder
 from curated_data.errors import CuratedDataError, EmbedderError, first_line
 from curated_data.pool import ShardPool
-from curated_data.pool.decode import Decoders, as_decoders, decode_content, has_images, place_of
+from curated_data.pool.decode import Decoders, as_decoders, check_beside, decode_content, has_images, place_of
 from curated_data.pool.image import COUNTS
 from curated_data.pool.passing import is_samples
 from curated_data.processes import start_method, starting_workers
@@ -59,10 +59,11 @@ class InputLoader:
         context: str | None,
         ranges: np.ndarray,
         ids: np.ndarray | None,
+        fields: frozenset[str] = frozenset(),
     ) -> None:
         self.pool, self.embedder, self.batch_size, self.num_workers = pool, embedder, batch_size, num_workers
         self.device, self.ranges, self.ids = device, ranges, ids
-        self.dataset = _Preprocessed(pool, embedder.preprocess, as_decoders(decoders))
+        self.dataset = _Preprocessed(pool, embedder.preprocess, as_decoders(decoders), fields)
         self.context = context
 
     def batches(self, claims: Iterator[int]) -> Iterator[Inputs]:
@@ -146,9 +147,13 @@ class _Preprocessed(Dataset):
     """
 
     def __init__(
-        self, pool: ShardPool, preprocess: Callable[[Any], Tensor], decoders: Decoders | None
+        self,
+        pool: ShardPool,
+        preprocess: Callable[[Any], Tensor],
+        decoders: Decoders | None,
+        fields: frozenset[str],
     ) -> None:
-        self.pool, self.preprocess, self.decoders = pool, preprocess, decoders
+        self.pool, self.preprocess, self.decoders, self.fields = pool, preprocess, decoders, fields
 
     def __getitem__(self, cut: tuple[np.ndarray, np.ndarray]) -> Inputs | CuratedDataError:
         try:
@@ -172,6 +177,9 @@ class _Preprocessed(Dataset):
                 )
                 if not example and COUNTS.transparent > transparent:
                     example = place_of(sample)
+                check_beside(
+                    sample, self.fields, decoders=self.decoders, image_extensions=self.pool.image_extensions
+                )
                 inputs.append(_checked_input(self.preprocess(value)))
                 reasons.append("")
             except Exception as error:  # the user's decoder or preprocess may raise anything

@@ -7,7 +7,7 @@ same way, so that a shard's embeddings do not depend on which process computes t
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from curated_data.locks import locked
 from curated_data.parallel import check_ranks, rank, world_size
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import IMAGE_EXTENSIONS, Decoders, as_decoders
+from curated_data.pool.fields import checked_fields
 from curated_data.progress import progress
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def embed_pool(
     device: str | torch.device = "auto",
     precision: str = "auto",
     decoders: Decoders | None = None,
+    fields: Sequence[str] | None = None,
     multiprocessing_context: str | None = None,
     ids: np.ndarray | None = None,
 ) -> EmbeddingStore:
@@ -63,8 +65,9 @@ def embed_pool(
 
     The ranks of a process group, and unrelated runs that share the cache, divide the shards among themselves
     by locks; there are no collective calls. A sample whose bytes cannot be decoded or preprocessed, or whose
-    embedding is not finite, gets a row of zeros and an entry in the store's `failures`. An error that does
-    not come from the bytes (see `is_samples`) stops the work, and nothing of that shard is published.
+    embedding is not finite, gets a row of zeros and an entry in the store's `failures`. So does one of which
+    a field cannot be decoded that training will ask for. An error that does not come from the bytes (see
+    `is_samples`) stops the work, and nothing of that shard is published.
 
     Args:
         pool: n samples.
@@ -76,6 +79,7 @@ def embed_pool(
         device: of the embedder; "auto" takes the current CUDA device, or the CPU if there is none.
         precision: "32", or "bf16" for autocast; "auto" takes bf16 on CUDA devices that support it.
         decoders: by extension, see `decode_sample`.
+        fields: those that training will ask for, see `checked_fields`; None: all.
         multiprocessing_context: how those processes start, see `EmbeddingConfig`.
         ids: (m,) int64, ascending and unique: embed only these samples. The store then has one row for each,
             in their order, and is separate from that of the whole pool.
@@ -87,7 +91,9 @@ def embed_pool(
     device = _device(device)
     _check_dimension(embedder)
     use_bf16 = _uses_bf16(precision, device)
-    name = embeddings_name(pool, embedder, dtype=dtype, precision=precision, decoders=decoders, ids=ids)
+    name = embeddings_name(
+        pool, embedder, dtype=dtype, precision=precision, decoders=decoders, fields=fields, ids=ids
+    )
     folder = Path(cache_root) / "embeddings" / name
     held = Hold(folder)  # before looking what it has
     contents = Contents(Path(cache_root), pool)
@@ -111,6 +117,7 @@ def embed_pool(
                 multiprocessing_context,
                 ranges,
                 ids,
+                checked_fields(fields, as_decoders(decoders), pool.image_extensions),
             )
             done = 0
             # Ranks start at different shards, so as not to queue for the same locks. A second pass, which
@@ -194,6 +201,7 @@ def embeddings_name(
     dtype: str,
     precision: str,
     decoders: Decoders | None = None,
+    fields: Sequence[str] | None = None,
     ids: np.ndarray | None = None,
     **_: Any,
 ) -> str:
@@ -203,6 +211,11 @@ def embeddings_name(
         unusual["image_extensions"] = pool.image_extensions
     if Image.MAX_IMAGE_PIXELS != _PILLOWS_LIMIT:  # which decides what counts as too large to decode
         unusual["max_image_pixels"] = Image.MAX_IMAGE_PIXELS
+    if fields is not None:
+        own = as_decoders(decoders)
+        checked = checked_fields(fields, own, pool.image_extensions)
+        if checked != checked_fields(None, own, pool.image_extensions):
+            unusual["fields"] = sorted(checked)
     return fingerprint(
         images=pool.images._asdict(),
         embedder=embedder.fingerprint,

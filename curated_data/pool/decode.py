@@ -166,6 +166,29 @@ def decode_encoded(
     return _decode({**sample, image.member: image.data}, _Part(image.member, None), decode)
 
 
+def check_beside(
+    sample: Mapping[str, Any],
+    fields: Collection[str],
+    *,
+    decoders: Decoders | None = None,
+    image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
+) -> None:
+    """Decode what training will decode of a sample besides its content, so that it does not fail later.
+
+    Args:
+        sample, decoders, image_extensions: as for `decode_sample`.
+        fields: those that training asks for.
+
+    Raises:
+        SampleError: one cannot be decoded; names the shard, key and member.
+    """
+    for field, part in _parts(sample, decoders or {}, image_extensions).items():
+        if field in ("image", "array", "text"):
+            continue
+        if field in fields or field.rpartition(".")[2] in fields:
+            _decode(sample, part, _label_or_name if field == "label" else _DEFAULTS.get(field, bytes))
+
+
 def as_extensions(given: str | Iterable[str], name: str) -> tuple[str, ...]:
     """Extensions as members have them, in lower case and without the dot that they may be given with.
 
@@ -346,6 +369,18 @@ def _label(data: bytes) -> int:
 def _read_header_2(stream: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     """The header of a `.npy` of version 2 or 3, which only differ in how they encode names of fields."""
     return np.lib.format.read_array_header_2_0(stream)
+
+
+def _label_or_name(data: bytes) -> int | str:
+    """A class, by its number or its name."""
+    name = data.decode("utf-8").strip()
+    if not name:
+        raise SampleError("is empty")
+    try:
+        int(data.decode("ascii"))
+    except ValueError:
+        return name
+    return _label(data)
 
 
 def _text(data: bytes) -> str:

@@ -22,10 +22,11 @@ from curated_data.pool.decode import (
     has_images,
     place_of,
 )
+from curated_data.pool.fields import asked_members, checked_fields
 from curated_data.pool.orientation import jpeg_orientation
 from curated_data.streaming.batch import LoadedSamples, as_views
 from curated_data.streaming.encoded import EncodedSample, is_whole_jpeg
-from curated_data.streaming.fields import MODALITIES, asked_members, checked_fields
+from curated_data.streaming.fields import MODALITIES
 from curated_data.streaming.generators import generators_kept, seed_generators
 from curated_data.streaming.labels import SampleLabels
 from curated_data.streaming.order import view_seeds

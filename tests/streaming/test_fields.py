@@ -167,3 +167,25 @@ def test_damaged_names_in_the_cache_are_an_error(tmp_path):
     manifest.write_text(json.dumps(content | {"names": [1]}))
     with pytest.raises(ValueError, match="manifest"):
         class_names([pool], tmp_path / "c")
+
+
+CURATION = {"target_size": 12, "levels": [{"n_clusters": 3}], "embedding": {"num_workers": 0}}
+
+
+@pytest.mark.parametrize("extension", BROKEN)
+def test_a_curation_takes_no_sample_that_training_could_not_decode(tmp_path, extension):
+    """Unless nobody asks for what cannot be decoded."""
+    whole = {"cls": b"cat", "txt": b"words", "json": b"{}"}
+    samples = [whole | ({extension: BROKEN[extension]} if number % 4 == 1 else {}) for number in range(16)]
+    pool = write(tmp_path / "a.tar", samples)
+    settings = {"embedder": "pixels:4", "cache_dir": tmp_path / "cache", "batch_size": 4, "num_workers": 0,
+                "image_size": 8}  # fmt: skip
+    loaded = CuratedDataModule(pool, CURATION, **settings)
+    seen = torch.cat([batch["sample_id"] for batch in loaded.train_dataloader()])
+    assert sorted(seen.tolist()) == [number for number in range(16) if number % 4 != 1]
+    assert loaded.curation.report["failed"] == 4
+    assert all(f"'{extension}'" in failure["reason"] for failure in loaded.curation.embeddings.failures)
+    others = [field for field in FIELD.values() if field != FIELD[extension]]
+    loaded = CuratedDataModule(pool, CURATION | {"target_size": 16}, fields=others, **settings)
+    seen = torch.cat([batch["sample_id"] for batch in loaded.train_dataloader()])
+    assert sorted(seen.tolist()) == list(range(16))
