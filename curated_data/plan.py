@@ -55,8 +55,8 @@ class Plan:
         levels: of the tree, with derived ones filled in.
         embedding_bytes: size of the pool's embeddings on disk.
         tree_bytes: size of the tree on disk: centroids, and arrays with one entry per sample.
-        peak_bytes: peak memory of each rank's process, as the system counts it: libraries, embedder, mapped
-            files, and what near-duplicates and clustering take. The measured peak should be 0.4 to 1 times it;
+        peak_bytes: peak memory of each rank's process, as the system counts it: libraries, the embedder,
+            mapped files, near-duplicates and clustering. The measured peak should be 0.4 to 1 times it;
             worker processes come on top.
         stages: in order.
     """
