@@ -38,7 +38,7 @@ from curated_data.parallel import check_same, rank, together
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.removal import tidy
-from curated_data.report.metrics import cluster_balance
+from curated_data.selection.metrics import cluster_balance
 from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_sample
 from curated_data.shared_build import build_together, check_shared
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from curated_data.clustering.rows import Matrix, read_rows
+from curated_data.matrix import Matrix, read_rows
 from lightning_modules.heads import mlp
 from lightning_modules.losses import cauchy_contrast
 from lightning_modules.randomness import seeded

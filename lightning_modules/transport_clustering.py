@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curated_data.clustering.rows import Matrix, read_rows
+from curated_data.matrix import Matrix, read_rows
 from lightning_modules.transport import gaussian_similarity, solve_p2ot, solve_sp2ot
 
 METHODS = ("sp2ot", "p2ot", "ot")

@@ -42,8 +42,8 @@ from curated_data.pipeline import Curation
 from curated_data.progress import log_to_terminal
 from curated_data.report import figures
 from curated_data.report.examples import ClusterRow, cluster_rows
-from curated_data.report.metrics import class_balance
 from curated_data.report.page import write_report
+from curated_data.selection.metrics import class_balance
 from lightning_modules import SimCLR
 from lightning_modules.evaluation.knn import knn
 from lightning_modules.evaluation.longtail import mean_known

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from curated_data import CuratedDataModule, RecurationCallback
 from curated_data.errors import ConfigError, CuratedDataError
-from curated_data.report.metrics import class_balance
+from curated_data.selection.metrics import class_balance
 from recipes import pretrain
 from recipes.curate import labels_of
 

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from curated_data import CurationLogger, RecurationCallback
 from curated_data.errors import ConfigError
 from curated_data.logging_callback import curation_metrics
-from curated_data.report.metrics import cluster_balance, entropy
+from curated_data.selection.metrics import cluster_balance, entropy
 from tests.test_recuration import SIZES, fit
 
 

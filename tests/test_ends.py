@@ -13,7 +13,7 @@ import pytest
 
 from curated_data import ShardPool, curate
 from curated_data.pool.build import build_in_memory
-from curated_data.pool.storage import ShardFile
+from curated_data.pool.shard import ShardFile
 
 CONTEXT = multiprocessing.get_context("fork")
 

@@ -14,7 +14,7 @@ from PIL import Image
 from curated_data import ShardPool, ShardWriter
 from curated_data.config import load_config
 from curated_data.errors import ConfigError, CuratedDataError
-from curated_data.report.metrics import class_balance
+from curated_data.selection.metrics import class_balance
 from lightning_modules import SimCLR, TSimCNE
 from recipes import curate, recurate, visualise
 

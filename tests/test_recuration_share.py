@@ -11,7 +11,7 @@ from curated_data.config import EmbeddingConfig
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError
 from curated_data.recuration import draw_share, levels_of_share, recurate, spread
-from curated_data.report.metrics import entropy
+from curated_data.selection.metrics import entropy
 from curated_data.stored import open_curation
 from tests.processes import run_ranks
 

@@ -26,10 +26,11 @@ from curated_data.clustering.levels import (
 from curated_data.clustering.lloyd import Fit
 from curated_data.clustering.nearest import squared_distances
 from curated_data.clustering.neighbourhoods import loses_little, nearest_nearby, nearest_of_all, sampled_loss
-from curated_data.clustering.rows import Matrix, Rows, describe_memory, peak_memory, rank_range, read_rows
+from curated_data.clustering.rows import Rows, describe_memory, peak_memory, rank_range
 from curated_data.clustering.splits import split_level
 from curated_data.clustering.survey import warn_unresolved
 from curated_data.clustering.tree import ClusterTree
+from curated_data.matrix import Matrix, read_rows
 from curated_data.progress import progress
 
 log = logging.getLogger(__name__)

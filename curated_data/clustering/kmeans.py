@@ -13,15 +13,11 @@ from curated_data import parallel
 from curated_data.clustering.checkpoint import Arrays, Running
 from curated_data.clustering.lloyd import Fit, Lloyd
 from curated_data.clustering.neighbourhoods import MANY
-from curated_data.clustering.rows import (
-    Matrix,
-    Rows,
-    memory_budget,
-    rank_range,
-)
+from curated_data.clustering.rows import Rows, memory_budget, rank_range
 from curated_data.clustering.seeding import seed_rows
 from curated_data.clustering.survey import survey, warn_unresolved
 from curated_data.errors import first_line
+from curated_data.matrix import Matrix
 
 log = logging.getLogger(__name__)
 

@@ -8,32 +8,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from curated_data.matrix import Matrix, read_rows
+
 BLOCK = 2048  # rows handled at once; ranks' slices start at multiples, so tiles are the same on any rank
 
 T = TypeVar("T")
-
-
-class Matrix(Protocol):
-    """What rows are read from: a numpy array, memory map, tensor, or an `EmbeddingStore`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(n, d)."""
-
-    @property
-    def dtype(self) -> Any:
-        """A floating-point type of numpy or torch."""
-
-    def __len__(self) -> int:
-        """n."""
-
-    def __getitem__(self, which: Any, /) -> Any:
-        """Some rows, by a slice or an array of ids."""
 
 
 @dataclass(frozen=True)
@@ -264,17 +248,6 @@ class _ReadAhead:
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def read_rows(source: Matrix, which: slice | np.ndarray) -> torch.Tensor:
-    """Rows of an array or tensor as float32, or as float64 if they are, on the tensor's device."""
-    if isinstance(source, torch.Tensor):
-        index = which if isinstance(which, slice) else torch.from_numpy(which).to(source.device)
-        found = source[index].detach()
-        return found if found.dtype == torch.float64 else found.float()
-    rows = source[which]
-    rows = np.ascontiguousarray(rows, dtype=np.float64 if rows.dtype.itemsize > 4 else np.float32)
-    return torch.from_numpy(rows if rows.flags.writeable else rows.copy())  # torch has no read-only tensors
 
 
 def unit(rows: torch.Tensor) -> torch.Tensor:

@@ -9,16 +9,8 @@ import torch
 
 from curated_data import parallel
 from curated_data.clustering.greedy import TINY
-from curated_data.clustering.rows import (
-    BLOCK,
-    Frame,
-    Matrix,
-    blocks,
-    parallel_map,
-    rank_range,
-    read_rows,
-    unit,
-)
+from curated_data.clustering.rows import BLOCK, Frame, blocks, parallel_map, rank_range, unit
+from curated_data.matrix import Matrix, read_rows
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,8 @@ from curated_data.pool.index import (
     write_pool_index,
 )
 from curated_data.pool.known import Facts
-from curated_data.pool.storage import ShardFile, check_unchanged
+from curated_data.pool.shard import ShardFile
+from curated_data.pool.storage import check_unchanged
 from curated_data.pool.tar import Source, local_source
 from curated_data.pool.urls import is_remote
 from curated_data.processes import end_with_parent, n_cores

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import urljoin
 
-from curated_data.pool.storage import ShardFile
+from curated_data.pool.shard import ShardFile
 
 _LEAST = 4 << 10  # bytes that must come within the time that counts as silence, so that a trickle ends, too
 _SKIPPED = 8 << 20  # bytes to read in vain at most, where a server sends the whole file for a range

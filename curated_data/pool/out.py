@@ -16,6 +16,7 @@ import fsspec
 
 from curated_data.errors import CacheError, CuratedDataError, PoolError, printable
 from curated_data.paths import is_url, spelled
+from curated_data.pool.urls import unreachable
 from curated_data.removal import TEMPORARY, remove
 
 _ATTEMPTS = 3
@@ -112,8 +113,6 @@ class RemoteFolder:
         try:
             self._store, self._path = fsspec.core.url_to_fs(self.url, **dict(storage_options or {}))
         except (ImportError, ValueError, TypeError) as error:
-            from curated_data.pool.urls import unreachable
-
             raise unreachable(url, error) from error
 
     def __str__(self) -> str:

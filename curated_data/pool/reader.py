@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from curated_data.errors import PoolError
-from curated_data.pool.storage import ShardFile, check_unchanged, vanished
+from curated_data.pool.shard import ShardFile
+from curated_data.pool.storage import check_unchanged, vanished
 
 LOCAL_GAP = 4 << 10  # bytes between members that are read too, since another call would cost about as much
 MAPPED_POOL = 8 << 30  # bytes; larger pools are not mapped, see `LocalReader`

@@ -12,8 +12,8 @@ import numpy as np
 from curated_data.errors import PoolError
 from curated_data.pool.access import DOWNLOAD, LOCAL, RANGES, RemoteOptions
 from curated_data.pool.reader import LocalReader, ReadCounters, plan_runs
+from curated_data.pool.shard import ShardFile
 from curated_data.pool.shard_cache import ShardCache
-from curated_data.pool.storage import ShardFile
 from curated_data.pool.store import Store
 from curated_data.pool.tar import Source, local_source
 from curated_data.pool.urls import is_remote

@@ -21,8 +21,9 @@ import numpy as np
 from curated_data.errors import PoolError
 from curated_data.pool.build import Indexer
 from curated_data.pool.index import ShardIndex, index_shard
+from curated_data.pool.shard import ShardFile
 from curated_data.pool.shards import ShardPool
-from curated_data.pool.storage import ShardFile, stat_shards
+from curated_data.pool.storage import stat_shards
 from curated_data.pool.tar import BLOCK, UNKNOWN_SIZE, Source, is_header
 from curated_data.pool.urls import is_pipe, unreachable
 

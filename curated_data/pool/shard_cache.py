@@ -15,7 +15,7 @@ from curated_data.cache import atomic_path
 from curated_data.errors import CacheError, PoolError
 from curated_data.locks import locked, while_waiting
 from curated_data.pool.out import writing
-from curated_data.pool.storage import ShardFile
+from curated_data.pool.shard import ShardFile
 from curated_data.removal import remove
 
 log = logging.getLogger(__name__)

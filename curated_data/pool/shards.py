@@ -34,7 +34,8 @@ from curated_data.pool.index import PoolIndex, load_pool_index
 from curated_data.pool.notes import report_notes
 from curated_data.pool.reader import LocalReader, ReadCounters
 from curated_data.pool.remote import RemoteReader
-from curated_data.pool.storage import ShardFile, stat_shards
+from curated_data.pool.shard import ShardFile
+from curated_data.pool.storage import stat_shards
 from curated_data.pool.urls import absolute_url, expand_urls, is_remote
 
 log = logging.getLogger(__name__)

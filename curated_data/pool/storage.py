@@ -3,38 +3,13 @@
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-from curated_data.cache import fingerprint
 from curated_data.errors import PoolError
 from curated_data.pool.access import RemoteOptions
-from curated_data.pool.index import CODE_VERSION
+from curated_data.pool.shard import ShardFile
+from curated_data.pool.store import Store
 from curated_data.pool.urls import is_remote, map_files, missing_shard
-
-
-@dataclass(frozen=True)
-class ShardFile:
-    """One shard in one state.
-
-    Attributes:
-        url: a local path or a remote URL.
-        size: bytes.
-        version: `mtime_ns` of a local file; the ETag, or its equivalent, of a remote one.
-    """
-
-    url: str
-    size: int
-    version: str
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """The name, 20 hexadecimal digits, of this state: what is known of it need not be read again."""
-        place = self.url if is_remote(self.url) else os.path.abspath(self.url)
-        return fingerprint(
-            stage="state", code=CODE_VERSION, place=place, size=self.size, version=self.version
-        )
 
 
 def stat_shards(
@@ -56,8 +31,6 @@ def stat_shards(
     states = dict(zip(local, map_files(_stat_local, local), strict=True))
     remote = [url for url in urls if is_remote(url)]
     if remote:
-        from curated_data.pool.store import Store  # here, because it imports this module
-
         store = Store(storage_options, options or RemoteOptions())
         states |= zip(remote, store.stat_all(remote), strict=True)
     return [states[url] for url in urls]

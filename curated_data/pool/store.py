@@ -21,7 +21,7 @@ from curated_data.errors import CuratedDataError, PoolError, printable
 from curated_data.pool import http
 from curated_data.pool.access import RemoteOptions
 from curated_data.pool.out import writing
-from curated_data.pool.storage import ShardFile
+from curated_data.pool.shard import ShardFile
 from curated_data.pool.urls import a_folder, unreachable
 
 log = logging.getLogger(__name__)

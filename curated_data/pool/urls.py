@@ -16,6 +16,7 @@ import fsspec
 
 from curated_data.errors import PoolError, printable
 from curated_data.paths import is_chain, parts_of, spelled
+from curated_data.pool import http
 
 _MANY = 256  # files, from which they are looked up in parallel
 _SILENCE = 60.0  # seconds without an answer, after which a listing has failed
@@ -200,8 +201,6 @@ def _glob_remote(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
 
 def _glob_http(filesystem: Any, pattern: str) -> list[str]:
     """The files that the page of a folder links to; `?` is no wildcard in these URLs."""
-    from curated_data.pool import http  # here, because it imports this module
-
     folder, _, name = pattern.rpartition("/")
     found = fsspec.asyn.sync(filesystem.loop, http.links, filesystem, f"{folder}/", _SILENCE)
     wanted = re.compile(re.escape(f"{folder}/") + fnmatch.translate(name.replace("?", "[?]")))

@@ -4,7 +4,7 @@ import numpy as np
 from rich.table import Table
 
 from curated_data.pipeline import Curation
-from curated_data.report.metrics import class_balance, cluster_balance
+from curated_data.selection.metrics import class_balance, cluster_balance
 
 Row = dict[str, float]
 

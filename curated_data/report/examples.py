@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from curated_data.clustering.tree import ClusterTree
 from curated_data.errors import SampleError
 from curated_data.pool.image import decode_image
-from curated_data.report.metrics import selected_sizes
+from curated_data.selection.metrics import selected_sizes
 
 if TYPE_CHECKING:
     from curated_data.pool import ShardPool

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from curated_data.report.metrics import selected_sizes
+from curated_data.selection.metrics import selected_sizes
 from curated_data.selection.removed import Removed
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from curated_data.clustering.tree import ClusterTree
 from curated_data.report.examples import ClusterRow, random_subset, thumbnails
-from curated_data.report.metrics import entropy, perplexity, selected_sizes
+from curated_data.selection.metrics import entropy, perplexity, selected_sizes
 
 if TYPE_CHECKING:
     from curated_data.pool import ShardPool

@@ -8,9 +8,9 @@ import numpy as np
 from sklearn.decomposition import PCA
 
 from curated_data.clustering.tree import ClusterTree
-from curated_data.report import metrics
 from curated_data.report.examples import random_subset
 from curated_data.report.tiles import Tiles
+from curated_data.selection import metrics
 from curated_data.selection.removed import Removed
 
 if TYPE_CHECKING:

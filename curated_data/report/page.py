@@ -19,7 +19,6 @@ from curated_data.clustering.levels import Level
 from curated_data.config import CurationConfig
 from curated_data.embedding.equal import equal_rows
 from curated_data.pool.out import write_file
-from curated_data.report import metrics
 from curated_data.report.examples import random_subset
 from curated_data.report.map import cluster_tables, sample_map, samples_shown
 from curated_data.report.tiles import (
@@ -30,6 +29,7 @@ from curated_data.report.tiles import (
     near_duplicate_groups,
     single_samples,
 )
+from curated_data.selection import metrics
 
 if TYPE_CHECKING:
     from curated_data.pipeline import Curation

@@ -9,7 +9,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from curated_data import hierarchical_sample
 from curated_data.clustering.baselines import agglomerative, dbscan, flat_kmeans
-from curated_data.report.metrics import kl_to_uniform
+from curated_data.selection.metrics import kl_to_uniform
 from tests.oracles.clustering import two_dimensional
 
 

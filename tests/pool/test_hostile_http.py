@@ -17,8 +17,8 @@ pytest.importorskip("aiohttp")
 
 from curated_data.errors import CacheError, CuratedDataError, PoolError
 from curated_data.pool import RemoteOptions, ShardPool, ShardWriter
+from curated_data.pool.shard import ShardFile
 from curated_data.pool.shard_cache import ShardCache
-from curated_data.pool.storage import ShardFile
 
 QUICK = {"attempts": 2, "backoff": 0.01, "silence": 0.5}
 MOST = 64 << 20  # bytes that a server sends at most, so that a test that fails ends

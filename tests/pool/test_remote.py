@@ -18,8 +18,8 @@ from curated_data import CuratedDataModule
 from curated_data.errors import PoolError
 from curated_data.pool import RemoteOptions, ShardPool, ShardWriter, shards, store
 from curated_data.pool.access import choose_access
+from curated_data.pool.shard import ShardFile
 from curated_data.pool.shard_cache import ShardCache
-from curated_data.pool.storage import ShardFile
 from curated_data.pool.store import Store
 from tests.pool.server import Server
 from tests.processes import run_ranks

@@ -18,10 +18,10 @@ from curated_data.clustering.levels import Level
 from curated_data.clustering.tree import ClusterTree
 from curated_data.config import CurationConfig
 from curated_data.pool import ShardPool, ShardWriter
-from curated_data.report import metrics
 from curated_data.report.explain import explain
 from curated_data.report.map import _leaf_ranks
 from curated_data.report.page import write_report
+from curated_data.selection import metrics
 from curated_data.selection.near_duplicates import near_duplicates
 from curated_data.selection.removed import Removed
 from curated_data.selection.sampling import hierarchical_sample

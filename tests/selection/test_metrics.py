@@ -10,7 +10,7 @@ from sklearn.cluster import KMeans
 from sklearn.neighbors import KernelDensity
 
 from curated_data.clustering.tree import ClusterTree
-from curated_data.report import metrics
+from curated_data.selection import metrics
 
 COUNTS = st.lists(st.integers(0, 1000), min_size=1, max_size=30).map(np.array)
 
