@@ -163,7 +163,7 @@ def _extend(
     is_due = figures["outlying"] > rebuild_above or figures["n_new"] > figures["n_old"]
     drift = Drift(**figures, rebuild_due=is_due)
     folders["tree"] = folder
-    folders["selection"], cached["selection"] = select(root, grown, config, folder.name)
+    folders["selection"], cached["selection"] = select(root, grown, config, folder.name, store)
     ids = read_ids(folders["selection"])
     log.info(
         "extended by %d samples to %d: median distance %.2f of the old ones', %.1f %% outlying%s",

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from curated_data.cache import build_once, fingerprint, open_cache, read_array, read_manifest, write_manifest
 from curated_data.clustering.hierarchy import hierarchical_kmeans
-from curated_data.clustering.levels import Level, choose_levels
+from curated_data.clustering.levels import Level
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
-from curated_data.config import CurationConfig, load_config
+from curated_data.config import CurationConfig, levels_for, load_config
 from curated_data.deduplication import embed_held_out, find_near_duplicates, open_held_out, read_keep
 from curated_data.distributed import build_together, check_same, failing_together, rank, watched
 from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
@@ -33,6 +33,7 @@ from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.report.metrics import cluster_balance
 from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_sample
+from curated_data.selection.sparse import neighbour_distances, sparse_sample
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,9 @@ def curate(
     device: str | torch.device = "auto",
     decoders: Decoders | None = None,
 ) -> Curation:
-    """Select a balanced subset of a pool by hierarchical k-means with resampling (arXiv 2405.15613).
+    """Select a subset of a pool in which what is rare has more of a share, without labels.
+
+    With `preset: paper` by hierarchical k-means with resampling (arXiv 2405.15613).
 
     In a process group every rank calls it, does a part of each stage, and returns the same result.
 
@@ -163,14 +166,14 @@ def _curate(
             f"none of the pool's {n_samples} samples could be embedded; the first: {first['shard']}, key "
             f"{first['key']!r}: {first['reason']}"
         )
-    config = dataclasses.replace(config, levels=config.levels or choose_levels(n_valid))
+    config = dataclasses.replace(config, levels=levels_for(config, n_valid))
     check_levels(config.levels, n_valid)
 
     with _timed(seconds, "cluster"):
         folders["tree"], cached["tree"] = build_tree(root, pool, store, valid, config, origin, device)
         tree = ClusterTree.load(folders["tree"] / "tree", memory_map=True)
     with _timed(seconds, "sample"):
-        folders["selection"], cached["selection"] = select(root, tree, config, folders["tree"].name)
+        folders["selection"], cached["selection"] = select(root, tree, config, folders["tree"].name, store)
         ids = read_ids(folders["selection"])
     report = report_of(pool, store, valid, tree, ids, config) | {"cached": cached, "seconds": seconds}
     log.info(
@@ -255,20 +258,24 @@ def publish_tree(folder: Path, tree: ClusterTree, pool: ShardPool, manifest: dic
     write_manifest(folder, "clustering", manifest)
 
 
-def select(root: Path, tree: ClusterTree, config: CurationConfig, tree_name: str) -> tuple[Path, bool]:
-    """The folder of a selection from a tree, and whether it was cached."""
+def select(
+    root: Path, tree: ClusterTree, config: CurationConfig, tree_name: str, store: EmbeddingStore
+) -> tuple[Path, bool]:
+    """The folder of a selection from a tree, and whether it was cached.
+
+    Args:
+        store: embeddings of all samples of the tree, for their neighbours.
+    """
     settings = selection_settings(config)
     name = selection_name(config, tree_name)
 
     def build(folder: Path) -> None:
-        sample = {"hierarchical": hierarchical_sample, "flat": flat_sample}[config.sampling]
-        ids = sample(
-            tree,
-            config.target_size,
-            strategy=cast(Strategy, config.strategy),  # one of them, by `load_config`
-            max_repeats=config.max_repeats,
-            seed=config.seed,
-        )
+        size, draw = config.target_size, {"max_repeats": config.max_repeats, "seed": config.seed}
+        if config.sampling == "sparse":
+            ids = sparse_sample(tree, neighbour_distances(store, tree), size, **draw)
+        else:
+            sample = flat_sample if config.sampling == "flat" else hierarchical_sample
+            ids = sample(tree, size, strategy=cast(Strategy, config.strategy), **draw)
         np.save(folder / "ids.npy", ids)
         write_manifest(
             folder, "selection", {"inputs": {"tree": tree_name}, "settings": settings, "size": len(ids)}

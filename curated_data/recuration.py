@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from curated_data.clustering.levels import Level, choose_levels
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
-from curated_data.config import CurationConfig
+from curated_data.config import CurationConfig, levels_for
 from curated_data.embedding import Embedder, embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, PoolError
 from curated_data.pipeline import Curation, build_tree, check_levels, opened, read_ids, report_of, select
@@ -88,7 +88,7 @@ def _recurate(
 ) -> Curation:
     started = time.monotonic()
     fresh = draw_share(base.tree.parent[1] != EXCLUDED, share, config.seed)
-    config = dataclasses.replace(config, levels=levels_of_share(config.levels, base, share))
+    config = dataclasses.replace(config, levels=levels_of_share(config, base, share))
     check_levels(config.levels, len(fresh))
     settings = dataclasses.asdict(config.embedding)
     store = embed_pool(
@@ -117,7 +117,7 @@ def _recurate(
     )
     tree = ClusterTree.load(folders["tree"] / "tree", memory_map=True)
     clustered = time.monotonic()
-    folders["selection"], selection_cached = select(root, tree, config, folders["tree"].name)
+    folders["selection"], selection_cached = select(root, tree, config, folders["tree"].name, base.embeddings)
     ids = read_ids(folders["selection"])
 
     report = report_of(pool, base.embeddings, tree.parent[1] != EXCLUDED, tree, ids, config)
@@ -157,10 +157,13 @@ def draw_share(usable: np.ndarray, share: float, seed: int) -> np.ndarray:
     return np.sort(rng.choice(ids, math.ceil(share * len(ids)), replace=False))
 
 
-def levels_of_share(levels: list[Level] | None, base: Curation, share: float) -> list[Level]:
-    """The levels for clustering a share of the pool, from those for the whole pool (None: derived)."""
+def levels_of_share(config: CurationConfig, base: Curation, share: float) -> list[Level]:
+    """The levels for clustering a share of the pool, from those for the whole pool, which may be derived."""
+    levels = config.levels
     if levels is None:
         n = int((base.tree.parent[1] != EXCLUDED).sum())
+        if config.sampling == "sparse":
+            return levels_for(config, math.ceil(share * n))
         # A lowest cluster per twenty samples of the pool, as usual, unless too few of them would be fresh.
         levels = choose_levels(min(n, math.ceil(share * n) * 20 // _ROWS_A_CLUSTER))
     lowest = levels[0]

@@ -158,7 +158,7 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def add_selection_options(parser: argparse.ArgumentParser, what: str, metric: str = "l2") -> None:
+def add_selection_options(parser: argparse.ArgumentParser, what: str) -> None:
     """Add the command line options of recipes that build their own pool and embedder."""
     parser.add_argument("--target-size", type=int, required=True, help=f"{what} to select")
     parser.add_argument(
@@ -166,7 +166,7 @@ def add_selection_options(parser: argparse.ArgumentParser, what: str, metric: st
     )
     parser.add_argument("--export", metavar="FOLDER", help="write the selection there as shards")
     parser.add_argument(
-        "--metric", default=metric, choices=METRICS, help="of the clustering (default: %(default)s)"
+        "--metric", choices=METRICS, help="of the clustering (default: cosine)"
     )
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--embedder", default="ngrams", help="ngrams, ngrams:DIMENSION or minilm (default: %(default)s)"
     )
-    add_selection_options(parser, "documents", metric="cosine")
+    add_selection_options(parser, "documents")
     options = parser.parse_args(arguments)
     return report_errors("text_curation", lambda: print_comparison(run(options), "documents"))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from curated_data import ClusterTree, CurationConfig, Level, ShardPool, curate
-from curated_data.config import EmbeddingConfig
+from curated_data.config import EmbeddingConfig, load_config
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError
 from curated_data.recuration import draw_share, levels_of_share, recurate, spread
@@ -175,5 +175,5 @@ def test_levels_and_shares_out_of_range(write_pool, tmp_path):
         with pytest.raises(ConfigError, match="share: expected more than 0"):
             recurate(pool, settings(), share=share, **place)
     for share in (0.05, 0.2, 1.0):
-        lowest = levels_of_share(None, base, share)[0]
+        lowest = levels_of_share(load_config({"target_size": 5, "preset": "paper"}), base, share)[0]
         assert 1 <= lowest.n_clusters <= max(1, math.ceil(share * 60) // 4)

@@ -1,10 +1,11 @@
 """A selection that takes more of what lies alone, without a balance over clusters.
 
-Each sample has a weight by the distance to its nearest neighbour: those that have one at the usual distance or
-nearer weigh alike, those that lie alone weigh more. Clusters only bound the neighbourhoods, and keep what lies
-alone as a whole, often junk, from taking the selection over.
+Each sample has a weight by the distance to its nearest neighbour: those that have one at the usual distance
+or nearer weigh alike, those that lie alone weigh more. Clusters only bound the neighbourhoods, and keep small
+outlying ones, which are junk more often than rare classes, from taking the selection over.
 """
 
+import itertools
 import logging
 from collections.abc import Iterator
 
@@ -28,9 +29,10 @@ CELL = 4096
 
 
 def neighbour_distances(x: Matrix, tree: ClusterTree, budget: int = 1 << 28) -> np.ndarray:
-    """(n,) float32: the distance of each sample to its nearest neighbour in its lowest cluster, all of norm 1.
+    """(n,) float32: the distance of each sample to its nearest neighbour in its lowest cluster.
 
-    A sample that is alone in its cluster has the largest distance of all, one that the tree excludes has NaN.
+    Rows are brought to norm 1. A sample that is alone in its cluster has the largest distance of all, one
+    that the tree excludes has NaN.
 
     Args:
         x: (n, d) the clustered rows.
@@ -52,7 +54,7 @@ def neighbour_distances(x: Matrix, tree: ClusterTree, budget: int = 1 << 28) -> 
         rows = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
         place = np.argsort(cluster[ids], kind="stable")
         bounds = np.searchsorted(cluster[ids][place], np.arange(first, last + 1))
-        for low, high in zip(bounds[:-1], bounds[1:]):
+        for low, high in itertools.pairwise(bounds):
             for cell in _cells(rows, place[low:high]):
                 distance[ids[cell]] = _nearest_within(rows[cell])
     found = distance[np.isfinite(distance)]
