@@ -89,9 +89,7 @@ def parse_options() -> argparse.Namespace:
         "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="rows of the table (default: all)"
     )
     parser.add_argument("--embedder", default="efficientnet_lite0:64", help="(default: %(default)s)")
-    parser.add_argument(
-        "--metric", choices=("l2", "cosine"), help="of the clustering (default: l2)"
-    )
+    parser.add_argument("--metric", choices=("l2", "cosine"), help="of the clustering (default: l2)")
     parser.add_argument("--target-size", type=int, help="samples to select (default: a fifth of the pool)")
     parser.add_argument(
         "--epochs", type=int, default=30, help="over a selection; 0: train nothing (default: %(default)s)"

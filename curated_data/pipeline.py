@@ -270,12 +270,14 @@ def select(
     name = selection_name(config, tree_name)
 
     def build(folder: Path) -> None:
-        size, draw = config.target_size, {"max_repeats": config.max_repeats, "seed": config.seed}
+        size, repeats, seed = config.target_size, config.max_repeats, config.seed
         if config.sampling == "sparse":
-            ids = sparse_sample(tree, neighbour_distances(store, tree), size, **draw)
+            distance = neighbour_distances(store, tree)
+            ids = sparse_sample(tree, distance, size, max_repeats=repeats, seed=seed)
         else:
             sample = flat_sample if config.sampling == "flat" else hierarchical_sample
-            ids = sample(tree, size, strategy=cast(Strategy, config.strategy), **draw)
+            strategy = cast(Strategy, config.strategy)  # one of them, by `load_config`
+            ids = sample(tree, size, strategy=strategy, max_repeats=repeats, seed=seed)
         np.save(folder / "ids.npy", ids)
         write_manifest(
             folder, "selection", {"inputs": {"tree": tree_name}, "settings": settings, "size": len(ids)}

@@ -256,7 +256,7 @@ def _kmeans_rate(rows: np.ndarray, config: CurationConfig, device: str | torch.d
 
     def seconds() -> float:
         began = time.monotonic()
-        kmeans(rows, k, n_iter=config.n_iter, tol=config.tol, device=device, metric=config.metric)
+        kmeans(rows, k, n_iter=config.n_iter, tol=config.tol, device=device, metric=config.metric or "l2")
         return time.monotonic() - began
 
     kmeans(rows[:512], 16, n_iter=2, device=device)  # one-time set-up

@@ -96,9 +96,9 @@ What is left out means, by what is given:
 | | `sampling` | `metric` | `levels` |
 |---|---|---|---|
 | nothing else | `sparse` | `cosine` | one, of n / 300 clusters, no resampling |
-| `sampling: hierarchical` or `flat`, or a `strategy` | `hierarchical` | `l2` | n / 20, a tenth of that, … with ten resamplings |
+| a `sampling`, or `strategy` not `random` | that, or `hierarchical` | `l2` | n / 20, a tenth of that, …, resampled |
 | `levels` | `hierarchical` | `l2` | as given |
-| `preset: paper` | `hierarchical` | `l2` | n / 20, a tenth of that, … with ten resamplings |
+| `preset: paper` | `hierarchical` | `l2` | n / 20, a tenth of that, …, resampled ten times each |
 
 `sparse` needs no quotas of clusters: a sample's weight is 1 where its nearest neighbour (cosine, within its
 cluster) is at the median distance or nearer, and grows with the standardised log distance beyond, to 55 at

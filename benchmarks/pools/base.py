@@ -29,13 +29,13 @@ def split(
     most: int = 6000,
     per_class: int = 15,
 ) -> tuple[Labelled, Labelled]:
-    """A pool and its test set. With `ratio` the pool's classes are cut to an exponential tail in an order that
-    the seed draws, largest over smallest `ratio`; without it they keep the sizes they have.
+    """A pool and its test set. With `ratio` the pool's classes are cut to an exponential tail in an order
+    that the seed draws, largest over smallest `ratio`; without it they keep the sizes they have.
 
     The test set takes `per_class` of every class, at most a quarter of it, before the cut.
     """
     rng = np.random.default_rng(seed)
-    found, labels, counts = np.unique(np.array(names), return_inverse=True, return_counts=True)
+    _, labels, counts = np.unique(np.array(names), return_inverse=True, return_counts=True)
     kept = np.flatnonzero(counts >= FEWEST)
     members = [rng.permutation(np.flatnonzero(labels == label)) for label in kept]
     held = [min(per_class, len(rows) // 4) for rows in members]

@@ -4,17 +4,18 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from matplotlib.ft2font import FT2Font
+from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.pools.base import SIZE, Labelled, debian, pictures_below, split
 from benchmarks.pools.texts import glosses_of
 
 Parts = tuple[Labelled, Labelled]
-TYPEFACES = (
-    "lato cantarell open-sans freefont-ttf liberation hack inconsolata comic-neue dejavu-core linuxlibertine "
-    "crosextra-carlito junicode quattrocento vollkorn ebgaramond cabin courier-prime play dancingscript humor-sans"
-).split()
+TYPEFACES = [
+    "lato", "cantarell", "open-sans", "freefont-ttf", "liberation", "hack", "inconsolata", "comic-neue",
+    "dejavu-core", "linuxlibertine", "crosextra-carlito", "junicode", "quattrocento", "vollkorn",
+    "ebgaramond", "cabin", "courier-prime", "play", "dancingscript", "humor-sans",
+]  # fmt: skip
 
 
 def glyphs(folder: Path) -> Parts:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from scipy.io import wavfile
-from scipy.signal import resample_poly, spectrogram
+from scipy.signal import spectrogram
 
 from benchmarks.pools.base import SIZE, Labelled, debian, split
 
