@@ -185,7 +185,8 @@ def levels_for(config: CurationConfig, n_samples: int) -> list[Level]:
     if config.levels:
         return config.levels
     if config.sampling == "sparse":
-        return [Level(max(1, n_samples // ROWS_A_CELL))]
+        k = max(1, n_samples // ROWS_A_CELL)
+        return [Level(k // 100, n_splits=100) if k > 1_000_000 else Level(k)]
     return choose_levels(n_samples)
 
 

@@ -96,7 +96,7 @@ What is left out means, by what is given:
 | | `sampling` | `metric` | `levels` |
 |---|---|---|---|
 | nothing else | `sparse` | `cosine` | one, of n / 300 clusters, no resampling |
-| a `sampling`, or `strategy` not `random` | that, or `hierarchical` | `l2` | n / 20, a tenth of that, …, resampled |
+| `sampling`, or a `strategy` | that, or `hierarchical` | `l2` | n / 20, a tenth of that, …, resampled |
 | `levels` | `hierarchical` | `l2` | as given |
 | `preset: paper` | `hierarchical` | `l2` | n / 20, a tenth of that, …, resampled ten times each |
 

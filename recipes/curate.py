@@ -166,8 +166,12 @@ def add_selection_options(parser: argparse.ArgumentParser, what: str) -> None:
     )
     parser.add_argument("--export", metavar="FOLDER", help="write the selection there as shards")
     parser.add_argument(
-        "--metric", choices=METRICS, help="of the clustering (default: cosine)"
+        "--preset",
+        choices=("default", "paper"),
+        default="default",
+        help="how to select (default: %(default)s)",
     )
+    parser.add_argument("--metric", choices=METRICS, help="of the clustering (default: the preset's)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
 
@@ -177,6 +181,7 @@ def walk_by_options(pool: ShardPool, embedder: Embedder, options: argparse.Names
     config = load_config(
         {
             "target_size": options.target_size,
+            "preset": options.preset,
             "metric": options.metric,
             "seed": options.seed,
             "embedding": {"num_workers": options.workers},

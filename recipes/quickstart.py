@@ -105,9 +105,7 @@ def run(options: argparse.Namespace) -> None:
         except ValueError as error:
             raise ConfigError(str(error)) from error
     pool = ShardPool(data.pool, cache_dir=cache)
-    config = CurationConfig(
-        target_size=data.target_size, metric=options.metric, seed=options.seed
-    )
+    config = CurationConfig(target_size=data.target_size, metric=options.metric, seed=options.seed)
     curation = curate(pool, config, embedder=options.embedder, cache_dir=cache)
     labels = pool.labels(np.arange(len(pool)))
 
@@ -152,9 +150,7 @@ def parse_options() -> argparse.Namespace:
         "--embedder", default="efficientnet_lite0:64", help="network that embeds (default: %(default)s)"
     )
     parser.add_argument("--target-size", type=int, help="samples to select (default: a fifth of the pool)")
-    parser.add_argument(
-        "--metric", choices=("l2", "cosine"), help="of the clustering (default: cosine)"
-    )
+    parser.add_argument("--metric", choices=("l2", "cosine"), help="of the clustering (default: cosine)")
     parser.add_argument("--image-size", type=int, help="side of the views SimCLR trains on, in pixels")
     parser.add_argument("--backbone", default="resnet10", help="that SimCLR trains (default: %(default)s)")
     parser.add_argument("--epochs", type=int, help="of each training (default: 30, small: 2)")
