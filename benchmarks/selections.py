@@ -89,9 +89,7 @@ def parse_options() -> argparse.Namespace:
         "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="rows of the table (default: all)"
     )
     parser.add_argument("--embedder", default="efficientnet_lite0:64", help="(default: %(default)s)")
-    parser.add_argument(
-        "--metric", choices=("l2", "cosine"), help="of the clustering (default: what suits the data)"
-    )
+    parser.add_argument("--metric", choices=("l2", "cosine"), help="of the clustering (default: l2)")
     parser.add_argument("--target-size", type=int, help="samples to select (default: a fifth of the pool)")
     parser.add_argument(
         "--epochs", type=int, default=30, help="over a selection; 0: train nothing (default: %(default)s)"
@@ -124,7 +122,7 @@ def cell(options: argparse.Namespace, way: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "pool": ShardPool(data.pool, cache_dir=cache).state,
         "embedder": options.embedder,
-        "metric": options.metric or data.metric,
+        "metric": options.metric or "l2",
         "target_size": data.target_size,
         "epochs": options.epochs,
         "model": quickstart.simclr_settings(data, options.backbone),
@@ -201,7 +199,7 @@ def configuration(
         target_size=data.target_size,
         levels=levels[:1] if way == "flat" else levels,
         sampling="flat" if way == "flat" else "hierarchical",
-        metric=options.metric or data.metric,
+        metric=options.metric or "l2",
         seed=seed,
     )
 

@@ -156,7 +156,7 @@ class RecurationCallback(pl.Callback):
         if data.curation_config is None:
             raise ConfigError("RecurationCallback: the CuratedDataModule has no `curation`; give it one")
         if self.share < 1 and data.base_curation is not None:
-            levels = levels_of_share(data.curation_config.levels, data.base_curation, self.share)
+            levels = levels_of_share(data.curation_config, data.base_curation, self.share)
             n_usable = int((data.base_curation.tree.parent[1] != EXCLUDED).sum())
             check_levels(levels, math.ceil(self.share * n_usable))
         if self.embedder is None:

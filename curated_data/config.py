@@ -12,7 +12,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from curated_data.clustering.levels import Level
+from curated_data.clustering.levels import Level, choose_levels
 from curated_data.errors import ConfigError, first_line
 from curated_data.paths import local_path
 from curated_data.processes import check_context
@@ -67,17 +67,25 @@ class NearDuplicateConfig:
 class CurationConfig:
     """What to select, and how.
 
+    Where neither `levels` nor `sampling` nor a `strategy` says otherwise, the selection is "sparse": it takes
+    more of the samples that have no near neighbour. `preset: paper`, or levels of your own, gives
+    hierarchical k-means. `docs/settings.md` has what each setting then means.
+
     Attributes:
         target_size: number of samples to select.
+        preset: "default", or "paper" for the settings of arXiv 2405.15613: derived levels with resampling,
+            hierarchical sampling, l2. Settings that are given count in either.
         levels: of the cluster tree, bottom up, with fewer clusters at each; None (or "auto") derives them
             from the size of the pool.
         strategy: which samples to take from a lowest cluster: "random", "closest" to its centroid, or
             "furthest".
         sampling: "hierarchical" divides the target from the top of the tree down, "flat" only among the
-            lowest clusters.
+            lowest clusters, "sparse" draws by the distance to the nearest neighbour; None takes what the
+            preset says.
         max_repeats: how often one sample may be selected.
         resample: which members of each cluster a resampling step takes: "closest" or "random".
-        metric: "l2" or "cosine". Neither is better everywhere: try both (`docs/how_it_works.md` has figures).
+        metric: "l2" or "cosine"; None takes cosine for "sparse" sampling, else l2. Neither is better
+            everywhere: try both (`docs/how_it_works.md` has figures).
         init: how k-means is seeded: "k-means++" (greedy), or "random", with which the paper's method fails.
         n_init: k-means runs per level; the best one is kept.
         n_iter: maximum number of Lloyd iterations of a k-means.
@@ -90,12 +98,13 @@ class CurationConfig:
     """
 
     target_size: int
+    preset: str = "default"
     levels: list[Level] | None = None
     strategy: str = "random"
-    sampling: str = "hierarchical"
+    sampling: str | None = None
     max_repeats: int = 1
     resample: str = "closest"
-    metric: str = "l2"
+    metric: str | None = None
     init: str = "k-means++"
     n_init: int = 1
     n_iter: int = 50
@@ -112,9 +121,13 @@ class CurationConfig:
             self.levels = None
 
 
+ROWS_A_CELL = 300
+"""Samples per cluster where "sparse" sampling derives them."""
+
 _CHOICES = {
+    "preset": ("default", "paper"),
     "strategy": ("random", "closest", "furthest"),
-    "sampling": ("hierarchical", "flat"),
+    "sampling": ("hierarchical", "flat", "sparse"),
     "resample": ("closest", "random"),
     "metric": ("l2", "cosine"),
     "init": ("k-means++", "random"),
@@ -158,9 +171,27 @@ def load_config(source: "CurationConfig | Mapping[str, Any] | DictConfig | str |
     _check_containers(CurationConfig, content)
     if content.get("levels", None) == "auto":
         content = {**content, "levels": None}
-    config = structured(CurationConfig, content)
+    config = _with_preset(structured(CurationConfig, content))
     _check(config)
     return config
+
+
+def _with_preset(config: CurationConfig) -> CurationConfig:
+    """With what the preset says where nothing is given; levels are derived later, from the pool's size."""
+    is_sparse = config.preset == "default" and config.levels is None and config.strategy == "random"
+    sampling = config.sampling or ("sparse" if is_sparse else "hierarchical")
+    metric = config.metric or ("cosine" if sampling == "sparse" else "l2")
+    return dataclasses.replace(config, sampling=sampling, metric=metric)
+
+
+def levels_for(config: CurationConfig, n_samples: int) -> list[Level]:
+    """The levels of a configuration that `load_config` gave, derived for so many samples if it has none."""
+    if config.levels:
+        return config.levels
+    if config.sampling == "sparse":
+        k = max(1, n_samples // ROWS_A_CELL)
+        return [Level(k // 100, n_splits=100) if k > 1_000_000 else Level(k)]
+    return choose_levels(n_samples)
 
 
 def structured(schema: type[T], content: dict[str, Any] | DictConfig) -> T:
@@ -216,6 +247,11 @@ def _check(config: CurationConfig) -> None:
             near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{path}: expected one of {', '.join(choices)}, got {value!r}{hint}")
+    if config.sampling == "sparse" and config.strategy != "random":
+        raise ConfigError(
+            f"strategy: {config.strategy!r} takes samples by their place in a cluster, and sampling 'sparse' "
+            "by their neighbours; leave one of them out"
+        )
     for path, least in _LEAST.items():
         value = _at(config, path)
         if not value >= least:

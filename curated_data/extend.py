@@ -203,6 +203,7 @@ def _extend(
         grown,
         config,
         folder.name,
+        store,
         lambda ids: report_of(pool, store, valid, grown, ids, config) | {"drift": vars(drift)} | copies,
     )
     ids, report = read_selection(folders["selection"])

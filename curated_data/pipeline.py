@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from curated_data.cache import build_once, fingerprint, open_cache, read_array, read_manifest, write_manifest
 from curated_data.clustering.hierarchy import hierarchical_kmeans
-from curated_data.clustering.levels import Level, TooManyClusters, choose_levels
+from curated_data.clustering.levels import Level, TooManyClusters
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
-from curated_data.config import CurationConfig, load_config
+from curated_data.config import CurationConfig, levels_for, load_config
 from curated_data.deduplication import (
     check_preference,
     embed_held_out,
@@ -40,6 +40,7 @@ from curated_data.pool.decode import Decoders
 from curated_data.removal import tidy
 from curated_data.selection.metrics import cluster_balance
 from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_sample
+from curated_data.selection.sparse import neighbour_distances, sparse_sample
 from curated_data.shared_build import build_together, check_shared
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,9 @@ def curate(
     decoders: Decoders | None = None,
     fields: Sequence[str] | None = None,
 ) -> Curation:
-    """Select a balanced subset of a pool by hierarchical k-means with resampling (arXiv 2405.15613).
+    """Select a subset of a pool in which what is rare has more of a share, without labels.
+
+    With `preset: paper` by hierarchical k-means with resampling (arXiv 2405.15613).
 
     In a process group every rank calls it, does a part of each stage, and returns the same result.
 
@@ -181,7 +184,7 @@ def _curate(
             f"{first['key']!r}: {first['reason']}"
         )
     derived = not config.levels
-    config = dataclasses.replace(config, levels=config.levels or choose_levels(n_valid))
+    config = dataclasses.replace(config, levels=levels_for(config, n_valid))
     check_levels(config.levels, n_valid)
 
     with _timed(seconds, "cluster"):
@@ -195,6 +198,7 @@ def _curate(
             tree,
             config,
             folders["tree"].name,
+            store,
             lambda ids: report_of(pool, store, valid, tree, ids, config),
         )
         ids, report = read_selection(folders["selection"])
@@ -315,11 +319,13 @@ def select(
     tree: ClusterTree,
     config: CurationConfig,
     tree_name: str,
+    store: EmbeddingStore,
     figures: Callable[[np.ndarray], dict[str, Any]],
 ) -> tuple[Path, bool]:
     """The folder of a selection from a tree, and whether it was cached.
 
     Args:
+        store: embeddings of all samples of the tree, for their neighbours.
         figures: of the selected ids, the report of their curation, which is kept with them: plain numbers and
             strings that depend on nothing but the tree and the settings.
     """
@@ -327,14 +333,14 @@ def select(
     name = selection_name(config, tree_name)
 
     def build(folder: Path) -> None:
-        sample = {"hierarchical": hierarchical_sample, "flat": flat_sample}[config.sampling]
-        ids = sample(
-            tree,
-            config.target_size,
-            strategy=cast(Strategy, config.strategy),  # one of them, by `load_config`
-            max_repeats=config.max_repeats,
-            seed=config.seed,
-        )
+        size, repeats, seed = config.target_size, config.max_repeats, config.seed
+        if config.sampling == "sparse":
+            distance = neighbour_distances(store, tree)
+            ids = sparse_sample(tree, distance, size, max_repeats=repeats, seed=seed)
+        else:
+            sample = flat_sample if config.sampling == "flat" else hierarchical_sample
+            strategy = cast(Strategy, config.strategy)  # one of them, by `load_config`
+            ids = sample(tree, size, strategy=strategy, max_repeats=repeats, seed=seed)
         np.save(folder / "ids.npy", ids)
         content = {"inputs": {"tree": tree_name}, "settings": settings, "size": len(ids)}
         write_manifest(folder, "selection", content | {"report": figures(ids)})

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from curated_data.cache import MANIFEST, open_cache
 from curated_data.clustering.kmeans import kmeans
-from curated_data.clustering.levels import Level, choose_levels
+from curated_data.clustering.levels import Level
 from curated_data.clustering.rows import resident_memory
-from curated_data.config import CurationConfig, load_config
+from curated_data.config import CurationConfig, levels_for, load_config
 from curated_data.costs import Rates, Stage, expected_bytes, expected_stages, kmeans_work
 from curated_data.deduplication import check_preference, near_duplicates_name, read_keep
 from curated_data.embedding import Embedder, EmbeddingStore, resolve_embedder
@@ -116,7 +116,7 @@ def plan(
         store = EmbeddingStore(folder, names, embedder.dimension, config.embedding.dtype, urls=pool.urls)
     cached, valid = _cached(root, config, store)
     n_valid = n_samples if valid is None else int(valid.sum())
-    levels = config.levels or choose_levels(n_valid)
+    levels = levels_for(config, n_valid)
     check_levels(levels, n_valid)
     config = dataclasses.replace(config, levels=levels)
 
@@ -207,7 +207,7 @@ def _cached(
             return cached, valid
         valid = valid & read_keep(folder)
         origin["near_duplicates"] = name
-    config = dataclasses.replace(config, levels=config.levels or choose_levels(int(valid.sum())))
+    config = dataclasses.replace(config, levels=levels_for(config, int(valid.sum())))
     tree = tree_name(config, origin)
     cached["cluster"] = (root / "tree" / tree / MANIFEST).exists()
     cached["sample"] = (root / "selection" / selection_name(config, tree) / MANIFEST).exists()
@@ -266,7 +266,7 @@ def _kmeans_rate(rows: np.ndarray, config: CurationConfig, device: str | torch.d
 
     def seconds() -> float:
         began = time.monotonic()
-        kmeans(rows, k, n_iter=config.n_iter, tol=config.tol, device=device, metric=config.metric)
+        kmeans(rows, k, n_iter=config.n_iter, tol=config.tol, device=device, metric=config.metric or "l2")
         return time.monotonic() - began
 
     kmeans(rows[:512], 16, n_iter=2, device=device)  # one-time set-up

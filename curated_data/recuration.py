@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from curated_data.clustering.levels import Level, choose_levels
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
-from curated_data.config import CurationConfig
+from curated_data.config import CurationConfig, levels_for
 from curated_data.embedding import Embedder, embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, PoolError
 from curated_data.pipeline import (
@@ -102,7 +102,7 @@ def _recurate(
         raise PoolError(f"base: its tree is of {base.tree.n_samples} samples, the pool has {len(pool)}")
     fresh = draw_share(base.tree.parent[1] != EXCLUDED, share, config.seed)
     derived = not config.levels
-    config = dataclasses.replace(config, levels=levels_of_share(config.levels, base, share))
+    config = dataclasses.replace(config, levels=levels_of_share(config, base, share))
     check_levels(config.levels, len(fresh))
     settings = dataclasses.asdict(config.embedding)
     store = embed_pool(
@@ -155,7 +155,9 @@ def _recurate(
         found["excluded"] = len(pool) - found["failed"] - found["near_duplicates"] - int(kept.sum())
         return found | {"share": share, "fresh": len(fresh)}
 
-    folders["selection"], selection_cached = select(root, tree, config, folders["tree"].name, figures)
+    folders["selection"], selection_cached = select(
+        root, tree, config, folders["tree"].name, base.embeddings, figures
+    )
     ids, report = read_selection(folders["selection"])
     report |= {
         "cached": {"tree": tree_cached, "selection": selection_cached},
@@ -187,10 +189,13 @@ def draw_share(usable: np.ndarray, share: float, seed: int) -> np.ndarray:
     return np.sort(rng.choice(ids, math.ceil(share * len(ids)), replace=False))
 
 
-def levels_of_share(levels: list[Level] | None, base: Curation, share: float) -> list[Level]:
-    """The levels for clustering a share of the pool, from those for the whole pool (None: derived)."""
+def levels_of_share(config: CurationConfig, base: Curation, share: float) -> list[Level]:
+    """The levels for clustering a share of the pool, from those for the whole pool, which may be derived."""
+    levels = config.levels
     if levels is None:
         n = int((base.tree.parent[1] != EXCLUDED).sum())
+        if config.sampling == "sparse":
+            return levels_for(config, math.ceil(share * n))
         # A lowest cluster per twenty samples of the pool, as usual, unless too few of them would be fresh.
         levels = choose_levels(min(n, math.ceil(share * n) * 20 // _ROWS_A_CLUSTER))
     lowest = levels[0]

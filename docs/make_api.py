@@ -90,6 +90,19 @@ Written by `python docs/make_api.py` from the docstrings; do not edit. They are 
 `data: curation:` (`recipes/pretrain.py`), and after `--set` on the command line. Only `target_size` has no
 default. [How it works](how_it_works.md) says how to choose those that matter: the embedder (not among them),
 `metric`, `levels`.
+
+What is left out means, by what is given:
+
+| | `sampling` | `metric` | `levels` |
+|---|---|---|---|
+| nothing else | `sparse` | `cosine` | one, of n / 300 clusters, no resampling |
+| `sampling`, or a `strategy` | that, or `hierarchical` | `l2` | n / 20, a tenth of that, …, resampled |
+| `levels` | `hierarchical` | `l2` | as given |
+| `preset: paper` | `hierarchical` | `l2` | n / 20, a tenth of that, …, resampled ten times each |
+
+`sparse` needs no quotas of clusters: a sample's weight is 1 where its nearest neighbour (cosine, within its
+cluster) is at the median distance or nearer, and grows with the standardised log distance beyond, to 55 at
+most; a cluster's weights are divided by the root of their mean.
 """
 SETTINGS = {
     "": ("CurationConfig", CurationConfig),

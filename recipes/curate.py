@@ -159,7 +159,7 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def add_selection_options(parser: argparse.ArgumentParser, what: str, metric: str = "l2") -> None:
+def add_selection_options(parser: argparse.ArgumentParser, what: str) -> None:
     """Add the command line options of recipes that build their own pool and embedder."""
     parser.add_argument("--target-size", type=int, required=True, help=f"{what} to select")
     parser.add_argument(
@@ -167,8 +167,12 @@ def add_selection_options(parser: argparse.ArgumentParser, what: str, metric: st
     )
     parser.add_argument("--export", metavar="FOLDER", help="write the selection there as shards")
     parser.add_argument(
-        "--metric", default=metric, choices=METRICS, help="of the clustering (default: %(default)s)"
+        "--preset",
+        choices=("default", "paper"),
+        default="default",
+        help="how to select (default: %(default)s)",
     )
+    parser.add_argument("--metric", choices=METRICS, help="of the clustering (default: the preset's)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
 
@@ -178,6 +182,7 @@ def walk_by_options(pool: ShardPool, embedder: Embedder, options: argparse.Names
     config = load_config(
         {
             "target_size": options.target_size,
+            "preset": options.preset,
             "metric": options.metric,
             "seed": options.seed,
             "embedding": {"num_workers": options.workers},

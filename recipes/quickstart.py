@@ -68,7 +68,6 @@ class Data:
     image_size: int
     class_names: list[str] | None = None
     is_grey: bool = False
-    metric: str = "l2"
 
 
 def main() -> int:
@@ -107,9 +106,7 @@ def run(options: argparse.Namespace) -> None:
         except ValueError as error:
             raise ConfigError(str(error)) from error
     pool = ShardPool(data.pool, cache_dir=cache)
-    config = CurationConfig(
-        target_size=data.target_size, metric=options.metric or data.metric, seed=options.seed
-    )
+    config = CurationConfig(target_size=data.target_size, metric=options.metric, seed=options.seed)
     curation = curate(pool, config, embedder=options.embedder, cache_dir=cache)
     labels = pool.labels(np.arange(len(pool)))
 
@@ -154,9 +151,7 @@ def parse_options() -> argparse.Namespace:
         "--embedder", default="efficientnet_lite0:64", help="network that embeds (default: %(default)s)"
     )
     parser.add_argument("--target-size", type=int, help="samples to select (default: a fifth of the pool)")
-    parser.add_argument(
-        "--metric", choices=("l2", "cosine"), help="of the clustering (default: what suits the data)"
-    )
+    parser.add_argument("--metric", choices=("l2", "cosine"), help="of the clustering (default: cosine)")
     parser.add_argument("--image-size", type=int, help="side of the views SimCLR trains on, in pixels")
     parser.add_argument("--backbone", default="resnet10", help="that SimCLR trains (default: %(default)s)")
     parser.add_argument("--epochs", type=int, help="of each training (default: 30, small: 2)")
@@ -197,10 +192,9 @@ def choose_data(options: argparse.Namespace) -> Data:
                 f"--data {options.data}: no *train*.tar in {folder}; give a folder of shards"
             )
     is_grey = options.data == "fashion"
-    metric = "cosine" if is_grey else "l2"  # measured on both, see docs/how_it_works.md
     n_samples = len(ShardPool(train, cache_dir=open_cache(local_path(options.out, "--out") / "cache")))
     target_size = options.target_size or n_samples // 5
-    return Data(train, test, target_size, options.image_size or size, classes, is_grey, metric)
+    return Data(train, test, target_size, options.image_size or size, classes, is_grey)
 
 
 def long_tailed_cifar(out: Path, ratio: float = 100.0) -> Path:

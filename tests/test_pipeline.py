@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from curated_data import ClusterTree, CurationConfig, Level, ShardPool, curate
+from curated_data.clustering import choose_levels
 from curated_data.embedding import ModuleEmbedder
 from curated_data.errors import CacheError, ConfigError, PoolError
 from curated_data.report.explain import explain
 from curated_data.selection.removed import Removed
+from curated_data.selection.sampling import hierarchical_sample
+from curated_data.selection.sparse import neighbour_distances, sparse_sample
 from curated_data.stored import open_curation
 from tests.processes import run_ranks
 
@@ -64,6 +67,7 @@ def test_a_second_call_is_a_look_up_and_changes_redo_what_depends_on_them(write_
 # What each setting determines: the first stage that is done anew where it changes.
 REDONE = {
     "target_size": (25, "selection"),
+    "preset": ("paper", None),  # with levels that are given
     "levels": (LEVELS[:1], "tree"),
     "strategy": ("closest", "selection"),
     "sampling": ("flat", "selection"),
@@ -401,3 +405,23 @@ def test_two_ranks_find_what_one_process_finds(write_pool, tmp_path):
             np.testing.assert_array_equal(saved["rows"], np.asarray(alone.embeddings))
             np.testing.assert_array_equal(saved["parent"], alone.tree.parent[1])
             np.testing.assert_array_equal(saved["ids"], alone.ids)
+
+
+def test_the_default_is_sparse_and_levels_or_the_paper_are_not(write_pool, tmp_path):
+    shards, place = write_pool([400, 300]), {"embedder": "pixels:4", "cache_dir": tmp_path / "cache"}
+    found = curate(shards, {"target_size": 70}, **place)
+    assert (found.config.sampling, found.config.metric) == ("sparse", "cosine")
+    assert [level.n_clusters for level in found.config.levels] == [2]
+    distance = neighbour_distances(found.embeddings, found.tree)
+    np.testing.assert_array_equal(found.ids, sparse_sample(found.tree, distance, 70, seed=0))
+    again = curate(shards, found.config, **place)  # with the levels filled in
+    assert again.folders == found.folders
+
+    paper = curate(shards, {"target_size": 70, "preset": "paper"}, **place)
+    assert (paper.config.sampling, paper.config.metric) == ("hierarchical", "l2")
+    assert paper.config.levels == choose_levels(700)
+    np.testing.assert_array_equal(paper.ids, hierarchical_sample(paper.tree, 70, seed=0))
+    own = curate(shards, {"target_size": 70, "levels": [{"n_clusters": 9}]}, **place)
+    assert (own.config.sampling, own.config.metric) == ("hierarchical", "l2")
+    with pytest.raises(ConfigError, match="strategy"):
+        curate(shards, {"target_size": 70, "sampling": "sparse", "strategy": "closest"}, **place)

@@ -69,6 +69,7 @@ def rows_of(recipe, monkeypatch, *arguments: object) -> dict[str, dict[str, floa
 
 def test_curated_text_is_more_balanced_than_random(topics, tmp_path, monkeypatch):
     arguments = [topics, "--text", "body", "--label", "topic", "--target-size", 100, "--cache-dir", tmp_path]
+    arguments += ["--preset", "paper", "--metric", "cosine"]
     for seed in range(3):
         rows = rows_of(text_curation, monkeypatch, *arguments, "--seed", seed)
         shares = np.array(list(TOPICS.values())) / 500
@@ -233,6 +234,7 @@ def scenes(tmp_path_factory) -> Path:
 def test_curated_scenes_are_more_balanced_than_random(scenes, tmp_path, monkeypatch):
     for seed in range(3):
         arguments = [scenes, "--target-size", 80, "--cache-dir", tmp_path, "--seed", seed]
+        arguments += ["--preset", "paper"]
         rows = rows_of(multiband_curation, monkeypatch, *arguments)
         assert rows["pool"]["ratio"] == 25
         assert rows["curated"]["entropy"] > rows["random"]["entropy"] + 0.1
@@ -241,6 +243,7 @@ def test_curated_scenes_are_more_balanced_than_random(scenes, tmp_path, monkeypa
 def test_curated_images_as_bands_are_spread_over_clusters(bands, tmp_path, monkeypatch):
     for seed in range(3):
         arguments = [bands, "--target-size", 140, "--cache-dir", tmp_path, "--seed", seed]
+        arguments += ["--preset", "paper"]
         rows = rows_of(multiband_curation, monkeypatch, *arguments)
         assert rows["pool"]["size"] == 700
         assert rows["curated"]["perplexity 1"] > 1.2 * rows["random"]["perplexity 1"]

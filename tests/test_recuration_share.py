@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from curated_data import ClusterTree, CurationConfig, Level, ShardPool, curate
-from curated_data.config import EmbeddingConfig
+from curated_data.config import EmbeddingConfig, load_config
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError
 from curated_data.recuration import draw_share, levels_of_share, recurate, spread
@@ -175,5 +175,21 @@ def test_levels_and_shares_out_of_range(write_pool, tmp_path):
         with pytest.raises(ConfigError, match="share: expected more than 0"):
             recurate(pool, settings(), share=share, **place)
     for share in (0.05, 0.2, 1.0):
-        lowest = levels_of_share(None, base, share)[0]
+        lowest = levels_of_share(load_config({"target_size": 5, "preset": "paper"}), base, share)[0]
         assert 1 <= lowest.n_clusters <= max(1, math.ceil(share * 60) // 4)
+
+
+def test_a_sparse_selection_is_drawn_anew_over_new_clusters(write_pool, tmp_path):
+    pool = ShardPool(write_pool([700]), cache_dir=tmp_path / "c")
+    base = curate(pool, {"target_size": 50}, embedder="pixels:2", cache_dir=tmp_path / "c")
+    found = recurate(
+        pool, {"target_size": 50}, share=0.9, base=base, embedder="pixels:4", cache_dir=tmp_path / "c"
+    )
+    assert found.config.sampling == "sparse"
+    assert [level.n_clusters for level in found.config.levels] == [2]
+    assert len(np.unique(found.ids)) == 50
+    again = recurate(
+        pool, {"target_size": 50}, share=0.9, base=base, embedder="pixels:4", cache_dir=tmp_path / "c"
+    )
+    assert again.folders == found.folders
+    np.testing.assert_array_equal(again.ids, found.ids)

@@ -268,7 +268,7 @@ def _coverage(curation: "Curation", n_queries: int, rng: np.random.Generator) ->
     if not len(curation.ids):
         return None
     queries = np.sort(random_subset(valid, n_queries, rng))
-    metric = getattr(curation.config, "metric", "l2")
+    metric = getattr(curation.config, "metric", None) or "l2"  # None: as it was given, not as it ran
     share = np.linspace(0, 1, 101)
     curves = {}
     for name, ids in (("selected", curation.ids), ("random", _random_selection(curation, rng))):

@@ -1,0 +1,220 @@
+"""How balanced selections are, and what they are worth as a k-NN bank: ways x labelled pools x seeds.
+
+    python -m benchmarks.pools --out FOLDER                  # make the pools, once
+    python -m benchmarks.balance --pools FOLDER              # every way on every pool of images, 5 seeds
+    python -m benchmarks.balance --pools FOLDER --ways sparse paper --only fashion emoji --embedder pixels:16
+
+Figures of a selection, as mean ± deviation over seeds:
+
+* gap: the share of the difference in class entropy between a random and a label-balanced selection of the
+  same size that it closes; below 0 is worse than random.
+* k-NN: mean over classes of 5-NN on the pool's balanced test set, with the selection as the bank, less that
+  of random selections, in points; and that of the rarest third of the classes.
+* classes: the share of the classes that it has a sample of.
+
+Embeddings and every cell of the table are kept in FOLDER: a run that was killed goes on.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from curated_data import ClusterTree, Level, hierarchical_kmeans, hierarchical_sample
+from curated_data.cache import atomic_write_json
+from curated_data.clustering import choose_levels
+from curated_data.config import ROWS_A_CELL
+from curated_data.embedding import resolve_embedder
+from curated_data.selection.sampling import water_fill
+from curated_data.selection.sparse import neighbour_distances, sparse_sample
+
+FIGURES = ("gap", "k-NN", "k-NN, rarest third", "classes")
+RANDOM_DRAWS = 100
+Way = Callable[["Pool", int, int], np.ndarray]
+"""A pool, a number of samples and a seed to ids."""
+
+
+class Pool:
+    """Embeddings and labels of a pool and its test set; trees and what random selections reach are kept."""
+
+    def __init__(self, folder: Path, embedder: str) -> None:
+        self.rows, self.labels, self.test_rows, self.test_labels = embedded(folder, embedder)
+        self.counts = np.bincount(self.labels)
+        self.tree = cache(self._tree)
+        self.random = cache(self._random)
+        mean = self.rows.mean(axis=0)
+        self._bank, self._probes = unit(self.rows - mean), unit(self.test_rows - mean)
+
+    def figures(self, ids: np.ndarray) -> list[float]:
+        """`FIGURES` of a selection."""
+        chance, chance_accuracy = self.random(len(ids))
+        root, rng = np.zeros(len(self.counts), np.int64), np.random.default_rng(0)
+        most = entropy(water_fill(np.array([len(ids)]), self.counts, root, rng))
+        found = np.bincount(self.labels[ids], minlength=len(self.counts))
+        gains = 100 * (self.accuracies(ids) - chance_accuracy)
+        gap = (entropy(found) - chance) / (most - chance)
+        return [float(gap), *map(float, gains), float((found > 0).sum() / (self.counts > 0).sum())]
+
+    def accuracies(self, ids: np.ndarray) -> np.ndarray:
+        """5-NN, mean over all classes and over the rarest third."""
+        cosine = self._probes @ self._bank[ids].T
+        nearest = np.argpartition(-cosine, min(5, len(ids)) - 1, axis=1)[:, :5]
+        votes = np.zeros((len(self._probes), len(self.counts)))
+        weight = 1 + 1e-3 * np.take_along_axis(cosine, nearest, 1)  # the nearer of two equal ones
+        np.add.at(votes, (np.arange(len(votes))[:, None], self.labels[ids][nearest]), weight)
+        is_right = votes.argmax(axis=1) == self.test_labels
+        classes = np.unique(self.test_labels)
+        right = np.array([is_right[self.test_labels == c].mean() for c in classes])
+        rarest = np.argsort(self.counts[classes], kind="stable")[: max(1, len(classes) // 3)]
+        return np.array([right.mean(), right[rarest].mean()])
+
+    def _random(self, size: int) -> tuple[float, np.ndarray]:
+        rng = np.random.default_rng(99)
+        draws = [rng.choice(len(self.labels), size, replace=False) for _ in range(RANDOM_DRAWS)]
+        found = [entropy(np.bincount(self.labels[ids], minlength=len(self.counts))) for ids in draws]
+        return float(np.mean(found)), np.mean([self.accuracies(ids) for ids in draws[:20]], axis=0)
+
+    def _tree(self, kind: str, metric: str, seed: int) -> ClusterTree:
+        n = len(self.rows)
+        levels = {
+            "paper": choose_levels(n),
+            "levels": [Level(level.n_clusters) for level in choose_levels(n)],
+            "one": [Level(n // 20)],
+            "cells": [Level(max(1, n // ROWS_A_CELL))],
+        }[kind]
+        return hierarchical_kmeans(self.rows, levels, metric=metric, seed=seed, device="cpu")
+
+
+def of_tree(kind: str, metric: str) -> Way:
+    """Hierarchical sampling from one of `Pool.tree`."""
+    return lambda pool, size, seed: hierarchical_sample(pool.tree(kind, metric, seed), size, seed=seed)
+
+
+def drawn(pool: Pool, size: int, seed: int) -> np.ndarray:
+    """At random."""
+    return np.random.default_rng(seed).choice(len(pool.labels), size, replace=False)
+
+
+def sparse(pool: Pool, size: int, seed: int) -> np.ndarray:
+    """The default of `curate`."""
+    tree = pool.tree("cells", "cosine", seed)
+    return sparse_sample(tree, neighbour_distances(pool.rows, tree), size, seed=seed)
+
+
+WAYS: dict[str, Way] = {
+    "random": drawn,
+    "sparse": sparse,
+    "one": of_tree("one", "l2"),
+    "one-cosine": of_tree("one", "cosine"),
+    "levels": of_tree("levels", "l2"),
+    "levels-cosine": of_tree("levels", "cosine"),
+    "paper": of_tree("paper", "l2"),
+    "paper-cosine": of_tree("paper", "cosine"),
+}
+
+
+def main() -> None:
+    """Fill in the cells that are missing, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--pools", type=Path, required=True, help="made by benchmarks.pools")
+    parser.add_argument("--only", nargs="+", help="pools (default: all that the embedder takes)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.1, 0.2], help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--embedder", default="efficientnet_lite0:64", help="(default: %(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    names = options.only or sorted(file.parent.name for file in options.pools.glob("*/pool.npz"))
+    table: dict[tuple[str, float, str], np.ndarray] = {}
+    for name in names:
+        folder = options.pools / name
+        if not options.only and is_text(folder) != (options.embedder == "minilm"):
+            continue
+        kept = folder / f"balance_{options.embedder.replace(':', '_')}.json"
+        cells = json.loads(kept.read_text()) if kept.exists() else {}
+        pool = None
+        for way in options.ways:
+            for share in options.shares:
+                found = []
+                for seed in range(options.seeds):
+                    cell = f"{way} {share} {seed}"
+                    if cell not in cells:
+                        pool = pool or Pool(folder, options.embedder)
+                        ids = WAYS[way](pool, round(share * len(pool.labels)), seed)
+                        cells[cell] = pool.figures(ids)
+                        atomic_write_json(kept, cells)
+                    found.append(cells[cell])
+                table[way, share, name] = np.array(found)
+    print_table(table)
+
+
+def print_table(table: dict[tuple[str, float, str], np.ndarray]) -> None:
+    """A table per figure, as Markdown."""
+    rows = list(dict.fromkeys((way, share) for way, share, _ in table))
+    names = list(dict.fromkeys(name for *_, name in table))
+    for place, figure in enumerate(FIGURES):
+        digits = 1 if "k-NN" in figure else 2
+        print(f"\n{figure}\n\n| way | share | " + " | ".join(names) + " | mean | least |")
+        print("|---" * (len(names) + 4) + "|")
+        for way, share in rows:
+            values = [table[way, share, name][:, place] for name in names]
+            means = [value.mean() for value in values]
+            cells = [f"{value.mean():.{digits}f} ± {value.std(ddof=1):.{digits}f}" for value in values]
+            print(
+                f"| {way} | {share} | " + " | ".join(cells),
+                f"| {np.mean(means):.{digits}f} | {min(means):.{digits}f} |",
+            )
+
+
+def embedded(folder: Path, spec: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Rows and labels of a pool, then of its test set; embedded once."""
+    file = folder / f"{spec.replace(':', '_')}.npz"
+    with np.load(folder / "pool.npz") as content:
+        labels, test_labels = content["labels"], content["test_labels"]
+        if not file.exists():
+            rows = {name: embed(content[name], spec) for name in ("items", "test_items")}
+            unfinished = file.with_suffix(".unfinished.npz")
+            np.savez(unfinished, x=rows["items"], test_x=rows["test_items"])
+            unfinished.rename(file)
+    with np.load(file) as content:
+        return content["x"], labels, content["test_x"], test_labels
+
+
+@torch.inference_mode()
+def embed(items: np.ndarray, spec: str, batch: int = 64) -> np.ndarray:
+    """(n, d) float32 embeddings of images (n, H, W, 3) or texts."""
+    embedder = resolve_embedder(spec)
+    parts = []
+    for first in range(0, len(items), batch):
+        some = items[first : first + batch]
+        of_text = items.dtype.kind == "U"
+        inputs = [str(item) if of_text else torch.from_numpy(item).permute(2, 0, 1) for item in some]
+        parts.append(embedder(torch.stack([embedder.preprocess(item) for item in inputs])).float().numpy())
+    return np.concatenate(parts)
+
+
+def is_text(folder: Path) -> bool:
+    """Whether a pool is of texts."""
+    with np.load(folder / "pool.npz") as content:
+        return bool(content["test_items"].dtype.kind == "U")
+
+
+def entropy(counts: np.ndarray) -> float:
+    """In nats."""
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows of norm 1."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+if __name__ == "__main__":
+    main()
