@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from curated_data.clustering.tree import ClusterTree
     from curated_data.config import CurationConfig
     from curated_data.datamodule import CuratedDataModule
+    from curated_data.embedding.existing import EmbeddedPool
     from curated_data.logging_callback import CurationLogger
-    from curated_data.pipeline import Curation, curate
+    from curated_data.pipeline import Curation, curate, curate_embeddings
     from curated_data.pool.shards import ShardPool
     from curated_data.pool.writer import ShardWriter
     from curated_data.selection.sampling import flat_sample, hierarchical_sample
@@ -34,11 +35,13 @@ __all__ = [
     "Curation",
     "CurationConfig",
     "CurationLogger",
+    "EmbeddedPool",
     "Level",
     "RecurationCallback",
     "ShardPool",
     "ShardWriter",
     "curate",
+    "curate_embeddings",
     "flat_sample",
     "hierarchical_kmeans",
     "hierarchical_sample",
@@ -51,11 +54,13 @@ _HOMES = {
     "Curation": "pipeline",
     "CurationConfig": "config",
     "CurationLogger": "logging_callback",
+    "EmbeddedPool": "embedding.existing",
     "Level": "clustering.levels",
     "RecurationCallback": "callbacks",
     "ShardPool": "pool.shards",
     "ShardWriter": "pool.writer",
     "curate": "pipeline",
+    "curate_embeddings": "pipeline",
     "flat_sample": "selection.sampling",
     "hierarchical_kmeans": "clustering.hierarchy",
     "hierarchical_sample": "selection.sampling",

@@ -118,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
         commands, "curate", "select a balanced subset: index, embed, cluster, sample", _curate
     )
     _curation_options(command)
+    command.add_argument(
+        "--embeddings",
+        action="store_true",
+        help="what is given are embeddings, .npy files or folders of them, not shards; ids are rows",
+    )
     command.add_argument("--ids", metavar="FILE", help="also write the selected ids to this .npy file")
     command.add_argument(
         "--dry-run",
@@ -375,6 +380,11 @@ def _run_curation(parsed: argparse.Namespace) -> tuple[Any, Any]:
     from curated_data.pipeline import curate
 
     config = _config(parsed)
+    if getattr(parsed, "embeddings", False):
+        from curated_data.embedding.existing import EmbeddedPool
+
+        rows = EmbeddedPool(parsed.pool)
+        return rows, curate(rows, config, embedder=None, cache_dir=parsed.cache_dir, device=parsed.device)
     pool = _pool(parsed)
     curation = curate(
         pool, config, embedder=parsed.embedder, cache_dir=parsed.cache_dir, device=parsed.device
@@ -384,6 +394,8 @@ def _run_curation(parsed: argparse.Namespace) -> tuple[Any, Any]:
 
 def _curate(parsed: argparse.Namespace) -> None:
     if parsed.dry_run:
+        if parsed.embeddings:
+            raise ConfigError("--dry-run: plans the work on shards; there is nothing to embed here")
         _plan(parsed)
         return
     if parsed.ids is not None:

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from curated_data.cache import build_once, fingerprint, read_array, read_manifest, write_manifest
 from curated_data.config import CurationConfig
-from curated_data.embedding import Embedder, EmbeddingStore, embed_pool
+from curated_data.embedding import EmbeddingStore
+from curated_data.embedding.existing import EmbeddedPool
+from curated_data.embedding.stage import AnyPool, EmbeddingStage
 from curated_data.errors import ConfigError, PoolError
 from curated_data.holds import hold
 from curated_data.pool import ShardPool
-from curated_data.pool.decode import Decoders, has_images
+from curated_data.pool.decode import has_images
 from curated_data.selection.near_duplicates import exact_groups, image_contents, near_duplicates
 from curated_data.selection.removed import Removed
 
@@ -24,21 +25,30 @@ VERSION = 3
 """Increased when something else is computed from the same inputs: older artifacts are then not used."""
 
 
-def open_held_out(config: CurationConfig, root: Path, like: ShardPool) -> ShardPool | None:
+def open_held_out(config: CurationConfig, root: Path, like: AnyPool) -> AnyPool | None:
     """The evaluation sets whose samples the pool must not contain; None if there are none.
 
     Args:
-        like: the pool, by whose settings their images are decoded too.
+        like: the pool, by whose settings their images are decoded too. Those of a pool of rows are `.npy`
+            files of rows.
 
     Raises:
         PoolError: no shard matches, one cannot be read, or they are empty.
+        ConfigError: rows of another length than those of the pool.
     """
     if not (config.near_duplicates.enabled and config.near_duplicates.held_out):
         return None
+    held_out = config.near_duplicates.held_out
     try:
-        pool = ShardPool(
-            config.near_duplicates.held_out, cache_dir=root, storage_options=like.storage_options
-        )
+        if isinstance(like, EmbeddedPool):
+            rows = EmbeddedPool(held_out)
+            if rows.name != like.name:
+                raise ConfigError(
+                    f"near_duplicates.held_out: its rows are {rows.dimension} x {rows.dtype}, those of the "
+                    f"pool {like.dimension} x {like.dtype}; give embeddings of the same network and type"
+                )
+            return rows
+        pool = ShardPool(held_out, cache_dir=root, storage_options=like.storage_options)
         pool.images = like.images
         pool.index()
     except PoolError as error:  # which would read as if it were of the pool itself
@@ -46,13 +56,17 @@ def open_held_out(config: CurationConfig, root: Path, like: ShardPool) -> ShardP
     return pool
 
 
-def check_preference(config: CurationConfig, pool: ShardPool) -> None:
+def check_preference(config: CurationConfig, pool: AnyPool) -> None:
     """Check, before anything is embedded, that near-duplicates can be told apart as asked.
 
     Raises:
         ConfigError: the largest copies shall stay, and the pool has no images.
     """
     asked = config.near_duplicates.enabled and config.near_duplicates.prefer == "largest"
+    if isinstance(pool, EmbeddedPool):
+        if asked:
+            raise ConfigError("near_duplicates.prefer: 'largest' is of images, and the pool is of rows")
+        return
     present = pool.index().extensions
     if asked and not has_images(present, pool.image_extensions):
         raise ConfigError(
@@ -61,14 +75,7 @@ def check_preference(config: CurationConfig, pool: ShardPool) -> None:
         )
 
 
-def embed_held_out(
-    pool: ShardPool | None,
-    embedder: Embedder,
-    root: Path,
-    config: CurationConfig,
-    device: str | torch.device,
-    decoders: Decoders | None,
-) -> EmbeddingStore | None:
+def embed_held_out(pool: AnyPool | None, stage: EmbeddingStage) -> EmbeddingStore | None:
     """The embeddings of what `open_held_out` gave.
 
     Raises:
@@ -76,8 +83,7 @@ def embed_held_out(
     """
     if pool is None:
         return None
-    settings = dataclasses.asdict(config.embedding)
-    store = embed_pool(pool, embedder, root, device=device, decoders=decoders, fields=[], **settings)
+    store = stage.store(pool, fields=[])
     if store.n_failures == len(store):
         first = next(store.iterate_failures())
         raise ConfigError(
@@ -97,7 +103,7 @@ def embed_held_out(
 
 def find_near_duplicates(
     root: Path,
-    pool: ShardPool,
+    pool: AnyPool,
     store: EmbeddingStore,
     held_out: EmbeddingStore | None,
     config: CurationConfig,
@@ -120,7 +126,9 @@ def find_near_duplicates(
     def build(folder: Path) -> None:
         store.verify()
         valid = store.valid
-        contents = image_contents(pool) if config.near_duplicates.prefer == "largest" else None
+        contents = None
+        if isinstance(pool, ShardPool) and config.near_duplicates.prefer == "largest":
+            contents = image_contents(pool)
         found = near_duplicates(
             store,
             valid=valid,

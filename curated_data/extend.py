@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
 
 from curated_data.cache import MANIFEST, fingerprint, read_array, read_json, read_manifest
 from curated_data.clustering.kmeans import prepare
@@ -27,9 +26,10 @@ from curated_data.deduplication import (
     open_held_out,
     read_keep,
 )
-from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
+from curated_data.embedding import EmbeddingStore
 from curated_data.embedding.contents import Contents
-from curated_data.embedding.extract import embeddings_name
+from curated_data.embedding.existing import EmbeddedPool
+from curated_data.embedding.stage import AnyEmbedder, AnyPool, embedding_stage
 from curated_data.errors import CacheError, ConfigError, PoolError
 from curated_data.parallel import all_gather, rank, world_size
 from curated_data.paths import local_path
@@ -66,11 +66,11 @@ class Drift:
 
 
 def extend(
-    pool: ShardPool | str | Path | Sequence[str | Path],
+    pool: ShardPool | EmbeddedPool | str | Path | Sequence[str | Path],
     config: CurationConfig | Mapping[str, Any] | DictConfig | str | Path,
     *,
     tree: str | Path,
-    embedder: str | nn.Module | Callable[[Tensor], Tensor] | Embedder,
+    embedder: AnyEmbedder | None,
     cache_dir: str | Path,
     device: str | torch.device = "auto",
     decoders: Decoders | None = None,
@@ -115,10 +115,10 @@ def extend(
 
 
 def _extend(
-    pool: ShardPool,
+    pool: AnyPool,
     config: CurationConfig,
     base: Path,
-    embedder: str | nn.Module | Callable[[Tensor], Tensor] | Embedder,
+    embedder: AnyEmbedder | None,
     root: Path,
     device: str | torch.device,
     decoders: Decoders | None,
@@ -133,9 +133,8 @@ def _extend(
     # All that can be wrong is looked at now, before anything is embedded.
     if not (isinstance(rebuild_above, int | float) and rebuild_above >= 0):
         raise ConfigError(f"rebuild_above: expected a share of the new samples, got {rebuild_above!r}")
-    embedder = resolve_embedder(embedder)
-    settings = dataclasses.asdict(config.embedding)
-    own, name = manifest["inputs"]["embedder"], embeddings_name(pool, embedder, decoders=decoders, **settings)
+    source = embedding_stage(pool, embedder, config, root, device, decoders)
+    own, name = manifest["inputs"]["embedder"], source.name(pool)
     if own != name:
         raise CacheError(
             f"{base}: its tree was built over embeddings {own}, these are {name}; give the embedder and "
@@ -143,10 +142,11 @@ def _extend(
         )
     held_out_pool = open_held_out(config, root, pool)
     check_preference(config, pool)
-    _check_shards(pool, base, manifest, root)
+    if isinstance(pool, ShardPool):
+        _check_shards(pool, base, manifest, root)
     config = dataclasses.replace(config, metric=metric)
-    held_out = embed_held_out(held_out_pool, embedder, root, config, device, decoders)  # the smaller
-    store = embed_pool(pool, embedder, root, device=device, decoders=decoders, **settings)
+    held_out = embed_held_out(held_out_pool, source)  # the smaller
+    store = source.store(pool)
     kept, known = _kept(pool, store.shard_fingerprints, old, base)
     inputs = {"embedder": store.folder.name, "embeddings": store.fingerprint, "base": base.name}
     folders = {"embeddings": store.folder}
@@ -228,7 +228,7 @@ def _no_shard(shards: list[str], base: Path) -> PoolError:
     return PoolError(f"the pool has none of the {len(shards)} shards that {base} was built over; curate anew")
 
 
-def _kept(pool: ShardPool, shards: list[str], old: ClusterTree, base: Path) -> tuple[ClusterTree, np.ndarray]:
+def _kept(pool: AnyPool, shards: list[str], old: ClusterTree, base: Path) -> tuple[ClusterTree, np.ndarray]:
     """The old tree over the pool as it is now, without new samples, and (n,) bool: what it was built over.
 
     Args:

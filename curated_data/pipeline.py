@@ -5,9 +5,12 @@ everything that determines it, so a second call only reads the cache, and a chan
 depends on it.
 """
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +20,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
 
 from curated_data.cache import build_once, fingerprint, open_cache, read_array, read_manifest, write_manifest
 from curated_data.clustering.hierarchy import hierarchical_kmeans
@@ -31,7 +33,9 @@ from curated_data.deduplication import (
     open_held_out,
     read_keep,
 )
-from curated_data.embedding import Embedder, EmbeddingStore, embed_pool, resolve_embedder
+from curated_data.embedding import EmbeddingStore
+from curated_data.embedding.existing import EmbeddedPool, Source
+from curated_data.embedding.stage import AnyEmbedder, AnyPool, embedding_stage
 from curated_data.errors import CacheError, ConfigError, CuratedDataError, PoolError
 from curated_data.holds import Hold, hold, holding
 from curated_data.parallel import check_same, rank, together
@@ -77,10 +81,10 @@ class Curation:
 
 
 def curate(
-    pool: ShardPool | str | Path | Sequence[str | Path],
+    pool: ShardPool | EmbeddedPool | str | Path | Sequence[str | Path],
     config: CurationConfig | Mapping[str, Any] | DictConfig | str | Path,
     *,
-    embedder: str | nn.Module | Callable[[Tensor], Tensor] | Embedder,
+    embedder: AnyEmbedder | None,
     cache_dir: str | Path,
     device: str | torch.device = "auto",
     decoders: Decoders | None = None,
@@ -93,9 +97,10 @@ def curate(
     In a process group every rank calls it, does a part of each stage, and returns the same result.
 
     Args:
-        pool: a `ShardPool`, or anything that `ShardPool` takes.
+        pool: a `ShardPool`, or anything that `ShardPool` takes; or an `EmbeddedPool`.
         config: a `CurationConfig`, its fields as a mapping, or a YAML file of them.
-        embedder: a name, a network, a function or an embedder, see `resolve_embedder`.
+        embedder: a name, a network, a function or an embedder, see `resolve_embedder`; None for an
+            `EmbeddedPool`.
         cache_dir: a folder for the artifacts of every stage. All ranks need the same one; several runs may
             share it.
         device: for embedding and clustering; "auto" takes the current CUDA device, or the CPU if there is
@@ -118,32 +123,37 @@ def curate(
 
 @contextlib.contextmanager
 def opened(
-    pool: ShardPool | str | Path | Sequence[str | Path],
+    pool: ShardPool | EmbeddedPool | str | Path | Sequence[str | Path],
     config: CurationConfig | Mapping[str, Any] | DictConfig | str | Path,
     cache_dir: str | Path,
-) -> Iterator[tuple[ShardPool, CurationConfig, Path]]:
+) -> Iterator[tuple[AnyPool, CurationConfig, Path]]:
     """The inputs of a curation, for a block in which ranks work together: an error of one ends all."""
     with together(), holding():
         settings = load_config(config)
         root = open_cache(cache_dir)
-        shards = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
+        shards: AnyPool
+        if isinstance(pool, EmbeddedPool):
+            shards = pool
+        else:
+            shards = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
         check_shared(root)
         yield shards, settings, root
 
 
 def _curate(
-    pool: ShardPool,
+    pool: AnyPool,
     config: CurationConfig,
-    embedder: str | nn.Module | Callable[[Tensor], Tensor] | Embedder,
+    embedder: AnyEmbedder | None,
     root: Path,
     device: str | torch.device,
     decoders: Decoders | None,
     fields: Sequence[str] | None,
 ) -> Curation:
-    embedder = resolve_embedder(embedder)  # now, before anything takes long
+    source = embedding_stage(pool, embedder, config, root, device, decoders, fields)
     held_out_pool = open_held_out(config, root, pool)
     check_same(curation=fingerprint(config=dataclasses.asdict(config)))
-    pool.stat_on_all_ranks()
+    if isinstance(pool, ShardPool):
+        pool.stat_on_all_ranks()
     seconds: dict[str, float] = {}
     cached: dict[str, bool] = {}
 
@@ -155,9 +165,8 @@ def _curate(
     check_preference(config, pool)
 
     with _timed(seconds, "embed"):
-        held_out = embed_held_out(held_out_pool, embedder, root, config, device, decoders)  # the smaller
-        settings = dataclasses.asdict(config.embedding)
-        store = embed_pool(pool, embedder, root, device=device, decoders=decoders, fields=fields, **settings)
+        held_out = embed_held_out(held_out_pool, source)  # the smaller
+        store = source.store(pool)
     valid = store.valid
     folders = {"embeddings": store.folder}
 
@@ -212,9 +221,42 @@ def _curate(
     return Curation(ids, tree, store, report, config, folders)
 
 
+def curate_embeddings(
+    rows: EmbeddedPool | Source | Sequence[Source],
+    config: CurationConfig | Mapping[str, Any] | DictConfig | str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    device: str | torch.device = "auto",
+) -> Curation:
+    """Select from embeddings that exist already, without shards: the whole of `curate` but for embedding.
+
+    Args:
+        rows: an `EmbeddedPool`, or what it takes: an array, a `.npy` file, a folder of parts, a list.
+        config: as for `curate`, but for `embedding`; `near_duplicates.held_out` takes `.npy` files.
+        cache_dir: as for `curate`; None takes a temporary folder, which is removed when the process ends.
+        device: for the clustering.
+
+    Returns:
+        A curation whose ids are numbers of rows.
+
+    Raises:
+        ConfigError, PoolError, CacheError, RankError: as for `curate`.
+
+    Example:
+        >>> import numpy as np
+        >>> from curated_data import curate_embeddings
+        >>> rows = np.random.default_rng(0).normal(size=(2000, 16))
+        >>> curation = curate_embeddings(rows, {"target_size": 100})
+        >>> len(rows[curation.ids])
+        100
+    """
+    pool = rows if isinstance(rows, EmbeddedPool) else EmbeddedPool(rows)
+    return curate(pool, config, embedder=None, cache_dir=cache_dir or temporary_cache(), device=device)
+
+
 def build_tree(
     root: Path,
-    pool: ShardPool,
+    pool: AnyPool,
     store: EmbeddingStore,
     valid: np.ndarray,
     config: CurationConfig,
@@ -305,7 +347,7 @@ def tree_name(config: CurationConfig, origin: dict[str, str]) -> str:
 
 
 def publish_tree(
-    folder: Path, tree: ClusterTree, pool: ShardPool, store: EmbeddingStore, manifest: dict[str, Any]
+    folder: Path, tree: ClusterTree, pool: AnyPool, store: EmbeddingStore, manifest: dict[str, Any]
 ) -> None:
     """Write a tree and the shards that it covers, by which a pool that has grown finds its old samples."""
     tree.save(folder / "tree")
@@ -385,7 +427,7 @@ def check_levels(levels: list[Level] | None, n_samples: int) -> None:
 
 
 def report_of(
-    pool: ShardPool,
+    pool: AnyPool,
     store: EmbeddingStore,
     valid: np.ndarray,
     tree: ClusterTree,
@@ -409,6 +451,14 @@ def report_of(
         "distinct": len(np.unique(ids)),
         "levels": [dataclasses.asdict(level) for level in cluster_balance(tree, ids)],
     }
+
+
+@functools.cache
+def temporary_cache() -> Path:
+    """A cache for this process, which is removed when it ends."""
+    folder = tempfile.TemporaryDirectory(prefix="curated_data-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from curated_data.clustering.levels import Level, choose_levels
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig, levels_for
-from curated_data.embedding import Embedder, embed_pool, resolve_embedder
+from curated_data.embedding import Embedder
+from curated_data.embedding.stage import AnyEmbedder, AnyPool, embedding_stage
 from curated_data.errors import ConfigError, PoolError
 from curated_data.pipeline import (
     Curation,
@@ -87,11 +88,11 @@ def recurate(
 
 
 def _recurate(
-    pool: ShardPool,
+    pool: AnyPool,
     config: CurationConfig,
     base: Curation,
     share: float,
-    embedder: str | nn.Module | Callable[[Tensor], Tensor] | Embedder,
+    embedder: AnyEmbedder,
     root: Path,
     device: str | torch.device,
     decoders: Decoders | None,
@@ -104,17 +105,7 @@ def _recurate(
     derived = not config.levels
     config = dataclasses.replace(config, levels=levels_of_share(config, base, share))
     check_levels(config.levels, len(fresh))
-    settings = dataclasses.asdict(config.embedding)
-    store = embed_pool(
-        pool,
-        resolve_embedder(embedder),
-        root,
-        device=device,
-        decoders=decoders,
-        fields=fields,
-        ids=fresh,
-        **settings,
-    )
+    store = embedding_stage(pool, embedder, config, root, device, decoders, fields).store(pool, ids=fresh)
     usable = store.valid
     if not usable.any():
         first = next(store.iterate_failures())
