@@ -49,7 +49,7 @@ def class_names(pools: Sequence[ShardPool], cache_dir: Path | None) -> tuple[str
         PoolError: a shard cannot be read.
     """
     labelled = [pool for pool in pools if "cls" in pool.index().extensions]
-    if all(_is_integer(text) for pool in labelled for text in _texts(pool, min(len(pool), _PEEK))):
+    if not labelled:
         return None
     if cache_dir is None:
         return _names(labelled)
@@ -57,15 +57,21 @@ def class_names(pools: Sequence[ShardPool], cache_dir: Path | None) -> tuple[str
     def build(folder: Path) -> None:
         write_manifest(folder, "classes", {"names": _names(labelled)})
 
-    pools_name = fingerprint(pools=[pool.fingerprint for pool in labelled], version=_VERSION)
-    folder, _ = build_once(open_cache(cache_dir) / "classes" / pools_name, build)
+    # The state too: shards of one layout may hold other names of the same lengths.
+    states = [[pool.fingerprint, pool.state] for pool in labelled]
+    name = fingerprint(pools=states, version=_VERSION)
+    folder, _ = build_once(open_cache(cache_dir) / "classes" / name, build)
     names = read_manifest(folder, "classes").get("names")
+    if names is None:
+        return None
     if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
         raise CacheError(f"{folder}: holds no class names; remove it to have them read again")
     return tuple(names)
 
 
-def _names(pools: Sequence[ShardPool]) -> tuple[str, ...]:
+def _names(pools: Sequence[ShardPool]) -> tuple[str, ...] | None:
+    if all(_is_integer(text) for pool in pools for text in _texts(pool, min(len(pool), _PEEK))):
+        return None
     found = {text for pool in pools for text in _texts(pool, len(pool))}
     log.info("classes: %d names, numbered from 0 in the order of their characters", len(found))
     return tuple(sorted(found))

@@ -61,7 +61,8 @@ whole = time.monotonic() - began
 rng, kills, within = random.Random(0), 0, 0
 while not attempt("killed", kills, rng.uniform(0, whole * (0.1 + 0.05 * kills))):
     kills += 1
-    within += any(".running-" in name for name in os.listdir(f"{folder}/killed"))
+    there = os.listdir(f"{folder}/killed") if os.path.isdir(f"{folder}/killed") else []
+    within += any(".running-" in name for name in there)
 print(kills, within)
 """
 

@@ -53,11 +53,11 @@ def test_members_that_are_not_embedded_do_no_harm(tmp_path):
     )
     path = write(tmp_path / "images.tar", [{"png": IMAGE, **extra} for extra in bad])
     decoders = {"wav": lambda data: 1 / 0}
-    store = embed(path, resolve_embedder("pixels:2"), tmp_path / "c", decoders=decoders)
+    store = embed(path, resolve_embedder("pixels:2"), tmp_path / "c", decoders=decoders, fields=[])
     assert store.failures == []
     assert len(np.unique(np.asarray(store), axis=0)) == 1
     path = write(tmp_path / "texts.tar", [{"txt": b"four", "cls": b"cat"}, {"txt": b"sixsix", "json": b"{"}])
-    assert np.asarray(embed(path, TEXTS, tmp_path / "c")).tolist() == [[4], [6]]
+    assert np.asarray(embed(path, TEXTS, tmp_path / "c", fields=[])).tolist() == [[4], [6]]
 
 
 def test_what_is_embedded_must_be_readable(tmp_path):
