@@ -495,13 +495,10 @@ def test_remedies_of_any_path_name_no_folder_outside_a_cache(parts):
 # What may call what, besides `removal` itself. A replacement is not a removal: it publishes what was written.
 ALLOWED = {
     "cache.py": {"replace"},
-    "watch.py": {"replace"},
     "clustering/tree.py": {"replace"},
     "locks.py": {"ftruncate"},
-    # Their own files, in folders of their own.
-    "export.py": {"unlink"},
-    "pool/writer.py": {"unlink"},
-    "pool/shard_cache.py": {"unlink", "truncate"},
+    "pool/out.py": {"replace"},
+    "pool/shard_cache.py": {"truncate"},
 }
 DESTRUCTIVE = {
     *("remove", "unlink", "rmdir", "rename", "renames", "replace", "removedirs", "rmtree", "truncate"),

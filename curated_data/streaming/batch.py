@@ -113,8 +113,14 @@ def _content(sample: dict[str, Any]) -> str:
     return ", ".join(name for name in ("image", "views", "array", "text") if name in sample) or "none"
 
 
+def _tensor(value: Tensor | np.ndarray) -> Tensor:
+    """A tensor; of an array that cannot be written, such as one over a member's bytes, a copy."""
+    writable = not isinstance(value, np.ndarray) or value.flags.writeable
+    return torch.as_tensor(value if writable else np.array(value))
+
+
 def _stack(name: str, tensors: Sequence[Tensor | np.ndarray]) -> Tensor:
-    tensors = [torch.as_tensor(tensor) for tensor in tensors]
+    tensors = [_tensor(tensor) for tensor in tensors]
     shapes = {tensor.shape for tensor in tensors}
     if len(shapes) > 1:
         found = sorted(map(tuple, shapes))[:4]
