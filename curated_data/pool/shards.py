@@ -75,8 +75,6 @@ class ShardPool:
         b'\\xff\\xd8'
     """
 
-    _takes_pipes = False
-
     def __init__(
         self,
         urls: str | Path | Sequence[str | Path],
@@ -91,7 +89,7 @@ class ShardPool:
         strict: bool = False,
     ) -> None:
         self.storage_options = dict(storage_options or {})
-        self.urls = expand_urls(urls, self.storage_options, pipes=self._takes_pipes)
+        self.urls = expand_urls(urls, self.storage_options)
         self._places = [absolute_url(url) for url in self.urls]
         self.cache_dir = None if cache_dir is None else absolute(cache_dir)
         self.num_workers = num_workers
@@ -251,7 +249,7 @@ class ShardPool:
             unique, place = np.unique(ids, return_inverse=True)
         shard = index.shard_of(unique)
         members = self._members(unique, extensions)
-        data = self._read_members(unique, shard, members)
+        data = self._reader.read(shard[members.owner], members.offset, members.size)
         urls, names = self.urls, index.extensions
         samples: list[dict[str, Any]] = [
             {"__key__": key, "__url__": urls[number]}
@@ -283,13 +281,14 @@ class ShardPool:
         for first in range(0, len(ids), _BLOCK):
             block, place = np.unique(ids[first : first + _BLOCK], return_inverse=True)
             members = self._members(block, ["cls"])
-            data = self._read_members(block, self.shard_of(block), members)
+            shard = self.shard_of(block)
+            data = self._reader.read(shard[members.owner], members.offset, members.size)
             found = np.full(len(block), -1, np.int64)
             for owner, content in zip(members.owner.tolist(), data):
                 try:
                     found[owner] = int(content.decode("ascii"))
                 except (ValueError, OverflowError):
-                    url = self.urls[int(self.shard_of(block[owner : owner + 1])[0])]
+                    url = self.urls[int(shard[owner])]
                     raise SampleError(
                         f"{url}: sample {self.keys(block[owner : owner + 1])[0]!r}: its .cls is no integer: "
                         f"{content[:40]!r}"
@@ -419,10 +418,6 @@ class ShardPool:
             outside = ids[(ids < 0) | (ids >= n)]
             raise PoolError(f"id {outside[0]} is outside the pool: it has samples 0 to {n - 1}")
         return ids
-
-    def _read_members(self, ids: np.ndarray, shard: np.ndarray, members: "_Members") -> list[bytes]:
-        """The bytes of members of the samples `ids`, which are sorted and in the shards `shard`."""
-        return self._reader.read(shard[members.owner], members.offset, members.size)
 
     def _members(self, ids: np.ndarray, extensions: Sequence[str] | None) -> "_Members":
         """The members of samples, or only those with certain extensions."""
