@@ -130,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dry-run",
         action="store_true",
-        help="only check the settings and print sizes, memory and expected hours, from a small probe",
+        help="only check the settings and print sizes, memory, and hours of embedding and clustering by a "
+        "small probe",
     )
 
     command = _pool_command(commands, "export", "write the selection as new shards", _export)

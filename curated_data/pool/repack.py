@@ -12,15 +12,18 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 
 from curated_data.errors import PoolError, printable
+from curated_data.pool.access import RemoteOptions
 from curated_data.pool.grouping import parts_apart
 from curated_data.pool.index import ShardIndex, index_shard
 from curated_data.pool.notes import joined_notes, report_notes
 from curated_data.pool.out import LocalFolder, RemoteFolder, writing
+from curated_data.pool.storage import stat_shards
+from curated_data.pool.store import Store
 from curated_data.pool.tar import Source, compression_of, local_source, read_members
 from curated_data.pool.urls import expand_urls, is_pipe, is_remote, unreachable
 from curated_data.pool.writer import ShardWriter, check_out, existing_shards
@@ -28,6 +31,7 @@ from curated_data.progress import progress
 
 log = logging.getLogger(__name__)
 
+_RANGE = 8 << 20  # bytes of a remote archive that are asked for at once
 _PIECE = 4 << 10  # bytes that are decompressed at once: any of the formats makes some 100 MB of them at most
 
 
@@ -48,7 +52,8 @@ def import_archives(
     an extension in common stay samples of their own.
 
     An archive that is compressed, remote or a pipe is first unpacked to a file without a name, which takes
-    the archive's unpacked size of the disk: where the shards go or, if that is a store, in `$TMPDIR`.
+    the archive's unpacked size of the disk: where the shards go or, if that is a store, in `$TMPDIR`. From a
+    server without ranged reads it is downloaded whole before, to `$TMPDIR` too.
 
     Args:
         archives: as the shards of a `ShardPool`, and also `pipe:<command>`; commands run in a shell.
@@ -206,28 +211,36 @@ def _content(url: str, storage_options: Mapping[str, Any]) -> Iterator[bytes]:
     Raises:
         PoolError: it cannot be read to its end.
     """
-    with _named(url), _opened(url, storage_options) as stream:
-        pieces = iter(partial(stream.read, _PIECE), b"")
+    with _named(url):
+        pieces = _pieces(url, storage_options)
         first = next(pieces, b"")
         new = _decoder(url, compression_of(first))
         pieces = chain([first], pieces)
         yield from pieces if new is None else _decompressed(pieces, new)
 
 
-@contextmanager
-def _opened(url: str, storage_options: Mapping[str, Any]) -> Iterator[IO[bytes]]:
+def _pieces(url: str, storage_options: Mapping[str, Any]) -> Iterator[bytes]:
+    """What a file or command gives, as it is, in sequence."""
     if is_pipe(url):
         with subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
-            yield process.stdout
+            yield from iter(partial(process.stdout.read, _PIECE), b"")
         if process.returncode:
             raise OSError(f"its command ended with exit status {process.returncode}")
-    elif is_remote(url):
-        with fsspec.open(url, "rb", **storage_options) as stream:
-            yield stream
-    else:
+    elif not is_remote(url):
         with open(url, "rb") as file:
-            yield file
+            yield from iter(partial(file.read, _PIECE), b"")
+    else:
+        (shard,) = stat_shards([url], storage_options)
+        store = Store(storage_options, RemoteOptions())
+        if store.can_read_ranges(url):
+            for start in range(0, shard.size, _RANGE):
+                part = store.read(shard, start, min(start + _RANGE, shard.size))
+                yield from (part[at : at + _PIECE] for at in range(0, len(part), _PIECE))
+            return
+        with tempfile.NamedTemporaryFile() as copy:
+            store.download(shard, Path(copy.name))
+            yield from iter(partial(copy.read, _PIECE), b"")
 
 
 @contextmanager

@@ -1,17 +1,22 @@
 """Archives repacked as shards, against what tarfile reads from the originals."""
 
 import bz2
+import contextlib
 import errno
 import gzip
 import io
 import logging
 import lzma
+import multiprocessing
+import os
 import shlex
 import tarfile
 import tempfile
+import time
 from itertools import pairwise
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import zstandard
@@ -61,26 +66,32 @@ def samples(pool: ShardPool) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("kind", [*PACK, "pipe", "http"])
+@pytest.mark.parametrize("kind", [*PACK, "pipe", "http", "http without ranges", "memory"])
 def test_members_are_those_of_the_originals(kind, small_pool, tmp_path):
     packed = []
     for path in (small_pool[0], small_pool[2]):
         if kind == "pipe":
             packed.append(f"pipe:gzip -c {shlex.quote(str(path))}")
         else:
-            packed.append(tmp_path / "packed" / f"{path.name}.{kind}")
+            packed.append(tmp_path / "packed" / f"{path.name}.{kind[:4]}")
             packed[-1].parent.mkdir(exist_ok=True)
             packed[-1].write_bytes(PACK.get(kind, gzip.compress)(path.read_bytes()))
-    if kind == "http":
+    server = None
+    if kind.startswith("http"):
         pytest.importorskip("aiohttp")
-        server = Server(tmp_path / "packed")
+        server = Server(tmp_path / "packed", ranges=kind == "http")
         packed = [f"{server.url}/{path.name}" for path in packed]
+    if kind == "memory":
+        memory = fsspec.filesystem("memory")
+        for path in packed:
+            memory.pipe(f"/repack/{path.name}", path.read_bytes())
+        packed = [f"memory://repack/{path.name}" for path in packed]
     shards = import_archives(packed, tmp_path / "new", max_samples=4)
     assert [path.name for path in shards] == [f"shard-{number:06d}.tar" for number in range(3)]
     found = [member for path in shards for member in read_by_tarfile(path.read_bytes())]
     assert found == [member for path in small_pool for member in read_by_tarfile(path.read_bytes())]
     assert samples(ShardPool(shards)) == samples(ShardPool(small_pool))
-    if kind == "http":
+    if server is not None:
         server.close()
 
 
@@ -252,6 +263,33 @@ class TestFaults:
                     import_archives(path, out, overwrite=overwrite)
         assert path.read_bytes() == before
         assert len(import_archives(path, f"{tmp_path}/new-%06d.tar")) == 1
+
+    def test_a_killed_import_leaves_nothing_but_its_shards_and_marker(self, tmp_path):
+        """Killed while the second archive is unpacked; the next run gives what a whole one gives."""
+        first, second, late = tmp_path / "first.tar", tmp_path / "second.tar", tmp_path / "late"
+        first.write_bytes(archive([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.cls", b"3")]))
+        second.write_bytes(archive([("c.jpg", b"4" * 9000)]))
+        os.mkfifo(late)
+        archives = [first, f"pipe:cat {shlex.quote(str(second))} {shlex.quote(str(late))}"]
+        run = multiprocessing.get_context("fork").Process(
+            target=import_archives, args=(archives, tmp_path / "new"), kwargs={"max_samples": 1}
+        )
+        run.start()
+        while not (tmp_path / "new" / "shard-000000.tar").exists():
+            assert run.is_alive()
+            time.sleep(0.01)
+        run.kill()
+        run.join()
+        with contextlib.suppress(OSError):  # ends its command, if that had been started
+            os.close(os.open(late, os.O_WRONLY | os.O_NONBLOCK))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["first.tar", "late", "new", "second.tar"]
+        late.unlink()
+        late.touch()
+        again = import_archives(archives, tmp_path / "new", max_samples=1)
+        whole = import_archives(archives, tmp_path / "whole", max_samples=1)
+        assert [path.read_bytes() for path in again] == [path.read_bytes() for path in whole]
+        names = sorted(path.name for path in (tmp_path / "new").iterdir())
+        assert names == [path.name for path in whole]
 
     def test_nothing_else_is_left_in_the_folder(self, tmp_path):
         path = tmp_path / "a.tar.gz"
