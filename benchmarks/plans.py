@@ -25,7 +25,7 @@ from curated_data import plan as planning
 from curated_data.plan import plan
 from recipes.quickstart import FASHION
 
-STAGES = ("embed", "near_duplicates", "cluster")
+STAGES = ("embed", "cluster")
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     shards = str(FASHION / "fashion-lt50-train-")
     pools = options.pool or [f"{shards}00.tar", shards + "{00..03}.tar"]
-    units = ("embed, s", "near-duplicates, s", "cluster, s", "memory, MB", "embeddings, MB", "tree, MB")
+    units = ("embed, s", "cluster, s", "memory, MB", "embeddings, MB", "tree, MB")
     print("| pool | | " + " | ".join(units) + " |\n|---|---" + "|---" * len(units) + "|")
     for pool in pools:
         with tempfile.TemporaryDirectory() as cache:

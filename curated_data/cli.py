@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import re
 import signal
 import sys
@@ -18,7 +19,7 @@ from yaml import YAMLError
 
 from curated_data.cli_inspect import inspect, print_table
 from curated_data.errors import CacheError, ConfigError, printable
-from curated_data.paths import local_path
+from curated_data.paths import local_path, spelled
 from curated_data.progress import log_to_terminal
 
 _REPEATED = ("--set", "--storage-options")
@@ -78,8 +79,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    command = _command(commands, "import", "turn a folder of class folders of images into shards")
-    command.add_argument("folder", help="as for ImageFolder: one sub-folder per class")
+    command = _command(
+        commands, "import", "turn a folder of class folders of images, or other archives, into shards"
+    )
+    command.add_argument(
+        "source",
+        nargs="+",
+        help="a folder as for ImageFolder: one sub-folder per class; or tar archives, compressed or with the "
+        "parts of samples apart: 'old-{000..099}.tar.gz', a glob in quotes, paths, URLs, or 'pipe:COMMAND'",
+    )
     command.add_argument("out", help="where the shards go")
     _shard_options(command)
     _storage_options(command)
@@ -127,7 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dry-run",
         action="store_true",
-        help="only check the settings and print sizes, memory and expected hours, from a small probe",
+        help="only check the settings and print sizes, memory, and hours of embedding and clustering by a "
+        "small probe",
     )
 
     command = _pool_command(commands, "export", "write the selection as new shards", _export)
@@ -281,15 +290,17 @@ def _config(parsed: argparse.Namespace) -> Any:
 
 
 def _import(parsed: argparse.Namespace) -> None:
-    from curated_data.pool.writer import import_folder
+    from curated_data.pool import import_archives, import_folder
 
-    shards = import_folder(
-        parsed.folder,
-        parsed.out,
-        max_samples=parsed.max_samples,
-        overwrite=parsed.overwrite,
-        storage_options=_storage(parsed),
-    )
+    options = {
+        "max_samples": parsed.max_samples,
+        "overwrite": parsed.overwrite,
+        "storage_options": _storage(parsed),
+    }
+    if len(parsed.source) == 1 and os.path.isdir(spelled(parsed.source[0])):
+        shards = import_folder(parsed.source[0], parsed.out, **options)
+    else:
+        shards = import_archives(parsed.source, parsed.out, **options)
     print(f"{len(shards)} shards in {parsed.out}")
 
 

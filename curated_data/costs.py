@@ -1,4 +1,6 @@
-"""A curation's expected costs: seconds of each stage from measured rates, and bytes on disk and in memory."""
+"""A curation's expected costs: seconds of embedding and clustering from measured rates, and bytes on disk and
+in memory.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from curated_data.clustering.levels import resampled_size
 from curated_data.clustering.rows import BLOCK
 from curated_data.clustering.seeding import SCORES_BYTES
 from curated_data.config import CurationConfig
-from curated_data.selection.links import N_PROBES, ONE_CELL, mean_cell_size
+from curated_data.selection.links import ONE_CELL
 
 _ROWS_IN_TRANSIT = 8 * BLOCK  # converted at once
 _LIBRARIES = 60_000_000  # bytes of buffers that torch, BLAS and faiss allocate on first use
@@ -22,7 +24,7 @@ class Stage:
     Attributes:
         name: embed, near_duplicates, cluster, sample, or train.
         cached: whether all of it is in the cache.
-        seconds: expected on the machine that was measured; 0 if cached, None if nothing could be measured.
+        seconds: expected on the machine that was measured; 0 if cached, None if it was not measured.
         note: what the stage does, in words.
     """
 
@@ -39,12 +41,10 @@ class Rates:
     Attributes:
         samples: embedded; None if the probe could embed none.
         kmeans: units of `kmeans_work`.
-        product: floating-point operations of an exact nearest-neighbour search.
     """
 
     samples: float | None
     kmeans: float
-    product: float
 
 
 def expected_stages(
@@ -57,7 +57,7 @@ def expected_stages(
     cached: Mapping[str, bool],
     ranks: int = 1,
 ) -> list[Stage]:
-    """The stages of a curation, with the seconds that each is expected to take.
+    """The stages of a curation, with the seconds that embedding and clustering are expected to take.
 
     Args:
         n: samples that are clustered.
@@ -71,18 +71,16 @@ def expected_stages(
     embed = 0.0 if not n_missing else (n_missing / rates.samples / ranks if rates.samples else None)
     totals = [level.n_clusters * level.n_splits for level in config.levels or ()]
     stages = [Stage("embed", not n_missing, embed, f"{n_missing:,} samples to embed, length {dimension}")]
-    work: list[tuple[str, float, str]] = []
+    work: list[tuple[str, float | None, str]] = []
     if config.near_duplicates.enabled:
-        seconds = near_duplicates_flops(n, dimension) / rates.product  # on one rank
-        work.append(("near_duplicates", seconds, "each sample's nearest neighbours"))
+        work.append(("near_duplicates", None, "each sample's nearest neighbours, on one rank"))
     shape = " > ".join(f"{total:,}" for total in totals)
     seconds = clustering_work(n, dimension, config) / rates.kmeans / ranks
     work.append(("cluster", seconds, f"clusters {shape}"))
-    for name, seconds, note in work:
+    work.append(("sample", None, f"{config.target_size:,} ids"))
+    for name, expected, note in work:
         is_cached = bool(cached.get(name))
-        stages.append(Stage(name, is_cached, 0.0 if is_cached else seconds, note))
-    is_sampled = bool(cached.get("sample"))
-    stages.append(Stage("sample", is_sampled, 0.0 if is_sampled else n * 1e-6, f"{config.target_size:,} ids"))
+        stages.append(Stage(name, is_cached, 0.0 if is_cached else expected, note))
     return stages
 
 
@@ -113,16 +111,6 @@ def kmeans_work(n: float, k: int, dimension: int) -> float:
     50,000 and 2,500, and also holds for 1,000,000 rows and 100,000 clusters (`benchmarks/plans.py`).
     """
     return n * dimension * float(k) ** 0.5
-
-
-def near_duplicates_flops(n: int, dimension: int) -> float:
-    """Operations to compare every sample with all others, or beyond a few to find its cell and to compare it
-    with that and the neighbouring ones: two times, as what stays of the first search is searched again.
-    """
-    if n <= ONE_CELL:
-        return 2.0 * n * n * dimension
-    cell = mean_cell_size(n)
-    return 2 * 2.0 * n * (n / cell + (1 + N_PROBES) * cell) * dimension
 
 
 def expected_bytes(

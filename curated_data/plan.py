@@ -1,8 +1,8 @@
 """What a curation would do and cost, before any long work starts: disk, memory, and hours from a small probe.
 
-What is cached costs nothing. The rest is extrapolated from rates measured here: embedding a few hundred
-samples from all over the pool, a small k-means on their embeddings, and a matrix product.
-`benchmarks/plans.py` compares plans with measurements.
+What is cached costs nothing. Embedding and clustering are extrapolated from rates measured here: embedding a
+few hundred samples from all over the pool, and a small k-means on their embeddings. The time of other stages
+is not measured, and not part of the total. `benchmarks/plans.py` compares plans with measurements.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import torch
 from omegaconf import DictConfig
@@ -73,7 +72,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Expected total of the stages that could be measured."""
+        """Expected total of embedding, clustering and, in a recipe's plan, training; not of other stages."""
         return sum(stage.seconds or 0.0 for stage in self.stages)
 
 
@@ -127,7 +126,7 @@ def plan(
         usable = np.flatnonzero(valid)
         some = np.random.default_rng(0).choice(usable, min(_PROBE_ROWS, len(usable)), replace=False)
         rows, samples_a_second = store.rows(np.sort(some)), None
-    rates = Rates(samples_a_second, _kmeans_rate(rows, config, device), _product_rate(embedder.dimension))
+    rates = Rates(samples_a_second, _kmeans_rate(rows, config, device))
     stages = expected_stages(
         n_valid, embedder.dimension, config, rates, n_missing=n_missing, cached=cached, ranks=world_size()
     )
@@ -163,9 +162,11 @@ def plan_tables(plan: Plan) -> list[Table]:
     stages.add_column("time", justify="right")
     stages.add_column("what")
     for stage in plan.stages:
-        expected = "unknown" if stage.seconds is None else duration(stage.seconds)
+        expected = "not measured" if stage.seconds is None else duration(stage.seconds)
         stages.add_row(stage.name, "cached" if stage.cached else expected, stage.note)
-    stages.add_row("in all", duration(plan.seconds), "")
+    n_left_out = sum(stage.seconds is None for stage in plan.stages)
+    left_out = f"without the {n_left_out} stages that were not measured" if n_left_out else ""
+    stages.add_row("in all", duration(plan.seconds), left_out)
     return [sizes, stages]
 
 
@@ -271,16 +272,3 @@ def _kmeans_rate(rows: np.ndarray, config: CurationConfig, device: str | torch.d
 
     kmeans(rows[:512], 16, n_iter=2, device=device)  # one-time set-up
     return kmeans_work(len(rows), k, rows.shape[1]) / min(seconds(), seconds())
-
-
-def _product_rate(dimension: int) -> float:
-    """Floating-point operations per second of an exact nearest-neighbour search on the CPU, as for
-    near-duplicates.
-    """
-    rows = np.random.default_rng(0).normal(size=(2048, dimension)).astype(np.float32)
-    index = faiss.IndexFlatIP(dimension)
-    index.add(rows)
-    index.search(rows[:256], 17)  # one-time set-up
-    began = time.monotonic()
-    index.search(rows, 17)
-    return 2.0 * len(rows) * len(rows) * dimension / (time.monotonic() - began)

@@ -4,6 +4,7 @@ from curated_data.pool.access import RemoteOptions
 from curated_data.pool.decode import decode_sample
 from curated_data.pool.image import decode_image
 from curated_data.pool.index import PoolIndex, ShardIndex, index_shard
+from curated_data.pool.repack import import_archives
 from curated_data.pool.shards import ShardPool
 from curated_data.pool.writer import ShardWriter, import_folder
 
@@ -15,6 +16,7 @@ __all__ = [
     "ShardWriter",
     "decode_image",
     "decode_sample",
+    "import_archives",
     "import_folder",
     "index_shard",
 ]

@@ -1,9 +1,13 @@
-"""Options for reading remote shards, and the choice between ranged reads and downloads."""
+"""Options for reading remote shards, and the choice between ranged reads and whole shards."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
+
+from curated_data.errors import ConfigError
+
+Access = Literal["auto", "ranges", "shards"]
 
 LOCAL, RANGES, DOWNLOAD = 0, 1, 2
 
@@ -13,9 +17,9 @@ class RemoteOptions:
     """How remote shards are read.
 
     Attributes:
-        access: `ranges` requests only the bytes of members; `download` keeps whole shards in the cache;
-            `auto` uses ranges until `ShardPool.plan_access` has compared the two, and downloads if the server
-            does not support ranges.
+        access: `ranges` requests only the bytes of members; `shards` keeps whole shards in the cache; `auto`
+            takes ranges, and whole shards where the server does not support ranges or `ShardPool.plan_access`
+            was told that a shard is read often enough, by the rule of `choose_access`.
         gap: members at most this many bytes apart are read with one request. With 25 KB samples, 64 KiB
             merges requests if a tenth of a shard or more is read, and rarely below.
         n_threads: parallel requests in each process.
@@ -24,54 +28,45 @@ class RemoteOptions:
         silence: seconds in which an HTTP server that sends next to nothing has failed; a long download has
             not. Other protocols have their own, see `storage_options`.
         cache_bytes: limit on the size of all downloaded shards, over all processes that share the cache.
-        latency: seconds that a request takes at least, for the comparison.
-        bandwidth: bytes per second in one process, for the comparison.
         recheck: seconds after which a process checks again that a shard has not changed, in stores whose
             answers do not include a version; those of HTTP (with ETags) and S3 do.
     """
 
-    access: Literal["auto", "ranges", "download"] = "auto"
+    access: Access = "auto"
     gap: int = 64 << 10
     n_threads: int = 32
     attempts: int = 5
     backoff: float = 0.5
     silence: float = 60.0
     cache_bytes: int = 32 << 30
-    latency: float = 0.02
-    bandwidth: float = 100e6
     recheck: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.access not in get_args(Access):
+            raise ConfigError(
+                f"RemoteOptions.access: {self.access!r} is unknown; give one of {', '.join(get_args(Access))}"
+            )
 
 
 def choose_access(
-    shard_size: np.ndarray,
-    selected_bytes: np.ndarray,
-    selected_samples: np.ndarray,
-    *,
-    epochs: int = 1,
-    options: RemoteOptions | None = None,
+    shard_size: np.ndarray, n_samples: np.ndarray, n_selected: np.ndarray, *, epochs: int, cache_bytes: int
 ) -> np.ndarray:
-    """Which shards to download, by the time that downloads and ranges take over all epochs.
+    """Which shards to keep whole in the cache under `access="auto"`.
 
-    Ranges cost, in every epoch, one request per sample (a shuffled batch has few neighbours), `n_threads` at
-    a time, and the selected bytes. A download costs the bytes of the shard once, because only as many shards
-    are chosen as fit in the cache: first those that save the most time per byte.
+    The rule: a shard of which, over all epochs, at least as many samples are read as it holds, so that ranges
+    would transfer no less than the shard. Where the cache has no room for all of these, first those of which
+    the largest share is selected.
 
     Args:
-        shard_size, selected_bytes, selected_samples: (s,) per shard: its size, the bytes of the selected
-            members, and the number of selected samples.
+        shard_size, n_samples, n_selected: (s,) per shard: its bytes, its samples, and those selected.
         epochs: how often the selection is read.
-        options: latency, bandwidth, threads, and the size of the cache.
+        cache_bytes: of the cache.
 
     Returns:
-        (s,) bool: whether to download each shard.
+        (s,) bool: whether to keep each shard whole.
     """
-    options = options or RemoteOptions()
-    request = options.latency / options.n_threads
-    ranges = epochs * (selected_samples * request + selected_bytes / options.bandwidth)
-    download = request + shard_size / options.bandwidth
-    saved = np.where(selected_samples > 0, ranges - download, 0.0)
-    order = np.argsort(-saved / np.maximum(shard_size, 1), kind="stable")
-    order = order[saved[order] > 0]
+    often = np.flatnonzero((n_selected > 0) & (n_selected * epochs >= n_samples))
+    order = often[np.argsort(-n_selected[often] / n_samples[often], kind="stable")]
     chosen = np.zeros(len(shard_size), bool)
-    chosen[order[np.cumsum(shard_size[order]) <= options.cache_bytes]] = True
+    chosen[order[np.cumsum(shard_size[order]) <= cache_bytes]] = True
     return chosen

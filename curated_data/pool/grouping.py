@@ -5,12 +5,13 @@ count as the files that they lead to, and macOS's own files are left out.
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from curated_data.errors import PoolError
 from curated_data.pool.links import resolve_links
 from curated_data.pool.notes import Notes, add_note
-from curated_data.pool.tar import UNKNOWN_SIZE, Link, Source, read_members
+from curated_data.pool.tar import Link, Source, read_members
 
 _RESERVED = ("__key__", "__url__", "__bad__", "__local_path__")  # webdataset's own fields of a sample
 
@@ -122,6 +123,23 @@ def split_name(name: bytes) -> tuple[bytes, str] | None:
     return None if extension in _RESERVED else (match.group(1), extension)
 
 
+def parts_apart(
+    keys: Sequence[Any], member_start: Sequence[int], member_extension: Sequence[int]
+) -> list[list[int]]:
+    """The rows of each sample whose parts do not lie side by side: they share a key, and no extension."""
+    if len(set(keys)) == len(keys):
+        return []
+    places: dict[Any, list[int]] = {}
+    for row, key in enumerate(keys):
+        places.setdefault(key, []).append(row)
+    apart = []
+    for rows in places.values():
+        parts = [member_extension[member_start[row] : member_start[row + 1]] for row in rows]
+        if len(rows) > 1 and len(set().union(*parts)) == sum(map(len, parts)):
+            apart.append(rows)
+    return apart
+
+
 def text_of(name: bytes) -> str:
     """A name for a message."""
     return name.decode("utf-8", "backslashreplace")
@@ -146,8 +164,7 @@ class _MacOSFiles:
                     self.beside.add(other)
         if len(base) > 2 and folder + slash + base[2:] in self.beside:
             return True
-        can_go_back = self.source.size < UNKNOWN_SIZE
-        return len(base) > 2 and (not can_go_back or self.source.read(offset, 4) == _APPLE_DOUBLE)
+        return len(base) > 2 and self.source.read(offset, 4) == _APPLE_DOUBLE
 
 
 def _with_links(
@@ -173,18 +190,10 @@ def _with_links(
 def _note_parts_apart(
     keys: list[bytes], member_start: list[int], member_extension: list[int], names: list[str], notes: Notes
 ) -> None:
-    """Note samples of one key whose extensions differ: parts of a sample that do not lie side by side."""
-    if len(set(keys)) == len(keys):
-        return
-    places: dict[bytes, list[int]] = {}
-    for row, key in enumerate(keys):
-        places.setdefault(key, []).append(row)
-    count, example = 0, ""
-    for key, rows in places.items():
-        parts = [member_extension[member_start[row] : member_start[row + 1]] for row in rows]
-        if len(rows) > 1 and len(set().union(*parts)) == sum(map(len, parts)):
-            count += len(rows) - 1
-            shown = " and ".join("/".join(names[number] for number in part) for part in parts[:3])
-            example = example or f"{text_of(key)!r} with {shown}"
-    if count:
-        add_note(notes, "apart", count, example)
+    apart = parts_apart(keys, member_start, member_extension)
+    if apart:
+        first = apart[0]
+        parts = [member_extension[member_start[row] : member_start[row + 1]] for row in first[:3]]
+        shown = " and ".join("/".join(names[number] for number in part) for part in parts)
+        count = sum(len(rows) - 1 for rows in apart)
+        add_note(notes, "apart", count, f"{text_of(keys[first[0]])!r} with {shown}")

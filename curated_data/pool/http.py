@@ -54,7 +54,7 @@ async def read_range(
                 raise OtherSizeError(f"answers with {length} bytes, the file had {shard.size}")
             if stop > max(_SKIPPED, 2 * (stop - start)):
                 raise OSError(
-                    "answers with the whole file instead of a range; pass RemoteOptions(access='download')"
+                    "answers with the whole file instead of a range; pass RemoteOptions(access='shards')"
                 )
             found, skipped = bytearray(), 0
             async for piece in _body(response, shard.size, silence):

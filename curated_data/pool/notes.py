@@ -42,14 +42,14 @@ _KINDS = {
     "apart": _Kind(
         "{count} samples have the key of an earlier one of the shard, with other extensions: these are parts "
         "of one sample that do not lie side by side, and each counts as a sample that lacks the others. "
-        "Repack the shard in the order of names: unpack it, then `tar --sort=name -cf` or "
-        "`curated-data import`",
+        "`curated-data import SHARD NEW` puts the parts of each sample together",
         True,
     ),
     "scattered": _Kind(
         "{count} samples have the key of one in another shard, with other extensions: if these are parts of "
         "one sample, as images in one shard and labels in another, each counts as a sample that lacks the "
-        "others. Write all parts of a sample side by side",
+        "others. Write all parts of a sample side by side: join the shards (`tar --concatenate`), then "
+        "`curated-data import JOINED NEW`",
         False,
     ),
     "links": _Kind(

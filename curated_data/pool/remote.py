@@ -44,7 +44,7 @@ class RemoteReader:
         self.store = Store(storage_options, self.options)
         self.cache_folder = cache_folder
         remote = np.array([is_remote(shard.url) for shard in shards])
-        default = DOWNLOAD if self.options.access == "download" else RANGES
+        default = DOWNLOAD if self.options.access == "shards" else RANGES
         self.access = np.where(remote, default, LOCAL) if access is None else np.where(remote, access, LOCAL)
         self.counters = ReadCounters()
         self._local = LocalReader(shards)
@@ -74,7 +74,7 @@ class RemoteReader:
     @contextmanager
     def source(self, shard: ShardFile) -> Iterator[Source]:
         """A remote shard for indexing: read in large pieces, or from the shard cache."""
-        if self.options.access != "download" and self.store.can_read_ranges(shard.url):
+        if self.options.access != "shards" and self.store.can_read_ranges(shard.url):
 
             def read(offset: int, length: int) -> bytes:
                 return self.store.read(shard, offset, min(offset + length, shard.size))
@@ -155,7 +155,7 @@ class RemoteReader:
     def _no_cache(self, shard: ShardFile) -> PoolError:
         return PoolError(
             f"{shard.url}: has to be downloaded whole (its server does not support ranged reads, or "
-            "access='download' was set), which needs a cache_dir; give the pool one"
+            "access='shards' was set), which needs a cache_dir; give the pool one"
         )
 
 

@@ -41,7 +41,6 @@ from curated_data.pool.urls import absolute_url, expand_urls, is_remote
 log = logging.getLogger(__name__)
 
 _BLOCK = 65_536  # samples whose labels are read at once
-_SIZED = 1 << 20  # samples whose sizes are looked up for a plan
 
 
 class ShardPool:
@@ -76,8 +75,6 @@ class ShardPool:
         b'\\xff\\xd8'
     """
 
-    _takes_pipes = False
-
     def __init__(
         self,
         urls: str | Path | Sequence[str | Path],
@@ -92,7 +89,7 @@ class ShardPool:
         strict: bool = False,
     ) -> None:
         self.storage_options = dict(storage_options or {})
-        self.urls = expand_urls(urls, self.storage_options, pipes=self._takes_pipes)
+        self.urls = expand_urls(urls, self.storage_options)
         self._places = [absolute_url(url) for url in self.urls]
         self.cache_dir = None if cache_dir is None else absolute(cache_dir)
         self.num_workers = num_workers
@@ -252,7 +249,7 @@ class ShardPool:
             unique, place = np.unique(ids, return_inverse=True)
         shard = index.shard_of(unique)
         members = self._members(unique, extensions)
-        data = self._read_members(unique, shard, members)
+        data = self._reader.read(shard[members.owner], members.offset, members.size)
         urls, names = self.urls, index.extensions
         samples: list[dict[str, Any]] = [
             {"__key__": key, "__url__": urls[number]}
@@ -284,13 +281,14 @@ class ShardPool:
         for first in range(0, len(ids), _BLOCK):
             block, place = np.unique(ids[first : first + _BLOCK], return_inverse=True)
             members = self._members(block, ["cls"])
-            data = self._read_members(block, self.shard_of(block), members)
+            shard = self.shard_of(block)
+            data = self._reader.read(shard[members.owner], members.offset, members.size)
             found = np.full(len(block), -1, np.int64)
             for owner, content in zip(members.owner.tolist(), data):
                 try:
                     found[owner] = int(content.decode("ascii"))
                 except (ValueError, OverflowError):
-                    url = self.urls[int(self.shard_of(block[owner : owner + 1])[0])]
+                    url = self.urls[int(shard[owner])]
                     raise SampleError(
                         f"{url}: sample {self.keys(block[owner : owner + 1])[0]!r}: its .cls is no integer: "
                         f"{content[:40]!r}"
@@ -298,68 +296,51 @@ class ShardPool:
             labels[first : first + _BLOCK] = found[place]
         return labels
 
-    def plan_access(
-        self,
-        ids: Sequence[int] | np.ndarray | None,
-        extensions: Sequence[str] | None = None,
-        *,
-        epochs: int = 1,
-    ) -> np.ndarray:
-        """Decide for each remote shard whether to download it or to read its selected samples by ranges.
+    def plan_access(self, ids: Sequence[int] | np.ndarray | None, *, epochs: int = 1) -> np.ndarray:
+        """Decide for each remote shard whether to keep it whole in the cache, or to read samples by ranges.
 
-        Decided by the cost model of `curated_data.pool.access.choose_access`, unless `RemoteOptions.access`
-        is set. It applies to all later reads, also by copies of this pool in workers. Local shards are read
-        in place.
+        Decided by the rule of `curated_data.pool.access.choose_access`, unless `RemoteOptions.access` is set
+        or the pool has no cache. It applies to all later reads, also by copies of this pool in workers. Local
+        shards are read in place.
 
         Args:
             ids: the selection that will be read, without repeats; None for the whole pool.
-            extensions: the members that will be read; None for all.
             epochs: how often it will be read.
 
         Returns:
-            (n_shards,) bool: which shards will be downloaded.
+            (n_shards,) bool: which shards will be kept whole.
         """
         remote = np.array([is_remote(url) for url in self.urls])
         if not remote.any():
             return remote
-        n_samples, n_bytes = self._amounts(ids, extensions)
-        size = np.array([shard.size for shard in self.shards])
-        chosen = choose_access(size, n_bytes, n_samples, epochs=epochs, options=self.remote)
-        if self.cache_dir is None:
-            chosen[:] = False
+        n_samples = np.diff(self.shard_ranges())
+        n_selected = (
+            n_samples
+            if ids is None
+            else np.diff(np.searchsorted(np.sort(self._checked(ids)), self.shard_ranges()))
+        )
         if self.remote.access != "auto":
-            chosen[:] = self.remote.access == "download"
-        chosen &= remote
+            chosen = remote & (self.remote.access == "shards")
+        elif self.cache_dir is None:
+            chosen = np.zeros(len(remote), bool)
+        else:
+            size = np.where(remote, [shard.size for shard in self.shards], 0)
+            chosen = remote & choose_access(
+                size,
+                n_samples,
+                np.where(remote, n_selected, 0),
+                epochs=epochs,
+                cache_bytes=self.remote.cache_bytes,
+            )
         self._access = np.where(chosen, DOWNLOAD, RANGES)
         assert isinstance(self._reader, RemoteReader), "some shards are remote"
         self._reader.access[remote] = self._access[remote]
         log.info(
-            "of %d remote shards with selected samples, %d are downloaded and the others read by ranges",
-            int(((n_samples > 0) & remote).sum()),
+            "of %d remote shards with selected samples, %d are kept whole and the others read by ranges",
+            int(((n_selected > 0) & remote).sum()),
             int(chosen.sum()),
         )
         return chosen
-
-    def _amounts(
-        self, ids: Sequence[int] | np.ndarray | None, extensions: Sequence[str] | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Samples and bytes of a selection in each shard; bytes estimated from a million sizes at most."""
-        if ids is None:
-            n_samples = np.diff(self.shard_ranges())
-            some = np.arange(0, len(self), max(1, len(self) // _SIZED))
-        else:
-            ids = np.sort(self._checked(ids))
-            n_samples = np.diff(np.searchsorted(ids, self.shard_ranges()))
-            some = ids[:: max(1, len(ids) // _SIZED)]
-        of_some, n_bytes = np.zeros(len(self.urls)), np.zeros(len(self.urls))
-        for first in range(0, len(some), _BLOCK):
-            block = some[first : first + _BLOCK]
-            shard = self.shard_of(block)
-            n_bytes += np.bincount(shard, self.sizes(block, extensions), minlength=len(self.urls))
-            of_some += np.bincount(shard, minlength=len(self.urls))
-        mean = np.full(len(self.urls), n_bytes.sum() / max(1, len(some)))
-        np.divide(n_bytes, of_some, out=mean, where=of_some > 0)
-        return n_samples, n_samples * mean
 
     @property
     def counters(self) -> ReadCounters:
@@ -420,10 +401,6 @@ class ShardPool:
             outside = ids[(ids < 0) | (ids >= n)]
             raise PoolError(f"id {outside[0]} is outside the pool: it has samples 0 to {n - 1}")
         return ids
-
-    def _read_members(self, ids: np.ndarray, shard: np.ndarray, members: "_Members") -> list[bytes]:
-        """The bytes of members of the samples `ids`, which are sorted and in the shards `shard`."""
-        return self._reader.read(shard[members.owner], members.offset, members.size)
 
     def _members(self, ids: np.ndarray, extensions: Sequence[str] | None) -> "_Members":
         """The members of samples, or only those with certain extensions."""

@@ -9,6 +9,7 @@ checksums, so damage within a member's data cannot be seen here.
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,6 @@ from curated_data.errors import PoolError
 from curated_data.pool.notes import Notes, add_note
 
 BLOCK = 512
-UNKNOWN_SIZE = 1 << 62  # of a source that can only be read forwards
 _ZEROS = bytes(BLOCK)
 _CHUNK = 16_384  # headers verified at once: 8 MiB
 _LONGEST_EXTENSION = 1 << 20  # bytes of the extended headers of a member; real ones are far shorter
@@ -29,7 +29,12 @@ _REGULAR = frozenset(b"0\x007")
 _WITHOUT_DATA = frozenset(b"123456")  # links, devices, folders, pipes: no data, whatever their size field
 _HARD_LINK, _SYMBOLIC_LINK, _FOLDER = b"125"
 _PAX_RECORD = re.compile(rb"([1-9]\d{0,6}) ([^=]+)=")
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+_COMPRESSED = {  # how such files begin; `BZh` alone may begin a member's name
+    "gzip": re.compile(rb"\x1f\x8b"),
+    "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
+    "xz": re.compile(rb"\xfd7zXZ"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f][*]M\x18"),
+}
 
 
 class Link(NamedTuple):
@@ -159,23 +164,9 @@ def read_members(source: Source, notes: Notes | None = None) -> Iterator[Members
         starts.clear()
 
 
-def is_header(block: bytes, size: int, key: bytes | None) -> bool:
-    """Whether a block is the header of a file of a size and, as far as it says, with a key.
-
-    Long names and names that are not ASCII are in an extended header, and so are the sizes of huge files.
-    """
-    try:
-        if len(block) < BLOCK or _number(block[148:156]) not in _checksums(block):
-            return False
-        if block[156] not in _REGULAR or _number(block[124:136]) not in (size, 0):
-            return False
-    except ValueError:
-        return False
-    name = block[:100].partition(b"\0")[0]
-    if block[345]:
-        name = block[345:500].partition(b"\0")[0] + b"/" + name
-    is_whole = len(name) < 100 and name.isascii() and b"?" not in name
-    return key is None or not is_whole or not key.isascii() or name.startswith(key + b".")
+def compression_of(start: bytes) -> str | None:
+    """The compression of a file that begins so; None for a plain one."""
+    return next((name for name, pattern in _COMPRESSED.items() if pattern.match(start)), None)
 
 
 class _Window:
@@ -388,13 +379,12 @@ def _check_start(source: Source, window: _Window) -> None:
     if source.size == 0:
         raise PoolError(f"{source.name}: is an empty file, not a tar archive")
     start = window.get(0, min(BLOCK, source.size))
-    for magic, compression in _COMPRESSED.items():
-        if start.startswith(magic):
-            raise PoolError(
-                f"{source.name}: is compressed ({compression}), so its members cannot be read at offsets; "
-                "unpack it to a plain .tar, or read it in sequence with "
-                "curated_data.pool.sequential.SequentialPool"
-            )
+    compression = compression_of(start)
+    if compression is not None:
+        raise PoolError(
+            f"{source.name}: is compressed ({compression}), so its members cannot be read at offsets; repack "
+            f"it: `curated-data import {shlex.quote(source.name)} NEW`"
+        )
     if len(start) < BLOCK:
         raise PoolError(f"{source.name}: not a tar archive: {source.size} bytes, a header alone has {BLOCK}")
     if start != _ZEROS:

@@ -6,6 +6,7 @@ import glob
 import itertools
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -134,8 +135,8 @@ def _expand(pattern: str, storage_options: Mapping[str, Any], pipes: bool) -> li
         if pipes:
             return _braces(pattern)
         raise PoolError(
-            f"{pattern!r}: a pipe has no offsets to read samples at; read it in sequence with "
-            "curated_data.pool.sequential.SequentialPool, or store the shards as files"
+            f"{pattern!r}: a pipe has no offsets to read samples at; store its output as shards: "
+            f"`curated-data import {shlex.quote(pattern)} NEW`"
         )
     remote = is_remote(pattern)
     if remote and pattern.endswith("/"):

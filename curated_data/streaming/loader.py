@@ -70,10 +70,8 @@ class StreamLoader(DataLoader):
             self.stream.load_into(state_dict, self.batch_sampler.order)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # torch names a class of its own
-        if self.num_workers:
-            # New shared memory for each iterator: workers of an earlier one may still be writing to theirs.
-            plain = self.collate_fn.collate if isinstance(self.collate_fn, WorkerCollate) else self.collate_fn
-            self.collate_fn = WorkerCollate(plain, 0 if self.dataset.decode else self.num_workers)
+        if self.num_workers and not isinstance(self.collate_fn, WorkerCollate):
+            self.collate_fn = WorkerCollate(self.collate_fn)
         with starting_workers(self, **self.dataset.users_parts):
             batches = super().__iter__()
         return self._count(batches)  # not a generator itself, so that workers start now

@@ -27,9 +27,8 @@ from curated_data.embedding import contents as contents_module
 from curated_data.embedding.contents import Contents
 from curated_data.extend import extend
 from curated_data.pipeline import curate
-from curated_data.pool import ShardPool, build
+from curated_data.pool import ShardPool, build, import_archives
 from curated_data.pool.known import Facts
-from curated_data.pool.sequential import SequentialPool
 from tests.pool.server import Server
 
 SETTINGS = {"batch_size": 4, "num_workers": 0, "dtype": "float32"}
@@ -250,12 +249,16 @@ def test_bytes_that_changed_behind_an_equal_time_are_noticed_when_embedded(write
     assert cached.embed([shard])[0] == 5
 
 
-def test_a_compressed_copy_is_not_embedded_again(write_pool, tmp_path, cached):
+def test_what_was_compressed_and_repacked_is_not_embedded_again(write_pool, tmp_path, cached):
+    """Where its shards are the same ones."""
     shards = write_pool([5, 6])
     cached.embed(shards)
-    for shard in shards:
-        Path(f"{shard}.gz").write_bytes(gzip.compress(Path(shard).read_bytes()))
-    assert cached.embed(SequentialPool([f"{shard}.gz" for shard in shards]))[0] == 0
+    repacked = []
+    for number, shard in enumerate(shards):
+        packed = Path(f"{shard}.gz")
+        packed.write_bytes(gzip.compress(Path(shard).read_bytes()))
+        repacked += import_archives(packed, tmp_path / f"repacked-{number}")
+    assert cached.embed(repacked)[0] == 0
 
 
 def test_a_part_of_a_pool_is_found_again_too(write_pool, tmp_path, cached):

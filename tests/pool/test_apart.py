@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from curated_data.errors import PoolError
 from curated_data.pool import ShardPool, index_shard
-from curated_data.pool.sequential import SequentialPool
 
 
 def test_images_first_then_labels_are_a_warning_at_every_opening(write_tar, tmp_path, caplog):
@@ -63,8 +62,7 @@ def test_any_order_is_whole_or_said_to_be_apart(write_tar, read_by_webdataset, n
     assert len(index) == 3 + count
 
 
-@pytest.mark.parametrize("kind", [ShardPool, SequentialPool])
-def test_what_macos_adds_is_left_out_and_counted(write_tar, kind, caplog):
+def test_what_macos_adds_is_left_out_and_counted(write_tar, caplog):
     double = b"\0\x05\x16\x07" + bytes(60)
     members = []
     for i in range(4):
@@ -79,13 +77,13 @@ def test_what_macos_adds_is_left_out_and_counted(write_tar, kind, caplog):
         ("d/._alone.jpg", double),
     ]
     with caplog.at_level(logging.WARNING):
-        pool = kind(write_tar("mac.tar", members))
+        pool = ShardPool(write_tar("mac.tar", members))
         assert pool.keys(range(4)) == [f"d/{i}" for i in range(4)]
     assert len(pool) == 4
     assert pool.labels(range(4)).tolist() == [0, 1, 2, 3]
     assert pool.index().notes["macos"].number == 14
     assert "14 members are macOS's own" in caplog.text
-    len(kind(write_tar("mac.tar", members), strict=True))  # nothing is lost
+    len(ShardPool(write_tar("mac.tar", members), strict=True))  # nothing is lost
 
 
 def test_a_sample_whose_name_begins_so_is_kept(write_tar, read_by_webdataset):
@@ -142,14 +140,13 @@ SLOW = {
 
 
 @pytest.mark.parametrize("name", SLOW)
-@pytest.mark.parametrize("kind", [ShardPool, SequentialPool])
-def test_extended_headers_that_are_wrong_are_named(tmp_path, name, kind):
+def test_extended_headers_that_are_wrong_are_named(tmp_path, name):
     path = tmp_path / "slow.tar"
     path.write_bytes(
         file("first.jpg") + SLOW[name] + (b"" if name == "none" else file("a.jpg")) + bytes(1024)
     )
     with pytest.raises(PoolError, match=r"slow\.tar.*offset \d+"):
-        len(kind(path))
+        len(ShardPool(path))
 
 
 def test_long_but_honest_extended_headers(tmp_path):

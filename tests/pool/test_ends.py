@@ -1,6 +1,5 @@
 """Where archives end: zeroed pages, archives joined by `cat`, no marker, long padding."""
 
-import gzip
 import io
 import logging
 import pickle
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 from curated_data.errors import CacheError, PoolError
 from curated_data.pool import ShardPool, index_shard
-from curated_data.pool.sequential import SequentialPool
 
 PAGE = 4096
 
@@ -117,16 +115,6 @@ def test_usual_ends_are_not_mentioned(tmp_path):
     for zeros in (512, 1024, 5 * 512, 10_240 + 512):
         path.write_bytes(end + bytes(zeros))
         assert index_shard(path).notes == {}
-
-
-def test_compressed_shards_too(tmp_path):
-    path = tmp_path / "a.tar.gz"
-    path.write_bytes(gzip.compress(archive(4) + archive(6)))
-    pool = SequentialPool(path)
-    assert len(pool) == 4
-    assert pool.index().notes["cut"].number == 12
-    with pytest.raises(PoolError, match=r"a\.tar\.gz"):
-        len(SequentialPool(path, strict=True))
 
 
 def damage_of(name: str, array: np.ndarray) -> np.ndarray:

@@ -287,7 +287,7 @@ def test_a_download_is_the_shard_or_one_error(serve, data, name, tmp_path):
     server = serve(data, WHOLE[name])
     most = []
     limit = len(data) + 1000
-    options = RemoteOptions(access="download", cache_bytes=limit, **QUICK)
+    options = RemoteOptions(access="shards", cache_bytes=limit, **QUICK)
     pool = ShardPool(server.url, cache_dir=tmp_path, remote=options)
     watching = threading.Event()
 
@@ -340,7 +340,7 @@ class TestHonest:
                 time.sleep(0.1)
                 yield data[first : first + len(data) // 20]
 
-        options = RemoteOptions(access="download", **QUICK)
+        options = RemoteOptions(access="shards", **QUICK)
         pool = ShardPool(serve(data, slow).url, cache_dir=tmp_path, remote=options)
         assert pool.read([7])[0]["bin"] == expected[7]
 
@@ -530,7 +530,7 @@ class TestShardCache:
         assert (path / "x").exists()
 
     def test_a_pool_reads_on_when_its_file_is_cut(self, serve, data, expected, tmp_path):
-        options = RemoteOptions(access="download", **QUICK)
+        options = RemoteOptions(access="shards", **QUICK)
         pool = ShardPool(serve(data).url, cache_dir=tmp_path, remote=options)
         assert pool.read([3])[0]["bin"] == expected[3]
         (path,) = (tmp_path / "shards").glob("*.tar")

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from curated_data.pool import ShardPool
 from curated_data.pool.index import index_shard
 from curated_data.pool.links import resolve_links
-from curated_data.pool.sequential import SequentialPool
 from curated_data.pool.tar import Link
 
 
@@ -67,10 +66,9 @@ LOST = [
 ]
 
 
-@pytest.mark.parametrize("kind", [ShardPool, SequentialPool])
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_links_are_what_they_lead_to(write_tar, kind, format):
-    pool = kind(write_tar("links.tar", MEMBERS + LOST, format))
+def test_links_are_what_they_lead_to(write_tar, format):
+    pool = ShardPool(write_tar("links.tar", MEMBERS + LOST, format))
     found = contents(pool)
     assert found == {
         "x/a": {"jpg": b"image a", "cls": b"1"},
@@ -203,23 +201,3 @@ def test_chains_and_cycles_take_little_time():
     assert resolve_links(names, cycle) == {}
     many = [b"same.x"] * n
     assert len(resolve_links([*many, *names], [Link(n + i, b"same.x", False) for i in range(n)])) == n
-
-
-def test_a_label_that_all_samples_share_costs_one_pass(write_tar, monkeypatch):
-    members = [("shared.cls", b"3")]
-    for number in range(50):
-        members += [(f"{number:02d}.jpg", bytes([number]) * 2000), link(f"{number:02d}.cls", "shared.cls")]
-    pool = SequentialPool(write_tar("shared.tar", members))
-    assert len(pool) == 51
-    opened = []
-    original = SequentialPool._stream
-
-    def counted(self, shard, offset):
-        stream = original(self, shard, offset)
-        opened.append(id(stream))
-        return stream
-
-    monkeypatch.setattr(SequentialPool, "_stream", counted)
-    for number in range(1, 51):
-        assert pool.read([number])[0]["cls"] == b"3"
-    assert len(set(opened)) <= 2

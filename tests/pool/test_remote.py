@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("aiohttp")
 
 from curated_data import CuratedDataModule
-from curated_data.errors import PoolError
-from curated_data.pool import RemoteOptions, ShardPool, ShardWriter, shards, store
+from curated_data.errors import ConfigError, PoolError
+from curated_data.pool import RemoteOptions, ShardPool, ShardWriter, store
 from curated_data.pool.access import choose_access
 from curated_data.pool.shard import ShardFile
 from curated_data.pool.shard_cache import ShardCache
@@ -166,9 +168,9 @@ def test_requests_run_at_once(serve, expected):
     assert time.monotonic() - started < 50 * 0.05
 
 
-@pytest.mark.parametrize("access", ["auto", "download"])
+@pytest.mark.parametrize("access", ["auto", "shards"])
 def test_without_ranges_shards_are_kept_in_the_cache(serve, expected, tmp_path, access, folder):
-    server = serve(ranges=access == "download")
+    server = serve(ranges=access == "shards")
     pool = ShardPool(
         server.url + PATTERN, cache_dir=tmp_path / "cache", remote=RemoteOptions(access=access, **QUICK)
     )
@@ -363,18 +365,42 @@ def test_workers_after_a_fork(serve, expected, tmp_path):
 
 
 class TestPlan:
-    def test_cost_model(self):
-        """25 MB shards of 1,000 samples of 25 KB: few samples, once: ranges; many, or often: download."""
-        size = np.full(5, 25e6)
-        n = np.array([0, 1, 100, 1000, 1000])
-        options = RemoteOptions(cache_bytes=10**9)
-        assert choose_access(size, n * 25e3, n, options=options).tolist() == [False, False, False, True, True]
-        often = choose_access(size, n * 25e3, n, epochs=100, options=options)
-        assert often.tolist() == [False, False, True, True, True]
-        tight = choose_access(size, n * 25e3, n, epochs=100, options=RemoteOptions(cache_bytes=int(6e7)))
-        assert tight.tolist() == [False, False, False, True, True]  # the shards that save most
+    def test_the_rule(self):
+        """A shard is kept whole if all epochs read as many samples as it holds, or more."""
+        size, held, read = np.full(6, 25e6), np.full(6, 1000), np.array([0, 1, 99, 100, 1000, 999])
 
-    @pytest.mark.parametrize("access", ["auto", "ranges", "download"])
+        def chosen(epochs, cache_bytes=10**9):
+            return np.flatnonzero(
+                choose_access(size, held, read, epochs=epochs, cache_bytes=cache_bytes)
+            ).tolist()
+
+        assert chosen(1) == [4]
+        assert chosen(2) == [4, 5]
+        assert chosen(10) == [3, 4, 5]
+        assert chosen(1000) == [1, 2, 3, 4, 5]
+        assert chosen(1000, int(6e7)) == [4, 5]  # room for two: those of which most is read
+        assert chosen(1000, int(2e7)) == []
+
+    @settings(deadline=None)
+    @given(
+        st.lists(st.tuples(st.integers(0, 99), st.integers(0, 20), st.integers(0, 20)), max_size=8),
+        st.integers(1, 50),
+        st.integers(0, 400),
+    )
+    def test_any_choice_fits_and_transfers_no_more_than_ranges(self, shards_, epochs, cache_bytes):
+        size, held, read = np.array([(s, max(h, r), r) for s, h, r in shards_]).reshape(-1, 3).T
+        chosen = choose_access(size, held, read, epochs=epochs, cache_bytes=cache_bytes)
+        assert size[chosen].sum() <= cache_bytes
+        assert (read[chosen] * epochs >= held[chosen]).all()
+        assert (read[chosen] > 0).all()
+        roomy = choose_access(size, held, read, epochs=epochs, cache_bytes=10**9)
+        assert not (chosen & ~roomy).any()
+
+    def test_an_unknown_access_is_named(self):
+        with pytest.raises(ConfigError, match=r"RemoteOptions\.access.*'download'"):
+            RemoteOptions(access="download")
+
+    @pytest.mark.parametrize("access", ["auto", "ranges", "shards"])
     def test_the_plan_is_kept_to(self, serve, expected, tmp_path, folder, access):
         server = serve()
         cache = tmp_path / "cache"
@@ -386,7 +412,7 @@ class TestPlan:
             == {
                 "auto": [True, False, False, False],
                 "ranges": [False, False, False, False],
-                "download": [True, True, True, True],
+                "shards": [True, True, True, True],
             }[access]
         )
         with multiprocessing.get_context("fork").Pool(1) as workers:
@@ -396,20 +422,11 @@ class TestPlan:
                 pool.shards[number].fingerprint for number in np.flatnonzero(plan)
             }
 
-    def test_the_whole_pool_and_sizes_of_a_few(self, serve, tmp_path, monkeypatch):
-        """What is known of some samples is taken for all."""
+    def test_the_whole_pool(self, serve, tmp_path):
         pool = ShardPool(serve().url + PATTERN, cache_dir=tmp_path)
-        samples, n_bytes = pool._amounts(np.random.default_rng(0).permutation(100), None)
-        assert samples.tolist() == [25] * 4
-        assert n_bytes.sum() == pool.sizes(np.arange(100)).sum()
-        assert pool.plan_access(None).tolist() == pool.plan_access(np.arange(100)).tolist()
-        for ids in (None, np.arange(100)):
-            assert np.array_equal(pool._amounts(ids, None)[1], n_bytes)
-        monkeypatch.setattr(shards, "_SIZED", 20)
-        for ids in (None, np.arange(100)):
-            some_samples, some_bytes = pool._amounts(ids, None)
-            assert some_samples.tolist() == [25] * 4
-            np.testing.assert_allclose(some_bytes, n_bytes, rtol=0.3)
+        for ids in (None, np.random.default_rng(0).permutation(100)):
+            assert pool.plan_access(ids).tolist() == [True] * 4
+        assert not ShardPool(serve().url + PATTERN).plan_access(None).any()  # no cache to keep them in
 
     def test_local_pools_have_nothing_to_plan(self, folder):
         assert not ShardPool(folder / "*.tar").plan_access([0, 1]).any()

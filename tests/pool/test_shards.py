@@ -139,7 +139,10 @@ class TestUrls:
             ("nowhere/pool-*.tar", r"folder '.*' has no 'nowhere'"),
             (".", r"is a folder; give its shards, for example '.*\*\.tar'"),
             (["pool-000000.tar", "pool-{000000..000001}.tar"], r"pool-000000\.tar: is given twice in"),
-            ("pipe:cat pool-000000.tar", "a pipe has no offsets.*SequentialPool"),
+            (
+                "pipe:cat pool-000000.tar",
+                "a pipe has no offsets.*`curated-data import 'pipe:cat pool-000000.tar' NEW`",
+            ),
             ([3], r"not by 3 \(int\)"),
         ],
     )
