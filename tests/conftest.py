@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,3 +59,13 @@ def write_pool(tmp_path) -> Callable[..., list[str]]:
         return paths
 
     return write
+
+
+@pytest.fixture(autouse=True)
+def no_group_stays():
+    """A test that leaves a process group behind lets later ones, which fork, wait for ever."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        pytest.fail("the test left a process group behind")
