@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from curated_data.config import CurationConfig
     from curated_data.datamodule import CuratedDataModule
     from curated_data.logging_callback import CurationLogger
+    from curated_data.mixture import Component, Mixture
     from curated_data.pipeline import Curation, curate
     from curated_data.pool.shards import ShardPool
     from curated_data.pool.writer import ShardWriter
@@ -30,11 +31,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ClusterTree",
+    "Component",
     "CuratedDataModule",
     "Curation",
     "CurationConfig",
     "CurationLogger",
     "Level",
+    "Mixture",
     "RecurationCallback",
     "ShardPool",
     "ShardWriter",
@@ -47,11 +50,13 @@ __all__ = [
 
 _HOMES = {
     "ClusterTree": "clustering.tree",
+    "Component": "mixture",
     "CuratedDataModule": "datamodule",
     "Curation": "pipeline",
     "CurationConfig": "config",
     "CurationLogger": "logging_callback",
     "Level": "clustering.levels",
+    "Mixture": "mixture",
     "RecurationCallback": "callbacks",
     "ShardPool": "pool.shards",
     "ShardWriter": "pool.writer",
