@@ -139,6 +139,8 @@ class TrainingStream:
             path = _selection_path(self.cache_dir, name)
             if not path.exists():
                 atomic_save(path, ids)
+        if not for_this_run:
+            self._given = ids, name
         if self.order is not None or self._resumes_inside:
             self._next = ids, name
             return
