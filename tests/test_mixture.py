@@ -1,5 +1,6 @@
 """A mixture in the data module: what is streamed, where it goes on, and what cannot be mixed."""
 
+import doctest
 import itertools
 import json
 import logging
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import curated_data.mixture
 from curated_data import Component, CuratedDataModule, Mixture, RecurationCallback
 from curated_data.components import mixture_rows
 from curated_data.errors import CacheError, ConfigError, CuratedDataError
@@ -442,3 +444,9 @@ def test_a_mixture_of_another_run_is_not_resumed_in_the_middle_of_an_epoch(folde
     other.load_state_dict(state)
     with pytest.raises(CuratedDataError, match="another order"):
         batches(other)
+
+
+def test_the_example_runs():
+    found = doctest.testmod(curated_data.mixture)
+    assert found.attempted >= 4
+    assert not found.failed
