@@ -32,8 +32,8 @@ from streaming_data import N_SAMPLES, make_shards
 from streaming_readers import BATCH, crop
 
 from curated_data import Component, CuratedDataModule, Mixture
-from curated_data.streaming import EpochOrder
-from curated_data.streaming.mixture import MixtureOrder, Part
+from curated_data.removal import remove
+from curated_data.streaming import StreamLoader
 
 sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent.resolve()]
 """Without this folder, whose `streaming` would hide mosaicml's."""
@@ -81,15 +81,42 @@ def speed(folder: Path, repeats: int, seconds: float, workers: list[int]) -> Non
 
 
 class Ours:
-    """The order alone: what every rank and worker is given follows from it."""
+    """A data module over five small pools, with its loader's state."""
 
     name = "curated_data"
 
+    def __init__(self, folder: Path) -> None:
+        self.pools = []
+        for number in range(len(WEIGHTS)):
+            path = folder / f"numbers-{number}.tar"
+            if not path.exists():
+                with webdataset.TarWriter(f"{path}.part") as writer:
+                    for value in range(SIZE):
+                        writer.write({"__key__": f"{value:05d}", "npy": np.array([value])})
+                os.replace(f"{path}.part", path)
+            self.pools.append(str(path))
+
     def stream(self, workers: int, start: int = 0) -> Iterator[int]:
-        orders = [EpochOrder(SIZE, seed=number, batch_size=1) for number in range(len(WEIGHTS))]
-        parts = [Part(str(number), order, first_id=number * SIZE) for number, order in enumerate(orders)]
-        order = MixtureOrder(parts, WEIGHTS, batch_size=1, epoch_size=DRAWN)
-        yield from order.batches(0, start, DRAWN)[1].tolist()
+        def loader() -> StreamLoader:
+            components = [
+                Component(str(number), pool, weight)
+                for number, (pool, weight) in enumerate(zip(self.pools, WEIGHTS, strict=True))
+            ]
+            data = CuratedDataModule(
+                mixture=Mixture(components), batch_size=10, num_workers=workers, views=torch.from_numpy
+            )
+            data.setup("fit")
+            return data.train_dataloader()
+
+        made = loader()
+        if start:
+            batches = iter(made)
+            for _ in range(start // 10):
+                next(batches)
+            state, made = made.state_dict(), loader()
+            made.load_state_dict(state)
+        for batch in made:
+            yield from batch["sample_id"].tolist()
 
 
 class RandomMix:
@@ -115,9 +142,11 @@ class Combined:
         self.folders = []
         for number in range(len(WEIGHTS)):
             target = folder / "litdata-mixture" / str(number)
-            if not (target / "index.json").exists():
+            if not _is_whole(target):
                 inputs = list(range(number * SIZE, (number + 1) * SIZE))
-                litdata.optimize(_itself, inputs, str(target), chunk_bytes="64MB", num_workers=1)
+                litdata.optimize(
+                    _itself, inputs, str(target), chunk_bytes="64MB", num_workers=1, start_method="fork"
+                )
             self.folders.append(str(target))
 
     def stream(self, workers: int, start: int = 0) -> Iterator[int]:
@@ -151,7 +180,7 @@ class Proportions:
         self.folders = []
         for number in range(len(WEIGHTS)):
             target = folder / "mosaic-mixture" / str(number)
-            if not (target / "index.json").exists():
+            if not _is_whole(target):
                 with streaming.MDSWriter(out=str(target), columns={"x": "int"}) as writer:
                     for value in range(number * SIZE, (number + 1) * SIZE):
                         writer.write({"x": value})
@@ -192,6 +221,15 @@ class _Endless(torch.utils.data.IterableDataset):
         return itertools.cycle(values.tolist())
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether a peer's data are all there; what an interrupted run left is removed."""
+    index = folder / "index.json"
+    if index.exists() and any(json.loads(index.read_text()).get(name) for name in ("chunks", "shards")):
+        return True
+    remove(folder, below=folder.parent)
+    return False
+
+
 def _itself(value: int) -> int:
     return value
 
@@ -205,7 +243,8 @@ def shares(folder: Path) -> None:
     print(f"\n| mixture | deviation after {DRAWN:,} | resumes exactly | same with 2 workers as with 0 |")
     print("|---|---|---|---|")
     makers: list[Callable[[], object]] = [
-        Ours, RandomMix, functools.partial(Combined, folder), functools.partial(Proportions, folder),
+        functools.partial(Ours, folder), RandomMix,
+        functools.partial(Combined, folder), functools.partial(Proportions, folder),
     ]  # fmt: skip
     for make in makers:
         try:
