@@ -129,8 +129,12 @@ class MixedComponent:
 
     @property
     def n_first(self) -> int:
-        """Samples that it begins with."""
-        return len(self.pool) if self.first_selection is None else len(self.first_selection)
+        """Samples that it begins with; before its curation, as many as that may select."""
+        if self.first_selection is not None:
+            return len(self.first_selection)
+        config = self.curation_config
+        n = len(self.pool)
+        return n if config is None else min(config.target_size, n * config.max_repeats)
 
 
 def open_components(

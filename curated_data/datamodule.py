@@ -529,11 +529,10 @@ class CuratedDataModule(pl.LightningDataModule):
     def _select_components(self, mixture: Mixture) -> None:
         """Index, check and curate all components; what cannot be mixed is an error before the curations."""
         self._index_pools()
-        if mixture.epoch_size is not None:
+        if len(self.components) > 1 or mixture.epoch_size is not None:
             size = self.batch_size * ranks(self.trainer)[1]
-            check_batches(
-                mixture, self.components, epoch_batches(mixture, self.components, size, self.last_batch)
-            )
+            n_batches = epoch_batches(mixture, self.components, size, self.last_batch)
+            check_batches(mixture, self.components, n_batches)
         mixed = [component for component in self.components if component.batches == "mixed"]
         if len(mixed) > 1:
             check_alike(

@@ -10,7 +10,7 @@ import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -64,7 +64,12 @@ class _Segment:
 def _pattern(shares: list[Fraction] | list[int]) -> Pattern:
     """Kept for the latest ones, but not made before it is needed: a stream may open at any place."""
     whole = all(isinstance(share, int) for share in shares)
-    return pattern_of_counts(shares) if whole else pattern(shares)  # type: ignore[arg-type]
+    return pattern_of_counts(shares) if whole else _kept(tuple(shares))  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=16)
+def _kept(shares: tuple[Fraction, ...]) -> Pattern:
+    return pattern(shares)
 
 
 class MixtureOrder:
