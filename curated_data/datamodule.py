@@ -536,7 +536,7 @@ class CuratedDataModule(pl.LightningDataModule):
         mixed = [component for component in self.components if component.batches == "mixed"]
         if len(mixed) > 1:
             check_alike(
-                {component.name: self._component_dataset(component) for component in mixed},
+                dict(zip((c.name for c in mixed), self._component_datasets(mixed), strict=True)),
                 {component.name: component.candidates(_PROBED) for component in mixed},
             )
         for component in self.components:
@@ -589,18 +589,17 @@ class CuratedDataModule(pl.LightningDataModule):
             keep=ranks(self.trainer)[0] == 0,
         )
 
-    def _training_views(self, own: Callable[[Tensor], Any] | None = None) -> Callable[[Tensor], Any] | None:
-        """What workers apply to a decoded image, `own` of a component first; None for nothing."""
+    def _training_views(self) -> Callable[[Tensor], Any] | None:
+        """What workers apply to a decoded image; None for nothing."""
         if self.decode_on_device:
             return None
-        views = own or self.views
         if self.device_views is not None:
-            return views or CenterCrop(self.image_size, scale=False)
-        return views or from_module(self.trainer, "views") or CenterCrop(self.image_size)
+            return self.views or CenterCrop(self.image_size, scale=False)
+        return self.views or from_module(self.trainer, "views") or CenterCrop(self.image_size)
 
     def _training_dataset(self) -> PoolDataset | MixtureDataset:
         if self.mixture is not None:
-            parts = [self._component_dataset(component) for component in self.components]
+            parts = self._component_datasets(self.components)
             return MixtureDataset(parts, [c.first_id for c in self.components], self.statistics)
         labels = load_labels(self._given_labels, self._given_selection, self.pool)
         dataset = self._dataset(self.pool, self._training_views(), labels)
@@ -611,12 +610,16 @@ class CuratedDataModule(pl.LightningDataModule):
             self._decoder = DeviceDecoder(dataset, CenterCrop(self.image_size, scale=False))
         return dataset
 
-    def _component_dataset(self, component: MixedComponent) -> PoolDataset:
-        dataset = self._dataset(component.pool, self._training_views(component.views))
-        dataset.seeds_for_device = self.device_views is not None
-        if component.views is not None:
-            dataset.views_name = f"views of component {component.name!r}"
-        return dataset
+    def _component_datasets(self, components: Sequence[MixedComponent]) -> list[PoolDataset]:
+        common = self._training_views()  # the same object for all, by which readers are shared
+        datasets = []
+        for component in components:
+            dataset = self._dataset(component.pool, component.views or common)
+            dataset.seeds_for_device = self.device_views is not None
+            if component.views is not None:
+                dataset.views_name = f"views of component {component.name!r}"
+            datasets.append(dataset)
+        return datasets
 
     def _plan_access(self, order: AnyOrder) -> None:
         """For a remote pool, choose byte ranges or whole shards, by how much of each will be read."""

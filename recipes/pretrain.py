@@ -164,12 +164,12 @@ def show_plan(
     """Print the plan of a run: the curation, then the training."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     training = training_stage(module, data, trainer, settings)
-    curated = [source for source in data.components or [data] if source.curation_config is not None]
+    sources: list[Any] = [*data.components] or [data]
+    curated = [source for source in sources if source.curation_config is not None]
     if not curated:
         console.print(f"no curation; {training.note}: {duration(training.seconds or 0)}")
         return
     for source in curated:
-        assert source.curation_config is not None, "chosen by it"
         assert source.embedder is not None, "a curation comes with one"
         assert source.cache_dir is not None, "a curation comes with one"
         found = plan(
@@ -190,7 +190,8 @@ def training_stage(
     """The training as a stage: its number of steps, and their time by the median of a few on one device,
     without validation.
     """
-    n_trained = sum(map(_n_selected, data.components or [data]))
+    sources: list[Any] = [*data.components] or [data]
+    n_trained = sum(_n_selected(source) for source in sources)
     if data.mixture is not None and data.mixture.epoch_size is not None:
         n_trained = data.mixture.epoch_size
     an_epoch = n_trained // (data.batch_size * trainer.world_size)

@@ -38,6 +38,12 @@ class MixtureDataset(Dataset):
         self.first_ids = np.array(first_ids, np.int64)
         self.statistics = statistics
         self.n_streamed: int | None = None  # samples of a rank's epoch, which Lightning's Tuner asks for
+        # Of each dataset, the first that gives the same samples: those of one batch are then read together.
+        same = [
+            next(i for i, other in enumerate(parts) if other.pool is part.pool and other.views is part.views)
+            for part in parts
+        ]
+        self._reader = np.array(same, np.int64)
 
     def __len__(self) -> int:
         if self.n_streamed is not None:
@@ -61,21 +67,22 @@ class MixtureDataset(Dataset):
             sources = numbers[np.searchsorted(starts, np.asarray(ids), side="right") - 1]
         loaded = LoadedSamples([None] * len(ids))
         report = BatchReport(0, 0, 0, [])
-        counts = [0] * len(self.parts)
-        for number in np.unique(sources).tolist():
-            places, first = np.flatnonzero(sources == number), int(self.first_ids[number])
+        readers = self._reader[sources]
+        for number in np.unique(readers).tolist():
+            places, first = np.flatnonzero(readers == number), int(self.first_ids[number])
             samples = self.parts[number].__getitems__(_part(ids, places, first))
             for place, sample in zip(places.tolist(), samples, strict=True):
                 sample["sample_id"] += first
-                loaded[place] = sample | {"source": number}
-            counts[number] = len(places)
+                sample["source"] = int(sources[place])
+                loaded[place] = sample
             report = BatchReport(
                 report.n_samples + samples.report.n_samples,
                 report.bytes_read + samples.report.bytes_read,
                 report.bytes_needed + samples.report.bytes_needed,
                 report.skipped + samples.report.skipped,
             )
-        loaded.report = report._replace(of_source=tuple(counts))
+        counts = np.bincount(sources, minlength=len(self.parts))
+        loaded.report = report._replace(of_source=tuple(counts.tolist()))
         return loaded
 
     @property
@@ -134,7 +141,7 @@ def _described(sample: Mapping[str, Any]) -> dict[str, str]:
             described[name] = _shape(value)
         elif name in MODALITIES:
             described[name] = type(value).__name__
-        elif name not in (*MISSING, "metadata", "sample_id", "view_seed"):
+        elif name not in (*MISSING, "metadata", "sample_id", "source", "view_seed"):
             described[name] = "a number" if isinstance(value, int | float) else "an object"
     return described
 
