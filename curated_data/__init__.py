@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from curated_data.datamodule import CuratedDataModule
     from curated_data.embedding.existing import EmbeddedPool
     from curated_data.logging_callback import CurationLogger
+    from curated_data.mixture import Component, Mixture
     from curated_data.pipeline import Curation, curate, curate_embeddings
     from curated_data.pool.shards import ShardPool
     from curated_data.pool.writer import ShardWriter
@@ -31,12 +32,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ClusterTree",
+    "Component",
     "CuratedDataModule",
     "Curation",
     "CurationConfig",
     "CurationLogger",
     "EmbeddedPool",
     "Level",
+    "Mixture",
     "RecurationCallback",
     "ShardPool",
     "ShardWriter",
@@ -50,12 +53,14 @@ __all__ = [
 
 _HOMES = {
     "ClusterTree": "clustering.tree",
+    "Component": "mixture",
     "CuratedDataModule": "datamodule",
     "Curation": "pipeline",
     "CurationConfig": "config",
     "CurationLogger": "logging_callback",
     "EmbeddedPool": "embedding.existing",
     "Level": "clustering.levels",
+    "Mixture": "mixture",
     "RecurationCallback": "callbacks",
     "ShardPool": "pool.shards",
     "ShardWriter": "pool.writer",

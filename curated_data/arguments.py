@@ -89,6 +89,19 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def check_alone(**arguments: object) -> None:
+    """Check that none of the arguments that a mixture replaces is given.
+
+    Raises:
+        ConfigError: names the first one that is.
+    """
+    for name, value in arguments.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name}: given together with mixture; its components have their own, drop either"
+            )
+
+
 def check_arguments(data: "CuratedDataModule", selection: Ids | None, labels: Ids | None) -> None:
     """Check the arguments of a data module, each by itself and against the others; make integers plain ones.
 
@@ -96,6 +109,15 @@ def check_arguments(data: "CuratedDataModule", selection: Ids | None, labels: Id
         ConfigError: arguments that contradict each other or are out of range.
     """
     curated = data.curation_config is not None
+    if data.mixture is not None:
+        if data.decode_on_device:
+            raise ConfigError("decode_on_device: takes one pool, and not a mixture; leave either out")
+        if data.stratify_level is not None:
+            raise ConfigError("stratify_level: belongs to the components of a mixture; give it to these")
+        if "source" in (data.decoders or {}):
+            raise ConfigError(
+                "decoders['source']: batches of a mixture have a 'source'; rename these members"
+            )
     if curated:
         if selection is not None:
             raise ConfigError("selection: given together with curation, which makes one; drop either")
@@ -149,4 +171,5 @@ def check_arguments(data: "CuratedDataModule", selection: Ids | None, labels: Id
         last_batch=data.last_batch,
         shard_starts=np.zeros(2),
     )
-    PoolDataset(data.pool, on_error=data.on_error, decoders=data.decoders, fields=data.fields)
+    for pool in {id(pool): pool for pool in (data.pool, *(c.pool for c in data.components))}.values():
+        PoolDataset(pool, on_error=data.on_error, decoders=data.decoders, fields=data.fields)

@@ -18,6 +18,7 @@ from torch import nn
 
 from curated_data.cache import named_folder, read_manifest
 from curated_data.clustering.tree import EXCLUDED
+from curated_data.components import MixedComponent
 from curated_data.config import CurationConfig
 from curated_data.datamodule import CuratedDataModule
 from curated_data.embedding import Embedder, resolve_embedder
@@ -34,6 +35,7 @@ from curated_data.trainer import is_between_epochs
 
 log = logging.getLogger(__name__)
 
+Curated = CuratedDataModule | MixedComponent  # what a callback curates again
 _REPLACED = ("embeddings", "fresh_embeddings", "near_duplicates", "tree")
 
 
@@ -70,13 +72,15 @@ class RecurationCallback(pl.Callback):
             `eval_transform`, which embed with the teacher in methods that have an EMA teacher.
         on_failure: "keep" the old selection and log a warning, or "stop" the run with the error. On several
             ranks a failure of one is that of all.
+        component: of a mixture: the one whose pool is embedded and whose selection is replaced. The others go
+            on where they are, and the length of an epoch stays. Give a callback for each that changes.
         keep_artifacts: keep the embeddings and trees of earlier re-curations in the cache. Selections are
             always kept, because checkpoints refer to them, and so is what another run or a `Curation` still
             uses.
 
     Raises:
         ConfigError: no trigger or several, values out of range, or a Trainer without a `CuratedDataModule`
-            that curates.
+            that curates, or of a mixture whose component does not.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class RecurationCallback(pl.Callback):
         embedder: Callable[[pl.LightningModule], str | nn.Module | Embedder] | None = None,
         on_failure: Literal["keep", "stop"] = "stop",
         keep_artifacts: bool = False,
+        component: str | None = None,
     ) -> None:
         triggers = {"every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps, "monitor": monitor}
         given = {name: value for name, value in triggers.items() if value is not None}
@@ -133,6 +138,7 @@ class RecurationCallback(pl.Callback):
         self.embedder = embedder
         self.on_failure = on_failure
         self.keep_artifacts = keep_artifacts
+        self.component = component
         self._begin_anew()
         self._resuming: tuple[pl.Trainer, pl.LightningModule] | None = None
         self._is_loaded = False  # from a checkpoint, and not trained yet
@@ -152,9 +158,10 @@ class RecurationCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        data = _datamodule(trainer)
+        data = self._data(trainer)
         if data.curation_config is None:
-            raise ConfigError("RecurationCallback: the CuratedDataModule has no `curation`; give it one")
+            what = "CuratedDataModule" if self.component is None else f"component {self.component!r}"
+            raise ConfigError(f"RecurationCallback: the {what} has no `curation`; give it one")
         if self.share < 1 and data.base_curation is not None:
             levels = levels_of_share(data.curation_config, data.base_curation, self.share)
             n_usable = int((data.base_curation.tree.parent[1] != EXCLUDED).sum())
@@ -222,10 +229,26 @@ class RecurationCallback(pl.Callback):
         self._is_loaded = True
         if self._resuming is not None:
             (trainer, pl_module), self._resuming = self._resuming, None
-            self._restore(_datamodule(trainer))
+            self._restore(self._data(trainer))
             if trainer.strategy.restore_checkpoint_after_setup:  # and so after `on_fit_start`
                 self._is_loaded = False
                 self._make_up(trainer, pl_module)
+
+    @property
+    def state_key(self) -> str:
+        if self.component is None:
+            return super().state_key
+        return self._generate_state_key(component=self.component)
+
+    def _data(self, trainer: pl.Trainer) -> Curated:
+        """What is curated again: the data module's one selection, or a component of its mixture."""
+        data = _datamodule(trainer)
+        if self.component is not None:
+            return data.component(self.component)
+        if data.mixture is not None:
+            names = ", ".join(data.mixture.names)
+            raise ConfigError(f"RecurationCallback.component: missing; name one of the mixture's, {names}")
+        return data
 
     def _make_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End an epoch that was saved after its last batch, before the loader is built.
@@ -251,7 +274,7 @@ class RecurationCallback(pl.Callback):
             self._unfinished = {"epoch": epoch, "step": step}
             return {}
         started = time.monotonic()
-        data = _datamodule(trainer)
+        data = self._data(trainer)
         old = data.selection
         assert old is not None, "the data module is set up, and has a curation"
         curation = self._recurate(trainer, pl_module, data, epoch)
@@ -275,7 +298,7 @@ class RecurationCallback(pl.Callback):
             100 * figures["new"],
             figures["minutes"],
         )
-        if len(old) != len(curation.ids) and trainer.max_steps < 0:
+        if len(old) != len(curation.ids) and trainer.max_steps < 0 and self.component is None:
             log.warning(
                 "the selection went from %d to %d samples; a schedule computed from "
                 "estimated_stepping_batches still assumes the first size. Set max_steps to fix the number of "
@@ -285,7 +308,7 @@ class RecurationCallback(pl.Callback):
             )
         return {f"recuration/{name}": float(value) for name, value in figures.items()}
 
-    def _restore(self, data: CuratedDataModule) -> None:
+    def _restore(self, data: Curated) -> None:
         """In a resumed run, make the data module's `curation` the one that it streams, not the first one."""
         current = data.curation.folders["selection"].name if data.curation is not None else None
         data.lost_tree = None
@@ -339,7 +362,7 @@ class RecurationCallback(pl.Callback):
         return self._epochs_without_gain >= self.patience
 
     def _recurate(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, data: CuratedDataModule, epoch: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, data: Curated, epoch: int
     ) -> Curation | None:
         """A curation with the module's features; None if it failed and the old selection is kept."""
         first, base, cache_dir = data.curation_config, data.base_curation, data.cache_dir
@@ -366,7 +389,7 @@ class RecurationCallback(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        data: CuratedDataModule,
+        data: Curated,
         config: CurationConfig,
         base: Curation,
         cache_dir: Path,
@@ -385,7 +408,7 @@ class RecurationCallback(pl.Callback):
             return curate(data.pool, config, **settings)
         return recurate(data.pool, config, base=base, share=self.share, **settings)
 
-    def _drop_earlier(self, data: CuratedDataModule) -> None:
+    def _drop_earlier(self, data: Curated) -> None:
         """Remove the last re-curation's artifacts from the cache, but for those that somebody uses.
 
         What another run still reads, or this one with the new curation, stays. It is looked at again after

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from curated_data.arguments import (
     Ids,
     Pool,
+    check_alone,
     check_arguments,
     checked_selection,
     load_ids,
@@ -24,8 +25,21 @@ from curated_data.arguments import (
     open_pool,
 )
 from curated_data.cache import absolute
+from curated_data.components import (
+    MixedComponent,
+    check_batches,
+    epoch_batches,
+    mixture_order,
+    mixture_summary,
+    number_pools,
+    open_components,
+    packed,
+    plan_access,
+    unpacked,
+)
 from curated_data.config import CurationConfig, load_config
 from curated_data.errors import ConfigError
+from curated_data.mixture import Mixture, as_mixture
 from curated_data.parallel import together
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
@@ -40,6 +54,8 @@ from curated_data.streaming.device import DeviceViews
 from curated_data.streaming.encoded import DeviceDecoder
 from curated_data.streaming.labels import SampleLabels
 from curated_data.streaming.loader import StreamLoader
+from curated_data.streaming.mixed import MixtureDataset, check_alike
+from curated_data.streaming.mixture import AnyOrder, MixtureOrder
 from curated_data.streaming.order import EpochOrder, LastBatch, Shuffle
 from curated_data.streaming.sampler import GlobalBatchSampler
 from curated_data.streaming.statistics import StreamStatistics
@@ -64,6 +80,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _RELOAD = "reload_dataloaders_every_n_epochs"
+_PROBED = 16  # samples of a component, of which one that can be decoded is compared with the others
 _SPARES = 6  # with a tenth of the pool bad, a sample and all of its spares are bad once in ten million
 
 
@@ -85,6 +102,9 @@ class CuratedDataModule(pl.LightningDataModule):
         pool: the shards: a path or URL with braces or a glob, a list of these, or a `ShardPool`.
         curation: what to select, a `CurationConfig` or a mapping of its fields; None streams the whole pool,
             or `selection`.
+        mixture: several selections in one stream, a `Mixture` or a mapping of its fields, instead of `pool`,
+            `curation` and `selection`. Batches then have `source` (B,) int64, the number of each sample's
+            component; see `component_of` for the ids.
         embedder: the network or function whose features are clustered, as for `curate`; required by a
             curation.
         views: maps a decoded image, uint8 (3, H, W), to one tensor or a list of tensors. None takes the
@@ -135,11 +155,14 @@ class CuratedDataModule(pl.LightningDataModule):
         storage_options: for fsspec, to read remote shards of pools that are given as paths or URLs.
 
     Attributes:
+        mixture: the `Mixture`, or None; then `pool` is the pool of its first component.
+        components: of the mixture, with their pools, curations and selections; empty without one.
         curation: what `curate` returned; None before `setup`, and without a curation.
         base_curation: the first curation, made with `embedder`; a re-curation replaces only `curation`.
         lost_tree: the name of the resumed selection's tree, if a later re-curation has removed it and
             `curation` is the first one; None otherwise.
-        selection: (n,) int64 ids that the next epoch streams; None before `setup`, and for a whole pool.
+        selection: (n,) int64 ids that the next epoch streams; None before `setup`, and for a whole pool. Of a
+            mixture, all ids that it can stream, ascending and without repeats.
         statistics: what this process streamed, skipped and read in training.
         class_names: in the order of their numbers, if the `.cls` members hold names; None before a loader is
             made, and if they hold integers.
@@ -151,9 +174,10 @@ class CuratedDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        pool: Pool,
+        pool: Pool | None = None,
         curation: CurationConfig | Mapping[str, Any] | None = None,
         *,
+        mixture: Mixture | Mapping[str, Any] | None = None,
         embedder: str | nn.Module | Callable[[Tensor], Tensor] | Any | None = None,
         views: Callable[[Tensor], Any] | None = None,
         device_views: DeviceViews | None = None,
@@ -186,10 +210,22 @@ class CuratedDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.cache_dir = None if cache_dir is None else absolute(cache_dir)
-        self.pool = open_pool(pool, cache_dir, storage_options)
+        self.embedder = embedder
+        self.shuffle = shuffle
+        self.decoders = decoders
+        self.fields = fields
+        self.components: list[MixedComponent] = []
+        self.mixture = None if mixture is None else as_mixture(mixture)
+        if self.mixture is not None:
+            check_alone(pool=pool, curation=curation, selection=selection, labels=labels)
+            self.components = open_components(self.mixture, self, storage_options)
+            self.pool = self.components[0].pool
+        elif pool is None:
+            raise ConfigError("pool: missing; give shards, or a mixture of several pools or selections")
+        else:
+            self.pool = open_pool(pool, cache_dir, storage_options)
         self.val_pool = None if val_pool is None else open_pool(val_pool, cache_dir, storage_options)
         self.curation_config = None if curation is None else load_config(curation)
-        self.embedder = embedder
         self.views = views
         self.device_views = device_views
         self.decode_on_device = decode_on_device
@@ -198,11 +234,8 @@ class CuratedDataModule(pl.LightningDataModule):
         self.seed = seed
         self.eval_transform = eval_transform
         self.eval_batch_size = eval_batch_size
-        self.shuffle = shuffle
         self.last_batch = last_batch
         self.stratify_level = stratify_level
-        self.decoders = decoders
-        self.fields = fields
         self.min_size = min_size
         self.image_size = image_size
         self.on_error = on_error
@@ -219,6 +252,7 @@ class CuratedDataModule(pl.LightningDataModule):
         self.class_names: tuple[str, ...] | None = None
         self._class_names_known = False
         self.statistics = StreamStatistics(max_skipped)
+        self.statistics.of_component = dict.fromkeys(self._names, 0)
         self._given_selection = selection
         self._given_labels = labels
         check_arguments(self, selection, labels)
@@ -226,13 +260,17 @@ class CuratedDataModule(pl.LightningDataModule):
         self._is_set_up = False
         self._reload_every: int | None = None
         self._decoder: DeviceDecoder | None = None
-        self._planned: np.ndarray | int | None = None  # the selection for which remote access was planned
+        self._planned: object = (
+            None  # the selection, or what names the mixture, for which remote access was planned
+        )
         if device_views is not None:
             # On the instance: a hook in the class would keep the module's own from ever running.
             self.on_after_batch_transfer = self._make_device_views  # type: ignore[method-assign]
         self._hide_val_dataloader()
 
     def __repr__(self) -> str:
+        if self.mixture is not None:
+            return f"{type(self).__name__}({self.mixture!r}, batch_size={self.batch_size})"
         ids = self.selection
         if ids is not None:
             streams = f"{len(ids)} samples selected"
@@ -247,7 +285,54 @@ class CuratedDataModule(pl.LightningDataModule):
 
     @property
     def selection(self) -> np.ndarray | None:
-        return self._stream.selection
+        if self.mixture is None:
+            return self._stream.selection
+        return self._mixed_selection() if self._is_set_up else None
+
+    def component(self, name: str) -> MixedComponent:
+        """A component of the mixture, with its `pool`, `curation` and `selection`.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        if name not in self._names:
+            known = f"its components are {', '.join(self._names)}" if self.components else "has no mixture"
+            raise ConfigError(f"component: the data module has no {name!r}; {known}")
+        return self.components[self._names.index(name)]
+
+    def component_selection(self, name: str) -> np.ndarray | None:
+        """(n,) int64 ids of its pool that a component gives next; None: all, or no `setup` yet."""
+        component = self.component(name)
+        replaced = unpacked(self._stream.selection, self.components)
+        return replaced.get(self._names.index(name), component.first_selection)
+
+    def component_of(
+        self, sample_ids: np.ndarray | Tensor, sources: np.ndarray | Tensor
+    ) -> list[tuple[str, int]]:
+        """The component of each sample of a batch, and the sample's id in the component's own pool.
+
+        In a mixture, the id of a sample is its id in its pool plus the number of samples of the pools before
+        it, in the order in which the components name them; so ids differ between pools.
+
+        Args:
+            sample_ids, sources: (b,) a batch's `sample_id` and `source`.
+        """
+        pairs = zip(np.asarray(sample_ids).tolist(), np.asarray(sources).tolist(), strict=True)
+        found = ((self.components[source], sample_id) for sample_id, source in pairs)
+        return [(component.name, sample_id - component.first_id) for component, sample_id in found]
+
+    def component_passes(self) -> dict[str, float]:
+        """How often the training has gone through each component so far, as `mixture/NAME`, for `log_dict`.
+
+        It is the same on all ranks, and a resumed run goes on counting.
+        """
+        order = self._stream.order
+        if order is None:
+            return {f"mixture/{name}": 0.0 for name in self._names}
+        epoch, batch = self._stream.position.now(order.n_batches)
+        if isinstance(order, MixtureOrder):
+            return {f"mixture/{name}": passes for name, passes in order.passes(epoch, batch).items()}
+        return {f"mixture/{name}": epoch + batch / order.n_batches for name in self._names}
 
     def setup(self, stage: str | None = None) -> None:
         """Index the pools; for "fit" (or None) curate, or find the curation in the cache.
@@ -255,7 +340,8 @@ class CuratedDataModule(pl.LightningDataModule):
         Every rank takes part in the work, so it is not in `prepare_data`, where all ranks would wait for one.
         A second call does nothing.
         """
-        curates = stage in (None, "fit") and self.curation_config is not None and not self._is_set_up
+        configs = [self.curation_config, *(component.curation_config for component in self.components)]
+        curates = stage in (None, "fit") and any(configs) and not self._is_set_up
         with together() if curates else contextlib.nullcontext():
             if stage in (None, "fit"):
                 self._attach()
@@ -263,9 +349,9 @@ class CuratedDataModule(pl.LightningDataModule):
             if stage in (None, "fit", "validate") and self.val_pool is not None:
                 self.val_pool.index()
             if stage == "predict":
-                self.pool.index()
+                self._index_pools()
 
-    def set_selection(self, ids: np.ndarray) -> None:
+    def set_selection(self, ids: np.ndarray, *, component: str | None = None) -> None:
         """Stream another selection from the next epoch on. Call it on every rank with the same ids.
 
         Within `Trainer.fit` that epoch gets a new loader, whose length may differ. Checkpoints refer to the
@@ -275,8 +361,20 @@ class CuratedDataModule(pl.LightningDataModule):
 
         Args:
             ids: (n,) integers; an id that is repeated is streamed as often.
+            component: of a mixture, whose samples they replace; ids of its own pool. The others go on where
+                they are, and so does the length of an epoch.
+
+        Raises:
+            ConfigError: ids that are not in the pool, or a mixture and no name of one of its components.
         """
-        ids = checked_selection(np.asarray(ids), self.pool, "ids")
+        if self.mixture is not None and component is None:
+            raise ConfigError(f"component: missing; the mixture has {', '.join(self._names)}")
+        if component is None:
+            ids = checked_selection(np.asarray(ids), self.pool, "ids")
+        else:
+            ids = checked_selection(np.asarray(ids), self.component(component).pool, "ids")
+            replaced = unpacked(self._stream.selection, self.components)
+            ids = packed(replaced | {self._names.index(component): ids})
         self._stream.replace(ids, for_this_run=is_running(self.trainer))
         self._follow_selection()
 
@@ -296,14 +394,8 @@ class CuratedDataModule(pl.LightningDataModule):
         )
         order = self._stream.prepare(self.trainer, settings, lambda ids: self._training_order(ids, shuffle))
         self._follow_selection()
-        labels = load_labels(self._given_labels, self._given_selection, self.pool)
-        dataset = self._dataset(self.pool, self._training_views(), labels)
-        dataset.statistics = self.statistics
+        dataset = self._training_dataset()
         dataset.n_streamed = order.n_samples // ranks(self.trainer)[1]
-        dataset.seeds_for_device = self.device_views is not None
-        dataset.encoded = self.decode_on_device
-        if self.decode_on_device:
-            self._decoder = DeviceDecoder(dataset, CenterCrop(self.image_size, scale=False))
         self._plan_access(order)
         keep = self.persistent_workers
         if keep is None:  # kept workers, pinned memory and a reload leak file handles (Lightning #18487)
@@ -332,13 +424,20 @@ class CuratedDataModule(pl.LightningDataModule):
         return self._evaluation_loader(self.val_pool)
 
     def predict_dataloader(self) -> DataLoader:
-        """The whole pool in its order, each sample once. Prediction writers get the ids as batch indices."""
-        return self._evaluation_loader(self.pool, plain=True)
+        """The whole pool in its order, each sample once. Prediction writers get the ids as batch indices.
+
+        Of a mixture, all pools, one after the other.
+        """
+        if self.mixture is None:
+            return self._evaluation_loader(self.pool, plain=True)
+        self._index_pools()
+        first_of_pool = list({id(component.pool): component for component in self.components[::-1]}.values())
+        components = sorted(first_of_pool, key=lambda component: component.first_id)
+        return self._evaluation_loader(*(component.pool for component in components), plain=True)
 
     def teardown(self, stage: str | None = None) -> None:
-        for pool in (self.pool, self.val_pool):
-            if pool is not None:
-                pool.close()
+        for pool in self._pools:
+            pool.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the stream: what was trained on, not what workers have prefetched."""
@@ -373,7 +472,10 @@ class CuratedDataModule(pl.LightningDataModule):
 
     def _stay_within_selection(self) -> None:
         """Stop a Tuner's search for a batch size at the largest one that the selection fills."""
-        n_samples = len(self.pool) if self.selection is None else len(self.selection)
+        if self.mixture is not None:
+            n_samples = self.mixture.epoch_size or sum(component.n_first for component in self.components)
+        else:
+            n_samples = len(self.pool) if self.selection is None else len(self.selection)
         most = n_samples // ranks(self.trainer)[1]
         if self.last_batch == "drop" and self.batch_size > most > 0 and is_tuned(self.trainer):
             log.warning("batch_size: %d is more than the selection fills; trying %d", self.batch_size, most)
@@ -386,14 +488,22 @@ class CuratedDataModule(pl.LightningDataModule):
         resume_stream(self.trainer)
         if self._stream.attach(self.trainer):
             self.curation, self.lost_tree, self._reload_every = self.base_curation, None, None
+            for component in self.components:
+                component.begin_anew()
 
     def _checked_ids(self, ids: np.ndarray) -> np.ndarray:
+        if self.mixture is not None:
+            self._index_pools()
+            unpacked(ids, self.components)
+            return ids
         return checked_selection(ids, self.pool, "the checkpoint's selection")
 
     def _select(self) -> None:
         if self._is_set_up:
             return
-        if self.curation_config is not None:
+        if self.mixture is not None:
+            self._select_components(self.mixture)
+        elif self.curation_config is not None:
             from curated_data.pipeline import curate
 
             assert self.embedder is not None, "a curation comes with one"
@@ -403,7 +513,7 @@ class CuratedDataModule(pl.LightningDataModule):
                 self.curation_config,
                 embedder=self.embedder,
                 cache_dir=self.cache_dir,
-                device="auto" if self.trainer is None else self.trainer.strategy.root_device,
+                device=self._curation_device,
                 decoders=self.decoders,
                 fields=self.fields,
             )
@@ -416,31 +526,65 @@ class CuratedDataModule(pl.LightningDataModule):
             self.pool.index()
         self._is_set_up = True
 
-    def _training_order(self, ids: np.ndarray | None, shuffle: Shuffle) -> EpochOrder:
-        stratify = self.stratify_level if shuffle == "full" else None
-        order = EpochOrder(
-            len(self.pool) if ids is None else ids,
-            seed=self.seed,
-            batch_size=self.batch_size * ranks(self.trainer)[1],
-            shuffle=shuffle,
-            last_batch=self.last_batch,
-            shard_starts=self.pool.shard_ranges() if shuffle == "block" else None,
-            strata=None if stratify is None else self._strata(ids, stratify),
-        )
+    def _select_components(self, mixture: Mixture) -> None:
+        """Index, check and curate all components; what cannot be mixed is an error before the curations."""
+        self._index_pools()
+        if len(self.components) > 1 or mixture.epoch_size is not None:
+            size = self.batch_size * ranks(self.trainer)[1]
+            n_batches = epoch_batches(mixture, self.components, size, self.last_batch)
+            check_batches(mixture, self.components, n_batches)
+        mixed = [component for component in self.components if component.batches == "mixed"]
+        if len(mixed) > 1:
+            check_alike(
+                dict(zip((c.name for c in mixed), self._component_datasets(mixed), strict=True)),
+                {component.name: component.candidates(_PROBED) for component in mixed},
+            )
+        for component in self.components:
+            component.curate(self._curation_device)
+        if ranks(self.trainer)[0] == 0:
+            log.info("mixture: %s", mixture_summary(mixture, self.components))
+
+    def _training_order(self, ids: np.ndarray | None, shuffle: Shuffle) -> AnyOrder:
+        batch_size = self.batch_size * ranks(self.trainer)[1]
+        order: AnyOrder
+        if self.mixture is not None:
+            replaced = unpacked(ids, self.components)
+            order = mixture_order(
+                self.mixture,
+                self.components,
+                [replaced.get(number, c.first_selection) for number, c in enumerate(self.components)],
+                seed=self.seed,
+                batch_size=batch_size,
+                shuffled=not setting(self.trainer, "overfit_batches"),
+                last_batch=self.last_batch,
+                strata_of=self._strata,
+            )
+        else:
+            order = EpochOrder(
+                len(self.pool) if ids is None else ids,
+                seed=self.seed,
+                batch_size=batch_size,
+                shuffle=shuffle,
+                last_batch=self.last_batch,
+                shard_starts=self.pool.shard_ranges() if shuffle == "block" else None,
+                strata=self._strata(self, ids) if self.stratify_level and shuffle == "full" else None,
+            )
         log.info(
             "stream: %d samples, %d global batches of %d", order.n_samples, order.n_batches, order.batch_size
         )
         return order
 
-    def _strata(self, ids: np.ndarray | None, level: int) -> np.ndarray:
-        assert self.curation is not None, "stratify_level comes with a curation"
+    def _strata(self, of: "CuratedDataModule | MixedComponent", ids: np.ndarray | None) -> np.ndarray:
+        """The cluster of each id, of the whole stream or of one component."""
+        assert of.stratify_level is not None, "or there are no strata"
+        assert of.curation is not None, "stratify_level comes with a curation"
         assert self.cache_dir is not None, "a curation comes with one"
-        check_level(level, self.curation.tree.n_levels)
+        check_level(of.stratify_level, of.curation.tree.n_levels)
         return strata(
             ids,
-            level,
-            find=None if self.lost_tree else self.curation.tree.assignment,
-            tree=self.lost_tree or self.curation.folders["tree"].name,
+            of.stratify_level,
+            find=None if of.lost_tree else of.curation.tree.assignment,
+            tree=of.lost_tree or of.curation.folders["tree"].name,
             cache_dir=self.cache_dir,
             keep=ranks(self.trainer)[0] == 0,
         )
@@ -453,8 +597,39 @@ class CuratedDataModule(pl.LightningDataModule):
             return self.views or CenterCrop(self.image_size, scale=False)
         return self.views or from_module(self.trainer, "views") or CenterCrop(self.image_size)
 
-    def _plan_access(self, order: EpochOrder) -> None:
+    def _training_dataset(self) -> PoolDataset | MixtureDataset:
+        if self.mixture is not None:
+            parts = self._component_datasets(self.components)
+            return MixtureDataset(parts, [c.first_id for c in self.components], self.statistics)
+        labels = load_labels(self._given_labels, self._given_selection, self.pool)
+        dataset = self._dataset(self.pool, self._training_views(), labels)
+        dataset.statistics = self.statistics
+        dataset.seeds_for_device = self.device_views is not None
+        dataset.encoded = self.decode_on_device
+        if self.decode_on_device:
+            self._decoder = DeviceDecoder(dataset, CenterCrop(self.image_size, scale=False))
+        return dataset
+
+    def _component_datasets(self, components: Sequence[MixedComponent]) -> list[PoolDataset]:
+        common = self._training_views()  # the same object for all, by which readers are shared
+        datasets = []
+        for component in components:
+            dataset = self._dataset(component.pool, component.views or common)
+            dataset.seeds_for_device = self.device_views is not None
+            if component.views is not None:
+                dataset.views_name = f"views of component {component.name!r}"
+            datasets.append(dataset)
+        return datasets
+
+    def _plan_access(self, order: AnyOrder) -> None:
         """For a remote pool, choose byte ranges or whole shards, by how much of each will be read."""
+        if isinstance(order, MixtureOrder):
+            if self._planned != order.fingerprint and any(
+                is_remote(url) for p in self._pools for url in p.urls
+            ):
+                plan_access(self.components, order, epochs_to_come(self.trainer, order.n_batches))
+                self._planned = order.fingerprint
+            return
         planned = self._planned is order.selection and self._planned is not None
         if planned or not any(map(is_remote, self.pool.urls)):
             return
@@ -504,20 +679,54 @@ class CuratedDataModule(pl.LightningDataModule):
             change_setting(self.trainer, _RELOAD, self._reload_every)
             self._reload_every = None
 
-    def _evaluation_loader(self, pool: ShardPool, *, plain: bool = False) -> DataLoader:
+    @property
+    def _names(self) -> list[str]:
+        return [component.name for component in self.components]
+
+    @property
+    def _pools(self) -> list[ShardPool]:
+        """All that are read, each once."""
+        pools = [self.pool, *(component.pool for component in self.components), self.val_pool]
+        return list({id(pool): pool for pool in pools if pool is not None}.values())
+
+    @property
+    def _curation_device(self) -> Any:
+        return "auto" if self.trainer is None else self.trainer.strategy.root_device
+
+    def _index_pools(self) -> None:
+        if self.mixture is None:
+            self.pool.index()
+            return
+        for component in self.components:
+            component.index()
+        number_pools(self.components)
+
+    def _mixed_selection(self) -> np.ndarray:
+        pieces = []
+        for component in self.components:
+            ids = component.selection
+            pieces.append(component.first_id + (np.arange(len(component.pool)) if ids is None else ids))
+        return np.unique(np.concatenate(pieces))
+
+    def _evaluation_loader(self, *pools: ShardPool, plain: bool = False) -> DataLoader:
         transform = (
             self.eval_transform or from_module(self.trainer, "eval_transform") or CenterCrop(self.image_size)
         )
         size = self.eval_batch_size or self.batch_size
         order = EpochOrder(
-            len(pool),
+            sum(map(len, pools)),
             seed=self.seed,
             batch_size=size * ranks(self.trainer)[1],
             shuffle="none",
             last_batch="short",
         )
-        dataset = self._dataset(pool, transform)
-        dataset.views_name = "eval_transform"
+        datasets = [self._dataset(pool, transform) for pool in pools]
+        for part in datasets:
+            part.views_name = "eval_transform"
+        dataset: PoolDataset | MixtureDataset = datasets[0]
+        if self.mixture is not None and plain:
+            first_ids = np.cumsum([0, *(len(pool) for pool in pools[:-1])]).tolist()
+            dataset = MixtureDataset(datasets, first_ids, StreamStatistics(self.max_skipped))
         return self._loader(dataset, order, size, keep_workers=False, plain=plain)
 
     def _dataset(
@@ -536,15 +745,20 @@ class CuratedDataModule(pl.LightningDataModule):
         )
         if "label" in dataset.fields and labels is None and "cls" not in (dataset.decoders or {}):
             if not self._class_names_known:
-                pools = [self.pool] + ([] if self.val_pool is None else [self.val_pool])
-                self.class_names = class_names(pools, self.cache_dir)
+                self.class_names = class_names(self._pools, self.cache_dir)
                 self._class_names_known = True
             if self.class_names is not None:
                 dataset.decoders = {**(dataset.decoders or {}), "cls": ClassNumbers(self.class_names)}
         return dataset
 
     def _loader(
-        self, dataset: PoolDataset, order: EpochOrder, batch_size: int, *, keep_workers: bool, **sampling: Any
+        self,
+        dataset: PoolDataset | MixtureDataset,
+        order: AnyOrder,
+        batch_size: int,
+        *,
+        keep_workers: bool,
+        **sampling: Any,
     ) -> StreamLoader:
         number, n_ranks = ranks(self.trainer)
         sampler = GlobalBatchSampler(

@@ -164,18 +164,24 @@ def show_plan(
     """Print the plan of a run: the curation, then the training."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     training = training_stage(module, data, trainer, settings)
-    if data.curation_config is None:
+    sources: list[Any] = [*data.components] or [data]
+    curated = [source for source in sources if source.curation_config is not None]
+    if not curated:
         console.print(f"no curation; {training.note}: {duration(training.seconds or 0)}")
         return
-    assert data.embedder is not None, "a curation comes with one"
-    assert data.cache_dir is not None, "a curation comes with one"
-    found = plan(
-        data.pool, data.curation_config, embedder=data.embedder, cache_dir=data.cache_dir,
-        device=trainer.strategy.root_device, decoders=data.decoders,
-    )  # fmt: skip
-    found.stages.append(training)
-    for table in plan_tables(found):
-        console.print(table)
+    for source in curated:
+        assert source.embedder is not None, "a curation comes with one"
+        assert source.cache_dir is not None, "a curation comes with one"
+        found = plan(
+            source.pool, source.curation_config, embedder=source.embedder, cache_dir=source.cache_dir,
+            device=trainer.strategy.root_device, decoders=source.decoders,
+        )  # fmt: skip
+        if not isinstance(source, CuratedDataModule):
+            console.print(f"component {source.name}:")
+        if source is curated[-1]:
+            found.stages.append(training)
+        for table in plan_tables(found):
+            console.print(table)
 
 
 def training_stage(
@@ -184,10 +190,10 @@ def training_stage(
     """The training as a stage: its number of steps, and their time by the median of a few on one device,
     without validation.
     """
-    if data.curation_config is not None:
-        n_trained = min(data.curation_config.target_size, len(data.pool) * data.curation_config.max_repeats)
-    else:
-        n_trained = len(data.pool) if data.selection is None else len(data.selection)
+    sources: list[Any] = [*data.components] or [data]
+    n_trained = sum(_n_selected(source) for source in sources)
+    if data.mixture is not None and data.mixture.epoch_size is not None:
+        n_trained = data.mixture.epoch_size
     an_epoch = n_trained // (data.batch_size * trainer.world_size)
     steps = an_epoch * (trainer.max_epochs or 1000) if (trainer.max_epochs or 0) >= 0 else None
     if trainer.max_steps >= 0:
@@ -196,6 +202,14 @@ def training_stage(
         return Stage("train", False, None, f"{an_epoch:,} steps per epoch, without end")
     note = f"{steps:,} steps of {data.batch_size} x {trainer.world_size} samples"
     return Stage("train", False, steps * _step_seconds(module, data, settings), note)
+
+
+def _n_selected(source: Any) -> int:
+    """Samples that a data module, or a component of its mixture, will stream in an epoch of its own."""
+    if source.curation_config is not None:
+        config = source.curation_config
+        return int(min(config.target_size, len(source.pool) * config.max_repeats))
+    return len(source.pool) if source.selection is None else len(source.selection)
 
 
 class _Clock(lightning.Callback):
@@ -211,9 +225,10 @@ def _step_seconds(module: lightning.LightningModule, data: CuratedDataModule, se
     # SP²OT fills its buffer with an epoch's samples first.
     need = max(data.batch_size * _PROBE_STEPS, int(module.hparams.get("buffer_size") or 0) + data.batch_size)
     ids = np.random.default_rng(0).choice(len(data.pool), need, replace=len(data.pool) < need)
+    own = {"views": data.components[0].views or data.views} if data.components else {}
     names = ("views", "batch_size", "num_workers", "seed", "decoders", "min_size", "image_size", "on_error")
     probe = CuratedDataModule(
-        data.pool, selection=ids, max_skipped=1.0, **{name: getattr(data, name) for name in names}
+        data.pool, selection=ids, max_skipped=1.0, **({name: getattr(data, name) for name in names} | own)
     )
     clock = _Clock()
     trainer = lightning.Trainer(

@@ -15,6 +15,11 @@ from recipes import evaluate, pretrain
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
+DELTAS = {  # and what each is given after
+    "simclr_fashion_recurated": "simclr_fashion",
+    "dinov2_mixture_fashion": "dinov2_fashion",
+    "dinov2_web_mixture": "dinov2_web_paper",
+}
 BASE = ["--config", str(ROOT / "configs" / "base.yaml")]
 
 
@@ -22,8 +27,8 @@ BASE = ["--config", str(ROOT / "configs" / "base.yaml")]
 def test_every_pretraining_config_is_valid(path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     arguments = ["fit", *BASE]
-    if path.stem == "simclr_fashion_recurated":  # a delta over another
-        arguments += ["--config", str(path.with_name("simclr_fashion.yaml"))]
+    if path.stem in DELTAS:
+        arguments += ["--config", str(path.with_name(f"{DELTAS[path.stem]}.yaml"))]
     arguments += ["--config", str(path), "--data.pool", "pool.tar", "--print_config"]
     with pytest.raises(SystemExit) as ended:
         pretrain.main(arguments)
@@ -92,6 +97,38 @@ def test_a_config_trains(monkeypatch, tmp_path, write_pool):
     features = torch.cat([part["embedding"] for part in found])
     images = torch.stack([batch for part in cli.datamodule.predict_dataloader() for batch in part["image"]])
     torch.testing.assert_close(features, cli.model.eval().embed(images))
+
+
+def test_the_mixture_trains_with_a_tenth_of_the_batches_of_one_component(monkeypatch, tmp_path, caplog):
+    monkeypatch.chdir(ROOT)
+    folder = ROOT / "configs" / "pretrain"
+    small = {
+        "data.embedder": "pixels:4",
+        "data.batch_size": 8,
+        "data.num_workers": 0,
+        "data.cache_dir": str(tmp_path / "cache"),
+        "trainer.max_steps": 10,
+        "trainer.accelerator": "cpu",
+        "trainer.logger": "false",
+        "trainer.default_root_dir": str(tmp_path),
+    }
+    overrides = [item for name, value in small.items() for item in (f"--{name}", str(value))]
+    files = ["dinov2_fashion.yaml", "dinov2_mixture_fashion.yaml"]
+    configs = [item for name in files for item in ("--config", str(folder / name))]
+    cli = pretrain.main(["fit", *BASE, *configs, *overrides])
+    assert cli.trainer.global_step == 10
+    assert cli.datamodule.statistics.of_component == {"curated": 56, "raw": 16, "balanced": 8}
+    assert [len(component.selection or ()) for component in cli.datamodule.components[1:]] == [0, 0]
+    assert len(cli.datamodule.component("curated").selection) == 1000
+
+
+def test_a_misspelt_field_of_a_component_is_named(monkeypatch, tmp_path):
+    config = tmp_path / "mixture.yaml"
+    config.write_text("data: {mixture: {components: [{name: web, pool: a.tar, batchs: own}]}}")
+    fashion = str(ROOT / "configs" / "pretrain" / "simclr_fashion.yaml")
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(CuratedDataError, match=r"'web', batchs.*'batches'"):
+        pretrain.main(["fit", *BASE, "--config", fashion, "--config", str(config)])
 
 
 def test_commands_that_cannot_work_are_refused(monkeypatch, tmp_path, write_pool, capsys):

@@ -47,7 +47,7 @@ def collate(samples: list[dict[str, Any]]) -> tuple[dict[str, Any], BatchReport]
             batch[name] = EncodedImages(values)
         elif all(isinstance(value, Tensor | np.ndarray) for value in values):
             batch[name] = _stack(name, values)
-        elif name in ("sample_id", "label", "view_seed"):
+        elif name in ("sample_id", "source", "label", "view_seed"):
             batch[name] = torch.tensor(values, dtype=torch.int64)
         elif name == "padding":
             batch[name] = torch.tensor(values, dtype=torch.bool)

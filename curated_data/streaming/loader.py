@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from curated_data.errors import ConfigError
 from curated_data.processes import starting_workers
 from curated_data.streaming.dataset import PoolDataset
+from curated_data.streaming.mixed import MixtureDataset
 from curated_data.streaming.sampler import GlobalBatchSampler
 from curated_data.streaming.slow import SlowWatch
 from curated_data.streaming.statistics import BatchReport
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class StreamLoader(DataLoader):
-    """A `DataLoader` for a `PoolDataset` that updates the dataset's statistics with every batch.
+    """A `DataLoader` that updates the statistics of its `PoolDataset`, or `MixtureDataset`, with every batch.
 
     A training loader of a data module that no Trainer holds can be used with Fabric, or any loop: an iterator
     is one whole epoch, the next one the next epoch, and `set_epoch` chooses another. `state_dict` has the
@@ -33,7 +34,7 @@ class StreamLoader(DataLoader):
         stream: of a training loader that no Trainer holds; None for others.
     """
 
-    dataset: PoolDataset
+    dataset: PoolDataset | MixtureDataset
     slow_after: float = 0.0
     stream: TrainingStream | None = None
 
@@ -89,4 +90,13 @@ class StreamLoader(DataLoader):
                     batch["padding"] = batch["padding"] | marks if "padding" in batch else marks
                 if number == last:  # before it is yielded: nothing runs after the last batch
                     log.info("stream: %s", statistics.summary())
+                    self._log_passes(number)
                 yield batch
+
+    def _log_passes(self, n_batches: int) -> None:
+        """Log how often each component of a mixture has been seen, on all ranks, since training began."""
+        sampler = self.batch_sampler
+        passes = sampler.passes(n_batches) if isinstance(sampler, GlobalBatchSampler) else {}
+        if passes:
+            seen = ", ".join(f"{name} {count:.2f}" for name, count in passes.items())
+            log.info("mixture: passes over each component: %s", seen)

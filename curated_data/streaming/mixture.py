@@ -10,7 +10,7 @@ import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from curated_data.streaming.shares import Pattern, pattern, pattern_of_counts, r
 Weights = Sequence[float] | Mapping[int, Sequence[float]]
 
 _CHUNK = 16  # global batches between which changing weights are held
+_LEAST = Fraction(1, 100_000)  # of all weights: patterns resolve shares to 2^-18
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,28 @@ class _Segment:
 
     first: int  # global batch
     given: np.ndarray  # (k,) samples of each component before it
-    batches: Pattern  # of the components with own batches, and then of all the others together
-    mixed: Pattern | None  # of samples, in the batches of the others
+    # Of the components with own batches, and then of all the others together: shares, or numbers of batches.
+    batch_shares: list[Fraction] | list[int]
+    mixed_shares: list[Fraction] | list[int]  # of samples, in the batches of the others; may be empty
+
+    @property
+    def batches(self) -> Pattern:
+        return _pattern(self.batch_shares)
+
+    @property
+    def mixed(self) -> Pattern:
+        return _pattern(self.mixed_shares)
+
+
+def _pattern(shares: list[Fraction] | list[int]) -> Pattern:
+    """Kept for the latest ones, but not made before it is needed: a stream may open at any place."""
+    whole = all(isinstance(share, int) for share in shares)
+    return pattern_of_counts(shares) if whole else _kept(tuple(shares))  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=16)
+def _kept(shares: tuple[Fraction, ...]) -> Pattern:
+    return pattern(shares)
 
 
 class MixtureOrder:
@@ -73,7 +94,7 @@ class MixtureOrder:
 
     def __init__(self, parts: Sequence[Part], weights: Weights, *, batch_size: int, epoch_size: int) -> None:
         self.parts = list(parts)
-        self.weights = _checked_weights(weights, [part.name for part in self.parts])
+        self.weights = checked_weights(weights, [part.name for part in self.parts])
         if epoch_size < batch_size:
             raise ConfigError(
                 f"mixture.epoch_size: {epoch_size} samples do not fill one global batch of {batch_size}"
@@ -137,6 +158,14 @@ class MixtureOrder:
         at = epoch * self.n_batches + batch
         return self._before(self._segment_of(at), at)
 
+    def passes(self, epoch: int, batch: int) -> dict[str, float]:
+        """How often each component's samples were given before a global batch of an epoch, by its name."""
+        given = self.given(epoch, batch)
+        return {
+            part.name: float(count / part.order.n_samples)
+            for part, count in zip(self.parts, given, strict=True)
+        }
+
     def _places(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """For batches counted over all epochs: each sample's component, and its place in its stream."""
         component = np.empty((last - first) * self.batch_size, np.int64)
@@ -158,9 +187,9 @@ class MixtureOrder:
             component[group == number] = part
         others = np.flatnonzero(group == len(self._own))
         if len(others):
-            assert segment.mixed is not None
             start = int(turn[others[0]]) * self.batch_size
-            kind, place_of_kind = segment.mixed.at(start, start + len(others) * self.batch_size)
+            stop = start + len(others) * self.batch_size
+            kind, place_of_kind = segment.mixed.at(start, stop)
             component[others] = np.asarray(self._mixed)[kind].reshape(-1, self.batch_size)
             place[others] = place_of_kind.reshape(-1, self.batch_size)
         component = component.ravel()
@@ -171,14 +200,18 @@ class MixtureOrder:
         groups = segment.batches.before(at - segment.first)
         given = segment.given.copy()
         given[self._own] += groups[: len(self._own)] * self.batch_size
-        if segment.mixed is not None:
+        if self._mixed and groups[-1]:
             given[self._mixed] += segment.mixed.before(int(groups[-1]) * self.batch_size)
         return given
 
     def _segment_of(self, at: int) -> int:
         while self._segments[-1].first + _CHUNK <= at and self._segments[-1].first < self._last_change:
-            last = self._segments[-1].first + _CHUNK
-            self._segments.append(self._segment(last, self._before(len(self._segments) - 1, last)))
+            ending = self._segments[-1]
+            given = ending.given.copy()
+            given[self._own] += np.array(ending.batch_shares[:-1], np.int64) * self.batch_size
+            if ending.mixed_shares:
+                given[self._mixed] += np.array(ending.mixed_shares, np.int64)
+            self._segments.append(self._segment(ending.first + _CHUNK, given))
         return bisect.bisect_right(self._segments, at, key=lambda segment: segment.first) - 1
 
     @property
@@ -191,18 +224,15 @@ class MixtureOrder:
             weights = list(self.weights[self._last_change])
             groups = [weights[part] for part in self._own]
             mixed = [weights[part] for part in self._mixed]
-            batches = pattern([*groups, sum(mixed, Fraction(0))])
-            return _Segment(first, given, batches, pattern(mixed) if mixed else None)
+            return _Segment(first, given, [*groups, sum(mixed, Fraction(0))], mixed)
         # What is owed by the end of the chunk, in whole batches and samples: shares never drift apart.
         owed = self._owed(first + _CHUNK) - given
         per_group = [owed[part] / self.batch_size for part in self._own]
         in_batches = rounded([*per_group, _CHUNK - sum(per_group)], _CHUNK)
         n_mixed = in_batches[-1] * self.batch_size
         of_mixed = np.maximum(owed[self._mixed], 0) + 1e-9
-        counts = rounded((of_mixed / of_mixed.sum() * n_mixed).tolist(), n_mixed) if n_mixed else None
-        return _Segment(
-            first, given, pattern_of_counts(in_batches), None if counts is None else pattern_of_counts(counts)
-        )
+        counts = rounded((of_mixed / of_mixed.sum() * n_mixed).tolist(), n_mixed) if n_mixed else []
+        return _Segment(first, given, in_batches, counts)
 
     def _owed(self, at: int) -> np.ndarray:
         """(k,) samples that the weights promise each component before a global batch: their integral."""
@@ -221,6 +251,9 @@ class MixtureOrder:
         return total * self.batch_size
 
 
+AnyOrder = EpochOrder | MixtureOrder
+
+
 def _stream(order: EpochOrder, start: int, count: int) -> np.ndarray:
     """`count` ids of a component's endless stream of epochs."""
     parts = []
@@ -232,7 +265,7 @@ def _stream(order: EpochOrder, start: int, count: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _checked_weights(weights: Weights, names: Sequence[str]) -> dict[int, tuple[Fraction, ...]]:
+def checked_weights(weights: Weights, names: Sequence[str]) -> dict[int, tuple[Fraction, ...]]:
     """Weights that sum to one, by the global batch from which they hold.
 
     Each is taken as the decimal number that it prints as, so that 0.1 is a tenth.
@@ -249,6 +282,8 @@ def _checked_weights(weights: Weights, names: Sequence[str]) -> dict[int, tuple[
     for batch, values in by_batch.items():
         if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or batch < 0:
             raise ConfigError(f"mixture.weights: expected steps of 0 or more, got {batch!r}")
+        if not isinstance(values, Sequence | np.ndarray) or isinstance(values, str):
+            raise ConfigError(f"mixture.weights: expected a list at step {batch}, found {values!r}")
         if len(values) != len(names):
             raise ConfigError(
                 f"mixture.weights: {len(values)} weights at step {batch} for {len(names)} components"
@@ -259,5 +294,12 @@ def _checked_weights(weights: Weights, names: Sequence[str]) -> dict[int, tuple[
             if not 0 < value < float("inf"):
                 raise ConfigError(f"mixture: the weight of {name!r} is {value}, expected more than 0")
         exact = [Fraction(repr(float(value))) for value in values]
-        checked[int(batch)] = tuple(weight / sum(exact) for weight in exact)
+        shares = tuple(weight / sum(exact) for weight in exact)
+        for name, share in zip(names, shares, strict=True):
+            if share < _LEAST:
+                raise ConfigError(
+                    f"mixture: the weight of {name!r} is {float(share):.1e} of all at step {batch}, expected "
+                    f"at least {float(_LEAST):g}; raise it, or leave the component out"
+                )
+        checked[int(batch)] = shares
     return checked

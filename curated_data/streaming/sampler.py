@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import BatchSampler
 
 from curated_data.errors import ConfigError
-from curated_data.streaming.order import EpochOrder
+from curated_data.streaming.mixture import AnyOrder, MixtureOrder
 from curated_data.streaming.training import StreamPosition
 
 _AHEAD = 1 << 13  # samples computed at once, to spread numpy's overhead per call
@@ -22,6 +22,7 @@ class BatchRequest(list):
         positions: (b,) int64, in the order of the epoch.
         spares: (b, s) int64 ids to try in order if a sample cannot be read; None: no spares.
         padding: (b,) bool, samples that only fill up the batch; None: this loader never pads.
+        sources: (b,) int64, the component of a mixture that each is of; None: not from a mixture.
     """
 
     def __init__(
@@ -31,15 +32,24 @@ class BatchRequest(list):
         positions: np.ndarray,
         spares: np.ndarray | None = None,
         padding: np.ndarray | None = None,
+        sources: np.ndarray | None = None,
     ) -> None:
         super().__init__(ids)
         self.epoch = epoch
         self.positions = positions
         self.spares = spares
         self.padding = padding
+        self.sources = sources
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return BatchRequest, (list(self), self.epoch, self.positions, self.spares, self.padding)
+        return BatchRequest, (
+            list(self),
+            self.epoch,
+            self.positions,
+            self.spares,
+            self.padding,
+            self.sources,
+        )
 
 
 class GlobalBatchSampler(BatchSampler):
@@ -74,7 +84,7 @@ class GlobalBatchSampler(BatchSampler):
         batch_size: int,
         drop_last: bool,
         *,
-        order: EpochOrder | None = None,
+        order: AnyOrder | None = None,
         rank: int = 0,
         world_size: int = 1,
         position: StreamPosition | None = None,
@@ -103,6 +113,7 @@ class GlobalBatchSampler(BatchSampler):
         self.whole_epochs = whole_epochs
         self.plain = plain
         self.paddings: deque[np.ndarray] = deque()
+        self._began = (0, 0)  # epoch and batch of the last iterator
 
     def __len__(self) -> int:
         """Batches of a whole epoch, even if one is resumed in the middle."""
@@ -113,9 +124,19 @@ class GlobalBatchSampler(BatchSampler):
         n, epoch, batch = self.order.n_batches, 0, 0
         if self.position is not None:
             epoch, batch = self.position.begin(n, whole_epochs=self.whole_epochs)
+        self._began = epoch, batch
         requests = self._requests(epoch, batch, n if self.endless else n - batch)
         self.paddings.clear()
         return map(self._plain, requests) if self.plain else requests
+
+    def passes(self, n_batches: int) -> dict[str, float]:
+        """How often the stream has gone through each component of a mixture, from the beginning of training
+        to so many batches into the last iterator; empty for other orders.
+        """
+        if not isinstance(self.order, MixtureOrder):
+            return {}
+        epoch, batch = self._began
+        return self.order.passes(epoch, batch + n_batches)
 
     def _plain(self, request: BatchRequest) -> list[int]:
         marks = request.padding
@@ -135,6 +156,7 @@ class GlobalBatchSampler(BatchSampler):
         order, size = self.order, self.order.batch_size
         positions, ids = order.batches(epoch, first, last)
         spares = order.spares(epoch, positions, self.n_spares) if self.n_spares else None
+        sources = order.components(epoch, first, last) if isinstance(order, MixtureOrder) else None
         for low in range(0, len(ids), size):
             high = min(low + size, len(ids))
             mine = np.arange(low + self.rank, high, self.world_size)
@@ -145,4 +167,5 @@ class GlobalBatchSampler(BatchSampler):
                     # A short batch that the ranks cannot share evenly: repeat the last sample, as padding.
                     mine, padding = np.append(mine, high - 1), np.append(padding, True)
             mine_spares = None if spares is None else spares[mine]
-            yield BatchRequest(ids[mine].tolist(), epoch, positions[mine], mine_spares, padding)
+            mine_sources = None if sources is None else sources[mine]
+            yield BatchRequest(ids[mine].tolist(), epoch, positions[mine], mine_spares, padding, mine_sources)

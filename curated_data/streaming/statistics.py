@@ -26,6 +26,7 @@ class BatchReport(NamedTuple):
     bytes_read: int
     bytes_needed: int
     skipped: list[Skipped]
+    of_source: tuple[int, ...] = ()  # samples of each component of a mixture
 
 
 @dataclass
@@ -39,6 +40,7 @@ class StreamStatistics:
         bytes_read: read from shards, including the gaps between samples.
         bytes_needed: asked for.
         skipped_by_shard: `n_skipped` by shard.
+        of_component: `n_samples` of each component of a mixture, by name.
     """
 
     max_skipped: float = 0.01
@@ -48,6 +50,7 @@ class StreamStatistics:
     bytes_read: int = 0
     bytes_needed: int = 0
     skipped_by_shard: dict[str, int] = field(default_factory=dict)
+    of_component: dict[str, int] = field(default_factory=dict)
 
     def add(self, report: BatchReport) -> None:
         """Count a batch; log the first skipped sample of each shard.
@@ -59,6 +62,8 @@ class StreamStatistics:
         self.n_batches += 1
         self.bytes_read += report.bytes_read
         self.bytes_needed += report.bytes_needed
+        for name, count in zip(self.of_component, report.of_source, strict=False):
+            self.of_component[name] += count
         self.skip(report.skipped)
 
     def skip(self, skipped: Sequence[Skipped]) -> None:

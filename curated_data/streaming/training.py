@@ -11,7 +11,7 @@ from torch import Tensor
 from curated_data.cache import atomic_save, fingerprint, open_cache
 from curated_data.errors import CacheError, ConfigError
 from curated_data.seals import load_npy
-from curated_data.streaming.order import EpochOrder
+from curated_data.streaming.mixture import AnyOrder
 from curated_data.streaming.state import checked_state
 
 
@@ -100,7 +100,7 @@ class TrainingStream:
         self.position = StreamPosition(n_trained)
         self.cache_dir = cache_dir
         self.check_ids = check_ids
-        self.order: EpochOrder | None = None
+        self.order: AnyOrder | None = None
         self.owner: object = None
         self._settings: Hashable = None  # of the order
         self._first: np.ndarray | None = None  # the run's own selection
@@ -168,8 +168,8 @@ class TrainingStream:
         return True
 
     def prepare(
-        self, owner: object, settings: Hashable, build: Callable[[np.ndarray | None], EpochOrder]
-    ) -> EpochOrder:
+        self, owner: object, settings: Hashable, build: Callable[[np.ndarray | None], AnyOrder]
+    ) -> AnyOrder:
         """The order for a new loader.
 
         Args:
@@ -239,7 +239,7 @@ class TrainingStream:
             (self._selected, self._name), self._next = self._next, None
             self._begin_resumed_epoch(state)
 
-    def load_into(self, given: Any, order: EpochOrder) -> None:
+    def load_into(self, given: Any, order: AnyOrder) -> None:
         """Continue from where `state_dict` was taken, with a loader that has its order already.
 
         Raises:
@@ -272,7 +272,7 @@ class TrainingStream:
         n_trained = None if self.owner is _Nobody else loaded["n_trained"]
         self.position.restart(epoch, 0, n_trained, resumes=True)
 
-    def _check_resumed(self, order: EpochOrder) -> None:
+    def _check_resumed(self, order: AnyOrder) -> None:
         if self.position.moved:
             self._loaded = None
         loaded = self._loaded

@@ -1,5 +1,6 @@
 """Properties of mixtures that must hold for any components and weights."""
 
+import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 from curated_data.errors import ConfigError
 from curated_data.streaming.mixture import MixtureOrder, Part
 from curated_data.streaming.order import EpochOrder
+from curated_data.streaming.sampler import GlobalBatchSampler
 from curated_data.streaming.shares import pattern, pattern_of_counts, rounded
+from curated_data.streaming.training import StreamPosition
 
 quick = settings(max_examples=60, deadline=None)
 weights = st.lists(st.integers(1, 400).map(lambda n: Fraction(n, 100)), min_size=1, max_size=7)
@@ -115,6 +118,38 @@ def test_changing_weights_are_followed_within_two_samples_plus_what_they_change_
     counts = np.cumsum((ids // 1000)[:, None] == np.arange(len(order.parts)), axis=0)
     ends = np.arange(16 * size - 1, len(ids), 16 * size)
     assert np.abs(counts - owed)[ends].max() < 2 + 1e-6
+
+
+@quick
+@given(order=mixtures(), start=st.integers(0, 40), data=st.data())
+def test_ranks_share_every_global_batch_and_go_on_anywhere(order, start, data):
+    world_size = data.draw(st.sampled_from([n for n in range(1, 13) if order.batch_size % n == 0]))
+    epoch, first = divmod(start, order.n_batches)
+    by_rank = []
+    for rank in range(world_size):
+        position = StreamPosition(lambda: 0)
+        position.restart(epoch, first)
+        sampler = GlobalBatchSampler(
+            None, 1, True, order=order, rank=rank, world_size=world_size, position=position, endless=True,
+            n_spares=2,
+        )  # fmt: skip
+        assert len(sampler) == order.n_batches
+        by_rank.append([pickle.loads(pickle.dumps(request)) for request in sampler])
+    for step, requests in enumerate(zip(*by_rank, strict=True)):
+        at_epoch, batch = divmod(start + step, order.n_batches)
+        positions, ids = order.batches(at_epoch, batch, batch + 1)
+        sources = order.components(at_epoch, batch, batch + 1)
+        for rank, request in enumerate(requests):
+            assert request.epoch == at_epoch
+            assert request.padding is None
+            assert list(request) == ids[rank::world_size].tolist()
+            assert (request.positions == positions[rank::world_size]).all()
+            assert (request.sources == sources[rank::world_size]).all()
+            assert (request.spares == order.spares(at_epoch, positions, 2)[rank::world_size]).all()
+    assert step == order.n_batches - 1
+    passes = sampler.passes(order.n_batches)
+    given = order.given(*divmod(start + order.n_batches, order.n_batches))
+    assert [passes[part.name] * part.order.n_samples for part in order.parts] == pytest.approx(given.tolist())
 
 
 def test_own_batches_are_a_tenth_of_all_and_spread_evenly():

@@ -1,0 +1,288 @@
+"""A mixture of five components beside one selection, and beside the mixtures of other readers, in one run:
+`python benchmarks/mixtures.py`.
+
+Speed: samples per CPU second (see `streaming.py`) of five selections of one pool mixed by weights, over those
+of one selection of as many samples, decoded to 224 x 224; medians over repeats that take turns.
+
+Shares: the largest distance, over all components, between the samples that a component has given among the
+first 10,000 and its share of them; and whether the order survives a resume in the middle and another number
+of workers, each tried.
+
+Peers that are not installed are left out: litdata, mosaicml-streaming (see `streaming.py` for how to get
+them). Data are made once, in `--folder`. About two minutes on two idle cores, and two more the first time.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+from cpu_time import measure
+from streaming_data import N_SAMPLES, make_shards
+from streaming_readers import BATCH, crop
+
+from curated_data import Component, CuratedDataModule, Mixture
+from curated_data.removal import remove
+from curated_data.streaming import StreamLoader
+
+sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent.resolve()]
+"""Without this folder, whose `streaming` would hide mosaicml's."""
+
+WEIGHTS = [0.4, 0.25, 0.2, 0.1, 0.05]
+DRAWN = 10_000
+SIZE = 4_000  # samples of each component of the peers' tables
+
+
+def mixed(folder: Path, workers: int, n_components: int) -> Iterator[int]:
+    """Sizes of the batches of a data module, epoch after epoch."""
+    pool = str(folder / "tar" / "shard-*.tar")
+    ids = np.random.default_rng(0).permutation(N_SAMPLES)
+    settings = {"cache_dir": folder / "cache", "batch_size": BATCH, "num_workers": workers, "views": crop}
+    if n_components == 1:
+        data = CuratedDataModule(pool, selection=np.sort(ids), **settings)
+    else:
+        components = [
+            Component(f"part {number}", pool, weight, selection=np.sort(part))
+            for number, (part, weight) in enumerate(
+                zip(np.array_split(ids, n_components), WEIGHTS, strict=True)
+            )
+        ]
+        data = CuratedDataModule(mixture=Mixture(components), **settings)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    while True:
+        for batch in loader:
+            yield len(batch["sample_id"])
+
+
+def speed(folder: Path, repeats: int, seconds: float, workers: list[int]) -> None:
+    print(
+        "\nsamples per CPU second\n\n| workers | one selection | mixture of five | ratio |\n|---|---|---|---|"
+    )
+    for count in workers:
+        rates: dict[int, list[float]] = {1: [], 5: []}
+        for _ in range(repeats):
+            for n_components, found in rates.items():
+                make = functools.partial(mixed, folder, count, n_components)
+                found.append(measure(make, N_SAMPLES, seconds))
+        one, five = (statistics.median(found) for found in rates.values())
+        ratio = statistics.median(b / a for a, b in zip(rates[1], rates[5], strict=True))
+        print(f"| {count} | {one:,.0f} | {five:,.0f} | {ratio:.2f} |", flush=True)
+
+
+class Ours:
+    """A data module over five small pools, with its loader's state."""
+
+    name = "curated_data"
+
+    def __init__(self, folder: Path) -> None:
+        self.pools = []
+        for number in range(len(WEIGHTS)):
+            path = folder / f"numbers-{number}.tar"
+            if not path.exists():
+                with webdataset.TarWriter(f"{path}.part") as writer:
+                    for value in range(SIZE):
+                        writer.write({"__key__": f"{value:05d}", "npy": np.array([value])})
+                os.replace(f"{path}.part", path)
+            self.pools.append(str(path))
+
+    def stream(self, workers: int, start: int = 0) -> Iterator[int]:
+        def loader() -> StreamLoader:
+            components = [
+                Component(str(number), pool, weight)
+                for number, (pool, weight) in enumerate(zip(self.pools, WEIGHTS, strict=True))
+            ]
+            data = CuratedDataModule(
+                mixture=Mixture(components), batch_size=10, num_workers=workers, views=torch.from_numpy
+            )
+            data.setup("fit")
+            return data.train_dataloader()
+
+        made = loader()
+        if start:
+            batches = iter(made)
+            for _ in range(start // 10):
+                next(batches)
+            state, made = made.state_dict(), loader()
+            made.load_state_dict(state)
+        for batch in made:
+            yield from batch["sample_id"].tolist()
+
+
+class RandomMix:
+    """webdataset's; it has no state, so that a resumed run begins anew."""
+
+    name = "webdataset.RandomMix"
+
+    def stream(self, workers: int, start: int = 0) -> Iterator[int]:
+        random.seed(0)
+        parts = [_Endless(number) for number in range(len(WEIGHTS))]
+        yield from _loaded(webdataset.RandomMix(parts, WEIGHTS), workers)
+
+
+class Combined:
+    """litdata's CombinedStreamingDataset, with its loader's state."""
+
+    name = "litdata.CombinedStreamingDataset"
+
+    def __init__(self, folder: Path) -> None:
+        import litdata
+
+        self.litdata = litdata
+        self.folders = []
+        for number in range(len(WEIGHTS)):
+            target = folder / "litdata-mixture" / str(number)
+            if not _is_whole(target):
+                inputs = list(range(number * SIZE, (number + 1) * SIZE))
+                litdata.optimize(
+                    _itself, inputs, str(target), chunk_bytes="64MB", num_workers=1, start_method="fork"
+                )
+            self.folders.append(str(target))
+
+    def stream(self, workers: int, start: int = 0) -> Iterator[int]:
+        def loader() -> "torch.utils.data.DataLoader":
+            parts = [self.litdata.StreamingDataset(folder, shuffle=True, seed=0) for folder in self.folders]
+            together = self.litdata.CombinedStreamingDataset(
+                parts, weights=WEIGHTS, seed=0, iterate_over_all=False
+            )
+            return self.litdata.StreamingDataLoader(together, batch_size=10, num_workers=workers)
+
+        made, state = loader(), None
+        if start:
+            batches = iter(made)
+            for _ in range(start // 10):
+                next(batches)
+            state, made = made.state_dict(), loader()
+            made.load_state_dict(state)
+        for batch in made:
+            yield from batch.tolist()
+
+
+class Proportions:
+    """mosaicml-streaming's streams with `proportion`, with its loader's state."""
+
+    name = "mosaicml-streaming"
+
+    def __init__(self, folder: Path) -> None:
+        import streaming
+
+        self.streaming = streaming
+        self.folders = []
+        for number in range(len(WEIGHTS)):
+            target = folder / "mosaic-mixture" / str(number)
+            if not _is_whole(target):
+                with streaming.MDSWriter(out=str(target), columns={"x": "int"}) as writer:
+                    for value in range(number * SIZE, (number + 1) * SIZE):
+                        writer.write({"x": value})
+            self.folders.append(str(target))
+
+    def stream(self, workers: int, start: int = 0) -> Iterator[int]:
+        def loader() -> "torch.utils.data.DataLoader":
+            self.streaming.base.util.clean_stale_shared_memory()
+            streams = [
+                self.streaming.Stream(local=folder, proportion=weight)
+                for folder, weight in zip(self.folders, WEIGHTS, strict=True)
+            ]
+            dataset = self.streaming.StreamingDataset(
+                streams=streams, shuffle=True, shuffle_seed=0, epoch_size=2 * DRAWN, batch_size=10,
+                num_canonical_nodes=1,
+            )  # fmt: skip
+            return self.streaming.StreamingDataLoader(dataset, batch_size=10, num_workers=workers)
+
+        made, state = loader(), None
+        if start:
+            batches = iter(made)
+            for _ in range(start // 10):
+                next(batches)
+            state, made = made.state_dict(), loader()
+            made.load_state_dict(state)
+        for batch in made:
+            yield from batch["x"].tolist()
+
+
+class _Endless(torch.utils.data.IterableDataset):
+    """The samples of a component in the order of a seed, again and again."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __iter__(self) -> Iterator[int]:
+        values = np.random.default_rng(self.number).permutation(SIZE) + self.number * SIZE
+        return itertools.cycle(values.tolist())
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a peer's data are all there; what an interrupted run left is removed."""
+    index = folder / "index.json"
+    if index.exists() and any(json.loads(index.read_text()).get(name) for name in ("chunks", "shards")):
+        return True
+    remove(folder, below=folder.parent)
+    return False
+
+
+def _itself(value: int) -> int:
+    return value
+
+
+def _loaded(dataset: torch.utils.data.IterableDataset, workers: int) -> Iterator[int]:
+    for batch in torch.utils.data.DataLoader(dataset, batch_size=10, num_workers=workers):
+        yield from batch.tolist()
+
+
+def shares(folder: Path) -> None:
+    print(f"\n| mixture | deviation after {DRAWN:,} | resumes exactly | same with 2 workers as with 0 |")
+    print("|---|---|---|---|")
+    makers: list[Callable[[], object]] = [
+        functools.partial(Ours, folder), RandomMix,
+        functools.partial(Combined, folder), functools.partial(Proportions, folder),
+    ]  # fmt: skip
+    for make in makers:
+        try:
+            reader = make()
+        except Exception as error:  # its own, or that of a package that it needs
+            print(f"left out: {getattr(make, 'func', make).name} ({error})")
+            continue
+        whole = list(itertools.islice(reader.stream(0), DRAWN))
+        counts = np.bincount(np.array(whole) // SIZE, minlength=len(WEIGHTS))
+        deviation = np.abs(counts - len(whole) * np.array(WEIGHTS) / sum(WEIGHTS)).max()
+        try:
+            resumed = list(itertools.islice(reader.stream(0, start=DRAWN // 2), 1000))
+            resumes = "yes" if resumed == whole[DRAWN // 2 : DRAWN // 2 + 1000] else "no"
+        except Exception as error:
+            resumes = f"no ({type(error).__name__})"
+        others = list(itertools.islice(reader.stream(2), 1000))
+        same = "yes" if others == whole[:1000] else "no"
+        print(f"| {reader.name} | {deviation:.1f} | {resumes} | {same} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "curated-data-streaming")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2, help="of each measurement")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--parts", nargs="+", choices=("shares", "speed"), default=["shares", "speed"])
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    if "speed" in arguments.parts:  # before a peer is imported, with threads of its own
+        make_shards(arguments.folder)
+        speed(arguments.folder, arguments.repeats, arguments.seconds, arguments.workers)
+    if "shares" in arguments.parts:
+        shares(arguments.folder)
+    print(json.dumps({"cpus": os.cpu_count(), "load": [round(load, 1) for load in os.getloadavg()]}))
+
+
+if __name__ == "__main__":
+    main()

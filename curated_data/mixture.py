@@ -1,0 +1,225 @@
+"""What a stream mixes: components, each a selection of a pool with a weight."""
+
+import dataclasses
+import difflib
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from torch import Tensor
+
+from curated_data.arguments import Ids, Pool
+from curated_data.config import CurationConfig, load_config
+from curated_data.errors import ConfigError
+from curated_data.streaming.mixture import Weights, checked_weights
+from curated_data.streaming.order import Shuffle
+
+Batches = Literal["mixed", "own"]
+
+
+@dataclass(frozen=True, eq=False)
+class Component:
+    """One component of a `Mixture`: a pool, or a selection of it.
+
+    Args:
+        name: by which the log, errors and `RecurationCallback` refer to it.
+        pool: its shards, as for `CuratedDataModule`. Components may share a pool.
+        weight: its share of the stream, in proportion to those of the others; left out if the mixture has
+            `weights` that change.
+        selection: ids of the pool, or a `.npy` file of them; None: a curation's, or the whole pool.
+        curation: what to select, as for `CuratedDataModule`.
+        embedder: for the curation; None takes the data module's.
+        views: of its samples; None takes the data module's.
+        batches: "mixed" with those of other components, or "own": whole global batches of this component.
+        shuffle: "full", "block" or "none", within this component; None takes the data module's.
+        stratify_level: give every run of its samples the clusters of this level in the proportions of its
+            selection.
+
+    Raises:
+        ConfigError: settings that contradict each other or are out of range.
+    """
+
+    name: str
+    pool: Pool
+    weight: float | None = None
+    _: dataclasses.KW_ONLY
+    selection: Ids | None = None
+    curation: CurationConfig | Mapping[str, Any] | None = None
+    embedder: Any = None
+    views: Callable[[Tensor], Any] | None = None
+    batches: Batches = "mixed"
+    shuffle: Shuffle | None = None
+    stratify_level: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ConfigError(f"mixture: the name of a component is {self.name!r}, expected some text")
+        where = f"mixture, component {self.name!r}"
+        for field, choices in (("batches", get_args(Batches)), ("shuffle", (None, *get_args(Shuffle)))):
+            value = getattr(self, field)
+            if value not in choices:
+                expected = ", ".join(choice for choice in choices if choice is not None)
+                raise ConfigError(f"{where}, {field}: expected one of {expected}, found {value!r}")
+        if self.views is not None and not callable(self.views):
+            raise ConfigError(f"{where}, views: expected a function of an image, found {self.views!r}")
+        if self.selection is not None and self.curation is not None:
+            raise ConfigError(f"{where}, selection: given together with curation, which makes one")
+        if self.stratify_level is not None and self.curation is None:
+            raise ConfigError(f"{where}, stratify_level: needs a curation, whose tree has the clusters")
+        if self.curation is not None:
+            try:
+                object.__setattr__(self, "curation", load_config(self.curation))
+            except ConfigError as error:
+                raise ConfigError(f"{where}, curation: {error}") from error
+
+
+class Mixture:
+    """Several selections in one stream, by weights; for `CuratedDataModule(mixture=...)`.
+
+    Of the first t samples of the stream, a component with a share w of all weights has given w t, within one
+    sample. A component with batches of its own has given as many of the first t global batches, and what
+    the others give together are the batches between. A component that ends begins again, in another order.
+
+    Args:
+        components: at least one; each a `Component`, or a mapping of its fields.
+        epoch_size: samples of an epoch, over all ranks; None: as many as the components hold together at
+            first. An epoch is a whole number of global batches, rounded down, or up with `last_batch="pad"`;
+            the next one goes on where it ended, so that no sample is left out.
+        weights: of the components, instead of their `weight`, which change: at certain global batches,
+            counted from the start of training, `{0: [0.9, 0.1], 100_000: [0.7, 0.3]}`. In between they change
+            linearly, afterwards they stay.
+
+    Raises:
+        ConfigError: no component, two of the same name, a field that does not exist, or weights that are no
+            positive numbers, are missing, or given twice.
+
+    Example:
+        >>> from curated_data import Component, Mixture
+        >>> mixture = Mixture(
+        ...     [
+        ...         Component("web", "web-{000..999}.tar", 0.9),
+        ...         Component("imagenet", "imagenet-{000..146}.tar", 0.1, batches="own"),
+        ...     ],
+        ...     epoch_size=1_000_000,
+        ... )
+        >>> mixture.names
+        ['web', 'imagenet']
+        >>> mixture.shares
+        [0.9, 0.1]
+    """
+
+    def __init__(
+        self,
+        components: Sequence[Component | Mapping[str, Any]],
+        *,
+        epoch_size: int | None = None,
+        weights: Weights | None = None,
+    ) -> None:
+        if not isinstance(components, Sequence) or isinstance(components, str):
+            raise ConfigError(f"mixture.components: expected a list, found {components!r}")
+        self.components = [as_component(component) for component in components]
+        if epoch_size is not None and not _is_count(epoch_size):
+            raise ConfigError(f"mixture.epoch_size: expected a positive integer, found {epoch_size!r}")
+        self.epoch_size = None if epoch_size is None else int(epoch_size)
+        self.weights = self._weights(weights)
+        self._checked = checked_weights(self.weights, self.names)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.names)})"
+
+    @property
+    def names(self) -> list[str]:
+        """Of the components; a batch's `source` counts in this list."""
+        return [component.name for component in self.components]
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the components at the beginning; they sum to one."""
+        return [float(share) for share in self._checked[0]]
+
+    @property
+    def least_shares(self) -> list[float]:
+        """The smallest share that each component ever has."""
+        return [float(min(shares)) for shares in zip(*self._checked.values(), strict=True)]
+
+    def _weights(self, weights: Weights | None) -> Weights:
+        given = [component.weight for component in self.components]
+        if weights is not None:
+            for component in self.components:
+                if component.weight is not None:
+                    raise ConfigError(
+                        f"mixture, component {component.name!r}, weight: given together with the mixture's "
+                        "weights; drop either"
+                    )
+            return _by_batch(weights)
+        if given == [None]:
+            return [1.0]
+        found = []
+        for component, weight in zip(self.components, given, strict=True):
+            if weight is None:
+                raise ConfigError(f"mixture, component {component.name!r}: has no weight; give it one")
+            found.append(weight)
+        return found
+
+
+def as_mixture(value: Any) -> Mixture:
+    """A mixture, or one made of a mapping of its fields, as in YAML.
+
+    Raises:
+        ConfigError: see `Mixture`.
+    """
+    if isinstance(value, Mixture):
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"mixture: expected a Mixture or a mapping of its fields, found {value!r}")
+    check_fields(value, ("components", "epoch_size", "weights"), "mixture")
+    if "components" not in value:
+        raise ConfigError("mixture.components: missing; give a list of components")
+    return Mixture(**value)
+
+
+def as_component(value: Any) -> Component:
+    """A component, or one made of a mapping of its fields.
+
+    Raises:
+        ConfigError: see `Component`.
+    """
+    if isinstance(value, Component):
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"mixture.components: expected Components or mappings, found {value!r}")
+    where = f"mixture, component {value.get('name', '?')!r}"
+    check_fields(value, [field.name for field in dataclasses.fields(Component) if field.name != "_"], where)
+    for field in ("name", "pool"):
+        if value.get(field) is None:
+            raise ConfigError(f"{where}, {field}: missing; it has no default")
+    return Component(**value)
+
+
+def check_fields(value: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Check that a mapping has no other fields.
+
+    Raises:
+        ConfigError: names the first other one, and the nearest that is known.
+    """
+    for field in value:
+        if field not in known:
+            near = difflib.get_close_matches(str(field), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"fields are {', '.join(known)}"
+            raise ConfigError(f"{where}, {field}: no such field; {hint}")
+
+
+def _by_batch(weights: Weights) -> Weights:
+    """With whole numbers for the global batches, which some parsers of YAML give as text."""
+    if not isinstance(weights, Mapping):
+        return weights
+    return {
+        int(batch) if isinstance(batch, str) and batch.isdecimal() else batch: values
+        for batch, values in weights.items()
+    }
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool | np.bool_) and int(value) > 0
