@@ -36,6 +36,7 @@ from curated_data.paths import local_path
 from curated_data.pipeline import Curation, opened, publish_tree, read_selection, report_of, select
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
+from curated_data.remedies import Remedy
 from curated_data.shared_build import build_together
 
 log = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def _extend(
             root, pool, store, held_out, config, origin, Grown(base.name, known, in_tree)
         )
         inputs["near_duplicates"] = folders["near_duplicates"].name
-        valid &= read_keep(folders["near_duplicates"])
+        valid &= read_keep(folders["near_duplicates"], len(valid))
         copies = _copies(folders["near_duplicates"])
         again = np.flatnonzero(valid & known & ~in_tree)
         again = again[store.rows(again).any(axis=1)]  # zero rows are excluded for another reason
@@ -220,11 +221,17 @@ def _check_shards(pool: ShardPool, base: Path, manifest: Mapping[str, Any], root
 
 
 def _shards_of(base: Path, manifest: Mapping[str, Any]) -> list[str]:
-    return [name.decode("ascii", "replace") for name in read_array(base, "shards", manifest)]
+    names = read_array(base, "shards", manifest, dtype="S20", shape=(None,))
+    return [name.decode("ascii", "replace") for name in names]
 
 
 def _no_shard(shards: list[str], base: Path) -> PoolError:
     return PoolError(f"the pool has none of the {len(shards)} shards that {base} was built over; curate anew")
+
+
+def _damaged(base: Path, why: str) -> CacheError:
+    path = base / "shard_ranges.npy"
+    return CacheError(f"{path}: damaged ({why}); {Remedy(path)}")
 
 
 def _kept(pool: ShardPool, shards: list[str], old: ClusterTree, base: Path) -> tuple[ClusterTree, np.ndarray]:
@@ -235,17 +242,22 @@ def _kept(pool: ShardPool, shards: list[str], old: ClusterTree, base: Path) -> t
     """
     manifest = read_manifest(base, "clustering")
     old_shards = _shards_of(base, manifest)
-    old_ranges = read_array(base, "shard_ranges", manifest)
+    old_ranges = read_array(base, "shard_ranges", manifest, dtype=np.int64, shape=(len(old_shards) + 1,))
     places: dict[str, list[int]] = defaultdict(list)  # a shard may have been in the pool twice
     for number, name in reversed(list(enumerate(old_shards))):
         places[name].append(number)
     ranges = pool.shard_ranges()
+    sizes, old_sizes = np.diff(ranges), np.diff(old_ranges)
+    if old_ranges[0] != 0 or old_ranges[-1] != old.n_samples or (old_sizes < 0).any():
+        raise _damaged(base, f"expected ranges from 0 to {old.n_samples}")
     parent = np.full(len(pool), EXCLUDED, np.int64)
     distance = np.full(len(pool), np.nan, np.float32)
     known = np.zeros(len(pool), bool)
     for number, name in enumerate(shards):
         if places[name]:
             place = places[name].pop()
+            if sizes[number] != old_sizes[place]:
+                raise _damaged(base, f"shard {place} has {old_sizes[place]} samples, now {sizes[number]}")
             here = slice(ranges[number], ranges[number + 1])
             there = slice(old_ranges[place], old_ranges[place + 1])
             parent[here], known[here] = old.parent[1][there], True
