@@ -134,7 +134,7 @@ def _sizes(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
         folders[:] = [name for name in folders if name != ".locks"]
         for path in map(Path(place).joinpath, names):
             with contextlib.suppress(FileNotFoundError):
-                status = path.stat()
+                status = path.lstat()  # no file of ours is a link
                 if stat.S_ISREG(status.st_mode):
                     yield path, status
 
