@@ -1,4 +1,4 @@
-"""Small files that a user gives: a pipe, a loop of links, or values of the wrong kind are one error, at once."""
+"""Small files that a user gives: pipes, loops of links and values of a wrong kind are one error, at once."""
 
 import os
 import re
