@@ -155,11 +155,7 @@ def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
         CacheError: it is missing, damaged, of another stage, or of another format version.
     """
     manifest = read_json(folder / MANIFEST)
-    if manifest.get("format") != FORMAT_VERSION:
-        raise CacheError(
-            f"{folder}: written in cache format {shown(manifest.get('format'))}, this version reads "
-            f"{FORMAT_VERSION}; give another cache_dir, or {Remedy(folder / MANIFEST)}"
-        )
+    _check_manifest_format(folder, manifest)
     if manifest.get("stage") != stage:
         raise CacheError(
             f"{folder}: is an artifact of {shown(manifest.get('stage'))}, expected {stage!r}; "
@@ -256,7 +252,9 @@ def check_artifact(folder: Path) -> None:
     Raises:
         CacheError: the manifest is damaged, or a file is missing or damaged.
     """
-    for name, seal in _seals(folder, read_json(folder / MANIFEST)).items():
+    manifest = read_json(folder / MANIFEST)
+    _check_manifest_format(folder, manifest)
+    for name, seal in _seals(folder, manifest).items():
         check_file(folder / name, seal, Remedy(folder / name))
 
 
@@ -367,9 +365,17 @@ def check_format(root: Path) -> None:
         )
 
 
+def _check_manifest_format(folder: Path, manifest: Mapping[str, Any]) -> None:
+    if manifest.get("format") != FORMAT_VERSION:
+        raise CacheError(
+            f"{folder}: written in cache format {shown(manifest.get('format'))}, this version reads "
+            f"{FORMAT_VERSION}; give another cache_dir, or {Remedy(folder / MANIFEST)}"
+        )
+
+
 def _seals(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """The size and checksum of each file of an artifact, by names that lie in its folder."""
-    files, found = manifest.get("files", {}), {}
+    files, found = manifest.get("files"), {}
     for name, seal in files.items() if isinstance(files, dict) else [(None, files)]:
         sizes: list[Any] = [seal.get(key) for key in ("bytes", "crc32")] if isinstance(seal, dict) else []
         if (

@@ -37,6 +37,8 @@ from curated_data.pipeline import Curation, opened, publish_tree, read_selection
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.remedies import Remedy
+from curated_data.removal import shown
+from curated_data.seals import reading
 from curated_data.shared_build import build_together
 
 log = logging.getLogger(__name__)
@@ -130,17 +132,20 @@ def _extend(
         raise CacheError(f"{base}: holds no tree; give the folder that `curate` printed, CACHE/tree/NAME")
     manifest = read_manifest(base, "clustering")
     old = ClusterTree.load(base / "tree", memory_map=True)
-    metric = manifest["settings"]["metric"]
+    with reading(base / MANIFEST, Remedy(base / MANIFEST)):
+        metric, own = manifest["settings"]["metric"], manifest["inputs"]["embedder"]
+        if metric not in ("l2", "cosine"):
+            raise ValueError(f"metric is {shown(metric)}")
     # All that can be wrong is looked at now, before anything is embedded.
     if not (isinstance(rebuild_above, int | float) and rebuild_above >= 0):
         raise ConfigError(f"rebuild_above: expected a share of the new samples, got {rebuild_above!r}")
     embedder = resolve_embedder(embedder)
     settings = dataclasses.asdict(config.embedding)
-    own, name = manifest["inputs"]["embedder"], embeddings_name(pool, embedder, decoders=decoders, **settings)
+    name = embeddings_name(pool, embedder, decoders=decoders, **settings)
     if own != name:
         raise CacheError(
-            f"{base}: its tree was built over embeddings {own}, these are {name}; give the embedder and "
-            "embedding settings of that curation, or curate anew"
+            f"{base}: its tree was built over embeddings {shown(own)}, these are {name}; give the embedder "
+            "and embedding settings of that curation, or curate anew"
         )
     held_out_pool = open_held_out(config, root, pool)
     check_preference(config, pool)
@@ -185,9 +190,11 @@ def _extend(
 
     folder, cached["tree"] = build_together(root / "tree" / name, build)
     grown = ClusterTree.load(folder / "tree", memory_map=True)
-    figures = read_manifest(folder, "clustering")["drift"]
-    is_due = figures["outlying"] > rebuild_above or figures["n_new"] > figures["n_old"]
-    drift = Drift(**figures, rebuild_due=is_due)
+    figures = read_manifest(folder, "clustering")
+    with reading(folder / MANIFEST, Remedy(folder / MANIFEST)):
+        drift = Drift(**figures["drift"], rebuild_due=False)
+        is_due = drift.outlying > rebuild_above or drift.n_new > drift.n_old
+        drift = dataclasses.replace(drift, rebuild_due=is_due)
     folders["tree"] = folder
     log.info(
         "extended by %d samples to %d: median distance %.2f of the old ones', %.1f %% outlying%s",

@@ -11,6 +11,7 @@ from curated_data import curate
 from curated_data.cache import sealed
 from curated_data.errors import CacheError, PoolError
 from curated_data.extend import extend
+from curated_data.inspect import verify_cache
 from curated_data.pool import ShardPool
 from curated_data.recuration_state import checked_state
 from curated_data.removal import shown
@@ -128,3 +129,41 @@ def test_a_value_is_shown_on_one_line():
     with pytest.raises(CacheError) as caught:
         checked_state(state | {"artifacts": [], "selection": torch.ones(2, 2)})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("inputs", [{}, None, [], {"embedder": [1]}, {"embedder": "../x"}])
+def test_what_a_tree_was_built_over_is_checked_before_it_is_extended(whole, inputs):
+    shards, cache, folders = whole
+    forge(folders["tree"], "manifest.json", lambda manifest: manifest.update(inputs=inputs))
+    with pytest.raises(CacheError, match=folders["tree"].name):
+        extend(shards, CONFIG, tree=folders["tree"], embedder="pixels:4", cache_dir=cache)
+
+
+@pytest.mark.parametrize("drift", [None, {}, {"n_new": 1}, {"a": 1}, "x"])
+def test_the_drift_of_an_extension_is_checked(whole, drift):
+    shards, cache, folders = whole
+    run = {"tree": folders["tree"], "embedder": "pixels:4", "cache_dir": cache}
+    grown = extend(shards, CONFIG, **run).folders["tree"]
+    forge(grown, "manifest.json", lambda manifest: manifest.update(drift=drift))
+    with pytest.raises(CacheError, match=grown.name):
+        extend(shards, CONFIG, **run)
+
+
+@pytest.mark.parametrize("stage", ["index", "pool", "near_duplicates", "tree", "tree/*/tree", "selection"])
+@pytest.mark.parametrize("damage", ["gone", "loop", "unsealed", "another format", "no files"])
+def test_verification_names_an_artifact_without_its_manifest(whole, stage, damage):
+    _, cache, _ = whole
+    pattern = "tree/[!.]*/tree" if "*" in stage else f"{stage}/[!.]*"
+    path = sorted(cache.glob(pattern))[0] / "manifest.json"
+    assert verify_cache(cache) == []
+    content = json.loads(path.read_text())
+    path.unlink()
+    if damage == "loop":
+        path.symlink_to(path)
+    elif damage == "unsealed":
+        path.write_text('{"format": 1}')
+    elif damage == "another format":
+        path.write_text(json.dumps(content | {"format": ".."}))
+    elif damage == "no files":
+        path.write_text(json.dumps(sealed({k: v for k, v in content.items() if k not in ("files", "seal")})))
+    assert any(path.parent.name in problem for problem in verify_cache(cache))

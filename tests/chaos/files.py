@@ -4,6 +4,7 @@ failures that are counted and named.
 
 import json
 import logging
+import os
 import random
 import time
 import traceback
@@ -115,7 +116,9 @@ def _attack(world: World, rng: random.Random, kind: Kind, name: str, expected: A
         ending.said = "\n".join(said.lines)
         outcome = _outcome(ending, expected, named, kind, name, forged)
         is_same = path.is_file() and path.read_bytes() == before
-        if name == "verify" and kind.forges and not forged and not is_same and ending.value == []:
+        # What is gone may be yet to come, and what .pools holds is derived, and checked when read.
+        is_known = not forged and ".pools" not in path.parts and os.path.lexists(path)
+        if name == "verify" and kind.forges and is_known and not is_same and ending.value == []:
             outcome = "different without a word"  # of which `inspect --verify` says that it is whole
         if world.cage.n_escapes() != n_escapes:
             outcome = "escaped"

@@ -90,7 +90,7 @@ def input_kinds(world: World) -> list[Kind]:
         "config",
         "sample_size",
     )
-    fields += ("n_clusters", "n_resamples", "threshold")
+    fields += ("n_clusters", "n_resamples", "threshold", "CurationConfig")
     kinds = {
         "weights": (("zip.pth", "legacy.pt", "flat.safetensors"), None, ()),
         "checkpoints as embedders": (("simclr.ckpt",), module, ()),
