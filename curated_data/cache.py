@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from curated_data.errors import CacheError
 from curated_data.holds import MARKER
@@ -154,11 +155,7 @@ def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
         CacheError: it is missing, damaged, of another stage, or of another format version.
     """
     manifest = read_json(folder / MANIFEST)
-    if manifest.get("format") != FORMAT_VERSION:
-        raise CacheError(
-            f"{folder}: written in cache format {shown(manifest.get('format'))}, this version reads "
-            f"{FORMAT_VERSION}; give another cache_dir, or {Remedy(folder / MANIFEST)}"
-        )
+    _check_manifest_format(folder, manifest)
     if manifest.get("stage") != stage:
         raise CacheError(
             f"{folder}: is an artifact of {shown(manifest.get('stage'))}, expected {stage!r}; "
@@ -192,21 +189,38 @@ def named_folder(root: Path, stage: str, manifest: Mapping[str, Any], *keys: str
 
 
 def read_array(
-    folder: Path, name: str, manifest: Mapping[str, Any], *, map_mode: MapMode = None
+    folder: Path,
+    name: str,
+    manifest: Mapping[str, Any],
+    *,
+    map_mode: MapMode = None,
+    dtype: DTypeLike = None,
+    shape: tuple[int | None, ...] = (),
 ) -> np.ndarray:
     """The array `name`.npy of an artifact, checked against the manifest from `read_manifest`.
 
     Args:
         map_mode: leave it on disk, see `load_npy`. Its checksum is then verified once in a process, which
             reads all of it: for the index of 1e8 samples, 3 to 10 GB.
+        dtype: that it must have, with `shape`, in which None is any length; None takes any array.
 
     Raises:
-        CacheError: it is missing, contains pickles, or has changed since it was written.
+        CacheError: it is missing, contains pickles, has changed since it was written, or is another array.
     """
     path = folder / f"{name}.npy"
     check = check_file if map_mode is None else check_once
     check(path, _seal_of(path, manifest), Remedy(path))
-    return load_npy(path, Remedy(path), map_mode=map_mode)
+    array = load_npy(path, Remedy(path), map_mode=map_mode)
+    if dtype is not None:
+        is_shape = len(shape) == array.ndim and all(
+            wanted in (None, found) for wanted, found in zip(shape, array.shape, strict=True)
+        )
+        if array.dtype != np.dtype(dtype) or not is_shape:
+            raise CacheError(
+                f"{path}: damaged (it holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} "
+                f"{shape}); {Remedy(path)}"
+            )
+    return array
 
 
 def read_arrays(
@@ -238,7 +252,9 @@ def check_artifact(folder: Path) -> None:
     Raises:
         CacheError: the manifest is damaged, or a file is missing or damaged.
     """
-    for name, seal in _seals(folder, read_json(folder / MANIFEST)).items():
+    manifest = read_json(folder / MANIFEST)
+    _check_manifest_format(folder, manifest)
+    for name, seal in _seals(folder, manifest).items():
         check_file(folder / name, seal, Remedy(folder / name))
 
 
@@ -349,9 +365,17 @@ def check_format(root: Path) -> None:
         )
 
 
+def _check_manifest_format(folder: Path, manifest: Mapping[str, Any]) -> None:
+    if manifest.get("format") != FORMAT_VERSION:
+        raise CacheError(
+            f"{folder}: written in cache format {shown(manifest.get('format'))}, this version reads "
+            f"{FORMAT_VERSION}; give another cache_dir, or {Remedy(folder / MANIFEST)}"
+        )
+
+
 def _seals(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """The size and checksum of each file of an artifact, by names that lie in its folder."""
-    files, found = manifest.get("files", {}), {}
+    files, found = manifest.get("files"), {}
     for name, seal in files.items() if isinstance(files, dict) else [(None, files)]:
         sizes: list[Any] = [seal.get(key) for key in ("bytes", "crc32")] if isinstance(seal, dict) else []
         if (

@@ -21,6 +21,7 @@ from curated_data.cli_inspect import inspect, print_table
 from curated_data.errors import CacheError, ConfigError, printable
 from curated_data.paths import local_path, spelled
 from curated_data.progress import log_to_terminal
+from curated_data.seals import read_bytes
 
 _REPEATED = ("--set", "--storage-options")
 _SETTING = re.compile(r"[A-Za-z_][\w.\[\]]*=|\{")
@@ -516,12 +517,12 @@ def _class_names(path: str | None) -> list[str] | None:
     if path is None:
         return None
     try:
-        text = local_path(path, "--class-names").read_text(encoding="utf-8")
+        text = read_bytes(local_path(path, "--class-names")).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--class-names {path}: cannot be read ({error})") from error
     try:
         names = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("["):
             raise ConfigError(f"--class-names {path}: no JSON list ({error})") from error
         return text.splitlines()

@@ -119,7 +119,7 @@ class MixedComponent:
         self.curation = self.base_curation = curate(
             self.pool,
             self.curation_config,
-            embedder=self.embedder,  # type: ignore[arg-type]  # checked with the arguments
+            embedder=self.embedder,
             cache_dir=self.cache_dir,
             device=device,
             decoders=self.decoders,

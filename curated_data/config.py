@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import io
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from curated_data.clustering.levels import Level, choose_levels
 from curated_data.errors import ConfigError, first_line
 from curated_data.paths import local_path
 from curated_data.processes import check_context
+from curated_data.seals import open_regular
 
 T = TypeVar("T")
 
@@ -298,10 +300,11 @@ def read_yaml(path: Path) -> DictConfig:
     """
     path = local_path(path, "a YAML file")
     try:
-        content = OmegaConf.load(path)
+        with open_regular(path) as file:
+            content = OmegaConf.load(io.TextIOWrapper(file, encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); give the path of a YAML file"
+            f"{path}: cannot be read ({error.strerror or error}); give the path of a YAML file"
         ) from error
     except Exception as error:  # PyYAML's own errors, which OmegaConf does not wrap
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error

@@ -173,9 +173,9 @@ class Grown:
     in_tree: np.ndarray
 
 
-def read_keep(folder: Path) -> np.ndarray:
+def read_keep(folder: Path, n: int) -> np.ndarray:
     """(n,) bool, from the folder of a near-duplicates artifact: which samples were kept."""
-    return read_array(folder, "keep", read_manifest(folder, "near_duplicates"))
+    return read_array(folder, "keep", read_manifest(folder, "near_duplicates"), dtype=bool, shape=(n,))
 
 
 def near_duplicates_name(config: CurationConfig, origin: dict[str, str]) -> str:

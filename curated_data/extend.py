@@ -36,6 +36,9 @@ from curated_data.paths import local_path
 from curated_data.pipeline import Curation, opened, publish_tree, read_selection, report_of, select
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
+from curated_data.remedies import Remedy
+from curated_data.removal import shown
+from curated_data.seals import reading
 from curated_data.shared_build import build_together
 
 log = logging.getLogger(__name__)
@@ -129,16 +132,19 @@ def _extend(
         raise CacheError(f"{base}: holds no tree; give the folder that `curate` printed, CACHE/tree/NAME")
     manifest = read_manifest(base, "clustering")
     old = ClusterTree.load(base / "tree", memory_map=True)
-    metric = manifest["settings"]["metric"]
+    with reading(base / MANIFEST, Remedy(base / MANIFEST)):
+        metric, own = manifest["settings"]["metric"], manifest["inputs"]["embedder"]
+        if metric not in ("l2", "cosine"):
+            raise ValueError(f"metric is {shown(metric)}")
     # All that can be wrong is looked at now, before anything is embedded.
     if not (isinstance(rebuild_above, int | float) and rebuild_above >= 0):
         raise ConfigError(f"rebuild_above: expected a share of the new samples, got {rebuild_above!r}")
     source = embedding_stage(pool, embedder, config, root, device, decoders)
-    own, name = manifest["inputs"]["embedder"], source.name(pool)
+    name = source.name(pool)
     if own != name:
         raise CacheError(
-            f"{base}: its tree was built over embeddings {own}, these are {name}; give the embedder and "
-            "embedding settings of that curation, or curate anew"
+            f"{base}: its tree was built over embeddings {shown(own)}, these are {name}; give the embedder "
+            "and embedding settings of that curation, or curate anew"
         )
     held_out_pool = open_held_out(config, root, pool)
     check_preference(config, pool)
@@ -161,7 +167,7 @@ def _extend(
             root, pool, store, held_out, config, origin, Grown(base.name, known, in_tree)
         )
         inputs["near_duplicates"] = folders["near_duplicates"].name
-        valid &= read_keep(folders["near_duplicates"])
+        valid &= read_keep(folders["near_duplicates"], len(valid))
         copies = _copies(folders["near_duplicates"])
         again = np.flatnonzero(valid & known & ~in_tree)
         again = again[store.rows(again).any(axis=1)]  # zero rows are excluded for another reason
@@ -184,9 +190,11 @@ def _extend(
 
     folder, cached["tree"] = build_together(root / "tree" / name, build)
     grown = ClusterTree.load(folder / "tree", memory_map=True)
-    figures = read_manifest(folder, "clustering")["drift"]
-    is_due = figures["outlying"] > rebuild_above or figures["n_new"] > figures["n_old"]
-    drift = Drift(**figures, rebuild_due=is_due)
+    figures = read_manifest(folder, "clustering")
+    with reading(folder / MANIFEST, Remedy(folder / MANIFEST)):
+        drift = Drift(**figures["drift"], rebuild_due=False)
+        is_due = drift.outlying > rebuild_above or drift.n_new > drift.n_old
+        drift = dataclasses.replace(drift, rebuild_due=is_due)
     folders["tree"] = folder
     log.info(
         "extended by %d samples to %d: median distance %.2f of the old ones', %.1f %% outlying%s",
@@ -221,11 +229,17 @@ def _check_shards(pool: ShardPool, base: Path, manifest: Mapping[str, Any], root
 
 
 def _shards_of(base: Path, manifest: Mapping[str, Any]) -> list[str]:
-    return [name.decode("ascii", "replace") for name in read_array(base, "shards", manifest)]
+    names = read_array(base, "shards", manifest, dtype="S20", shape=(None,))
+    return [name.decode("ascii", "replace") for name in names]
 
 
 def _no_shard(shards: list[str], base: Path) -> PoolError:
     return PoolError(f"the pool has none of the {len(shards)} shards that {base} was built over; curate anew")
+
+
+def _damaged(base: Path, why: str) -> CacheError:
+    path = base / "shard_ranges.npy"
+    return CacheError(f"{path}: damaged ({why}); {Remedy(path)}")
 
 
 def _kept(pool: AnyPool, shards: list[str], old: ClusterTree, base: Path) -> tuple[ClusterTree, np.ndarray]:
@@ -236,17 +250,22 @@ def _kept(pool: AnyPool, shards: list[str], old: ClusterTree, base: Path) -> tup
     """
     manifest = read_manifest(base, "clustering")
     old_shards = _shards_of(base, manifest)
-    old_ranges = read_array(base, "shard_ranges", manifest)
+    old_ranges = read_array(base, "shard_ranges", manifest, dtype=np.int64, shape=(len(old_shards) + 1,))
     places: dict[str, list[int]] = defaultdict(list)  # a shard may have been in the pool twice
     for number, name in reversed(list(enumerate(old_shards))):
         places[name].append(number)
     ranges = pool.shard_ranges()
+    sizes, old_sizes = np.diff(ranges), np.diff(old_ranges)
+    if old_ranges[0] != 0 or old_ranges[-1] != old.n_samples or (old_sizes < 0).any():
+        raise _damaged(base, f"expected ranges from 0 to {old.n_samples}")
     parent = np.full(len(pool), EXCLUDED, np.int64)
     distance = np.full(len(pool), np.nan, np.float32)
     known = np.zeros(len(pool), bool)
     for number, name in enumerate(shards):
         if places[name]:
             place = places[name].pop()
+            if sizes[number] != old_sizes[place]:
+                raise _damaged(base, f"shard {place} has {old_sizes[place]} samples, now {sizes[number]}")
             here = slice(ranges[number], ranges[number + 1])
             there = slice(old_ranges[place], old_ranges[place + 1])
             parent[here], known[here] = old.parent[1][there], True

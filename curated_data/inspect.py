@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curated_data.cache import MANIFEST, absolute, check_artifact, check_format, read_json
+from curated_data.cache import MANIFEST, absolute, check_artifact, check_format, is_complete, read_json
 from curated_data.errors import CacheError
 from curated_data.holds import MARKER
 from curated_data.remedies import Remedy
 from curated_data.seals import reading
+
+_STAGES = ("index", "pool", "near_duplicates", "tree", "selection")  # whose artifacts appear as a whole
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,10 @@ def verify_cache(cache_dir: str | Path) -> list[str]:
     root = absolute(cache_dir)
     check_is_cache(root)
     problems: list[str] = []
+    for folder in [path for stage in _STAGES for path in sorted(root.glob(f"{stage}/[!.]*"))]:
+        with _collected(problems, folder):
+            if not is_complete(folder) or (folder.parent.name == "tree" and not is_complete(folder / "tree")):
+                raise CacheError(f"{folder}: a part of it is missing; {Remedy(folder / MANIFEST)}")
     for manifest in sorted(root.glob(f"[!.]*/[!.]*/**/{MANIFEST}")):
         if any(part.startswith(".") for part in manifest.relative_to(root).parts):
             continue
@@ -97,7 +103,7 @@ def _collected(problems: list[str], manifest: Path) -> Iterator[None]:
     try:
         yield
     except CacheError as error:
-        if manifest.exists():
+        if os.path.lexists(manifest):
             problems.append(str(error))
 
 
@@ -134,7 +140,7 @@ def _sizes(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
         folders[:] = [name for name in folders if name != ".locks"]
         for path in map(Path(place).joinpath, names):
             with contextlib.suppress(FileNotFoundError):
-                status = path.stat()
+                status = path.lstat()  # no file of ours is a link
                 if stat.S_ISREG(status.st_mode):
                     yield path, status
 

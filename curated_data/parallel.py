@@ -236,6 +236,10 @@ def _group() -> Any:
     global _ours
     world = dist.group.WORLD
     if _ours is None or _ours[0] is not world:
+        if dist.get_backend(world) == "gloo":
+            # Of a rank that has died already, its connections here tell; the new group would wait for it as
+            # long as its limit.
+            dist.all_reduce(torch.zeros(1), group=world)
         _ours = world, dist.new_group(backend="gloo", timeout=_LIMIT)
     return _ours[1]
 

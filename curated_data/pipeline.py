@@ -177,7 +177,7 @@ def _curate(
                 root, pool, store, held_out, config, origin
             )
         folders["near_duplicates"] = folder
-        valid &= read_keep(folder)
+        valid &= read_keep(folder, len(valid))
         origin["near_duplicates"] = folder.name
     n_valid = int(valid.sum())
     if not n_valid:
@@ -402,7 +402,8 @@ def read_selection(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
             f"{folder}: was drawn by an earlier version, which kept no report; run its curation again, which "
             "draws it anew"
         )
-    return read_array(folder, "ids", manifest), manifest["report"]
+    ids = read_array(folder, "ids", manifest, dtype=np.int64, shape=(manifest.get("size"),))
+    return ids, manifest["report"]
 
 
 def selection_settings(config: CurationConfig) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def _cached(
         cached["near_duplicates"] = (folder / MANIFEST).exists()
         if not cached["near_duplicates"]:
             return cached, valid
-        valid = valid & read_keep(folder)
+        valid = valid & read_keep(folder, len(valid))
         origin["near_duplicates"] = name
     config = dataclasses.replace(config, levels=levels_for(config, int(valid.sum())))
     tree = tree_name(config, origin)

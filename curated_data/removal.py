@@ -131,6 +131,7 @@ def shown(value: object) -> str:
         text = repr(value)
     except Exception:  # of a hostile object
         text = f"a {type(value).__name__}"
+    text = " ".join(text[:1000].split())  # arrays and tensors take several lines
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

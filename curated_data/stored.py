@@ -53,7 +53,7 @@ def open_curation(cache_dir: str | Path, selection: str) -> Curation:
         folders |= _inputs(root, folders["tree"], grown)
     ids, report = read_selection(folders["selection"])
     tree = ClusterTree.load(folders["tree"] / "tree", memory_map=True)
-    names = read_array(folders["tree"], "shards", grown)
+    names = read_array(folders["tree"], "shards", grown, dtype="S20", shape=(None,))
     with reading(folders["tree"] / MANIFEST, Remedy(folders["tree"] / MANIFEST)):
         store = _store(folders["embeddings"], [name.decode() for name in names.tolist()])
         config = _config(grown["settings"], chosen["settings"])

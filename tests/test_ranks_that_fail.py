@@ -247,3 +247,17 @@ def test_a_rank_that_does_not_see_the_pool_tells_the_others(which, write_pool, t
     found = outcomes(_open_or_not, tmp_path, write_pool([20]), tmp_path, which)
     assert "PoolError: no shard matches" in found[which]
     assert f"RankError: rank {which} failed: PoolError: no shard matches" in found[1 - which]
+
+
+def _begin(rank, dies):
+    if rank == dies:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with parallel.together():
+        parallel.barrier()
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_rank_that_died_before_the_first_collective_call_ends_the_others(tmp_path, dies):
+    found = outcomes(_begin, tmp_path, dies, seconds=50)
+    assert found[dies] == "killed"
+    assert found[1 - dies].startswith("RankError")

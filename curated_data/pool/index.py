@@ -176,7 +176,35 @@ def load_shard_index(folder: Path) -> ShardIndex:
     Raises:
         CacheError: missing, damaged, or written by another version.
     """
-    return _read_shard_index(folder, read_manifest(folder, STAGE))
+    return _read_shard_index(folder, _read_shard_manifest(folder))
+
+
+def _read_shard_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a shard's index, whose fields are of the types that `save_shard_index` writes.
+
+    Raises:
+        CacheError: it is missing, damaged, or holds something else.
+    """
+    manifest = read_manifest(folder, STAGE)
+    with reading(folder / MANIFEST, Remedy(folder / MANIFEST)):
+        for name in ("n_samples", "n_members", "n_key_bytes", "n_bytes"):
+            if type(manifest[name]) is not int or not 0 <= manifest[name] <= _FARTHEST:
+                raise ValueError(f"{name} is {shown(manifest[name])}")
+        if not isinstance(manifest["url"], str):
+            raise ValueError(f"url is {shown(manifest['url'])}")
+        _check_extensions(manifest["extensions"])
+        notes_from_json(manifest["notes"])
+    return manifest
+
+
+def _check_extensions(names: object) -> None:
+    """Check that names of extensions are a list of different texts."""
+    if not (
+        isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+        and len(set(names)) == len(names)
+    ):
+        raise ValueError(f"extensions are {shown(names)}")
 
 
 def _read_shard_index(folder: Path, manifest: Mapping[str, Any]) -> ShardIndex:
@@ -223,7 +251,7 @@ def write_pool_index(folder: Path, shard_folders: Sequence[Path]) -> None:
         folder: an existing, empty folder (a temporary one, published as a whole).
         shard_folders: the index artifacts of the shards, in the order of the pool.
     """
-    manifests = [read_manifest(path, STAGE) for path in shard_folders]
+    manifests = [_read_shard_manifest(path) for path in shard_folders]
     n_samples, n_members, n_key_bytes = (
         sum(manifest[name] for manifest in manifests) for name in ("n_samples", "n_members", "n_key_bytes")
     )
@@ -273,8 +301,7 @@ def load_pool_index(folder: Path, *, checked: bool = True) -> PoolIndex:
     if checked:
         verify_once(folder, manifest)
     with reading(folder / MANIFEST, Remedy(folder / MANIFEST)):
-        if not all(isinstance(name, str) for name in manifest["extensions"]):
-            raise ValueError(f"extensions {shown(manifest['extensions'])}")
+        _check_extensions(manifest["extensions"])
         arrays = {
             # A plain view of the map: indexing an np.memmap costs microseconds per call.
             name: np.asarray(read_array(folder, name, manifest, map_mode="r"))

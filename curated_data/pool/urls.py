@@ -155,7 +155,8 @@ def _expand(pattern: str, storage_options: Mapping[str, Any], pipes: bool) -> li
             folder, name = os.path.split(piece)
             if glob.has_magic(folder) and os.path.isdir(folder):  # a folder with such a name, as "runs [1]"
                 piece = os.path.join(glob.escape(folder), name)
-            matches = sorted(path for path in glob.glob(piece, recursive=True) if os.path.isfile(path))
+            # A link that leads nowhere matches: it is named as missing below, not passed over.
+            matches = sorted(path for path in glob.glob(piece, recursive=True) if not os.path.isdir(path))
             if not matches:
                 raise missing_shard(piece)
             found.extend(matches)

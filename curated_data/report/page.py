@@ -18,7 +18,9 @@ import numpy as np
 from curated_data.clustering.levels import Level
 from curated_data.config import CurationConfig
 from curated_data.embedding.equal import equal_rows
+from curated_data.errors import PoolError, printable
 from curated_data.pool.out import write_file
+from curated_data.removal import shown
 from curated_data.report.examples import random_subset
 from curated_data.report.map import cluster_tables, sample_map, samples_shown
 from curated_data.report.tiles import (
@@ -29,6 +31,7 @@ from curated_data.report.tiles import (
     near_duplicate_groups,
     single_samples,
 )
+from curated_data.seals import read_bytes
 from curated_data.selection import metrics
 
 if TYPE_CHECKING:
@@ -256,9 +259,13 @@ def class_names_beside(pool: "ShardPool") -> list[str] | None:
     if "://" in str(pool.urls[0]) or not path.is_file():
         return None
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON list of class names ({error}); correct or remove it") from error
+        names = json.loads(read_bytes(path))
+    except Exception as error:  # a parser's own, such as of text nested too deeply
+        raise PoolError(
+            f"{path}: not a JSON list of class names ({printable(error)}); correct or remove it"
+        ) from error
+    if not isinstance(names, list):
+        raise PoolError(f"{path}: expected a list of class names, found {shown(names)}; correct or remove it")
     return [str(name) for name in names]
 
 

@@ -1,5 +1,6 @@
 """Classes with their names, and finding these names in captions: whole words, ignoring case."""
 
+import io
 import json
 import re
 import unicodedata
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from curated_data.errors import ConfigError
+from curated_data.errors import ConfigError, printable
+from curated_data.removal import shown
+from curated_data.seals import open_regular, read_bytes
 
 
 @dataclass(frozen=True)
@@ -126,9 +129,9 @@ def read_classes(path: str | Path) -> list[CaptionClass]:
         ConfigError: the file cannot be read, or an entry is incomplete.
     """
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a readable JSON list of classes ({error})") from error
+        entries = json.loads(read_bytes(Path(path)))
+    except Exception as error:  # a parser's own, such as of text nested too deeply
+        raise ConfigError(f"{path}: not a readable JSON list of classes ({printable(error)})") from error
     if not isinstance(entries, list):
         raise ConfigError(f"{path}: expected a list of classes, found {type(entries).__name__}")
     classes = []
@@ -136,11 +139,12 @@ def read_classes(path: str | Path) -> list[CaptionClass]:
         names = entry.get("names") if isinstance(entry, dict) else None
         names = [names] if isinstance(names, str) else names
         if (
-            not names
+            not isinstance(names, list)
+            or not names
             or not all(isinstance(name, str) and name.strip() for name in names)
             or "id" not in entry
         ):
-            raise ConfigError(f"{path}: class {i} needs an id and at least one name, found {entry!r}")
+            raise ConfigError(f"{path}: class {i} needs an id and at least one name, found {shown(entry)}")
         classes.append(CaptionClass(str(entry["id"]), tuple(names), str(entry.get("definition") or "")))
     return classes
 
@@ -160,8 +164,8 @@ def read_wordnet(path: str | Path, ids: Collection[str] | None = None) -> list[C
     wanted = None if ids is None else set(ids)
     classes = []
     try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
+        with open_regular(path) as file:
+            for line in io.TextIOWrapper(file, encoding="utf-8"):
                 if line.startswith(" "):  # the licence
                     continue
                 data, _, gloss = line.partition("|")

@@ -39,10 +39,16 @@ class Removed:
                 f"{folder}: an earlier version wrote it, and did not record what each sample is a copy of; "
                 "run the curation again"
             )
-        keep, near, cosine = (read_array(folder, name, manifest) for name in ("keep", "near", "cosine"))
+        keep = read_array(folder, "keep", manifest, dtype=bool, shape=(None,))
+        near, cosine = (
+            read_array(folder, name, manifest, dtype=dtype, shape=keep.shape)
+            for name, dtype in (("near", np.int64), ("cosine", np.float32))
+        )
         if "held_out.npy" not in manifest["files"]:
             return cls(keep, near, np.broadcast_to(np.int64(-1), keep.shape), cosine)
-        return cls(keep, near, read_array(folder, "held_out", manifest), cosine)
+        return cls(
+            keep, near, read_array(folder, "held_out", manifest, dtype=np.int64, shape=keep.shape), cosine
+        )
 
     def save(self, folder: Path) -> None:
         """Write the arrays, before the folder's manifest; `held_out` only if there are matches."""

@@ -31,11 +31,11 @@ class Hostile:
     honestly, and GET too while `honest` is set.
     """
 
-    def __init__(self, data, answer=None):
+    def __init__(self, data, answer=None, port=0):
         self.data, self.answer, self.honest = data, answer, answer is None
         self.requests, self.sent = Counter(), 0
         self.headers, self.more, self.look = [], {}, None
-        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener = socket.create_server(("127.0.0.1", port))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/p.tar"
         threading.Thread(target=self.serve, daemon=True).start()
 

@@ -1,0 +1,188 @@
+"""The files and values that a user or a checkpoint gives: kinds for `files`."""
+
+import json
+import random
+import shutil
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from curated_data import CuratedDataModule, RecurationCallback, ShardPool
+from curated_data.cli import _array, _class_names
+from curated_data.config import load_config, read_yaml
+from curated_data.embedding import resolve_embedder
+from curated_data.embedding.weights import load_weights
+from curated_data.report.page import check_arrays, class_names_beside
+from curated_data.selection.names import read_classes, read_wordnet
+from lightning_modules import SimCLR
+from tests.chaos.damage import hostile, mutate
+from tests.chaos.kinds import Kind, digest
+from tests.chaos.world import World
+
+
+def input_kinds(world: World) -> list[Kind]:
+    case, start = world.cage.case, world.home / "starts" / "inputs"
+    start.mkdir(parents=True)
+    torch.manual_seed(0)
+    network = _Network()
+    torch.save(network.state_dict(), start / "zip.pth")
+    torch.save(network.state_dict(), start / "legacy.pt", _use_new_zipfile_serialization=False)
+    save_file(network.state_dict(), start / "flat.safetensors")
+    (start / "classes.json").write_text(json.dumps(["zero", "one", "two"]))
+    (start / "entries.json").write_text(
+        json.dumps([{"id": f"n{k}", "names": [f"name{k}"], "definition": "d"} for k in range(4)])
+    )
+    (start / "data.noun").write_text(
+        '  1 the licence\n00001740 03 n 01 entity 0 001 ~ 00001930 n 0000 | that which exists; "x"\n'
+        "00001930 03 n 02 thing 0 matter 1 001 @ 00001740 n 0000 | a thing\n"
+    )
+    (start / "config.yaml").write_text(
+        "target_size: 9\nstrategy: closest\nlevels:\n  - {n_clusters: 6, n_resamples: 2, sample_size: 3}\n"
+        "  - {n_clusters: 2}\nembedding: {num_workers: 0, dtype: float32}\n"
+        "near_duplicates:\n  threshold: 0.9\n"
+    )
+    np.save(start / "ids.npy", np.arange(2, 14))
+    np.save(start / "labels.npy", np.arange(24) % 3)
+    np.save(start / "coordinates.npy", np.random.default_rng(0).normal(size=(24, 2)))
+    torch.save(_checkpoint(), start / "simclr.ckpt")
+    world.cage.fresh(None)
+
+    def weights(file: str) -> Any:
+        torch.manual_seed(1)
+        network = _Network()
+        load_weights(network, str(case / file), "network")
+        return {key: digest(tensor) for key, tensor in network.state_dict().items()}
+
+    def module() -> Any:
+        torch.set_num_threads(1)
+        found = resolve_embedder(f"checkpoint:{case / 'simclr.ckpt'}")
+        return found.fingerprint
+
+    def settings() -> Any:
+        return repr(load_config(read_yaml(case / "config.yaml")))
+
+    def chosen(**options: str) -> Any:
+        data = CuratedDataModule(
+            world.pool, batch_size=4, num_workers=0, image_size=6,
+            **{name: case / file for name, file in options.items()},
+        )  # fmt: skip
+        data.setup("fit")
+        return [[batch["sample_id"].tolist(), batch["label"].tolist()] for batch in data.train_dataloader()]
+
+    def beside() -> Any:
+        shutil.copy2(world.home / "pool-000000.tar", case / "pool.tar")
+        return class_names_beside(ShardPool(case / "pool.tar"))
+
+    def placed() -> Any:
+        array = _array(str(case / "coordinates.npy"), "coordinates")
+        check_arrays(24, coordinates=array, labels=None)
+        return digest(array)
+
+    fields = (
+        "--",
+        "levels",
+        "target_size",
+        "strategy",
+        "embedding",
+        "near_duplicates",
+        "config",
+        "sample_size",
+    )
+    fields += ("n_clusters", "n_resamples", "threshold", "CurationConfig")
+    kinds = {
+        "weights": (("zip.pth", "legacy.pt", "flat.safetensors"), None, ()),
+        "checkpoints as embedders": (("simclr.ckpt",), module, ()),
+        "settings in YAML": (("config.yaml",), settings, fields),
+        "ids": (("ids.npy",), lambda: chosen(selection="ids.npy"), ("selection", "ids")),
+        "labels": (("labels.npy",), lambda: chosen(labels="labels.npy"), ("labels",)),
+        "coordinates": (("coordinates.npy",), placed, ("coordinates",)),
+        "names of classes": (("classes.json",), lambda: _class_names(str(case / "classes.json")), ()),
+        "names beside shards": (("classes.json",), beside, ()),
+        "classes of captions": (("entries.json",), lambda: repr(read_classes(case / "entries.json")), ()),
+        "WordNet": (("data.noun",), lambda: repr(read_wordnet(case / "data.noun")), ()),
+    }
+    found = []
+    for label, (files, read, names) in kinds.items():
+        for file in files:
+            reads = {"read": read or (lambda file=file: weights(file))}
+            find = lambda folder, file=file: [folder / file]  # noqa: E731
+            found.append(Kind(label, start, find, reads, lambda *_: "taken as it is", names))
+    return found
+
+
+def state_kinds(world: World) -> list[Kind]:
+    """The plain values that checkpoints of a training hold, of a data module and of re-curations."""
+    case, start = world.cage.case, world.home / "starts" / "states"
+    start.mkdir(parents=True)
+    callback = json.loads(json.dumps(RecurationCallback(1).state_dict()))
+    callback["artifacts"] = ["tree/0123456789abcdef0123"]
+
+    def data() -> CuratedDataModule:
+        return CuratedDataModule(world.pool, batch_size=4, num_workers=0, image_size=6)
+
+    def state() -> Any:
+        module = data()
+        list(module.train_dataloader())
+        return module.state_dict() | {"selection": None, "epoch": 1, "batch": 2, "n_trained": 8}
+
+    world.cage.fresh(None)
+    ending = world.cage.run(state)
+    assert ending.how == "done", ending
+    states = {"stream": ending.value, "callback": callback}
+
+    def changed(which: str, rng: random.Random) -> str:
+        content = json.loads(json.dumps(states[which]))
+        what, how = mutate(content, rng), rng.random()
+        if how < 0.1:
+            content, what = hostile(rng), "another state"
+        elif how < 0.2:
+            content["selection"], what = torch.tensor([[1.5], [2.0]]), "a tensor"
+        torch.save(content, case / which)
+        return what
+
+    def read(which: str) -> Any:
+        content = torch.load(case / which, weights_only=True)
+        if which == "callback":
+            callback = RecurationCallback(1)
+            callback.load_state_dict(content)
+            return repr(callback.state_dict())
+        module = data()
+        module.load_state_dict(content)
+        loader = module.train_dataloader()
+        return [batch["sample_id"].tolist() for batch in loader]
+
+    kinds = []
+    for which, content in states.items():
+        place = start / which
+        place.mkdir()
+        torch.save(content, place / which)
+        kinds.append(
+            Kind(
+                f"state of a training, {which}", place, lambda folder, which=which: [folder / which],
+                {"load": lambda which=which: read(which)}, lambda *_: "taken as it is",
+                ("checkpoint", "state"), change=lambda rng, which=which: changed(which, rng),
+            )
+        )  # fmt: skip
+    return kinds
+
+
+class _Network(torch.nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+
+
+def _checkpoint() -> dict[str, Any]:
+    settings = {
+        "backbone": "resnet10",
+        "image_size": 6,
+        "small_images": True,
+        "backbone_options": {"width": 2},
+    }
+    module = SimCLR(**settings)
+    return {
+        "state_dict": module.state_dict(),
+        "hyper_parameters": settings,
+        "module_class": f"{SimCLR.__module__}.{SimCLR.__qualname__}",
+    }
