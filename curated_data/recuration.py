@@ -156,7 +156,7 @@ def _recurate(
         return found | {"share": share, "fresh": len(fresh)}
 
     folders["selection"], selection_cached = select(root, tree, config, folders["tree"].name, figures)
-    ids, report = read_selection(folders["selection"])
+    ids, report = read_selection(folders["selection"], tree.n_samples)
     report |= {
         "cached": {"tree": tree_cached, "selection": selection_cached},
         "seconds": {
