@@ -214,7 +214,7 @@ def _extend(
         store,
         lambda ids: report_of(pool, store, valid, grown, ids, config) | {"drift": vars(drift)} | copies,
     )
-    ids, report = read_selection(folders["selection"])
+    ids, report = read_selection(folders["selection"], grown.n_samples)
     report |= {"drift": vars(drift), "cached": cached}  # by the limit of this call
     return Curation(ids, grown, store, report, config, folders)
 

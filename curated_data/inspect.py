@@ -111,7 +111,7 @@ def _artifact(stage: str, folder: Path) -> Artifact:
     files = dict(_sizes(folder))
     manifest = folder / MANIFEST
     if stage == "embeddings":
-        shards = [path for path in files if path.suffix == ".json" and path.name[0] != "."]
+        shards = [path for path in files if path.suffix == ".json" and path.parent == folder]
         details = [read_json(path) for path in shards]
         with reading(folder, Remedy(folder / MANIFEST)):
             content: dict[str, Any] = {

@@ -41,6 +41,7 @@ from curated_data.holds import Hold, hold, holding
 from curated_data.parallel import check_same, rank, together
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
+from curated_data.remedies import Remedy
 from curated_data.removal import tidy
 from curated_data.selection.metrics import cluster_balance
 from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_sample
@@ -210,7 +211,7 @@ def _curate(
             store,
             lambda ids: report_of(pool, store, valid, tree, ids, config),
         )
-        ids, report = read_selection(folders["selection"])
+        ids, report = read_selection(folders["selection"], n_samples)
     report |= {"cached": cached, "seconds": seconds}
     log.info(
         "selection: %d of %d samples%s",
@@ -390,8 +391,8 @@ def select(
     return build_once(root / "selection" / name, build)
 
 
-def read_selection(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """The ids in a selection's folder, and the report of the run that drew them.
+def read_selection(folder: Path, n_samples: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """The ids in a selection's folder, of a pool of `n_samples`, and the report of the run that drew them.
 
     Raises:
         CacheError: it is missing or damaged, or an earlier version drew it.
@@ -403,6 +404,11 @@ def read_selection(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
             "draws it anew"
         )
     ids = read_array(folder, "ids", manifest, dtype=np.int64, shape=(manifest.get("size"),))
+    if len(ids) and not 0 <= ids.min() <= ids.max() < n_samples:
+        raise CacheError(
+            f"{folder / 'ids.npy'}: damaged (ids from {ids.min()} to {ids.max()}, of {n_samples} samples); "
+            f"{Remedy(folder / 'ids.npy')}"
+        )
     return ids, manifest["report"]
 
 

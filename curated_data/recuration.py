@@ -149,7 +149,7 @@ def _recurate(
     folders["selection"], selection_cached = select(
         root, tree, config, folders["tree"].name, base.embeddings, figures
     )
-    ids, report = read_selection(folders["selection"])
+    ids, report = read_selection(folders["selection"], tree.n_samples)
     report |= {
         "cached": {"tree": tree_cached, "selection": selection_cached},
         "seconds": {

@@ -51,8 +51,8 @@ def open_curation(cache_dir: str | Path, selection: str) -> Curation:
     grown = read_manifest(folders["tree"], "clustering")
     with reading(folders["tree"] / MANIFEST, Remedy(folders["tree"] / MANIFEST)):
         folders |= _inputs(root, folders["tree"], grown)
-    ids, report = read_selection(folders["selection"])
     tree = ClusterTree.load(folders["tree"] / "tree", memory_map=True)
+    ids, report = read_selection(folders["selection"], tree.n_samples)
     names = read_array(folders["tree"], "shards", grown, dtype="S20", shape=(None,))
     with reading(folders["tree"] / MANIFEST, Remedy(folders["tree"] / MANIFEST)):
         store = _store(folders["embeddings"], [name.decode() for name in names.tolist()])
@@ -92,8 +92,8 @@ def _store(folder: Path, shards: list[str]) -> EmbeddingStore:
     for shard in shards:
         remedy = "run the curation again to embed its shard, after removing it where it is damaged"
         rows = load_npy(folder / f"{shard}.npy", remedy, map_mode="r")
+        if rows.ndim != 2:
+            raise CacheError(f"{folder / shard}.npy: damaged (its shape is {rows.shape}); {remedy}")
         if len(rows):
             break
-    if rows.ndim != 2:
-        raise CacheError(f"{folder / shard}.npy: damaged (its shape is {rows.shape}); {remedy}")
     return EmbeddingStore(folder, shards, rows.shape[1], rows.dtype.name)

@@ -17,6 +17,7 @@ from curated_data.recuration_state import checked_state
 from curated_data.removal import shown
 from curated_data.seals import file_seal
 from curated_data.selection.removed import Removed
+from curated_data.stored import open_curation
 
 CONFIG = {
     "target_size": 12,
@@ -167,3 +168,21 @@ def test_verification_names_an_artifact_without_its_manifest(whole, stage, damag
     elif damage == "no files":
         path.write_text(json.dumps(sealed({k: v for k, v in content.items() if k not in ("files", "seal")})))
     assert any(path.parent.name in problem for problem in verify_cache(cache))
+
+
+@pytest.mark.parametrize("value", [-1, 30, 1 << 40])
+def test_a_selection_holds_ids_of_the_pool(whole, value):
+    shards, cache, folders = whole
+    forge(folders["selection"], "ids.npy", lambda ids: np.where(np.arange(len(ids)) == 3, value, ids))
+    with pytest.raises(CacheError, match=r"ids\.npy"):
+        curate(shards, CONFIG, embedder="pixels:4", cache_dir=cache)
+    with pytest.raises(CacheError, match=r"ids\.npy"):
+        open_curation(cache, folders["selection"].name)
+
+
+def test_embeddings_that_are_one_number_are_named_when_reopened(whole):
+    _, cache, folders = whole
+    for path in folders["embeddings"].glob("*.npy"):
+        np.save(path, np.float32(1))
+    with pytest.raises(CacheError, match=path.parent.name):
+        open_curation(cache, folders["selection"].name)

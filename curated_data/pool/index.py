@@ -199,10 +199,10 @@ def _read_shard_manifest(folder: Path) -> dict[str, Any]:
 
 def _check_extensions(names: object) -> None:
     """Check that names of extensions are a list of different texts."""
-    if not (
-        isinstance(names, list)
-        and all(isinstance(name, str) for name in names)
-        and len(set(names)) == len(names)
+    if (
+        not isinstance(names, list)
+        or not all(isinstance(name, str) for name in names)
+        or len(set(names)) != len(names)
     ):
         raise ValueError(f"extensions are {shown(names)}")
 

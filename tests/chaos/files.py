@@ -115,7 +115,7 @@ def _attack(world: World, rng: random.Random, kind: Kind, name: str, expected: A
                 ending = Ending("error", error=message, trace=traceback.format_exc(), is_ours=ours)
         ending.said = "\n".join(said.lines)
         outcome = _outcome(ending, expected, named, kind, name, forged)
-        is_same = path.is_file() and path.read_bytes() == before
+        is_same = path.is_file() and _content(path.read_bytes()) == _content(before)
         # What is gone may be yet to come, and what .pools holds is derived, and checked when read.
         is_known = not forged and ".pools" not in path.parts and os.path.lexists(path)
         if name == "verify" and kind.forges and is_known and not is_same and ending.value == []:
@@ -127,6 +127,14 @@ def _attack(world: World, rng: random.Random, kind: Kind, name: str, expected: A
             f"for    {str(expected)[:400]}\n{ending.said[-600:]}"
         )
         file.write(json.dumps([label, outcome, what, "" if outcome in GOOD else text]) + "\n")
+
+
+def _content(data: bytes) -> object:
+    """The value of a JSON text, which may be spelled in several ways; of all else the bytes."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return data
 
 
 class _Said(logging.Handler):

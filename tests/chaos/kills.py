@@ -51,9 +51,8 @@ def attack(world: World, tally: Tally, rng: random.Random, until: float, cases: 
     number = 0
     while time.monotonic() < until and number != cases:
         scene = scenes[number % len(scenes)]
-        if (
-            scene.name == "training" and number // len(scenes) % 3 and cases is None
-        ):  # which takes longer than the others
+        # A training takes longer than the others.
+        if scene.name == "training" and number // len(scenes) % 3 and cases is None:
             scene = rng.choice(scenes[:-1])
         outcome, what, said = _kill(cage, scene, rng)
         tally.add(f"kills: {scene.name}", outcome, what, said)
