@@ -27,7 +27,7 @@ import torch
 from curated_data import ClusterTree, Level, hierarchical_kmeans, hierarchical_sample
 from curated_data.cache import atomic_write_json
 from curated_data.clustering import choose_levels
-from curated_data.config import ROWS_A_CELL
+from curated_data.config import ROWS_PER_CELL
 from curated_data.embedding import resolve_embedder
 from curated_data.selection.sampling import water_fill
 from curated_data.selection.sparse import neighbour_distances, sparse_sample
@@ -84,7 +84,7 @@ class Pool:
             "paper": choose_levels(n),
             "levels": [Level(level.n_clusters) for level in choose_levels(n)],
             "one": [Level(n // 20)],
-            "cells": [Level(max(1, n // ROWS_A_CELL))],
+            "cells": [Level(max(1, n // ROWS_PER_CELL))],
         }[kind]
         return hierarchical_kmeans(self.rows, levels, metric=metric, seed=seed, device="cpu")
 

@@ -142,7 +142,7 @@ class RecurationCallback(pl.Callback):
         self._begin_anew()
         self._resuming: tuple[pl.Trainer, pl.LightningModule] | None = None
         self._is_loaded = False  # from a checkpoint, and not trained yet
-        self._made_up: int | None = None  # the epoch that was ended when the run resumed
+        self._finished_epoch: int | None = None  # the epoch that was ended when the run resumed
 
     def _begin_anew(self) -> None:
         """Set what a run changes, and its checkpoints have, to what it is when one begins."""
@@ -186,7 +186,7 @@ class RecurationCallback(pl.Callback):
             self._begin_anew()
         if self._unfinished is not None and not resumes and trainer.global_step != self._unfinished["step"]:
             self._unfinished = None  # of another Trainer's run
-        self._make_up(trainer, pl_module)
+        self._finish_interrupted_epoch(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -195,7 +195,7 @@ class RecurationCallback(pl.Callback):
             self._unfinished = {"epoch": trainer.current_epoch, "step": trainer.global_step}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        made_up, self._made_up = self._made_up, None
+        made_up, self._finished_epoch = self._finished_epoch, None
         if not is_between_epochs(trainer):  # cut short by a limit or a signal: a resumed run will end it
             return
         if made_up == trainer.current_epoch:
@@ -232,7 +232,7 @@ class RecurationCallback(pl.Callback):
             self._restore(self._data(trainer))
             if trainer.strategy.restore_checkpoint_after_setup:  # and so after `on_fit_start`
                 self._is_loaded = False
-                self._make_up(trainer, pl_module)
+                self._finish_interrupted_epoch(trainer, pl_module)
 
     @property
     def state_key(self) -> str:
@@ -250,7 +250,7 @@ class RecurationCallback(pl.Callback):
             raise ConfigError(f"RecurationCallback.component: missing; name one of the mixture's, {names}")
         return data
 
-    def _make_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _finish_interrupted_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End an epoch that was saved after its last batch, before the loader is built.
 
         Lightning itself only ends such an epoch if it was saved after a validation; then it must not be ended
@@ -258,7 +258,7 @@ class RecurationCallback(pl.Callback):
         """
         if self._unfinished is not None:
             epoch, step = self._unfinished["epoch"], self._unfinished["step"]
-            self._made_up = epoch
+            self._finished_epoch = epoch
             figures = self._end_epoch(trainer, pl_module, epoch, step)
             for logger in trainer.loggers if figures else ():
                 logger.log_metrics(figures, step=step)

@@ -123,7 +123,7 @@ class CurationConfig:
             self.levels = None
 
 
-ROWS_A_CELL = 300
+ROWS_PER_CELL = 300
 """Samples per cluster where "sparse" sampling derives them."""
 
 _CHOICES = {
@@ -191,7 +191,7 @@ def levels_for(config: CurationConfig, n_samples: int) -> list[Level]:
     if config.levels:
         return config.levels
     if config.sampling == "sparse":
-        k = max(1, n_samples // ROWS_A_CELL)
+        k = max(1, n_samples // ROWS_PER_CELL)
         return [Level(k // 100, n_splits=100) if k > 1_000_000 else Level(k)]
     return choose_levels(n_samples)
 

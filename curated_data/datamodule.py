@@ -63,7 +63,7 @@ from curated_data.streaming.strata import check_level, strata
 from curated_data.streaming.training import TrainingStream
 from curated_data.trainer import (
     change_setting,
-    cores_a_rank,
+    cores_per_rank,
     epochs_to_come,
     forget_loader,
     from_module,
@@ -772,7 +772,7 @@ class CuratedDataModule(pl.LightningDataModule):
         )
         n_workers = self.num_workers
         if n_workers is None:
-            n_workers = min(16, cores_a_rank(self.trainer))
+            n_workers = min(16, cores_per_rank(self.trainer))
         loader = StreamLoader(
             dataset,
             batch_sampler=sampler,

@@ -121,12 +121,12 @@ def plan(
 
     probe = _probe(n_samples, n_probe)
     if store is None or valid is None:
-        rows, samples_a_second = _embed_probe(pool, embedder, probe, config, device, decoders)
+        rows, samples_per_second = _embed_probe(pool, embedder, probe, config, device, decoders)
     else:
         usable = np.flatnonzero(valid)
         some = np.random.default_rng(0).choice(usable, min(_PROBE_ROWS, len(usable)), replace=False)
-        rows, samples_a_second = store.rows(np.sort(some)), None
-    rates = Rates(samples_a_second, _kmeans_rate(rows, config, device))
+        rows, samples_per_second = store.rows(np.sort(some)), None
+    rates = Rates(samples_per_second, _kmeans_rate(rows, config, device))
     stages = expected_stages(
         n_valid, embedder.dimension, config, rates, n_missing=n_missing, cached=cached, ranks=world_size()
     )

@@ -43,7 +43,7 @@ from curated_data.pool.decode import Decoders
 
 log = logging.getLogger(__name__)
 
-_ROWS_A_CLUSTER = 4
+_ROWS_PER_CLUSTER = 4
 """The fewest fresh samples per lowest cluster, on average, where levels are derived."""
 
 
@@ -188,7 +188,7 @@ def levels_of_share(config: CurationConfig, base: Curation, share: float) -> lis
         if config.sampling == "sparse":
             return levels_for(config, math.ceil(share * n))
         # A lowest cluster per twenty samples of the pool, as usual, unless too few of them would be fresh.
-        levels = choose_levels(min(n, math.ceil(share * n) * 20 // _ROWS_A_CLUSTER))
+        levels = choose_levels(min(n, math.ceil(share * n) * 20 // _ROWS_PER_CLUSTER))
     lowest = levels[0]
     if lowest.sample_size is not None and lowest.sample_size > 1:
         lowest = dataclasses.replace(lowest, sample_size=max(2, round(lowest.sample_size * share)))

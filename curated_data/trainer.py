@@ -17,7 +17,7 @@ def ranks(trainer: pl.Trainer | None) -> tuple[int, int]:
     return (rank(), world_size()) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 
-def cores_a_rank(trainer: pl.Trainer | None) -> int:
+def cores_per_rank(trainer: pl.Trainer | None) -> int:
     """CPU cores available to this rank."""
     n_local = 1 if trainer is None else trainer.num_devices
     return max(1, n_cores() // n_local)

@@ -253,5 +253,5 @@ def test_an_artifact_that_appears_between_two_looks_is_one(tmp_path, monkeypatch
     assert read_manifest(folder, "selection")["stage"] == "selection"
     monkeypatch.undo()
     (tmp_path / "selection" / "other").mkdir()
-    with pytest.raises(CacheError, match="is no artifact"):
+    with pytest.raises(CacheError, match="is not an artifact"):
         build_once(tmp_path / "selection" / "other", publish)

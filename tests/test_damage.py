@@ -161,7 +161,7 @@ def _do_as_told(error: str, cache: Path) -> None:
         path = cache / "cache.json"
     else:
         match = re.search(r"(?:remove|move) (CACHE/\S+)", error.replace(str(cache), "CACHE"))
-        away = re.match(r"(CACHE/\S+): is no artifact", error.replace(str(cache), "CACHE"))
+        away = re.match(r"(CACHE/\S+): is not an artifact", error.replace(str(cache), "CACHE"))
         assert match or away, error
         path = Path((match or away)[1].replace("CACHE", str(cache)))
     shutil.rmtree(path) if path.is_dir() else path.unlink()

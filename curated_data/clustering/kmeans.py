@@ -183,7 +183,7 @@ def prepare(
         shown = ", ".join(str(i) for i in ids[:10]) + (", ..." if len(ids) > 10 else "")
         what = "non-finite or zero" if metric == "cosine" else "non-finite"
         if nonfinite == "raise":
-            raise ValueError(f'x has {len(ids)} {what} rows: {shown}; mend them, or pass nonfinite="exclude"')
+            raise ValueError(f'x has {len(ids)} {what} rows: {shown}; fix them, or pass nonfinite="exclude"')
         log.warning("excluded %d of %d rows that are %s: %s", len(ids), n, what, shown)
     kept = usable if valid is None else usable & valid
     if not kept.any():

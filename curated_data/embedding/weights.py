@@ -31,7 +31,7 @@ def with_hub_weights(load: Callable[[], nn.Module], name: str, place: str) -> nn
             file = Path(torch.hub.get_dir()) / "checkpoints" / place.rsplit("/", 1)[-1]
             place = f"{place} to be fetched by hand and put at {file}, or its path given as '{name}@FILE'"
         raise EmbedderError(
-            f"{name}: its weights cannot be had ({first_line(error, with_type=True)}); it needs {place}"
+            f"{name}: its weights could not be loaded ({first_line(error, with_type=True)}); it needs {place}"
         ) from error
 
 

@@ -276,7 +276,7 @@ def _chosen(
         "min_per_class": least,
         "classes_avoided": overlap,
         "classes_dropped": {classes[i].id: int(size[i]) for i in small},
-        "classes_without_a_name_of_their_own": [classes[i].id for i in matcher.nameless],
+        "classes_without_unique_name": [classes[i].id for i in matcher.nameless],
         "ambiguous_names": matcher.ambiguous,
     }
     log.info(
