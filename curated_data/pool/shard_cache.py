@@ -70,6 +70,10 @@ class ShardCache:
                 with atomic_path(path) as temporary:
                     self._reserve(temporary, shard)
                     download(shard, temporary)
+                    # Now, while it is ours: once it has its name, another download may evict it.
+                    handle = self._open_existing(temporary, shard)
+                if handle is not None:
+                    return handle
 
     def _open_existing(self, path: Path, shard: ShardFile) -> int | None:
         """A handle of the shard's file; None if it is missing, or not whole."""

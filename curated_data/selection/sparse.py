@@ -111,12 +111,14 @@ def sparse_sample(
             target_size, len(ids), max_repeats, capacity,
         )  # fmt: skip
     target_size = min(target_size, capacity)
+    if not target_size:
+        return np.empty(0, np.int64)
     expected = _expected(weight[ids], target_size, max_repeats)
     rng = np.random.default_rng(seed)
     order = np.lexsort((rng.random(len(ids)), tree.parent[1][ids]))
     # One systematic pass over the clusters: each gives its expected number, rounded up or down.
     steps = np.cumsum(expected[order])
-    marks = np.floor(steps * (target_size / steps[-1]) + rng.random()) if target_size else np.zeros(len(ids))
+    marks = np.floor(steps * (target_size / steps[-1]) + rng.random())
     times = np.diff(np.minimum(marks, target_size), prepend=0).astype(np.int64)
     times[-1] += target_size - times.sum()
     return np.sort(np.repeat(ids[order], times))
