@@ -124,6 +124,16 @@ def test_it_reads_blocks_and_nothing_that_is_excluded() -> None:
     assert found.ids.tolist() == [25, 26, 27]  # ties: the smaller ids
 
 
+def test_rows_without_a_direction_are_counted_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    x = np.ones((10, 3), np.float32)
+    x[2], x[4] = 0, np.nan
+    valid = np.arange(10) != 4  # known to be none, so not news
+    with caplog.at_level("WARNING"):
+        found = retrieve(x, SEEDS, 10, valid=valid, block=4)
+    assert found.ids.tolist() == [0, 1, 3, 5, 6, 7, 8, 9]
+    assert "1 of 10 rows" in caplog.text
+
+
 def test_scales_beyond_float32_keep_their_direction() -> None:
     x = np.array([[1e300, 0], [0, 1e-300], [1e300, 1e300]])
     found = retrieve(x, {"a": np.array([[0, 1e-200]])}, 1)
