@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from curated_data.pipeline import Curation, curate, curate_embeddings
     from curated_data.pool.shards import ShardPool
     from curated_data.pool.writer import ShardWriter
+    from curated_data.selection.retrieval import retrieve
     from curated_data.selection.sampling import flat_sample, hierarchical_sample
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "hierarchical_kmeans",
     "hierarchical_sample",
     "kmeans",
+    "retrieve",
 ]
 
 _HOMES = {
@@ -70,6 +72,7 @@ _HOMES = {
     "hierarchical_kmeans": "clustering.hierarchy",
     "hierarchical_sample": "selection.sampling",
     "kmeans": "clustering.kmeans",
+    "retrieve": "selection.retrieval",
 }
 
 

@@ -34,6 +34,7 @@ SECTIONS: dict[str, dict[str, list[str] | None]] = {
         "curated_data.clustering": None,
         "curated_data.selection": None,
         "curated_data.selection.near_duplicates": ["near_duplicates", "match_held_out"],
+        "curated_data.selection.retrieval": ["Retrieved", "retrieve_clusters", "target_weights"],
         "curated_data.selection.captions": ["label_captions", "label_pool", "export_labelled"],
         "curated_data.streaming": None,
         "curated_data.export": ["export"],
