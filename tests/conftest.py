@@ -2,10 +2,12 @@
 
 import io
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import webdataset
@@ -14,6 +16,11 @@ from PIL import Image
 # Tests give workers functions of their own, which do not pickle; Python 3.14 would start them otherwise. The
 # other ways have tests in test_workers.py.
 multiprocessing.set_start_method("fork")
+
+# The same examples in every run that decides whether a commit lands; new ones everywhere else.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 FASHION = Path(__file__).parents[1] / "recipes" / "data" / "fashion-lt50"
 
