@@ -111,6 +111,17 @@ def test_the_index_of_a_shard_has_fields_of_the_right_kind(whole, field):
             len(ShardPool(shards, cache_dir=cache))
 
 
+@pytest.mark.parametrize("field", ["n_samples", "n_members", "n_key_bytes"])
+def test_no_room_is_made_for_more_than_the_arrays_of_a_shard_can_hold(whole, field):
+    """A length of a manifest is not trusted: 17 GB would be written for it."""
+    shards, cache, _ = whole
+    shutil.rmtree(cache / "pool")
+    (folder, *_) = sorted(path for path in (cache / "index").iterdir() if path.name[0] != ".")
+    forge(folder, "manifest.json", lambda manifest: manifest.update({field: 1 << 31}))
+    with pytest.raises(CacheError, match=folder.name):
+        len(ShardPool(shards, cache_dir=cache))
+
+
 def test_a_link_that_leads_nowhere_is_no_shard_to_pass_over(write_pool, tmp_path):
     shards = write_pool([3, 3])
     (tmp_path / "pool-001.tar").rename(tmp_path / "moved")
