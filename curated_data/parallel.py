@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import logging
 import time
+import weakref
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,7 +44,9 @@ class _Block:
 
 _block: _Block | None = None
 _n_blocks = 0
-_ours: tuple[Any, Any] | None = None  # the group of all ranks, and ours
+# The group of all ranks, and ours. Weak, so that both end when torch destroys them: a group that outlives its
+# process's other threads aborts the process as it exits.
+_ours: tuple[weakref.ref[Any], weakref.ref[Any]] | None = None
 
 
 def is_distributed() -> bool:
@@ -235,13 +238,15 @@ def _group() -> Any:
     """Our group of all ranks, made at the first call of all."""
     global _ours
     world = dist.group.WORLD
-    if _ours is None or _ours[0] is not world:
+    group = None if _ours is None or _ours[0]() is not world else _ours[1]()
+    if group is None:
         if dist.get_backend(world) == "gloo":
             # Of a rank that has died already, its connections here tell; the new group would wait for it as
             # long as its limit.
             dist.all_reduce(torch.zeros(1), group=world)
-        _ours = world, dist.new_group(backend="gloo", timeout=_LIMIT)
-    return _ours[1]
+        group = dist.new_group(backend="gloo", timeout=_LIMIT)
+        _ours = weakref.ref(world), weakref.ref(group)
+    return group
 
 
 def _store() -> Any:
