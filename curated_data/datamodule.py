@@ -174,7 +174,11 @@ class CuratedDataModule(pl.LightningDataModule):
     Example:
         >>> from curated_data import CuratedDataModule
         >>> data = CuratedDataModule(
-        ...     "pool-{000..001}.tar", {"target_size": 12}, embedder="pixels:8", batch_size=4, cache_dir="cache"
+        ...     "pool-{000..001}.tar",
+        ...     {"target_size": 12},
+        ...     embedder="pixels:8",
+        ...     batch_size=4,
+        ...     cache_dir="cache",
         ... )
         >>> data.setup("fit")
         >>> len(data.train_dataloader())
