@@ -18,7 +18,7 @@ from curated_data.streaming.strata import check_level
 
 if TYPE_CHECKING:
     from curated_data.datamodule import CuratedDataModule
-    from curated_data.pipeline import Curation
+    from curated_data.stages.curation import Curation
 
 
 class ComponentRow(NamedTuple):

@@ -75,7 +75,7 @@ from curated_data.trainer import (
 )
 
 if TYPE_CHECKING:
-    from curated_data.pipeline import Curation
+    from curated_data.stages.curation import Curation
 
 log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curated_data.cache import atomic_save, fingerprint, open_cache
 from curated_data.errors import CacheError, ConfigError
+from curated_data.layout import STREAMING
 from curated_data.seals import load_npy
 from curated_data.streaming.mixture import AnyOrder
 from curated_data.streaming.state import checked_state
@@ -321,7 +322,7 @@ _Selection = tuple[np.ndarray, str | Tensor]
 
 
 def _selection_path(cache_dir: Path, name: str) -> Path:
-    return open_cache(cache_dir) / "streaming" / f"{name}.npy"
+    return open_cache(cache_dir) / STREAMING / f"{name}.npy"
 
 
 class _Nobody:

@@ -14,14 +14,14 @@ from curated_data.config import EmbeddingConfig, NearDuplicateConfig
 from curated_data.errors import CacheError
 from curated_data.extend import extend
 from curated_data.recuration import recurate
-from curated_data.stored import open_curation
+from curated_data.reopen import reopen
 from tests.support.images import png
 from tests.support.recuration_runs import SIZES, TinyModule, by_epoch, datamodule, fit, seen
 
 
 def check_reopened(cache, made) -> None:
     """All that the cache can know of a curation is what the run had."""
-    found = open_curation(cache, made.folders["selection"].name)
+    found = reopen(cache, made.folders["selection"].name)
     expected = {name: value for name, value in made.report.items() if name not in ("cached", "seconds")}
     assert found.report == expected
     assert json.loads(json.dumps(found.report)) == found.report
@@ -89,7 +89,7 @@ def test_a_reopened_curation_is_the_one_that_was_made(
         upon = recurate(
             pool,
             config,
-            base=open_curation(cache, base.folders["selection"].name),
+            base=reopen(cache, base.folders["selection"].name),
             share=share,
             embedder="pixels:2",
             cache_dir=cache,
@@ -120,7 +120,7 @@ def test_a_selection_of_an_earlier_version_says_so(shards, tmp_path):
     del content["report"], content["seal"]
     path.write_text(json.dumps(sealed(content)))
     with pytest.raises(CacheError, match="run its curation again"):
-        open_curation(tmp_path / "c", made.folders["selection"].name)
+        reopen(tmp_path / "c", made.folders["selection"].name)
 
 
 def test_a_tree_that_is_its_own_base_is_damaged(shards, tmp_path):
@@ -134,7 +134,7 @@ def test_a_tree_that_is_its_own_base_is_damaged(shards, tmp_path):
     content["inputs"]["base"] = made.folders["tree"].name
     path.write_text(json.dumps(sealed(content)))
     with pytest.raises(CacheError, match="its own base"):
-        open_curation(tmp_path / "c", made.folders["selection"].name)
+        reopen(tmp_path / "c", made.folders["selection"].name)
 
 
 def run(data, record, callbacks, epochs=2, trainer=None, **options):
