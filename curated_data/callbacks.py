@@ -288,7 +288,7 @@ class RecurationCallback(pl.Callback):
             return {}
         data.curation, data.lost_tree = curation, None
         self._selection = curation.folders["selection"].name
-        data.set_selection(curation.ids)
+        data.stream_curation(curation)
         if not self.keep_artifacts:
             self._drop_earlier(data)
         self.n_recurations += 1

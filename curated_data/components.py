@@ -86,6 +86,10 @@ class MixedComponent:
         """Stream other samples of the pool from the next epoch on, see `CuratedDataModule.set_selection`."""
         self._data.set_selection(ids, component=self.name)
 
+    def stream_curation(self, curation: "Curation") -> None:
+        """Stream what a curation of the pool selected, see `CuratedDataModule.stream_curation`."""
+        self.set_selection(curation.ids)  # the stream keeps the selections of all components as one
+
     def begin_anew(self) -> None:
         """For a new Trainer: the first curation counts."""
         self.curation, self.lost_tree = self.base_curation, None

@@ -391,6 +391,16 @@ class CuratedDataModule(pl.LightningDataModule):
         self._stream.replace(ids, for_this_run=is_running(self.trainer))
         self._follow_selection()
 
+    def stream_curation(self, curation: "Curation") -> None:
+        """Stream what a curation of the pool selected from the next epoch on, see `set_selection`.
+
+        Checkpoints refer to its selection in the cache.
+        """
+        ids = checked_selection(curation.ids, self.pool, "curation")
+        name = curation.folders["selection"].name
+        self._stream.replace(ids, artifact=name, for_this_run=is_running(self.trainer))
+        self._follow_selection()
+
     def train_dataloader(self) -> StreamLoader:
         if not self._is_set_up:
             self._select()

@@ -21,7 +21,7 @@ from curated_data.errors import ConfigError, CuratedDataError, PoolError
 from curated_data.layout import CHECKPOINTS, TREE
 from curated_data.parallel import rank
 from curated_data.remedies import Remedy
-from curated_data.removal import tidy
+from curated_data.removal import shown, tidy
 from curated_data.seals import reading
 from curated_data.stages.cost import Cost, Rates
 from curated_data.stages.index import AnyPool
@@ -179,7 +179,10 @@ class BuiltTree:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder, Tree.kind)
-        self.inputs: Mapping[str, Any] = self.manifest.get("inputs") or {}
+        with reading(folder / MANIFEST, Remedy(folder / MANIFEST)):
+            self.inputs: Mapping[str, Any] = self.manifest["inputs"]
+            if not isinstance(self.inputs, dict):
+                raise ValueError(f"its inputs are {shown(self.inputs)}")
 
     @property
     def tree(self) -> ClusterTree:

@@ -26,6 +26,8 @@ def check_reopened(cache, made) -> None:
     assert found.report == expected
     assert json.loads(json.dumps(found.report)) == found.report
     assert found.folders == made.folders
+    assert found.config == made.config
+    assert found.tree.metric == made.tree.metric == made.config.metric
     assert found.embeddings.fingerprint == made.embeddings.fingerprint
     np.testing.assert_array_equal(found.ids, made.ids)
     np.testing.assert_array_equal(found.tree.distance, made.tree.distance)
@@ -59,6 +61,7 @@ def shards(tmp_path_factory):
     n_bad=st.integers(0, 3),
     n_copies=st.integers(0, 3),
     removes=st.booleans(),
+    holds_out=st.booleans(),
     metric=st.sampled_from(["l2", "cosine"]),
     share=st.sampled_from([0.4, 0.7, 1.0]),
     flat=st.booleans(),
@@ -67,7 +70,7 @@ def shards(tmp_path_factory):
 )
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_reopened_curation_is_the_one_that_was_made(
-    shards, tmp_path, n_bad, n_copies, removes, metric, share, flat, repeats, seed
+    shards, tmp_path, n_bad, n_copies, removes, holds_out, metric, share, flat, repeats, seed
 ):
     """For `curate`, `extend`, `recurate`, and these upon each other, made or found in the cache."""
     cache = tmp_path / "cache"
@@ -78,7 +81,9 @@ def test_a_reopened_curation_is_the_one_that_was_made(
         sampling="flat" if flat else "hierarchical",
         max_repeats=repeats,
         seed=seed,
-        near_duplicates=NearDuplicateConfig(enabled=removes, threshold=0.999),
+        near_duplicates=NearDuplicateConfig(
+            enabled=removes, threshold=0.999, held_out=[shards(2, 5, 0, 0)] if holds_out else []
+        ),
         embedding=EmbeddingConfig(num_workers=0),
     )
     first, more = shards(0, 20, n_bad, n_copies), [shards(1, 8, n_bad // 2, n_copies), shards(2, 5, 0, 0)]
