@@ -1,5 +1,6 @@
 """What all stages have in common, and the one way to run them."""
 
+import abc
 import contextlib
 import logging
 import time
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(abc.ABC):
     """A stage whose result is one folder of the cache, named by its settings and by what it is made from.
 
     Attributes:
@@ -38,9 +39,9 @@ class Stage:
     inputs: Mapping[str, str] | None
 
     @property
+    @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
         """What determines the result, besides the inputs, as plain values."""
-        raise NotImplementedError
 
     @property
     def name(self) -> str:
