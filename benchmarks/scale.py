@@ -28,8 +28,9 @@ from curated_data.embedding.contents import Contents
 from curated_data.embedding.extract import embeddings_name
 from curated_data.embedding.store import write_shard
 from curated_data.extend import extend
+from curated_data.layout import INDEX
 from curated_data.plan import plan
-from curated_data.pool.index import STAGE, ShardIndex, save_shard_index
+from curated_data.pool.index import ShardIndex, save_shard_index
 from curated_data.pool.known import Facts
 from curated_data.recuration import draw_share, recurate
 from curated_data.report.explain import explain
@@ -174,7 +175,7 @@ def plant_index(pool: ShardPool, root: Path) -> None:
             offset,
             np.tile([400, 60], PER_SHARD),
         )
-        save_shard_index(root / STAGE / index.layout, index, url=shard.url)
+        save_shard_index(root / INDEX / index.layout, index, url=shard.url)
         Facts(root, "layouts").add(shard.fingerprint, index.layout)
 
 

@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from curated_data.embedding.existing import EmbeddedPool
     from curated_data.logging_callback import CurationLogger
     from curated_data.mixture import Component, Mixture
-    from curated_data.pipeline import Curation, curate, curate_embeddings
+    from curated_data.pipeline import curate, curate_embeddings
     from curated_data.pool.shards import ShardPool
     from curated_data.pool.writer import ShardWriter
     from curated_data.selection.retrieval import retrieve
     from curated_data.selection.sampling import flat_sample, hierarchical_sample
+    from curated_data.stages.curation import Curation
 
 __all__ = [
     "ClusterTree",
@@ -57,7 +58,7 @@ _HOMES = {
     "ClusterTree": "clustering.tree",
     "Component": "mixture",
     "CuratedDataModule": "datamodule",
-    "Curation": "pipeline",
+    "Curation": "stages.curation",
     "CurationConfig": "config",
     "CurationLogger": "logging_callback",
     "EmbeddedPool": "embedding.existing",

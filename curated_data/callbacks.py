@@ -16,7 +16,6 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from curated_data.cache import named_folder, read_manifest
 from curated_data.clustering.tree import EXCLUDED
 from curated_data.components import MixedComponent
 from curated_data.config import CurationConfig
@@ -26,11 +25,13 @@ from curated_data.embedding.sharded import unsharded
 from curated_data.errors import CacheError, ConfigError
 from curated_data.holds import remove_unheld
 from curated_data.parallel import barrier, broadcast, is_distributed, rank, together
-from curated_data.pipeline import Curation, check_levels, curate
+from curated_data.pipeline import curate
 from curated_data.recuration import levels_of_share, recurate
 from curated_data.recuration_state import checked_state
 from curated_data.removal import artifact_folder
-from curated_data.stored import open_curation
+from curated_data.reopen import reopen, tree_of
+from curated_data.stages.curation import Curation
+from curated_data.stages.tree import check_levels
 from curated_data.trainer import is_between_epochs
 
 log = logging.getLogger(__name__)
@@ -287,7 +288,7 @@ class RecurationCallback(pl.Callback):
             return {}
         data.curation, data.lost_tree = curation, None
         self._selection = curation.folders["selection"].name
-        data.set_selection(curation.ids)
+        data.stream_curation(curation)
         if not self.keep_artifacts:
             self._drop_earlier(data)
         self.n_recurations += 1
@@ -323,14 +324,11 @@ class RecurationCallback(pl.Callback):
             return
         assert data.cache_dir is not None, "a curation comes with one"
         try:
-            data.curation = open_curation(data.cache_dir, self._selection)
+            data.curation = reopen(data.cache_dir, self._selection)
         except CacheError as error:
             # A later re-curation removed its tree; what is streamed is kept elsewhere.
             data.curation = data.base_curation
-            folder = data.cache_dir / "selection" / self._selection
-            chosen = read_manifest(folder, "selection")
-            tree = named_folder(data.cache_dir, "tree", chosen, "inputs", "tree", of=folder)
-            data.lost_tree = tree.name
+            data.lost_tree = tree_of(data.cache_dir, self._selection).name
             log.warning(
                 "the tree of the resumed selection is gone, figures show the first curation: %s", error
             )

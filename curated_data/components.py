@@ -18,7 +18,7 @@ from curated_data.streaming.strata import check_level
 
 if TYPE_CHECKING:
     from curated_data.datamodule import CuratedDataModule
-    from curated_data.pipeline import Curation
+    from curated_data.stages.curation import Curation
 
 
 class ComponentRow(NamedTuple):
@@ -85,6 +85,10 @@ class MixedComponent:
     def set_selection(self, ids: np.ndarray) -> None:
         """Stream other samples of the pool from the next epoch on, see `CuratedDataModule.set_selection`."""
         self._data.set_selection(ids, component=self.name)
+
+    def stream_curation(self, curation: "Curation") -> None:
+        """Stream what a curation of the pool selected, see `CuratedDataModule.stream_curation`."""
+        self.set_selection(curation.ids)  # the stream keeps the selections of all components as one
 
     def begin_anew(self) -> None:
         """For a new Trainer: the first curation counts."""

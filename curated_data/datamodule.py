@@ -75,7 +75,7 @@ from curated_data.trainer import (
 )
 
 if TYPE_CHECKING:
-    from curated_data.pipeline import Curation
+    from curated_data.stages.curation import Curation
 
 log = logging.getLogger(__name__)
 
@@ -389,6 +389,16 @@ class CuratedDataModule(pl.LightningDataModule):
             replaced = unpacked(self._stream.selection, self.components)
             ids = packed(replaced | {self._names.index(component): ids})
         self._stream.replace(ids, for_this_run=is_running(self.trainer))
+        self._follow_selection()
+
+    def stream_curation(self, curation: "Curation") -> None:
+        """Stream what a curation of the pool selected from the next epoch on, see `set_selection`.
+
+        Checkpoints refer to its selection in the cache.
+        """
+        ids = checked_selection(curation.ids, self.pool, "curation")
+        name = curation.folders["selection"].name
+        self._stream.replace(ids, artifact=name, for_this_run=is_running(self.trainer))
         self._follow_selection()
 
     def train_dataloader(self) -> StreamLoader:

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 from curated_data.datamodule import CuratedDataModule
 from curated_data.errors import ConfigError
-from curated_data.pipeline import Curation
 from curated_data.report import figures
 from curated_data.selection.metrics import checked_labels, class_balance, cluster_balance, read_labels
+from curated_data.stages.curation import Curation
 
 log = logging.getLogger(__name__)
 

@@ -30,9 +30,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 
 from curated_data import CuratedDataModule
-from curated_data.costs import Stage
 from curated_data.errors import ConfigError, CuratedDataError
 from curated_data.plan import duration, plan, plan_tables
+from curated_data.stages.cost import Cost
 
 _PROBE_STEPS = 8
 
@@ -186,7 +186,7 @@ def show_plan(
 
 def training_stage(
     module: lightning.LightningModule, data: CuratedDataModule, trainer: lightning.Trainer, settings: Any
-) -> Stage:
+) -> Cost:
     """The training as a stage: its number of steps, and their time by the median of a few on one device,
     without validation.
     """
@@ -199,9 +199,9 @@ def training_stage(
     if trainer.max_steps >= 0:
         steps = trainer.max_steps if steps is None else min(steps, trainer.max_steps)
     if steps is None:
-        return Stage("train", False, None, f"{an_epoch:,} steps per epoch, without end")
+        return Cost("train", False, None, f"{an_epoch:,} steps per epoch, without end")
     note = f"{steps:,} steps of {data.batch_size} x {trainer.world_size} samples"
-    return Stage("train", False, steps * _step_seconds(module, data, settings), note)
+    return Cost("train", False, steps * _step_seconds(module, data, settings), note)
 
 
 def _n_selected(source: Any) -> int:

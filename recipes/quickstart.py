@@ -38,12 +38,12 @@ from curated_data.cache import atomic_path, fingerprint, open_cache
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, CuratedDataError, PoolError
 from curated_data.paths import local_path
-from curated_data.pipeline import Curation
 from curated_data.progress import log_to_terminal
 from curated_data.report import figures
 from curated_data.report.examples import ClusterRow, cluster_rows
 from curated_data.report.page import write_report
 from curated_data.selection.metrics import class_balance
+from curated_data.stages.curation import Curation
 from lightning_modules import SimCLR
 from lightning_modules.evaluation.knn import knn
 from lightning_modules.evaluation.longtail import mean_known

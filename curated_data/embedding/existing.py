@@ -13,6 +13,7 @@ import torch
 from curated_data.cache import fingerprint
 from curated_data.embedding.store import EmbeddingStore, is_embedded, write_shard
 from curated_data.errors import ConfigError, PoolError
+from curated_data.layout import EMBEDDINGS
 from curated_data.locks import locked
 from curated_data.matrix import Matrix
 from curated_data.parallel import all_gather, rank, world_size
@@ -102,7 +103,7 @@ class EmbeddedPool:
 
     def store(self, root: Path) -> EmbeddingStore:
         """The rows in a cache. In a process group ranks divide the blocks among themselves."""
-        folder = root / "embeddings" / self.name
+        folder = root / EMBEDDINGS / self.name
         own = range(rank(), len(self._blocks), world_size())
         names = np.zeros(len(own), "S20")
         with progress("embeddings", len(own), "blocks") as advance:

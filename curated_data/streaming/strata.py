@@ -7,6 +7,7 @@ import numpy as np
 
 from curated_data.cache import atomic_save, fingerprint
 from curated_data.errors import CacheError, ConfigError
+from curated_data.layout import STREAMING
 from curated_data.seals import load_npy
 
 
@@ -45,7 +46,7 @@ def strata(
     Raises:
         CacheError: neither the tree nor its clusters are there.
     """
-    path = cache_dir / "streaming" / f"{fingerprint(selection=ids, tree=tree, level=level)}.npy"
+    path = cache_dir / STREAMING / f"{fingerprint(selection=ids, tree=tree, level=level)}.npy"
     if find is not None:
         clusters = find(level, ids)
         if keep and not path.exists():

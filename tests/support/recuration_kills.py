@@ -35,7 +35,7 @@ MOMENTS = {
     "embedding": (ModuleEmbedder, "forward", 2),
     "clustering": (hierarchy, "_balanced_sample", 2),
     "sampling": (pipeline, "hierarchical_sample", 1),
-    "switching": (CuratedDataModule, "set_selection", 1),
+    "switching": (CuratedDataModule, "stream_curation", 1),
     "just after": (callbacks, "_compare", 1),
 }
 
