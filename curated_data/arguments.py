@@ -91,6 +91,19 @@ def check_alone(**arguments: object) -> None:
             )
 
 
+def check_unused(**arguments: object) -> None:
+    """Check that none of the arguments about decoding in workers is given.
+
+    Raises:
+        ConfigError: names the first one that is.
+    """
+    for name, value in arguments.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name}: for images that workers decode; with device.decode they do not, drop either"
+            )
+
+
 def check_functions(**functions: object) -> None:
     """Check that what is given for some arguments are functions of an image.
 

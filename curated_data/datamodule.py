@@ -18,15 +18,14 @@ from curated_data.arguments import (
     Pool,
     check_alone,
     check_functions,
-    checked_selection,
+    check_unused,
     named_pools,
 )
 from curated_data.cache import absolute
-from curated_data.components import Source, mixture_summary, number_pools, open_sources, packed, unpacked
+from curated_data.components import Source, open_sources
 from curated_data.config import CurationConfig
 from curated_data.errors import ConfigError
-from curated_data.loaders import check_components, evaluation_loader, training_loader
-from curated_data.mixing import check_mixture, plan_access, stream_order
+from curated_data.loaders import evaluation_loader, training_loader
 from curated_data.mixture import Component, Mixture, as_mixture
 from curated_data.options import (
     MOVED,
@@ -40,33 +39,21 @@ from curated_data.options import (
 )
 from curated_data.parallel import together
 from curated_data.pool import ShardPool
-from curated_data.resuming import is_tuned, resume_stream
+from curated_data.resuming import is_tuned
+from curated_data.selected import SelectedStream
 from curated_data.streaming.classes import class_names
 from curated_data.streaming.crop import CenterCrop
 from curated_data.streaming.device import with_device_views
 from curated_data.streaming.encoded import DeviceDecoder
 from curated_data.streaming.loader import StreamLoader
-from curated_data.streaming.mixture import AnyOrder, MixtureOrder
 from curated_data.streaming.order import LastBatch, Shuffle, check_choices
 from curated_data.streaming.statistics import StreamStatistics
-from curated_data.streaming.training import TrainingStream
-from curated_data.trainer import (
-    change_setting,
-    epochs_to_come,
-    forget_loader,
-    is_between_epochs,
-    is_running,
-    n_trained,
-    ranks,
-    setting,
-)
+from curated_data.trainer import forget_loader, is_between_epochs, ranks, setting
 
 if TYPE_CHECKING:
     from curated_data.pipeline import Curation
 
 log = logging.getLogger(__name__)
-
-_RELOAD = "reload_dataloaders_every_n_epochs"
 
 
 class CuratedDataModule(pl.LightningDataModule):
@@ -191,23 +178,18 @@ class CuratedDataModule(pl.LightningDataModule):
         self.shuffle, self.last_batch = shuffle, last_batch
         self.mixture = None if mixture is None else as_mixture(mixture)
         if self.device.decode:
-            for name, value in (("views", views), ("decoding.min_size", self.decoding.min_size)):
-                if value is not None:
-                    raise ConfigError(
-                        f"{name}: for images that workers decode; with device.decode they do not, drop either"
-                    )
+            check_unused(views=views, **{"decoding.min_size": self.decoding.min_size})
         if self.mixture is not None:
             check_alone(pool=pool, curation=curation, selection=selection, labels=labels)
-            if stratify_level is not None:
-                raise ConfigError("stratify_level: belongs to the components of a mixture; give it to these")
+            check_alone(stratify_level=stratify_level)
             if "source" in (self.decoding.decoders or {}):
                 raise ConfigError("decoders['source']: batches of a mixture have it; rename these members")
             components = self.mixture.components
         elif pool is None:
             raise ConfigError("pool: missing; give shards, or a mixture of several pools or selections")
         else:
-            settings: dict[str, Any] = {"selection": selection, "labels": labels, "curation": curation}
-            components = [Component("", pool, **settings, stratify_level=stratify_level)]
+            chosen: dict[str, Any] = {"selection": selection, "labels": labels, "curation": curation}
+            components = [Component("", pool, **chosen, stratify_level=stratify_level)]
         self.sources: list[Source] = open_sources(components, self)
         self.pool = self.sources[0].pool
         options = self.loader.storage_options
@@ -216,12 +198,9 @@ class CuratedDataModule(pl.LightningDataModule):
         self.class_names: tuple[str, ...] | None = None
         self._class_names_known = False
         self.statistics = StreamStatistics(self.decoding.max_skipped)
-        self.statistics.of_component = dict.fromkeys(self._names, 0)
-        self._stream = TrainingStream(self._n_trained, self.cache_dir, self._checked_ids)
-        self.is_set_up = False
-        self._reload_every: int | None = None
+        self.statistics.of_component = {source.name: 0 for source in self.components}
+        self._selected = SelectedStream(self, self.mixture, self.sources)
         self._decoder: DeviceDecoder | None = None
-        self._planned: str | None = None  # the order for which remote access was planned
         if self.device.views is not None:
             # On the instance: a hook in the class would keep the module's own from ever running.
             self.on_after_batch_transfer = self._make_device_views  # type: ignore[method-assign]
@@ -266,15 +245,11 @@ class CuratedDataModule(pl.LightningDataModule):
 
     @property
     def selection(self) -> np.ndarray | None:
-        if self.mixture is None:
-            return self._stream.selection
-        if not self.is_set_up:
-            return None
-        chosen = ((source, source.selection) for source in self.sources)
-        pieces = [
-            source.first_id + (np.arange(len(source.pool)) if ids is None else ids) for source, ids in chosen
-        ]
-        return np.unique(np.concatenate(pieces))
+        return self._selected.ids
+
+    @property
+    def is_set_up(self) -> bool:
+        return self._selected.is_set_up
 
     def component(self, name: str) -> Source:
         """A component of the mixture, with its `pool`, `curation` and `selection`.
@@ -282,14 +257,17 @@ class CuratedDataModule(pl.LightningDataModule):
         Raises:
             ConfigError: there is none of that name.
         """
-        if name not in self._names:
-            known = f"its components are {', '.join(self._names)}" if self.components else "has no mixture"
-            raise ConfigError(f"component: the data module has no {name!r}; {known}")
-        return self.components[self._names.index(name)]
+        for source in self.components:
+            if source.name == name:
+                return source
+        raise ConfigError(f"component: the data module has no {name!r}; {self._its_components()}")
+
+    def _its_components(self) -> str:
+        return f"its mixture has {', '.join(self.mixture.names)}" if self.mixture else "it has no mixture"
 
     def selection_of(self, source: Source) -> np.ndarray | None:
         """(n,) int64 ids of its pool that a source gives next; None: all, or no `setup` yet."""
-        return self._selections(self._stream.selection)[self.sources.index(source)]
+        return self._selected.selections(self._selected.stream.selection)[self.sources.index(source)]
 
     def component_of(
         self, sample_ids: np.ndarray | Tensor, sources: np.ndarray | Tensor
@@ -311,13 +289,8 @@ class CuratedDataModule(pl.LightningDataModule):
 
         It is the same on all ranks, and a resumed run goes on counting.
         """
-        order = self._stream.order
-        if order is None:
-            return {f"mixture/{name}": 0.0 for name in self._names}
-        epoch, batch = self._stream.position.now(order.n_batches)
-        if isinstance(order, MixtureOrder):
-            return {f"mixture/{name}": passes for name, passes in order.passes(epoch, batch).items()}
-        return {f"mixture/{name}": epoch + batch / order.n_batches for name in self._names}
+        names = [f"mixture/{source.name}" for source in self.components]
+        return dict(zip(names, self._selected.passes(), strict=False))  # without a mixture there are no names
 
     def setup(self, stage: str | None = None) -> None:
         """Index the pools; for "fit" (or None) curate, or find the curation in the cache.
@@ -329,8 +302,8 @@ class CuratedDataModule(pl.LightningDataModule):
         curates = stage in (None, "fit") and any(configs) and not self.is_set_up
         with together() if curates else contextlib.nullcontext():
             if stage in (None, "fit"):
-                self._attach()
-                self._select()
+                self._selected.attach()
+                self._selected.set_up()
             if stage in (None, "fit", "validate"):
                 for pool in self.val_pools.values():
                     pool.index()
@@ -338,7 +311,7 @@ class CuratedDataModule(pl.LightningDataModule):
                 for pool in self.test_pools.values():
                     pool.index()
             if stage == "predict":
-                self._index_pools()
+                self._selected.index()
 
     def set_selection(self, ids: np.ndarray, *, component: str | None = None) -> None:
         """Stream another selection from the next epoch on. Call it on every rank with the same ids.
@@ -357,28 +330,15 @@ class CuratedDataModule(pl.LightningDataModule):
             ConfigError: ids that are not in the pool, or a mixture and no name of one of its components.
         """
         if self.mixture is not None and component is None:
-            raise ConfigError(f"component: missing; the mixture has {', '.join(self._names)}")
-        source = self.sources[0] if component is None else self.component(component)
-        ids = checked_selection(np.asarray(ids), source.pool, "ids")
-        if self.mixture is not None:
-            ids = packed(unpacked(self._stream.selection, self.sources) | {self.sources.index(source): ids})
-        self._stream.replace(ids, for_this_run=is_running(self.trainer))
-        self._follow_selection()
+            raise ConfigError(f"component: missing; {self._its_components()}")
+        self._selected.replace(self.sources[0] if component is None else self.component(component), ids)
 
     def train_dataloader(self) -> StreamLoader:
-        if not self.is_set_up:
-            self._select()
+        self._selected.set_up()
         self._stay_within_selection()
         overfits = bool(setting(self.trainer, "overfit_batches"))
-        shuffle = "none" if overfits else self.shuffle
-        n_ranks, level = ranks(self.trainer)[1], self.sources[0].stratify_level
-        settings = (self.batch_size, n_ranks, self.seed, shuffle, self.last_batch, level)
-        order = self._stream.prepare(self.trainer, settings, lambda ids: self._training_order(ids, overfits))
-        self._follow_selection()
-        if self._planned != order.fingerprint and any(source.is_remote for source in self.sources):
-            plan_access(self.sources, order, epochs_to_come(self.trainer, order.n_batches))
-            self._planned = order.fingerprint
-        loader = training_loader(self, order, self._stream, overfits=overfits)
+        order = self._selected.order(overfits=overfits)
+        loader = training_loader(self, order, self._selected.stream, overfits=overfits)
         if self.device.decode:
             self._decoder = DeviceDecoder(loader.dataset, CenterCrop(self.image_size, scale=False))
         return loader
@@ -406,7 +366,7 @@ class CuratedDataModule(pl.LightningDataModule):
 
         Of a mixture, all pools, one after the other.
         """
-        self._index_pools()
+        self._selected.index()
         first_of_pool = {id(source.pool): source for source in self.sources[::-1]}.values()
         in_order = sorted(first_of_pool, key=lambda source: source.first_id)
         return evaluation_loader(self, [source.pool for source in in_order], plain=True)
@@ -423,7 +383,7 @@ class CuratedDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the stream: what was trained on, not what workers have prefetched."""
-        return self._stream.state_dict(self.trainer is not None and is_between_epochs(self.trainer))
+        return self._selected.stream.state_dict(self.trainer is not None and is_between_epochs(self.trainer))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from where `state_dict` was taken.
@@ -434,8 +394,8 @@ class CuratedDataModule(pl.LightningDataModule):
         """
         # A Trainer restores the data module for validation and prediction too; training does not resume then.
         if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
-            self._stream.load_state_dict(state_dict, self.trainer)
-            self._follow_selection()
+            self._selected.stream.load_state_dict(state_dict, self.trainer)
+            self._selected.follow()
             if self.trainer is not None:
                 forget_loader(self.trainer)
 
@@ -463,71 +423,10 @@ class CuratedDataModule(pl.LightningDataModule):
 
     def _stay_within_selection(self) -> None:
         """Stop a Tuner's search for a batch size at the largest one that the selection fills."""
-        if self.mixture is not None:
-            n_samples = self.mixture.epoch_size or sum(source.n_first for source in self.sources)
-        else:
-            n_samples = len(self.pool) if self.selection is None else len(self.selection)
-        most = n_samples // ranks(self.trainer)[1]
+        most = self._selected.n_epoch() // ranks(self.trainer)[1]
         if self.last_batch == "drop" and self.batch_size > most > 0 and is_tuned(self.trainer):
             log.warning("batch_size: %d is more than the selection fills; trying %d", self.batch_size, most)
             self.batch_size = most
-
-    def _attach(self) -> None:
-        """Begin anew for a Trainer that the stream has not met yet, on the first selection."""
-        if self.trainer is None:
-            return
-        resume_stream(self.trainer)
-        if self._stream.attach(self.trainer):
-            self._reload_every = None
-            for source in self.sources:
-                source.begin_anew()
-
-    def _checked_ids(self, ids: np.ndarray) -> np.ndarray:
-        if self.mixture is not None:
-            self._index_pools()
-            unpacked(ids, self.sources)
-            return ids
-        return checked_selection(ids, self.pool, "the checkpoint's selection")
-
-    def _select(self) -> None:
-        """Index, check and curate all sources; what cannot be mixed is an error before the curations."""
-        if self.is_set_up:
-            return
-        self._index_pools()
-        if self.mixture is not None:
-            size = self.batch_size * ranks(self.trainer)[1]
-            check_mixture(self.mixture, self.sources, size, self.last_batch)
-            check_components(self, [source for source in self.sources if source.batches == "mixed"])
-        for source in self.sources:
-            source.curate("auto" if self.trainer is None else self.trainer.strategy.root_device)
-        if self.mixture is None:
-            self._stream.start_with(self.sources[0].first_selection)
-        elif ranks(self.trainer)[0] == 0:
-            log.info("mixture: %s", mixture_summary(self.mixture, self.sources))
-        self.is_set_up = True
-
-    def _selections(self, ids: np.ndarray | None) -> list[np.ndarray | None]:
-        """Of each source, with those that the stream has replaced."""
-        if self.mixture is None:
-            return [ids]
-        replaced = unpacked(ids, self.sources)
-        return [replaced.get(number, source.first_selection) for number, source in enumerate(self.sources)]
-
-    def _training_order(self, ids: np.ndarray | None, overfits: bool) -> AnyOrder:
-        order = stream_order(
-            self.mixture,
-            self.sources,
-            self._selections(ids),
-            seed=self.seed,
-            batch_size=self.batch_size * ranks(self.trainer)[1],
-            shuffled=not overfits,
-            last_batch=self.last_batch,
-            keep_strata=ranks(self.trainer)[0] == 0,
-        )
-        log.info(
-            "stream: %d samples, %d global batches of %d", order.n_samples, order.n_batches, order.batch_size
-        )
-        return order
 
     def _make_device_views(self, batch: Any, dataloader_idx: int) -> Any:
         """Lightning's `on_after_batch_transfer`; a subclass's own, or the module's, gets what it returns."""
@@ -540,38 +439,12 @@ class CuratedDataModule(pl.LightningDataModule):
             return module.on_after_batch_transfer(batch, dataloader_idx)  # Lightning calls only one of two
         return batch
 
-    def _n_trained(self) -> int:
-        """Batches whose optimizer step is done; without a Trainer, batches handed out."""
-        if self.trainer is None:
-            return self.statistics.n_batches
-        return n_trained(self.trainer)
-
-    def _follow_selection(self) -> None:
-        """While a new selection is waiting, make the Trainer ask for a new loader at the next epoch."""
-        if self.trainer is None:
-            return
-        waiting = self._stream.waiting
-        if waiting and self._reload_every is None:
-            self._reload_every = change_setting(self.trainer, _RELOAD, 1)
-        elif not waiting and self._reload_every is not None:
-            change_setting(self.trainer, _RELOAD, self._reload_every)
-            self._reload_every = None
-
-    @property
-    def _names(self) -> list[str]:
-        return [source.name for source in self.components]
-
     @property
     def _pools(self) -> list[ShardPool]:
         """All that are read, each once."""
         pools = [source.pool for source in self.sources]
         pools += [*self.val_pools.values(), *self.test_pools.values()]
         return list({id(pool): pool for pool in pools}.values())
-
-    def _index_pools(self) -> None:
-        for source in self.sources:
-            source.index()
-        number_pools(self.sources)
 
 
 for _name in MOVED:

@@ -172,11 +172,12 @@ def grouped(old: Mapping[str, Any], **given: Any) -> tuple[LoaderOptions, Decodi
     """The groups, from what was given for each and from arguments of before there were groups.
 
     Args:
-        old: arguments by their old names; each is a DeprecationWarning that names the new place.
+        old: arguments by their old names, which count before what is given in a group, as on a command line
+            over a file; each is a DeprecationWarning that names the new place.
         given: `loader`, `decoding` and `device`: options, mappings of their fields, or None.
 
     Raises:
-        ConfigError: a field that does not exist, a value out of range, or one given in both places.
+        ConfigError: a field that does not exist, or a value out of range.
         TypeError: an argument that there never was.
     """
     found = {}
@@ -203,10 +204,6 @@ def grouped(old: Mapping[str, Any], **given: Any) -> tuple[LoaderOptions, Decodi
             raise ConfigError(
                 f"{group}: expected {schema.__name__} or a mapping of its fields, found {base!r}"
             )
-        if base is not None:
-            for field in moved[group]:
-                if getattr(base, field) != getattr(schema(), field):
-                    raise ConfigError(f"{group}.{field}: given together with the old argument; drop that one")
         found[group] = dataclasses.replace(base or schema(), **moved[group])
     return found["loader"], found["decoding"], found["device"]
 

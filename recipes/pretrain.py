@@ -170,6 +170,7 @@ def show_plan(
         console.print(f"no curation; {training.note}: {duration(training.seconds or 0)}")
         return
     for source in curated:
+        assert source.curation_config is not None, "it is curated"
         assert source.embedder is not None, "a curation comes with one"
         assert source.cache_dir is not None, "a curation comes with one"
         found = plan(

@@ -115,7 +115,8 @@ def _overlap(sources: list[Source]) -> str:
         for source, row in zip(sources, shared.tolist(), strict=True)
     )
     return (
-        "<h2>Samples in common</h2><p>Different samples that the components of row and column both hold; on the "
-        f'diagonal, that a component holds.</p><div class="scroll"><table><tr><th></th>{heads}</tr>{lines}'
+        "<h2>Samples in common</h2><p>Different samples that the components of row and column both hold; on "
+        "the diagonal, that a component holds.</p>"
+        f'<div class="scroll"><table><tr><th></th>{heads}</tr>{lines}'
         "</table></div>"
     )

@@ -115,7 +115,7 @@ class Loop:
         batches = iter(sampler)
         for _ in range(n_batches):
             batch = next(batches)
-            self.trained.append((batch.epoch, tuple(batch)))
+            self.trained.append((batch.epoch, tuple(batch.ids)))
             self.count += 1
         for _ in range(prefetched):
             next(batches, None)

@@ -131,7 +131,8 @@ def train(shards: str | Sequence[str | Path], ids: Ids) -> int:
         decoding=DecodingOptions(on_error="skip"),
     )
     print(OwnData(ShardPool("pool.tar"), {"target_size": 10}, embedder="pixels:8", cache_dir="cache"))
-    print(CuratedDataModule("pool.tar", selection=ids, labels="labels.npy", loader=LoaderOptions(num_workers=0)))
+    alone = LoaderOptions(num_workers=0)
+    print(CuratedDataModule("pool.tar", selection=ids, labels="labels.npy", loader=alone))
     callbacks: list[lightning.Callback] = [
         RecurationCallback(every_n_epochs=5, share=0.5, embedder=lambda module: module),
         RecurationCallback(monitor="loss", mode="min", on_failure="keep"),

@@ -321,7 +321,8 @@ def test_a_re_curation_names_its_component(write_pool, tmp_path):
     components = [Component("curated", shards[0], 2, curation=curation(16)), Component("whole", shards[1], 1)]
     for name, told in ((None, "'?component'?"), ("wohle", "'wohle'"), ("whole", "curation")):
         loaded = CuratedDataModule(
-            mixture=Mixture(components), embedder="pixels:8", views=to_float, batch_size=8, loader={"num_workers": 0},
+            mixture=Mixture(components), embedder="pixels:8", views=to_float, batch_size=8,
+            loader={"num_workers": 0},
             cache_dir=tmp_path / "cache",
         )  # fmt: skip
         with pytest.raises(ConfigError, match=told):
@@ -446,7 +447,8 @@ def test_a_mixture_of_another_run_is_not_resumed_in_the_middle_of_an_epoch(folde
     state = loader.state_dict()
     assert state["batch"] == 1
     other = CuratedDataModule(
-        mixture=mixture(folder, weights={0: [1, 1, 1]}), batch_size=8, loader={"num_workers": 0}, views=noisy_crop,
+        mixture=mixture(folder, weights={0: [1, 1, 1]}), batch_size=8, views=noisy_crop,
+        loader={"num_workers": 0},
         cache_dir=folder / "cache",
     )  # fmt: skip
     other.load_state_dict(state)

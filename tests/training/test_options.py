@@ -80,9 +80,10 @@ def test_bad_values_are_one_error_each(make, named):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_setting_in_both_places_is_an_error(write_pool):
-    with pytest.raises(ConfigError, match="num_workers: given together"):
-        CuratedDataModule(write_pool([4]), num_workers=1, loader=LoaderOptions(num_workers=2))
+def test_an_old_argument_counts_before_its_group(write_pool):
+    options = LoaderOptions(num_workers=2, slow_after=3)
+    data = CuratedDataModule(write_pool([4]), num_workers=1, loader=options)
+    assert data.loader == LoaderOptions(num_workers=1, slow_after=3)
 
 
 def test_fields_are_checked_against_the_pool(write_pool):
