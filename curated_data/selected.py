@@ -37,11 +37,11 @@ class SelectedStream:
     """
 
     def __init__(self, data: "CuratedDataModule", mixture: Mixture | None, sources: list[Source]) -> None:
+        self._data = data
         self.mixture = mixture
         self.sources = sources
         self.stream = TrainingStream(self._n_trained, data.cache_dir, self._checked_ids)
         self.is_set_up = False
-        self._data = data
         self._reload_every: int | None = None  # the Trainer's, while another stands there
         self._planned: str | None = None  # the order for which remote access was planned
 

@@ -78,7 +78,7 @@ class RecipeCLI(LightningCLI):
 
     Checkpoints are also linked as `last.ckpt`, and `--ckpt_path last` is an error where there is none.
 
-    `test` is no subcommand: the data module has nothing to test on; `recipes/evaluate.py` evaluates.
+    `test` is no subcommand: our modules have no `test_step`; `recipes/evaluate.py` evaluates.
     """
 
     @staticmethod
