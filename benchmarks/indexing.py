@@ -162,8 +162,8 @@ def open_pool(folder: Path, n_shards: int, per_shard: int = 100) -> None:
             pool,
             shuffle=shuffle,
             views=lambda content: content,
-            decoders={"bin": lambda content: torch.zeros(1)},
-            num_workers=0,
+            decoding={"decoders": {"bin": lambda content: torch.zeros(1)}},
+            loader={"num_workers": 0},
         )
         data.pool.image_extensions = ("bin",)
         batches = iter(data.train_dataloader())

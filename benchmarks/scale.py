@@ -197,8 +197,9 @@ def plant_embeddings(pool: ShardPool, root: Path, name: str, ids: np.ndarray | N
 
 def data_module(pool: ShardPool, config: Any, settings: dict[str, Any], **how: Any) -> CuratedDataModule:
     """Samples are zeros: what is measured is everything but their bytes."""
-    given = {name: settings[name] for name in ("embedder", "cache_dir", "decoders")}
-    return CuratedDataModule(pool, config, batch_size=1_024, num_workers=0, views=unchanged, **given, **how)
+    given = {name: settings[name] for name in ("embedder", "cache_dir")}
+    given |= {"loader": {"num_workers": 0}, "decoding": {"decoders": settings["decoders"]}}
+    return CuratedDataModule(pool, config, batch_size=1_024, views=unchanged, **given, **how)
 
 
 def size_of(path: Path) -> float:

@@ -33,7 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from curated_data import CuratedDataModule, CurationConfig, ShardPool, ShardWriter, curate
+from curated_data import CuratedDataModule, CurationConfig, LoaderOptions, ShardPool, ShardWriter, curate
 from curated_data.cache import atomic_path, fingerprint, open_cache
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, CuratedDataError, PoolError
@@ -242,8 +242,8 @@ def pretrained(
         pool,
         selection=ids,
         batch_size=min(BATCH_SIZE, len(ids)),
-        num_workers=options.workers,
         seed=options.seed,
+        loader=LoaderOptions(num_workers=options.workers),
     )
     quiet_trainer(max_epochs=options.epochs).fit(module, stream)
     with atomic_path(path) as temporary:

@@ -385,7 +385,7 @@ def test_a_manifest_whose_names_climb_is_damaged(tmp_path):
 def test_a_stream_takes_no_selection_by_a_path(place, name, monkeypatch):
     shards, cache, _, _ = place
     np.save(cache.parent / "victim" / "ids.npy", np.arange(3))
-    data = CuratedDataModule(shards, cache_dir=cache, num_workers=0)
+    data = CuratedDataModule(shards, cache_dir=cache, loader={"num_workers": 0})
     state = {"epoch": 0, "batch": 0, "n_trained": 0, "global_batch_size": None, "order": None,
              "selection": None, "next_selection": None}  # fmt: skip
     guard = Guard(cache, monkeypatch)

@@ -65,7 +65,7 @@ def input_kinds(world: World) -> list[Kind]:
 
     def chosen(**options: str) -> Any:
         data = CuratedDataModule(
-            world.pool, batch_size=4, num_workers=0, image_size=6,
+            world.pool, batch_size=4, loader={"num_workers": 0}, image_size=6,
             **{name: case / file for name, file in options.items()},
         )  # fmt: skip
         data.setup("fit")
@@ -120,7 +120,7 @@ def state_kinds(world: World) -> list[Kind]:
     callback["artifacts"] = ["tree/0123456789abcdef0123"]
 
     def data() -> CuratedDataModule:
-        return CuratedDataModule(world.pool, batch_size=4, num_workers=0, image_size=6)
+        return CuratedDataModule(world.pool, batch_size=4, loader={"num_workers": 0}, image_size=6)
 
     def state() -> Any:
         module = data()

@@ -115,7 +115,7 @@ def test_dry_run_of_the_recipe(write_pool, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     values = {
         "data.pool": str(tmp_path / "pool-*.tar"), "data.curation.target_size": 32,
-        "data.embedder": "pixels:4", "data.batch_size": 8, "data.num_workers": 0,
+        "data.embedder": "pixels:4", "data.batch_size": 8, "data.loader.num_workers": 0,
         "data.cache_dir": str(tmp_path / "c"),
         "trainer.max_epochs": 3, "trainer.accelerator": "cpu",
         "trainer.default_root_dir": str(tmp_path / "runs"),
@@ -143,7 +143,7 @@ def test_dry_run_of_a_method_with_a_buffer(write_pool, tmp_path, monkeypatch, ca
     write_pool([60, 52])
     monkeypatch.chdir(tmp_path)
     values = {
-        "data.pool": str(tmp_path / "pool-*.tar"), "data.batch_size": 8, "data.num_workers": 0,
+        "data.pool": str(tmp_path / "pool-*.tar"), "data.batch_size": 8, "data.loader.num_workers": 0,
         "model.init_args.buffer_size": 100, "model.init_args.backbone_options": "{width: 4}",
         "trainer.max_epochs": 3, "trainer.accelerator": "cpu",
     }  # fmt: skip

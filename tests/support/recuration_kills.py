@@ -64,7 +64,7 @@ def train(folder: Path, run: str, cache: str, ranks: int, share: float, resume: 
         {"target_size": 24, "levels": levels, "embedding": embedding},
         embedder="pixels:8",
         batch_size=8 // ranks,
-        num_workers=0,
+        loader={"num_workers": 0},
         cache_dir=folder / cache,
     )
     module = SimCLR(

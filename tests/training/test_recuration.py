@@ -297,6 +297,8 @@ def test_what_it_needs_of_the_trainer(write_pool, tmp_path):
                                 enable_checkpointing=False, accelerator="cpu")  # fmt: skip
     with pytest.raises(ConfigError, match="10 clusters of 7 samples"):
         fit(shards, tmp_path / "c", None, epochs=2, callbacks=[RecurationCallback(1, share=0.1)])
-    bare = CuratedDataModule(shards, selection=np.arange(16), views=to_float, batch_size=8, num_workers=0)
+    bare = CuratedDataModule(
+        shards, selection=np.arange(16), views=to_float, batch_size=8, loader={"num_workers": 0}
+    )
     with pytest.raises(ConfigError, match="has no `curation`"):
         trainer.fit(TinyModule(), bare)
