@@ -9,11 +9,13 @@ import numpy as np
 
 from curated_data.clustering.levels import resampled_size
 from curated_data.clustering.rows import BLOCK
-from curated_data.clustering.seeding import SCORES_BYTES
+from curated_data.clustering.seeding import CELL, PROBES, SCORES_BYTES
 from curated_data.config import CurationConfig
+from curated_data.selection import sparse
 from curated_data.selection.links import ONE_CELL
 
 _ROWS_IN_TRANSIT = 8 * BLOCK  # converted at once
+_CANDIDATES = 1 << 15  # of a seeding whose nearest cells are known at once
 _LIBRARIES = 60_000_000  # bytes of buffers that torch, BLAS and faiss allocate on first use
 
 
@@ -135,13 +137,16 @@ def expected_bytes(
     resampled = 0
     if levels and levels[0].n_resamples:
         resampled = min(n, lowest * resampled_size(levels[0], n))
-    # The rows to seed on are held twice: as they are, and by cells.
-    seeded = 2 * min(n, 20 * lowest)
-    held = min((n + max(resampled, seeded)) * row, int(config.max_memory_gb * 1e9))
+    # The rows to seed on are held twice, as they are and by cells, beside the scores of candidates.
+    seeds = min(n, 20 * lowest)
+    held = min((n + max(resampled, 2 * seeds)) * row, int(config.max_memory_gb * 1e9))
     blocks = 5 * min(n, _ROWS_IN_TRANSIT) * row + 4 * BLOCK * 4 * lowest
-    peak = held + blocks + 6 * lowest * row + min(SCORES_BYTES, 400 * n) + 100 * n
+    scores = min(SCORES_BYTES, 4 * PROBES * CELL * seeds) + 2 * 8 * PROBES * min(seeds, _CANDIDATES)
+    peak = held + blocks + 6 * lowest * row + scores + 100 * n
     if config.near_duplicates.enabled:  # the rows of a cell and its neighbours, and faiss's copies
         peak = max(peak, 6 * min(n, ONE_CELL) * row + 100 * n)
+    if config.sampling == "sparse":  # three copies of the rows of some clusters, or of a very large one
+        peak = max(peak, 3 * max(min(n * row, sparse.BUDGET), 2 * n * row // max(clusters, 1)) + 100 * n)
     return {
         "embedding_bytes": n * dimension * itemsize,
         "tree_bytes": tree,

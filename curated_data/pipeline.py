@@ -211,7 +211,7 @@ def _curate(
         )
     derived = not config.levels
     config = dataclasses.replace(config, levels=levels_for(config, n_valid))
-    check_levels(config.levels, n_valid)
+    check_levels(config.levels, n_valid, n_samples)
 
     with _timed(seconds, "cluster"):
         folders["tree"], cached["tree"] = build_tree(
@@ -439,12 +439,18 @@ def selection_name(config: CurationConfig, tree: str) -> str:
     return fingerprint(tree=tree, settings=selection_settings(config), version=VERSIONS["selection"])
 
 
-def check_levels(levels: list[Level] | None, n_samples: int) -> None:
-    """Reject levels with more clusters than samples early, before any long stage starts."""
+def check_levels(levels: list[Level] | None, n_samples: int, n_pool: int | None = None) -> None:
+    """Reject levels with more clusters than samples early, before any long stage starts.
+
+    Args:
+        n_samples: to cluster.
+        n_pool: of the pool, if failed samples and near-duplicates have been taken out of it.
+    """
     asked = levels[0].n_clusters * levels[0].n_splits if levels else 0
     if asked > n_samples:
+        left = "" if n_pool in (None, n_samples) else f" that are left of {n_pool} without near-duplicates"
         raise ConfigError(
-            f"levels[0].n_clusters: {asked} clusters of {n_samples} samples; ask for fewer, or leave "
+            f"levels[0].n_clusters: {asked} clusters of {n_samples} samples{left}; ask for fewer, or leave "
             "`levels` out to have them derived"
         )
 

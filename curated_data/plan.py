@@ -116,7 +116,7 @@ def plan(
     cached, valid = _cached(root, config, store)
     n_valid = n_samples if valid is None else int(valid.sum())
     levels = levels_for(config, n_valid)
-    check_levels(levels, n_valid)
+    check_levels(levels, n_valid, n_samples)
     config = dataclasses.replace(config, levels=levels)
 
     probe = _probe(n_samples, n_probe)

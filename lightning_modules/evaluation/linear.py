@@ -299,7 +299,8 @@ def _minimised(
     """The best head that L-BFGS finds in a frame, and how far above the minimum its objective may be, as a
     share of itself.
     """
-    d, convert = x.shape[1], frame.rows
+    d = x.shape[1]
+    convert: Callable[[Tensor], Tensor] = frame.rows
     if x.numel() * 8 <= _LOGISTIC_COPY:
         x, convert = convert(x), lambda rows: rows  # once; larger sets block by block in every pass
     penalty = torch.cat([weight / frame.scale.square(), frame.scale.new_zeros(1)])[:, None]
