@@ -111,7 +111,7 @@ def _curate(pool: AnyPool, config: CurationConfig, run: Run, embeddings: Embeddi
 
     derived = not config.levels
     config = dataclasses.replace(config, levels=levels_for(config, int(valid.sum())))
-    check_levels(config.levels, int(valid.sum()))
+    check_levels(config.levels, int(valid.sum()), n_samples)
     tree = Tree(run.root, config, inputs).cluster(run, pool, store, valid, derived=derived)
     return select(run, config, tree, store, lambda ids: report_of(pool, store, valid, tree, ids, config))
 

@@ -8,7 +8,7 @@ is not measured, and not part of the total. `benchmarks/plans.py` compares plans
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -107,10 +107,10 @@ def plan(
     check_levels(config.levels, n_samples)
     check_preference(config, pool)
     store, n_missing = embeddings.open()
-    stages, valid = _stages(root, config, store, n_samples)
+    stages, valid = planned_stages(root, config, store, n_samples)
     n_valid = n_samples if valid is None else int(valid.sum())
     levels = stages.tree.config.levels or []
-    check_levels(levels, n_valid)
+    check_levels(levels, n_valid, n_samples)
 
     network = embeddings.embedder
     assert network is not None, "a pool of shards has one"
@@ -126,7 +126,6 @@ def plan(
     costs = stages.costs(n_valid, network.dimension, rates, world_size())
     embedding_bytes = embeddings.disk_bytes(n_samples, network.dimension)
     tree_bytes = stages.tree.disk_bytes(n_samples, network.dimension)
-    # What is mapped counts as the process's memory, although the system takes it back where it has none left.
     mapped = first.n_bytes + embedding_bytes + tree_bytes
     return Plan(
         n_samples=n_samples,
@@ -136,12 +135,23 @@ def plan(
         levels=levels,
         embedding_bytes=embedding_bytes,
         tree_bytes=tree_bytes,
-        peak_bytes=resident_memory() + mapped + _LIBRARIES + max(cost.memory for cost in costs),
+        peak_bytes=peak_memory(costs, mapped, resident_memory()),
         stages=[embed, *costs],
     )
 
 
-class _Stages(NamedTuple):
+def peak_memory(costs: Sequence[Cost], mapped: int, base: int) -> int:
+    """Bytes that a process of these stages takes at its peak, as the system counts it.
+
+    Args:
+        mapped: bytes of the files that it maps, which count although the system takes them back where it has
+            no others left.
+        base: bytes that it takes before the first stage.
+    """
+    return base + mapped + _LIBRARIES + max(cost.memory for cost in costs)
+
+
+class PlannedStages(NamedTuple):
     """The stages after the embedding."""
 
     near_duplicates: NearDuplicates | None
@@ -151,12 +161,12 @@ class _Stages(NamedTuple):
     def costs(self, n: int, dimension: int, rates: Rates, ranks: int = 1) -> list[Cost]:
         """In order, for n samples that are clustered."""
         first = [] if self.near_duplicates is None else [self.near_duplicates.cost(n, dimension)]
-        return [*first, self.tree.cost(n, dimension, rates, ranks), self.selection.cost()]
+        return [*first, self.tree.cost(n, dimension, rates, ranks), self.selection.cost(n, dimension)]
 
 
-def _stages(
+def planned_stages(
     root: Path, config: CurationConfig, store: EmbeddingStore | None, n_samples: int
-) -> tuple[_Stages, np.ndarray | None]:
+) -> tuple[PlannedStages, np.ndarray | None]:
     """The stages after the embedding, and which samples they cluster, as far as is known.
 
     That is nothing, unless all embeddings are cached: artifacts are named by what they were made from.
@@ -176,7 +186,7 @@ def _stages(
     config = dataclasses.replace(config, levels=levels_for(config, n))
     tree = Tree(root, config, inputs)
     selection = Selection(root, config, {"tree": tree.name} if tree.is_cached else None)
-    return _Stages(copies, tree, selection), valid
+    return PlannedStages(copies, tree, selection), valid
 
 
 def plan_tables(plan: Plan) -> list[Table]:

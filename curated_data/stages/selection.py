@@ -17,7 +17,7 @@ from curated_data.layout import SELECTION
 from curated_data.remedies import Remedy
 from curated_data.seals import reading
 from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_sample
-from curated_data.selection.sparse import neighbour_distances, sparse_sample
+from curated_data.selection.sparse import BUDGET, neighbour_distances, sparse_sample
 from curated_data.stages.cost import Cost
 from curated_data.stages.stage import Run, Stage
 
@@ -82,10 +82,21 @@ class Selection(Stage):
         strategy = cast(Strategy, config.strategy)  # one of them, by `load_config`
         return sample(tree, config.target_size, strategy=strategy, **how)
 
-    def cost(self) -> Cost:
-        """The time is not measured."""
-        note = f"{self.config.target_size:,} ids"
-        return Cost(self.step, self.is_cached, 0.0 if self.is_cached else None, note)
+    def cost(self, n: int, dimension: int) -> Cost:
+        """Of drawing from n samples; the time is not measured."""
+        memory = 100 * n
+        if (
+            self.config.sampling == "sparse"
+        ):  # three copies of the rows of some clusters, or of a very large one
+            rows, clusters = 4 * n * dimension, sum(level.n_clusters for level in self.config.levels or ())
+            memory += 3 * max(min(rows, BUDGET), 2 * rows // max(clusters, 1))
+        return Cost(
+            name=self.step,
+            cached=self.is_cached,
+            seconds=0.0 if self.is_cached else None,
+            note=f"{self.config.target_size:,} ids",
+            memory=memory,
+        )
 
 
 def open_selection(folder: Path, n_samples: int) -> Drawn:

@@ -13,7 +13,7 @@ from curated_data.cache import MANIFEST, read_array, read_manifest
 from curated_data.clustering.hierarchy import hierarchical_kmeans
 from curated_data.clustering.levels import Level, TooManyClusters, resampled_size
 from curated_data.clustering.rows import BLOCK
-from curated_data.clustering.seeding import SCORES_BYTES
+from curated_data.clustering.seeding import CELL, PROBES, SCORES_BYTES
 from curated_data.clustering.tree import ClusterTree
 from curated_data.config import CurationConfig, load_config
 from curated_data.embedding import EmbeddingStore
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _NO_LIMIT_GB = 1e9
 _ROWS_IN_TRANSIT = 8 * BLOCK  # converted at once
+_CANDIDATES = 1 << 15  # of a seeding whose nearest cells are known at once
 _NAMES = ("resample", "metric", "init", "n_init", "n_iter", "tol", "seed")
 
 
@@ -148,15 +149,17 @@ class Tree(Stage):
         resampled = 0
         if levels and levels[0].n_resamples:
             resampled = min(n, lowest * resampled_size(levels[0], n))
-        seeded = 2 * min(n, 20 * lowest)  # the rows to seed on are held twice: as they are, and by cells
-        held = min((n + max(resampled, seeded)) * row, int(self.config.max_memory_gb * 1e9))
+        # The rows to seed on are held twice, as they are and by cells, beside the scores of candidates.
+        seeds = min(n, 20 * lowest)
+        held = min((n + max(resampled, 2 * seeds)) * row, int(self.config.max_memory_gb * 1e9))
         blocks = 5 * min(n, _ROWS_IN_TRANSIT) * row + 4 * BLOCK * 4 * lowest
+        scores = min(SCORES_BYTES, 4 * PROBES * CELL * seeds) + 2 * 8 * PROBES * min(seeds, _CANDIDATES)
         return Cost(
             name=self.step,
             cached=self.is_cached,
             seconds=0.0 if self.is_cached else seconds,
             note=f"clusters {' > '.join(f'{total:,}' for total in totals)}",
-            memory=held + blocks + 6 * lowest * row + min(SCORES_BYTES, 400 * n) + 100 * n,
+            memory=held + blocks + 6 * lowest * row + scores + 100 * n,
         )
 
     def disk_bytes(self, n: int, dimension: int) -> int:
@@ -211,12 +214,18 @@ class BuiltTree:
                 raise ValueError(str(error)) from error
 
 
-def check_levels(levels: list[Level] | None, n_samples: int) -> None:
-    """Reject levels with more clusters than samples early, before any long stage starts."""
+def check_levels(levels: list[Level] | None, n_samples: int, n_pool: int | None = None) -> None:
+    """Reject levels with more clusters than samples early, before any long stage starts.
+
+    Args:
+        n_samples: to cluster.
+        n_pool: of the pool, if failed samples and near-duplicates have been taken out of it.
+    """
     asked = levels[0].n_clusters * levels[0].n_splits if levels else 0
     if asked > n_samples:
+        left = "" if n_pool in (None, n_samples) else f" that are left of {n_pool}"
         raise ConfigError(
-            f"levels[0].n_clusters: {asked} clusters of {n_samples} samples; ask for fewer, or leave "
+            f"levels[0].n_clusters: {asked} clusters of {n_samples} samples{left}; ask for fewer, or leave "
             "`levels` out to have them derived"
         )
 
