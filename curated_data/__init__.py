@@ -14,15 +14,17 @@ if os.name == "nt":
         "needs; use it in WSL"
     )
 
+__version__ = "0.2.0"
+
 if TYPE_CHECKING:
     from curated_data.callbacks import RecurationCallback
     from curated_data.clustering.hierarchy import hierarchical_kmeans
     from curated_data.clustering.kmeans import kmeans
-    from curated_data.clustering.levels import Level
     from curated_data.clustering.tree import ClusterTree
     from curated_data.config import CurationConfig
     from curated_data.datamodule import CuratedDataModule
     from curated_data.embedding.existing import EmbeddedPool
+    from curated_data.levels import Level
     from curated_data.logging_callback import CurationLogger
     from curated_data.mixture import Component, Mixture
     from curated_data.pipeline import Curation, curate, curate_embeddings
@@ -61,7 +63,7 @@ _HOMES = {
     "CurationConfig": "config",
     "CurationLogger": "logging_callback",
     "EmbeddedPool": "embedding.existing",
-    "Level": "clustering.levels",
+    "Level": "levels",
     "Mixture": "mixture",
     "RecurationCallback": "callbacks",
     "ShardPool": "pool.shards",

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from curated_data.clustering.levels import resampled_size
 from curated_data.clustering.rows import BLOCK
 from curated_data.clustering.seeding import SCORES_BYTES
 from curated_data.config import CurationConfig
+from curated_data.levels import resampled_size
 from curated_data.selection.links import ONE_CELL
 
 _ROWS_IN_TRANSIT = 8 * BLOCK  # converted at once

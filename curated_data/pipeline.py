@@ -23,7 +23,6 @@ from omegaconf import DictConfig
 
 from curated_data.cache import build_once, fingerprint, open_cache, read_array, read_manifest, write_manifest
 from curated_data.clustering.hierarchy import hierarchical_kmeans
-from curated_data.clustering.levels import Level, TooManyClusters
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig, levels_for, load_config
 from curated_data.deduplication import (
@@ -38,6 +37,7 @@ from curated_data.embedding.existing import EmbeddedPool, Source
 from curated_data.embedding.stage import AnyEmbedder, AnyPool, embedding_stage
 from curated_data.errors import CacheError, ConfigError, CuratedDataError, PoolError
 from curated_data.holds import Hold, hold, holding
+from curated_data.levels import Level, TooManyClusters
 from curated_data.parallel import check_same, rank, together
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders

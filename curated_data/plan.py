@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from curated_data.cache import MANIFEST, open_cache
 from curated_data.clustering.kmeans import kmeans
-from curated_data.clustering.levels import Level
 from curated_data.clustering.rows import resident_memory
 from curated_data.config import CurationConfig, levels_for, load_config
 from curated_data.costs import Rates, Stage, expected_bytes, expected_stages, kmeans_work
@@ -30,6 +29,7 @@ from curated_data.embedding import Embedder, EmbeddingStore, resolve_embedder
 from curated_data.embedding.contents import Contents
 from curated_data.embedding.extract import embed_samples, embeddings_name
 from curated_data.embedding.store import missing_shards
+from curated_data.levels import Level
 from curated_data.parallel import world_size
 from curated_data.pipeline import check_levels, selection_name, tree_name
 from curated_data.pool import ShardPool

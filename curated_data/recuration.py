@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from curated_data.clustering.levels import Level, choose_levels
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig, levels_for
 from curated_data.embedding import Embedder
 from curated_data.embedding.stage import AnyEmbedder, AnyPool, embedding_stage
 from curated_data.errors import ConfigError, PoolError
+from curated_data.levels import Level, choose_levels
 from curated_data.pipeline import (
     Curation,
     build_tree,

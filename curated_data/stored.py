@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from curated_data.cache import MANIFEST, absolute, named_folder, read_array, read_manifest
-from curated_data.clustering.levels import Level
 from curated_data.clustering.tree import ClusterTree
 from curated_data.config import CurationConfig
 from curated_data.embedding import EmbeddingStore
 from curated_data.errors import CacheError
 from curated_data.inspect import check_is_cache
+from curated_data.levels import Level
 from curated_data.pipeline import Curation, read_selection
 from curated_data.remedies import Remedy
 from curated_data.removal import is_fingerprint, shown

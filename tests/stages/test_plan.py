@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curated_data import CurationConfig, Level, ShardPool, curate
-from curated_data.clustering.levels import choose_levels
 from curated_data.config import EmbeddingConfig
 from curated_data.costs import Rates, clustering_work, expected_bytes, expected_stages
+from curated_data.levels import choose_levels
 from curated_data.plan import plan, plan_tables
 from recipes import pretrain
 
