@@ -16,6 +16,8 @@ from omegaconf import OmegaConf
 from curated_data.config import CurationConfig, read_yaml
 from curated_data.errors import ConfigError
 
+Homes = Mapping[str, str]
+
 _TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 _DATA = "curated_data.datamodule.CuratedDataModule"
 
@@ -107,7 +109,7 @@ def _of_class(
     return _of_base(node, module, homes, depth)
 
 
-def _of_base(node: ast.ClassDef, module: str, homes: dict[str, str], depth: int) -> tuple[str, ...] | None:
+def _of_base(node: ast.ClassDef, module: str, homes: Homes, depth: int) -> tuple[str, ...] | None:
     if len(node.bases) != 1 or not isinstance(node.bases[0], ast.Name):
         return None
     base = node.bases[0].id
@@ -116,7 +118,7 @@ def _of_base(node: ast.ClassDef, module: str, homes: dict[str, str], depth: int)
 
 def _imports(tree: ast.Module, module: str, is_package: bool) -> dict[str, str]:
     """Where the names come from that a module takes from others, also for type checkers alone."""
-    homes = {}
+    homes: dict[str, str] = {}
     package = module if is_package else module.rpartition(".")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
