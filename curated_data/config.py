@@ -13,8 +13,8 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from curated_data.clustering.levels import Level, choose_levels
 from curated_data.errors import ConfigError, first_line
+from curated_data.levels import Level, choose_levels
 from curated_data.paths import local_path
 from curated_data.processes import check_context
 from curated_data.seals import open_regular

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning_modules.evaluation
-from curated_data.clustering.levels import Level
 from curated_data.config import CurationConfig, EmbeddingConfig, NearDuplicateConfig
+from curated_data.levels import Level
 
 PAGE = Path(__file__).parent / "api.md"
 SETTINGS_PAGE = Path(__file__).parent / "settings.md"
