@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_modules import MAE, DINOv2, SimCLR, TSimCNE
 from lightning_modules.pretraining.dinov2 import layer_groups, update_average
 from lightning_modules.schedules import cosine
-from tests.lightning_modules.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 VIT = {"backbone": "timm:vit_tiny_patch16_224", "image_size": 16}
 SMALL_VIT = {"patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 2}
@@ -123,6 +123,7 @@ def _gradients(rank: int | None, name: str, epoch: int) -> dict[str, Any]:
     return {"loss": loss.detach(), "gradients": gradients}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "epoch"), [*((n, 0) for n in BUILD), ("tsimcne", 2), ("tsimcne", 3)], ids=str
 )
@@ -153,6 +154,7 @@ class _Stop(L.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "stop"),  # after so many batches, 4 an epoch: inside and at the ends of epochs and stages
     [*((name, 6) for name in BUILD), ("tsimcne", 4), ("tsimcne", 8), ("tsimcne", 9), ("tsimcne", 14)],

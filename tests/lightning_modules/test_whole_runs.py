@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
 from lightning_modules import SP2OT, DINOv2
-from tests.lightning_modules.ranks import on_two_ranks
 from tests.lightning_modules.test_pretraining import BUILD, SMALL_VIT, VIT, Images, build
+from tests.support.ranks import on_two_ranks
 
 NAMES = {
     "simclr": {},
@@ -85,6 +85,7 @@ def test_two_ranks_train_as_one_process_does(name):
     check(on_two_ranks(whole_run, name), name)
 
 
+@pytest.mark.long
 def test_sharded_dinov2_trains_as_one_process_does(tmp_path):
     strategy = ModelParallelStrategy(
         data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False

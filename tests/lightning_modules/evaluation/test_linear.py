@@ -10,7 +10,7 @@ from sklearn.datasets import make_classification
 from sklearn.linear_model import LogisticRegression
 
 from lightning_modules.evaluation.linear import LinearSettings, first_of_each, fit_logistic, linear
-from tests.lightning_modules.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 QUICK = LinearSettings(
     n_iter=60, learning_rates=(0.01, 0.1, 1.0), batch_size=32, inverse_penalties=(0.01, 1.0)
@@ -170,6 +170,7 @@ def _share(rank, x, y):
     return [*result.grid.values(), *(head["accuracy"] for head in result.heads)]
 
 
+@pytest.mark.long
 def test_two_ranks_get_the_result_of_one():
     x, y = (part.numpy() for part in data())
     want = _share(None, x, y)
@@ -198,6 +199,7 @@ def _share_of_ids(rank, x, y, ids):
     return [*result.grid.values(), *(head["class_average"] for head in result.heads), result.n_classes]
 
 
+@pytest.mark.long
 def test_labels_of_any_size():
     """Ids in the millions are classes 0, 1, 2 and, in the test set alone, 3."""
     x, y = (part.numpy() for part in data())

@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
 from lightning_modules.evaluation.multilabel import average_precision, multilabel
-from tests.lightning_modules.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 
 def data() -> tuple[np.ndarray, np.ndarray]:
@@ -46,6 +46,7 @@ def _share(rank):
     return multilabel(x[train], marks[train], x[test], marks[test]).average_precision
 
 
+@pytest.mark.long
 def test_two_ranks_get_the_result_of_one():
     for found in on_two_ranks(_share):
         assert found == pytest.approx(_share(None), abs=1e-6)
