@@ -45,12 +45,12 @@ from curated_data.remedies import Remedy
 from curated_data.removal import tidy
 from curated_data.selection.metrics import cluster_balance
 from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_sample
-from curated_data.selection.sparse import neighbour_distances, sparse_sample
+from curated_data.selection.sparse import find_neighbours, sparse_sample
 from curated_data.shared_build import build_together, check_shared
 
 log = logging.getLogger(__name__)
 
-VERSIONS = {"tree": 6, "selection": 2}
+VERSIONS = {"tree": 6, "selection": 3}
 """Increased when a stage computes something else from the same inputs: older artifacts are then not used."""
 
 _NO_LIMIT_GB = 1e9
@@ -394,8 +394,8 @@ def select(
     def build(folder: Path) -> None:
         size, repeats, seed = config.target_size, config.max_repeats, config.seed
         if config.sampling == "sparse":
-            distance = neighbour_distances(store, tree)
-            ids = sparse_sample(tree, distance, size, max_repeats=repeats, seed=seed)
+            neighbours = find_neighbours(store, tree)
+            ids = sparse_sample(tree, neighbours, size, max_repeats=repeats, seed=seed)
         else:
             sample = flat_sample if config.sampling == "flat" else hierarchical_sample
             strategy = cast(Strategy, config.strategy)  # one of them, by `load_config`
