@@ -27,6 +27,8 @@ NEAREST = 0.01
 """Distances below this part of the median are those of copies, and all the same."""
 CELL = 2048
 """Rows compared with each other at once: those of clusters that lie together, or a part of one cluster."""
+BLOCK = 8192
+"""Rows that are read at once for their mean."""
 _EQUAL = 1e-5  # cosines that differ by less are ties, which are listed all
 
 
@@ -175,11 +177,11 @@ def _cells(rows: np.ndarray, members: np.ndarray) -> Iterator[np.ndarray]:
         yield from _cells(rows, half)
 
 
-def _mean(x: Matrix, ids: np.ndarray, block: int = 1 << 16) -> np.ndarray:
+def _mean(x: Matrix, ids: np.ndarray) -> np.ndarray:
     """(d,) float32 mean of the rows, each of norm 1."""
     total = np.zeros(x.shape[1])
-    for first in range(0, len(ids), block):
-        rows = read_rows(x, ids[first : first + block]).cpu().numpy().astype(np.float32)
+    for first in range(0, len(ids), BLOCK):
+        rows = read_rows(x, ids[first : first + BLOCK]).cpu().numpy().astype(np.float32)
         total += _unit(rows).sum(axis=0, dtype=np.float64)
     return (total / max(1, len(ids))).astype(np.float32)
 
