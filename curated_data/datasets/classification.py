@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from curated_data.errors import PoolError
-from recipes.layouts.images import (
+from curated_data.datasets.images import (
     Images,
     existing,
     image_files,

@@ -7,7 +7,7 @@ import numpy as np
 from scipy.io import loadmat
 
 from curated_data.errors import PoolError
-from recipes.layouts.images import (
+from curated_data.datasets.images import (
     Images,
     Maps,
     existing,
