@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from curated_data.errors import PoolError
 from curated_data.datasets.images import (
     Images,
     existing,
@@ -15,6 +14,7 @@ from curated_data.datasets.images import (
     subfolders,
     train_or_test,
 )
+from curated_data.errors import PoolError
 
 
 def file_list(root: Path, part: str) -> Images:

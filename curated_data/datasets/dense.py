@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from scipy.io import loadmat
 
-from curated_data.errors import PoolError
 from curated_data.datasets.images import (
     Images,
     Maps,
@@ -17,6 +16,7 @@ from curated_data.datasets.images import (
     read_map,
     train_or_test,
 )
+from curated_data.errors import PoolError
 
 IGNORED = 255
 # Ids of Cityscapes' 19 evaluated classes in the order of their train ids.

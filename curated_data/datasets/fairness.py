@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from curated_data.errors import PoolError
 from curated_data.datasets.images import Images, existing, need
+from curated_data.errors import PoolError
 
 COLUMNS = ("imageRelPath", "income", "region.id", "imagenet_sysnet_id")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from curated_data.errors import PoolError
 from curated_data.datasets.images import Images, existing, need
+from curated_data.errors import PoolError
 
 
 def revisited(root: Path, part: str) -> Images:

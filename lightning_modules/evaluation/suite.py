@@ -97,7 +97,9 @@ class SuiteDataset(Protocol):
         """
 
 
-def suite(datasets: Mapping[str, SuiteDataset], *, device: Any = "cpu") -> tuple[dict[str, Figures], list[str]]:
+def suite(
+    datasets: Mapping[str, SuiteDataset], *, device: Any = "cpu"
+) -> tuple[dict[str, Figures], list[str]]:
     """Run all evaluations of all datasets.
 
     Sets with the same base share one head, fitted on the base's train part.

@@ -81,7 +81,9 @@ class SuiteResult(Result):
         write_json(
             path,
             {
-                name: {dataset: {t: f.value for t, f in figures.items()} for dataset, figures in found.items()}
+                name: {
+                    dataset: {t: f.value for t, f in figures.items()} for dataset, figures in found.items()
+                }
                 for name, found in self.figures.items()
             },
         )
