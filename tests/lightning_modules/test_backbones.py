@@ -146,7 +146,7 @@ def test_bad_names_sizes_and_files(tmp_path):
     with pytest.raises(ValueError, match=r"no\.pth"):
         build_backbone("resnet10", width=8, pretrained=tmp_path / "no.pth")
     (tmp_path / "bad.pth").write_bytes(b"hello")
-    with pytest.raises(ValueError, match="read safely"):
+    with pytest.raises(ValueError, match=r"bad\.pth: not a file of plain tensors"):
         build_backbone("resnet10", width=8, pretrained=tmp_path / "bad.pth")
 
 
