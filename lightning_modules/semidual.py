@@ -23,7 +23,7 @@ from torch import Tensor
 _ANDERSON_DEPTH = 10
 # Sums in a pass are in float64 below this error, and after so many passes.
 _SWITCH_TO_DOUBLE = 1e-4
-_MOST_IN_FLOAT = 25
+_MOST_IN_FLOAT = 100
 
 
 @dataclass(frozen=True)
