@@ -12,18 +12,19 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from curated_data.clustering.kmeans import METRICS
+from curated_data.clustering.tree import METRICS
 from curated_data.config import CurationConfig, load_config
 from curated_data.embedding import Embedder
 from curated_data.errors import CuratedDataError
 from curated_data.export import export
 from curated_data.parallel import rank
-from curated_data.pipeline import Curation, curate
+from curated_data.pipeline import curate
 from curated_data.pool import ShardPool
 from curated_data.progress import log_to_terminal
 from curated_data.report.comparison import Row, compare_with_random, comparison_table
 from curated_data.report.page import write_report
 from curated_data.selection.metrics import read_labels
+from curated_data.stages.curation import Curation
 
 
 def walk(
