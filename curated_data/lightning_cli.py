@@ -14,10 +14,11 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from curated_data.datamodule import CuratedDataModule
-from curated_data.errors import ConfigError, CuratedDataError
+from curated_data.errors import ConfigError, CuratedDataError, first_line
 from curated_data.plan import duration, plan, plan_tables
 from curated_data.stages.cost import Cost
 
@@ -58,6 +59,13 @@ class ExactParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().parse_args(*args, **kwargs)
+        except OmegaConfBaseException as error:  # a ${…} that leads nowhere
+            key = str(error.full_key).removeprefix("fit.")
+            raise ConfigError(f"{key}: {first_line(error)}") from error
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]

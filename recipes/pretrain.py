@@ -14,6 +14,17 @@ setting. `${…}` refers to other values. `--ckpt_path last` goes on from the ne
 this logger, or of the ModelCheckpoint's `dirpath`.
 """
 
+if __name__ == "__main__":  # before Lightning and torch are imported, which takes some fifteen seconds
+    import sys
+
+    from curated_data.early import check_keys
+    from curated_data.errors import ConfigError
+
+    try:
+        check_keys(sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(f"pretrain: {error}")
+
 import sys
 
 from lightning.pytorch.cli import LightningCLI
