@@ -17,7 +17,7 @@ from curated_data.clustering.rows import Rows, memory_budget, rank_range
 from curated_data.clustering.seeding import seed_rows
 from curated_data.clustering.survey import survey, warn_unresolved
 from curated_data.clustering.tree import METRICS as METRICS
-from curated_data.errors import first_line
+from curated_data.devices import resolve_device
 from curated_data.matrix import Matrix
 
 log = logging.getLogger(__name__)
@@ -207,22 +207,6 @@ def prepare(
         sample=found.sample,
         largest=found.largest,
     )
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device with this name; "auto" is a CUDA device if there is one.
-
-    Raises:
-        ValueError: this machine has no such device.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f'device={str(device)!r} cannot be used here ({first_line(error)}); give "cpu" or "auto"'
-        ) from error
 
 
 def fit_rows(

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tvf
 
 from curated_data.embedding.identity import module_fingerprint
-from curated_data.embedding.weights import fitted, load_weights, read_weights, seeded, with_hub_weights
 from curated_data.errors import EmbedderError, first_line
+from curated_data.networks import drop_classifier, fitted, load_weights, read_weights, with_hub_weights
+from curated_data.randomness import seeded
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -230,13 +231,15 @@ def _torchvision(rest: str) -> Embedder:
     weights = models.get_model_weights(name).DEFAULT
     preprocess = weights.transforms()
     if source:
-        network = seeded(lambda: models.get_model(name, weights=None))
-        load_weights(network, source, f"torchvision:{name}")
+        with seeded(0):
+            network = models.get_model(name, weights=None)
     else:
         network = with_hub_weights(
             lambda: models.get_model(name, weights=weights), f"torchvision:{name}", weights.url
         )
-    _drop_classifier(network, name)
+    drop_classifier(network, f"torchvision:{name}")
+    if source not in ("", "random"):
+        load_weights(network, source, f"torchvision:{name}")
     return ModuleEmbedder(network, preprocess, name=f"torchvision:{rest}")
 
 
@@ -248,8 +251,10 @@ def _timm(rest: str) -> Embedder:
         near = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
         raise EmbedderError(f"timm has no model {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
     if source:
-        network = seeded(lambda: timm.create_model(name, pretrained=False, num_classes=0))
-        load_weights(network, source, f"timm:{name}")
+        with seeded(0):
+            network = timm.create_model(name, pretrained=False, num_classes=0)
+        if source != "random":
+            load_weights(network, source, f"timm:{name}")
     else:
         place = f"the hub's cache for timm/{name}, or give the file as 'timm:{name}@FILE'"
         network = with_hub_weights(
@@ -392,15 +397,6 @@ def _probe_dimension(embedder: ModuleEmbedder, name: str) -> int:
             f"embedder {name}: gave shape {tuple(output.shape)} for a batch of 1, expected (1, d)"
         )
     return output.shape[1]
-
-
-def _drop_classifier(network: nn.Module, name: str) -> None:
-    """Replace the last linear layer, the classifier of all torchvision models but SqueezeNet, by identity."""
-    linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise EmbedderError(f"torchvision:{name} has no linear classifier to take off; choose another model")
-    parent, _, attribute = linear[-1].rpartition(".")
-    setattr(network.get_submodule(parent), attribute, nn.Identity())
 
 
 def _size(text: str, default: int, name: str, what: str = "image size") -> int:
