@@ -34,7 +34,8 @@ from curated_data.deduplication import (
     read_keep,
 )
 from curated_data.embedding import EmbeddingStore
-from curated_data.embedding.existing import EmbeddedPool, Source
+from curated_data.embedding.existing import EmbeddedPool
+from curated_data.embedding.files import Source
 from curated_data.embedding.stage import AnyEmbedder, AnyPool, embedding_stage
 from curated_data.errors import CacheError, ConfigError, CuratedDataError, PoolError
 from curated_data.holds import Hold, hold, holding

@@ -13,13 +13,14 @@ from curated_data.config import CurationConfig, EmbeddingConfig
 from curated_data.embedding.embedders import Embedder, resolve_embedder
 from curated_data.embedding.existing import EmbeddedPool
 from curated_data.embedding.extract import embed_pool, embeddings_name
+from curated_data.embedding.precomputed import Precomputed
 from curated_data.embedding.store import EmbeddingStore
 from curated_data.errors import ConfigError
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 
 AnyPool = ShardPool | EmbeddedPool
-AnyEmbedder = str | nn.Module | Callable[[Tensor], Tensor] | Embedder
+AnyEmbedder = str | nn.Module | Callable[[Tensor], Tensor] | Embedder | Precomputed
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class EmbeddingStage:
     """What embeds pools, and where the result is kept. Made by `embedding_stage`.
 
     Attributes:
-        embedder: None for pools of rows.
+        embedder: None for pools of rows; files of embeddings for `precomputed:`.
         root: an opened cache.
         settings: of the embedding.
         device: of the embedder.
@@ -35,7 +36,7 @@ class EmbeddingStage:
         fields: that training will ask for, see `embed_pool`.
     """
 
-    embedder: Embedder | None
+    embedder: Embedder | Precomputed | None
     root: Path
     settings: EmbeddingConfig
     device: str | torch.device
@@ -46,6 +47,8 @@ class EmbeddingStage:
         """The folder of a pool's embeddings, before there are any."""
         if isinstance(pool, EmbeddedPool):
             return pool.name
+        if isinstance(self.embedder, Precomputed):
+            return self.embedder.name
         assert self.embedder is not None, "checked when the stage was made"
         settings = dataclasses.asdict(self.settings)
         return embeddings_name(pool, self.embedder, decoders=self.decoders, fields=self.fields, **settings)
@@ -61,6 +64,10 @@ class EmbeddingStage:
         """
         if isinstance(pool, EmbeddedPool):
             return pool.store(self.root)
+        if isinstance(self.embedder, Precomputed):
+            if ids is not None:
+                raise ConfigError("embedder: a re-curation embeds by a network, not by rows that exist")
+            return self.embedder.store(pool, self.root)
         assert self.embedder is not None, "checked when the stage was made"
         return embed_pool(
             pool,
@@ -95,4 +102,8 @@ def embedding_stage(
         return EmbeddingStage(None, root, config.embedding, device, None, None)
     if embedder is None:
         raise ConfigError("embedder: none was given, and the pool is of shards; give the network's name")
+    given = Precomputed.parse(embedder) if isinstance(embedder, str) else embedder
+    if isinstance(given, Precomputed):
+        given.embeddings  # opened before anything takes long  # noqa: B018
+        return EmbeddingStage(given, root, config.embedding, device, None, None)
     return EmbeddingStage(resolve_embedder(embedder), root, config.embedding, device, decoders, fields)
