@@ -97,6 +97,10 @@ class CurationConfig:
             blocks, at every pass.
         embedding: see `EmbeddingConfig`.
         near_duplicates: see `NearDuplicateConfig`.
+
+    Example:
+        >>> from curated_data import CurationConfig
+        >>> config = CurationConfig(target_size=100_000, preset="paper", seed=1)
     """
 
     target_size: int

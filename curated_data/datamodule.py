@@ -170,6 +170,19 @@ class CuratedDataModule(pl.LightningDataModule):
     Raises:
         ConfigError: arguments that contradict each other or are out of range.
         PoolError: no shard matches.
+
+    Example:
+        >>> from curated_data import CuratedDataModule
+        >>> data = CuratedDataModule(
+        ...     "pool-{000..001}.tar",
+        ...     {"target_size": 12},
+        ...     embedder="pixels:8",
+        ...     batch_size=4,
+        ...     cache_dir="cache",
+        ... )
+        >>> data.setup("fit")
+        >>> len(data.train_dataloader())
+        3
     """
 
     def __init__(

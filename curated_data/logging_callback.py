@@ -39,6 +39,11 @@ class CurationLogger(pl.Callback):
     Raises:
         ConfigError: a Trainer without a `CuratedDataModule` that curates, or labels of another length than
             the pool or that are no integers.
+
+    Example:
+        >>> from curated_data import CurationLogger
+        >>> from lightning import Trainer
+        >>> trainer = Trainer(callbacks=[CurationLogger()])
     """
 
     def __init__(self, labels: np.ndarray | None = None, *, class_names: Sequence[str] | None = None) -> None:

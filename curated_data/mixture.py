@@ -39,6 +39,11 @@ class Component:
 
     Raises:
         ConfigError: settings that contradict each other or are out of range.
+
+    Example:
+        >>> from curated_data import Component
+        >>> Component("web", "pool-{000..001}.tar", 0.9).weight
+        0.9
     """
 
     name: str

@@ -68,6 +68,14 @@ class Curation:
         report: what each stage found, as plain numbers and strings.
         config: the settings, with derived levels filled in.
         folders: the folder of each stage's artifact in the cache.
+
+    Example:
+        >>> from curated_data import curate
+        >>> curation = curate(
+        ...     "pool-{000..001}.tar", {"target_size": 10}, embedder="pixels:8", cache_dir="cache"
+        ... )
+        >>> curation.tree.n_samples, curation.report["failed"]
+        (40, 0)
     """
 
     ids: np.ndarray
@@ -118,6 +126,14 @@ def curate(
         EmbedderError: the embedder cannot be found or does not fit the pool.
         CacheError: the cache cannot be written, or another version of the package wrote it.
         RankError: another rank has failed or died.
+
+    Example:
+        >>> from curated_data import curate
+        >>> curation = curate(
+        ...     "pool-{000..001}.tar", {"target_size": 10}, embedder="pixels:8", cache_dir="cache"
+        ... )
+        >>> len(curation.ids)
+        10
     """
     with opened(pool, config, cache_dir) as (shards, settings, root):
         return _curate(shards, settings, embedder, root, device, decoders, fields)

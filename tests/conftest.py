@@ -1,6 +1,5 @@
 """Pools that tests share: real images, and small ones written by webdataset's own writer."""
 
-import io
 import multiprocessing
 import os
 import sys
@@ -11,7 +10,8 @@ import hypothesis
 import numpy as np
 import pytest
 import webdataset
-from PIL import Image
+
+from tests.support.images import png
 
 # Tests give workers functions of their own, which do not pickle; Python 3.14 would start them otherwise. The
 # other ways have tests in test_workers.py.
@@ -35,13 +35,6 @@ def fashion_train() -> list[str]:
 def fashion_test() -> list[str]:
     """1,500 held-out images, balanced."""
     return [str(FASHION / "fashion-test-00.tar")]
-
-
-def png(array: np.ndarray) -> bytes:
-    """An image array (H, W, 3) as PNG bytes."""
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture

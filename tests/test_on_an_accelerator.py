@@ -21,14 +21,14 @@ from lightning_modules.evaluation.retrieval import retrieval
 from lightning_modules.evaluation.robustness import ShiftedSet, robustness
 from lightning_modules.evaluation.segmentation import segmentation
 from lightning_modules.transport import p2ot
-from tests import test_datamodule_options as options
-from tests import test_recuration as recuration
-from tests.accelerator import NAME, Worker, needs_backends_in_python, trainer
 from tests.clustering.test_kmeans import clouds
 from tests.lightning_modules import test_knn as online
 from tests.lightning_modules import test_pretraining as pretraining
 from tests.lightning_modules import test_sp2ot as transport
 from tests.lightning_modules.test_transport import TIGHT, random_cost
+from tests.support.accelerator import NAME, Worker, needs_backends_in_python, trainer
+from tests.training import test_datamodule_options as options
+from tests.training import test_recuration as recuration
 
 pytestmark = [
     needs_backends_in_python,

@@ -96,6 +96,14 @@ def hierarchical_kmeans(
         ValueError: settings that are out of range or contradict the data, or rows beyond float32's range.
         TooManyClusters: (a ValueError) a level asks for more clusters than there are rows or clusters below.
         CacheError: (a ValueError) the checkpoint belongs to another run, or is damaged.
+
+    Example:
+        >>> import numpy as np
+        >>> from curated_data import Level, hierarchical_kmeans
+        >>> rows = np.random.default_rng(0).normal(size=(2000, 16))
+        >>> tree = hierarchical_kmeans(rows, [Level(100, n_resamples=3, sample_size=8), Level(10)])
+        >>> tree.n_clusters
+        {1: 100, 2: 10}
     """
     if resample not in RESAMPLES:
         raise ValueError(f"resample needs one of {RESAMPLES}, got {resample!r}")

@@ -115,6 +115,14 @@ def kmeans(
         ValueError: arguments out of range, more clusters than valid rows, non-finite rows under "raise", or
             rows to seed on that must be held and exceed a third of `max_memory`: a few clusters of many
             `seeding_rows`, or any on an accelerator.
+
+    Example:
+        >>> import numpy as np
+        >>> from curated_data import kmeans
+        >>> rows = np.concatenate([np.zeros((30, 2)), np.full((10, 2), 8.0)])
+        >>> result = kmeans(rows, 2)
+        >>> sorted(np.bincount(result.assignment).tolist()), result.inertia
+        ([10, 30], 0.0)
     """
     if isinstance(n_clusters, bool) or not hasattr(n_clusters, "__index__") or n_clusters < 1:
         raise ValueError(f"n_clusters needs an integer of at least 1, got {n_clusters!r}")

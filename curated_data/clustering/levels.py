@@ -22,6 +22,12 @@ class Level:
             or random ones; None takes half the average cluster size, as in the paper. 1 means no resampling.
         n_splits: s > 1 clusters in two passes: k-means into `n_clusters` groups, then each group by itself
             into s clusters, at most k_l * s in total. A level has splits or resampling, not both.
+
+    Example:
+        >>> from curated_data import CurationConfig, Level
+        >>> config = CurationConfig(target_size=10_000, levels=[Level(5000, n_resamples=10), Level(500)])
+        >>> [level.n_clusters for level in config.levels]
+        [5000, 500]
     """
 
     n_clusters: int

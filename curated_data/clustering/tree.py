@@ -58,6 +58,15 @@ class ClusterTree:
 
     Raises:
         ValueError: levels other than 1..L in both, or shapes or cluster ids that do not match.
+
+    Example:
+        >>> import numpy as np
+        >>> from curated_data import ClusterTree
+        >>> centroids = {1: np.array([[0.0], [1.0], [9.0]]), 2: np.array([[0.5], [9.0]])}
+        >>> parent = {1: np.array([0, 0, 1, 2, -1]), 2: np.array([0, 0, 1])}
+        >>> tree = ClusterTree(centroids, parent)
+        >>> tree.sizes(2).tolist(), tree.members(2, 0).tolist()
+        ([3, 1], [0, 1, 2])
     """
 
     def __init__(

@@ -51,6 +51,7 @@ class EmbeddedPool:
 
     Example:
         >>> import numpy as np
+        >>> from curated_data import EmbeddedPool
         >>> pool = EmbeddedPool(np.random.default_rng(0).normal(size=(1000, 8)))
         >>> len(pool), pool.dimension
         (1000, 8)

@@ -70,9 +70,12 @@ class ShardPool:
         ConfigError: an extension that is empty, or a background that is no colour.
 
     Example:
-        >>> pool = ShardPool("pool-{000..099}.tar", cache_dir="cache")  # doctest: +SKIP
-        >>> pool.read([5, 0], ["jpg"])[0]["jpg"][:2]  # doctest: +SKIP
-        b'\\xff\\xd8'
+        >>> from curated_data import ShardPool
+        >>> pool = ShardPool("pool-{000..001}.tar", cache_dir="cache")
+        >>> len(pool)
+        40
+        >>> pool.read([5, 0], ["png"])[0]["png"][1:4]
+        b'PNG'
     """
 
     def __init__(

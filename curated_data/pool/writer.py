@@ -55,8 +55,11 @@ class ShardWriter:
         CacheError: they cannot be written.
 
     Example:
-        >>> with ShardWriter("out/train-%06d.tar") as writer:  # doctest: +SKIP
-        ...     writer.write({"__key__": "cats/0001", "jpg": data, "cls": 3, "json": {"source": "web"}})
+        >>> from curated_data import ShardPool, ShardWriter
+        >>> with ShardWriter("written-%06d.tar") as writer:
+        ...     writer.write({"__key__": "cats/0001", "txt": "a cat", "cls": 3, "json": {"source": "web"}})
+        >>> ShardPool("written-000000.tar").read([0], ["txt"])[0]["txt"]
+        b'a cat'
     """
 
     def __init__(

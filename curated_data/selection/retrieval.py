@@ -78,6 +78,14 @@ def retrieve(
 
     Raises:
         ConfigError: an argument of the wrong shape, or a number out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from curated_data import retrieve
+        >>> pool = np.random.default_rng(0).normal(size=(1000, 8))
+        >>> found = retrieve(pool, {"mine": pool[[3, 700]]}, n=1)
+        >>> found.ids.tolist(), found.seed.tolist()
+        ([3, 700], [0, 1])
     """
     size, dimension = _shape("embeddings", embeddings)
     for name, value in (("n", n), ("block", block)):

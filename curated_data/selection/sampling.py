@@ -49,6 +49,16 @@ def hierarchical_sample(
 
     Raises:
         ValueError: an argument is out of range, or distances are needed but not available.
+
+    Example:
+        >>> import numpy as np
+        >>> from curated_data import Level, hierarchical_kmeans, hierarchical_sample
+        >>> rows = np.concatenate([np.zeros((900, 2)), np.full((100, 2), 8.0)])
+        >>> rows += np.random.default_rng(0).normal(size=rows.shape)
+        >>> tree = hierarchical_kmeans(rows, [Level(2)])
+        >>> ids = hierarchical_sample(tree, 150)
+        >>> int((ids < 900).sum()), int((ids >= 900).sum())
+        (75, 75)
     """
     _check(target_size, strategy, max_repeats, seed)
     sizes = {level: tree.sizes(level) for level in tree.centroids}
@@ -82,6 +92,16 @@ def flat_sample(
             to the centroids of this level: `tree.distance` for level 1, `embeddings` for others.
 
     The other arguments, the result and the errors are as for `hierarchical_sample`.
+
+    Example:
+        >>> import numpy as np
+        >>> from curated_data import Level, hierarchical_kmeans, flat_sample
+        >>> rows = np.concatenate([np.zeros((900, 2)), np.full((100, 2), 8.0)])
+        >>> rows += np.random.default_rng(0).normal(size=rows.shape)
+        >>> tree = hierarchical_kmeans(rows, [Level(2)])
+        >>> ids = flat_sample(tree, 150)
+        >>> int((ids < 900).sum()), int((ids >= 900).sum())
+        (75, 75)
     """
     _check(target_size, strategy, max_repeats, seed)
     level = 1 if level is None else level

@@ -19,7 +19,7 @@ from lightning_modules import SimCLR
 from tests.chaos.cage import Cage, Ending, snapshot
 from tests.chaos.tally import Tally
 from tests.chaos.world import World, is_beside, tree_of
-from tests.recuration_kills import Recorder, last_checkpoint
+from tests.support.recuration_kills import Recorder, last_checkpoint
 
 _LIMIT = 90.0
 

@@ -12,7 +12,7 @@ from curated_data.cache import open_cache
 from curated_data.embedding import EmbeddingStore, ModuleEmbedder, embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, EmbedderError
 from curated_data.pool import ShardPool
-from tests.conftest import png
+from tests.support.images import png
 
 IMAGE = png(np.full((4, 4, 3), 90, np.uint8))
 

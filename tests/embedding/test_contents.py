@@ -29,7 +29,7 @@ from curated_data.extend import extend
 from curated_data.pipeline import curate
 from curated_data.pool import ShardPool, build, import_archives
 from curated_data.pool.known import Facts
-from tests.pool.server import Server
+from tests.support.server import Server
 
 SETTINGS = {"batch_size": 4, "num_workers": 0, "dtype": "float32"}
 

@@ -13,7 +13,7 @@ from curated_data.embedding import existing
 from curated_data.errors import CacheError, ConfigError, PoolError
 from curated_data.extend import extend
 from curated_data.stored import open_curation
-from tests.processes import run_ranks
+from tests.support.processes import run_ranks
 
 CONFIG = {"target_size": 60, "levels": [{"n_clusters": 20}, {"n_clusters": 5}]}
 

@@ -22,7 +22,7 @@ from curated_data.embedding import store as store_module
 from curated_data.embedding.extract import embed_samples
 from curated_data.errors import CacheError, ConfigError, CuratedDataError, EmbedderError
 from curated_data.pool import ShardPool
-from tests.conftest import png
+from tests.support.images import png
 
 
 def mean_colours(batch):

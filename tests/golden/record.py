@@ -36,7 +36,7 @@ from lightning_modules.evaluation.knn import knn
 from lightning_modules.evaluation.linear import fit_logistic
 from lightning_modules.evaluation.ranking import ranking
 from lightning_modules.evaluation.retrieval import retrieval
-from tests.processes import run_ranks
+from tests.support.processes import run_ranks
 
 GOLDEN = Path(__file__).with_name("golden.json")
 N_CLASSES = 6

@@ -15,7 +15,7 @@ from lightning_modules import SimCLR
 from lightning_modules.evaluation.knn import knn
 from lightning_modules.evaluation.linear import LinearSettings, linear
 from lightning_modules.evaluation.online import OnlineKNN, OnlineLinear, embed_share, evaluation_mode
-from tests.lightning_modules.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_modules import losses
-from tests.lightning_modules.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_modules import MAE, DINOv2, SimCLR, TSimCNE
 from lightning_modules.pretraining.dinov2 import layer_groups, update_average
 from lightning_modules.schedules import cosine
-from tests.lightning_modules.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 VIT = {"backbone": "timm:vit_tiny_patch16_224", "image_size": 16}
 SMALL_VIT = {"patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 2}

@@ -14,7 +14,7 @@ from lightning_modules.distributed import all_gather_rows
 from lightning_modules.evaluation.clustering import clustering
 from lightning_modules.transport import p2ot, solve_sp2ot
 from lightning_modules.transport_clustering import cluster_embeddings
-from tests.lightning_modules.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 SMALL = {"backbone": "resnet10", "image_size": 16, "small_images": True, "backbone_options": {"width": 4}}
 

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
 from lightning_modules import SP2OT, DINOv2
-from tests.lightning_modules.ranks import on_two_ranks
 from tests.lightning_modules.test_pretraining import BUILD, SMALL_VIT, VIT, Images, build
+from tests.support.ranks import on_two_ranks
 
 NAMES = {
     "simclr": {},

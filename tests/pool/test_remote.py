@@ -23,8 +23,8 @@ from curated_data.pool.access import choose_access
 from curated_data.pool.shard import ShardFile
 from curated_data.pool.shard_cache import ShardCache
 from curated_data.pool.store import Store
-from tests.pool.server import Server
-from tests.processes import run_ranks
+from tests.support.processes import run_ranks
+from tests.support.server import Server
 
 STAT = Store.stat
 QUICK = {"attempts": 4, "backoff": 0.01}

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from curated_data.cli import main
 from curated_data.errors import CacheError, PoolError
 from curated_data.pool import ShardPool, import_archives
-from tests.pool.server import Server
+from tests.support.server import Server
 
 PACK = {
     "gz": gzip.compress,

@@ -23,7 +23,7 @@ def test_ids_far_apart_are_shown_by_their_numbers(write_pool, tmp_path):
 
 def test_cls_members_that_are_no_integers_give_no_class_figures(tmp_path, caplog):
     from curated_data import ShardWriter
-    from tests.conftest import png
+    from tests.support.images import png
 
     rng = np.random.default_rng(0)
     with ShardWriter(tmp_path / "pool-%d.tar") as writer:

@@ -12,7 +12,7 @@ from sklearn import metrics
 
 from lightning_modules.evaluation.clustering import clustering
 from lightning_modules.evaluation.longtail import frequency_groups, longtail
-from tests.lightning_modules.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 labelings = st.integers(1, 60).flatmap(
     lambda n: st.tuples(*[st.lists(st.integers(0, 4), min_size=n, max_size=n) for _ in range(2)])

@@ -6,7 +6,7 @@ from scipy import stats
 
 from lightning_modules.evaluation.comparison import comparison
 from lightning_modules.evaluation.segmentation import mean_iou
-from tests.lightning_modules.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 
 def pairs(kind: str, n: int = 400) -> tuple[np.ndarray, np.ndarray]:

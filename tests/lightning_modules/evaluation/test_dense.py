@@ -9,7 +9,7 @@ from torchmetrics.functional import mean_squared_error
 from lightning_modules.evaluation.dense import DenseSettings
 from lightning_modules.evaluation.depth import depth, depth_scores
 from lightning_modules.evaluation.segmentation import segmentation, segmentation_scores
-from tests.lightning_modules.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 QUICK = DenseSettings(n_iter=60, batch_size=6, learning_rate=0.05, warmup=5)
 

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from lightning_modules.evaluation.fairness import fairness
-from tests.lightning_modules.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 
 def data(n: int = 600) -> tuple[np.ndarray, list]:

@@ -6,7 +6,7 @@ import torch
 from scipy.spatial.distance import pdist
 
 from lightning_modules.evaluation.health import health
-from tests.lightning_modules.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 
 def test_effective_rank_of_known_spectra():

@@ -10,7 +10,7 @@ from sklearn.datasets import make_classification
 from sklearn.linear_model import LogisticRegression
 
 from lightning_modules.evaluation.linear import LinearSettings, first_of_each, fit_logistic, linear
-from tests.lightning_modules.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 QUICK = LinearSettings(
     n_iter=60, learning_rates=(0.01, 0.1, 1.0), batch_size=32, inverse_penalties=(0.01, 1.0)

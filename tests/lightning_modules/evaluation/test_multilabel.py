@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
 from lightning_modules.evaluation.multilabel import average_precision, multilabel
-from tests.lightning_modules.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 
 def data() -> tuple[np.ndarray, np.ndarray]:

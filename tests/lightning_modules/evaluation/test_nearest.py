@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lightning_modules.evaluation import nearest
 from lightning_modules.evaluation.knn import knn
 from lightning_modules.evaluation.retrieval import retrieval
-from tests.lightning_modules.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from lightning_modules.evaluation.multilabel import multilabel
 from lightning_modules.evaluation.retrieval import retrieval
 from lightning_modules.evaluation.robustness import ShiftedSet, robustness
 from lightning_modules.evaluation.segmentation import segmentation
-from tests.lightning_modules.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 rng = np.random.default_rng(0)
 X = rng.normal(size=(12, 4)).astype(np.float32)

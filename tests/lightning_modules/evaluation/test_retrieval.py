@@ -12,7 +12,7 @@ from torchmetrics.functional.retrieval import (
 
 from lightning_modules.evaluation import retrieval as module
 from lightning_modules.evaluation.retrieval import retrieval, trapezoid_average_precision
-from tests.lightning_modules.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 METRICS = {"map": retrieval_average_precision, "recall": retrieval_recall, "hit_rate": retrieval_hit_rate}
 

@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from lightning_modules.evaluation.robustness import ShiftedSet, robustness
-from tests.lightning_modules.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 POINTS = torch.eye(4) * 4
 

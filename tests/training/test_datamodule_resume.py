@@ -1,0 +1,150 @@
+"""Wherever a run ends, its checkpoint goes on with the next sample; new selections between epochs."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from curated_data.streaming import EpochOrder
+from tests.support.listing import Interrupted, Listing, Replacing, expected_stream
+from tests.support.trainer_runs import EPOCHS, GLOBAL_BATCH, N_SAMPLES, data, trainer, write_pools
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_pools(tmp_path_factory.mktemp("pool"))
+
+
+STEPS = {"max_steps": 15, "max_epochs": -1}
+
+
+ENDS = {  # how a run ends, what it saves, and how it is taken up again
+    "max_steps in an epoch": ({"max_steps": 4}, {"every_n_train_steps": 2}, {}),
+    "max_steps at an epoch's end": ({"max_steps": 5}, {"every_n_epochs": 1}, {}),
+    "max_steps, saved as an epoch": ({"max_steps": 7}, {"save_on_train_epoch_end": True}, STEPS),
+    "steps to steps": ({"max_steps": 10}, {"every_n_train_steps": 1}, STEPS),
+    "epochs": ({"max_epochs": 2}, {"every_n_epochs": 1}, {}),
+    "saved after validation": ({"max_epochs": 2, "val": True}, {"every_n_epochs": 1}, {}),
+    "validation within epochs": (
+        {"max_epochs": 2, "val": True, "val_check_interval": 2},
+        {},
+        {"val": True, "val_check_interval": 2},
+    ),
+    "an exception": ({"fail_at": 8}, {"save_on_exception": True}, {}),
+    "accumulated gradients": (
+        {"max_steps": 3, "accumulate_grad_batches": 2},
+        {"every_n_train_steps": 1},
+        {"accumulate_grad_batches": 2},
+    ),
+    "limited epochs": (
+        {"limit_train_batches": 3, "max_epochs": 2},
+        {"every_n_train_steps": 2},
+        {"limit_train_batches": 3, "max_epochs": 5},
+    ),
+}
+
+
+@pytest.mark.parametrize(("first", "saving", "then"), ENDS.values(), ids=ENDS.keys())
+def test_every_checkpoint_resumes_at_the_next_sample(folder, tmp_path, first, saving, then):
+    first, then = dict(first), dict(then)
+    kept = ModelCheckpoint(tmp_path / "kept", save_top_k=-1, **saving)
+    module = Listing(first.pop("fail_at", None))
+    arguments = {"max_epochs": -1 if "max_steps" in first else EPOCHS, "callbacks": [kept]}
+    val = {"val_pool": str(folder / "validation-0.tar")}
+    loaded = data(folder, 1, **(val if first.pop("val", False) else {}))
+    if module.fail_at is None:
+        trainer(folder, 1, **{**arguments, **first}).fit(module, loaded)
+    else:
+        with pytest.raises(Interrupted):
+            trainer(folder, 1, **{**arguments, **first}).fit(module, loaded)
+    checkpoints = sorted((tmp_path / "kept").glob("*.ckpt"))
+    assert checkpoints
+    expected = expected_stream(6)
+    assert module.trained == expected[: len(module.trained)]
+    val = val if then.pop("val", False) else {}
+    for path in checkpoints:
+        state = torch.load(path, weights_only=True)["CuratedDataModule"]
+        done = state["epoch"] * 5 + state["batch"]
+        assert 0 < done <= len(module.trained)
+        resumed = Listing()
+        trainer(folder, 1, **then).fit(resumed, data(folder, 1, **val), ckpt_path=str(path))
+        assert resumed.trained == expected[done : done + len(resumed.trained)]
+        assert done + len(resumed.trained) == 15
+
+
+def test_fit_goes_on_in_the_same_trainer_and_starts_over_in_a_new_one(folder):
+    module, loaded = Listing(), data(folder, 1)
+    first = trainer(folder, 1, max_epochs=1)
+    first.fit(module, loaded)
+    first.fit_loop.max_epochs = 2
+    first.fit(module, loaded)
+    assert module.trained == expected_stream(2)
+    again = Listing()
+    trainer(folder, 1, max_epochs=1).fit(again, loaded)
+    assert again.trained == expected_stream(1)
+
+
+def test_validating_a_checkpoint_does_not_move_the_stream(folder, tmp_path):
+    kept = ModelCheckpoint(tmp_path, every_n_train_steps=3)
+    trainer(folder, 1, max_steps=3, max_epochs=-1, callbacks=[kept]).fit(Listing(), data(folder, 1))
+    loaded = data(folder, 1, val_pool=str(folder / "validation-0.tar"))
+    trainer(folder, 1).validate(Listing(), loaded, ckpt_path=kept.best_model_path, verbose=False)
+    module = Listing()
+    trainer(folder, 1, max_epochs=1).fit(module, loaded)
+    assert module.trained == expected_stream(1)
+
+
+def test_without_a_trainer_the_state_counts_what_was_handed_out(folder):
+    loaded = data(folder, 1)
+    seen = [batch["sample_id"].tolist() for batch in itertools.islice(loaded.train_dataloader(), 7)]
+    assert len(seen) == 5  # an epoch's
+    seen += [batch["sample_id"].tolist() for batch in itertools.islice(loaded.train_dataloader(), 3)]
+    resumed = data(folder, 1)
+    resumed.load_state_dict(loaded.state_dict())
+    rest = resumed.train_dataloader()
+    seen += [batch["sample_id"].tolist() for batch in rest]
+    seen += [batch["sample_id"].tolist() for batch in rest]
+    assert seen == expected_stream(3)
+    assert len(rest) == 5
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("at_batch", [None, 2])
+def test_a_new_selection_is_streamed_from_the_next_epoch_and_survives_a_resume(
+    folder, tmp_path, at_batch, cached
+):
+    ids = np.arange(N_SAMPLES)[::-1].copy()
+    new = EpochOrder(ids, seed=0, batch_size=GLOBAL_BATCH)
+    expected = expected_stream(2)
+    expected += [new.batches(2, batch, batch + 1)[1].tolist() for batch in range(6)]
+    expected += [new.batches(3, batch, batch + 1)[1].tolist() for batch in range(6)]
+    cache = {"cache_dir": tmp_path / "cache" if cached else None}
+    within = ModelCheckpoint(tmp_path / "within", filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    ends = ModelCheckpoint(tmp_path / "ends", filename="{step}", save_top_k=-1, save_on_train_epoch_end=True)
+    module = Listing()
+    run = trainer(folder, 1, max_epochs=4, callbacks=[Replacing(ids, 1, at_batch), within, ends])
+    run.fit(module, data(folder, 1, num_workers=1, **cache))
+    assert module.trained == expected
+    assert run.reload_dataloaders_every_n_epochs == 0
+    for name, step in (
+        ("within", 9),
+        ("within", 10),
+        ("ends", 10),
+        ("within", 11),
+        ("within", 14),
+        ("ends", 16),
+    ):
+        path = tmp_path / name / f"step={step}.ckpt"
+        resumed = Listing()
+        if at_batch is None and (name, step) == ("within", 10):
+            continue  # written before the epoch's end, which Lightning does not run again when it resumes
+        callback = [Replacing(ids, 1)] if at_batch is None and step == 9 else []
+        trainer(folder, 1, max_epochs=4, callbacks=callback).fit(
+            resumed, data(folder, 1, **cache), ckpt_path=str(path)
+        )
+        assert resumed.trained == expected[step:], step
