@@ -98,6 +98,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _pool_command(commands, "embed", "embed every sample of a pool", _embed)
     _embedder_option(command)
+    command.add_argument("--out", metavar="FOLDER", help="also write keys and embeddings to this new folder")
+    command.add_argument(
+        "--format",
+        choices=("parquet", "npy"),
+        default="parquet",
+        help="of --out: parquet files, or .npy with keys beside them, as of clip-retrieval "
+        "(default: %(default)s)",
+    )
 
     command = _pool_command(
         commands,
@@ -127,11 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         commands, "curate", "select a balanced subset: index, embed, cluster, sample", _curate
     )
     _curation_options(command)
-    command.add_argument(
-        "--embeddings",
-        action="store_true",
-        help="what is given are embeddings, .npy files or folders of them, not shards; ids are rows",
-    )
+    _rows_option(command)
     command.add_argument("--ids", metavar="FILE", help="also write the selected ids to this .npy file")
     command.add_argument(
         "--dry-run",
@@ -156,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _pool_command(commands, "report", "write one HTML page about a curation", _report)
     _curation_options(command)
+    _rows_option(command)
     command.add_argument("--out", default="report.html", help="the page to write (default: %(default)s)")
     command.add_argument("--title", default="Curation report", help="of the page (default: %(default)s)")
     command.add_argument(
@@ -253,9 +258,18 @@ def _embedder_option(command: argparse.ArgumentParser) -> None:
         "--embedder",
         default="hub:dinov2_vitl14_reg",
         metavar="NAME",
-        help="torchvision:MODEL, timm:MODEL, hub:ENTRY, checkpoint:FILE, … (default: %(default)s)",
+        help="torchvision:MODEL, timm:MODEL, hub:ENTRY, checkpoint:FILE, precomputed:PATH, … (default: %(default)s)",
     )
     command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: %(default)s)")
+
+
+def _rows_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--embeddings",
+        action="store_true",
+        help="what is given are embeddings, not shards: .npy or parquet files, folders of them, or one that "
+        "clip-retrieval wrote; ids are rows",
+    )
 
 
 def _curation_options(command: argparse.ArgumentParser) -> None:
@@ -319,6 +333,12 @@ def _pool(parsed: argparse.Namespace) -> Any:
     )
 
 
+def _rows(parsed: argparse.Namespace) -> Any:
+    from curated_data.embedding.existing import EmbeddedPool
+
+    return EmbeddedPool(parsed.pool)
+
+
 def _colour(text: str) -> int | list[int]:
     """A grey, or red,green,blue, for argparse; `ShardPool` checks their range."""
     values = [int(value) for value in text.split(",")]
@@ -357,12 +377,18 @@ def _index(parsed: argparse.Namespace) -> None:
 def _embed(parsed: argparse.Namespace) -> None:
     from curated_data.cache import open_cache
     from curated_data.embedding import embed_pool, resolve_embedder
+    from curated_data.embedding.out import check_folder, write_embeddings
 
+    if parsed.out is not None:
+        check_folder(parsed.out, parsed.format)
+    pool = _pool(parsed)
     store = embed_pool(
-        _pool(parsed), resolve_embedder(parsed.embedder), open_cache(parsed.cache_dir), device=parsed.device
+        pool, resolve_embedder(parsed.embedder), open_cache(parsed.cache_dir), device=parsed.device
     )
     count = store.n_failures
     print(f"{len(store):,} embeddings of length {store.shape[1]}, {count:,} failed: {store.folder}")
+    if parsed.out is not None:
+        print(f"embeddings: {write_embeddings(store, pool.keys, parsed.out, form=parsed.format)}")
 
 
 def _duplicates(parsed: argparse.Namespace) -> None:
@@ -393,9 +419,7 @@ def _run_curation(parsed: argparse.Namespace) -> tuple[Any, Any]:
 
     config = _config(parsed)
     if getattr(parsed, "embeddings", False):
-        from curated_data.embedding.existing import EmbeddedPool
-
-        rows = EmbeddedPool(parsed.pool)
+        rows = _rows(parsed)
         return rows, curate(rows, config, embedder=None, cache_dir=parsed.cache_dir, device=parsed.device)
     pool = _pool(parsed)
     curation = curate(
@@ -497,7 +521,7 @@ def _report(parsed: argparse.Namespace) -> None:
     _check_output(parsed.out, parsed)
     arrays = {name: _array(getattr(parsed, name), name) for name in ("coordinates", "labels")}
     names = _class_names(parsed.class_names)
-    check_arrays(len(_pool(parsed)), **arrays)
+    check_arrays(len(_rows(parsed) if parsed.embeddings else _pool(parsed)), **arrays)
     pool, curation = _run_curation(parsed)
     print(write_report(curation, pool, parsed.out, title=parsed.title, class_names=names, **arrays))
 

@@ -259,9 +259,7 @@ class ParquetRows:
 
 def is_vector(kind: pa.DataType) -> bool:
     """Whether a column holds vectors."""
-    is_list = (
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    )
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     return bool(is_list and pa.types.is_floating(kind.value_type))
 
 

@@ -98,15 +98,18 @@ class Embeddings:
 
         from curated_data.parquet import column_names, key_column, open_parquet, read_keys
 
-        found, without = [], None
+        found, without = [], ""
         for part in self.parts:
-            file = None if part.table is None else open_parquet(part.table)
-            name = None if file is None else key_column(file, part.table, given)
-            if name is None:
-                names = [] if file is None else column_names(file, part.table)
-                without = without or f"{part.table or part.name} has none (its columns: {', '.join(names)})"
-            else:
+            if part.table is None:
+                without = without or f"{part.name} has none"
+                continue
+            file = open_parquet(part.table)
+            name = key_column(file, part.table, given)
+            if name is not None:
                 found.append(read_keys(file, part.table, name))
+            elif not without:
+                names = ", ".join(column_names(file, part.table))
+                without = f"{part.table} has none (its columns: {names})"
         if found and without:
             raise ConfigError(f"embeddings: some parts have a column of keys, but {without}")
         return pa.concat_arrays(found) if found else None

@@ -102,8 +102,9 @@ def embedding_stage(
         return EmbeddingStage(None, root, config.embedding, device, None, None)
     if embedder is None:
         raise ConfigError("embedder: none was given, and the pool is of shards; give the network's name")
-    given = Precomputed.parse(embedder) if isinstance(embedder, str) else embedder
-    if isinstance(given, Precomputed):
-        given.embeddings  # opened before anything takes long  # noqa: B018
-        return EmbeddingStage(given, root, config.embedding, device, None, None)
+    if isinstance(embedder, str):
+        embedder = Precomputed.parse(embedder) or embedder
+    if isinstance(embedder, Precomputed):
+        embedder.embeddings  # opened before anything takes long  # noqa: B018
+        return EmbeddingStage(embedder, root, config.embedding, device, None, None)
     return EmbeddingStage(resolve_embedder(embedder), root, config.embedding, device, decoders, fields)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curated_data import EmbeddedPool, ShardPool, curate, curate_embeddings
+from curated_data.cache import open_cache
 from curated_data.embedding import Precomputed
 from curated_data.embedding.files import Embeddings
 from curated_data.errors import ConfigError, EmbedderError, PoolError
@@ -109,7 +110,7 @@ def test_rows_are_joined_as_by_a_dictionary(there, extra, group, mapped, seed, t
         source = folder
     else:
         source = write_table(folder / "rows.parquet", kept, rows, group=group)
-    store = Precomputed(source).store(pool, folder / "cache")
+    store = Precomputed(source).store(pool, open_cache(folder / "cache"))
     expected = dict(zip(kept, rows, strict=True))
     for number, key in enumerate(keys):
         assert store.valid[number] == (key in expected)
@@ -187,9 +188,7 @@ def test_a_large_file_is_opened_without_being_read(tmp_path):
     path = tmp_path / "large.npy"
     shape = (10_000_000, 768)
     with open(path, "wb") as file:  # sparse: 15 GB that take no space
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "<f2", "fortran_order": False, "shape": shape}
-        )
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
         file.truncate(file.tell() + shape[0] * shape[1] * 2)
     pool = EmbeddedPool(path)
     assert (len(pool), pool.dimension, pool.dtype) == (*shape, "float16")
