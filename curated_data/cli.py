@@ -258,7 +258,8 @@ def _embedder_option(command: argparse.ArgumentParser) -> None:
         "--embedder",
         default="hub:dinov2_vitl14_reg",
         metavar="NAME",
-        help="torchvision:MODEL, timm:MODEL, hub:ENTRY, checkpoint:FILE, precomputed:PATH, … (default: %(default)s)",
+        help="torchvision:MODEL, timm:MODEL, hub:ENTRY, checkpoint:FILE, precomputed:PATH, … "
+        "(default: %(default)s)",
     )
     command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: %(default)s)")
 

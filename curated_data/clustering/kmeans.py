@@ -132,7 +132,8 @@ def kmeans(
             scores in use.
 
     Raises:
-        ValueError: arguments out of range, weights that are no weights, more clusters than valid rows, non-finite rows under "raise", or
+        ValueError: arguments or weights out of range, more clusters than valid rows, non-finite rows under
+            "raise", or
             rows to seed on that must be held and exceed a third of `max_memory`: a few clusters of many
             `seeding_rows`, or any on an accelerator.
 

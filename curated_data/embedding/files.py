@@ -196,7 +196,7 @@ def _part(file: Path, column: str | None) -> Part:
 
 
 def _clip_retrieval(folder: Path) -> Iterator[Part]:
-    """The parts of a folder that clip-retrieval wrote: `img_emb/img_emb_0.npy`, `metadata/metadata_0.parquet`.
+    """The parts of a folder of clip-retrieval: `img_emb/img_emb_0.npy` and `metadata/metadata_0.parquet`.
 
     Raises:
         PoolError: one has no counterpart, or another number of rows.
