@@ -1,4 +1,4 @@
-"""Parquet files: their columns, read a row group at a time, with one error for whatever is wrong with a file."""
+"""Parquet files: their columns, read a row group at a time, with one error for whatever is wrong."""
 
 import contextlib
 import difflib

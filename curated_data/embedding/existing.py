@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from curated_data.cache import fingerprint
-from curated_data.embedding.files import Embeddings, Source, as_array
+from curated_data.embedding.files import EmbeddingFiles, as_array
+from curated_data.embedding.files import Source as Source
 from curated_data.embedding.store import EmbeddingStore, is_embedded, write_shard
 from curated_data.locks import locked
 from curated_data.parallel import all_gather, rank, world_size
@@ -60,7 +61,7 @@ class EmbeddedPool:
     def __init__(
         self, source: Source | Sequence[Source], *, column: str | None = None, key: str | None = None
     ) -> None:
-        self.embeddings = Embeddings(source, column)
+        self.embeddings = EmbeddingFiles(source, column)
         self.dimension, self.dtype = self.embeddings.dimension, self.embeddings.dtype
         self._key = key
         self._blocks = [
@@ -100,6 +101,16 @@ class EmbeddedPool:
         from curated_data.parquet import text_of_key
 
         return [text_of_key(key) for key in self.key_array.take(np.asarray(ids, np.int64)).to_pylist()]
+
+    def columns(self, names: Sequence[str]) -> "pa.Table":
+        """Columns of the parquet files with the embeddings, or beside them, with n rows in the order of ids.
+
+        Raises:
+            ConfigError: a column that there is not; suggests the nearest name.
+        """
+        from curated_data.pool.columns import columns_of_tables
+
+        return columns_of_tables(len(self), names, [part.table for part in self.embeddings.parts])
 
     @property
     def name(self) -> str:

@@ -39,7 +39,7 @@ class Part:
     table: Path | None = None
 
 
-class Embeddings:
+class EmbeddingFiles:
     """Embeddings in parts that follow each other. Files are mapped, or read when they are asked for.
 
     Args:

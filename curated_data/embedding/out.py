@@ -1,4 +1,4 @@
-"""Writing embeddings to files that other programs read: parquet, or `.npy` as clip-retrieval lays them out."""
+"""Writing embeddings to files that others read: parquet, or `.npy` as clip-retrieval has them."""
 
 import os
 from collections.abc import Callable, Iterator

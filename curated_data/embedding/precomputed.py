@@ -14,7 +14,7 @@ import numpy as np
 
 from curated_data.cache import fingerprint
 from curated_data.embedding.existing import Block, keep_rows, rows_name
-from curated_data.embedding.files import Embeddings
+from curated_data.embedding.files import EmbeddingFiles
 from curated_data.embedding.store import EmbeddingStore
 from curated_data.errors import ConfigError, EmbedderError, PoolError
 from curated_data.parallel import rank, world_size
@@ -37,7 +37,8 @@ class Precomputed:
 
     Args:
         path: see `EmbeddedPool`.
-        key: the column of keys; None takes `key`, `__key__` or `image_path`. In text `precomputed:PATH?key=id`.
+        key: the column of keys; None takes `key`, `__key__` or `image_path`. In text
+            `precomputed:PATH?key=id`.
         column: that of embeddings in a parquet file; None takes the only one, or `embedding`.
         missing: "exclude" samples without a row, or "refuse" to go on.
 
@@ -82,9 +83,9 @@ class Precomputed:
         return cls(path, **options)
 
     @cached_property
-    def embeddings(self) -> Embeddings:
+    def embeddings(self) -> EmbeddingFiles:
         """The files, opened."""
-        return Embeddings(self.path, self.column)
+        return EmbeddingFiles(self.path, self.column)
 
     @property
     def dimension(self) -> int:
@@ -203,7 +204,7 @@ def _reserve(handle: int, size: int) -> None:
         os.posix_fallocate(handle, 0, size)
 
 
-def _columns(embeddings: Embeddings) -> str:
+def _columns(embeddings: EmbeddingFiles) -> str:
     from curated_data.parquet import column_names, open_parquet
 
     table = next(part.table for part in embeddings.parts if part.table is not None)

@@ -1,4 +1,4 @@
-"""Embeddings that exist for a pool of shards: every source, by key and by order, and bad input."""
+"""EmbeddingFiles that exist for a pool of shards: every source, by key and by order, and bad input."""
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from curated_data import EmbeddedPool, ShardPool, curate, curate_embeddings
 from curated_data.cache import open_cache
 from curated_data.embedding import Precomputed
-from curated_data.embedding.files import Embeddings
+from curated_data.embedding.files import EmbeddingFiles
 from curated_data.errors import ConfigError, EmbedderError, PoolError
 from curated_data.extend import extend
 
@@ -138,8 +138,8 @@ def test_what_is_missing_is_counted_or_refused_and_what_is_left_over_counted(poo
     assert curation.report["failed"] == 5
     assert not set(range(5)) & set(curation.ids.tolist())
     assert any("5 samples without one, 2 rows left over" in text for text in caplog.messages)
+    embedder = Precomputed(path, missing="refuse")
     with pytest.raises(ConfigError) as caught:
-        embedder = Precomputed(path, missing="refuse")
         curate(pool, CONFIG, embedder=embedder, cache_dir=tmp_path / "cache")
     assert keys[0] in str(caught.value)
     assert "5 of 75" in str(caught.value)
@@ -239,8 +239,8 @@ def bad(pool, rows, folder) -> dict:
 
 def test_bad_files_are_one_error(pool, rows, tmp_path):
     for name, (kind, named) in bad(pool, rows, tmp_path).items():
+        place = f"{tmp_path}/{name}" if name else ""
         with pytest.raises(kind) as caught:
-            place = f"{tmp_path}/{name}" if name else ""
             curate(pool, CONFIG, embedder=f"precomputed:{place}", cache_dir=tmp_path / "cache")
         assert named in str(caught.value), (name, str(caught.value))
 
@@ -253,7 +253,7 @@ def test_rows_that_are_all_bad_or_of_another_length(pool, rows, tmp_path):
     np.save(tmp_path / "a.npy", rows)
     np.save(tmp_path / "b.npy", rows[:, :4])
     with pytest.raises(ConfigError) as caught:
-        Embeddings([tmp_path / "a.npy", tmp_path / "b.npy"])
+        EmbeddingFiles([tmp_path / "a.npy", tmp_path / "b.npy"])
     assert "length 4" in str(caught.value)
 
 
