@@ -222,6 +222,13 @@ def _pool_command(commands: Any, name: str, what: str, run: Any) -> argparse.Arg
         help="under transparent pixels: a grey, or red,green,blue (default: 128)",
     )
     command.add_argument(
+        "--columns",
+        action="append",
+        metavar="PATH",
+        help="a parquet file, or a folder of them, with more about the samples, joined by key (default: "
+        "those beside the shards)",
+    )
+    command.add_argument(
         "--ignore-exif", action="store_true", help="do not turn images as their EXIF data say"
     )
     _storage_options(command)
@@ -278,6 +285,12 @@ def _curation_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", metavar="YAML", help="fields of CurationConfig")
     command.add_argument("--target-size", type=int, metavar="N", help="samples to select")
     command.add_argument(
+        "--where",
+        metavar="CONDITION",
+        help="in SQL over the columns of the pool, as in 'similarity > 0.28 AND NOT json.nsfw'; other samples "
+        "are dropped",
+    )
+    command.add_argument(
         "--set",
         action="append",
         default=[],
@@ -302,6 +315,8 @@ def _config(parsed: argparse.Namespace) -> Any:
     assert isinstance(merged, DictConfig), "both are mappings"
     if parsed.target_size is not None:
         merged.target_size = parsed.target_size
+    if parsed.where is not None:
+        merged.where = parsed.where
     return load_config(merged)
 
 
@@ -331,6 +346,7 @@ def _pool(parsed: argparse.Namespace) -> Any:
         background=parsed.background,
         exif_orientation=not parsed.ignore_exif,
         strict=parsed.strict,
+        columns=parsed.columns,
     )
 
 
@@ -435,6 +451,8 @@ def _curate(parsed: argparse.Namespace) -> None:
             raise ConfigError("--dry-run: plans the work on shards; there is nothing to embed here")
         _plan(parsed)
         return
+    from curated_data.filtering import filter_rows
+
     if parsed.ids is not None:
         _check_output(parsed.ids, parsed)
     _, curation = _run_curation(parsed)
@@ -451,6 +469,8 @@ def _curate(parsed: argparse.Namespace) -> None:
             f"{level['selected_perplexity']:,.1f}",
         )
     print_table(table)
+    for name, value in filter_rows(report.get("filters")):
+        print(f"{name}: {value}")
     if report["failed"]:
         print(f"{report['failed']:,} samples could not be embedded: see {curation.folders['embeddings']}")
     if report["excluded"]:

@@ -31,6 +31,7 @@ from curated_data.embedding.contents import Contents
 from curated_data.embedding.existing import EmbeddedPool
 from curated_data.embedding.stage import AnyEmbedder, AnyPool, embedding_stage
 from curated_data.errors import CacheError, ConfigError, PoolError
+from curated_data.filtering import filter_inputs, filter_pool, filter_report
 from curated_data.parallel import all_gather, rank, world_size
 from curated_data.paths import local_path
 from curated_data.pipeline import Curation, opened, publish_tree, read_selection, report_of, select
@@ -151,10 +152,15 @@ def _extend(
     if isinstance(pool, ShardPool):
         _check_shards(pool, base, manifest, root)
     config = dataclasses.replace(config, metric=metric)
+    filtered = filter_pool(pool, config)
     held_out = embed_held_out(held_out_pool, source)  # the smaller
     store = source.store(pool)
     kept, known = _kept(pool, store.shard_fingerprints, old, base)
     inputs = {"embedder": store.folder.name, "embeddings": store.fingerprint, "base": base.name}
+    inputs |= filter_inputs(filtered)
+    if filtered is not None:
+        store.left_out = ~filtered.keep
+        kept.parent[1][store.left_out] = EXCLUDED
     folders = {"embeddings": store.folder}
     cached: dict[str, bool] = {}
     copies: dict[str, int] = {}
@@ -162,7 +168,7 @@ def _extend(
     in_tree = kept.parent[1] != EXCLUDED
     new = ~known
     if config.near_duplicates.enabled:
-        origin = {"embedder": store.folder.name, "embeddings": store.fingerprint}
+        origin = {"embedder": store.folder.name, "embeddings": store.fingerprint} | filter_inputs(filtered)
         folders["near_duplicates"], cached["near_duplicates"] = find_near_duplicates(
             root, pool, store, held_out, config, origin, Grown(base.name, known, in_tree)
         )
@@ -175,7 +181,9 @@ def _extend(
         copies["readmitted"] = len(again)
         if len(again):
             log.info("near-duplicates: %d samples removed earlier are copies of none now", len(again))
-    elif "near_duplicates" in manifest["inputs"]:
+    elif "filters" in manifest["inputs"]:  # which may have dropped what they keep now
+        new |= valid & known & ~in_tree
+    if not config.near_duplicates.enabled and "near_duplicates" in manifest["inputs"]:
         log.warning(
             "near_duplicates is not enabled, though the tree was built without near-duplicates: copies among "
             "the new samples stay in, also those of held-out ones"
@@ -212,7 +220,12 @@ def _extend(
         config,
         folder.name,
         store,
-        lambda ids: report_of(pool, store, valid, grown, ids, config) | {"drift": vars(drift)} | copies,
+        lambda ids: (
+            report_of(pool, store, valid, grown, ids, config)
+            | filter_report(filtered, pool)
+            | {"drift": vars(drift)}
+            | copies
+        ),
     )
     ids, report = read_selection(folders["selection"], grown.n_samples)
     report |= {"drift": vars(drift), "cached": cached}  # by the limit of this call

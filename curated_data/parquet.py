@@ -125,6 +125,11 @@ def as_keys(column: Any) -> pa.Array:
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
+def bytes_of_keys(keys: Sequence[str]) -> pa.Array:
+    """Keys as an array of bytes."""
+    return pa.array([key.encode("utf-8", "surrogateescape") for key in keys], pa.large_binary())
+
+
 def packed_keys(starts: np.ndarray, content: np.ndarray) -> pa.Array:
     """Keys that lie one after the other in memory as an array of bytes, without a copy.
 

@@ -38,12 +38,14 @@ from curated_data.embedding.existing import EmbeddedPool
 from curated_data.embedding.files import Source
 from curated_data.embedding.stage import AnyEmbedder, AnyPool, embedding_stage
 from curated_data.errors import CacheError, ConfigError, CuratedDataError, PoolError
+from curated_data.filtering import filter_inputs, filter_pool, filter_report, with_named_ids
 from curated_data.holds import Hold, hold, holding
 from curated_data.parallel import check_same, rank, together
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.remedies import Remedy
 from curated_data.removal import tidy
+from curated_data.selection.included import with_included
 from curated_data.selection.metrics import cluster_balance
 from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_sample
 from curated_data.selection.sparse import neighbour_distances, sparse_sample
@@ -155,7 +157,7 @@ def opened(
         else:
             shards = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
         check_shared(root)
-        yield shards, settings, root
+        yield shards, with_named_ids(settings, shards), root
 
 
 def _curate(
@@ -181,14 +183,18 @@ def _curate(
     log.info("pool: %d samples in %d shards", n_samples, len(pool.urls))
     check_levels(config.levels, n_samples)
     check_preference(config, pool)
+    with _timed(seconds, "filter"):
+        filtered = filter_pool(pool, config)
 
     with _timed(seconds, "embed"):
         held_out = embed_held_out(held_out_pool, source)  # the smaller
         store = source.store(pool)
+    if filtered is not None:
+        store.left_out = ~filtered.keep
     valid = store.valid
     folders = {"embeddings": store.folder}
 
-    origin = {"embedder": store.folder.name, "embeddings": store.fingerprint}
+    origin = {"embedder": store.folder.name, "embeddings": store.fingerprint} | filter_inputs(filtered)
     if config.near_duplicates.enabled:
         with _timed(seconds, "near_duplicates"):
             folder, cached["near_duplicates"] = find_near_duplicates(
@@ -199,15 +205,16 @@ def _curate(
         origin["near_duplicates"] = folder.name
     n_valid = int(valid.sum())
     if not n_valid:
-        if store.n_failures < n_samples:
+        if store.valid.any():
             raise PoolError(
-                f"near-duplicates: all of the pool's {n_samples - store.n_failures} samples that could be "
+                f"near-duplicates: all of the pool's {int(store.valid.sum())} samples that could be "
                 "embedded are copies of held-out ones; raise near_duplicates.threshold, or look at what "
                 "held_out names"
             )
         first = next(store.iterate_failures())
         raise PoolError(
-            f"none of the pool's {n_samples} samples could be embedded; the first: {first['shard']}, key "
+            f"none of the {n_samples if filtered is None else int(filtered.keep.sum())} samples could be "
+            f"embedded; the first: {first['shard']}, key "
             f"{first['key']!r}: {first['reason']}"
         )
     derived = not config.levels
@@ -226,7 +233,7 @@ def _curate(
             config,
             folders["tree"].name,
             store,
-            lambda ids: report_of(pool, store, valid, tree, ids, config),
+            lambda ids: report_of(pool, store, valid, tree, ids, config) | filter_report(filtered, pool),
         )
         ids, report = read_selection(folders["selection"], n_samples)
     report |= {"cached": cached, "seconds": seconds}
@@ -401,6 +408,13 @@ def select(
             sample = flat_sample if config.sampling == "flat" else hierarchical_sample
             strategy = cast(Strategy, config.strategy)  # one of them, by `load_config`
             ids = sample(tree, size, strategy=strategy, max_repeats=repeats, seed=seed)
+        if config.include:
+            usable = np.array(config.include, np.int64)
+            usable = usable[store.valid[usable]]
+            if len(usable) < len(config.include):
+                n_lost = len(config.include) - len(usable)
+                log.warning("include: %d samples are not selected, since they could not be embedded", n_lost)
+            ids = with_included(tree, ids, usable, size, seed=seed)
         np.save(folder / "ids.npy", ids)
         content = {"inputs": {"tree": tree_name}, "settings": settings, "size": len(ids)}
         write_manifest(folder, "selection", content | {"report": figures(ids)})
@@ -432,7 +446,8 @@ def read_selection(folder: Path, n_samples: int) -> tuple[np.ndarray, dict[str, 
 def selection_settings(config: CurationConfig) -> dict[str, Any]:
     """The settings that determine a selection from a tree."""
     names = ("target_size", "strategy", "sampling", "max_repeats", "seed")
-    return {name: getattr(config, name) for name in names}
+    include = {"include": config.include} if config.include else {}
+    return {name: getattr(config, name) for name in names} | include
 
 
 def selection_name(config: CurationConfig, tree: str) -> str:
@@ -468,7 +483,7 @@ def report_of(
         "shards": len(pool.urls),
         "samples": len(pool),
         "failed": store.n_failures,
-        "near_duplicates": int(len(pool) - store.n_failures - valid.sum()),
+        "near_duplicates": int(store.valid.sum() - valid.sum()),
         "excluded": int((valid & (tree.parent[1] == EXCLUDED)).sum()),
         "target_size": config.target_size,
         "selected": len(ids),

@@ -30,6 +30,7 @@ from curated_data.embedding import Embedder, EmbeddingStore, resolve_embedder
 from curated_data.embedding.contents import Contents
 from curated_data.embedding.extract import embed_samples, embeddings_name
 from curated_data.embedding.store import missing_shards
+from curated_data.filtering import filter_inputs, filter_pool, filter_rows, with_named_ids
 from curated_data.parallel import world_size
 from curated_data.pipeline import check_levels, selection_name, tree_name
 from curated_data.pool import ShardPool
@@ -58,6 +59,7 @@ class Plan:
             mapped files, near-duplicates and clustering. The measured peak should be 0.4 to 1 times it;
             worker processes come on top.
         stages: in order.
+        filters: what they drop, as in the report of a curation; None without filters.
     """
 
     n_samples: int
@@ -69,6 +71,7 @@ class Plan:
     tree_bytes: int
     peak_bytes: int
     stages: list[Stage]
+    filters: dict[str, Any] | None = None
 
     @property
     def seconds(self) -> float:
@@ -102,6 +105,8 @@ def plan(
     n_samples = len(pool)
     check_levels(config.levels, n_samples)
     check_preference(config, pool)
+    config = with_named_ids(config, pool)
+    filtered = filter_pool(pool, config)
     settings = dataclasses.asdict(config.embedding)
     folder = root / "embeddings" / embeddings_name(pool, embedder, decoders=decoders, **settings)
     ranges = pool.shard_ranges()
@@ -113,8 +118,11 @@ def plan(
     store = None
     if not missing:
         store = EmbeddingStore(folder, names, embedder.dimension, config.embedding.dtype, urls=pool.urls)
-    cached, valid = _cached(root, config, store)
-    n_valid = n_samples if valid is None else int(valid.sum())
+    if store is not None and filtered is not None:
+        store.left_out = ~filtered.keep
+    cached, valid = _cached(root, config, store, filter_inputs(filtered))
+    n_valid = n_samples if filtered is None else int(filtered.keep.sum())
+    n_valid = n_valid if valid is None else int(valid.sum())
     levels = levels_for(config, n_valid)
     check_levels(levels, n_valid)
     config = dataclasses.replace(config, levels=levels)
@@ -139,6 +147,7 @@ def plan(
         target_size=config.target_size,
         levels=levels,
         stages=stages,
+        filters=None if filtered is None else filtered.report(pool.keys),
         **expected_bytes(n_samples, embedder.dimension, config, base=resident_memory(), index=index_bytes),
     )
 
@@ -157,6 +166,8 @@ def plan_tables(plan: Plan) -> list[Table]:
         ("memory of a process at its height", size(plan.peak_bytes)),
     ):
         sizes.add_row(name, value)
+    for row in filter_rows(plan.filters):
+        sizes.add_row(*row)
     stages = Table(title="Expected, by a probe on this machine")
     stages.add_column("stage")
     stages.add_column("time", justify="right")
@@ -187,7 +198,7 @@ def size(n_bytes: int) -> str:
 
 
 def _cached(
-    root: Path, config: CurationConfig, store: EmbeddingStore | None
+    root: Path, config: CurationConfig, store: EmbeddingStore | None, filters: dict[str, str]
 ) -> tuple[dict[str, bool], np.ndarray | None]:
     """Which stages after the embedding are cached, and which samples are clustered, as far as is known.
 
@@ -196,7 +207,7 @@ def _cached(
     if store is None:
         return {}, None
     valid = store.valid
-    origin = {"embedder": store.folder.name, "embeddings": store.fingerprint}
+    origin = {"embedder": store.folder.name, "embeddings": store.fingerprint} | filters
     cached = {}
     if config.near_duplicates.enabled:
         if config.near_duplicates.held_out:

@@ -27,7 +27,6 @@ from curated_data.cache import atomic_path, fingerprint
 from curated_data.errors import ConfigError, PoolError
 from curated_data.locks import locked
 from curated_data.parquet import (
-    as_keys,
     check_unique,
     column_names,
     in_order,
@@ -362,10 +361,3 @@ def checked_tables(columns: str | Path | Sequence[str | Path] | None) -> list[Pa
     for path in found:
         open_parquet(path)
     return found
-
-
-def ids_of_keys(pool: "ShardPool", keys: Sequence[str]) -> np.ndarray:
-    """The first sample with each key, (n,) int64; -1 for keys that are not in the pool."""
-    index = pool.index()
-    wanted = as_keys(pa.array([key.encode("utf-8", "surrogateescape") for key in keys], pa.large_binary()))
-    return join(wanted, packed_keys(index.key_start, index.key_bytes))

@@ -114,6 +114,7 @@ def write_report(
         "selected": len(curation.ids),
         "unique": len(np.unique(curation.ids)),
         "failed": curation.embeddings.n_failures,
+        "filters": curation.report.get("filters"),
         "excluded": curation.report.get("excluded", 0),
         "equal": _equal(curation),
         "embedder": _embedder(curation),
@@ -184,7 +185,9 @@ def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         elif name != "levels":
-            if isinstance(value, list | tuple):
+            if isinstance(value, list | tuple) and len(value) > 20:
+                value = f"{len(value):,} of them"
+            elif isinstance(value, list | tuple):
                 value = ", ".join(map(str, value)) or "none"
             words = {None: "none", True: "yes", False: "no"}
             yield prefix + name, words[value] if value is None or isinstance(value, bool) else str(value)
