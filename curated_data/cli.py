@@ -287,8 +287,8 @@ def _curation_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--where",
         metavar="CONDITION",
-        help="in SQL over the columns of the pool, as in 'similarity > 0.28 AND NOT json.nsfw'; other samples "
-        "are dropped",
+        help="in SQL over the columns of the pool, as in 'similarity > 0.28 AND NOT json.nsfw'; other "
+        "samples are dropped",
     )
     command.add_argument(
         "--set",

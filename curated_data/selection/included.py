@@ -43,7 +43,7 @@ def with_included(
 
 def _pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Places in both of members of the same clusters, as many as there are of each; none of `EXCLUDED`."""
-    place_of = {}
+    place_of: dict[tuple[int, int, int], int] = {}
     ranked: list[list[tuple[int, int]]] = []
     for number, clusters in enumerate((first, second)):
         order = np.argsort(clusters, kind="stable")
