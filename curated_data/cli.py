@@ -86,8 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "source",
         nargs="+",
-        help="a folder as for ImageFolder: one sub-folder per class; or tar archives, compressed or with the "
-        "parts of samples apart: 'old-{000..099}.tar.gz', a glob in quotes, paths, URLs, or 'pipe:COMMAND'",
+        help="a folder as for ImageFolder: one sub-folder per class; parquet files with images as the Hub "
+        "stores them, or a folder of these; or tar archives, compressed or with the parts of samples apart: "
+        "'old-{000..099}.tar.gz', a glob in quotes, paths, URLs, 'pipe:COMMAND', or a .txt or the .json of "
+        "wids that lists them",
     )
     command.add_argument("out", help="where the shards go")
     _shard_options(command)
@@ -328,11 +330,21 @@ def _import(parsed: argparse.Namespace) -> None:
         "overwrite": parsed.overwrite,
         "storage_options": _storage(parsed),
     }
-    if len(parsed.source) == 1 and os.path.isdir(spelled(parsed.source[0])):
+    sources = [spelled(source) for source in parsed.source]
+    if all(source.endswith(".parquet") or _holds_parquet(source) for source in sources):
+        from curated_data.pool.tables import import_tables
+
+        shards = import_tables(sources, parsed.out, **options)
+    elif len(sources) == 1 and os.path.isdir(sources[0]):
         shards = import_folder(parsed.source[0], parsed.out, **options)
     else:
         shards = import_archives(parsed.source, parsed.out, **options)
     print(f"{len(shards)} shards in {parsed.out}")
+
+
+def _holds_parquet(source: str) -> bool:
+    """Whether a folder holds parquet files and no folders, as a downloaded data set of the Hub."""
+    return os.path.isdir(source) and {Path(name).suffix for name in os.listdir(source)} == {".parquet"}
 
 
 def _pool(parsed: argparse.Namespace) -> Any:

@@ -12,6 +12,9 @@ from curated_data.errors import EmbedderError, first_line
 
 Result = TypeVar("Result")
 
+_WRAPPERS = ("state_dict", "model", "teacher", "student")  # keys under which training scripts save a network
+_PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "encoder.")
+
 
 def with_hub_weights(load: Callable[[], nn.Module], name: str, place: str) -> nn.Module:
     """Build a network whose weights a hub downloads.
@@ -44,7 +47,7 @@ def load_weights(network: nn.Module, source: str, name: str) -> None:
     if source == "random":
         return
     state = read_weights(Path(source), name)
-    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
+    state = unwrapped(state, network)
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise EmbedderError(f"{source}: holds no state dict, names of tensors; save `network.state_dict()`")
     missing, unexpected = fitted(lambda: network.load_state_dict(dict(state), strict=False), source, name)
@@ -56,6 +59,27 @@ def load_weights(network: nn.Module, source: str, name: str) -> None:
             f"{source}: does not fit {name}: {len(missing)} tensors missing (as {missing[:1]}), "
             f"{len(unexpected)} not known (as {unexpected[:1]})"
         )
+
+
+def unwrapped(state: Any, network: nn.Module) -> Any:
+    """The state dict of a network within what training scripts save around it.
+
+    Mappings under `model`, `state_dict`, `teacher` or `student` are opened, and prefixes such as `module.`
+    and `backbone.` taken off, until the names are those of the network.
+    """
+    names = network.state_dict().keys()
+    for _ in range(4):
+        if not isinstance(state, Mapping) or any(name in names for name in state):
+            return state
+        inner = next((state[n] for n in _WRAPPERS if isinstance(state.get(n), Mapping)), None)
+        prefix = next((p for p in _PREFIXES if any(str(name).startswith(p) for name in state)), None)
+        if inner is not None:
+            state = inner
+        elif prefix is not None:
+            state = {str(n).removeprefix(prefix): v for n, v in state.items() if str(n).startswith(prefix)}
+        else:
+            return state
+    return state
 
 
 def fitted(load: Callable[[], Result], source: object, name: str) -> Result:

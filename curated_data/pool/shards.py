@@ -30,6 +30,7 @@ from curated_data.pool.build import (
 )
 from curated_data.pool.decode import IMAGE_EXTENSIONS, as_extensions
 from curated_data.pool.image import ImageSettings
+from curated_data.pool.imported import folder_of, imported_shards
 from curated_data.pool.index import PoolIndex, load_pool_index
 from curated_data.pool.notes import report_notes
 from curated_data.pool.reader import LocalReader, ReadCounters
@@ -55,7 +56,8 @@ class ShardPool:
     themselves.
 
     Args:
-        urls: a path or fsspec URL with braces (`pool-{000000..000099}.tar`) or a glob, or a list of these.
+        urls: a path or fsspec URL with braces (`pool-{000000..000099}.tar`) or a glob, or a list of these;
+            or `folder:PATH`, a folder of images or of parquet, which is imported into the cache.
         cache_dir: for the index; None keeps it in memory.
         num_workers: processes (threads for remote shards) that index; None takes one per core.
         image_extensions: the extensions of images in order of preference, in any case, dot or not.
@@ -98,6 +100,8 @@ class ShardPool:
         columns: str | Path | Sequence[str | Path] | None = None,
     ) -> None:
         self.storage_options = dict(storage_options or {})
+        if (folder := folder_of(urls)) is not None:
+            urls = imported_shards(folder, cache_dir)
         self.urls = expand_urls(urls, self.storage_options)
         self._places = [absolute_url(url) for url in self.urls]
         self.cache_dir = None if cache_dir is None else absolute(cache_dir)
