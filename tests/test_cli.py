@@ -252,6 +252,7 @@ def test_settings_of_the_pool(write_pool, tmp_path, capsys):
 class TestRepeatedOptions:
     """Options that take several values leave the shards to the command."""
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         "arguments",
         [

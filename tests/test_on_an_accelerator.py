@@ -268,6 +268,7 @@ def probed(device):
     return [row for probe in probes for row in probe.history]
 
 
+@pytest.mark.long
 def test_online_probes(on_both):
     there, here = on_both(probed)
     assert there == here

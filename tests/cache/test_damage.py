@@ -118,6 +118,7 @@ def whole(tmp_path_factory):
     return shards, folder / "cache", found.ids
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "names",
     [("flipped", "reversed", "a pipe"), pytest.param(tuple(DAMAGES), marks=pytest.mark.slow, id="all")],

@@ -56,6 +56,7 @@ ARRAYS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", ARRAYS)
 @pytest.mark.parametrize(
     ("stage", "name"),
@@ -161,6 +162,7 @@ def test_the_drift_of_an_extension_is_checked(whole, drift):
         extend(shards, CONFIG, **run)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", ["index", "pool", "near_duplicates", "tree", "tree/*/tree", "selection"])
 @pytest.mark.parametrize("damage", ["gone", "loop", "unsealed", "another format", "no files"])
 def test_verification_names_an_artifact_without_its_manifest(whole, stage, damage):

@@ -330,6 +330,7 @@ FIELDS = {
 PLACES = [(pattern, keys) for pattern, fields in FIELDS.items() for keys in fields]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("pattern", "keys"), PLACES)
 def test_no_name_in_a_file_leads_out_of_the_cache(place, pattern, keys, monkeypatch):
     shards, cache, config, selection = place
@@ -545,6 +546,7 @@ def test_a_loaded_store_names_its_shards_files(place):
         EmbeddingStore(folder, shards, 12, "float16")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("artifacts", ["absolute", "climbing", "letters", "selection", "link"])
 def test_a_training_checkpoint_has_no_folder_removed(write_pool, tmp_path, artifacts):
     """Plain values in a checkpoint file, as `weights_only` loads them, in a whole run that re-curates."""

@@ -22,6 +22,7 @@ def run(*arguments: str, seconds: float) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("room", "cases"), [("kills", 12), ("files", 60)])
 def test_a_few_attacks_do_no_harm(room, cases):
     table = run("--only", room, "--cases", str(cases), "--seconds", "300", "--seed", "1", seconds=500)

@@ -34,6 +34,7 @@ def test_trees_hold_scikit_learns_clusters():
         assert (tree.parent[1][ids] >= 0).all()
 
 
+@pytest.mark.long
 def test_flatness_on_the_papers_data():
     """Figures of the paper's notebook: 0.363-0.374 agglomerative, 0.33-0.37 k-means, of 300 clusters each."""
     x = two_dimensional(0)

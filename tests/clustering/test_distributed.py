@@ -68,6 +68,7 @@ def worker(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_two_processes_give_the_same_as_one(tmp_path):
     np.save(tmp_path / "x.npy", clouds(N, 12, 80, seed=0))
     mp.spawn(worker, (tmp_path,), nprocs=2)

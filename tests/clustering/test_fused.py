@@ -28,6 +28,7 @@ compiles_the_kernel = pytest.mark.skipif(INTERPRETED, reason="the interpreter co
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
+@pytest.mark.long
 @compiles_the_kernel
 def test_in_the_interpreter():
     """All tests of this file that run the kernel: Triton decides at its import whether to interpret."""

@@ -36,6 +36,7 @@ def check(x, tree, valid=None):
     assert tree.sizes(tree.n_levels).sum() == (len(x) if valid is None else valid.sum())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(5))
 def test_levels_flatten_the_density_as_in_the_paper(seed):
     x = two_dimensional(seed)
@@ -47,6 +48,7 @@ def test_levels_flatten_the_density_as_in_the_paper(seed):
     assert kl_to_uniform(three.centroids[3]) < 0.12
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_resampling_flattens_further(seed):
     x = two_dimensional(seed)
@@ -177,6 +179,7 @@ def test_resampling_of_many_clusters_ends_exact():
     assert (gaps[np.arange(9000), tree.parent[1]] - gaps.min(1)).max() < 1e-4 * gaps.min(1).mean()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "enough"), [("clusters", True), ("noise", False)])
 def test_a_sample_tells_what_neighbourhoods_missed(kind, enough):
     rng = np.random.default_rng(0)
@@ -322,6 +325,7 @@ def test_automatic_levels_shrink_to_what_repeated_rows_allow(n, distinct, metric
     assert (np.diff(list(tree.n_clusters.values())) < 0).all()
 
 
+@pytest.mark.long
 def test_levels_shrink_only_where_they_must():
     x = np.repeat(clouds(400, 3, 5, seed=0), 100, axis=0)
     levels = choose_levels(len(x))

@@ -70,6 +70,7 @@ def test_leaves_scikit_learn_nothing_to_do():
     assert (theirs.labels_ == ours.assignment).mean() > 0.999
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("d", [2, 64])
 def test_inertia_is_within_one_percent_of_scikit_learns_greedy_seeding(d):
     ratios = []
@@ -80,6 +81,7 @@ def test_inertia_is_within_one_percent_of_scikit_learns_greedy_seeding(d):
     assert np.mean(ratios) < 1.01
 
 
+@pytest.mark.long
 def test_many_clusters_lose_nothing_by_neighbourhoods_and_cells():
     """Where cells and neighbourhoods are at work, inertia is that of the plain algorithm."""
     x = clouds(20000, 16, 400, seed=0)
@@ -121,6 +123,7 @@ def test_best_of_several_runs_is_kept():
     assert kmeans(x, 40, n_init=3, seed=0).inertia <= kmeans(x, 40, n_init=1, seed=0).inertia
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("kind", ["numpy", "fortran", "strided", "memmap", "tensor", "streamed"])
 def test_every_kind_of_input_gives_the_same(dtype, kind, tmp_path):

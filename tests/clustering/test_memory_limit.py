@@ -18,6 +18,7 @@ def assert_same(a, b):
     assert a.n_iter == b.n_iter
 
 
+@pytest.mark.long
 @settings(max_examples=25, deadline=None)
 @given(
     st.floats(0, 7), st.integers(1, 300), st.sampled_from(["l2", "cosine"]), st.integers(1, 40),
@@ -30,6 +31,7 @@ def test_any_limit_gives_the_same(magnitude, k, metric, d, dtype, seed):
     assert_same(free, kmeans(x, k, metric=metric, seed=seed, n_iter=15, max_memory=10**magnitude))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("k", "d"), [(150, 16), (1100, 7), (3000, 16)])
 def test_many_clusters_under_any_limit_are_those_without(k, d, threads):
@@ -47,6 +49,7 @@ def test_many_clusters_under_any_limit_are_those_without(k, d, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.long
 def test_a_tree_under_any_limit_is_that_without():
     x = clouds(9000, 8, 100, seed=0)
     for levels in ([Level(1200, 2, 3), Level(100, 1, 5), Level(9)], [Level(12, n_splits=20), Level(12)]):

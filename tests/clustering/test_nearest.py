@@ -41,6 +41,7 @@ KINDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("products", ["bf16", "tf32", "bf16x3"])
 def test_reduced_precision_decides_as_float32(kind, products):

@@ -67,6 +67,7 @@ print(kills, within)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("levels", "settings", "world"),
     [

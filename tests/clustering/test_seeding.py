@@ -32,6 +32,7 @@ def by_definition(x, k, seed, trials):
     return np.array(chosen)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
 def test_plain_form_is_the_definition(seed):
     x = clouds(3000, 6, 40, seed=seed)
@@ -86,6 +87,7 @@ def test_running_sums_are_numpys(n):
     np.testing.assert_allclose(_running_sums(values, upper), np.cumsum(values.numpy()), rtol=1e-12)
 
 
+@pytest.mark.long
 def test_cells_choose_as_well_as_the_plain_form():
     """Their sum of squared distances is that of the plain form, over a few seeds, within one percent."""
     x = clouds(20_000, 24, 300, seed=0)

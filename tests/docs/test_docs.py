@@ -41,6 +41,7 @@ def run_page(page: str, folder: Path, monkeypatch) -> dict:
     return names
 
 
+@pytest.mark.long
 def test_the_tutorial_prints_what_it_shows(tmp_path, monkeypatch):
     found = blocks((DOCS / "tutorial.md").read_text())
     assert [language for language, _ in found] == ["python", "text"] * (len(found) // 2)

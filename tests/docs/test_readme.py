@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_the_drop_in_example_trains(tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text()
     block = re.search(r"test_readme\.py runs this block -->\n```python\n(.*?)```", text, re.DOTALL)

@@ -264,6 +264,7 @@ def test_what_has_no_identity_asks_for_a_fingerprint():
         module_fingerprint(lambda x: (x, handle))
 
 
+@pytest.mark.long
 def test_fingerprints_are_equal_in_another_process():
     code = (
         "from curated_data.embedding.identity import module_fingerprint\n"

@@ -389,6 +389,7 @@ def installed_wheel(folder, repository):
         archive.extractall(folder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("install", [installed, pytest.param(installed_wheel, marks=pytest.mark.slow)])
 def test_a_wheel_gives_the_fingerprints_of_a_checkout(tmp_path, install):
     repository, folder = Path(__file__).parents[2], tmp_path / "lib" / "site-packages"
@@ -422,6 +423,7 @@ def test_no_bytecode_line_or_path_counts(tmp_path, monkeypatch):
     assert len(prints) == 1
 
 
+@pytest.mark.long
 def test_a_script_and_the_module_that_it_is_count_the_same(tmp_path):
     (tmp_path / "script.py").write_text(
         NETWORK + "\nif __name__ == '__main__':\n"

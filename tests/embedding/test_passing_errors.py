@@ -48,6 +48,7 @@ def failing_once(function, error, monkeypatch, *, at: int):
     return once
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("error", PASSING, ids=repr)
 def test_a_passing_error_stops_the_stage_and_the_next_run_has_all_samples(

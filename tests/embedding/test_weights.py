@@ -204,6 +204,7 @@ def test_a_class_that_the_user_names_is_imported(checkpoint, tmp_path, monkeypat
         resolve_embedder(f"checkpoint:{at}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [

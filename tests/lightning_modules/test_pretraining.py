@@ -123,6 +123,7 @@ def _gradients(rank: int | None, name: str, epoch: int) -> dict[str, Any]:
     return {"loss": loss.detach(), "gradients": gradients}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "epoch"), [*((n, 0) for n in BUILD), ("tsimcne", 2), ("tsimcne", 3)], ids=str
 )
@@ -153,6 +154,7 @@ class _Stop(L.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "stop"),  # after so many batches, 4 an epoch: inside and at the ends of epochs and stages
     [*((name, 6) for name in BUILD), ("tsimcne", 4), ("tsimcne", 8), ("tsimcne", 9), ("tsimcne", 14)],

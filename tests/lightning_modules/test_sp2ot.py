@@ -227,6 +227,7 @@ class Stop(L.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "stop"), [("sp2ot", 6), ("p2ot", 3)])
 def test_resumes_exactly_within_an_epoch(tmp_path, method, stop):
     # The same sixteen samples in every batch: a stock loader starts anew within an epoch, and what is tested

@@ -85,6 +85,7 @@ def test_two_ranks_train_as_one_process_does(name):
     check(on_two_ranks(whole_run, name), name)
 
 
+@pytest.mark.long
 def test_sharded_dinov2_trains_as_one_process_does(tmp_path):
     strategy = ModelParallelStrategy(
         data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False

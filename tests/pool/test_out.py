@@ -465,6 +465,7 @@ class TestExports:
             export(pool, [2], tmp_path / "out" / "val-%d.tar")
         assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
+    @pytest.mark.long
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_killed_at_any_file_it_starts_over(self, tmp_path, overwrite):
         """Killed before and after each rename and removal, in turn."""
@@ -517,6 +518,7 @@ def killed_export(pool, out, step, overwrite):
 
 
 class TestFullDisks:
+    @pytest.mark.long
     @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
     @pytest.mark.parametrize("call", ["fsync", "replace"])
     def test_a_failing_disk_is_one_error(self, tmp_path, monkeypatch, code, call, write_pool):

@@ -23,6 +23,7 @@ DELTAS = {  # and what each is given after
 BASE = ["--config", str(ROOT / "configs" / "base.yaml")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_pretraining_config_is_valid(path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -99,6 +100,7 @@ def test_a_config_trains(monkeypatch, tmp_path, write_pool):
     torch.testing.assert_close(features, cli.model.eval().embed(images))
 
 
+@pytest.mark.long
 def test_the_mixture_trains_with_a_tenth_of_the_batches_of_one_component(monkeypatch, tmp_path, caplog):
     monkeypatch.chdir(ROOT)
     folder = ROOT / "configs" / "pretrain"

@@ -152,6 +152,7 @@ def test_recuration_settings_are_checked(monkeypatch):
         recurate.main(["fit", *twice])
 
 
+@pytest.mark.long
 def test_maps_of_embeddings_and_of_a_trained_module(tmp_path, fashion_train, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = [fashion_train[0], "--target-size", "100", "--embedder", "pixels:8", "--epochs", "3"]

@@ -197,6 +197,7 @@ def report(root, tmp_path_factory):
     return folder / "out"
 
 
+@pytest.mark.long
 def test_every_kind_of_evaluation_has_its_figures(report):
     values = json.loads((report / "results.json").read_text())["pixels:4"]
     assert "paris" not in values

@@ -62,6 +62,7 @@ def test_it_is_what_brute_force_finds_for_any_blocks(data: st.DataObject) -> Non
     assert found.names == ("set 0", "set 1")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
 def test_blocks_tiles_and_copies_change_no_bit(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(seed)

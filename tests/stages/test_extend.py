@@ -57,6 +57,7 @@ def extend_by_rank(rank, shards, folder, config, tree):
     np.savez(folder / f"{rank}.npz", ids=grown.ids, parent=grown.tree.parent[1], distance=grown.tree.distance)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("near_duplicates", [False, True])
 def test_two_ranks_extend_together(write_pool, tmp_path, near_duplicates):
     *shards, held_out = write_pool([30, 3000, 20])

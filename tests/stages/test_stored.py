@@ -55,6 +55,7 @@ def shards(tmp_path_factory):
     return write
 
 
+@pytest.mark.long
 @given(
     n_bad=st.integers(0, 3),
     n_copies=st.integers(0, 3),

@@ -107,6 +107,7 @@ def test_any_batch_is_computed_by_itself_and_components_run_through_their_epochs
         assert (mine == np.concatenate([*epochs, np.empty(0, np.int64)])[: len(mine)]).all()
 
 
+@pytest.mark.long
 @quick
 @given(order=mixtures(own=NEVER, changing=ALWAYS))
 def test_changing_weights_are_followed_within_two_samples_plus_what_they_change_in_a_chunk(order):

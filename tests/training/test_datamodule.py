@@ -89,6 +89,7 @@ def folder(tmp_path_factory) -> Path:
     return write_pools(tmp_path_factory.mktemp("pool"))
 
 
+@pytest.mark.long
 def test_one_rank_is_given_the_order(runs):
     assert runs.stream("one") == expected_stream()
     assert {line["length"] for line in runs.lines("one")[0]} == {5}

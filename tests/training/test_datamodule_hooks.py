@@ -117,6 +117,7 @@ def test_a_modules_views_are_a_transform_or_make_one(folder, form):
     assert all(torch.equal(batch["image"].unique(), torch.tensor([0.5])) for batch in module.batches)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["power", "binsearch"])
 @pytest.mark.parametrize("start", [2, 16, 100])
 def test_a_search_for_a_batch_size_ends_at_the_selection(folder, mode, start):

@@ -49,6 +49,7 @@ ENDS = {  # how a run ends, what it saves, and how it is taken up again
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("first", "saving", "then"), ENDS.values(), ids=ENDS.keys())
 def test_every_checkpoint_resumes_at_the_next_sample(folder, tmp_path, first, saving, then):
     first, then = dict(first), dict(then)
@@ -113,6 +114,7 @@ def test_without_a_trainer_the_state_counts_what_was_handed_out(folder):
     assert len(rest) == 5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("at_batch", [None, 2])
 def test_a_new_selection_is_streamed_from_the_next_epoch_and_survives_a_resume(

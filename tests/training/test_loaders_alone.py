@@ -57,6 +57,7 @@ def test_set_epoch_chooses_the_epoch(folder):
             loader.set_epoch(wrong)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sets_epoch", [True, False])
 @pytest.mark.parametrize("stop", range(2 * EPOCH + 1))
 def test_a_state_goes_on_at_the_next_sample(folder, stop, sets_epoch):
@@ -185,6 +186,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_ranks_of_fabric_stay_in_step_and_their_state_resumes_on_one(folder, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(FABRIC)

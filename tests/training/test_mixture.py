@@ -68,6 +68,7 @@ def joined(*ranks: list[dict]) -> list[tuple]:
     return list(itertools.chain(*zip(*per_rank, strict=True)))
 
 
+@pytest.mark.long
 def test_two_ranks_with_workers_get_the_stream_of_one(runs):
     one = lines(runs, "one")
     assert len(one) == EPOCHS * EPOCH_BATCHES

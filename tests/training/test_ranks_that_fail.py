@@ -97,6 +97,7 @@ def _build(rank, folder, how):
     build_together(folder / name, build, check if "before" in how or how == "all is well" else None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("how", "first", "second"),
     [
@@ -187,6 +188,7 @@ def _embed(rank, shards, folder, how, which):
     np.save(folder / f"ids-{rank}.npy", curation.ids)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("how", "which", "cause"),
     [

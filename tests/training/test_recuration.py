@@ -93,6 +93,7 @@ def test_steps_and_bars_follow_a_selection_of_another_size(write_pool, tmp_path,
     assert ("Set max_steps to fix the number of steps" in caplog.text) == (max_steps < 0)
 
 
+@pytest.mark.long
 def test_a_stop_and_a_resume_change_nothing(write_pool, tmp_path):
     shards = write_pool(SIZES)
     fit(
@@ -226,6 +227,7 @@ class _FailsOnRankOne(torch.nn.Module):
         return batch.mean((2, 3))
 
 
+@pytest.mark.long
 def test_a_failure_on_one_rank_keeps_the_selection_of_all_or_stops_all(write_pool, tmp_path):
     shards, failed = write_pool(SIZES), []
 

@@ -48,6 +48,7 @@ def trained(folder, run, rank):
     return steps
 
 
+@pytest.mark.long
 def test_killed_in_a_recuration(write_pool, tmp_path):
     write_pool([30, 20])
     check(tmp_path, 1, ["clustering of a share", "just after of a share"])

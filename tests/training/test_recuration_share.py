@@ -91,6 +91,7 @@ def on_a_rank(rank, folder, shards):
     np.save(folder / f"parent-{rank}.npy", found.tree.parent[1])
 
 
+@pytest.mark.long
 def test_two_ranks_find_what_one_does(write_pool, tmp_path):
     shards = write_pool([40, 30])
     for n_ranks in (1, 2):

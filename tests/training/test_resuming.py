@@ -37,6 +37,7 @@ class LateStrategy(SingleDeviceStrategy):
         return True
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", [3, 5, 7])
 @pytest.mark.parametrize("estimates", [False, True])
 def test_strategies_that_restore_late_resume_at_the_next_sample(folder, tmp_path, step, estimates):

@@ -73,6 +73,7 @@ def test_labels_of_any_integer_type(layout, kind):
     assert found.tolist() == Y.tolist()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_evaluations_take_arrays_of_any_layout(name, layout):

@@ -170,6 +170,7 @@ def _share(rank, x, y):
     return [*result.grid.values(), *(head["accuracy"] for head in result.heads)]
 
 
+@pytest.mark.long
 def test_two_ranks_get_the_result_of_one():
     x, y = (part.numpy() for part in data())
     want = _share(None, x, y)
@@ -198,6 +199,7 @@ def _share_of_ids(rank, x, y, ids):
     return [*result.grid.values(), *(head["class_average"] for head in result.heads), result.n_classes]
 
 
+@pytest.mark.long
 def test_labels_of_any_size():
     """Ids in the millions are classes 0, 1, 2 and, in the test set alone, 3."""
     x, y = (part.numpy() for part in data())

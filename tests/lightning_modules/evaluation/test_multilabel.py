@@ -46,6 +46,7 @@ def _share(rank):
     return multilabel(x[train], marks[train], x[test], marks[test]).average_precision
 
 
+@pytest.mark.long
 def test_two_ranks_get_the_result_of_one():
     for found in on_two_ranks(_share):
         assert found == pytest.approx(_share(None), abs=1e-6)
