@@ -249,6 +249,8 @@ def _check_containers(schema: type, content: Any, above: str = "") -> None:
             raise ConfigError(f"{name}: expected a list, got {value!r}; write [{value}]")
         elif "list" in str(item.type) and isinstance(value, bool | int | float):
             raise ConfigError(f"{name}: expected a list, got {value!r}")
+        elif item.name == "where" and isinstance(value, bool | int | float):
+            raise ConfigError(f"{name}: expected a condition in SQL, got {value!r}")
         elif isinstance(value, Mapping | DictConfig):
             kind = "list" if "list" in str(item.type) else "plain value"
             raise ConfigError(f"{name}: expected a {kind}, got fields and values {dict(value)!r}")

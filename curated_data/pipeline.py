@@ -211,10 +211,11 @@ def _curate(
                 "embedded are copies of held-out ones; raise near_duplicates.threshold, or look at what "
                 "held_out names"
             )
+        if filtered is not None:
+            n_samples = int(filtered.keep.sum())
         first = next(store.iterate_failures())
         raise PoolError(
-            f"none of the {n_samples if filtered is None else int(filtered.keep.sum())} samples could be "
-            f"embedded; the first: {first['shard']}, key "
+            f"none of the pool's {n_samples} samples could be embedded; the first: {first['shard']}, key "
             f"{first['key']!r}: {first['reason']}"
         )
     derived = not config.levels
