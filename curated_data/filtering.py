@@ -1,20 +1,19 @@
 """The filters of a curation, over the columns of its pool."""
 
 import dataclasses
-import logging
 from typing import Any
 
 import numpy as np
 
 from curated_data.cache import fingerprint
 from curated_data.config import CurationConfig
-from curated_data.embedding.stage import AnyPool
+from curated_data.embedding.existing import EmbeddedPool
 from curated_data.errors import ConfigError
 from curated_data.parallel import check_same
 from curated_data.pool import ShardPool
 from curated_data.selection.filters import Filtered, named_ids, sample_filter
 
-log = logging.getLogger(__name__)
+AnyPool = ShardPool | EmbeddedPool
 
 
 def with_named_ids(config: CurationConfig, pool: AnyPool) -> CurationConfig:
@@ -72,11 +71,6 @@ def filter_pool(pool: AnyPool, config: CurationConfig) -> Filtered | None:
     )
     check_same(filters=fingerprint(keep=np.packbits(found.keep)))
     return found
-
-
-def filter_inputs(found: Filtered | None) -> dict[str, str]:
-    """What a filter adds to the names of all that is made after it."""
-    return {} if found is None else {"filters": fingerprint(keep=np.packbits(found.keep))}
 
 
 def filter_report(found: Filtered | None, pool: AnyPool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from curated_data.clustering.checkpoint import Arrays, Running
 from curated_data.clustering.lloyd import Fit, Lloyd
 from curated_data.clustering.nearest import nearest, squared_distances
 from curated_data.clustering.neighbourhoods import MANY
+from curated_data.clustering.rows import METRICS as METRICS
 from curated_data.clustering.rows import Rows, memory_budget, rank_range
 from curated_data.clustering.seeding import seed_rows
 from curated_data.clustering.survey import survey, warn_unresolved
@@ -23,7 +24,6 @@ from curated_data.matrix import Matrix
 
 log = logging.getLogger(__name__)
 
-METRICS = ("l2", "cosine")
 INITS = ("k-means++", "random")
 
 

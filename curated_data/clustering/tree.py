@@ -19,6 +19,7 @@ from curated_data.cache import (
     verify_once,
     write_manifest,
 )
+from curated_data.clustering.rows import METRICS
 from curated_data.errors import CacheError
 from curated_data.matrix import Matrix
 from curated_data.remedies import Remedy
@@ -56,9 +57,11 @@ class ClusterTree:
             (n,) for level 1; -1 for samples (or empty clusters) that belong to none. Kept as int64.
         distance: (n,) Euclidean distance of each sample to its level-1 centroid, NaN if excluded; "closest"
             and "furthest" sampling sort by it. Kept as float32.
+        metric: by which samples belong to their nearest centroid, "l2" or "cosine".
 
     Raises:
-        ValueError: levels other than 1..L in both, or shapes or cluster ids that do not match.
+        ValueError: levels other than 1..L in both, shapes or cluster ids that do not match, or another
+            metric.
 
     Example:
         >>> import numpy as np
@@ -75,7 +78,12 @@ class ClusterTree:
         centroids: Mapping[int, ArrayLike],
         parent: Mapping[int, ArrayLike],
         distance: ArrayLike | None = None,
+        *,
+        metric: str = "l2",
     ) -> None:
+        if metric not in METRICS:
+            raise ValueError(f"metric needs to be one of {', '.join(METRICS)}, got {metric!r}")
+        self.metric = metric
         levels = sorted(centroids)
         if not levels or levels != list(range(1, len(levels) + 1)) or sorted(parent) != levels:
             raise ValueError(
@@ -167,7 +175,7 @@ class ClusterTree:
             node[inside] = self.parent[above][node[inside]]
         return node
 
-    def assign(self, rows: Matrix, level: int = 1, *, metric: str = "l2", device: str = "auto") -> np.ndarray:
+    def assign(self, rows: Matrix, level: int = 1, *, device: str = "auto") -> np.ndarray:
         """The cluster of other rows at a level, (m,) int64; -1 for rows that cannot be placed.
 
         A row goes to its nearest centroid of level 1, and from there up the tree, as those of a pool that has
@@ -176,7 +184,6 @@ class ClusterTree:
         Args:
             rows: (m, d) array, memory map or tensor, any float dtype.
             level: of the clusters.
-            metric: by which the tree was built, `curation.config.metric`.
             device: of the computation.
 
         Raises:
@@ -185,7 +192,7 @@ class ClusterTree:
         from curated_data.clustering.kmeans import nearest_centroids
 
         level = self._checked_level(level)
-        node = nearest_centroids(rows, self.centroids[1], metric=metric, device=device)[0]
+        node = nearest_centroids(rows, self.centroids[1], metric=self.metric, device=device)[0]
         return self._above(node, level)
 
     def save(self, path: Path | str) -> None:
@@ -232,12 +239,17 @@ class ClusterTree:
         def read(name: str) -> np.ndarray:
             return read_array(path, name, manifest, map_mode="c" if memory_map else None)
 
+        if "metric" not in manifest:
+            raise CacheError(
+                f"{path}: an earlier version built this tree, and did not record its metric; build it again"
+            )
         with reading(path, Remedy(path / MANIFEST)):
             levels = range(1, int(manifest["n_levels"]) + 1)
             tree = cls(
                 {level: read(f"centroids_{level}") for level in levels},
                 {level: read(f"parent_{level}") for level in levels},
                 read("distance") if manifest["distance"] else None,
+                metric=manifest["metric"],
             )
             if tree._manifest() != {key: manifest.get(key) for key in tree._manifest()}:
                 raise ValueError("its arrays do not match its manifest")
@@ -245,7 +257,8 @@ class ClusterTree:
 
     def __repr__(self) -> str:
         levels = " < ".join(f"{k}" for k in reversed(self.n_clusters.values()))
-        return f"ClusterTree({levels} < {self.n_samples} samples, d={self.centroids[1].shape[1]})"
+        d = self.centroids[1].shape[1]
+        return f"ClusterTree({levels} < {self.n_samples} samples, d={d}, {self.metric})"
 
     def _manifest(self) -> dict[str, Any]:
         return {
@@ -254,6 +267,7 @@ class ClusterTree:
             "n_clusters": list(self.n_clusters.values()),
             "dimension": self.centroids[1].shape[1],
             "distance": self.distance is not None,
+            "metric": self.metric,
         }
 
     def _checked_level(self, level: int) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import mmap
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from curated_data.cache import fingerprint
 from curated_data.embedding.files import EmbeddingFiles, as_array
 from curated_data.embedding.files import Source as Source
 from curated_data.embedding.store import EmbeddingStore, is_embedded, write_shard
+from curated_data.layout import EMBEDDINGS
 from curated_data.locks import locked
 from curated_data.parallel import all_gather, rank, world_size
 from curated_data.progress import progress
@@ -127,7 +129,9 @@ class EmbeddedPool:
 
         def block(number: int) -> Block:
             name, matrix, start, stop = self._blocks[number]
-            return Block(name, as_array(matrix, start, stop, self.dtype), lambda place: str(start + place))
+            rows = as_array(matrix, start, stop, self.dtype)
+            _give_back(matrix)
+            return Block(name, rows, lambda place: str(start + place))
 
         return keep_rows(root, self.urls, self.dimension, self.dtype, block)
 
@@ -165,7 +169,7 @@ def keep_rows(
         urls: where each block comes from.
         block: gives a block by its number.
     """
-    folder = root / "embeddings" / rows_name(dimension, dtype)
+    folder = root / EMBEDDINGS / rows_name(dimension, dtype)
     own = range(rank(), len(urls), world_size())
     names = np.zeros(len(own), "S20")
     with progress("embeddings", len(own), "blocks") as advance:
@@ -188,7 +192,9 @@ def keep_rows(
 def _kept(folder: Path, block: Block) -> str:
     """Write a block to the cache, unless it is there; returns its name."""
     rows = block.rows
-    reasons = dict.fromkeys(np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist(), "is not finite")
+    reasons: dict[int, str] = dict.fromkeys(
+        np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist(), "is not finite"
+    )
     more: dict[str, Any] = {}
     if block.missing is not None and block.missing[0].any():
         reasons |= dict.fromkeys(np.flatnonzero(block.missing[0]).tolist(), block.missing[1])
@@ -209,3 +215,10 @@ def _kept(folder: Path, block: Block) -> str:
         if not is_embedded(folder, name):
             write_shard(folder, name, rows, failures, {"url": block.source, "embedder": "given"})
     return name
+
+
+def _give_back(matrix: Any) -> None:
+    """Let go of the pages of a mapped file, which count as this process's memory; it is copied by then."""
+    is_mapped = isinstance(matrix, np.memmap) and isinstance(matrix.base, mmap.mmap)
+    if is_mapped and matrix.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):  # of others it may drop changes
+        matrix.base.madvise(mmap.MADV_DONTNEED)

@@ -35,6 +35,7 @@ from curated_data.embedding.store import (
 )
 from curated_data.errors import ConfigError, CuratedDataError, EmbedderError, first_line
 from curated_data.holds import Hold
+from curated_data.layout import EMBEDDINGS
 from curated_data.locks import locked
 from curated_data.parallel import check_ranks, rank, world_size
 from curated_data.pool import ShardPool
@@ -96,7 +97,7 @@ def embed_pool(
     name = embeddings_name(
         pool, embedder, dtype=dtype, precision=precision, decoders=decoders, fields=fields, ids=ids
     )
-    folder = Path(cache_root) / "embeddings" / name
+    folder = Path(cache_root) / EMBEDDINGS / name
     held = Hold(folder)  # before looking what it has
     contents = Contents(Path(cache_root), pool)
     # Of a shard that is embedded in part, the content cannot be learned on the way.

@@ -14,8 +14,8 @@ from curated_data.selection import metrics
 from curated_data.selection.removed import Removed
 
 if TYPE_CHECKING:
-    from curated_data.embedding.stage import AnyPool
-    from curated_data.pipeline import Curation
+    from curated_data.stages.curation import Curation
+    from curated_data.stages.index import AnyPool
 
 
 def samples_shown(curation: "Curation", most: int, rng: np.random.Generator) -> np.ndarray:

@@ -13,8 +13,8 @@ from curated_data.report.examples import cluster_rows, random_subset, thumbnails
 from curated_data.selection.removed import Removed
 
 if TYPE_CHECKING:
-    from curated_data.embedding.stage import AnyPool
-    from curated_data.pipeline import Curation
+    from curated_data.stages.curation import Curation
+    from curated_data.stages.index import AnyPool
 
 TILE = 48  # pixels of a thumbnail's side
 COLUMNS = 32  # of the sheet of tiles
