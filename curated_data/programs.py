@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from curated_data.clustering.tree import METRICS
+from curated_data.clustering.rows import METRICS
 from curated_data.config import CurationConfig, load_config
 from curated_data.embedding import Embedder
 from curated_data.errors import CuratedDataError
