@@ -9,7 +9,7 @@ from curated_data import ShardPool, curate
 from curated_data.cli import main
 from curated_data.config import read_yaml
 from curated_data.errors import ConfigError, CuratedDataError, PoolError
-from curated_data.inspect import inspect_cache, verify_cache
+from curated_data.pipeline.inspect import inspect_cache, verify_cache
 from curated_data.report.page import class_names_beside
 from curated_data.selection.names import read_classes, read_wordnet
 

@@ -20,17 +20,17 @@ from hypothesis import strategies as st
 
 import curated_data
 from curated_data import ClusterTree, CuratedDataModule, RecurationCallback, ShardPool, ShardWriter, curate
-from curated_data.cache import MANIFEST, open_cache, read_manifest, sealed
-from curated_data.callbacks import _is_dropped
+from curated_data.cache.artifacts import MANIFEST, open_cache, read_manifest, sealed
+from curated_data.cache.checksums import load_npy
+from curated_data.cache.layout import REMOVABLE
+from curated_data.cache.remedies import Remedy
+from curated_data.cache.removal import artifact_folder, remove, set_aside
 from curated_data.clustering.checkpoint import Checkpoint, Running
 from curated_data.embedding.store import EmbeddingStore
 from curated_data.errors import CacheError, CuratedDataError
-from curated_data.inspect import inspect_cache, verify_cache
-from curated_data.layout import REMOVABLE
-from curated_data.remedies import Remedy
-from curated_data.removal import artifact_folder, remove, set_aside
-from curated_data.reopen import reopen, selections
-from curated_data.seals import load_npy
+from curated_data.pipeline.inspect import inspect_cache, verify_cache
+from curated_data.pipeline.reopen import reopen, selections
+from curated_data.training.callbacks import _is_dropped
 
 NAME = "0123456789abcdef0123"
 HOSTILE = [
@@ -450,7 +450,7 @@ def test_a_store_of_odd_shards_is_damaged(place):
     (tree,) = (cache / "tree").glob("[!.]*")
     for name in (b"../../victim", b"/etc/passwd", b"..", b"", b"\xff"):
         np.save(tree / "shards.npy", np.array([name, b"x"], "S20"))
-        from curated_data.seals import file_seal
+        from curated_data.cache.checksums import file_seal
 
         seal = file_seal(tree / "shards.npy")
         rewrite(
