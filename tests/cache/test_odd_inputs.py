@@ -80,5 +80,5 @@ def test_inspect_lists_a_cache_with_loops_of_links(tmp_path, write_pool):
     assert found["tree"].complete
     assert not found["selection"].complete
     assert any("shards.npy" in problem for problem in verify_cache(cache))
-    with pytest.raises(CuratedDataError, match=folders["selection"].name):
+    with pytest.raises(CuratedDataError, match=folders["tree"].name):
         curate(write_pool([9]), config, embedder="pixels:2", cache_dir=cache)
