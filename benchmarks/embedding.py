@@ -18,7 +18,7 @@ import torch
 from torchvision.io import ImageReadMode, decode_image
 
 from curated_data import ShardPool
-from curated_data.cache import open_cache
+from curated_data.cache.artifacts import open_cache
 from curated_data.embedding import resolve_embedder
 from curated_data.embedding.extract import embed_pool
 

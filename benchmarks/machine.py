@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from curated_data.removal import remove
+from curated_data.cache.removal import remove
 
 
 def print_machine() -> None:

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from benchmarks.machine import print_machine
-from curated_data import CurationConfig, ShardPool, curate, pipeline
-from curated_data import plan as planning
-from curated_data.plan import plan
+from curated_data import CurationConfig, ShardPool, curate
+from curated_data.pipeline import curate as pipeline
+from curated_data.pipeline import plan as planning
+from curated_data.pipeline.plan import plan
 from recipes.quickstart import FASHION
 
 STAGES = ("embed", "cluster")

@@ -24,16 +24,16 @@ import torch
 from benchmarks.machine import print_machine
 from benchmarks.process_memory import memory_added
 from curated_data import CuratedDataModule, ShardPool, curate, flat_sample, hierarchical_sample
-from curated_data.cache import open_cache
+from curated_data.cache.artifacts import open_cache
+from curated_data.cache.layout import INDEX
 from curated_data.embedding.contents import Contents
 from curated_data.embedding.extract import embeddings_name
 from curated_data.embedding.store import write_shard
-from curated_data.extend import extend
-from curated_data.layout import INDEX
-from curated_data.plan import plan
+from curated_data.pipeline.extend import extend
+from curated_data.pipeline.plan import plan
+from curated_data.pipeline.recurate import draw_share, recurate
 from curated_data.pool.index import ShardIndex, save_shard_index
 from curated_data.pool.known import Facts
-from curated_data.recuration import draw_share, recurate
 from curated_data.report.explain import explain
 from curated_data.report.page import write_report
 

@@ -41,7 +41,13 @@ from curated_data import (
     curate,
     flat_sample,
 )
-from curated_data.cache import atomic_write_json, build_once, fingerprint, open_cache, write_manifest
+from curated_data.cache.artifacts import (
+    atomic_write_json,
+    build_once,
+    fingerprint,
+    open_cache,
+    write_manifest,
+)
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.levels import choose_levels
 from lightning_modules import SimCLR

@@ -17,23 +17,23 @@ if os.name == "nt":
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from curated_data.callbacks import RecurationCallback
     from curated_data.clustering.hierarchy import hierarchical_kmeans
     from curated_data.clustering.kmeans import kmeans
     from curated_data.clustering.tree import ClusterTree
     from curated_data.config import CurationConfig
-    from curated_data.datamodule import CuratedDataModule
     from curated_data.embedding.existing import EmbeddedPool
     from curated_data.levels import Level
-    from curated_data.logging_callback import CurationLogger
-    from curated_data.mixture import Component, Mixture
-    from curated_data.options import DecodingOptions, DeviceOptions, LoaderOptions
-    from curated_data.pipeline import curate, curate_embeddings
+    from curated_data.pipeline.curate import curate, curate_embeddings
     from curated_data.pool.shards import ShardPool
     from curated_data.pool.writer import ShardWriter
     from curated_data.selection.retrieval import retrieve
     from curated_data.selection.sampling import flat_sample, hierarchical_sample
     from curated_data.stages.curation import Curation
+    from curated_data.training.callbacks import RecurationCallback
+    from curated_data.training.datamodule import CuratedDataModule
+    from curated_data.training.logging_callback import CurationLogger
+    from curated_data.training.mixture import Component, Mixture
+    from curated_data.training.options import DecodingOptions, DeviceOptions, LoaderOptions
 
 __all__ = [
     "ClusterTree",
@@ -62,22 +62,22 @@ __all__ = [
 
 _HOMES = {
     "ClusterTree": "clustering.tree",
-    "Component": "mixture",
-    "CuratedDataModule": "datamodule",
+    "Component": "training.mixture",
+    "CuratedDataModule": "training.datamodule",
     "Curation": "stages.curation",
     "CurationConfig": "config",
-    "CurationLogger": "logging_callback",
-    "DecodingOptions": "options",
-    "DeviceOptions": "options",
+    "CurationLogger": "training.logging_callback",
+    "DecodingOptions": "training.options",
+    "DeviceOptions": "training.options",
     "EmbeddedPool": "embedding.existing",
     "Level": "levels",
-    "LoaderOptions": "options",
-    "Mixture": "mixture",
-    "RecurationCallback": "callbacks",
+    "LoaderOptions": "training.options",
+    "Mixture": "training.mixture",
+    "RecurationCallback": "training.callbacks",
     "ShardPool": "pool.shards",
     "ShardWriter": "pool.writer",
-    "curate": "pipeline",
-    "curate_embeddings": "pipeline",
+    "curate": "pipeline.curate",
+    "curate_embeddings": "pipeline.curate",
     "flat_sample": "selection.sampling",
     "hierarchical_kmeans": "clustering.hierarchy",
     "hierarchical_sample": "selection.sampling",

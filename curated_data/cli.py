@@ -18,12 +18,12 @@ from rich.table import Table
 from yaml import YAMLError
 
 from curated_data import __version__
+from curated_data.cache.checksums import read_bytes
+from curated_data.cache.paths import local_path, spelled
 from curated_data.cli_inspect import inspect, print_table
 from curated_data.cli_recipe import recipe
 from curated_data.errors import CacheError, ConfigError, printable
-from curated_data.paths import local_path, spelled
 from curated_data.progress import log_to_terminal
-from curated_data.seals import read_bytes
 
 _OVERVIEW = """Balanced subsets of long-tailed pools of WebDataset shards.
 
@@ -390,7 +390,7 @@ def _holds_parquet(source: str) -> bool:
 
 
 def _pool(parsed: argparse.Namespace) -> Any:
-    from curated_data.cache import open_cache
+    from curated_data.cache.artifacts import open_cache
     from curated_data.pool import ShardPool
 
     return ShardPool(
@@ -446,7 +446,7 @@ def _index(parsed: argparse.Namespace) -> None:
 
 
 def _embed(parsed: argparse.Namespace) -> None:
-    from curated_data.cache import open_cache
+    from curated_data.cache.artifacts import open_cache
     from curated_data.embedding import embed_pool, resolve_embedder
     from curated_data.embedding.out import check_folder, write_embeddings
 
@@ -463,7 +463,7 @@ def _embed(parsed: argparse.Namespace) -> None:
 
 
 def _duplicates(parsed: argparse.Namespace) -> None:
-    from curated_data.cache import open_cache
+    from curated_data.cache.artifacts import open_cache
     from curated_data.embedding import embed_pool, resolve_embedder
     from curated_data.report.duplicates import band_edges, write_pairs
 
@@ -487,7 +487,7 @@ def _duplicates(parsed: argparse.Namespace) -> None:
 
 def _run_curation(parsed: argparse.Namespace) -> tuple[Any, Any]:
     config = _config(parsed)  # before what takes seconds to import
-    from curated_data.pipeline import curate
+    from curated_data.pipeline.curate import curate
 
     if getattr(parsed, "embeddings", False):
         rows = _rows(parsed)
@@ -505,7 +505,7 @@ def _curate(parsed: argparse.Namespace) -> None:
             raise ConfigError("--dry-run: plans the work on shards; there is nothing to embed here")
         _plan(parsed)
         return
-    from curated_data.filtering import filter_rows
+    from curated_data.stages.filtering import filter_rows
 
     if parsed.ids is not None:
         _check_output(parsed.ids, parsed)
@@ -547,7 +547,7 @@ def _check_output(place: str, parsed: argparse.Namespace) -> None:
 
 def _plan(parsed: argparse.Namespace) -> None:
     config = _config(parsed)  # before what takes seconds to import
-    from curated_data.plan import plan, plan_tables
+    from curated_data.pipeline.plan import plan, plan_tables
 
     pool = _pool(parsed)
     print(f"{len(pool):,} samples in {len(pool.urls):,} shards; would select {config.target_size:,}")
@@ -564,7 +564,7 @@ def _plan(parsed: argparse.Namespace) -> None:
 
 def _extend(parsed: argparse.Namespace) -> None:
     config = _config(parsed)
-    from curated_data.extend import extend
+    from curated_data.pipeline.extend import extend
 
     curation = extend(
         _pool(parsed),
@@ -584,7 +584,7 @@ def _extend(parsed: argparse.Namespace) -> None:
 
 def _export(parsed: argparse.Namespace) -> None:
     _config(parsed)
-    from curated_data.export import check_export, export
+    from curated_data.pipeline.export import check_export, export
 
     options = {"max_samples": parsed.max_samples, "overwrite": parsed.overwrite}
     check_export(_pool(parsed), parsed.out, **options)
@@ -608,7 +608,7 @@ def _report(parsed: argparse.Namespace) -> None:
 def _array(path: str | None, name: str) -> Any:
     if path is None:
         return None
-    from curated_data.seals import load_npy
+    from curated_data.cache.checksums import load_npy
 
     try:
         return load_npy(local_path(path, f"--{name}"), "give another")

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from curated_data.cache.layout import INDEX
 from curated_data.errors import CacheError, ConfigError
-from curated_data.layout import INDEX
 
 _FEW = 20  # indexes of shards that are listed one by one
 
@@ -22,7 +22,7 @@ def inspect(parsed: argparse.Namespace) -> None:
         CacheError: no cache, or files of it are damaged (`--verify`).
         ConfigError: options that do not fit each other or the cache.
     """
-    from curated_data.inspect import age, inspect_cache, verify_cache
+    from curated_data.pipeline.inspect import age, inspect_cache, verify_cache
 
     if parsed.sample is not None:
         _explain(parsed)
@@ -69,9 +69,9 @@ def inspect(parsed: argparse.Namespace) -> None:
 
 
 def _explain(parsed: argparse.Namespace) -> None:
-    from curated_data.cache import absolute
-    from curated_data.inspect import check_is_cache
-    from curated_data.reopen import reopen, selections
+    from curated_data.cache.artifacts import absolute
+    from curated_data.pipeline.inspect import check_is_cache
+    from curated_data.pipeline.reopen import reopen, selections
     from curated_data.report.explain import explain
 
     check_is_cache(absolute(parsed.cache_dir))  # before anything is created there

@@ -8,8 +8,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from curated_data.cache.paths import local_path
 from curated_data.errors import ConfigError
-from curated_data.paths import local_path
 
 PARTS = ("recipes", "configs")
 

@@ -13,11 +13,11 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from curated_data.cache.checksums import open_regular
+from curated_data.cache.paths import local_path
 from curated_data.errors import ConfigError, first_line
 from curated_data.levels import Level, choose_levels
-from curated_data.paths import local_path
 from curated_data.processes import check_context
-from curated_data.seals import open_regular
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from curated_data.errors import ConfigError
 Homes = Mapping[str, str]
 
 _TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
-_DATA = "curated_data.datamodule.CuratedDataModule"
+_DATA = "curated_data.training.datamodule.CuratedDataModule"
 
 
 def check_keys(arguments: Sequence[str], also: Sequence[str] = ()) -> None:

@@ -17,10 +17,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from curated_data.datamodule import CuratedDataModule
 from curated_data.errors import ConfigError, CuratedDataError, first_line
-from curated_data.plan import duration, plan, plan_tables
+from curated_data.pipeline.plan import duration, plan, plan_tables
 from curated_data.stages.cost import Cost
+from curated_data.training.datamodule import CuratedDataModule
 
 _PROBE_STEPS = 8
 

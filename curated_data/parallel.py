@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from curated_data.errors import ConfigError, RankError, first_line
-from curated_data.locks import while_waiting
+from curated_data.waiting import while_waiting
 
 log = logging.getLogger(__name__)
 

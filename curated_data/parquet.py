@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from curated_data.cache.checksums import open_regular
 from curated_data.errors import ConfigError, CuratedDataError, PoolError, printable
-from curated_data.seals import open_regular
 
 KEYS = ("key", "__key__", "image_path")
 """Names by which a column of keys is known; the last is clip-retrieval's."""

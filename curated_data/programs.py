@@ -16,9 +16,9 @@ from curated_data.clustering.rows import METRICS
 from curated_data.config import CurationConfig, load_config
 from curated_data.embedding import Embedder
 from curated_data.errors import CuratedDataError
-from curated_data.export import export
 from curated_data.parallel import rank
-from curated_data.pipeline import curate
+from curated_data.pipeline.curate import curate
+from curated_data.pipeline.export import export
 from curated_data.pool import ShardPool
 from curated_data.progress import log_to_terminal
 from curated_data.report.comparison import Row, compare_with_random, comparison_table

@@ -37,13 +37,13 @@ SECTIONS: dict[str, dict[str, list[str] | None]] = {
         "curated_data.selection.retrieval": ["Retrieved", "retrieve_clusters", "target_weights"],
         "curated_data.selection.captions": ["label_captions", "label_pool", "export_labelled"],
         "curated_data.streaming": None,
-        "curated_data.export": ["export"],
-        "curated_data.extend": ["extend"],
-        "curated_data.inspect": ["inspect_cache"],
+        "curated_data.pipeline.export": ["export"],
+        "curated_data.pipeline.extend": ["extend"],
+        "curated_data.pipeline.inspect": ["inspect_cache"],
     },
     "Reports": {
         "curated_data.report.page": ["write_report"],
-        "curated_data.report.mixture": ["write_mixture_report"],
+        "curated_data.training.mixture_report": ["write_mixture_report"],
         "curated_data.selection.metrics": [
             "class_balance", "cluster_balance", "coverage_distance", "entropy", "gini", "head_to_tail",
             "kl_to_uniform", "perplexity",

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from curated_data import ShardPool, kmeans
-from curated_data.cache import open_cache
+from curated_data.cache.artifacts import open_cache
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, PoolError
 from curated_data.programs import report_errors

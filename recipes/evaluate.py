@@ -19,14 +19,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from curated_data.cache import atomic_path, open_cache
+from curated_data.cache.artifacts import atomic_path, open_cache
+from curated_data.cache.paths import local_path
+from curated_data.cache.removal import remove
 from curated_data.datasets import EmbeddedDataset, Features, load_suite, open_suite
 from curated_data.devices import resolve_device
 from curated_data.embedding import resolve_embedder
 from curated_data.errors import ConfigError
-from curated_data.paths import local_path
 from curated_data.programs import report_errors
-from curated_data.removal import remove
 from lightning_modules.evaluation.suite import EVALUATIONS, suite
 from lightning_modules.evaluation.suite_result import SuiteResult, compared_with_first
 

@@ -34,10 +34,10 @@ from rich.console import Console
 from rich.table import Table
 
 from curated_data import CuratedDataModule, CurationConfig, LoaderOptions, ShardPool, ShardWriter, curate
-from curated_data.cache import atomic_path, fingerprint, open_cache
+from curated_data.cache.artifacts import atomic_path, fingerprint, open_cache
+from curated_data.cache.paths import local_path
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, CuratedDataError, PoolError
-from curated_data.paths import local_path
 from curated_data.progress import log_to_terminal
 from curated_data.report import figures
 from curated_data.report.examples import ClusterRow, cluster_rows
@@ -86,7 +86,7 @@ def main() -> int:
 def quieten_lightning() -> None:
     """Silence its lines per epoch, and its advice about loggers and validation, which are off on purpose."""
     noisy = "lightning", "lightning.pytorch", "lightning.fabric"
-    for name in (*noisy, "curated_data.streaming", "curated_data.datamodule"):
+    for name in (*noisy, "curated_data.streaming", "curated_data.training.datamodule"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
 

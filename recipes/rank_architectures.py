@@ -36,11 +36,11 @@ from rich.markdown import Markdown
 from torchvision.transforms import v2
 
 from curated_data import CuratedDataModule, LoaderOptions
-from curated_data.cache import atomic_path, atomic_write_json, fingerprint, open_cache, read_json
+from curated_data.cache.artifacts import atomic_path, atomic_write_json, fingerprint, open_cache, read_json
+from curated_data.cache.locks import locked
+from curated_data.cache.paths import local_path
 from curated_data.datasets.ranking import SIDES, Data, open_data
 from curated_data.errors import ConfigError, CuratedDataError
-from curated_data.locks import locked
-from curated_data.paths import local_path
 from curated_data.progress import log_to_terminal, progress
 from lightning_modules.evaluation.ranking import RankingResult, ranking
 from lightning_modules.supervised import Supervised, build_classifier

@@ -36,11 +36,17 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from torch import Tensor, nn
 
 from curated_data import ShardPool, ShardWriter
-from curated_data.cache import atomic_write_json, build_once, fingerprint, open_cache, write_manifest
+from curated_data.cache.artifacts import (
+    atomic_write_json,
+    build_once,
+    fingerprint,
+    open_cache,
+    write_manifest,
+)
+from curated_data.cache.paths import local_path
 from curated_data.embedding import Embedder, resolve_embedder
 from curated_data.embedding.text import check_text
 from curated_data.errors import CuratedDataError, PoolError
-from curated_data.paths import local_path
 from curated_data.programs import add_selection_options, print_comparison, report_errors, walk_by_options
 from curated_data.progress import progress
 from curated_data.report.comparison import Row

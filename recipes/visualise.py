@@ -19,11 +19,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from curated_data import ShardPool, curate
-from curated_data.cache import open_cache
+from curated_data.cache.artifacts import open_cache
+from curated_data.cache.paths import local_path
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.embedding.embedders import ModuleEmbedder
 from curated_data.errors import ConfigError, EmbedderError
-from curated_data.paths import local_path
 from curated_data.programs import labels_of, report_errors
 from curated_data.report.examples import thumbnails
 from curated_data.report.page import class_names_beside, write_report

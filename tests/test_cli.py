@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from curated_data import ShardPool
-from curated_data.cache import open_cache
+from curated_data.cache.artifacts import open_cache
 from curated_data.cli import main
 
 CURATION = [
@@ -166,7 +166,7 @@ def test_ctrl_c_is_one_line_and_status_130(monkeypatch, capsys):
     def stopped(folder):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("curated_data.inspect.inspect_cache", stopped)
+    monkeypatch.setattr("curated_data.pipeline.inspect.inspect_cache", stopped)
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert main(["inspect", "cache"]) == 130
@@ -221,7 +221,7 @@ def test_errors_of_the_system_are_one_line(monkeypatch, capsys):
     def refused(folder):
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr("curated_data.inspect.inspect_cache", refused)
+    monkeypatch.setattr("curated_data.pipeline.inspect.inspect_cache", refused)
     assert main(["inspect", "cache"]) == 2
     assert capsys.readouterr().err == "curated-data inspect: [Errno 13] Permission denied: 'cache'\n"
 

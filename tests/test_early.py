@@ -16,7 +16,7 @@ from curated_data.errors import ConfigError
 ROOT = Path(__file__).parents[1]
 CLASSES = [
     "curated_data.CuratedDataModule",
-    "curated_data.datamodule.CuratedDataModule",
+    "curated_data.training.datamodule.CuratedDataModule",
     "lightning.pytorch.trainer.trainer.Trainer",
     *(
         f"lightning_modules.{name}"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.house import circles, modules
+from tests.house import circles, modules, rooms
 
 GROUND = {f"curated_data.{n}" for n in ("devices", "errors", "matrix", "networks", "parallel", "randomness")}
 """What `lightning_modules` may take from `curated_data`."""
@@ -15,6 +15,7 @@ def graph():
 
 def test_there_are_no_circles(graph):
     assert circles(graph) == []
+    assert circles(rooms(graph)) == []
 
 
 def test_packages_know_only_what_is_below_them(graph):
@@ -29,7 +30,7 @@ def test_packages_know_only_what_is_below_them(graph):
 
 
 def test_the_ground_floor_imports_little(graph):
-    allowed = GROUND | {"curated_data.locks", "curated_data.removal", "curated_data.paths"}
+    allowed = GROUND | {"curated_data.waiting"}
     for module in GROUND:
         assert set(graph.successors(module)) <= allowed, module
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from curated_data import parallel
-from curated_data.cache import fingerprint
+from curated_data.cache.artifacts import fingerprint
 from curated_data.clustering.checkpoint import Arrays, Checkpoint, Running
 from curated_data.clustering.kmeans import check_settings, fit_rows, full_precision, prepare
 from curated_data.clustering.lloyd import Fit

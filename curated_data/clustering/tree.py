@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import sparse
 
-from curated_data.cache import (
+from curated_data.cache.artifacts import (
     MANIFEST,
     atomic_path,
     atomic_save,
@@ -19,12 +19,12 @@ from curated_data.cache import (
     verify_once,
     write_manifest,
 )
+from curated_data.cache.checksums import reading
+from curated_data.cache.remedies import Remedy
+from curated_data.cache.removal import TEMPORARY, remove, set_aside
 from curated_data.clustering.rows import METRICS
 from curated_data.errors import CacheError
 from curated_data.matrix import Matrix
-from curated_data.remedies import Remedy
-from curated_data.removal import TEMPORARY, remove, set_aside
-from curated_data.seals import reading
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from curated_data.arguments import checked_selection, load_ids
 from curated_data.errors import ConfigError
 from curated_data.pool import ShardPool
+from curated_data.training.arguments import checked_selection, load_ids
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from curated_data.cache import atomic_path, fingerprint
+from curated_data.cache.artifacts import atomic_path, fingerprint
+from curated_data.cache.locks import locked
 from curated_data.config import read_yaml, structured
 from curated_data.datasets.images import Images, image_files, to_shards
 from curated_data.datasets.layouts import LAYOUTS
 from curated_data.errors import ConfigError, CuratedDataError, PoolError, first_line
-from curated_data.locks import locked
 from curated_data.pool import ShardPool, ShardWriter, import_folder
 from curated_data.report.page import class_names_beside
 

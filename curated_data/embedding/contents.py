@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from curated_data.cache import fingerprint
-from curated_data.layout import EMBEDDINGS
-from curated_data.locks import locked
+from curated_data.cache.artifacts import fingerprint
+from curated_data.cache.layout import EMBEDDINGS
+from curated_data.cache.locks import locked
 from curated_data.parallel import check_ranks
 from curated_data.pool import ShardPool
 from curated_data.pool.known import Facts, turns

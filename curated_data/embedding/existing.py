@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from curated_data.cache import fingerprint
+from curated_data.cache.artifacts import fingerprint
+from curated_data.cache.layout import EMBEDDINGS
+from curated_data.cache.locks import locked
 from curated_data.embedding.files import EmbeddingFiles, as_array
 from curated_data.embedding.files import Source as Source
 from curated_data.embedding.store import EmbeddingStore, is_embedded, write_shard
-from curated_data.layout import EMBEDDINGS
-from curated_data.locks import locked
 from curated_data.parallel import all_gather, rank, world_size
 from curated_data.progress import progress
 

@@ -18,7 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from curated_data.cache import fingerprint
+from curated_data.cache.artifacts import fingerprint
+from curated_data.cache.holds import Hold
+from curated_data.cache.layout import EMBEDDINGS
+from curated_data.cache.locks import locked
 from curated_data.devices import resolve_device
 from curated_data.embedding.batches import InputLoader, is_of_worker, worker_ended
 from curated_data.embedding.contents import Contents, content_name
@@ -35,9 +38,6 @@ from curated_data.embedding.store import (
     write_shard,
 )
 from curated_data.errors import ConfigError, CuratedDataError, EmbedderError, first_line
-from curated_data.holds import Hold
-from curated_data.layout import EMBEDDINGS
-from curated_data.locks import locked
 from curated_data.parallel import check_ranks, rank, world_size
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import IMAGE_EXTENSIONS, Decoders, as_decoders

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from curated_data.cache.checksums import load_npy
+from curated_data.cache.paths import local_path
 from curated_data.errors import ConfigError, PoolError
 from curated_data.matrix import Matrix
-from curated_data.paths import local_path
-from curated_data.seals import load_npy
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from curated_data.cache import fingerprint
+from curated_data.cache.artifacts import fingerprint
 from curated_data.embedding.source import class_source, source_of
 from curated_data.errors import EmbedderError
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from curated_data.cache import atomic_path
+from curated_data.cache.artifacts import atomic_path
+from curated_data.cache.paths import local_path
 from curated_data.embedding.store import EmbeddingStore
 from curated_data.errors import ConfigError
-from curated_data.paths import local_path
 from curated_data.progress import progress
 
 FORMATS = ("parquet", "npy")

@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from curated_data.cache import fingerprint
+from curated_data.cache.artifacts import fingerprint
 from curated_data.embedding.existing import Block, keep_rows, rows_name
 from curated_data.embedding.files import EmbeddingFiles
 from curated_data.embedding.store import EmbeddingStore

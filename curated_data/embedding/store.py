@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from curated_data.cache import (
+from curated_data.cache.artifacts import (
     FORMAT_VERSION,
     atomic_path,
     atomic_write_json,
@@ -21,10 +21,10 @@ from curated_data.cache import (
     read_json,
     sealed,
 )
+from curated_data.cache.checksums import check_file, check_once, file_seal, load_npy, load_npz
+from curated_data.cache.holds import Hold
+from curated_data.cache.removal import remove, shown
 from curated_data.errors import CacheError
-from curated_data.holds import Hold
-from curated_data.removal import remove, shown
-from curated_data.seals import check_file, check_once, file_seal, load_npy, load_npz
 
 VERSION = 2
 """Of the extraction; increasing it makes older embeddings stale."""

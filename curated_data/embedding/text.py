@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curated_data.cache import fingerprint
+from curated_data.cache.artifacts import fingerprint
 from curated_data.errors import EmbedderError, SampleError
 from curated_data.networks import readable
 

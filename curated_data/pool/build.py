@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from curated_data.cache import MANIFEST, build_once, fingerprint, open_cache
+from curated_data.cache.artifacts import MANIFEST, build_once, fingerprint, open_cache
+from curated_data.cache.layout import INDEX, POOL
+from curated_data.cache.locks import locked
 from curated_data.errors import PoolError
-from curated_data.layout import INDEX, POOL
-from curated_data.locks import locked
 from curated_data.parallel import check_ranks, world_size
 from curated_data.pool.index import (
     PoolIndex,

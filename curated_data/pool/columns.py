@@ -23,9 +23,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curated_data.cache import atomic_path, fingerprint
+from curated_data.cache.artifacts import atomic_path, fingerprint
+from curated_data.cache.locks import locked
+from curated_data.cache.paths import local_path
 from curated_data.errors import ConfigError, PoolError
-from curated_data.locks import locked
 from curated_data.parquet import (
     check_unique,
     column_names,
@@ -38,7 +39,6 @@ from curated_data.parquet import (
     read_keys,
     reading_parquet,
 )
-from curated_data.paths import local_path
 from curated_data.pool.decode import TEXT_EXTENSIONS
 from curated_data.pool.measures import MEASURES, OF_HEADER, measure_image
 from curated_data.pool.urls import is_remote

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from curated_data.cache import build_once, fingerprint, open_cache, write_manifest
+from curated_data.cache.artifacts import build_once, fingerprint, open_cache, write_manifest
+from curated_data.cache.paths import local_path
 from curated_data.errors import PoolError
-from curated_data.paths import local_path
 from curated_data.pool.writer import import_folder
 
 PREFIX = "folder:"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from curated_data.cache import (
+from curated_data.cache.artifacts import (
     MANIFEST,
     atomic_path,
     fingerprint,
@@ -27,15 +27,15 @@ from curated_data.cache import (
     verify_once,
     write_manifest,
 )
+from curated_data.cache.checksums import reading
+from curated_data.cache.layout import INDEX, POOL
+from curated_data.cache.remedies import Remedy
+from curated_data.cache.removal import shown
 from curated_data.errors import CacheError, PoolError
-from curated_data.layout import INDEX, POOL
 from curated_data.pool.grouping import group_members, text_of
 from curated_data.pool.grouping import split_name as split_name
 from curated_data.pool.notes import Notes, add_note, joined_notes, notes_from_json
 from curated_data.pool.tar import Source, local_source
-from curated_data.remedies import Remedy
-from curated_data.removal import shown
-from curated_data.seals import reading
 
 CODE_VERSION = 2  # part of every shard's fingerprint; increase it when arrays or grouping change
 ARRAYS = ("key_start", "key_bytes", "member_start", "member_extension", "member_offset", "member_size")

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from curated_data.cache import fingerprint
-from curated_data.locks import writable
-from curated_data.removal import remove
+from curated_data.cache.artifacts import fingerprint
+from curated_data.cache.locks import writable
+from curated_data.cache.removal import remove
 
 _FOLDER = ".shards"
 _BUCKETS = 256

@@ -14,10 +14,10 @@ from typing import IO, Any
 
 import fsspec
 
+from curated_data.cache.paths import is_url, spelled
+from curated_data.cache.removal import TEMPORARY, remove
 from curated_data.errors import CacheError, CuratedDataError, PoolError, printable
-from curated_data.paths import is_url, spelled
 from curated_data.pool.urls import unreachable
-from curated_data.removal import TEMPORARY, remove
 
 _ATTEMPTS = 3
 _WHOLE = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci", "tos", "hf", "memory")

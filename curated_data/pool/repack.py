@@ -17,8 +17,9 @@ from typing import Any
 
 import fsspec
 
+from curated_data.cache.checksums import read_bytes
+from curated_data.cache.paths import is_url, spelled
 from curated_data.errors import PoolError, printable
-from curated_data.paths import is_url, spelled
 from curated_data.pool.access import RemoteOptions
 from curated_data.pool.grouping import parts_apart
 from curated_data.pool.index import ShardIndex, index_shard
@@ -30,7 +31,6 @@ from curated_data.pool.tar import Source, compression_of, local_source, read_mem
 from curated_data.pool.urls import expand_urls, is_pipe, is_remote, unreachable
 from curated_data.pool.writer import ShardWriter, check_out, existing_shards
 from curated_data.progress import progress
-from curated_data.seals import read_bytes
 
 log = logging.getLogger(__name__)
 

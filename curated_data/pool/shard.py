@@ -4,8 +4,8 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 
-from curated_data.cache import fingerprint
-from curated_data.paths import is_url
+from curated_data.cache.artifacts import fingerprint
+from curated_data.cache.paths import is_url
 from curated_data.pool.index import CODE_VERSION
 
 

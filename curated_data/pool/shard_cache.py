@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from curated_data.cache import atomic_path
+from curated_data.cache.artifacts import atomic_path
+from curated_data.cache.locks import locked
+from curated_data.cache.removal import remove
 from curated_data.errors import CacheError, PoolError
-from curated_data.locks import locked, while_waiting
 from curated_data.pool.out import writing
 from curated_data.pool.shard import ShardFile
-from curated_data.removal import remove
+from curated_data.waiting import while_waiting
 
 log = logging.getLogger(__name__)
 

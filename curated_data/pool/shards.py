@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from curated_data.cache import absolute, fingerprint, open_cache
+from curated_data.cache.artifacts import absolute, fingerprint, open_cache
 from curated_data.errors import ConfigError, PoolError, SampleError
 from curated_data.parallel import (
     all_gather,

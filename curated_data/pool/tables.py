@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curated_data.cache.paths import local_path
 from curated_data.errors import ConfigError, PoolError
 from curated_data.parquet import column_names, in_order, nearest_of, open_parquet, reading_parquet
-from curated_data.paths import local_path
 from curated_data.pool.decode import IMAGE_EXTENSIONS
 from curated_data.pool.writer import ShardWriter
 from curated_data.progress import progress

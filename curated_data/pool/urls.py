@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import braceexpand
 import fsspec
 
+from curated_data.cache.paths import is_chain, parts_of, spelled
 from curated_data.errors import PoolError, printable
-from curated_data.paths import is_chain, parts_of, spelled
 from curated_data.pool import http
 
 _MANY = 256  # files, from which they are looked up in parallel

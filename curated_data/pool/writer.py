@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
+from curated_data.cache.paths import local_path, spelled
+from curated_data.cache.removal import TEMPORARY
 from curated_data.errors import PoolError
-from curated_data.paths import local_path, spelled
 from curated_data.pool.claim import Claim, check_free, names_in
 from curated_data.pool.decode import IMAGE_EXTENSIONS, as_extensions
 from curated_data.pool.encode import encode_member
@@ -19,7 +20,6 @@ from curated_data.pool.folders import ImageFolders, read_image
 from curated_data.pool.index import split_name
 from curated_data.pool.out import LocalFolder, RemoteFolder, open_out, writing
 from curated_data.progress import progress
-from curated_data.removal import TEMPORARY
 
 log = logging.getLogger(__name__)
 

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from curated_data.cache.checksums import read_bytes
+from curated_data.cache.removal import shown
 from curated_data.config import CurationConfig
 from curated_data.embedding.equal import equal_rows
 from curated_data.embedding.existing import EmbeddedPool
 from curated_data.errors import PoolError, printable
 from curated_data.levels import Level
 from curated_data.pool.out import write_file
-from curated_data.removal import shown
 from curated_data.report.examples import random_subset
 from curated_data.report.map import cluster_tables, sample_map, samples_shown
 from curated_data.report.tiles import (
@@ -32,7 +33,6 @@ from curated_data.report.tiles import (
     near_duplicate_groups,
     single_samples,
 )
-from curated_data.seals import read_bytes
 from curated_data.selection import metrics
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 import torch
 
-from curated_data.cache import atomic_path, read_array, read_manifest, write_manifest
+from curated_data.cache.artifacts import atomic_path, read_array, read_manifest, write_manifest
 from curated_data.errors import ConfigError, EmbedderError, PoolError, SampleError
 from curated_data.pool.decode import as_extensions
 from curated_data.pool.writer import ShardWriter

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import numpy as np
 
+from curated_data.cache.checksums import load_npy, read_bytes
+from curated_data.cache.paths import local_path
 from curated_data.errors import ConfigError, PoolError, first_line
-from curated_data.paths import local_path
-from curated_data.seals import load_npy, read_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa

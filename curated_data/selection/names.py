@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from curated_data.cache.checksums import open_regular, read_bytes
+from curated_data.cache.removal import shown
 from curated_data.errors import ConfigError, printable
-from curated_data.removal import shown
-from curated_data.seals import open_regular, read_bytes
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from curated_data.cache import read_array, read_manifest
+from curated_data.cache.artifacts import read_array, read_manifest
+from curated_data.cache.layout import NEAR_DUPLICATES
 from curated_data.errors import CacheError
-from curated_data.layout import NEAR_DUPLICATES
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from curated_data.cache.holds import Hold
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig
 from curated_data.embedding import EmbeddingStore
-from curated_data.holds import Hold
 from curated_data.selection.metrics import cluster_balance
 from curated_data.stages.index import AnyPool
 from curated_data.stages.selection import Selection

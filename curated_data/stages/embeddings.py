@@ -12,7 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from curated_data.cache import fingerprint
+from curated_data.cache.artifacts import fingerprint
+from curated_data.cache.checksums import load_npy
+from curated_data.cache.layout import EMBEDDINGS
+from curated_data.cache.removal import is_fingerprint
 from curated_data.config import CurationConfig, EmbeddingConfig
 from curated_data.embedding.contents import Contents
 from curated_data.embedding.embedders import Embedder, resolve_embedder
@@ -21,10 +24,7 @@ from curated_data.embedding.extract import embed_pool, embeddings_name
 from curated_data.embedding.precomputed import Precomputed
 from curated_data.embedding.store import EmbeddingStore, missing_shards
 from curated_data.errors import CacheError, ConfigError, PoolError
-from curated_data.layout import EMBEDDINGS
 from curated_data.pool.decode import Decoders
-from curated_data.removal import is_fingerprint
-from curated_data.seals import load_npy
 from curated_data.stages.cost import Cost, Rates
 from curated_data.stages.index import AnyPool
 

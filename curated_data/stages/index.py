@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from curated_data.cache import open_cache
+from curated_data.cache.artifacts import open_cache
+from curated_data.cache.holds import holding
+from curated_data.cache.shared_build import check_shared
 from curated_data.config import CurationConfig, load_config
 from curated_data.embedding.existing import EmbeddedPool
-from curated_data.filtering import with_named_ids
-from curated_data.holds import holding
 from curated_data.parallel import check_same, together
 from curated_data.pool import ShardPool
 from curated_data.pool.index import ARRAYS
-from curated_data.shared_build import check_shared
+from curated_data.stages.filtering import with_named_ids
 from curated_data.stages.stage import Run
 
 log = logging.getLogger(__name__)

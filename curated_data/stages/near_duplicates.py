@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from curated_data.cache import read_array, read_manifest
+from curated_data.cache.artifacts import read_array, read_manifest
+from curated_data.cache.layout import NEAR_DUPLICATES
 from curated_data.config import CurationConfig
 from curated_data.embedding import EmbeddingStore
 from curated_data.embedding.existing import EmbeddedPool
 from curated_data.errors import ConfigError, PoolError
-from curated_data.layout import NEAR_DUPLICATES
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import has_images
 from curated_data.selection.links import ONE_CELL

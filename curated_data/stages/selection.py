@@ -9,14 +9,14 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from curated_data.cache import MANIFEST, read_array, read_manifest
+from curated_data.cache.artifacts import MANIFEST, read_array, read_manifest
+from curated_data.cache.checksums import reading
+from curated_data.cache.layout import SELECTION
+from curated_data.cache.remedies import Remedy
 from curated_data.clustering.tree import ClusterTree
 from curated_data.config import CurationConfig, load_config
 from curated_data.embedding import EmbeddingStore
 from curated_data.errors import CacheError, ConfigError
-from curated_data.layout import SELECTION
-from curated_data.remedies import Remedy
-from curated_data.seals import reading
 from curated_data.selection.included import with_included
 from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_sample
 from curated_data.selection.sparse import BLOCK, CELL, find_neighbours, sparse_sample

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from curated_data.cache import MANIFEST, build_once, fingerprint, write_manifest
+from curated_data.cache.artifacts import MANIFEST, build_once, fingerprint, write_manifest
+from curated_data.cache.holds import hold
+from curated_data.cache.shared_build import build_together
 from curated_data.config import CurationConfig
-from curated_data.holds import hold
-from curated_data.shared_build import build_together
 
 log = logging.getLogger(__name__)
 

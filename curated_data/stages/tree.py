@@ -9,7 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from curated_data.cache import MANIFEST, read_array, read_manifest
+from curated_data.cache.artifacts import MANIFEST, read_array, read_manifest
+from curated_data.cache.checksums import reading
+from curated_data.cache.layout import CHECKPOINTS, TREE
+from curated_data.cache.remedies import Remedy
+from curated_data.cache.removal import shown, tidy
 from curated_data.clustering.hierarchy import hierarchical_kmeans
 from curated_data.clustering.rows import BLOCK
 from curated_data.clustering.seeding import CELL, PROBES, SCORES_BYTES
@@ -17,12 +21,8 @@ from curated_data.clustering.tree import ClusterTree
 from curated_data.config import CurationConfig, load_config
 from curated_data.embedding import EmbeddingStore
 from curated_data.errors import ConfigError, CuratedDataError, PoolError
-from curated_data.layout import CHECKPOINTS, TREE
 from curated_data.levels import Level, TooManyClusters, resampled_size
 from curated_data.parallel import rank
-from curated_data.remedies import Remedy
-from curated_data.removal import shown, tidy
-from curated_data.seals import reading
 from curated_data.stages.cost import Cost, Rates
 from curated_data.stages.index import AnyPool
 from curated_data.stages.stage import Run, Stage

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from curated_data.cache import build_once, fingerprint, open_cache, read_manifest, write_manifest
+from curated_data.cache.artifacts import build_once, fingerprint, open_cache, read_manifest, write_manifest
 from curated_data.errors import CacheError, SampleError
 from curated_data.pool import ShardPool
 

@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from curated_data.cache import fingerprint
+from curated_data.cache.artifacts import fingerprint
 from curated_data.errors import ConfigError
 from curated_data.streaming.order import EpochOrder, LastBatch
 from curated_data.streaming.shares import Pattern, pattern, pattern_of_counts, rounded

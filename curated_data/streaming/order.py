@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from curated_data.cache import fingerprint
+from curated_data.cache.artifacts import fingerprint
 from curated_data.errors import ConfigError
 from curated_data.randomness import GOLDEN, mixed
 

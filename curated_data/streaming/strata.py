@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from curated_data.cache import atomic_path, fingerprint
+from curated_data.cache.artifacts import atomic_path, fingerprint
+from curated_data.cache.checksums import load_npz
+from curated_data.cache.layout import STREAMING
 from curated_data.errors import CacheError, ConfigError
-from curated_data.layout import STREAMING
-from curated_data.seals import load_npz
 
 
 def check_level(level: int, n_levels: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curated_data.cache import (
+from curated_data.cache.artifacts import (
     FORMAT_VERSION,
     atomic_path,
     atomic_save,
@@ -62,9 +62,8 @@ def test_fingerprint_of_arrays_sees_values_shape_and_type():
 
 
 def test_fingerprint_does_not_depend_on_the_process(tmp_path):
-    code = (
-        "from curated_data.cache import fingerprint; print(fingerprint(a={'x': 1, 'y': {'z': [1.5, None]}}))"
-    )
+    load = "from curated_data.cache.artifacts import fingerprint"
+    code = f"{load}; print(fingerprint(a={{'x': 1, 'y': {{'z': [1.5, None]}}}}))"
     seeds = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                             env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in "12"]  # fmt: skip
     assert seeds[0] == seeds[1] == fingerprint(a={"y": {"z": [1.5, None]}, "x": 1}) + "\n"

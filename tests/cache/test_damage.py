@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from curated_data import ShardPool, curate
-from curated_data.cache import MANIFEST, read_json
+from curated_data.cache.artifacts import MANIFEST, read_json
+from curated_data.cache.checksums import file_seal
 from curated_data.config import load_config
 from curated_data.errors import CacheError
-from curated_data.export import export
-from curated_data.extend import extend
-from curated_data.inspect import verify_cache
-from curated_data.recuration import recurate
-from curated_data.seals import file_seal
+from curated_data.pipeline.export import export
+from curated_data.pipeline.extend import extend
+from curated_data.pipeline.inspect import verify_cache
+from curated_data.pipeline.recurate import recurate
 
 CONFIG = {
     "target_size": 12,

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from curated_data import curate
-from curated_data.cache import sealed
+from curated_data.cache.artifacts import sealed
+from curated_data.cache.checksums import file_seal
+from curated_data.cache.removal import shown
 from curated_data.errors import CacheError, PoolError
-from curated_data.extend import extend
-from curated_data.inspect import verify_cache
+from curated_data.pipeline.extend import extend
+from curated_data.pipeline.inspect import verify_cache
+from curated_data.pipeline.reopen import reopen
 from curated_data.pool import ShardPool
-from curated_data.recuration_state import checked_state
-from curated_data.removal import shown
-from curated_data.reopen import reopen
-from curated_data.seals import file_seal
 from curated_data.selection.removed import Removed
+from curated_data.training.recuration_state import checked_state
 
 CONFIG = {
     "target_size": 12,

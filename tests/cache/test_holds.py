@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from curated_data import RecurationCallback, curate
-from curated_data.cache import open_cache
-from curated_data.holds import Hold, hold, holding, remove_unheld
-from curated_data.reopen import reopen
+from curated_data.cache.artifacts import open_cache
+from curated_data.cache.holds import Hold, hold, holding, remove_unheld
+from curated_data.pipeline.reopen import reopen
 from tests.support.recuration_runs import SIZES, fit
 
 CONTEXT = multiprocessing.get_context("fork")

@@ -9,7 +9,7 @@ from curated_data import ShardPool, curate
 from curated_data.cli import main
 from curated_data.config import read_yaml
 from curated_data.errors import ConfigError, CuratedDataError, PoolError
-from curated_data.inspect import inspect_cache, verify_cache
+from curated_data.pipeline.inspect import inspect_cache, verify_cache
 from curated_data.report.page import class_names_beside
 from curated_data.selection.names import read_classes, read_wordnet
 
@@ -80,5 +80,5 @@ def test_inspect_lists_a_cache_with_loops_of_links(tmp_path, write_pool):
     assert found["tree"].complete
     assert not found["selection"].complete
     assert any("shards.npy" in problem for problem in verify_cache(cache))
-    with pytest.raises(CuratedDataError, match=folders["selection"].name):
+    with pytest.raises(CuratedDataError, match=folders["tree"].name):
         curate(write_pool([9]), config, embedder="pixels:2", cache_dir=cache)

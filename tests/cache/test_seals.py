@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from curated_data import seals
-from curated_data.cache import (
+from curated_data.cache import checksums as seals
+from curated_data.cache.artifacts import (
     MANIFEST,
     atomic_path,
     atomic_write_json,
@@ -25,9 +25,9 @@ from curated_data.cache import (
     sealed,
     write_manifest,
 )
+from curated_data.cache.checksums import check_file, check_once, file_seal, load_npy, load_npz, reading
 from curated_data.clustering.checkpoint import Checkpoint
 from curated_data.errors import CacheError
-from curated_data.seals import check_file, check_once, file_seal, load_npy, load_npz, reading
 
 ANY_FOLDER = settings(
     max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None

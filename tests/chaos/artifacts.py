@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from curated_data import ShardPool, curate
-from curated_data.cache import open_cache
+from curated_data.cache.artifacts import open_cache
 from curated_data.embedding import embed_pool, resolve_embedder
-from curated_data.export import export
-from curated_data.extend import extend
-from curated_data.inspect import inspect_cache, verify_cache
-from curated_data.reopen import reopen
+from curated_data.pipeline.export import export
+from curated_data.pipeline.extend import extend
+from curated_data.pipeline.inspect import inspect_cache, verify_cache
+from curated_data.pipeline.reopen import reopen
 from tests.chaos.cage import Ending, snapshot
 from tests.chaos.kinds import Kind, digest
 from tests.chaos.world import CONFIG, EMBEDDER, World, is_beside, only

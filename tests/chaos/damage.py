@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from curated_data.cache import sealed
-from curated_data.seals import file_seal
+from curated_data.cache.artifacts import sealed
+from curated_data.cache.checksums import file_seal
 
 NAME = "0123456789abcdef0123"
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from curated_data import ShardPool
-from curated_data.cache import open_cache
+from curated_data.cache.artifacts import open_cache
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.pool import RemoteOptions
 from tests.chaos.tally import Tally

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curated_data.cache import atomic_write_json, read_json, sealed
+from curated_data.cache.artifacts import atomic_write_json, read_json, sealed
 from curated_data.clustering.tree import ClusterTree, take_groups
 from curated_data.errors import CacheError
 

@@ -27,7 +27,7 @@ def test_a_users_program_is_clean_under_strict_checks(tmp_path):
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir=cache", "program.py"]
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert found.returncode == 0, found.stdout + found.stderr
-    assert "-> curated_data.pipeline.Curation" in found.stdout  # the package's own types, not Any
+    assert "-> curated_data.pipeline.curate.Curation" in found.stdout  # the package's own types, not Any
 
 
 @pytest.mark.parametrize(("package", "name"), PUBLIC, ids=[name for _, name in PUBLIC])

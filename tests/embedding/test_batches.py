@@ -8,7 +8,7 @@ import pytest
 import torch
 import webdataset
 
-from curated_data.cache import open_cache
+from curated_data.cache.artifacts import open_cache
 from curated_data.embedding import EmbeddingStore, ModuleEmbedder, embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, EmbedderError
 from curated_data.pool import ShardPool

@@ -21,12 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from curated_data.cache import open_cache
+from curated_data.cache.artifacts import open_cache
 from curated_data.embedding import ModuleEmbedder, embed_pool
 from curated_data.embedding import contents as contents_module
 from curated_data.embedding.contents import Contents
-from curated_data.extend import extend
-from curated_data.pipeline import curate
+from curated_data.pipeline.curate import curate
+from curated_data.pipeline.extend import extend
 from curated_data.pool import ShardPool, build, import_archives
 from curated_data.pool.known import Facts
 from tests.support.server import Server

@@ -9,7 +9,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from curated_data.cache import open_cache
+from curated_data.cache.artifacts import open_cache
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.embedding.equal import equal_rows
 from curated_data.pool import ShardPool

@@ -11,8 +11,8 @@ from curated_data import EmbeddedPool, curate, curate_embeddings
 from curated_data.cli import main
 from curated_data.embedding import existing
 from curated_data.errors import CacheError, ConfigError, PoolError
-from curated_data.extend import extend
-from curated_data.reopen import reopen
+from curated_data.pipeline.extend import extend
+from curated_data.pipeline.reopen import reopen
 from tests.support.processes import run_ranks
 
 CONFIG = {"target_size": 60, "levels": [{"n_clusters": 20}, {"n_clusters": 5}]}

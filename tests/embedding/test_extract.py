@@ -15,7 +15,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from curated_data.cache import open_cache
+from curated_data.cache.artifacts import open_cache
 from curated_data.embedding import EmbeddingStore, ModuleEmbedder, embed_pool, resolve_embedder
 from curated_data.embedding import extract as extract_module
 from curated_data.embedding import store as store_module

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from curated_data.cache import open_cache
+from curated_data.cache.artifacts import open_cache
 from curated_data.embedding import ModuleEmbedder, embed_pool
 from curated_data.embedding import batches as batches_module
 from curated_data.errors import CuratedDataError, EmbedderError, PoolError, SampleError

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curated_data import EmbeddedPool, ShardPool, curate, curate_embeddings
-from curated_data.cache import open_cache
+from curated_data.cache.artifacts import open_cache
 from curated_data.embedding import Precomputed
 from curated_data.embedding.files import EmbeddingFiles
 from curated_data.errors import ConfigError, EmbedderError, PoolError
-from curated_data.extend import extend
+from curated_data.pipeline.extend import extend
 
 CONFIG = {"target_size": 20, "levels": [{"n_clusters": 8}]}
 SIZES = [30, 25, 20]

@@ -25,8 +25,8 @@ from PIL import Image
 
 from curated_data import CuratedDataModule, CurationConfig, Level, ShardPool, curate
 from curated_data.config import EmbeddingConfig, NearDuplicateConfig
-from curated_data.extend import extend
-from curated_data.recuration import recurate
+from curated_data.pipeline.extend import extend
+from curated_data.pipeline.recurate import recurate
 from curated_data.streaming.order import EpochOrder
 from lightning_modules import MAE, SP2OT, DINOv2, SimCLR, TSimCNE
 from lightning_modules.evaluation.clustering import clustering

@@ -18,10 +18,10 @@ import pytest
 import webdataset
 
 from curated_data import CuratedDataModule, curate
-from curated_data.cache import open_cache
+from curated_data.cache.artifacts import open_cache
 from curated_data.cli import main
 from curated_data.errors import CacheError, ConfigError, CuratedDataError, PoolError
-from curated_data.export import export
+from curated_data.pipeline.export import export
 from curated_data.pool import RemoteOptions, ShardPool, ShardWriter, import_folder, out
 from curated_data.pool import claim as claims
 from curated_data.pool.urls import expand_urls

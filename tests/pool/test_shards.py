@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from curated_data.cache.locks import locked
 from curated_data.errors import PoolError, SampleError
-from curated_data.locks import locked
 from curated_data.pool import ShardPool, build
 from curated_data.pool.index import index_shard
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curated_data.cache import write_manifest
+from curated_data.cache.artifacts import write_manifest
 from curated_data.clustering.tree import ClusterTree
 from curated_data.config import CurationConfig
 from curated_data.levels import Level

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from curated_data import EmbeddedPool, ShardPool, curate, curate_embeddings
 from curated_data.cli import main
 from curated_data.errors import ConfigError, PoolError
-from curated_data.extend import extend
-from curated_data.plan import plan
+from curated_data.pipeline.extend import extend
+from curated_data.pipeline.plan import plan
 from curated_data.selection.filters import Where
 from curated_data.selection.included import with_included
 from curated_data.selection.sampling import hierarchical_sample

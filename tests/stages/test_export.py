@@ -11,7 +11,7 @@ import webdataset
 
 from curated_data.clustering import ClusterTree
 from curated_data.errors import ConfigError, PoolError
-from curated_data.export import export
+from curated_data.pipeline.export import export
 from curated_data.pool import ShardPool
 
 
@@ -112,7 +112,7 @@ def test_an_earlier_export_is_replaced_only_when_asked(pool, ids, tmp_path):
 def test_a_killed_export_is_started_over(pool, ids, tmp_path, monkeypatch):
     expected = [path.read_bytes() for path in export(pool, ids, tmp_path / "whole", max_samples=25)]
 
-    monkeypatch.setattr("curated_data.export._BLOCK", 30)
+    monkeypatch.setattr("curated_data.pipeline.export._BLOCK", 30)
     read, calls = pool.read, []
 
     def read_once(asked):

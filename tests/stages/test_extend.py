@@ -14,10 +14,10 @@ from curated_data import curate
 from curated_data.cli import main
 from curated_data.embedding import extract
 from curated_data.errors import CacheError, ConfigError, EmbedderError, PoolError
-from curated_data.extend import extend
-from curated_data.plan import plan
+from curated_data.pipeline.extend import extend
+from curated_data.pipeline.plan import plan
+from curated_data.pipeline.recurate import recurate
 from curated_data.pool import ShardPool
-from curated_data.recuration import recurate
 from tests.support.processes import run_ranks
 
 CONFIG = {
@@ -191,7 +191,7 @@ def test_a_shard_that_is_in_the_pool_twice_keeps_both_places(write_pool, tmp_pat
 
 
 def test_new_copies_stay_out_and_what_the_tree_holds_stays_in(write_pool, tmp_path, caplog):
-    from curated_data.reopen import reopen
+    from curated_data.pipeline.reopen import reopen
     from curated_data.report.explain import explain
     from tests.support.images import png
 

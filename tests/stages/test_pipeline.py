@@ -17,7 +17,7 @@ from curated_data import ClusterTree, CurationConfig, Level, ShardPool, curate
 from curated_data.clustering import choose_levels
 from curated_data.embedding import ModuleEmbedder
 from curated_data.errors import CacheError, ConfigError, PoolError
-from curated_data.reopen import reopen
+from curated_data.pipeline.reopen import reopen
 from curated_data.report.explain import explain
 from curated_data.selection.removed import Removed
 from curated_data.selection.sampling import hierarchical_sample

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from curated_data import CurationConfig, Level, ShardPool, curate
 from curated_data.config import EmbeddingConfig
 from curated_data.levels import choose_levels
-from curated_data.plan import plan, plan_tables, planned_stages
+from curated_data.pipeline.plan import plan, plan_tables, planned_stages
 from curated_data.stages.cost import Rates
 from curated_data.stages.embeddings import Embeddings
 from curated_data.stages.tree import Tree, clustering_work

@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from curated_data import CurationConfig, Level, RecurationCallback, ShardPool, curate
-from curated_data.cache import MANIFEST, sealed
+from curated_data.cache.artifacts import MANIFEST, sealed
 from curated_data.config import EmbeddingConfig, NearDuplicateConfig
 from curated_data.errors import CacheError
-from curated_data.extend import extend
-from curated_data.recuration import recurate
-from curated_data.reopen import reopen
+from curated_data.pipeline.extend import extend
+from curated_data.pipeline.recurate import recurate
+from curated_data.pipeline.reopen import reopen
 from tests.support.images import png
 from tests.support.recuration_runs import SIZES, TinyModule, by_epoch, datamodule, fit, seen
 

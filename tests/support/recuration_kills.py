@@ -23,11 +23,13 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from curated_data import CuratedDataModule, RecurationCallback, callbacks, pipeline
-from curated_data.cache import atomic_write_json
+from curated_data import CuratedDataModule, RecurationCallback
+from curated_data.cache.artifacts import atomic_write_json
 from curated_data.clustering import hierarchy
 from curated_data.embedding.embedders import ModuleEmbedder
 from curated_data.parallel import rank
+from curated_data.pipeline import curate as pipeline
+from curated_data.training import callbacks
 from lightning_modules import SimCLR
 
 EPOCHS, WHICH = 3, 2  # the second re-curation is the one that is killed

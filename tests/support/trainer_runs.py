@@ -20,7 +20,7 @@ import webdataset
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from curated_data.datamodule import CuratedDataModule
+from curated_data.training.datamodule import CuratedDataModule
 
 N_SAMPLES, N_VALIDATION = 53, 13
 SELECTION = np.sort(np.random.default_rng(0).choice(N_SAMPLES, 40, replace=False))

@@ -9,8 +9,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from curated_data import CurationLogger, RecurationCallback
 from curated_data.errors import ConfigError
-from curated_data.logging_callback import curation_metrics
 from curated_data.selection.metrics import cluster_balance, entropy
+from curated_data.training.logging_callback import curation_metrics
 from tests.support.recuration_runs import SIZES, fit
 
 

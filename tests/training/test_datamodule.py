@@ -19,9 +19,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from curated_data.clustering import Level
 from curated_data.config import CurationConfig
-from curated_data.datamodule import CenterCrop, CuratedDataModule
 from curated_data.errors import ConfigError, PoolError
 from curated_data.pool import ShardPool
+from curated_data.training.datamodule import CenterCrop, CuratedDataModule
 from tests.support.listing import Listing, expected_stream
 from tests.support.trainer_runs import (
     EPOCHS,
@@ -282,7 +282,7 @@ data:
   pool: {folder}/pool-{{0..2}}.tar
   selection: {ids}
   val_pool: [{folder}/validation-0.tar]
-  views: {{class_path: curated_data.datamodule.CenterCrop, init_args: {{size: 6}}}}
+  views: {{class_path: curated_data.training.datamodule.CenterCrop, init_args: {{size: 6}}}}
   batch_size: 8
   num_workers: 0
   cache_dir: {tmp_path}/cache

@@ -12,12 +12,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchvision.transforms import v2
 
-from curated_data.datamodule import CenterCrop, CuratedDataModule
 from curated_data.errors import ConfigError
 from curated_data.pool import RemoteOptions, ShardPool
 from curated_data.selection.captions import CaptionLabels
 from curated_data.streaming.device import PerSample, ResizedCrops, uniform
 from curated_data.streaming.order import _mix
+from curated_data.training.datamodule import CenterCrop, CuratedDataModule
 from tests.support.server import Server
 
 

@@ -10,11 +10,11 @@ import torch
 import webdataset
 from PIL import Image
 
-from curated_data.datamodule import CuratedDataModule
 from curated_data.errors import ConfigError, SampleError
 from curated_data.pool.decode import decode_image
 from curated_data.streaming.device import PerSample, ResizedCrops
 from curated_data.streaming.encoded import is_whole_jpeg
+from curated_data.training.datamodule import CuratedDataModule
 from tests.training.test_datamodule_options import JITTER, by_sample, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")

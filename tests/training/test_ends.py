@@ -69,7 +69,7 @@ def slow(spec):
     embedder.forward = lambda batch: (print("embedding", flush=True), time.sleep(0.3), forward(batch))[2]
     return embedder
 
-from curated_data import pipeline
+from curated_data.pipeline import curate as pipeline
 pipeline.resolve_embedder = slow
 sys.exit(cli.main(sys.argv[1:]))
 """

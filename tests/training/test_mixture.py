@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-import curated_data.mixture
+import curated_data.training.mixture
 from curated_data import Component, CuratedDataModule, Mixture, RecurationCallback
-from curated_data.components import mixture_rows
 from curated_data.errors import CacheError, ConfigError, CuratedDataError
 from curated_data.streaming import EpochOrder
 from curated_data.streaming.mixture import MixtureOrder
 from curated_data.streaming.state import checked_state
+from curated_data.training.components import mixture_rows
 from tests.support.mixture_runs import EPOCH_BATCHES, data, left_corner, mixture
 from tests.support.recuration_runs import TinyModule, to_float
 from tests.support.trainer_runs import (
@@ -458,6 +458,6 @@ def test_a_mixture_of_another_run_is_not_resumed_in_the_middle_of_an_epoch(folde
 
 
 def test_the_example_runs():
-    found = doctest.testmod(curated_data.mixture)
+    found = doctest.testmod(curated_data.training.mixture)
     assert found.attempted >= 4
     assert not found.failed

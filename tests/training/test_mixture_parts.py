@@ -18,8 +18,8 @@ from curated_data import (
     Mixture,
 )
 from curated_data.errors import ConfigError
-from curated_data.report.mixture import write_mixture_report
 from curated_data.streaming.device import ResizedCrops
+from curated_data.training.mixture_report import write_mixture_report
 from tests.support.trainer_runs import trainer
 from tests.training.test_datamodule_options import trained
 from tests.training.test_decode_on_device import VARIETY, encoded, without_tables, write  # noqa: F401

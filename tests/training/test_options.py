@@ -10,8 +10,8 @@ import torch
 
 from curated_data import CuratedDataModule, DecodingOptions, DeviceOptions, LoaderOptions
 from curated_data.errors import ConfigError
-from curated_data.options import MOVED
 from curated_data.streaming.device import ResizedCrops
+from curated_data.training.options import MOVED
 
 VALUES = {
     "num_workers": 0,

@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from curated_data import curate, parallel, shared_build
-from curated_data.cache import write_manifest
+from curated_data import curate, parallel
+from curated_data.cache import shared_build, write_manifest
+from curated_data.cache.shared_build import build_together
 from curated_data.errors import CacheError
-from curated_data.shared_build import build_together
 
 CONFIG = {
     "target_size": 20,

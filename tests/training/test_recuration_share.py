@@ -10,8 +10,8 @@ from curated_data import ClusterTree, CurationConfig, Level, ShardPool, curate
 from curated_data.config import EmbeddingConfig, load_config
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError
-from curated_data.recuration import draw_share, levels_of_share, recurate, spread
-from curated_data.reopen import reopen
+from curated_data.pipeline.recurate import draw_share, levels_of_share, recurate, spread
+from curated_data.pipeline.reopen import reopen
 from curated_data.selection.metrics import entropy
 from tests.support.processes import run_ranks
 

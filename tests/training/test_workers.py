@@ -16,12 +16,12 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from curated_data.config import load_config
-from curated_data.datamodule import CuratedDataModule
 from curated_data.embedding import ModuleEmbedder, embed_pool, resolve_embedder
 from curated_data.errors import ConfigError
 from curated_data.pool import ShardPool
 from curated_data.streaming import PoolDataset
 from curated_data.streaming.labels import SampleLabels
+from curated_data.training.datamodule import CuratedDataModule
 from lightning_modules import MAE, SP2OT, DINOv2, SimCLR, TSimCNE
 from tests.support.worker_functions import corner, mean_colour, noisy
 

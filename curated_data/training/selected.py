@@ -5,18 +5,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from curated_data.arguments import checked_selection
-from curated_data.components import Source, mixture_summary, number_pools, packed, unpacked
-from curated_data.loaders import check_components
-from curated_data.mixing import check_mixture, plan_access, stream_order
-from curated_data.mixture import Mixture
-from curated_data.resuming import resume_stream
 from curated_data.streaming.mixture import AnyOrder, MixtureOrder
 from curated_data.streaming.training import TrainingStream
-from curated_data.trainer import change_setting, epochs_to_come, is_running, n_trained, ranks
+from curated_data.training.arguments import checked_selection
+from curated_data.training.components import Source, mixture_summary, number_pools, packed, unpacked
+from curated_data.training.loaders import check_components
+from curated_data.training.mixing import check_mixture, plan_access, stream_order
+from curated_data.training.mixture import Mixture
+from curated_data.training.resuming import resume_stream
+from curated_data.training.trainer import change_setting, epochs_to_come, is_running, n_trained, ranks
 
 if TYPE_CHECKING:
-    from curated_data.datamodule import CuratedDataModule
+    from curated_data.training.datamodule import CuratedDataModule
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch import Tensor
 
-from curated_data.arguments import Ids, Pool
 from curated_data.config import CurationConfig, load_config
 from curated_data.errors import ConfigError
-from curated_data.options import check_fields
 from curated_data.streaming.mixture import Weights, checked_weights
 from curated_data.streaming.order import Shuffle
+from curated_data.training.arguments import Ids, Pool
+from curated_data.training.options import check_fields
 
 Batches = Literal["mixed", "own"]
 

@@ -14,8 +14,8 @@ import shutil
 import uuid
 from pathlib import Path
 
+from curated_data.cache.layout import REMOVABLE
 from curated_data.errors import CacheError
-from curated_data.layout import REMOVABLE
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from curated_data.errors import ConfigError
 from curated_data.streaming.state import is_state
-from curated_data.trainer import is_running
+from curated_data.training.trainer import is_running
 
 
 class StreamResuming(pl.Callback):

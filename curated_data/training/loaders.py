@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curated_data.components import Source, check_fields_of_batches
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import as_decoders
 from curated_data.processes import check_picklable
@@ -21,10 +20,11 @@ from curated_data.streaming.mixture import AnyOrder
 from curated_data.streaming.order import EpochOrder
 from curated_data.streaming.sampler import GlobalBatchSampler
 from curated_data.streaming.statistics import StreamStatistics
-from curated_data.trainer import cores_per_rank, from_module, ranks, setting
+from curated_data.training.components import Source, check_fields_of_batches
+from curated_data.training.trainer import cores_per_rank, from_module, ranks, setting
 
 if TYPE_CHECKING:
-    from curated_data.datamodule import CuratedDataModule
+    from curated_data.training.datamodule import CuratedDataModule
 
 _RELOAD = "reload_dataloaders_every_n_epochs"
 _PROBED = 16  # samples of a component, of which one that can be decoded is compared with the others

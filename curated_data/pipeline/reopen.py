@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from curated_data.cache import MANIFEST, absolute, named_folder, read_manifest
+from curated_data.cache.artifacts import MANIFEST, absolute, named_folder, read_manifest
+from curated_data.cache.checksums import reading
+from curated_data.cache.layout import EMBEDDINGS, NEAR_DUPLICATES, SELECTION, TREE
+from curated_data.cache.remedies import Remedy
+from curated_data.cache.removal import is_fingerprint, shown
 from curated_data.errors import CacheError
-from curated_data.inspect import check_is_cache
-from curated_data.layout import EMBEDDINGS, NEAR_DUPLICATES, SELECTION, TREE
-from curated_data.remedies import Remedy
-from curated_data.removal import is_fingerprint, shown
-from curated_data.seals import reading
+from curated_data.pipeline.inspect import check_is_cache
 from curated_data.stages.curation import Curation
 from curated_data.stages.embeddings import open_embeddings
 from curated_data.stages.selection import Selection, open_selection

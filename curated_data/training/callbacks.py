@@ -16,23 +16,23 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
+from curated_data.cache.holds import remove_unheld
+from curated_data.cache.removal import artifact_folder
 from curated_data.clustering.tree import EXCLUDED
-from curated_data.components import Source
 from curated_data.config import CurationConfig
-from curated_data.datamodule import CuratedDataModule
 from curated_data.embedding import Embedder, resolve_embedder
 from curated_data.embedding.sharded import unsharded
 from curated_data.errors import CacheError, ConfigError
-from curated_data.holds import remove_unheld
 from curated_data.parallel import barrier, broadcast, is_distributed, rank, together
-from curated_data.pipeline import curate
-from curated_data.recuration import levels_of_share, recurate
-from curated_data.recuration_state import checked_state
-from curated_data.removal import artifact_folder
-from curated_data.reopen import reopen, tree_of
+from curated_data.pipeline.curate import curate
+from curated_data.pipeline.recurate import levels_of_share, recurate
+from curated_data.pipeline.reopen import reopen, tree_of
 from curated_data.stages.curation import Curation
 from curated_data.stages.tree import check_levels
-from curated_data.trainer import is_between_epochs
+from curated_data.training.components import Source
+from curated_data.training.datamodule import CuratedDataModule
+from curated_data.training.recuration_state import checked_state
+from curated_data.training.trainer import is_between_epochs
 
 log = logging.getLogger(__name__)
 

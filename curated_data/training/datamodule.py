@@ -13,7 +13,19 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from curated_data.arguments import (
+from curated_data.cache.artifacts import absolute
+from curated_data.config import CurationConfig
+from curated_data.errors import ConfigError
+from curated_data.parallel import together
+from curated_data.pool import ShardPool
+from curated_data.streaming.classes import class_names
+from curated_data.streaming.crop import CenterCrop
+from curated_data.streaming.device import with_device_views
+from curated_data.streaming.encoded import DeviceDecoder
+from curated_data.streaming.loader import StreamLoader
+from curated_data.streaming.order import LastBatch, Shuffle, check_choices
+from curated_data.streaming.statistics import StreamStatistics
+from curated_data.training.arguments import (
     Ids,
     Pool,
     check_alone,
@@ -21,13 +33,10 @@ from curated_data.arguments import (
     check_unused,
     named_pools,
 )
-from curated_data.cache import absolute
-from curated_data.components import Source, open_sources
-from curated_data.config import CurationConfig
-from curated_data.errors import ConfigError
-from curated_data.loaders import evaluation_loader, training_loader
-from curated_data.mixture import Component, Mixture, as_mixture
-from curated_data.options import (
+from curated_data.training.components import Source, open_sources
+from curated_data.training.loaders import evaluation_loader, training_loader
+from curated_data.training.mixture import Component, Mixture, as_mixture
+from curated_data.training.options import (
     MOVED,
     DecodingOptions,
     DeviceOptions,
@@ -37,18 +46,9 @@ from curated_data.options import (
     grouped,
     whole_number,
 )
-from curated_data.parallel import together
-from curated_data.pool import ShardPool
-from curated_data.resuming import is_tuned
-from curated_data.selected import SelectedStream
-from curated_data.streaming.classes import class_names
-from curated_data.streaming.crop import CenterCrop
-from curated_data.streaming.device import with_device_views
-from curated_data.streaming.encoded import DeviceDecoder
-from curated_data.streaming.loader import StreamLoader
-from curated_data.streaming.order import LastBatch, Shuffle, check_choices
-from curated_data.streaming.statistics import StreamStatistics
-from curated_data.trainer import forget_loader, is_between_epochs, ranks, setting
+from curated_data.training.resuming import is_tuned
+from curated_data.training.selected import SelectedStream
+from curated_data.training.trainer import forget_loader, is_between_epochs, ranks, setting
 
 if TYPE_CHECKING:
     from curated_data.stages.curation import Curation

@@ -8,11 +8,12 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+from curated_data.cache.removal import remove
 from curated_data.errors import CacheError
-from curated_data.removal import remove
+from curated_data.waiting import while_waiting
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +28,6 @@ _REFUSED = (
 )
 _DISK = (errno.EIO, errno.ESTALE)
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
-
-while_waiting: list[Callable[[], None]] = []
-"""Called at every attempt to get a lock; what one of them raises ends the wait."""
 
 
 @contextlib.contextmanager

@@ -14,9 +14,9 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
+from curated_data.cache.locks import is_same, lock_file, locked, open_own, remove_held, try_lock
+from curated_data.cache.removal import remove, set_aside
 from curated_data.errors import CacheError
-from curated_data.locks import is_same, lock_file, locked, open_own, remove_held, try_lock
-from curated_data.removal import remove, set_aside
 
 MARKER = "cache.json"
 """The file that makes a folder a cache."""

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 
-from curated_data.cache import fingerprint
+from curated_data.cache.artifacts import fingerprint
 from curated_data.config import CurationConfig, levels_for
 from curated_data.embedding.existing import EmbeddedPool
 from curated_data.embedding.files import Source
 from curated_data.errors import PoolError
-from curated_data.filtering import filter_pool, filter_report
 from curated_data.parallel import check_same
 from curated_data.pool.decode import Decoders
 from curated_data.stages.curation import Curation, report_of, select
 from curated_data.stages.embeddings import AnyEmbedder, Embeddings, check_any, inputs_of
+from curated_data.stages.filtering import filter_pool, filter_report
 from curated_data.stages.index import AnyPool, ConfigSource, Index, PoolSource, opened
 from curated_data.stages.near_duplicates import (
     NearDuplicates,

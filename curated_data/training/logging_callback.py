@@ -10,13 +10,13 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from curated_data.components import Source
-from curated_data.datamodule import CuratedDataModule
 from curated_data.errors import ConfigError
-from curated_data.options import check_fields
 from curated_data.report import figures
 from curated_data.selection.metrics import checked_labels, class_balance, cluster_balance, read_labels
 from curated_data.stages.curation import Curation
+from curated_data.training.components import Source
+from curated_data.training.datamodule import CuratedDataModule
+from curated_data.training.options import check_fields
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curated_data.cache import MANIFEST, absolute, check_artifact, check_format, is_complete, read_json
+from curated_data.cache.artifacts import (
+    MANIFEST,
+    absolute,
+    check_artifact,
+    check_format,
+    is_complete,
+    read_json,
+)
+from curated_data.cache.checksums import reading
+from curated_data.cache.holds import MARKER
+from curated_data.cache.layout import EMBEDDINGS, STAGES, TREE
+from curated_data.cache.remedies import Remedy
 from curated_data.errors import CacheError
-from curated_data.holds import MARKER
-from curated_data.layout import EMBEDDINGS, STAGES, TREE
-from curated_data.remedies import Remedy
-from curated_data.seals import reading
 
 _WHOLE = tuple(stage for stage in STAGES if stage != EMBEDDINGS)  # whose artifacts appear as a whole
 

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from curated_data.cache import fingerprint
-from curated_data.components import Source
+from curated_data.cache.artifacts import fingerprint
 from curated_data.errors import ConfigError
-from curated_data.mixture import Mixture
 from curated_data.streaming.mixture import AnyOrder, MixtureOrder, Part
 from curated_data.streaming.order import EpochOrder, LastBatch
+from curated_data.training.components import Source
+from curated_data.training.mixture import Mixture
 
 
 def check_mixture(

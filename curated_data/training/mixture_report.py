@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curated_data.components import Source, mixture_rows, overlaps
 from curated_data.errors import ConfigError
 from curated_data.pool.out import write_file
 from curated_data.report.page import write_report
+from curated_data.training.components import Source, mixture_rows, overlaps
 
 if TYPE_CHECKING:
-    from curated_data.datamodule import CuratedDataModule
+    from curated_data.training.datamodule import CuratedDataModule
 
 _TEMPLATE = Path(__file__).with_name("mixture.html")
 
@@ -40,7 +40,7 @@ def write_mixture_report(
 
     Example:
         >>> from curated_data import Component, CuratedDataModule, Mixture
-        >>> from curated_data.report.mixture import write_mixture_report
+        >>> from curated_data.training.mixture_report import write_mixture_report
         >>> halves = [Component("a", "pool-000000.tar", 0.5), Component("b", "pool-000001.tar", 0.5)]
         >>> data = CuratedDataModule(mixture=Mixture(halves), batch_size=4, image_size=8)
         >>> data.setup("fit")

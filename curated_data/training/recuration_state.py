@@ -3,9 +3,9 @@
 import contextlib
 from typing import Any
 
+from curated_data.cache.layout import SELECTION
+from curated_data.cache.removal import artifact_name, is_fingerprint, shown
 from curated_data.errors import CacheError
-from curated_data.layout import SELECTION
-from curated_data.removal import artifact_name, is_fingerprint, shown
 
 _COUNTS = ("n_recurations", "last_step", "epochs_without_gain")
 

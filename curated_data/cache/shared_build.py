@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from curated_data.cache import MANIFEST, build_once
+from curated_data.cache.artifacts import MANIFEST, build_once
+from curated_data.cache.locks import writable
+from curated_data.cache.removal import TEMPORARY, remove
 from curated_data.errors import CacheError
-from curated_data.locks import writable
 from curated_data.parallel import (
     all_gather,
     broadcast,
@@ -18,7 +19,6 @@ from curated_data.parallel import (
     rank,
     together,
 )
-from curated_data.removal import TEMPORARY, remove
 
 _VISIBLE_WITHIN = 30.0  # seconds within which a shared file system shows every rank what one has written
 

@@ -21,15 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from curated_data.errors import CacheError
-from curated_data.holds import MARKER
-from curated_data.layout import CHECKPOINTS, EMBEDDINGS
-from curated_data.locks import locked, open_own, remove_if_free, writable
-from curated_data.paths import local_path
-from curated_data.remedies import MANIFEST as MANIFEST
-from curated_data.remedies import Remedy
-from curated_data.removal import TEMPORARY, is_fingerprint, remove, shown
-from curated_data.seals import (
+from curated_data.cache.checksums import (
     MapMode,
     check_all_once,
     check_file,
@@ -41,6 +33,14 @@ from curated_data.seals import (
     read_bytes,
     reading,
 )
+from curated_data.cache.holds import MARKER
+from curated_data.cache.layout import CHECKPOINTS, EMBEDDINGS
+from curated_data.cache.locks import locked, open_own, remove_if_free, writable
+from curated_data.cache.paths import local_path
+from curated_data.cache.remedies import MANIFEST as MANIFEST
+from curated_data.cache.remedies import Remedy
+from curated_data.cache.removal import TEMPORARY, is_fingerprint, remove, shown
+from curated_data.errors import CacheError
 
 FORMAT_VERSION = 1
 _SEAL = "seal"

@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from curated_data.cache import MANIFEST, read_json
+from curated_data.cache.artifacts import MANIFEST, read_json
+from curated_data.cache.checksums import reading
+from curated_data.cache.paths import local_path
+from curated_data.cache.remedies import Remedy
+from curated_data.cache.removal import shown
 from curated_data.clustering.kmeans import prepare
 from curated_data.clustering.nearest import nearest, squared_distances
 from curated_data.clustering.rows import rank_range
@@ -19,16 +23,12 @@ from curated_data.config import CurationConfig
 from curated_data.embedding import EmbeddingStore
 from curated_data.embedding.contents import Contents
 from curated_data.errors import CacheError, ConfigError, PoolError
-from curated_data.filtering import filter_pool, filter_report
 from curated_data.parallel import all_gather, rank, world_size
-from curated_data.paths import local_path
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
-from curated_data.remedies import Remedy
-from curated_data.removal import shown
-from curated_data.seals import reading
 from curated_data.stages.curation import Curation, report_of, select
 from curated_data.stages.embeddings import AnyEmbedder, Embeddings, inputs_of
+from curated_data.stages.filtering import filter_pool, filter_report
 from curated_data.stages.index import AnyPool, ConfigSource, PoolSource, opened
 from curated_data.stages.near_duplicates import (
     Grown,

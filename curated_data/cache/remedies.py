@@ -6,8 +6,8 @@ import re
 import stat
 from pathlib import Path
 
-from curated_data.holds import MARKER
-from curated_data.seals import read_bytes
+from curated_data.cache.checksums import read_bytes
+from curated_data.cache.holds import MARKER
 
 MANIFEST = "manifest.json"
 

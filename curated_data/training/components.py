@@ -6,11 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from curated_data.arguments import checked_selection, load_ids, load_labels, open_pool
 from curated_data.config import CurationConfig
 from curated_data.errors import ConfigError
-from curated_data.mixture import Component, Mixture
-from curated_data.options import DecodingOptions
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import as_decoders
 from curated_data.pool.fields import checked_fields
@@ -18,10 +15,13 @@ from curated_data.pool.urls import is_remote
 from curated_data.streaming.labels import SampleLabels
 from curated_data.streaming.order import Shuffle
 from curated_data.streaming.strata import check_level, strata
+from curated_data.training.arguments import checked_selection, load_ids, load_labels, open_pool
+from curated_data.training.mixture import Component, Mixture
+from curated_data.training.options import DecodingOptions
 
 if TYPE_CHECKING:
-    from curated_data.datamodule import CuratedDataModule
     from curated_data.stages.curation import Curation
+    from curated_data.training.datamodule import CuratedDataModule
 
 
 class ComponentRow(NamedTuple):
@@ -140,7 +140,7 @@ class Source:
         """Make its curation, or find it in the cache."""
         if self.curation_config is None:
             return
-        from curated_data.pipeline import curate
+        from curated_data.pipeline.curate import curate
 
         assert self.cache_dir is not None, "checked with the arguments"
         self.curation = self.base_curation = curate(

@@ -18,7 +18,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from curated_data.cache import open_cache
+from curated_data.cache.artifacts import open_cache
 from curated_data.clustering.kmeans import kmeans
 from curated_data.clustering.rows import resident_memory
 from curated_data.config import CurationConfig, levels_for, load_config
@@ -26,13 +26,13 @@ from curated_data.embedding import Embedder, EmbeddingStore
 from curated_data.embedding.extract import embed_samples
 from curated_data.embedding.precomputed import Precomputed
 from curated_data.errors import ConfigError
-from curated_data.filtering import filter_pool, filter_rows, with_named_ids
 from curated_data.levels import Level
 from curated_data.parallel import world_size
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.stages.cost import Cost, Rates
 from curated_data.stages.embeddings import Embeddings, inputs_of
+from curated_data.stages.filtering import filter_pool, filter_rows, with_named_ids
 from curated_data.stages.index import ConfigSource, Index, PoolSource
 from curated_data.stages.near_duplicates import NearDuplicates, check_preference
 from curated_data.stages.selection import Selection

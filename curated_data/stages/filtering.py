@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from curated_data.cache import fingerprint
+from curated_data.cache.artifacts import fingerprint
 from curated_data.config import CurationConfig
 from curated_data.embedding.existing import EmbeddedPool
 from curated_data.errors import ConfigError

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from curated_data.cache.checksums import load_npy
+from curated_data.cache.paths import local_path
 from curated_data.errors import CacheError, ConfigError
-from curated_data.paths import local_path
 from curated_data.pool import ShardPool
-from curated_data.seals import load_npy
 from curated_data.streaming.labels import SampleLabels
 
 Pool = ShardPool | str | Path | Sequence[str | Path]

@@ -1,0 +1,1 @@
+"""Artifacts in the cache: named by what determined them, whole or absent, held while in use."""
