@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from curated_data import EmbeddedPool, ShardPool
-from curated_data.cache import open_cache
+from curated_data.cache.artifacts import open_cache
 from curated_data.pool.columns import read_columns
 from curated_data.pool.repack import import_archives
 from tests.chaos.cage import Ending
