@@ -106,7 +106,12 @@ class EmbeddingFiles:
             file = open_parquet(part.table)
             name = key_column(file, part.table, given)
             if name is not None:
-                found.append(read_keys(file, part.table, name))
+                keys = read_keys(file, part.table, name)
+                if len(keys) != len(part.rows):
+                    raise PoolError(
+                        f"{part.table}: damaged ({len(keys)} keys of {len(part.rows)} rows); write it again"
+                    )
+                found.append(keys)
             elif not without:
                 names = ", ".join(column_names(file, part.table))
                 without = f"{part.table} has none (its columns: {names})"

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 _OWN = ("id", "key", "shard", "label")
 _OF_MEMBERS = (*MEASURES, "text_length")
 _BATCH = 256  # samples that are read at once
@@ -253,7 +253,7 @@ def _of_shard(
                 seen |= _seen(kept)
                 for column in kept.column_names:
                     table = table.append_column(column, kept.column(column))
-            kept = table.replace_schema_metadata({"paths": json.dumps(sorted(seen))})
+            kept = table.replace_schema_metadata({"name": path.stem, "paths": json.dumps(sorted(seen))})
             with atomic_path(path) as temporary:
                 pq.write_table(kept, temporary, write_page_checksum=True)
     assert kept is not None, "found or computed"
@@ -268,6 +268,8 @@ def _kept(path: Path, n: int) -> pa.Table | None:
         table = open_parquet(path).read()
     if len(table) != n:
         raise PoolError(f"{path}: damaged ({len(table)} rows, expected {n}); remove it, it is made anew")
+    if (table.schema.metadata or {}).get(b"name") != path.stem.encode():
+        raise PoolError(f"{path}: damaged (holds the columns of another shard); remove it, it is made anew")
     return table
 
 

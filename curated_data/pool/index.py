@@ -200,13 +200,17 @@ def _read_shard_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_extensions(names: object) -> None:
-    """Check that names of extensions are a list of different texts."""
+    """Check that names of extensions are a list of different ones that members can have."""
     if (
         not isinstance(names, list)
-        or not all(isinstance(name, str) for name in names)
+        or not all(isinstance(name, str) and _is_extension(name) for name in names)
         or len(set(names)) != len(names)
     ):
         raise ValueError(f"extensions are {shown(names)}")
+
+
+def _is_extension(name: str) -> bool:
+    return split_name(b"x." + name.encode("utf-8", "surrogateescape")) == (b"x", name)
 
 
 def _read_shard_index(folder: Path, manifest: Mapping[str, Any]) -> ShardIndex:

@@ -112,6 +112,18 @@ def test_the_index_of_a_shard_has_fields_of_the_right_kind(whole, field):
             len(ShardPool(shards, cache_dir=cache))
 
 
+@pytest.mark.parametrize("extension", ["/", "a/b", "PNG", "__key__", "\ud800"])
+@pytest.mark.parametrize("stage", ["index", "pool"])
+def test_an_index_has_extensions_that_members_can_have(whole, stage, extension):
+    shards, cache, _ = whole
+    if stage == "index":
+        shutil.rmtree(cache / "pool")
+    (folder, *_) = sorted(path for path in (cache / stage).iterdir() if path.name[0] != ".")
+    forge(folder, "manifest.json", lambda manifest: manifest["extensions"].__setitem__(0, extension))
+    with pytest.raises(CacheError, match=folder.name):
+        len(ShardPool(shards, cache_dir=cache))
+
+
 @pytest.mark.parametrize("field", ["n_samples", "n_members", "n_key_bytes"])
 def test_no_room_is_made_for_more_than_the_arrays_of_a_shard_can_hold(whole, field):
     """A length of a manifest is not trusted: 17 GB would be written for it."""

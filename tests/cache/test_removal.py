@@ -4,6 +4,7 @@ import ast
 import builtins
 import contextlib
 import copy
+import gc
 import io
 import json
 import os
@@ -65,6 +66,7 @@ class Guard:
     """Notes every destructive call outside of `root`, and does not make it."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        gc.collect()  # holds of earlier tests remove their own locks as they are collected
         self.root, self.outside = Path(root).resolve(), []
         for name in ("remove", "unlink", "rmdir", "rename", "replace", "truncate", "removedirs", "renames"):
             monkeypatch.setattr(os, name, self._guarded(getattr(os, name)))

@@ -15,8 +15,10 @@ from curated_data.errors import CuratedDataError
 from tests.chaos.artifacts import cache_kinds, shard_kinds
 from tests.chaos.cage import Ending
 from tests.chaos.damage import damage, forge, remove_stages
-from tests.chaos.inputs import input_kinds, row_kinds, state_kinds
+from tests.chaos.inputs import input_kinds, row_kinds
 from tests.chaos.kinds import Kind
+from tests.chaos.states import state_kinds, training_kinds
+from tests.chaos.tables import archive_kinds, changed_kinds, table_kinds
 from tests.chaos.tally import GOOD, Tally
 from tests.chaos.world import World
 
@@ -34,6 +36,7 @@ def attack(world: World, tally: Tally, rng: random.Random, until: float, cases: 
     """Damage files until a time (of `time.monotonic`), or so many."""
     kinds = [
         *cache_kinds(world), *shard_kinds(world), *input_kinds(world), *row_kinds(world), *state_kinds(world),
+        *training_kinds(world), *archive_kinds(world), *changed_kinds(world), *table_kinds(world),
     ]  # fmt: skip
     expected: dict[str, dict[str, Any]] = {}
     for kind in kinds:

@@ -1,7 +1,6 @@
 """The files and values that a user or a checkpoint gives: kinds for `files`."""
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from curated_data import CuratedDataModule, RecurationCallback, ShardPool
+from curated_data import CuratedDataModule, ShardPool
 from curated_data.cli import _array, _class_names
 from curated_data.config import load_config, read_yaml
 from curated_data.embedding import resolve_embedder
@@ -21,7 +20,6 @@ from curated_data.report.page import check_arrays, class_names_beside
 from curated_data.selection.names import read_classes, read_wordnet
 from curated_data.streaming.strata import strata
 from lightning_modules import SimCLR
-from tests.chaos.damage import hostile, mutate
 from tests.chaos.kinds import Kind, digest
 from tests.chaos.world import World
 
@@ -156,62 +154,6 @@ def row_kinds(world: World) -> list[Kind]:
         Kind("the copy of rows", known, copy, {"rows": rows}),
         Kind("kept clusters of a stream", start, streams, {"strata": kept}),
     ]
-
-
-def state_kinds(world: World) -> list[Kind]:
-    """The plain values that checkpoints of a training hold, of a data module and of re-curations."""
-    case, start = world.cage.case, world.home / "starts" / "states"
-    start.mkdir(parents=True)
-    callback = json.loads(json.dumps(RecurationCallback(1).state_dict()))
-    callback["artifacts"] = ["tree/0123456789abcdef0123"]
-
-    def data() -> CuratedDataModule:
-        return CuratedDataModule(world.pool, batch_size=4, loader={"num_workers": 0}, image_size=6)
-
-    def state() -> Any:
-        module = data()
-        list(module.train_dataloader())
-        return module.state_dict() | {"selection": None, "epoch": 1, "batch": 2, "n_trained": 8}
-
-    world.cage.fresh(None)
-    ending = world.cage.run(state)
-    assert ending.how == "done", ending
-    states = {"stream": ending.value, "callback": callback}
-
-    def changed(which: str, rng: random.Random) -> str:
-        content = json.loads(json.dumps(states[which]))
-        what, how = mutate(content, rng), rng.random()
-        if how < 0.1:
-            content, what = hostile(rng), "another state"
-        elif how < 0.2:
-            content["selection"], what = torch.tensor([[1.5], [2.0]]), "a tensor"
-        torch.save(content, case / which)
-        return what
-
-    def read(which: str) -> Any:
-        content = torch.load(case / which, weights_only=True)
-        if which == "callback":
-            callback = RecurationCallback(1)
-            callback.load_state_dict(content)
-            return repr(callback.state_dict())
-        module = data()
-        module.load_state_dict(content)
-        loader = module.train_dataloader()
-        return [batch["sample_id"].tolist() for batch in loader]
-
-    kinds = []
-    for which, content in states.items():
-        place = start / which
-        place.mkdir()
-        torch.save(content, place / which)
-        kinds.append(
-            Kind(
-                f"state of a training, {which}", place, lambda folder, which=which: [folder / which],
-                {"load": lambda which=which: read(which)}, lambda *_: "taken as it is",
-                ("checkpoint", "state"), change=lambda rng, which=which: changed(which, rng),
-            )
-        )  # fmt: skip
-    return kinds
 
 
 class _Network(torch.nn.Sequential):

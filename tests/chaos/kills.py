@@ -81,7 +81,7 @@ def _scenes(world: World) -> list[Scene]:
         Scene("duplicates", curated, world.curation("duplicates", "--examples", pages["duplicates"])),
         Scene("inspect", curated, world.command("inspect", cache, "--verify")),
         Scene("inspect a sample", curated, world.command("inspect", cache, "--sample", "3")),
-        Scene("training", None, lambda: _train(world), result=_trained),
+        Scene("training", None, lambda: train(world), result=trained),
     ]
 
 
@@ -143,7 +143,7 @@ def _differing(one: Any, other: Any) -> object:
     return (one, other)
 
 
-def _train(world: World) -> int:
+def train(world: World) -> int:
     """A training with a re-curation after every epoch, from its newest checkpoint if there is one."""
     torch.set_num_threads(1)
     folder = world.cage.case
@@ -174,7 +174,7 @@ def _train(world: World) -> int:
 LEVELS_OF_TRAINING = [{"n_clusters": 6}, {"n_clusters": 2}]
 
 
-def _trained(folder: Path) -> Any:
+def trained(folder: Path) -> Any:
     """What each step was trained on, at last, and the selection."""
     steps = {}
     lines = (folder / "run-0.jsonl").read_text().splitlines() if (folder / "run-0.jsonl").exists() else []

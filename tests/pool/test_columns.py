@@ -76,6 +76,15 @@ def test_new_columns_join_those_in_the_cache(scored, tmp_path):
     assert ".parquet" in str(caught.value)
 
 
+def test_kept_columns_of_another_shard_are_not_taken(scored, tmp_path):
+    pool = ShardPool(scored, cache_dir=tmp_path / "cache")
+    columns.read_columns(pool, ["width"])
+    one, other = sorted((tmp_path / "cache" / "columns").glob("*.parquet"))
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(PoolError, match=one.name):
+        columns.read_columns(pool, ["width"])
+
+
 def test_measures_of_images(tmp_path):
     rng = np.random.default_rng(1)
     flat = Image.new("RGB", (64, 32), (10, 200, 30))
