@@ -154,6 +154,16 @@ def _parser() -> argparse.ArgumentParser:
     _curation_options(command)
     command.add_argument("--tree", required=True, metavar="FOLDER", help="the tree, as printed by `curate`")
 
+    command = _pool_command(
+        commands, "table", "write all that is known of each sample as one parquet table", _table
+    )
+    _curation_options(command)
+    command.add_argument("--out", metavar="FILE.parquet", help="the table to write")
+    command.add_argument("--keys", metavar="FILE.csv", help="write ids, shards and keys alone, as text")
+    command.add_argument("--selected", action="store_true", help="only the selected samples")
+    command.add_argument("--images", type=int, metavar="PIXELS", help="add thumbnails of this side")
+    command.add_argument("--coordinates", metavar="FILE.npy", help="(n, 2) place of every sample on a map")
+
     command = _pool_command(commands, "report", "write one HTML page about a curation", _report)
     _curation_options(command)
     command.add_argument("--out", default="report.html", help="the page to write (default: %(default)s)")
@@ -489,6 +499,23 @@ def _export(parsed: argparse.Namespace) -> None:
     pool, curation = _run_curation(parsed)
     shards = export(pool, curation.ids, parsed.out, tree=curation.tree, order=parsed.order, **options)
     print(f"{len(curation.ids):,} samples in {len(shards):,} shards in {parsed.out}")
+
+
+def _table(parsed: argparse.Namespace) -> None:
+    from curated_data.table import CurationTable
+
+    if parsed.out is None and parsed.keys is None:
+        raise ConfigError("table: nothing to write; give --out FILE.parquet or --keys FILE.csv, or both")
+    for place in filter(None, (parsed.out, parsed.keys)):
+        _check_output(place, parsed)
+    coordinates = _array(parsed.coordinates, "coordinates")
+    pool, curation = _run_curation(parsed)
+    table = CurationTable(
+        curation, pool, selected=parsed.selected, images=parsed.images, coordinates=coordinates
+    )
+    for place, write in ((parsed.out, table.write), (parsed.keys, table.write_keys)):
+        if place is not None:
+            print(f"{len(table):,} samples: {write(place, _storage(parsed))}")
 
 
 def _report(parsed: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -47,6 +47,9 @@ from curated_data.selection.metrics import cluster_balance
 from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_sample
 from curated_data.selection.sparse import neighbour_distances, sparse_sample
 from curated_data.shared_build import build_together, check_shared
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +90,26 @@ class Curation:
     def __post_init__(self) -> None:
         # While the curation is in use, no other run removes what it consists of.
         object.__setattr__(self, "_holds", [Hold(folder) for folder in self.folders.values()])
+
+    def table(self, pool: AnyPool | None = None, **options: Any) -> "pa.Table":
+        """All that is known of each sample, as a table in memory; `CurationTable` tells its columns.
+
+        For what does not fit into memory, `CurationTable(curation, pool).write("curation.parquet")`.
+
+        Args:
+            pool: that was curated; None leaves out what only it knows.
+            options: of `CurationTable`, as `selected=True` or `images=64`.
+
+        Example:
+            >>> from curated_data import ShardPool, curate
+            >>> pool = ShardPool("pool-{000..001}.tar")
+            >>> curation = curate(pool, {"target_size": 10}, embedder="pixels:8", cache_dir="cache")
+            >>> curation.table(pool, selected=True).num_rows
+            10
+        """
+        from curated_data.table import CurationTable
+
+        return CurationTable(self, pool, **options).read()
 
 
 def curate(
