@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 from yaml import YAMLError
 
+from curated_data import cli_search
 from curated_data.cli_inspect import inspect, print_table
 from curated_data.errors import CacheError, ConfigError, printable
 from curated_data.paths import local_path, spelled
@@ -163,6 +164,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--selected", action="store_true", help="only the selected samples")
     command.add_argument("--images", type=int, metavar="PIXELS", help="add thumbnails of this side")
     command.add_argument("--coordinates", metavar="FILE.npy", help="(n, 2) place of every sample on a map")
+
+    command = _pool_command(
+        commands, "search", "find the samples nearest to an image, a text or a vector", _search
+    )
+    _embedder_option(command)
+    cli_search.add_options(command)
 
     command = _pool_command(commands, "report", "write one HTML page about a curation", _report)
     _curation_options(command)
@@ -516,6 +523,18 @@ def _table(parsed: argparse.Namespace) -> None:
     for place, write in ((parsed.out, table.write), (parsed.keys, table.write_keys)):
         if place is not None:
             print(f"{len(table):,} samples: {write(place, _storage(parsed))}")
+
+
+def _search(parsed: argparse.Namespace) -> None:
+    from curated_data.pool.out import write_file
+
+    for place in filter(None, (parsed.out, parsed.ids, parsed.table)):
+        _check_output(place, parsed)
+    vectors = _array(parsed.vectors, "vectors")
+    options = _storage(parsed)
+    cli_search.search(
+        parsed, _pool(parsed), vectors, lambda place, content: write_file(place, content, options)
+    )
 
 
 def _report(parsed: argparse.Namespace) -> None:
