@@ -41,6 +41,7 @@ from curated_data.holds import Hold, hold, holding
 from curated_data.parallel import check_same, rank, together
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
+from curated_data.progress import show_log
 from curated_data.remedies import Remedy
 from curated_data.removal import tidy
 from curated_data.selection.metrics import cluster_balance
@@ -168,6 +169,7 @@ def opened(
     cache_dir: str | Path,
 ) -> Iterator[tuple[AnyPool, CurationConfig, Path]]:
     """The inputs of a curation, for a block in which ranks work together: an error of one ends all."""
+    show_log()
     with together(), holding():
         settings = load_config(config)
         root = open_cache(cache_dir)
