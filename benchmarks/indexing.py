@@ -26,9 +26,10 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from curated_data import CuratedDataModule
 from curated_data.cache import atomic_path, fingerprint, open_cache, write_manifest
+from curated_data.layout import POOL
 from curated_data.pool import PoolIndex, ShardPool, index_shard
 from curated_data.pool.build import pool_fingerprint
-from curated_data.pool.index import ARRAYS, POOL_STAGE
+from curated_data.pool.index import ARRAYS
 from curated_data.pool.known import Facts
 
 
@@ -137,12 +138,12 @@ def open_pool(folder: Path, n_shards: int, per_shard: int = 100) -> None:
     layouts = [fingerprint(shard=number) for number in range(n_shards)]
     for shard, layout in zip(pool.shards, layouts, strict=True):
         Facts(root, "layouts").add(shard.fingerprint, layout)
-    with atomic_path(root / POOL_STAGE / pool_fingerprint(layouts)) as temporary:
+    with atomic_path(root / POOL / pool_fingerprint(layouts)) as temporary:
         temporary.mkdir()
         for name in (*ARRAYS, "shard_start"):
             np.save(temporary / f"{name}.npy", getattr(index, name))
         content = {"extensions": ["bin"], "n_samples": n, "n_duplicate_keys": 0, "duplicate_example": None}
-        write_manifest(temporary, POOL_STAGE, content | {"shards": pool.urls, "n_bytes": n * 23_000})
+        write_manifest(temporary, POOL, content | {"shards": pool.urls, "n_bytes": n * 23_000})
 
     def timed(what: str, step: Callable[[], Any]) -> Any:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -161,8 +162,8 @@ def open_pool(folder: Path, n_shards: int, per_shard: int = 100) -> None:
             pool,
             shuffle=shuffle,
             views=lambda content: content,
-            decoders={"bin": lambda content: torch.zeros(1)},
-            num_workers=0,
+            decoding={"decoders": {"bin": lambda content: torch.zeros(1)}},
+            loader={"num_workers": 0},
         )
         data.pool.image_extensions = ("bin",)
         batches = iter(data.train_dataloader())

@@ -47,7 +47,8 @@ def mixed(folder: Path, workers: int, n_components: int) -> Iterator[int]:
     """Sizes of the batches of a data module, epoch after epoch."""
     pool = str(folder / "tar" / "shard-*.tar")
     ids = np.random.default_rng(0).permutation(N_SAMPLES)
-    settings = {"cache_dir": folder / "cache", "batch_size": BATCH, "num_workers": workers, "views": crop}
+    settings = {"cache_dir": folder / "cache", "batch_size": BATCH, "views": crop}
+    settings["loader"] = {"num_workers": workers}
     if n_components == 1:
         data = CuratedDataModule(pool, selection=np.sort(ids), **settings)
     else:
@@ -103,7 +104,10 @@ class Ours:
                 for number, (pool, weight) in enumerate(zip(self.pools, WEIGHTS, strict=True))
             ]
             data = CuratedDataModule(
-                mixture=Mixture(components), batch_size=10, num_workers=workers, views=torch.from_numpy
+                mixture=Mixture(components),
+                batch_size=10,
+                loader={"num_workers": workers},
+                views=torch.from_numpy,
             )
             data.setup("fit")
             return data.train_dataloader()

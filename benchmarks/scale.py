@@ -28,8 +28,9 @@ from curated_data.embedding.contents import Contents
 from curated_data.embedding.extract import embeddings_name
 from curated_data.embedding.store import write_shard
 from curated_data.extend import extend
+from curated_data.layout import INDEX
 from curated_data.plan import plan
-from curated_data.pool.index import STAGE, ShardIndex, save_shard_index
+from curated_data.pool.index import ShardIndex, save_shard_index
 from curated_data.pool.known import Facts
 from curated_data.recuration import draw_share, recurate
 from curated_data.report.explain import explain
@@ -174,7 +175,7 @@ def plant_index(pool: ShardPool, root: Path) -> None:
             offset,
             np.tile([400, 60], PER_SHARD),
         )
-        save_shard_index(root / STAGE / index.layout, index, url=shard.url)
+        save_shard_index(root / INDEX / index.layout, index, url=shard.url)
         Facts(root, "layouts").add(shard.fingerprint, index.layout)
 
 
@@ -196,8 +197,9 @@ def plant_embeddings(pool: ShardPool, root: Path, name: str, ids: np.ndarray | N
 
 def data_module(pool: ShardPool, config: Any, settings: dict[str, Any], **how: Any) -> CuratedDataModule:
     """Samples are zeros: what is measured is everything but their bytes."""
-    given = {name: settings[name] for name in ("embedder", "cache_dir", "decoders")}
-    return CuratedDataModule(pool, config, batch_size=1_024, num_workers=0, views=unchanged, **given, **how)
+    given = {name: settings[name] for name in ("embedder", "cache_dir")}
+    given |= {"loader": {"num_workers": 0}, "decoding": {"decoders": settings["decoders"]}}
+    return CuratedDataModule(pool, config, batch_size=1_024, views=unchanged, **given, **how)
 
 
 def size_of(path: Path) -> float:

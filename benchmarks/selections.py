@@ -165,7 +165,12 @@ def measure(
         {"curation": config, "embedder": options.embedder} if way == "recurated" else {"selection": ids}
     )
     stream = CuratedDataModule(
-        pool, **chosen, batch_size=quickstart.BATCH_SIZE, num_workers=0, seed=seed, cache_dir=cache
+        pool,
+        **chosen,
+        batch_size=quickstart.BATCH_SIZE,
+        seed=seed,
+        cache_dir=cache,
+        loader={"num_workers": 0},
     )
     history = History()
     callbacks = [history]

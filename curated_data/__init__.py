@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from curated_data.embedding.existing import EmbeddedPool
     from curated_data.logging_callback import CurationLogger
     from curated_data.mixture import Component, Mixture
-    from curated_data.pipeline import Curation, curate, curate_embeddings
+    from curated_data.options import DecodingOptions, DeviceOptions, LoaderOptions
+    from curated_data.pipeline import curate, curate_embeddings
     from curated_data.pool.shards import ShardPool
     from curated_data.pool.writer import ShardWriter
     from curated_data.selection.retrieval import retrieve
     from curated_data.selection.sampling import flat_sample, hierarchical_sample
+    from curated_data.stages.curation import Curation
 
 __all__ = [
     "ClusterTree",
@@ -38,8 +40,11 @@ __all__ = [
     "Curation",
     "CurationConfig",
     "CurationLogger",
+    "DecodingOptions",
+    "DeviceOptions",
     "EmbeddedPool",
     "Level",
+    "LoaderOptions",
     "Mixture",
     "RecurationCallback",
     "ShardPool",
@@ -57,11 +62,14 @@ _HOMES = {
     "ClusterTree": "clustering.tree",
     "Component": "mixture",
     "CuratedDataModule": "datamodule",
-    "Curation": "pipeline",
+    "Curation": "stages.curation",
     "CurationConfig": "config",
     "CurationLogger": "logging_callback",
+    "DecodingOptions": "options",
+    "DeviceOptions": "options",
     "EmbeddedPool": "embedding.existing",
     "Level": "clustering.levels",
+    "LoaderOptions": "options",
     "Mixture": "mixture",
     "RecurationCallback": "callbacks",
     "ShardPool": "pool.shards",

@@ -1,24 +1,16 @@
-"""The arguments of a data module: opening pools, reading ids and labels from files, checking the rest."""
+"""The arguments of a data module: opening pools, reading ids and labels from files."""
 
-import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from curated_data.errors import CacheError, ConfigError
 from curated_data.paths import local_path
 from curated_data.pool import ShardPool
-from curated_data.processes import check_context
 from curated_data.seals import load_npy
-from curated_data.streaming.dataset import PoolDataset
 from curated_data.streaming.labels import SampleLabels
-from curated_data.streaming.order import EpochOrder
-from curated_data.streaming.strata import check_level
-
-if TYPE_CHECKING:
-    from curated_data.datamodule import CuratedDataModule
 
 Pool = ShardPool | str | Path | Sequence[str | Path]
 Ids = str | Path | np.ndarray
@@ -66,7 +58,9 @@ def checked_selection(ids: np.ndarray, pool: ShardPool, name: str) -> np.ndarray
     return ids.astype(np.int64, copy=False)
 
 
-def load_labels(labels: Ids | None, selection: Ids | None, pool: ShardPool) -> SampleLabels | None:
+def load_labels(
+    labels: Ids | None, selection: Ids | None, pool: ShardPool, name: str = "labels"
+) -> SampleLabels | None:
     """Labels for the samples of a selection, or for the whole pool.
 
     Raises:
@@ -75,18 +69,13 @@ def load_labels(labels: Ids | None, selection: Ids | None, pool: ShardPool) -> S
     if labels is None:
         return None
     ids = None if selection is None else load_ids(selection)
-    labels = load_ids(labels, "labels")
+    labels = load_ids(labels, name)
     if ids is None and len(labels) != len(pool):
         raise ConfigError(
-            f"labels: {len(labels)} of them for a pool of {len(pool)} samples; give one for each, "
+            f"{name}: {len(labels)} of them for a pool of {len(pool)} samples; give one for each, "
             "or with `selection` the samples that they belong to"
         )
     return SampleLabels(ids, labels)
-
-
-def _is_integer(value: object) -> bool:
-    """Whether a value is an integer of any type, such as numpy's; a bool is none."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_alone(**arguments: object) -> None:
@@ -102,74 +91,46 @@ def check_alone(**arguments: object) -> None:
             )
 
 
-def check_arguments(data: "CuratedDataModule", selection: Ids | None, labels: Ids | None) -> None:
-    """Check the arguments of a data module, each by itself and against the others; make integers plain ones.
+def check_unused(**arguments: object) -> None:
+    """Check that none of the arguments about decoding in workers is given.
 
     Raises:
-        ConfigError: arguments that contradict each other or are out of range.
+        ConfigError: names the first one that is.
     """
-    curated = data.curation_config is not None
-    if data.mixture is not None:
-        if data.decode_on_device:
-            raise ConfigError("decode_on_device: takes one pool, and not a mixture; leave either out")
-        if data.stratify_level is not None:
-            raise ConfigError("stratify_level: belongs to the components of a mixture; give it to these")
-        if "source" in (data.decoders or {}):
+    for name, value in arguments.items():
+        if value is not None:
             raise ConfigError(
-                "decoders['source']: batches of a mixture have a 'source'; rename these members"
+                f"{name}: for images that workers decode; with device.decode they do not, drop either"
             )
-    if curated:
-        if selection is not None:
-            raise ConfigError("selection: given together with curation, which makes one; drop either")
-        if data.embedder is None:
-            raise ConfigError(
-                "embedder: a curation needs one, say 'hub:dinov2_vitl14_reg' or a module of yours"
-            )
-        if data.cache_dir is None:
-            raise ConfigError("cache_dir: a curation needs a folder for its artifacts, shared by all ranks")
-    elif data.stratify_level is not None:
-        raise ConfigError("stratify_level: needs a curation, whose tree has the clusters")
-    if data.stratify_level is not None and data.shuffle != "full":
-        raise ConfigError(f'stratify_level: takes shuffle="full", found {data.shuffle!r}')
-    if data.stratify_level is not None and data.curation_config is not None and data.curation_config.levels:
-        check_level(data.stratify_level, len(data.curation_config.levels))  # derived ones later, by the tree
-    for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0), ("image_size", 1)):
-        value = getattr(data, name)
-        if value is None and name in ("eval_batch_size", "num_workers"):
-            continue
-        if not _is_integer(value) or value < least:
-            raise ConfigError(f"{name}: expected an integer of at least {least}, found {value!r}")
-        setattr(data, name, int(value))
-    if not _is_integer(data.seed):
-        raise ConfigError(f"seed: expected an integer, found {data.seed!r}")
-    data.seed = int(data.seed)
-    for name in ("views", "device_views", "eval_transform"):
-        value = getattr(data, name)
+
+
+def check_functions(**functions: object) -> None:
+    """Check that what is given for some arguments are functions of an image.
+
+    Raises:
+        ConfigError: names the first one that is not.
+    """
+    for name, value in functions.items():
         if value is not None and not callable(value):
-            of_what = "a batch of images and seeds" if name == "device_views" else "an image"
-            raise ConfigError(f"{name}: expected a function of {of_what}, found {value!r}")
-    if data.decode_on_device:
-        if data.device_views is None:
-            raise ConfigError("decode_on_device: takes device_views, which are made of what is decoded there")
-        for name in ("views", "min_size"):
-            if getattr(data, name) is not None:
-                raise ConfigError(
-                    f"{name}: takes images that workers decode; with decode_on_device they do not"
-                )
-    if labels is not None and curated:
-        raise ConfigError("labels: given together with curation; give the `selection` they belong to")
-    check_context(data.multiprocessing_context, "multiprocessing_context")
-    if data.slow_after < 0:
-        raise ConfigError(f"slow_after: expected seconds, 0 or more, found {data.slow_after!r}")
-    if not 0 <= data.max_skipped <= 1:
-        raise ConfigError(f"max_skipped: expected a share in 0..1, found {data.max_skipped!r}")
-    EpochOrder(  # checks these itself
-        1,
-        seed=0,
-        batch_size=1,
-        shuffle=data.shuffle,
-        last_batch=data.last_batch,
-        shard_starts=np.zeros(2),
-    )
-    for pool in {id(pool): pool for pool in (data.pool, *(c.pool for c in data.components))}.values():
-        PoolDataset(pool, on_error=data.on_error, decoders=data.decoders, fields=data.fields)
+            raise ConfigError(f"{name}: expected a function of an image, found {value!r}")
+
+
+def named_pools(
+    pools: "Pool | Mapping[str, Pool] | None",
+    cache_dir: str | Path | None,
+    storage_options: Mapping[str, Any] | None,
+    name: str,
+) -> dict[str, ShardPool]:
+    """Pools by name, opened; one that has none is named "".
+
+    Raises:
+        ConfigError: a mapping without any, or whose names are not text.
+        PoolError: no shard matches.
+    """
+    if pools is None:
+        return {}
+    if not isinstance(pools, Mapping):
+        return {"": open_pool(pools, cache_dir, storage_options)}
+    if not pools or not all(isinstance(key, str) and key for key in pools):
+        raise ConfigError(f"{name}: expected pools by their names, found {dict(pools)!r}")
+    return {key: open_pool(pool, cache_dir, storage_options) for key, pool in pools.items()}

@@ -23,6 +23,7 @@ from numpy.typing import DTypeLike
 
 from curated_data.errors import CacheError
 from curated_data.holds import MARKER
+from curated_data.layout import CHECKPOINTS, EMBEDDINGS
 from curated_data.locks import locked, open_own, remove_if_free, writable
 from curated_data.paths import local_path
 from curated_data.remedies import MANIFEST as MANIFEST
@@ -470,11 +471,11 @@ def _sweep(root: Path, now: float) -> None:
         handle = open_own(last, os.O_WRONLY | os.O_CREAT)
         os.utime(handle)
         os.close(handle)
-        for place in ("", "*/", "embeddings/*/", "checkpoints/*/"):
+        for place in ("", "*/", f"{EMBEDDINGS}/*/", f"{CHECKPOINTS}/*/"):
             for path in root.glob(f"{place}{TEMPORARY}*"):
                 with contextlib.suppress(OSError, CacheError):
                     if path.match(_REMOVED) or path.lstat().st_mtime < now - 7 * _DAY:
                         remove(path, below=root)
-        for pattern in (".locks/*", "*/.locks/*", "embeddings/*/.locks/*"):
+        for pattern in (".locks/*", "*/.locks/*", f"{EMBEDDINGS}/*/.locks/*"):
             for path in root.glob(pattern):
                 remove_if_free(path, older_than=now - 7 * _DAY)

@@ -16,9 +16,8 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from curated_data.cache import named_folder, read_manifest
 from curated_data.clustering.tree import EXCLUDED
-from curated_data.components import MixedComponent
+from curated_data.components import Source
 from curated_data.config import CurationConfig
 from curated_data.datamodule import CuratedDataModule
 from curated_data.embedding import Embedder, resolve_embedder
@@ -26,16 +25,17 @@ from curated_data.embedding.sharded import unsharded
 from curated_data.errors import CacheError, ConfigError
 from curated_data.holds import remove_unheld
 from curated_data.parallel import barrier, broadcast, is_distributed, rank, together
-from curated_data.pipeline import Curation, check_levels, curate
+from curated_data.pipeline import curate
 from curated_data.recuration import levels_of_share, recurate
 from curated_data.recuration_state import checked_state
 from curated_data.removal import artifact_folder
-from curated_data.stored import open_curation
+from curated_data.reopen import reopen, tree_of
+from curated_data.stages.curation import Curation
+from curated_data.stages.tree import check_levels
 from curated_data.trainer import is_between_epochs
 
 log = logging.getLogger(__name__)
 
-Curated = CuratedDataModule | MixedComponent  # what a callback curates again
 _REPLACED = ("embeddings", "fresh_embeddings", "near_duplicates", "tree")
 
 
@@ -245,7 +245,7 @@ class RecurationCallback(pl.Callback):
             return super().state_key
         return self._generate_state_key(component=self.component)
 
-    def _data(self, trainer: pl.Trainer) -> Curated:
+    def _data(self, trainer: pl.Trainer) -> Source:
         """What is curated again: the data module's one selection, or a component of its mixture."""
         data = _datamodule(trainer)
         if self.component is not None:
@@ -253,7 +253,7 @@ class RecurationCallback(pl.Callback):
         if data.mixture is not None:
             names = ", ".join(data.mixture.names)
             raise ConfigError(f"RecurationCallback.component: missing; name one of the mixture's, {names}")
-        return data
+        return data.sources[0]
 
     def _finish_interrupted_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End an epoch that was saved after its last batch, before the loader is built.
@@ -287,7 +287,7 @@ class RecurationCallback(pl.Callback):
             return {}
         data.curation, data.lost_tree = curation, None
         self._selection = curation.folders["selection"].name
-        data.set_selection(curation.ids)
+        data.stream_curation(curation)
         if not self.keep_artifacts:
             self._drop_earlier(data)
         self.n_recurations += 1
@@ -313,7 +313,7 @@ class RecurationCallback(pl.Callback):
             )
         return {f"recuration/{name}": float(value) for name, value in figures.items()}
 
-    def _restore(self, data: Curated) -> None:
+    def _restore(self, data: Source) -> None:
         """In a resumed run, make the data module's `curation` the one that it streams, not the first one."""
         current = data.curation.folders["selection"].name if data.curation is not None else None
         data.lost_tree = None
@@ -323,14 +323,11 @@ class RecurationCallback(pl.Callback):
             return
         assert data.cache_dir is not None, "a curation comes with one"
         try:
-            data.curation = open_curation(data.cache_dir, self._selection)
+            data.curation = reopen(data.cache_dir, self._selection)
         except CacheError as error:
             # A later re-curation removed its tree; what is streamed is kept elsewhere.
             data.curation = data.base_curation
-            folder = data.cache_dir / "selection" / self._selection
-            chosen = read_manifest(folder, "selection")
-            tree = named_folder(data.cache_dir, "tree", chosen, "inputs", "tree", of=folder)
-            data.lost_tree = tree.name
+            data.lost_tree = tree_of(data.cache_dir, self._selection).name
             log.warning(
                 "the tree of the resumed selection is gone, figures show the first curation: %s", error
             )
@@ -367,7 +364,7 @@ class RecurationCallback(pl.Callback):
         return self._epochs_without_gain >= self.patience
 
     def _recurate(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, data: Curated, epoch: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, data: Source, epoch: int
     ) -> Curation | None:
         """A curation with the module's features; None if it failed and the old selection is kept."""
         first, base, cache_dir = data.curation_config, data.base_curation, data.cache_dir
@@ -394,7 +391,7 @@ class RecurationCallback(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        data: Curated,
+        data: Source,
         config: CurationConfig,
         base: Curation,
         cache_dir: Path,
@@ -406,14 +403,14 @@ class RecurationCallback(pl.Callback):
             "embedder": resolve_embedder(self.embedder(module) if self.embedder else module),
             "cache_dir": cache_dir,
             "device": trainer.strategy.root_device,
-            "decoders": data.decoders,
-            "fields": data.fields,
+            "decoders": data.decoding.decoders,
+            "fields": data.decoding.fields,
         }
         if self.share == 1:
             return curate(data.pool, config, **settings)
         return recurate(data.pool, config, base=base, share=self.share, **settings)
 
-    def _drop_earlier(self, data: Curated) -> None:
+    def _drop_earlier(self, data: Source) -> None:
         """Remove the last re-curation's artifacts from the cache, but for those that somebody uses.
 
         What another run still reads, or this one with the new curation, stays. It is looked at again after

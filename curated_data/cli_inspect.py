@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from curated_data.errors import CacheError, ConfigError
+from curated_data.layout import INDEX
 
 _FEW = 20  # indexes of shards that are listed one by one
 
@@ -45,9 +46,9 @@ def inspect(parsed: argparse.Namespace) -> None:
     for name in ("stage", "artifact", "MB", "age"):
         table.add_column(name, no_wrap=True)
     table.add_column("what it is, and what determined it", overflow="fold")
-    indexes = [artifact for artifact in artifacts if artifact.stage == "index" and artifact.complete]
+    indexes = [artifact for artifact in artifacts if artifact.stage == INDEX and artifact.complete]
     if len(indexes) > _FEW:  # one for every shard, of which a pool may have a hundred thousand
-        artifacts = [artifact for artifact in artifacts if artifact.stage != "index" or not artifact.complete]
+        artifacts = [artifact for artifact in artifacts if artifact.stage != INDEX or not artifact.complete]
         table.add_row(
             "index",
             f"{len(indexes):,} shards",
@@ -70,15 +71,15 @@ def inspect(parsed: argparse.Namespace) -> None:
 def _explain(parsed: argparse.Namespace) -> None:
     from curated_data.cache import absolute
     from curated_data.inspect import check_is_cache
+    from curated_data.reopen import reopen, selections
     from curated_data.report.explain import explain
-    from curated_data.stored import open_curation, selections
 
     check_is_cache(absolute(parsed.cache_dir))  # before anything is created there
     found = selections(parsed.cache_dir)
     if not found:
         raise ConfigError(f"{parsed.cache_dir}: no selection in it yet; run curate")
     name = parsed.selection or found[0]
-    lines = explain(open_curation(parsed.cache_dir, name), parsed.sample)
+    lines = explain(reopen(parsed.cache_dir, name), parsed.sample)
     if parsed.json:
         print(json.dumps({"selection": name, "sample": parsed.sample, "why": lines}, indent=2))
         return

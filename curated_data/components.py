@@ -1,42 +1,56 @@
-"""The components of a data module's mixture: opened, curated, and put in one order."""
+"""What a data module streams: the components of its mixture, or one selection, opened and curated."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from curated_data.arguments import checked_selection, load_ids, open_pool
-from curated_data.cache import fingerprint
+from curated_data.arguments import checked_selection, load_ids, load_labels, open_pool
 from curated_data.config import CurationConfig
 from curated_data.errors import ConfigError
 from curated_data.mixture import Component, Mixture
+from curated_data.options import DecodingOptions
 from curated_data.pool import ShardPool
-from curated_data.streaming.mixture import AnyOrder, MixtureOrder, Part
-from curated_data.streaming.order import EpochOrder, LastBatch, Shuffle
-from curated_data.streaming.strata import check_level
+from curated_data.pool.decode import as_decoders
+from curated_data.pool.fields import checked_fields
+from curated_data.pool.urls import is_remote
+from curated_data.streaming.labels import SampleLabels
+from curated_data.streaming.order import Shuffle
+from curated_data.streaming.strata import check_level, strata
 
 if TYPE_CHECKING:
     from curated_data.datamodule import CuratedDataModule
-    from curated_data.pipeline import Curation
+    from curated_data.stages.curation import Curation
 
 
 class ComponentRow(NamedTuple):
-    """A component at the beginning: its samples, its share of the stream, and how many others hold too."""
+    """A component at the beginning.
+
+    Attributes:
+        name: its own.
+        size: samples, with repeats.
+        distinct: different samples.
+        share: of the stream.
+        shared: different samples that other components hold too.
+    """
 
     name: str
     size: int
+    distinct: int
     share: float
     shared: int
 
 
-class MixedComponent:
-    """One component as the data module streams it; a `RecurationCallback` takes it for a data module.
+class Source:
+    """One component as the data module streams it; without a mixture there is one, without a name.
+
+    A `RecurationCallback` curates a source again, and a `CurationLogger` logs its curation.
 
     Attributes:
         name, batches, views, stratify_level, embedder, curation_config: see `Component`.
-        pool: its shards, opened; components that share one have the same.
-        first_id: of its pool, among the ids of the mixture.
+        pool: its shards, opened; sources that share one have the same.
+        first_id: of its pool, among the ids of the stream.
         first_selection: (n,) int64 ids of the pool that it begins with; None: the whole pool.
         curation, base_curation, lost_tree: as of `CuratedDataModule`.
     """
@@ -57,34 +71,47 @@ class MixedComponent:
         self.curation: Curation | None = None
         self.base_curation: Curation | None = None
         self.lost_tree: str | None = None
-        self._given = component.selection
+        self.given_selection = component.selection
+        self._given_labels = component.labels
         self._data = data
 
-    @property
-    def where(self) -> str:
-        """For errors."""
-        return f"mixture, component {self.name!r}"
+    def named(self, text: str) -> str:
+        """A setting or a sentence for an error, with the component that it is of."""
+        return text if self._data.mixture is None else f"mixture, component {self.name!r}, {text}"
+
+    def labels(self) -> SampleLabels | None:
+        """The labels that replace the pool's, if there are any.
+
+        Raises:
+            ConfigError: they do not match the samples.
+        """
+        return load_labels(self._given_labels, self.given_selection, self.pool, self.named("labels"))
 
     @property
     def cache_dir(self) -> Path | None:
         return self._data.cache_dir
 
     @property
-    def decoders(self) -> Any:
-        return self._data.decoders
+    def is_remote(self) -> bool:
+        """Whether any of its shards is in a store."""
+        return any(map(is_remote, self.pool.urls))
 
     @property
-    def fields(self) -> Sequence[str] | None:
-        return self._data.fields
+    def decoding(self) -> DecodingOptions:
+        return self._data.decoding
 
     @property
     def selection(self) -> np.ndarray | None:
         """(n,) int64 ids of the pool that the next epoch streams; None: the whole pool."""
-        return self._data.component_selection(self.name)
+        return self._data.selection_of(self)
 
     def set_selection(self, ids: np.ndarray) -> None:
         """Stream other samples of the pool from the next epoch on, see `CuratedDataModule.set_selection`."""
-        self._data.set_selection(ids, component=self.name)
+        self._data.set_selection(ids, component=self.name or None)
+
+    def stream_curation(self, curation: "Curation") -> None:
+        """Stream what a curation of the pool selected, see `CuratedDataModule.stream_curation`."""
+        self.set_selection(curation.ids)  # the stream keeps the selections of all components as one
 
     def begin_anew(self) -> None:
         """For a new Trainer: the first curation counts."""
@@ -98,10 +125,10 @@ class MixedComponent:
         """
         self.pool.index()
         if not len(self.pool):
-            raise ConfigError(f"{self.where}, pool: holds no sample; give another or leave the component out")
-        if self._given is not None:
-            name = f"{self.where}, selection"
-            self.first_selection = checked_selection(load_ids(self._given, name), self.pool, name)
+            raise ConfigError(self.named("pool: holds no sample; give another or leave the component out"))
+        if self.given_selection is not None:
+            name = self.named("selection")
+            self.first_selection = checked_selection(load_ids(self.given_selection, name), self.pool, name)
 
     def candidates(self, most: int) -> list[int]:
         """The first ids that may be streamed, before there is a curation."""
@@ -122,10 +149,33 @@ class MixedComponent:
             embedder=self.embedder,
             cache_dir=self.cache_dir,
             device=device,
-            decoders=self.decoders,
-            fields=self.fields,
+            decoders=self.decoding.decoders,
+            fields=self.decoding.fields,
         )
         self.first_selection = self.curation.ids
+
+    def strata(self, ids: np.ndarray | None, *, keep: bool) -> np.ndarray | None:
+        """The cluster of each id at `stratify_level`, see `strata`; None without one."""
+        if self.stratify_level is None:
+            return None
+        assert self.curation is not None, "stratify_level comes with a curation"
+        assert self.cache_dir is not None, "a curation comes with one"
+        check_level(self.stratify_level, self.curation.tree.n_levels)
+        return strata(
+            ids,
+            self.stratify_level,
+            find=None if self.lost_tree else self.curation.tree.assignment,
+            tree=self.lost_tree or self.curation.folders["tree"].name,
+            cache_dir=self.cache_dir,
+            keep=keep,
+        )
+
+    def holds(self) -> np.ndarray:
+        """(n,) bool, which samples of the pool it begins with."""
+        held = np.full(len(self.pool), self.first_selection is None)
+        if self.first_selection is not None:
+            held[self.first_selection] = True
+        return held
 
     @property
     def n_first(self) -> int:
@@ -137,9 +187,7 @@ class MixedComponent:
         return n if config is None else min(config.target_size, n * config.max_repeats)
 
 
-def open_components(
-    mixture: Mixture, data: "CuratedDataModule", storage_options: Mapping[str, Any] | None
-) -> list[MixedComponent]:
+def open_sources(components: Sequence[Component], data: "CuratedDataModule") -> list[Source]:
     """Open every pool once; check what a component needs of the data module.
 
     Raises:
@@ -148,34 +196,49 @@ def open_components(
     """
     pools: dict[tuple[Any, ...], ShardPool] = {}
     found = []
-    for component in mixture.components:
-        pool = open_pool(component.pool, data.cache_dir, storage_options)
+    for component in components:
+        pool = open_pool(component.pool, data.cache_dir, data.loader.storage_options)
         pool = pools.setdefault((*pool.urls, repr(pool.images), *pool.image_extensions), pool)
-        found.append(MixedComponent(component, pool, data))
+        found.append(Source(component, pool, data))
     for opened in found:
-        _check(opened)
+        _check(opened, data)
     return found
 
 
-def _check(component: MixedComponent) -> None:
-    where, config = component.where, component.curation_config
-    if config is not None and component.embedder is None:
-        raise ConfigError(f"{where}, embedder: a curation needs one, its own or the data module's")
-    if config is not None and component.cache_dir is None:
-        raise ConfigError(f"{where}: a curation needs the data module's cache_dir, shared by all ranks")
-    if component.stratify_level is None:
+def _check(source: Source, data: "CuratedDataModule") -> None:
+    config = source.curation_config
+    if config is not None and source.embedder is None:
+        raise ConfigError(
+            source.named("embedder: a curation needs one, say 'hub:dinov2_vitl14_reg' or a module of yours")
+        )
+    if config is not None and source.cache_dir is None:
+        raise ConfigError(
+            source.named("cache_dir: a curation needs a folder for its artifacts, shared by all ranks")
+        )
+    if source.views is not None and data.device.decode:
+        raise ConfigError(
+            source.named("views: take images that workers decode; with device.decode they do not")
+        )
+    check_fields_of_batches(source.pool, data.decoding)
+    if source.stratify_level is None:
         return
-    if component.shuffle != "full":
-        raise ConfigError(f'{where}, stratify_level: takes shuffle="full", found {component.shuffle!r}')
-    assert config is not None, "checked by the component"
-    if config.levels:
+    if config is None:
+        raise ConfigError(source.named("stratify_level: needs a curation, whose tree has the clusters"))
+    if source.shuffle != "full":
+        raise ConfigError(source.named(f'stratify_level: takes shuffle="full", found {source.shuffle!r}'))
+    if config.levels:  # derived ones later, by the tree
         try:
-            check_level(component.stratify_level, len(config.levels))
+            check_level(source.stratify_level, len(config.levels))
         except ConfigError as error:
-            raise ConfigError(f"{where}, {error}") from error
+            raise ConfigError(source.named(str(error))) from error
 
 
-def number_pools(components: Sequence[MixedComponent]) -> None:
+def check_fields_of_batches(pool: ShardPool, decoding: DecodingOptions) -> frozenset[str]:
+    """The fields of a pool's batches, see `checked_fields`."""
+    return checked_fields(decoding.fields, as_decoders(decoding.decoders), pool.image_extensions)
+
+
+def number_pools(components: Sequence[Source]) -> None:
     """Give every pool its first id in the mixture: the samples of the pools before it."""
     first_ids: dict[int, int] = {}
     following = 0
@@ -186,90 +249,13 @@ def number_pools(components: Sequence[MixedComponent]) -> None:
         component.first_id = first_ids[id(component.pool)]
 
 
-def check_batches(mixture: Mixture, components: Sequence[MixedComponent], n_batches: int) -> None:
-    """Check that every component with batches of its own has at least one in an epoch.
-
-    Raises:
-        ConfigError: names the component.
-    """
-    for component, share in zip(components, mixture.least_shares, strict=True):
-        if component.batches == "own" and share * n_batches < 1 - 1e-9:
-            raise ConfigError(
-                f"{component.where}, weight: {share:g} of the {n_batches} global batches of an epoch is less "
-                "than one batch of its own; raise its weight or epoch_size"
-            )
-
-
-def epoch_batches(
-    mixture: Mixture, components: Sequence[MixedComponent], batch_size: int, last_batch: LastBatch
-) -> int:
-    """Global batches of an epoch of a mixture. It does not depend on what re-curations select.
-
-    Raises:
-        ConfigError: none.
-    """
-    size = mixture.epoch_size or sum(component.n_first for component in components)
-    n_batches = -(-size // batch_size) if last_batch == "pad" else size // batch_size
-    if not n_batches:
-        raise ConfigError(
-            f"mixture.epoch_size: {size} samples do not fill one global batch of {batch_size}; raise it, or "
-            'pass last_batch="pad"'
-        )
-    return n_batches
-
-
-def mixture_order(
-    mixture: Mixture,
-    components: Sequence[MixedComponent],
-    selections: Sequence[np.ndarray | None],
-    *,
-    seed: int,
-    batch_size: int,
-    shuffled: bool,
-    last_batch: LastBatch,
-    strata_of: Callable[[MixedComponent, np.ndarray | None], np.ndarray],
-) -> AnyOrder:
-    """The order of a mixture; of one component without an `epoch_size`, that of its selection alone.
-
-    Args:
-        mixture, components: what to mix.
-        selections: of each component, ids of its pool; None: the whole pool.
-        seed, batch_size, last_batch: of the stream.
-        shuffled: False to take every component as it is.
-        strata_of: the stratum of each sample, for components with a `stratify_level`.
-    """
-    alone = len(components) == 1 and mixture.epoch_size is None
-    parts = []
-    for component, ids in zip(components, selections, strict=True):
-        shuffle = component.shuffle if shuffled else "none"
-        stratified = component.stratify_level is not None and shuffle == "full"
-        try:
-            order = EpochOrder(
-                len(component.pool) if ids is None else ids,
-                seed=seed if alone else int(fingerprint(seed=seed, component=component.name)[:16], 16),
-                batch_size=batch_size if alone else 1,
-                shuffle=shuffle,
-                last_batch=last_batch if alone else "drop",
-                shard_starts=component.pool.shard_ranges() if shuffle == "block" else None,
-                strata=strata_of(component, ids) if stratified else None,
-            )
-        except ConfigError as error:
-            raise ConfigError(f"{component.where}, {error}") from error
-        if alone:
-            return order
-        parts.append(Part(component.name, order, component.batches == "own", component.first_id))
-    n_batches = epoch_batches(mixture, components, batch_size, last_batch)
-    check_batches(mixture, components, n_batches)
-    return MixtureOrder(parts, mixture.weights, batch_size=batch_size, epoch_size=n_batches * batch_size)
-
-
 def packed(selections: Mapping[int, np.ndarray]) -> np.ndarray:
     """The ids of some components as one array, which the stream keeps and checkpoints name."""
     pieces = [np.r_[number, len(selections[number]), selections[number]] for number in sorted(selections)]
     return np.concatenate(pieces).astype(np.int64)
 
 
-def unpacked(array: np.ndarray | None, components: Sequence[MixedComponent]) -> dict[int, np.ndarray]:
+def unpacked(array: np.ndarray | None, sources: Sequence[Source]) -> dict[int, np.ndarray]:
     """The inverse of `packed`.
 
     Raises:
@@ -280,48 +266,43 @@ def unpacked(array: np.ndarray | None, components: Sequence[MixedComponent]) -> 
     while array is not None and place < len(array):
         number, n = [*array[place : place + 2].tolist(), 0][:2]
         ids = array[place + 2 : place + 2 + max(n, 0)]
-        if not 0 <= number < len(components) or number in found or n < 1 or len(ids) != n:
+        if not 0 <= number < len(sources) or number in found or n < 1 or len(ids) != n:
             raise ConfigError(
                 "the checkpoint's selection: is none of this mixture; resume with the components of that run"
             )
-        name = f"{components[number].where}, the checkpoint's selection"
-        found[number] = checked_selection(ids, components[number].pool, name)
+        name = sources[number].named("the checkpoint's selection")
+        found[number] = checked_selection(ids, sources[number].pool, name)
         place += 2 + n
     return found
 
 
-def plan_access(components: Sequence[MixedComponent], order: MixtureOrder, epochs: int) -> None:
-    """For remote pools, choose byte ranges or whole shards, by how often what will be read."""
-    drawn = order.given(1, 0)
-    for pool in {id(component.pool): component.pool for component in components}.values():
-        own = [number for number, component in enumerate(components) if component.pool is pool]
-        selections = [order.parts[number].order.selection for number in own]
-        whole = any(isinstance(ids, int) for ids in selections)
-        ids = None if whole else np.unique(np.concatenate([np.asarray(ids) for ids in selections]))
-        n = len(pool) if ids is None else len(ids)
-        pool.plan_access(ids, epochs=max(1, round(epochs * int(drawn[own].sum()) / n)))
-
-
-def mixture_summary(mixture: Mixture, components: Sequence[MixedComponent]) -> str:
+def mixture_summary(mixture: Mixture, sources: Sequence[Source]) -> str:
     """One line: of each component its size, its share and how many of its samples others hold too."""
     return ", ".join(
         f"{row.name} {row.size} samples ({100 * row.share:.3g} %, {row.shared} in others too)"
-        for row in mixture_rows(mixture, components)
+        for row in mixture_rows(mixture, sources)
     )
 
 
-def mixture_rows(mixture: Mixture, components: Sequence[MixedComponent]) -> list[ComponentRow]:
+def mixture_rows(mixture: Mixture, sources: Sequence[Source]) -> list[ComponentRow]:
     """What a report says of each component."""
-    holders = {id(component.pool): np.zeros(len(component.pool), np.int16) for component in components}
-    for component in components:
-        holders[id(component.pool)][_distinct(component)] += 1
+    holders = {id(source.pool): np.zeros(len(source.pool), np.int16) for source in sources}
+    for source in sources:
+        holders[id(source.pool)] += source.holds()
     rows = []
-    for component, share in zip(components, mixture.shares, strict=True):
-        shared = int((holders[id(component.pool)][_distinct(component)] > 1).sum())
-        rows.append(ComponentRow(component.name, component.n_first, share, shared))
+    for source, share in zip(sources, mixture.shares, strict=True):
+        held = source.holds()
+        shared = int((holders[id(source.pool)][held] > 1).sum())
+        rows.append(ComponentRow(source.name, source.n_first, int(held.sum()), share, shared))
     return rows
 
 
-def _distinct(component: MixedComponent) -> np.ndarray | slice:
-    """The ids that it begins with, for indexing."""
-    return slice(None) if component.first_selection is None else np.unique(component.first_selection)
+def overlaps(sources: Sequence[Source]) -> np.ndarray:
+    """(k, k) how many different samples each two components hold together at the beginning."""
+    held = [source.holds() for source in sources]
+    found = np.zeros((len(sources), len(sources)), np.int64)
+    for i, one in enumerate(sources):
+        for j, other in enumerate(sources):
+            if one.pool is other.pool:
+                found[i, j] = np.count_nonzero(held[i] & held[j])
+    return found

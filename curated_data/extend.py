@@ -3,47 +3,44 @@
 import dataclasses
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 
-from curated_data.cache import MANIFEST, fingerprint, read_array, read_json, read_manifest
+from curated_data.cache import MANIFEST, read_json
 from curated_data.clustering.kmeans import prepare
 from curated_data.clustering.nearest import nearest, squared_distances
 from curated_data.clustering.rows import rank_range
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig
-from curated_data.deduplication import (
-    Grown,
-    check_preference,
-    embed_held_out,
-    find_near_duplicates,
-    open_held_out,
-    read_keep,
-)
 from curated_data.embedding import EmbeddingStore
 from curated_data.embedding.contents import Contents
-from curated_data.embedding.existing import EmbeddedPool
-from curated_data.embedding.stage import AnyEmbedder, AnyPool, embedding_stage
 from curated_data.errors import CacheError, ConfigError, PoolError
 from curated_data.parallel import all_gather, rank, world_size
 from curated_data.paths import local_path
-from curated_data.pipeline import Curation, opened, publish_tree, read_selection, report_of, select
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.remedies import Remedy
 from curated_data.removal import shown
 from curated_data.seals import reading
-from curated_data.shared_build import build_together
+from curated_data.stages.curation import Curation, report_of, select
+from curated_data.stages.embeddings import AnyEmbedder, Embeddings, inputs_of
+from curated_data.stages.index import AnyPool, ConfigSource, PoolSource, opened
+from curated_data.stages.near_duplicates import (
+    Grown,
+    NearDuplicates,
+    check_preference,
+    embed_held_out,
+    held_out_embeddings,
+)
+from curated_data.stages.stage import Run
+from curated_data.stages.tree import BuiltTree, Tree
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
 REBUILD_ABOVE = 0.05
 
 
@@ -69,8 +66,8 @@ class Drift:
 
 
 def extend(
-    pool: ShardPool | EmbeddedPool | str | Path | Sequence[str | Path],
-    config: CurationConfig | Mapping[str, Any] | DictConfig | str | Path,
+    pool: PoolSource,
+    config: ConfigSource,
     *,
     tree: str | Path,
     embedder: AnyEmbedder | None,
@@ -93,8 +90,8 @@ def extend(
 
     Args:
         pool: the grown pool.
-        config: as for `curate`; `levels` and the other settings of the clustering are ignored, since the tree
-            is given.
+        config: as for `curate`; `levels` and the other settings of the clustering are those of the tree,
+            whatever is given here, except `seed`, which the sampling takes.
         tree: the folder of the earlier tree, `curation.folders["tree"]`.
         embedder, cache_dir, device, decoders: as for `curate`; the embedder must be that of the tree.
         rebuild_above: the share of outlying new samples above which a rebuild is due.
@@ -111,148 +108,134 @@ def extend(
         PoolError: the pool has none of the tree's shards.
         RankError: another rank has failed or died.
     """
-    with opened(pool, config, cache_dir) as (shards, settings, root):
-        return _extend(
-            shards, settings, local_path(tree, "tree"), embedder, root, device, decoders, rebuild_above
-        )
+    with opened(pool, config, cache_dir, device) as (shards, settings, run):
+        folder = local_path(tree, "tree")
+        # Another stage's folder is sound: it must not be said to be damaged.
+        if not (folder / MANIFEST).exists() or read_json(folder / MANIFEST).get("stage") != Tree.kind:
+            raise CacheError(
+                f"{folder}: holds no tree; give the folder that `curate` printed, CACHE/tree/NAME"
+            )
+        base = BuiltTree(folder)
+        # All that can be wrong is looked at now, before anything is embedded.
+        if not (isinstance(rebuild_above, int | float) and rebuild_above >= 0):
+            raise ConfigError(f"rebuild_above: expected a share of the new samples, got {rebuild_above!r}")
+        embeddings = Embeddings.of(run.root, shards, embedder, settings, decoders)
+        if base.inputs.get("embedder") != embeddings.name:
+            raise CacheError(
+                f"{base.folder}: its tree was built over embeddings {shown(base.inputs.get('embedder'))}, "
+                f"these are {embeddings.name}; give the embedder and embedding settings of that curation, or "
+                "curate anew"
+            )
+        return _extend(shards, settings, run, embeddings, base, rebuild_above)
 
 
 def _extend(
     pool: AnyPool,
     config: CurationConfig,
-    base: Path,
-    embedder: AnyEmbedder | None,
-    root: Path,
-    device: str | torch.device,
-    decoders: Decoders | None,
+    run: Run,
+    embeddings: Embeddings,
+    base: BuiltTree,
     rebuild_above: float,
 ) -> Curation:
-    # Another stage's folder is sound: it must not be said to be damaged.
-    if not (base / MANIFEST).exists() or read_json(base / MANIFEST).get("stage") != "clustering":
-        raise CacheError(f"{base}: holds no tree; give the folder that `curate` printed, CACHE/tree/NAME")
-    manifest = read_manifest(base, "clustering")
-    old = ClusterTree.load(base / "tree", memory_map=True)
-    with reading(base / MANIFEST, Remedy(base / MANIFEST)):
-        metric, own = manifest["settings"]["metric"], manifest["inputs"]["embedder"]
-        if metric not in ("l2", "cosine"):
-            raise ValueError(f"metric is {shown(metric)}")
-    # All that can be wrong is looked at now, before anything is embedded.
-    if not (isinstance(rebuild_above, int | float) and rebuild_above >= 0):
-        raise ConfigError(f"rebuild_above: expected a share of the new samples, got {rebuild_above!r}")
-    source = embedding_stage(pool, embedder, config, root, device, decoders)
-    name = source.name(pool)
-    if own != name:
-        raise CacheError(
-            f"{base}: its tree was built over embeddings {shown(own)}, these are {name}; give the embedder "
-            "and embedding settings of that curation, or curate anew"
-        )
-    held_out_pool = open_held_out(config, root, pool)
+    old = base.tree
+    of_tree = base.settings_in(config)
+    held_out_stage = held_out_embeddings(config, embeddings)
     check_preference(config, pool)
     if isinstance(pool, ShardPool):
-        _check_shards(pool, base, manifest, root)
-    config = dataclasses.replace(config, metric=metric)
-    held_out = embed_held_out(held_out_pool, source)  # the smaller
-    store = source.store(pool)
+        _check_shards(pool, base, run.root)
+    with run.timed("embed"):
+        held_out = embed_held_out(held_out_stage, run)  # the smaller
+        store = embeddings.build(run.device)
+    run.folders["embeddings"] = store.folder
     kept, known = _kept(pool, store.shard_fingerprints, old, base)
-    inputs = {"embedder": store.folder.name, "embeddings": store.fingerprint, "base": base.name}
-    folders = {"embeddings": store.folder}
-    cached: dict[str, bool] = {}
-    copies: dict[str, int] = {}
-    valid = store.valid
+    valid, inputs = store.valid, inputs_of(store) | {"base": base.folder.name}
     in_tree = kept.parent[1] != EXCLUDED
     new = ~known
+    counts: dict[str, int] = {}
     if config.near_duplicates.enabled:
-        origin = {"embedder": store.folder.name, "embeddings": store.fingerprint}
-        folders["near_duplicates"], cached["near_duplicates"] = find_near_duplicates(
-            root, pool, store, held_out, config, origin, Grown(base.name, known, in_tree)
-        )
-        inputs["near_duplicates"] = folders["near_duplicates"].name
-        valid &= read_keep(folders["near_duplicates"], len(valid))
-        copies = _copies(folders["near_duplicates"])
+        beside = {} if held_out is None else {"held_out": held_out.fingerprint}
+        copies = NearDuplicates(run.root, config, inputs | beside)
+        valid &= copies.build(run, pool, store, held_out, Grown(known, in_tree))
+        inputs = inputs | {copies.place: copies.name}
         again = np.flatnonzero(valid & known & ~in_tree)
         again = again[store.rows(again).any(axis=1)]  # zero rows are excluded for another reason
         new[again] = True
-        copies["readmitted"] = len(again)
+        counts = _copies(copies) | {"readmitted": len(again)}
         if len(again):
             log.info("near-duplicates: %d samples removed earlier are copies of none now", len(again))
-    elif "near_duplicates" in manifest["inputs"]:
+    elif NearDuplicates.place in base.inputs:
         log.warning(
             "near_duplicates is not enabled, though the tree was built without near-duplicates: copies among "
             "the new samples stay in, also those of held-out ones"
         )
-    name = fingerprint(inputs=inputs, version=VERSION)
-
-    def build(folder: Path | None) -> None:
-        grown = _grow(store, kept, valid & new, metric, device)
-        if folder is not None:
-            content = {"inputs": inputs, "settings": manifest["settings"], "drift": _fit(grown, in_tree)}
-            publish_tree(folder, grown, pool, store, content)
-
-    folder, cached["tree"] = build_together(root / "tree" / name, build)
-    grown = ClusterTree.load(folder / "tree", memory_map=True)
-    figures = read_manifest(folder, "clustering")
-    with reading(folder / MANIFEST, Remedy(folder / MANIFEST)):
-        drift = Drift(**figures["drift"], rebuild_due=False)
-        is_due = drift.outlying > rebuild_above or drift.n_new > drift.n_old
-        drift = dataclasses.replace(drift, rebuild_due=is_due)
-    folders["tree"] = folder
+    stage = Tree(run.root, of_tree, inputs)
+    tree = stage.build(
+        run,
+        pool,
+        store,
+        lambda: _grow(store, kept, valid & new, run.device),
+        find=lambda tree: {"drift": _fit(tree, in_tree)},
+    )
+    drift = _drift(BuiltTree(stage.folder), rebuild_above)
     log.info(
         "extended by %d samples to %d: median distance %.2f of the old ones', %.1f %% outlying%s",
         drift.n_new,
         len(pool),
         drift.distance_ratio,
         100 * drift.outlying,
-        "; a rebuild is due" if is_due else "",
+        "; a rebuild is due" if drift.rebuild_due else "",
     )
-    if "near_duplicates" in manifest["inputs"]:  # then what the tree leaves out counts as near-duplicates
-        valid &= ~known | (grown.parent[1] != EXCLUDED)
-    folders["selection"], cached["selection"] = select(
-        root,
-        grown,
+    if NearDuplicates.place in base.inputs:  # then what the tree leaves out counts as near-duplicates
+        valid &= ~known | (tree.parent[1] != EXCLUDED)
+    config = dataclasses.replace(of_tree, seed=config.seed)
+    found = {"drift": vars(drift)}
+    made = select(
+        run,
         config,
-        folder.name,
+        tree,
         store,
-        lambda ids: report_of(pool, store, valid, grown, ids, config) | {"drift": vars(drift)} | copies,
+        lambda ids: report_of(pool, store, valid, tree, ids, config) | found | counts,
     )
-    ids, report = read_selection(folders["selection"], grown.n_samples)
-    report |= {"drift": vars(drift), "cached": cached}  # by the limit of this call
-    return Curation(ids, grown, store, report, config, folders)
+    return dataclasses.replace(made, report=made.report | found)  # by the limit of this call
 
 
-def _check_shards(pool: ShardPool, base: Path, manifest: Mapping[str, Any], root: Path) -> None:
+def _drift(built: BuiltTree, rebuild_above: float) -> Drift:
+    with reading(built.folder / MANIFEST, Remedy(built.folder / MANIFEST)):
+        drift = Drift(**built.manifest["drift"], rebuild_due=False)
+        is_due = drift.outlying > rebuild_above or drift.n_new > drift.n_old
+        return dataclasses.replace(drift, rebuild_due=is_due)
+
+
+def _check_shards(pool: ShardPool, base: BuiltTree, root: Path) -> None:
     """Check that the pool has some shard of the tree, as far as the cache knows what those are."""
     contents = Contents(root, pool)
-    old = _shards_of(base, manifest)
     names = contents.recognise()
-    if not set(old) & set(names) and contents.knows(old):
-        raise _no_shard(old, base)
+    if not set(base.shards) & set(names) and contents.knows(base.shards):
+        raise _no_shard(base)
 
 
-def _shards_of(base: Path, manifest: Mapping[str, Any]) -> list[str]:
-    names = read_array(base, "shards", manifest, dtype="S20", shape=(None,))
-    return [name.decode("ascii", "replace") for name in names]
+def _no_shard(base: BuiltTree) -> PoolError:
+    return PoolError(
+        f"the pool has none of the {len(base.shards)} shards that {base.folder} was built over; curate anew"
+    )
 
 
-def _no_shard(shards: list[str], base: Path) -> PoolError:
-    return PoolError(f"the pool has none of the {len(shards)} shards that {base} was built over; curate anew")
-
-
-def _damaged(base: Path, why: str) -> CacheError:
-    path = base / "shard_ranges.npy"
+def _damaged(base: BuiltTree, why: str) -> CacheError:
+    path = base.folder / "shard_ranges.npy"
     return CacheError(f"{path}: damaged ({why}); {Remedy(path)}")
 
 
-def _kept(pool: AnyPool, shards: list[str], old: ClusterTree, base: Path) -> tuple[ClusterTree, np.ndarray]:
+def _kept(
+    pool: AnyPool, shards: list[str], old: ClusterTree, base: BuiltTree
+) -> tuple[ClusterTree, np.ndarray]:
     """The old tree over the pool as it is now, without new samples, and (n,) bool: what it was built over.
 
     Args:
         shards: the content of each shard of the pool.
     """
-    manifest = read_manifest(base, "clustering")
-    old_shards = _shards_of(base, manifest)
-    old_ranges = read_array(base, "shard_ranges", manifest, dtype=np.int64, shape=(len(old_shards) + 1,))
+    old_ranges = base.shard_ranges()
     places: dict[str, list[int]] = defaultdict(list)  # a shard may have been in the pool twice
-    for number, name in reversed(list(enumerate(old_shards))):
+    for number, name in reversed(list(enumerate(base.shards))):
         places[name].append(number)
     ranges = pool.shard_ranges()
     sizes, old_sizes = np.diff(ranges), np.diff(old_ranges)
@@ -271,14 +254,13 @@ def _kept(pool: AnyPool, shards: list[str], old: ClusterTree, base: Path) -> tup
             parent[here], known[here] = old.parent[1][there], True
             distance[here] = np.nan if old.distance is None else old.distance[there]
     if not known.any():
-        raise _no_shard(old_shards, base)
-    return ClusterTree(old.centroids, old.parent | {1: parent}, distance), known
+        raise _no_shard(base)
+    return ClusterTree(old.centroids, old.parent | {1: parent}, distance, metric=old.metric), known
 
 
-def _copies(folder: Path) -> dict[str, int]:
+def _copies(stage: NearDuplicates) -> dict[str, int]:
     """The counts of near-duplicates for the report; warns of what the tree holds that is held out."""
-    manifest = read_manifest(folder, "near_duplicates")
-    counts = {name: manifest[name] for name in ("removed_new", "held_out_in_tree")}
+    counts = stage.counts("removed_new", "held_out_in_tree")
     log.info("near-duplicates: %d new samples removed", counts["removed_new"])
     if counts["held_out_in_tree"]:
         log.warning(
@@ -290,13 +272,15 @@ def _copies(folder: Path) -> dict[str, int]:
 
 
 def _grow(
-    store: EmbeddingStore, kept: ClusterTree, new: np.ndarray, metric: str, device: str | torch.device
+    store: EmbeddingStore, kept: ClusterTree, new: np.ndarray, device: str | torch.device
 ) -> ClusterTree:
     """The tree with the new samples, (n,) bool, in the nearest clusters."""
     assert kept.distance is not None
     parent, distance = kept.parent[1].copy(), kept.distance.copy()
     if new.any():
-        rows = prepare(store, metric=metric, device=device, valid=new, nonfinite="exclude", max_memory=None)
+        rows = prepare(
+            store, metric=kept.metric, device=device, valid=new, nonfinite="exclude", max_memory=None
+        )
         centroids = rows.frame.inside(torch.from_numpy(kept.centroids[1]).to(rows.device)).float()
         mine = rows.part(*rank_range(len(rows), rank(), world_size()))
         own = nearest(mine, centroids)
@@ -304,7 +288,7 @@ def _grow(
         ids = np.flatnonzero(new) if rows.ids is None else rows.ids
         parent[ids] = np.concatenate(all_gather(own))
         distance[ids] = np.sqrt(np.concatenate(all_gather(squared))) * rows.frame.scale
-    return ClusterTree(kept.centroids, kept.parent | {1: parent}, distance)
+    return ClusterTree(kept.centroids, kept.parent | {1: parent}, distance, metric=kept.metric)
 
 
 def _fit(tree: ClusterTree, was_in: np.ndarray) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from typing import Any
 from curated_data.cache import MANIFEST, absolute, check_artifact, check_format, is_complete, read_json
 from curated_data.errors import CacheError
 from curated_data.holds import MARKER
+from curated_data.layout import EMBEDDINGS, STAGES, TREE
 from curated_data.remedies import Remedy
 from curated_data.seals import reading
 
-_STAGES = ("index", "pool", "near_duplicates", "tree", "selection")  # whose artifacts appear as a whole
+_WHOLE = tuple(stage for stage in STAGES if stage != EMBEDDINGS)  # whose artifacts appear as a whole
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,9 @@ def inspect_cache(cache_dir: str | Path) -> list[Artifact]:
     """
     root = absolute(cache_dir)
     check_is_cache(root)
-    stages = ["index", "pool", "embeddings", "near_duplicates", "tree", "selection"]
     others = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     found: list[Artifact] = []
-    for stage in [*stages, *(name for name in others if name not in stages)]:
+    for stage in [*STAGES, *(name for name in others if name not in STAGES)]:
         folders = [path for path in (root / stage).glob("*") if path.is_dir() and path.name[0] != "."]
         artifacts = [_artifact(stage, folder) for folder in folders]
         found += sorted(artifacts, key=lambda artifact: -artifact.modified)
@@ -82,16 +82,16 @@ def verify_cache(cache_dir: str | Path) -> list[str]:
     root = absolute(cache_dir)
     check_is_cache(root)
     problems: list[str] = []
-    for folder in [path for stage in _STAGES for path in sorted(root.glob(f"{stage}/[!.]*"))]:
+    for folder in [path for stage in _WHOLE for path in sorted(root.glob(f"{stage}/[!.]*"))]:
         with _collected(problems, folder):
-            if not is_complete(folder) or (folder.parent.name == "tree" and not is_complete(folder / "tree")):
+            if not is_complete(folder) or (folder.parent.name == TREE and not is_complete(folder / "tree")):
                 raise CacheError(f"{folder}: a part of it is missing; {Remedy(folder / MANIFEST)}")
     for manifest in sorted(root.glob(f"[!.]*/[!.]*/**/{MANIFEST}")):
         if any(part.startswith(".") for part in manifest.relative_to(root).parts):
             continue
         with _collected(problems, manifest):
             check_artifact(manifest.parent)
-    for details in sorted(root.glob("embeddings/[!.]*/*.json")):
+    for details in sorted(root.glob(f"{EMBEDDINGS}/[!.]*/*.json")):
         with _collected(problems, details):
             check_shard(details.parent, details.stem)
     return problems
@@ -110,7 +110,7 @@ def _collected(problems: list[str], manifest: Path) -> Iterator[None]:
 def _artifact(stage: str, folder: Path) -> Artifact:
     files = dict(_sizes(folder))
     manifest = folder / MANIFEST
-    if stage == "embeddings":
+    if stage == EMBEDDINGS:
         shards = [path for path in files if path.suffix == ".json" and path.parent == folder]
         details = [read_json(path) for path in shards]
         with reading(folder, Remedy(folder / MANIFEST)):

@@ -1,7 +1,6 @@
 """What a stream mixes: components, each a selection of a pool with a weight."""
 
 import dataclasses
-import difflib
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 from curated_data.arguments import Ids, Pool
 from curated_data.config import CurationConfig, load_config
 from curated_data.errors import ConfigError
+from curated_data.options import check_fields
 from curated_data.streaming.mixture import Weights, checked_weights
 from curated_data.streaming.order import Shuffle
 
@@ -29,6 +29,8 @@ class Component:
         weight: its share of the stream, in proportion to those of the others; left out if the mixture has
             `weights` that change.
         selection: ids of the pool, or a `.npy` file of them; None: a curation's, or the whole pool.
+        labels: replace the pool's labels: one for each id of `selection`, or without one for each sample of
+            the pool.
         curation: what to select, as for `CuratedDataModule`.
         embedder: for the curation; None takes the data module's.
         views: of its samples; None takes the data module's.
@@ -51,6 +53,7 @@ class Component:
     weight: float | None = None
     _: dataclasses.KW_ONLY
     selection: Ids | None = None
+    labels: Ids | None = None
     curation: CurationConfig | Mapping[str, Any] | None = None
     embedder: Any = None
     views: Callable[[Tensor], Any] | None = None
@@ -59,25 +62,25 @@ class Component:
     stratify_level: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise ConfigError(f"mixture: the name of a component is {self.name!r}, expected some text")
-        where = f"mixture, component {self.name!r}"
+        where = f"mixture, component {self.name!r}, " if self.name else ""  # or a data module's one selection
         for field, choices in (("batches", get_args(Batches)), ("shuffle", (None, *get_args(Shuffle)))):
             value = getattr(self, field)
             if value not in choices:
                 expected = ", ".join(choice for choice in choices if choice is not None)
-                raise ConfigError(f"{where}, {field}: expected one of {expected}, found {value!r}")
+                raise ConfigError(f"{where}{field}: expected one of {expected}, found {value!r}")
         if self.views is not None and not callable(self.views):
-            raise ConfigError(f"{where}, views: expected a function of an image, found {self.views!r}")
+            raise ConfigError(f"{where}views: expected a function of an image, found {self.views!r}")
         if self.selection is not None and self.curation is not None:
-            raise ConfigError(f"{where}, selection: given together with curation, which makes one")
+            raise ConfigError(f"{where}selection: given together with curation, which makes one")
+        if self.labels is not None and self.curation is not None:
+            raise ConfigError(f"{where}labels: given together with curation; give the `selection` they fit")
         if self.stratify_level is not None and self.curation is None:
-            raise ConfigError(f"{where}, stratify_level: needs a curation, whose tree has the clusters")
+            raise ConfigError(f"{where}stratify_level: needs a curation, whose tree has the clusters")
         if self.curation is not None:
             try:
                 object.__setattr__(self, "curation", load_config(self.curation))
             except ConfigError as error:
-                raise ConfigError(f"{where}, curation: {error}") from error
+                raise ConfigError(f"{where}curation: {error}" if where else str(error)) from error
 
 
 class Mixture:
@@ -125,6 +128,9 @@ class Mixture:
         if not isinstance(components, Sequence) or isinstance(components, str):
             raise ConfigError(f"mixture.components: expected a list, found {components!r}")
         self.components = [as_component(component) for component in components]
+        for name in self.names:
+            if not isinstance(name, str) or not name:
+                raise ConfigError(f"mixture: the name of a component is {name!r}, expected some text")
         if epoch_size is not None and not _is_count(epoch_size):
             raise ConfigError(f"mixture.epoch_size: expected a positive integer, found {epoch_size!r}")
         self.epoch_size = None if epoch_size is None else int(epoch_size)
@@ -201,19 +207,6 @@ def as_component(value: Any) -> Component:
         if value.get(field) is None:
             raise ConfigError(f"{where}, {field}: missing; it has no default")
     return Component(**value)
-
-
-def check_fields(value: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    """Check that a mapping has no other fields.
-
-    Raises:
-        ConfigError: names the first other one, and the nearest that is known.
-    """
-    for field in value:
-        if field not in known:
-            near = difflib.get_close_matches(str(field), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"fields are {', '.join(known)}"
-            raise ConfigError(f"{where}, {field}: no such field; {hint}")
 
 
 def _by_batch(weights: Weights) -> Weights:

@@ -8,39 +8,40 @@ is not measured, and not part of the total. `benchmarks/plans.py` compares plans
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor, nn
 
-from curated_data.cache import MANIFEST, open_cache
+from curated_data.cache import open_cache
 from curated_data.clustering.kmeans import kmeans
 from curated_data.clustering.levels import Level
 from curated_data.clustering.rows import resident_memory
 from curated_data.config import CurationConfig, levels_for, load_config
-from curated_data.costs import Rates, Stage, expected_bytes, expected_stages, kmeans_work
-from curated_data.deduplication import check_preference, near_duplicates_name, read_keep
-from curated_data.embedding import Embedder, EmbeddingStore, resolve_embedder
-from curated_data.embedding.contents import Contents
-from curated_data.embedding.extract import embed_samples, embeddings_name
-from curated_data.embedding.store import missing_shards
+from curated_data.embedding import Embedder, EmbeddingStore
+from curated_data.embedding.extract import embed_samples
+from curated_data.errors import ConfigError
 from curated_data.parallel import world_size
-from curated_data.pipeline import check_levels, selection_name, tree_name
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
-from curated_data.pool.index import ARRAYS
+from curated_data.stages.cost import Cost, Rates
+from curated_data.stages.embeddings import Embeddings, inputs_of
+from curated_data.stages.index import ConfigSource, Index, PoolSource
+from curated_data.stages.near_duplicates import NearDuplicates, check_preference
+from curated_data.stages.selection import Selection
+from curated_data.stages.tree import Tree, check_levels, kmeans_work
 
 log = logging.getLogger(__name__)
 
 _PROBE_CLUSTERS = 256
 _PROBE_ROWS = 4096  # on which k-means is timed
 _PLACES = 4  # in the pool, from which a probe is taken
+_LIBRARIES = 60_000_000  # bytes of buffers that torch, BLAS and faiss allocate on first use
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Plan:
     embedding_bytes: int
     tree_bytes: int
     peak_bytes: int
-    stages: list[Stage]
+    stages: list[Cost]
 
     @property
     def seconds(self) -> float:
@@ -77,8 +78,8 @@ class Plan:
 
 
 def plan(
-    pool: ShardPool | str | Path | Sequence[str | Path],
-    config: CurationConfig | Mapping[str, Any] | DictConfig | str | Path,
+    pool: PoolSource,
+    config: ConfigSource,
     *,
     embedder: str | nn.Module | Callable[[Tensor], Tensor] | Embedder,
     cache_dir: str | Path,
@@ -96,51 +97,96 @@ def plan(
         ConfigError, PoolError, EmbedderError, CacheError: as `curate` would in its first minutes.
     """
     config = load_config(config)
-    embedder = resolve_embedder(embedder)
     root = open_cache(cache_dir)
-    pool = pool.with_cache(root) if isinstance(pool, ShardPool) else ShardPool(pool, cache_dir=root)
+    first = Index.of(pool, root)
+    pool = first.pool
+    if not isinstance(pool, ShardPool):
+        raise ConfigError("plan: the pool is of embeddings already, and there is nothing to embed")
+    embeddings = Embeddings.of(root, pool, embedder, config, decoders)
     n_samples = len(pool)
     check_levels(config.levels, n_samples)
     check_preference(config, pool)
-    settings = dataclasses.asdict(config.embedding)
-    folder = root / "embeddings" / embeddings_name(pool, embedder, decoders=decoders, **settings)
-    ranges = pool.shard_ranges()
-    contents = Contents(root, pool).recognise()
-    missing = missing_shards(folder, contents)
-    n_missing = int(sum(ranges[number + 1] - ranges[number] for number in missing))
-
-    names = [name for name in contents if name is not None]
-    store = None
-    if not missing:
-        store = EmbeddingStore(folder, names, embedder.dimension, config.embedding.dtype, urls=pool.urls)
-    cached, valid = _cached(root, config, store)
+    store, n_missing = embeddings.open()
+    stages, valid = planned_stages(root, config, store, n_samples)
     n_valid = n_samples if valid is None else int(valid.sum())
-    levels = levels_for(config, n_valid)
-    check_levels(levels, n_valid)
-    config = dataclasses.replace(config, levels=levels)
+    levels = stages.tree.config.levels or []
+    check_levels(levels, n_valid, n_samples)
 
-    probe = _probe(n_samples, n_probe)
+    network = embeddings.embedder
+    assert network is not None, "a pool of shards has one"
     if store is None or valid is None:
-        rows, samples_per_second = _embed_probe(pool, embedder, probe, config, device, decoders)
+        probe = _probe(n_samples, n_probe)
+        rows, samples_per_second = _embed_probe(pool, network, probe, config, device, decoders)
     else:
         usable = np.flatnonzero(valid)
         some = np.random.default_rng(0).choice(usable, min(_PROBE_ROWS, len(usable)), replace=False)
         rows, samples_per_second = store.rows(np.sort(some)), None
     rates = Rates(samples_per_second, _kmeans_rate(rows, config, device))
-    stages = expected_stages(
-        n_valid, embedder.dimension, config, rates, n_missing=n_missing, cached=cached, ranks=world_size()
-    )
-    index = pool.index()
-    index_bytes = sum(getattr(index, name).nbytes for name in ARRAYS)
+    embed = embeddings.cost(n_missing, network.dimension, rates, world_size())
+    costs = stages.costs(n_valid, network.dimension, rates, world_size())
+    embedding_bytes = embeddings.disk_bytes(n_samples, network.dimension)
+    tree_bytes = stages.tree.disk_bytes(n_samples, network.dimension)
+    mapped = first.n_bytes + embedding_bytes + tree_bytes
     return Plan(
         n_samples=n_samples,
         n_shards=len(pool.urls),
-        pool_bytes=int(index.member_size.sum()),
+        pool_bytes=int(pool.index().member_size.sum()),
         target_size=config.target_size,
         levels=levels,
-        stages=stages,
-        **expected_bytes(n_samples, embedder.dimension, config, base=resident_memory(), index=index_bytes),
+        embedding_bytes=embedding_bytes,
+        tree_bytes=tree_bytes,
+        peak_bytes=peak_memory(costs, mapped, resident_memory()),
+        stages=[embed, *costs],
     )
+
+
+def peak_memory(costs: Sequence[Cost], mapped: int, base: int) -> int:
+    """Bytes that a process of these stages takes at its peak, as the system counts it.
+
+    Args:
+        mapped: bytes of the files that it maps, which count although the system takes them back where it has
+            no others left.
+        base: bytes that it takes before the first stage.
+    """
+    return base + mapped + _LIBRARIES + max(cost.memory for cost in costs)
+
+
+class PlannedStages(NamedTuple):
+    """The stages after the embedding."""
+
+    near_duplicates: NearDuplicates | None
+    tree: Tree
+    selection: Selection
+
+    def costs(self, n: int, dimension: int, rates: Rates, ranks: int = 1) -> list[Cost]:
+        """In order, for n samples that are clustered."""
+        first = [] if self.near_duplicates is None else [self.near_duplicates.cost(n, dimension)]
+        return [*first, self.tree.cost(n, dimension, rates, ranks), self.selection.cost(n, dimension)]
+
+
+def planned_stages(
+    root: Path, config: CurationConfig, store: EmbeddingStore | None, n_samples: int
+) -> tuple[PlannedStages, np.ndarray | None]:
+    """The stages after the embedding, and which samples they cluster, as far as is known.
+
+    That is nothing, unless all embeddings are cached: artifacts are named by what they were made from.
+    """
+    valid, inputs = (None, None) if store is None else (store.valid, inputs_of(store))
+    copies = None
+    if config.near_duplicates.enabled:
+        if config.near_duplicates.held_out:
+            inputs = None  # since the embeddings of the held-out pool are not looked at
+        copies = NearDuplicates(root, config, inputs)
+        if inputs is not None and valid is not None and copies.is_cached:
+            valid &= copies.open(len(valid))
+            inputs = inputs | {copies.place: copies.name}
+        else:
+            inputs = None
+    n = n_samples if valid is None else int(valid.sum())
+    config = dataclasses.replace(config, levels=levels_for(config, n))
+    tree = Tree(root, config, inputs)
+    selection = Selection(root, config, {"tree": tree.name} if tree.is_cached else None)
+    return PlannedStages(copies, tree, selection), valid
 
 
 def plan_tables(plan: Plan) -> list[Table]:
@@ -184,35 +230,6 @@ def size(n_bytes: int) -> str:
         if n_bytes >= length:
             return f"{n_bytes / length:,.1f} {unit}"
     return f"{n_bytes / 1e6:,.1f} MB"
-
-
-def _cached(
-    root: Path, config: CurationConfig, store: EmbeddingStore | None
-) -> tuple[dict[str, bool], np.ndarray | None]:
-    """Which stages after the embedding are cached, and which samples are clustered, as far as is known.
-
-    None is, unless all embeddings are: artifacts are named by what they were made from.
-    """
-    if store is None:
-        return {}, None
-    valid = store.valid
-    origin = {"embedder": store.folder.name, "embeddings": store.fingerprint}
-    cached = {}
-    if config.near_duplicates.enabled:
-        if config.near_duplicates.held_out:
-            return {}, valid  # cannot be known without the embeddings of the held-out pool
-        name = near_duplicates_name(config, origin)
-        folder = root / "near_duplicates" / name
-        cached["near_duplicates"] = (folder / MANIFEST).exists()
-        if not cached["near_duplicates"]:
-            return cached, valid
-        valid = valid & read_keep(folder, len(valid))
-        origin["near_duplicates"] = name
-    config = dataclasses.replace(config, levels=levels_for(config, int(valid.sum())))
-    tree = tree_name(config, origin)
-    cached["cluster"] = (root / "tree" / tree / MANIFEST).exists()
-    cached["sample"] = (root / "selection" / selection_name(config, tree) / MANIFEST).exists()
-    return cached, valid
 
 
 def _probe(n: int, most: int) -> np.ndarray:

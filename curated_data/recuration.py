@@ -12,9 +12,7 @@ new features would give them, against 36 and 24 % by exact neighbours.
 """
 
 import dataclasses
-import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,21 +25,14 @@ from curated_data.clustering.levels import Level, choose_levels
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig, levels_for
 from curated_data.embedding import Embedder
-from curated_data.embedding.stage import AnyEmbedder, AnyPool, embedding_stage
 from curated_data.errors import ConfigError, PoolError
-from curated_data.pipeline import (
-    Curation,
-    build_tree,
-    check_levels,
-    opened,
-    read_selection,
-    report_of,
-    select,
-)
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
-
-log = logging.getLogger(__name__)
+from curated_data.stages.curation import Curation, report_of, select
+from curated_data.stages.embeddings import Embeddings, check_any, inputs_of
+from curated_data.stages.index import AnyPool, opened
+from curated_data.stages.stage import Run
+from curated_data.stages.tree import Tree, check_levels
 
 _ROWS_PER_CLUSTER = 4
 """The fewest fresh samples per lowest cluster, on average, where levels are derived."""
@@ -83,60 +74,36 @@ def recurate(
         EmbedderError: the embedder does not fit the pool.
         RankError: another rank has failed or died.
     """
-    with opened(pool, config, cache_dir) as (shards, settings, root):
-        return _recurate(shards, settings, base, share, embedder, root, device, decoders, fields)
+    with opened(pool, config, cache_dir, device) as (shards, settings, run):
+        embeddings = Embeddings.of(run.root, shards, embedder, settings, decoders, fields)
+        return _recurate(shards, settings, run, embeddings, base, share)
 
 
 def _recurate(
-    pool: AnyPool,
-    config: CurationConfig,
-    base: Curation,
-    share: float,
-    embedder: AnyEmbedder,
-    root: Path,
-    device: str | torch.device,
-    decoders: Decoders | None,
-    fields: Sequence[str] | None,
+    pool: AnyPool, config: CurationConfig, run: Run, embeddings: Embeddings, base: Curation, share: float
 ) -> Curation:
-    started = time.monotonic()
     if base.tree.n_samples != len(pool):
         raise PoolError(f"base: its tree is of {base.tree.n_samples} samples, the pool has {len(pool)}")
     fresh = draw_share(base.tree.parent[1] != EXCLUDED, share, config.seed)
     derived = not config.levels
     config = dataclasses.replace(config, levels=levels_of_share(config, base, share))
     check_levels(config.levels, len(fresh))
-    store = embedding_stage(pool, embedder, config, root, device, decoders, fields).store(pool, ids=fresh)
-    usable = store.valid
-    if not usable.any():
-        first = next(store.iterate_failures())
-        raise PoolError(
-            f"none of the {len(fresh)} samples of the share could be embedded; the first: {first['shard']}, "
-            f"key {first['key']!r}: {first['reason']}"
-        )
-    check_levels(config.levels, int(usable.sum()))
-    embedded = time.monotonic()
+    with run.timed("embed"):
+        store = dataclasses.replace(embeddings, ids=fresh).build(run.device)
+    check_any(store, f"the {len(fresh)} samples of the share")
+    check_levels(config.levels, int(store.valid.sum()))
 
-    origin = {
-        "embedder": store.folder.name,
-        "embeddings": store.fingerprint,
-        "base": base.folders["tree"].name,
-        "share": repr(share),
-    }
-    kept = {name: base.folders[name] for name in ("near_duplicates",) if name in base.folders}
-    folders = {"embeddings": base.embeddings.folder, "fresh_embeddings": store.folder} | kept
-    folders["tree"], tree_cached = build_tree(
-        root,
+    run.folders |= {"embeddings": base.embeddings.folder, "fresh_embeddings": store.folder}
+    run.folders |= {name: base.folders[name] for name in ("near_duplicates",) if name in base.folders}
+    inputs = inputs_of(store) | {"base": base.folders["tree"].name, "share": repr(share)}
+    tree = Tree(run.root, config, inputs).cluster(
+        run,
         pool,
         store,
-        usable,
-        config,
-        origin,
-        device,
-        lambda tree: spread(tree, fresh, base.tree),
+        store.valid,
         derived=derived,
+        complete=lambda tree: spread(tree, fresh, base.tree),
     )
-    tree = ClusterTree.load(folders["tree"] / "tree", memory_map=True)
-    clustered = time.monotonic()
 
     def figures(ids: np.ndarray) -> dict[str, Any]:
         kept = tree.parent[1] != EXCLUDED
@@ -146,20 +113,7 @@ def _recurate(
         found["excluded"] = len(pool) - found["failed"] - found["near_duplicates"] - int(kept.sum())
         return found | {"share": share, "fresh": len(fresh)}
 
-    folders["selection"], selection_cached = select(
-        root, tree, config, folders["tree"].name, base.embeddings, figures
-    )
-    ids, report = read_selection(folders["selection"], tree.n_samples)
-    report |= {
-        "cached": {"tree": tree_cached, "selection": selection_cached},
-        "seconds": {
-            "embed": round(embedded - started, 3),
-            "cluster": round(clustered - embedded, 3),
-            "sample": round(time.monotonic() - clustered, 3),
-        },
-    }
-    log.info("selection: %d of %d samples, by new features of %d", len(ids), len(pool), len(fresh))
-    return Curation(ids, tree, base.embeddings, report, config, folders)
+    return select(run, config, tree, base.embeddings, figures)
 
 
 def draw_share(usable: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -231,7 +185,10 @@ def spread(tree: ClusterTree, fresh: np.ndarray, old: ClusterTree) -> ClusterTre
     if tree.distance is not None:
         distance[fresh] = tree.distance
     return ClusterTree(
-        tree.centroids, tree.parent | {1: assignment}, None if tree.distance is None else distance
+        tree.centroids,
+        tree.parent | {1: assignment},
+        None if tree.distance is None else distance,
+        metric=tree.metric,
     )
 
 

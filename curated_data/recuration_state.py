@@ -4,6 +4,7 @@ import contextlib
 from typing import Any
 
 from curated_data.errors import CacheError
+from curated_data.layout import SELECTION
 from curated_data.removal import artifact_name, is_fingerprint, shown
 
 _COUNTS = ("n_recurations", "last_step", "epochs_without_gain")
@@ -48,5 +49,5 @@ def _is_count(value: object) -> bool:
 
 def _is_removable(name: object) -> bool:
     with contextlib.suppress(CacheError):
-        return artifact_name(name).partition("/")[0] != "selection"  # which checkpoints refer to
+        return artifact_name(name).partition("/")[0] != SELECTION  # which checkpoints refer to
     return False

@@ -15,14 +15,12 @@ import uuid
 from pathlib import Path
 
 from curated_data.errors import CacheError
+from curated_data.layout import REMOVABLE
 
 log = logging.getLogger(__name__)
 
 TEMPORARY = ".tmp-"
 """How the names of temporary files and folders begin."""
-
-STAGES = ("embeddings", "near_duplicates", "selection", "tree")
-"""The folders of a cache that hold artifacts which may be removed by name."""
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{20}", re.ASCII)
 
@@ -108,9 +106,9 @@ def artifact_name(name: object) -> str:
     """
     if isinstance(name, str):
         stage, _, print_ = name.partition("/")
-        if stage in STAGES and is_fingerprint(print_):
+        if stage in REMOVABLE and is_fingerprint(print_):
             return name
-    raise CacheError(f"{shown(name)}: expected the name of an artifact, such as {STAGES[0]}/{'0' * 20}")
+    raise CacheError(f"{shown(name)}: expected the name of an artifact, such as {REMOVABLE[0]}/{'0' * 20}")
 
 
 def artifact_folder(root: Path | str, name: object) -> Path:

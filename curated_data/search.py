@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from curated_data.cache import absolute
 from curated_data.embedding import embed_pool
 from curated_data.embedding.text import MiniLM
-from curated_data.errors import ConfigError, PoolError, SampleError
+from curated_data.errors import CacheError, ConfigError, PoolError, SampleError
 from curated_data.paths import local_path
 from curated_data.pool import ShardPool, ShardWriter
 from curated_data.pool.decode import TEXT_EXTENSIONS
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from curated_data.embedding import EmbeddingStore
     from curated_data.embedding.embedders import Embedder
     from curated_data.matrix import Matrix
-    from curated_data.pipeline import Curation
+    from curated_data.stages.curation import Curation
 
 log = logging.getLogger(__name__)
 
@@ -147,10 +147,14 @@ def embed_queries(
 
 def newest_curation(cache_dir: str | Path, store: "EmbeddingStore") -> "Curation | None":
     """The newest curation in a cache that was made by these embeddings; None if there is none."""
-    from curated_data.stored import open_curation, selections  # here: it imports all stages
+    from curated_data.reopen import reopen, selections  # here: it imports all stages
 
     for name in selections(absolute(cache_dir)):
-        curation = open_curation(cache_dir, name)
+        try:
+            curation = reopen(cache_dir, name)
+        except CacheError as error:  # of an earlier version, say, or one whose tree is gone
+            log.warning("selection %s is passed over: %s", name, error)
+            continue
         if curation.embeddings.fingerprint == store.fingerprint:
             return curation
     return None

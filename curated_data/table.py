@@ -25,7 +25,7 @@ from curated_data.selection.removed import Removed
 
 if TYPE_CHECKING:
     from curated_data.embedding.existing import EmbeddedPool
-    from curated_data.pipeline import Curation
+    from curated_data.stages.curation import Curation
 
 log = logging.getLogger(__name__)
 

@@ -43,6 +43,7 @@ SECTIONS: dict[str, dict[str, list[str] | None]] = {
     },
     "Reports": {
         "curated_data.report.page": ["write_report"],
+        "curated_data.report.mixture": ["write_mixture_report"],
         "curated_data.selection.metrics": [
             "class_balance", "cluster_balance", "coverage_distance", "entropy", "gini", "head_to_tail",
             "kl_to_uniform", "perplexity",

@@ -42,11 +42,11 @@ from curated_data.embedding import Embedder
 from curated_data.errors import ConfigError, CuratedDataError, first_line
 from curated_data.export import export
 from curated_data.parallel import rank
-from curated_data.pipeline import Curation
 from curated_data.progress import log_to_terminal
 from curated_data.report.comparison import Row, compare_with_random, comparison_table
 from curated_data.report.page import write_report
 from curated_data.selection.metrics import read_labels
+from curated_data.stages.curation import Curation
 
 
 @dataclass

@@ -14,6 +14,7 @@ setting. `${…}` refers to other values. `--ckpt_path last` goes on from the ne
 this logger, or of the ModelCheckpoint's `dirpath`.
 """
 
+import dataclasses
 import difflib
 import statistics
 import sys
@@ -30,9 +31,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 
 from curated_data import CuratedDataModule
-from curated_data.costs import Stage
 from curated_data.errors import ConfigError, CuratedDataError
 from curated_data.plan import duration, plan, plan_tables
+from curated_data.stages.cost import Cost
 
 _PROBE_STEPS = 8
 
@@ -77,7 +78,7 @@ class RecipeCLI(LightningCLI):
 
     Checkpoints are also linked as `last.ckpt`, and `--ckpt_path last` is an error where there is none.
 
-    `test` is no subcommand: the data module has nothing to test on; `recipes/evaluate.py` evaluates.
+    `test` is no subcommand: our modules have no `test_step`; `recipes/evaluate.py` evaluates.
     """
 
     @staticmethod
@@ -164,19 +165,19 @@ def show_plan(
     """Print the plan of a run: the curation, then the training."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     training = training_stage(module, data, trainer, settings)
-    sources: list[Any] = [*data.components] or [data]
-    curated = [source for source in sources if source.curation_config is not None]
+    curated = [source for source in data.sources if source.curation_config is not None]
     if not curated:
         console.print(f"no curation; {training.note}: {duration(training.seconds or 0)}")
         return
     for source in curated:
+        assert source.curation_config is not None, "it is curated"
         assert source.embedder is not None, "a curation comes with one"
         assert source.cache_dir is not None, "a curation comes with one"
         found = plan(
             source.pool, source.curation_config, embedder=source.embedder, cache_dir=source.cache_dir,
-            device=trainer.strategy.root_device, decoders=source.decoders,
+            device=trainer.strategy.root_device, decoders=source.decoding.decoders,
         )  # fmt: skip
-        if not isinstance(source, CuratedDataModule):
+        if source.name:
             console.print(f"component {source.name}:")
         if source is curated[-1]:
             found.stages.append(training)
@@ -186,12 +187,11 @@ def show_plan(
 
 def training_stage(
     module: lightning.LightningModule, data: CuratedDataModule, trainer: lightning.Trainer, settings: Any
-) -> Stage:
+) -> Cost:
     """The training as a stage: its number of steps, and their time by the median of a few on one device,
     without validation.
     """
-    sources: list[Any] = [*data.components] or [data]
-    n_trained = sum(_n_selected(source) for source in sources)
+    n_trained = sum(source.n_first for source in data.sources)
     if data.mixture is not None and data.mixture.epoch_size is not None:
         n_trained = data.mixture.epoch_size
     an_epoch = n_trained // (data.batch_size * trainer.world_size)
@@ -199,17 +199,9 @@ def training_stage(
     if trainer.max_steps >= 0:
         steps = trainer.max_steps if steps is None else min(steps, trainer.max_steps)
     if steps is None:
-        return Stage("train", False, None, f"{an_epoch:,} steps per epoch, without end")
+        return Cost("train", False, None, f"{an_epoch:,} steps per epoch, without end")
     note = f"{steps:,} steps of {data.batch_size} x {trainer.world_size} samples"
-    return Stage("train", False, steps * _step_seconds(module, data, settings), note)
-
-
-def _n_selected(source: Any) -> int:
-    """Samples that a data module, or a component of its mixture, will stream in an epoch of its own."""
-    if source.curation_config is not None:
-        config = source.curation_config
-        return int(min(config.target_size, len(source.pool) * config.max_repeats))
-    return len(source.pool) if source.selection is None else len(source.selection)
+    return Cost("train", False, steps * _step_seconds(module, data, settings), note)
 
 
 class _Clock(lightning.Callback):
@@ -225,11 +217,11 @@ def _step_seconds(module: lightning.LightningModule, data: CuratedDataModule, se
     # SP²OT fills its buffer with an epoch's samples first.
     need = max(data.batch_size * _PROBE_STEPS, int(module.hparams.get("buffer_size") or 0) + data.batch_size)
     ids = np.random.default_rng(0).choice(len(data.pool), need, replace=len(data.pool) < need)
-    own = {"views": data.components[0].views or data.views} if data.components else {}
-    names = ("views", "batch_size", "num_workers", "seed", "decoders", "min_size", "image_size", "on_error")
     probe = CuratedDataModule(
-        data.pool, selection=ids, max_skipped=1.0, **({name: getattr(data, name) for name in names} | own)
-    )
+        data.pool, selection=ids, views=data.sources[0].views or data.views, batch_size=data.batch_size,
+        seed=data.seed, image_size=data.image_size, loader=data.loader,
+        decoding=dataclasses.replace(data.decoding, max_skipped=1.0, fields=None),
+    )  # fmt: skip
     clock = _Clock()
     trainer = lightning.Trainer(
         accelerator=settings.accelerator, precision=settings.precision, devices=1, max_steps=_PROBE_STEPS,

@@ -33,17 +33,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from curated_data import CuratedDataModule, CurationConfig, ShardPool, ShardWriter, curate
+from curated_data import CuratedDataModule, CurationConfig, LoaderOptions, ShardPool, ShardWriter, curate
 from curated_data.cache import atomic_path, fingerprint, open_cache
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, CuratedDataError, PoolError
 from curated_data.paths import local_path
-from curated_data.pipeline import Curation
 from curated_data.progress import log_to_terminal
 from curated_data.report import figures
 from curated_data.report.examples import ClusterRow, cluster_rows
 from curated_data.report.page import write_report
 from curated_data.selection.metrics import class_balance
+from curated_data.stages.curation import Curation
 from lightning_modules import SimCLR
 from lightning_modules.evaluation.knn import knn
 from lightning_modules.evaluation.longtail import mean_known
@@ -242,8 +242,8 @@ def pretrained(
         pool,
         selection=ids,
         batch_size=min(BATCH_SIZE, len(ids)),
-        num_workers=options.workers,
         seed=options.seed,
+        loader=LoaderOptions(num_workers=options.workers),
     )
     quiet_trainer(max_epochs=options.epochs).fit(module, stream)
     with atomic_path(path) as temporary:

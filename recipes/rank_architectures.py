@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from torchvision.transforms import v2
 
-from curated_data import CuratedDataModule
+from curated_data import CuratedDataModule, LoaderOptions
 from curated_data.cache import atomic_path, atomic_write_json, fingerprint, open_cache, read_json
 from curated_data.errors import ConfigError, CuratedDataError
 from curated_data.locks import locked
@@ -265,9 +265,8 @@ def train(spec: str, data: Data, seed: int, budget: Budget, n_workers: int) -> f
         views=v2.Compose([v2.Resize(size), *augmentation, *plain]),
         eval_transform=v2.Compose([v2.Resize(size), *plain]),
         batch_size=min(budget.batch_size, len(data.ids)),
-        eval_batch_size=256,
-        num_workers=n_workers,
         seed=seed,
+        loader=LoaderOptions(num_workers=n_workers, eval_batch_size=256),
     )
     settings: dict[str, Any] = {
         "devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False

@@ -343,5 +343,5 @@ class TestStorageOptions:
         )
         run(read_settings([str(tmp_path / "c.yaml")]))
         assert (tmp_path / "cache" / "selection").is_dir()
-        data = CuratedDataModule(f"{s3[1]}/p-*.tar", storage_options=options)
+        data = CuratedDataModule(f"{s3[1]}/p-*.tar", loader={"storage_options": options})
         assert len(data.pool) == 12

@@ -132,7 +132,9 @@ def viewed(device, paths, views):
             batches.append(batch)
             return self.network(torch.zeros(4, 192, device=self.device)).sum()
 
-    data = CuratedDataModule(paths, device_views=views, batch_size=4, num_workers=0, image_size=8)
+    data = CuratedDataModule(
+        paths, device={"views": views}, batch_size=4, loader={"num_workers": 0}, image_size=8
+    )
     trainer(device, max_epochs=1).fit(Module(), data)
     for batch in batches:
         for name, value in batch.items():

@@ -99,4 +99,4 @@ def _tree(n: int, ids: np.ndarray, rows: np.ndarray, labels: np.ndarray, metric:
     parent[ids] = labels
     distance = np.full(n, np.nan, np.float32)
     distance[ids[inside]] = np.linalg.norm(rows[inside] - centroids[labels[inside]], axis=1)
-    return ClusterTree({1: centroids}, {1: parent}, distance)
+    return ClusterTree({1: centroids}, {1: parent}, distance, metric=metric)

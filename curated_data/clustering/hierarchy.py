@@ -180,7 +180,7 @@ def hierarchical_kmeans(
                     centroids[number], metric=metric, device=device, valid=filled, nonfinite="raise",
                     max_memory=max_memory,
                 )  # fmt: skip
-    return ClusterTree(centroids, parent, distance)
+    return ClusterTree(centroids, parent, distance, metric=metric)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from curated_data.clustering.neighbourhoods import MANY
 from curated_data.clustering.rows import Rows, memory_budget, rank_range
 from curated_data.clustering.seeding import seed_rows
 from curated_data.clustering.survey import survey, warn_unresolved
+from curated_data.clustering.tree import METRICS as METRICS
 from curated_data.errors import first_line
 from curated_data.matrix import Matrix
 
 log = logging.getLogger(__name__)
 
-METRICS = ("l2", "cosine")
 INITS = ("k-means++", "random")
 
 

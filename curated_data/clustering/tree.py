@@ -27,6 +27,7 @@ from curated_data.seals import reading
 log = logging.getLogger(__name__)
 
 EXCLUDED = -1
+METRICS = ("l2", "cosine")
 _BLOCK = 1 << 20  # nodes looked at at once
 
 
@@ -55,9 +56,11 @@ class ClusterTree:
             (n,) for level 1; -1 for samples (or empty clusters) that belong to none. Kept as int64.
         distance: (n,) Euclidean distance of each sample to its level-1 centroid, NaN if excluded; "closest"
             and "furthest" sampling sort by it. Kept as float32.
+        metric: by which samples belong to their nearest centroid, "l2" or "cosine".
 
     Raises:
-        ValueError: levels other than 1..L in both, or shapes or cluster ids that do not match.
+        ValueError: levels other than 1..L in both, shapes or cluster ids that do not match, or another
+            metric.
 
     Example:
         >>> import numpy as np
@@ -74,7 +77,12 @@ class ClusterTree:
         centroids: Mapping[int, ArrayLike],
         parent: Mapping[int, ArrayLike],
         distance: ArrayLike | None = None,
+        *,
+        metric: str = "l2",
     ) -> None:
+        if metric not in METRICS:
+            raise ValueError(f"metric needs to be one of {', '.join(METRICS)}, got {metric!r}")
+        self.metric = metric
         levels = sorted(centroids)
         if not levels or levels != list(range(1, len(levels) + 1)) or sorted(parent) != levels:
             raise ValueError(
@@ -206,12 +214,17 @@ class ClusterTree:
         def read(name: str) -> np.ndarray:
             return read_array(path, name, manifest, map_mode="c" if memory_map else None)
 
+        if "metric" not in manifest:
+            raise CacheError(
+                f"{path}: an earlier version built this tree, and did not record its metric; build it again"
+            )
         with reading(path, Remedy(path / MANIFEST)):
             levels = range(1, int(manifest["n_levels"]) + 1)
             tree = cls(
                 {level: read(f"centroids_{level}") for level in levels},
                 {level: read(f"parent_{level}") for level in levels},
                 read("distance") if manifest["distance"] else None,
+                metric=manifest["metric"],
             )
             if tree._manifest() != {key: manifest.get(key) for key in tree._manifest()}:
                 raise ValueError("its arrays do not match its manifest")
@@ -219,7 +232,8 @@ class ClusterTree:
 
     def __repr__(self) -> str:
         levels = " < ".join(f"{k}" for k in reversed(self.n_clusters.values()))
-        return f"ClusterTree({levels} < {self.n_samples} samples, d={self.centroids[1].shape[1]})"
+        d = self.centroids[1].shape[1]
+        return f"ClusterTree({levels} < {self.n_samples} samples, d={d}, {self.metric})"
 
     def _manifest(self) -> dict[str, Any]:
         return {
@@ -228,6 +242,7 @@ class ClusterTree:
             "n_clusters": list(self.n_clusters.values()),
             "dimension": self.centroids[1].shape[1],
             "distance": self.distance is not None,
+            "metric": self.metric,
         }
 
     def _checked_level(self, level: int) -> int:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from curated_data.cache import fingerprint
+from curated_data.layout import EMBEDDINGS
 from curated_data.locks import locked
 from curated_data.parallel import check_ranks
 from curated_data.pool import ShardPool
@@ -137,7 +138,7 @@ class Contents:
             for wait in (False, True):
                 later = []
                 for number in waiting:
-                    with locked(self.root / "embeddings" / self.locks[number], wait=wait) as held:
+                    with locked(self.root / EMBEDDINGS / self.locks[number], wait=wait) as held:
                         if not held:
                             later.append(number)
                             continue

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import mmap
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from curated_data.cache import fingerprint
 from curated_data.embedding.store import EmbeddingStore, is_embedded, write_shard
 from curated_data.errors import ConfigError, PoolError
+from curated_data.layout import EMBEDDINGS
 from curated_data.locks import locked
 from curated_data.matrix import Matrix
 from curated_data.parallel import all_gather, rank, world_size
@@ -102,12 +104,13 @@ class EmbeddedPool:
 
     def store(self, root: Path) -> EmbeddingStore:
         """The rows in a cache. In a process group ranks divide the blocks among themselves."""
-        folder = root / "embeddings" / self.name
+        folder = root / EMBEDDINGS / self.name
         own = range(rank(), len(self._blocks), world_size())
         names = np.zeros(len(own), "S20")
         with progress("embeddings", len(own), "blocks") as advance:
             for place, number in enumerate(own):
                 names[place] = self._kept(folder, number)
+                _give_back(self._blocks[number][1])
                 advance()
         every: list[str] = [""] * len(self._blocks)
         for of_rank, part in enumerate(all_gather(names.view(np.uint8).reshape(len(own), 20))):
@@ -140,6 +143,13 @@ class EmbeddedPool:
             if not is_embedded(folder, name):
                 write_shard(folder, name, rows, failures, {"url": source, "embedder": "given"})
         return name
+
+
+def _give_back(matrix: Any) -> None:
+    """Let go of the pages of a mapped file, which count as this process's memory; it is copied by then."""
+    is_mapped = isinstance(matrix, np.memmap) and isinstance(matrix.base, mmap.mmap)
+    if is_mapped and matrix.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):  # of others it may drop changes
+        matrix.base.madvise(mmap.MADV_DONTNEED)
 
 
 def _opened(source: Source, number: int) -> Iterator[tuple[str, Matrix]]:

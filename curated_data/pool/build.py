@@ -15,11 +15,10 @@ from typing import TypeVar
 
 from curated_data.cache import MANIFEST, build_once, fingerprint, open_cache
 from curated_data.errors import PoolError
+from curated_data.layout import INDEX, POOL
 from curated_data.locks import locked
 from curated_data.parallel import check_ranks, world_size
 from curated_data.pool.index import (
-    POOL_STAGE,
-    STAGE,
     PoolIndex,
     ShardIndex,
     concatenate,
@@ -85,9 +84,9 @@ def build_in_cache(
         if not _is_indexed(root, layouts[number]):
             layouts[number] = _index_to_cache(shards[number], index_one=index_one, root=root, wait=True)
     names = [name for name in layouts if name is not None]
-    folders = [root / STAGE / name for name in names]
+    folders = [root / INDEX / name for name in names]
     folder, found = build_once(
-        root / POOL_STAGE / pool_fingerprint(names), lambda temporary: write_pool_index(temporary, folders)
+        root / POOL / pool_fingerprint(names), lambda temporary: write_pool_index(temporary, folders)
     )
     index = load_pool_index(folder)
     if not found:
@@ -125,17 +124,17 @@ def pool_fingerprint(layouts: Sequence[str]) -> str:
 
 def _pool_folder(root: Path, layouts: Sequence[str | None]) -> Path | None:
     names = [name for name in layouts if name is not None]
-    return root / POOL_STAGE / pool_fingerprint(names) if len(names) == len(layouts) else None
+    return root / POOL / pool_fingerprint(names) if len(names) == len(layouts) else None
 
 
 def _is_indexed(root: Path, layout: str | None) -> bool:
-    return layout is not None and (root / STAGE / layout / MANIFEST).exists()
+    return layout is not None and (root / INDEX / layout / MANIFEST).exists()
 
 
 def _index_to_cache(shard: ShardFile, *, index_one: Indexer, root: Path, wait: bool = False) -> str | None:
     """The layout of a shard, whose index is in the cache then; None if another process is at it."""
     facts = Facts(root, "layouts")
-    with locked(root / STAGE / shard.fingerprint, wait=wait) as held:
+    with locked(root / INDEX / shard.fingerprint, wait=wait) as held:
         if not held:
             return None
         for _, layout in facts.starting(shard.fingerprint):
@@ -143,7 +142,7 @@ def _index_to_cache(shard: ShardFile, *, index_one: Indexer, root: Path, wait: b
                 return layout
         index = index_one(shard)
         if not _is_indexed(root, index.layout):
-            save_shard_index(root / STAGE / index.layout, index, url=shard.url)
+            save_shard_index(root / INDEX / index.layout, index, url=shard.url)
         facts.add(shard.fingerprint, index.layout)
         return index.layout
 

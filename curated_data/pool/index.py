@@ -28,6 +28,7 @@ from curated_data.cache import (
     write_manifest,
 )
 from curated_data.errors import CacheError, PoolError
+from curated_data.layout import INDEX, POOL
 from curated_data.pool.grouping import group_members, text_of
 from curated_data.pool.grouping import split_name as split_name
 from curated_data.pool.notes import Notes, add_note, joined_notes, notes_from_json
@@ -36,8 +37,6 @@ from curated_data.remedies import Remedy
 from curated_data.removal import shown
 from curated_data.seals import reading
 
-STAGE = "index"
-POOL_STAGE = "pool"
 CODE_VERSION = 2  # part of every shard's fingerprint; increase it when arrays or grouping change
 ARRAYS = ("key_start", "key_bytes", "member_start", "member_extension", "member_offset", "member_size")
 _BLOCK = 65_536  # samples whose keys are looked at at once
@@ -157,7 +156,7 @@ def save_shard_index(folder: Path, index: ShardIndex, *, url: str) -> None:
         (temporary / "arrays.npz").write_bytes(arrays.getbuffer())
         write_manifest(
             temporary,
-            STAGE,
+            INDEX,
             {
                 "url": url,
                 "extensions": index.extensions,
@@ -185,7 +184,7 @@ def _read_shard_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         CacheError: it is missing, damaged, or holds something else.
     """
-    manifest = read_manifest(folder, STAGE)
+    manifest = read_manifest(folder, INDEX)
     with reading(folder / MANIFEST, Remedy(folder / MANIFEST)):
         # Room for the pool's index is made by these: the arrays' own file says how many there can be.
         size = (folder / "arrays.npz").stat().st_size
@@ -278,7 +277,7 @@ def write_pool_index(folder: Path, shard_folders: Sequence[Path]) -> None:
             array.flush()
     write_manifest(
         folder,
-        POOL_STAGE,
+        POOL,
         {
             "extensions": list(extensions),
             "shards": [manifest["url"] for manifest in manifests],
@@ -300,7 +299,7 @@ def load_pool_index(folder: Path, *, checked: bool = True) -> PoolIndex:
     Raises:
         CacheError: missing, damaged, or written by another version.
     """
-    manifest = read_manifest(folder, POOL_STAGE)
+    manifest = read_manifest(folder, POOL)
     if checked:
         verify_once(folder, manifest)
     with reading(folder / MANIFEST, Remedy(folder / MANIFEST)):

@@ -9,7 +9,7 @@ from curated_data.report.clusters import central_samples
 from curated_data.selection.metrics import ClassBalance, selected_sizes
 
 if TYPE_CHECKING:
-    from curated_data.pipeline import Curation
+    from curated_data.stages.curation import Curation
 
 _SHOWN = 16  # groups in the picture
 _EXPECTED = 4  # samples of a cluster in a random selection, from which its share says something

@@ -11,7 +11,7 @@ from curated_data.clustering.tree import ClusterTree
 from curated_data.selection.metrics import selected_sizes
 
 if TYPE_CHECKING:
-    from curated_data.pipeline import Curation
+    from curated_data.stages.curation import Curation
 
 _WORDS = 3  # of a name
 _LEAST_SHARE = 0.1  # of a cluster's captions that have a word of its name

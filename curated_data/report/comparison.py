@@ -3,8 +3,8 @@
 import numpy as np
 from rich.table import Table
 
-from curated_data.pipeline import Curation
 from curated_data.selection.metrics import class_balance, cluster_balance
+from curated_data.stages.curation import Curation
 
 Row = dict[str, float]
 

@@ -6,7 +6,7 @@ from curated_data.selection.metrics import selected_sizes
 from curated_data.selection.removed import Removed
 
 if TYPE_CHECKING:
-    from curated_data.pipeline import Curation
+    from curated_data.stages.curation import Curation
 
 
 def explain(curation: "Curation", sample: int) -> list[str]:

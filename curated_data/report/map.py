@@ -14,8 +14,8 @@ from curated_data.selection import metrics
 from curated_data.selection.removed import Removed
 
 if TYPE_CHECKING:
-    from curated_data.pipeline import Curation
     from curated_data.pool import ShardPool
+    from curated_data.stages.curation import Curation
 
 
 def samples_shown(curation: "Curation", most: int, rng: np.random.Generator) -> np.ndarray:

@@ -39,8 +39,8 @@ from curated_data.seals import read_bytes
 from curated_data.selection import metrics
 
 if TYPE_CHECKING:
-    from curated_data.pipeline import Curation
     from curated_data.pool import ShardPool
+    from curated_data.stages.curation import Curation
 
 log = logging.getLogger(__name__)
 
@@ -320,7 +320,7 @@ def _coverage(curation: "Curation", n_queries: int, rng: np.random.Generator) ->
     if not len(curation.ids):
         return None
     queries = np.sort(random_subset(valid, n_queries, rng))
-    metric = getattr(curation.config, "metric", None) or "l2"  # None: as it was given, not as it ran
+    metric = curation.tree.metric
     share = np.linspace(0, 1, 101)
     curves = {}
     for name, ids in (("selected", curation.ids), ("random", _random_selection(curation, rng))):

@@ -12,8 +12,8 @@ from curated_data.report.examples import cluster_rows, random_subset, thumbnails
 from curated_data.selection.removed import Removed
 
 if TYPE_CHECKING:
-    from curated_data.pipeline import Curation
     from curated_data.pool import ShardPool
+    from curated_data.stages.curation import Curation
 
 TILE = 48  # pixels of a thumbnail's side
 COLUMNS = 32  # of the sheet of tiles

@@ -7,6 +7,7 @@ import numpy as np
 
 from curated_data.cache import read_array, read_manifest
 from curated_data.errors import CacheError
+from curated_data.layout import NEAR_DUPLICATES
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Removed:
         Raises:
             CacheError: it is missing or damaged, or an earlier version wrote it.
         """
-        manifest = read_manifest(folder, "near_duplicates")
+        manifest = read_manifest(folder, NEAR_DUPLICATES)
         if "near.npy" not in manifest["files"]:
             raise CacheError(
                 f"{folder}: an earlier version wrote it, and did not record what each sample is a copy of; "

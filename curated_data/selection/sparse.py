@@ -24,11 +24,13 @@ SHARE = 0.5
 """0: a cluster gives by the weights of its samples; 1: by its size alone."""
 NEAREST = 0.01
 """Distances below this part of the median are those of copies, and all the same."""
+BUDGET = 1 << 26
+"""Bytes of rows that are read at once."""
 CELL = 4096
 """Members of a cluster that are compared with each other at once; larger clusters are cut in halves."""
 
 
-def neighbour_distances(x: Matrix, tree: ClusterTree, budget: int = 1 << 28) -> np.ndarray:
+def neighbour_distances(x: Matrix, tree: ClusterTree, budget: int = BUDGET) -> np.ndarray:
     """(n,) float32: the distance of each sample to its nearest neighbour in its lowest cluster.
 
     Rows are brought to norm 1. A sample that is alone in its cluster has the largest distance of all, one
@@ -38,7 +40,8 @@ def neighbour_distances(x: Matrix, tree: ClusterTree, budget: int = 1 << 28) -> 
         x: (n, d) the clustered rows.
         tree: its clusters of level 1 are the neighbourhoods; one of more than 4096 members is halved, along
             the coordinate of most variance, until the parts have no more.
-        budget: bytes of rows to read at once, though never less than a cluster.
+        budget: bytes of float32 rows to read at once, though never less than a cluster; three copies of them
+            are held.
     """
     cluster = np.asarray(tree.parent[1])
     distance = np.full(len(cluster), np.nan, np.float32)
@@ -49,9 +52,9 @@ def neighbour_distances(x: Matrix, tree: ClusterTree, budget: int = 1 << 28) -> 
     for first, last in _runs(ends, most):
         start = int(ends[first - 1]) if first else 0
         ids = np.sort(order[start : ends[last - 1]])
-        rows = read_rows(x, ids).cpu().numpy().astype(np.float32)
+        rows = read_rows(x, ids).cpu().numpy().astype(np.float32, copy=False)  # a copy in any case
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
-        rows = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+        np.divide(rows, norms, out=rows, where=norms > 0)
         place = np.argsort(cluster[ids], kind="stable")
         bounds = np.searchsorted(cluster[ids][place], np.arange(first, last + 1))
         for low, high in itertools.pairwise(bounds):

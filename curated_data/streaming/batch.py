@@ -10,29 +10,24 @@ from torch.utils.data import default_collate
 
 from curated_data.errors import ConfigError
 from curated_data.streaming.encoded import EncodedImages
+from curated_data.streaming.envelopes import LoadedBatch
 from curated_data.streaming.fields import BESIDE_IMAGES, MISSING
 from curated_data.streaming.statistics import BatchReport
 
 
-class LoadedSamples(list):
-    """The samples of a batch before collation, with the report on them."""
-
-    report: BatchReport
-
-
-def collate(samples: list[dict[str, Any]]) -> tuple[dict[str, Any], BatchReport]:
+def collate(loaded: LoadedBatch) -> tuple[dict[str, Any], BatchReport]:
     """Collate samples to a batch: tensors and numbers to tensors; captions, metadata and members to lists.
 
     Outputs of own decoders that are tensors, arrays or numbers become one tensor; of other types, or if a
     sample of the batch lacks its own, they are a list, with None where one is missing.
 
     Args:
-        samples: `LoadedSamples`, as `PoolDataset` gives them.
+        loaded: as `PoolDataset` gives it.
 
     Raises:
         ConfigError: samples differ in the number or shapes of their views, or in what they hold.
     """
-    assert isinstance(samples, LoadedSamples)
+    samples = loaded.samples
     names = dict.fromkeys(name for sample in samples for name in sample)
     batch: dict[str, Any] = {}
     for name in names:
@@ -55,7 +50,7 @@ def collate(samples: list[dict[str, Any]]) -> tuple[dict[str, Any], BatchReport]
             batch[name] = torch.tensor(values)
         else:
             batch[name] = values
-    return batch, samples.report
+    return batch, loaded.report
 
 
 def as_views(views: Any, source: str) -> Tensor | list[Tensor]:

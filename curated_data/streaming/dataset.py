@@ -1,8 +1,9 @@
 """A pool as a map-style dataset that loads whole batches."""
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,8 +25,9 @@ from curated_data.pool.decode import (
 )
 from curated_data.pool.fields import asked_members, checked_fields
 from curated_data.pool.orientation import jpeg_orientation
-from curated_data.streaming.batch import LoadedSamples, as_views
+from curated_data.streaming.batch import as_views
 from curated_data.streaming.encoded import EncodedSample, is_whole_jpeg
+from curated_data.streaming.envelopes import BatchRequest, LoadedBatch, as_request
 from curated_data.streaming.fields import MODALITIES
 from curated_data.streaming.generators import generators_kept, seed_generators
 from curated_data.streaming.labels import SampleLabels
@@ -62,6 +64,9 @@ class PoolDataset(Dataset):
         labels: replace the labels of the pool's `.cls` members.
         seeds_for_device: also return `view_seed`, (B,) int64, for making views on a device.
         encoded: return images for a `DeviceDecoder`: JPEGs as they are, others decoded. Excludes `views`.
+        statistics: to count in; None: of this dataset alone.
+        views_name: the argument that the views were given as, for errors.
+        n_streamed: samples of a rank's epoch, which Lightning's Tuner asks for; None: of the pool.
     """
 
     def __init__(
@@ -80,9 +85,10 @@ class PoolDataset(Dataset):
         labels: SampleLabels | None = None,
         seeds_for_device: bool = False,
         encoded: bool = False,
+        statistics: StreamStatistics | None = None,
+        views_name: str = "views",
+        n_streamed: int | None = None,
     ) -> None:
-        if on_error not in get_args(OnError):
-            raise ConfigError(f"on_error: expected one of {', '.join(get_args(OnError))}, found {on_error!r}")
         self.pool = pool
         self.views = views
         self.seed = seed
@@ -92,41 +98,49 @@ class PoolDataset(Dataset):
         self.min_size = min_size
         self.fields = checked_fields(fields, self.decoders, pool.image_extensions)
         self.on_error = on_error
-        self.statistics = StreamStatistics(max_skipped)
+        self.statistics = StreamStatistics(max_skipped) if statistics is None else statistics
         self.labels = labels
         self.seeds_for_device = seeds_for_device
         self.encoded = encoded
-        self.n_streamed: int | None = None  # samples of a rank's epoch, which Lightning's Tuner asks for
-        self.views_name = "views"  # the argument that they were given as
+        self.n_streamed = n_streamed
+        self.views_name = views_name
         self._seeds_all = False  # all generators, or only torch's
 
     def __len__(self) -> int:
         return len(self.pool) if self.n_streamed is None else self.n_streamed
 
     def __getitem__(self, sample_id: int) -> dict[str, Any]:
-        return self.__getitems__([sample_id])[0]
+        return self.__getitems__([sample_id]).samples[0]
 
-    def __getitems__(self, ids: Sequence[int]) -> LoadedSamples:
-        """The samples of a `BatchRequest`, or of plain ids, with the views of epoch 0.
+    def __getitems__(self, request: BatchRequest | Sequence[int]) -> LoadedBatch:
+        """The samples of a request, or of plain ids, with the views of epoch 0.
 
         Raises:
             PoolError: a shard is missing or has changed since it was indexed, whatever `on_error` says.
             SampleError: a sample cannot be decoded.
         """
+        request = as_request(request)
         skipped: list[Skipped] = []
         counters = self.pool.counters
         before = counters.bytes_read, counters.bytes_needed
-        members = self.pool.read(ids, self.extensions)
-        loaded = self._decoded(ids, members, skipped) if self.decode else _undecoded(ids, members)
-        padding = getattr(ids, "padding", None)
-        if padding is not None:
-            for sample, padded in zip(loaded, padding.tolist(), strict=True):
+        members = self.pool.read(request.ids, self.extensions)
+        if self.decode:
+            samples = self._decoded(request, members, skipped)
+        else:
+            samples = [{"sample_id": i, "members": m} for i, m in zip(request.ids, members, strict=True)]
+        if request.padding is not None:
+            for sample, padded in zip(samples, request.padding.tolist(), strict=True):
                 sample.setdefault("padding", padded)
         if self.pool.counters is not counters:  # the pool starts new counters in a forked process
             counters, before = self.pool.counters, (0, 0)
         read, needed = counters.bytes_read - before[0], counters.bytes_needed - before[1]
-        loaded.report = BatchReport(len(loaded), read, needed, skipped)
-        return loaded
+        return LoadedBatch(samples, BatchReport(len(samples), read, needed, skipped))
+
+    def decoding_at_once(self) -> "PoolDataset":
+        """The same dataset, but for decoding images itself instead of leaving them to a `DeviceDecoder`."""
+        found = copy.copy(self)
+        found.encoded = False
+        return found
 
     def spare(self, ids: Sequence[int], seed: int, skipped: list[Skipped]) -> dict[str, Any]:
         """A replacement for a sample that cannot be decoded: the first of several candidates that can be.
@@ -150,25 +164,24 @@ class PoolDataset(Dataset):
         )
 
     def _decoded(
-        self, ids: Sequence[int], members: list[dict[str, Any]], skipped: list[Skipped]
-    ) -> LoadedSamples:
-        positions = getattr(ids, "positions", None)
-        places = np.asarray(ids if positions is None else positions, np.int64)
-        seeds = view_seeds(self.seed, getattr(ids, "epoch", 0), places).tolist()
+        self, request: BatchRequest, members: list[dict[str, Any]], skipped: list[Skipped]
+    ) -> list[dict[str, Any]]:
+        places = np.asarray(request.ids if request.positions is None else request.positions, np.int64)
+        seeds = view_seeds(self.seed, request.epoch, places).tolist()
         with generators_kept() as others_moved:
-            loaded = self._loaded_or_spare(ids, members, seeds, skipped)
+            found = self._loaded_or_spare(request, members, seeds, skipped)
             if not self._seeds_all and others_moved():
                 # The views draw from Python's or numpy's generator, which are seeded too from now on. That
                 # costs 12 µs per sample, so it is skipped for views that only use torch's, as most do.
                 self._seeds_all = True
                 skipped.clear()
-                loaded = self._loaded_or_spare(ids, members, seeds, skipped)
-        if all(sample is None for sample in loaded):
-            loaded[0] = self._stand_in(ids[0], seeds[0], skipped) | {"padding": True}
-        _fill(loaded)
+                found = self._loaded_or_spare(request, members, seeds, skipped)
+        if all(sample is None for sample in found):
+            found[0] = self._stand_in(request.ids[0], seeds[0], skipped) | {"padding": True}
+        loaded = _filled(found)
         if self.labels is not None:
-            found = self.labels.of(np.array([sample["sample_id"] for sample in loaded]))
-            for sample, label in zip(loaded, found.tolist(), strict=True):
+            labels = self.labels.of(np.array([sample["sample_id"] for sample in loaded]))
+            for sample, label in zip(loaded, labels.tolist(), strict=True):
                 sample["label"] = label
         if self.seeds_for_device:
             for sample, seed in zip(loaded, seeds, strict=True):
@@ -176,17 +189,20 @@ class PoolDataset(Dataset):
         return loaded
 
     def _loaded_or_spare(
-        self, ids: Sequence[int], members: list[dict[str, Any]], seeds: list[int], skipped: list[Skipped]
-    ) -> LoadedSamples:
-        loaded = self._loaded(ids, members, seeds, skipped)
-        spares = getattr(ids, "spares", None)
-        if spares is not None:
-            for place, sample in enumerate(loaded):
+        self,
+        request: BatchRequest,
+        members: list[dict[str, Any]],
+        seeds: list[int],
+        skipped: list[Skipped],
+    ) -> list[dict[str, Any] | None]:
+        loaded = self._loaded(request.ids, members, seeds, skipped)
+        if request.spares is not None:
+            for place, spares in enumerate(request.spares.tolist()):
+                sample = loaded[place]
                 if sample is None:
-                    loaded[place] = self.spare(spares[place].tolist(), seeds[place], skipped)
-            if self.encoded:
-                for sample, others in zip(loaded, spares.tolist(), strict=True):
-                    sample["encoded"] = sample["encoded"]._replace(spares=others)
+                    sample = loaded[place] = self.spare(spares, seeds[place], skipped)
+                if self.encoded:  # whether a JPEG can be decoded is found out on the device
+                    sample["encoded"] = sample["encoded"]._replace(spares=spares)
         return loaded
 
     def _loaded(
@@ -197,13 +213,13 @@ class PoolDataset(Dataset):
         skipped: list[Skipped],
         *,
         leaves_jpegs: bool = True,
-    ) -> LoadedSamples:
+    ) -> list[dict[str, Any] | None]:
         """The samples decoded and augmented; None for one that is skipped.
 
         In two passes: code that runs between two images finds the CPU's caches full of pixels and is several
         times slower, so the second pass does as little as possible besides the images.
         """
-        loaded = LoadedSamples()
+        loaded: list[dict[str, Any] | None] = []
         for sample_id, sample_members in zip(ids, members, strict=True):
             try:
                 loaded.append(self._fields(sample_id, sample_members))
@@ -292,6 +308,16 @@ class PoolDataset(Dataset):
         return decode_encoded(image, members, min_size=self.min_size, settings=self.pool.images)
 
     @property
+    def parts(self) -> "list[PoolDataset]":
+        """Itself, as of a mixture of one."""
+        return [self]
+
+    @property
+    def first_ids(self) -> np.ndarray:
+        """Of the pools of `parts`."""
+        return np.zeros(1, np.int64)
+
+    @property
     def users_parts(self) -> dict[str, Any]:
         """What users gave that goes to workers, by the name of the argument."""
         return {self.views_name: self.views, "decoders": self.decoders}
@@ -320,7 +346,7 @@ class PoolDataset(Dataset):
             )
             return
         raise ConfigError(
-            f"decode_on_device: takes images, uint8 (3, H, W), and a decoder gave {_kind(image)} for "
+            f"device.decode: takes images, uint8 (3, H, W), and a decoder gave {_kind(image)} for "
             f"{place_of(members)}"
         )
 
@@ -346,15 +372,7 @@ def _kind(image: Any) -> str:
     return f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
 
 
-def _fill(loaded: LoadedSamples) -> None:
-    """Fill the places of skipped samples with padding, for batches without spares, as in validation."""
+def _filled(loaded: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    """With padding in the places of skipped samples, for batches without spares, as in validation."""
     good = next(sample for sample in loaded if sample is not None)
-    for place, sample in enumerate(loaded):
-        if sample is None:
-            loaded[place] = good | {"padding": True}
-
-
-def _undecoded(ids: Sequence[int], members: list[dict[str, Any]]) -> LoadedSamples:
-    return LoadedSamples(
-        {"sample_id": sample_id, "members": content} for sample_id, content in zip(ids, members, strict=True)
-    )
+    return [good | {"padding": True} if sample is None else sample for sample in loaded]

@@ -6,11 +6,17 @@ epoch): they are the same on any number of ranks, in whatever batch the sample i
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from curated_data.errors import ConfigError
+from curated_data.streaming.batch import as_views
+
+if TYPE_CHECKING:
+    from curated_data.streaming.encoded import DeviceDecoder
 
 DeviceViews = Callable[[Tensor, Tensor], Tensor | Sequence[Tensor]]
 
@@ -84,6 +90,31 @@ class ResizedCrops:
             grid = F.affine_grid(affine, [*images.shape[:2], self.size, self.size], align_corners=False)
             views.append(F.grid_sample(images, grid, padding_mode="border", align_corners=False))
         return views
+
+
+def with_device_views(batch: Any, views: DeviceViews, decoder: "DeviceDecoder | None") -> Any:
+    """A batch for training on the device, with its views; others unchanged.
+
+    Args:
+        batch: with the seeds of the views, if it is for training.
+        views: makes them.
+        decoder: for batches whose images are encoded.
+
+    Raises:
+        ConfigError: workers made several views, or `views` gives none.
+        SampleError: an image cannot be decoded.
+    """
+    if not isinstance(batch, dict) or "view_seed" not in batch:
+        return batch
+    seeds = batch.pop("view_seed")
+    if "encoded" in batch:
+        assert decoder is not None, "made with the loader"
+        decoder(batch, seeds.device)
+    if "image" not in batch:
+        raise ConfigError("views: with device.views they give one tensor, and not a list of views")
+    made = as_views(views(batch.pop("image"), seeds), "device.views")
+    batch["image" if isinstance(made, Tensor) else "views"] = made
+    return batch
 
 
 def uniform(seeds: Tensor, n: int) -> Tensor:

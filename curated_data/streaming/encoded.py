@@ -1,6 +1,5 @@
 """JPEGs that workers pass on undecoded, to be decoded in the training process, one batch at a time."""
 
-import copy
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from curated_data.streaming.statistics import Skipped
 
 if TYPE_CHECKING:
     from curated_data.streaming.dataset import PoolDataset
+    from curated_data.streaming.mixed import MixtureDataset
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class EncodedSample(NamedTuple):
     Attributes:
         image: a JPEG, or the pixels, uint8 (3, H, W), of an image in another format.
         shard, key: of its sample.
-        spares: ids to try in order if it cannot be decoded.
+        spares: ids of its pool to try in order if it cannot be decoded.
         orientation: of a JPEG, by its EXIF data, see `oriented`.
     """
 
@@ -83,9 +83,9 @@ class DeviceDecoder:
         crop: maps an image on the device, uint8 (3, H, W), to the common size.
     """
 
-    def __init__(self, dataset: "PoolDataset", crop: Callable[[Tensor], Tensor]) -> None:
-        self.dataset = copy.copy(dataset)
-        self.dataset.encoded = False  # spares are decoded at once
+    def __init__(self, dataset: "PoolDataset | MixtureDataset", crop: Callable[[Tensor], Tensor]) -> None:
+        self.statistics, self.first_ids = dataset.statistics, dataset.first_ids.tolist()
+        self.parts = [part.decoding_at_once() for part in dataset.parts]
         self.crop = crop
         self._warned = False
 
@@ -109,18 +109,21 @@ class DeviceDecoder:
 
     def _decoded_on_host(self, place: int, encoded: EncodedImages, batch: dict[str, Any]) -> Tensor:
         members = {"__url__": encoded.shards[place], "__key__": encoded.keys[place]}
+        number = int(batch["source"][place]) if "source" in batch else 0
+        part = self.parts[number]
         image = EncodedImage(encoded.members[place], encoded.pieces()[place].numpy().tobytes())
         try:
-            return decode_encoded(image, members, min_size=None, settings=self.dataset.pool.images)
+            return decode_encoded(image, members, min_size=None, settings=part.pool.images)
         except SampleError as reason:
             if not encoded.spares[place]:
                 raise
             error = reason
         skipped = [Skipped(encoded.shards[place], str(error))]
-        sample = self.dataset.spare(encoded.spares[place], 0, skipped)
-        self.dataset.statistics.skip(skipped)
-        if self.dataset.labels is not None:
-            sample["label"] = int(self.dataset.labels.of(np.array([sample["sample_id"]]))[0])
+        sample = part.spare(encoded.spares[place], 0, skipped)
+        self.statistics.skip(skipped)
+        if part.labels is not None:
+            sample["label"] = int(part.labels.of(np.array([sample["sample_id"]]))[0])
+        sample["sample_id"] += self.first_ids[number]
         for name in batch.keys() & {"sample_id", *BESIDE_IMAGES}:
             batch[name][place] = sample.get(name, MISSING.get(name))
         return sample["image"]

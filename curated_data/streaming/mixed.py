@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from curated_data.errors import ConfigError, SampleError
-from curated_data.streaming.batch import LoadedSamples
 from curated_data.streaming.dataset import PoolDataset
+from curated_data.streaming.envelopes import BatchRequest, LoadedBatch, as_request
 from curated_data.streaming.fields import MISSING, MODALITIES
-from curated_data.streaming.sampler import BatchRequest
 from curated_data.streaming.statistics import BatchReport, StreamStatistics
 
 _TRIED = 16  # samples among which one that can be decoded is searched
@@ -27,22 +26,24 @@ class MixtureDataset(Dataset):
         parts: datasets, which may share a pool.
         first_ids: of the pool of each.
         statistics: of all together.
+        n_streamed: samples of a rank's epoch, which Lightning's Tuner asks for; None: of the pools.
     """
 
     decode = True
 
     def __init__(
-        self, parts: Sequence[PoolDataset], first_ids: Sequence[int], statistics: StreamStatistics
+        self,
+        parts: Sequence[PoolDataset],
+        first_ids: Sequence[int],
+        statistics: StreamStatistics,
+        n_streamed: int | None = None,
     ) -> None:
         self.parts = list(parts)
         self.first_ids = np.array(first_ids, np.int64)
         self.statistics = statistics
-        self.n_streamed: int | None = None  # samples of a rank's epoch, which Lightning's Tuner asks for
+        self.n_streamed = n_streamed
         # Of each dataset, the first that gives the same samples: those of one batch are then read together.
-        same = [
-            next(i for i, other in enumerate(parts) if other.pool is part.pool and other.views is part.views)
-            for part in parts
-        ]
+        same = [next(i for i, other in enumerate(parts) if _reads_alike(other, part)) for part in parts]
         self._reader = np.array(same, np.int64)
 
     def __len__(self) -> int:
@@ -53,37 +54,38 @@ class MixtureDataset(Dataset):
         )
 
     def __getitem__(self, sample_id: int) -> dict[str, Any]:
-        return self.__getitems__([sample_id])[0]
+        return self.__getitems__([sample_id]).samples[0]
 
-    def __getitems__(self, ids: Sequence[int]) -> LoadedSamples:
-        """The samples of a `BatchRequest`; without sources in it, each is of the first dataset of its pool.
+    def __getitems__(self, request: BatchRequest | Sequence[int]) -> LoadedBatch:
+        """The samples of a request; without sources in it, each is of the first dataset of its pool.
 
         Raises:
             PoolError, SampleError: see `PoolDataset`.
         """
-        sources = getattr(ids, "sources", None)
+        request = as_request(request)
+        sources = request.sources
         if sources is None:
             starts, numbers = np.unique(self.first_ids, return_index=True)
-            sources = numbers[np.searchsorted(starts, np.asarray(ids), side="right") - 1]
-        loaded = LoadedSamples([None] * len(ids))
+            sources = numbers[np.searchsorted(starts, np.asarray(request.ids), side="right") - 1]
+        found: dict[int, dict[str, Any]] = {}
         report = BatchReport(0, 0, 0, [])
         readers = self._reader[sources]
         for number in np.unique(readers).tolist():
             places, first = np.flatnonzero(readers == number), int(self.first_ids[number])
-            samples = self.parts[number].__getitems__(_part(ids, places, first))
-            for place, sample in zip(places.tolist(), samples, strict=True):
+            loaded = self.parts[number].__getitems__(request.of_pool(places, first))
+            for place, sample in zip(places.tolist(), loaded.samples, strict=True):
                 sample["sample_id"] += first
                 sample["source"] = int(sources[place])
-                loaded[place] = sample
+                found[place] = sample
             report = BatchReport(
-                report.n_samples + samples.report.n_samples,
-                report.bytes_read + samples.report.bytes_read,
-                report.bytes_needed + samples.report.bytes_needed,
-                report.skipped + samples.report.skipped,
+                report.n_samples + loaded.report.n_samples,
+                report.bytes_read + loaded.report.bytes_read,
+                report.bytes_needed + loaded.report.bytes_needed,
+                report.skipped + loaded.report.skipped,
             )
         counts = np.bincount(sources, minlength=len(self.parts))
-        loaded.report = report._replace(of_source=tuple(counts.tolist()))
-        return loaded
+        samples = [found[place] for place in range(len(request))]
+        return LoadedBatch(samples, report._replace(of_source=tuple(counts.tolist())))
 
     @property
     def users_parts(self) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def check_alike(datasets: Mapping[str, PoolDataset], ids: Mapping[str, Sequence[
 def _a_sample(dataset: PoolDataset, ids: Sequence[int]) -> dict[str, Any] | None:
     for sample_id in ids:
         try:
-            found: dict[str, Any] = dataset.__getitems__([sample_id])[0]
+            found = dataset[sample_id]
         except SampleError:
             continue
         if not found.get("padding"):
@@ -150,15 +152,5 @@ def _shape(value: Tensor | np.ndarray) -> str:
     return f"{str(torch.as_tensor(value).dtype).removeprefix('torch.')} {tuple(value.shape)}"
 
 
-def _part(ids: Sequence[int], places: np.ndarray, first_id: int) -> Sequence[int]:
-    """The request for a few places of a batch, of a pool whose ids begin at `first_id`."""
-    own = [ids[place] - first_id for place in places.tolist()]
-    if not isinstance(ids, BatchRequest):
-        return own
-    return BatchRequest(
-        own,
-        ids.epoch,
-        ids.positions[places],
-        None if ids.spares is None else ids.spares[places] - first_id,
-        None if ids.padding is None else ids.padding[places],
-    )
+def _reads_alike(one: PoolDataset, other: PoolDataset) -> bool:
+    return one.pool is other.pool and one.views is other.views and one.labels is other.labels

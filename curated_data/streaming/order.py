@@ -246,6 +246,20 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def check_choices(shuffle: str, last_batch: str) -> None:
+    """Check the names of a shuffle and of what becomes of the last batch.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    for name, value, choices in (
+        ("shuffle", shuffle, get_args(Shuffle)),
+        ("last_batch", last_batch, get_args(LastBatch)),
+    ):
+        if value not in choices:
+            raise ConfigError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
+
+
 def _validate(
     selection: np.ndarray | int,
     batch_size: int,
@@ -270,12 +284,7 @@ def _validate(
         raise ConfigError("selection: holds no sample; check the curation's target_size and the pool")
     if not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise ConfigError(f"batch_size: expected a positive integer, found {batch_size!r}")
-    if shuffle not in get_args(Shuffle):
-        raise ConfigError(f"shuffle: expected one of {', '.join(get_args(Shuffle))}, found {shuffle!r}")
-    if last_batch not in get_args(LastBatch):
-        raise ConfigError(
-            f"last_batch: expected one of {', '.join(get_args(LastBatch))}, found {last_batch!r}"
-        )
+    check_choices(shuffle, last_batch)
     if last_batch == "drop" and n_samples < batch_size:
         raise ConfigError(
             f"selection: its {n_samples} samples do not fill one global batch of {batch_size}; "

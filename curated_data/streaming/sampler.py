@@ -1,55 +1,18 @@
 """One rank's share of the global batches."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from torch.utils.data import BatchSampler
 
 from curated_data.errors import ConfigError
+from curated_data.streaming.envelopes import BatchRequest
 from curated_data.streaming.mixture import AnyOrder, MixtureOrder
 from curated_data.streaming.training import StreamPosition
 
 _AHEAD = 1 << 13  # samples computed at once, to spread numpy's overhead per call
-
-
-class BatchRequest(list):
-    """The ids of one rank's batch, for any map-style dataset, with more that `PoolDataset` uses.
-
-    Attributes:
-        epoch: that the ids belong to; it seeds the views, together with the positions.
-        positions: (b,) int64, in the order of the epoch.
-        spares: (b, s) int64 ids to try in order if a sample cannot be read; None: no spares.
-        padding: (b,) bool, samples that only fill up the batch; None: this loader never pads.
-        sources: (b,) int64, the component of a mixture that each is of; None: not from a mixture.
-    """
-
-    def __init__(
-        self,
-        ids: Iterable[int],
-        epoch: int,
-        positions: np.ndarray,
-        spares: np.ndarray | None = None,
-        padding: np.ndarray | None = None,
-        sources: np.ndarray | None = None,
-    ) -> None:
-        super().__init__(ids)
-        self.epoch = epoch
-        self.positions = positions
-        self.spares = spares
-        self.padding = padding
-        self.sources = sources
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return BatchRequest, (
-            list(self),
-            self.epoch,
-            self.positions,
-            self.spares,
-            self.padding,
-            self.sources,
-        )
 
 
 class GlobalBatchSampler(BatchSampler):
@@ -68,8 +31,8 @@ class GlobalBatchSampler(BatchSampler):
         endless: continue into the next epoch until `len` batches are given, for loops that count by
             themselves; otherwise stop at the end of the epoch.
         whole_epochs: begin the next epoch with every iterator, even if the last one was left in the middle.
-        plain: give lists of ids instead of `BatchRequest`s, for loops that pass them on to users. What marks
-            padding waits in `paddings`.
+        plain: give lists of ids instead of `BatchRequest`s, for any dataset, and for loops that pass them on
+            to users. What marks padding waits in `paddings`.
 
     Attributes:
         paddings: of the batches that were requested and have not come yet, if `plain`.
@@ -119,7 +82,7 @@ class GlobalBatchSampler(BatchSampler):
         """Batches of a whole epoch, even if one is resumed in the middle."""
         return self.order.n_batches
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Any]:
         # Read now, not at the first batch: a training loop creates the iterator when it starts counting.
         n, epoch, batch = self.order.n_batches, 0, 0
         if self.position is not None:
@@ -141,7 +104,7 @@ class GlobalBatchSampler(BatchSampler):
     def _plain(self, request: BatchRequest) -> list[int]:
         marks = request.padding
         self.paddings.append(np.zeros(len(request), bool) if marks is None else marks)
-        return list(request)
+        return request.ids
 
     def _requests(self, epoch: int, batch: int, count: int) -> Iterator[BatchRequest]:
         n, at_once = self.order.n_batches, max(1, _AHEAD // self.order.batch_size)

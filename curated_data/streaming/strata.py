@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from curated_data.cache import atomic_save, fingerprint
+from curated_data.cache import atomic_path, fingerprint
 from curated_data.errors import CacheError, ConfigError
-from curated_data.seals import load_npy
+from curated_data.layout import STREAMING
+from curated_data.seals import load_npz
 
 
 def check_level(level: int, n_levels: int) -> None:
@@ -43,17 +44,24 @@ def strata(
         keep: keep them now; one rank is enough.
 
     Raises:
-        CacheError: neither the tree nor its clusters are there.
+        CacheError: neither the tree nor its clusters are there, or these are damaged.
     """
-    path = cache_dir / "streaming" / f"{fingerprint(selection=ids, tree=tree, level=level)}.npy"
+    path = cache_dir / STREAMING / f"{fingerprint(selection=ids, tree=tree, level=level)}.npz"
     if find is not None:
         clusters = find(level, ids)
         if keep and not path.exists():
-            atomic_save(path, clusters)
+            with atomic_path(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, clusters=clusters)  # an archive, which has checksums
         return clusters
     if not path.exists():
         raise CacheError(
             f"stratify_level: the clusters of the resumed selection are gone from the cache, tree {tree} "
             f"and {path}; resume from a later checkpoint"
         )
-    return load_npy(path, "remove it and resume from a later checkpoint")
+    remedy = "remove it and resume from a later checkpoint"
+    clusters = load_npz(path, ["clusters"], remedy)["clusters"]
+    is_right = clusters.ndim == 1 and clusters.dtype.kind in "iu"
+    if not is_right or (ids is not None and len(clusters) != len(ids)):
+        expected = "one cluster per id" if ids is None else f"the clusters of {len(ids)} ids"
+        raise CacheError(f"{path}: damaged ({clusters.shape} {clusters.dtype}, not {expected}); {remedy}")
+    return clusters

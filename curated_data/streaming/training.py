@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curated_data.cache import atomic_save, fingerprint, open_cache
+from curated_data.cache import MANIFEST, atomic_save, fingerprint, open_cache, read_array, read_manifest
 from curated_data.errors import CacheError, ConfigError
+from curated_data.layout import SELECTION, STREAMING
+from curated_data.parallel import rank
 from curated_data.seals import load_npy
 from curated_data.streaming.mixture import AnyOrder
 from curated_data.streaming.state import checked_state
@@ -126,18 +128,22 @@ class TrainingStream:
         if self._name is None:
             self._selected = ids
 
-    def replace(self, ids: np.ndarray, *, for_this_run: bool = True) -> None:
+    def replace(self, ids: np.ndarray, *, artifact: str | None = None, for_this_run: bool = True) -> None:
         """Stream another selection from the next epoch on.
 
         Args:
             ids: (n,) int64.
+            artifact: the name of the selection in the cache that has just these ids, to which checkpoints
+                then refer; None: they are kept in the cache, or in the checkpoints if there is none.
             for_this_run: whether a new owner streams the run's own selection again.
         """
         name: str | Tensor = torch.from_numpy(ids.copy())
-        if self.cache_dir is not None:
+        if artifact is not None:
+            name = artifact
+        elif self.cache_dir is not None:
             name = fingerprint(selection=ids)
             path = _selection_path(self.cache_dir, name)
-            if not path.exists():
+            if rank() == 0 and not path.exists():
                 atomic_save(path, ids)
         if not for_this_run:
             self._given = ids, name
@@ -304,6 +310,9 @@ class TrainingStream:
         return ids if self.check_ids is None else self.check_ids(ids)
 
     def _read(self, name: str) -> np.ndarray:
+        folder = None if self.cache_dir is None else self.cache_dir / SELECTION / name
+        if folder is not None and (folder / MANIFEST).exists():
+            return read_array(folder, "ids", read_manifest(folder, SELECTION), dtype=np.int64, shape=(None,))
         path = None if self.cache_dir is None else _selection_path(self.cache_dir, name)
         if path is None or not path.exists():
             raise CacheError(
@@ -321,7 +330,7 @@ _Selection = tuple[np.ndarray, str | Tensor]
 
 
 def _selection_path(cache_dir: Path, name: str) -> Path:
-    return open_cache(cache_dir) / "streaming" / f"{name}.npy"
+    return open_cache(cache_dir) / STREAMING / f"{name}.npy"
 
 
 class _Nobody:

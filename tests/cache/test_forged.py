@@ -15,9 +15,9 @@ from curated_data.inspect import verify_cache
 from curated_data.pool import ShardPool
 from curated_data.recuration_state import checked_state
 from curated_data.removal import shown
+from curated_data.reopen import reopen
 from curated_data.seals import file_seal
 from curated_data.selection.removed import Removed
-from curated_data.stored import open_curation
 
 CONFIG = {
     "target_size": 12,
@@ -190,7 +190,7 @@ def test_a_selection_holds_ids_of_the_pool(whole, value):
     with pytest.raises(CacheError, match=r"ids\.npy"):
         curate(shards, CONFIG, embedder="pixels:4", cache_dir=cache)
     with pytest.raises(CacheError, match=r"ids\.npy"):
-        open_curation(cache, folders["selection"].name)
+        reopen(cache, folders["selection"].name)
 
 
 def test_embeddings_that_are_one_number_are_named_when_reopened(whole):
@@ -198,4 +198,4 @@ def test_embeddings_that_are_one_number_are_named_when_reopened(whole):
     for path in folders["embeddings"].glob("*.npy"):
         np.save(path, np.float32(1))
     with pytest.raises(CacheError, match=path.parent.name):
-        open_curation(cache, folders["selection"].name)
+        reopen(cache, folders["selection"].name)

@@ -15,7 +15,7 @@ import pytest
 from curated_data import RecurationCallback, curate
 from curated_data.cache import open_cache
 from curated_data.holds import Hold, hold, holding, remove_unheld
-from curated_data.stored import open_curation
+from curated_data.reopen import reopen
 from tests.support.recuration_runs import SIZES, fit
 
 CONTEXT = multiprocessing.get_context("fork")
@@ -182,7 +182,7 @@ def test_a_curation_is_held_as_long_as_it_is_in_use(write_pool, tmp_path):
     found = curate(write_pool([20]), CONFIG, embedder="pixels:2", cache_dir=tmp_path / "c")
     name = found.folders["selection"].name
     folders = dict(found.folders)
-    opened = open_curation(tmp_path / "c", name)
+    opened = reopen(tmp_path / "c", name)
     del found
     for folder in folders.values():
         assert not remove_unheld(folder, below=tmp_path / "c")
@@ -203,7 +203,7 @@ class Slower(RecurationCallback):
     def on_train_epoch_end(self, trainer, pl_module):
         super().on_train_epoch_end(trainer, pl_module)
         if self.n_recurations == 1 and self.opened is None:
-            self.opened = open_curation(trainer.datamodule.cache_dir, self._selection)
+            self.opened = reopen(trainer.datamodule.cache_dir, self._selection)
 
 
 def test_a_faster_training_leaves_what_a_slower_one_reads(write_pool, tmp_path):

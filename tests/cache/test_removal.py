@@ -26,10 +26,11 @@ from curated_data.clustering.checkpoint import Checkpoint, Running
 from curated_data.embedding.store import EmbeddingStore
 from curated_data.errors import CacheError, CuratedDataError
 from curated_data.inspect import inspect_cache, verify_cache
+from curated_data.layout import REMOVABLE
 from curated_data.remedies import Remedy
-from curated_data.removal import STAGES, artifact_folder, remove, set_aside
+from curated_data.removal import artifact_folder, remove, set_aside
+from curated_data.reopen import reopen, selections
 from curated_data.seals import load_npy
-from curated_data.stored import open_curation, selections
 
 NAME = "0123456789abcdef0123"
 HOSTILE = [
@@ -52,7 +53,7 @@ NAMES = st.one_of(
 DEVICES = (pathlib.Path("/dev"), pathlib.Path("/proc"))
 
 
-def is_artifact(name: object, stages: str = "|".join(STAGES)) -> bool:
+def is_artifact(name: object, stages: str = "|".join(REMOVABLE)) -> bool:
     return isinstance(name, str) and re.fullmatch(f"({stages})/[0-9a-f]{{20}}", name) is not None
 
 
@@ -165,7 +166,7 @@ def test_only_a_stage_and_a_fingerprint_become_a_path(tmp_path, name):
 
 
 def test_an_artifact_is_found_where_its_name_says(tmp_path):
-    for stage in STAGES:
+    for stage in REMOVABLE:
         assert artifact_folder(tmp_path, f"{stage}/{NAME}") == tmp_path.resolve() / stage / NAME
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "cache" / "tree").mkdir(parents=True)
@@ -300,8 +301,8 @@ def everything(shards, cache, config, selection, name) -> None:
     """Everything that reads the cache; an error is one of ours."""
     reads = [
         lambda: curate(shards, config, embedder="pixels:2", cache_dir=cache),
-        lambda: open_curation(cache, selection),
-        lambda: open_curation(cache, name),
+        lambda: reopen(cache, selection),
+        lambda: reopen(cache, name),
         lambda: selections(cache),
         lambda: inspect_cache(cache),
         lambda: verify_cache(cache),
@@ -384,7 +385,7 @@ def test_a_manifest_whose_names_climb_is_damaged(tmp_path):
 def test_a_stream_takes_no_selection_by_a_path(place, name, monkeypatch):
     shards, cache, _, _ = place
     np.save(cache.parent / "victim" / "ids.npy", np.arange(3))
-    data = CuratedDataModule(shards, cache_dir=cache, num_workers=0)
+    data = CuratedDataModule(shards, cache_dir=cache, loader={"num_workers": 0})
     state = {"epoch": 0, "batch": 0, "n_trained": 0, "global_batch_size": None, "order": None,
              "selection": None, "next_selection": None}  # fmt: skip
     guard = Guard(cache, monkeypatch)
@@ -456,7 +457,7 @@ def test_a_store_of_odd_shards_is_damaged(place):
             tree / MANIFEST, lambda found, seal=seal: found | {"files": found["files"] | {"shards.npy": seal}}
         )
         with pytest.raises(CacheError, match="damaged"):
-            open_curation(cache, selection)
+            reopen(cache, selection)
 
 
 @pytest.mark.parametrize("where", ["plain", "linked cache", "linked artifact", "no cache", "beside a marker"])

@@ -15,7 +15,7 @@ from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.export import export
 from curated_data.extend import extend
 from curated_data.inspect import inspect_cache, verify_cache
-from curated_data.stored import open_curation
+from curated_data.reopen import reopen
 from tests.chaos.cage import Ending, snapshot
 from tests.chaos.kinds import Kind, digest
 from tests.chaos.world import CONFIG, EMBEDDER, World, is_beside, only
@@ -36,7 +36,7 @@ def cache_kinds(world: World) -> list[Kind]:
         return _of(curate(world.pool, CONFIG, embedder=EMBEDDER, cache_dir=cache, device="cpu"))
 
     def reopened() -> Any:
-        return _of(open_curation(cache, selection))
+        return _of(reopen(cache, selection))
 
     def extended() -> Any:
         torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from curated_data.errors import CuratedDataError
 from tests.chaos.artifacts import cache_kinds, shard_kinds
 from tests.chaos.cage import Ending
 from tests.chaos.damage import damage, forge, remove_stages
-from tests.chaos.inputs import input_kinds, state_kinds
+from tests.chaos.inputs import input_kinds, row_kinds, state_kinds
 from tests.chaos.kinds import Kind
 from tests.chaos.tally import GOOD, Tally
 from tests.chaos.world import World
@@ -32,7 +32,9 @@ _LATER = {
 
 def attack(world: World, tally: Tally, rng: random.Random, until: float, cases: int | None = None) -> None:
     """Damage files until a time (of `time.monotonic`), or so many."""
-    kinds = [*cache_kinds(world), *shard_kinds(world), *input_kinds(world), *state_kinds(world)]
+    kinds = [
+        *cache_kinds(world), *shard_kinds(world), *input_kinds(world), *row_kinds(world), *state_kinds(world),
+    ]  # fmt: skip
     expected: dict[str, dict[str, Any]] = {}
     for kind in kinds:
         expected[kind.name] = {}

@@ -29,7 +29,7 @@ _QUICK: dict[str, Any] = {"attempts": 2, "backoff": 0.01, "silence": 0.4}
 def attack(world: World, tally: Tally, rng: random.Random, until: float, cases: int | None = None) -> None:
     """Serve hostile mixes until a time (of `time.monotonic`), or so many times."""
     expected: dict[str, Any] = {}
-    for access in ("ranges", "download"):
+    for access in ("ranges", "shards"):
         with _servers(world, 0.0, 0) as ports:
             world.cage.fresh(None)
             ending = world.cage.run(lambda: _embed(world, ports, access), limit=_LIMIT)  # noqa: B023
@@ -38,7 +38,7 @@ def attack(world: World, tally: Tally, rng: random.Random, until: float, cases: 
         n_events = ending.n_events
     number = 0
     while time.monotonic() < until and number != cases:
-        access = ("ranges", "download")[number % 2]
+        access = ("ranges", "shards")[number % 2]
         number += 1
         seed, share, kill = rng.getrandbits(32), rng.choice((0.05, 0.2, 0.6)), {}
         if rng.random() < 0.3:

@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,11 @@ from curated_data import CuratedDataModule, RecurationCallback, ShardPool
 from curated_data.cli import _array, _class_names
 from curated_data.config import load_config, read_yaml
 from curated_data.embedding import resolve_embedder
+from curated_data.embedding.existing import EmbeddedPool
 from curated_data.embedding.weights import load_weights
 from curated_data.report.page import check_arrays, class_names_beside
 from curated_data.selection.names import read_classes, read_wordnet
+from curated_data.streaming.strata import strata
 from lightning_modules import SimCLR
 from tests.chaos.damage import hostile, mutate
 from tests.chaos.kinds import Kind, digest
@@ -65,7 +69,7 @@ def input_kinds(world: World) -> list[Kind]:
 
     def chosen(**options: str) -> Any:
         data = CuratedDataModule(
-            world.pool, batch_size=4, num_workers=0, image_size=6,
+            world.pool, batch_size=4, loader={"num_workers": 0}, image_size=6,
             **{name: case / file for name, file in options.items()},
         )  # fmt: skip
         data.setup("fit")
@@ -112,6 +116,48 @@ def input_kinds(world: World) -> list[Kind]:
     return found
 
 
+def row_kinds(world: World) -> list[Kind]:
+    """Rows that a user gives in parts, their copy in a cache, and the clusters that a stream keeps."""
+    case, start = world.cage.case, world.home / "starts" / "rows"
+    (start / "parts").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number, dtype in enumerate((np.float32, np.float64, np.float32)):
+        np.save(start / "parts" / f"part-{number}.npy", rng.normal(size=(8, 5)).astype(dtype))
+    ids, clusters = np.arange(2, 14), np.arange(12) % 3
+    place = {"tree": "0123456789abcdef0123"}
+    strata(ids, 1, find=lambda *_: clusters, cache_dir=start / "cache", keep=True, **place)
+
+    def rows() -> Any:
+        torch.set_num_threads(1)
+        store = EmbeddedPool(case / "parts").store(case / "cache")
+        return [store.shape, digest(store.as_array(), store.valid), store.n_failures]
+
+    def kept() -> Any:
+        return strata(ids, 1, find=None, cache_dir=case / "cache", keep=False, **place).tolist()
+
+    world.cage.fresh(start)
+    assert world.cage.run(rows).how == "done"
+    known = start.with_name("rows, known")
+    shutil.copytree(case, known)
+
+    def files(*patterns: str) -> Callable[[Path], list[Path]]:
+        return lambda folder: sorted(
+            path for pattern in patterns for path in folder.glob(pattern)
+            if path.is_file() and ".locks" not in path.parts
+        )  # fmt: skip
+
+    def as_given(*_: Any) -> str:
+        return "taken as it is"  # rows of a user have no checksum
+
+    parts, copy, streams = files("parts/*"), files("cache/embeddings/**/*"), files("cache/streaming/*")
+    return [
+        Kind("rows in parts", start, parts, {"rows": rows}, as_given, ("embeddings", "parts")),
+        Kind("rows in parts, known", known, parts, {"rows": rows}, as_given, ("embeddings", "parts")),
+        Kind("the copy of rows", known, copy, {"rows": rows}),
+        Kind("kept clusters of a stream", start, streams, {"strata": kept}),
+    ]
+
+
 def state_kinds(world: World) -> list[Kind]:
     """The plain values that checkpoints of a training hold, of a data module and of re-curations."""
     case, start = world.cage.case, world.home / "starts" / "states"
@@ -120,7 +166,7 @@ def state_kinds(world: World) -> list[Kind]:
     callback["artifacts"] = ["tree/0123456789abcdef0123"]
 
     def data() -> CuratedDataModule:
-        return CuratedDataModule(world.pool, batch_size=4, num_workers=0, image_size=6)
+        return CuratedDataModule(world.pool, batch_size=4, loader={"num_workers": 0}, image_size=6)
 
     def state() -> Any:
         module = data()

@@ -153,7 +153,7 @@ def _train(world: World) -> int:
         {"target_size": 12, "levels": LEVELS_OF_TRAINING, "embedding": {"num_workers": 0, "batch_size": 8}},
         embedder="pixels:2",
         batch_size=6,
-        num_workers=0,
+        loader={"num_workers": 0},
         cache_dir=folder / "cache",
     )
     module = SimCLR(

@@ -12,7 +12,7 @@ from curated_data.cli import main
 from curated_data.embedding import existing
 from curated_data.errors import CacheError, ConfigError, PoolError
 from curated_data.extend import extend
-from curated_data.stored import open_curation
+from curated_data.reopen import reopen
 from tests.support.processes import run_ranks
 
 CONFIG = {"target_size": 60, "levels": [{"n_clusters": 20}, {"n_clusters": 5}]}
@@ -87,7 +87,7 @@ def test_a_second_run_is_a_look_up_and_a_reopened_one_the_same(rows, tmp_path):
     first = curate_embeddings(rows, CONFIG, cache_dir=tmp_path)
     second = curate_embeddings(rows.copy(), CONFIG, cache_dir=tmp_path)
     assert all(second.report["cached"].values())
-    reopened = open_curation(tmp_path, first.folders["selection"].name)
+    reopened = reopen(tmp_path, first.folders["selection"].name)
     np.testing.assert_array_equal(reopened.ids, first.ids)
     moved = rows.copy()
     moved[5, 2] += 1e-3

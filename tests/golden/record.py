@@ -123,7 +123,7 @@ def losses(folder: Path, name: str) -> list[float]:
         sorted(map(str, folder.glob("pool-*.tar"))),
         views=module.views(),
         batch_size=16,
-        num_workers=0,
+        loader={"num_workers": 0},
         cache_dir=folder / "stream",
     )
     trainer = pl.Trainer(

@@ -247,7 +247,9 @@ class TestLocalOnly:
         (home / "c.yaml").write_text("target_size: 2\n")
         options = ["--embedder", "pixels:4", "--config=~/c.yaml", "--cache-dir=~/cache"]
         assert main(["-q", "curate", *shards, *options, "--ids=~/chosen.npy"]) == 0
-        data = CuratedDataModule(shards, selection="~/ids.npy", num_workers=0, batch_size=2, image_size=8)
+        data = CuratedDataModule(
+            shards, selection="~/ids.npy", loader={"num_workers": 0}, batch_size=2, image_size=8
+        )
         data.setup("fit")
         assert data.train_dataloader() is not None
         assert {"out", "cache", "exported", "imported", "report.html", "chosen.npy"} <= set(os.listdir(home))

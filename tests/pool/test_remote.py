@@ -119,7 +119,13 @@ def start(urls, cache_dir):
     config = {"target_size": 10, "levels": [{"n_clusters": 5}], "embedding": {"num_workers": 0}}
     decoders = {"bin": lambda content: torch.frombuffer(bytearray(content[:4]), dtype=torch.uint8)}
     data = CuratedDataModule(
-        pool, config, embedder=Bytes(), decoders=decoders, cache_dir=cache_dir, num_workers=0, batch_size=2
+        pool,
+        config,
+        embedder=Bytes(),
+        decoding={"decoders": decoders},
+        cache_dir=cache_dir,
+        loader={"num_workers": 0},
+        batch_size=2,
     )
     data.setup()
     return data.train_dataloader()

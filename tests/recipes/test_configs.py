@@ -76,7 +76,7 @@ def test_a_config_trains(monkeypatch, tmp_path, write_pool):
         "data.curation.target_size": 32,
         "data.embedder": "pixels:4",
         "data.batch_size": 8,
-        "data.num_workers": 0,
+        "data.loader.num_workers": 0,
         "trainer.max_epochs": 1,
         "trainer.accelerator": "cpu",
     }
@@ -107,7 +107,7 @@ def test_the_mixture_trains_with_a_tenth_of_the_batches_of_one_component(monkeyp
     small = {
         "data.embedder": "pixels:4",
         "data.batch_size": 8,
-        "data.num_workers": 0,
+        "data.loader.num_workers": 0,
         "data.cache_dir": str(tmp_path / "cache"),
         "trainer.max_steps": 10,
         "trainer.accelerator": "cpu",

@@ -101,7 +101,7 @@ def test_recuration_prints_what_it_changed(tmp_path, fashion_train, monkeypatch)
         "data.curation.target_size": 128,
         "data.curation.embedding.num_workers": 0,
         "data.embedder": "pixels:4",
-        "data.num_workers": 0,
+        "data.loader.num_workers": 0,
         "model.backbone_options": '{"width": 4}',
         "trainer.max_epochs": 3,
         "trainer.accelerator": "cpu",

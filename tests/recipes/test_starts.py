@@ -29,7 +29,7 @@ data:
   pool: %s
   curation: {target_size: 128, embedding: {num_workers: 0}}
   embedder: pixels:4
-  num_workers: 0
+  loader: {num_workers: 0}
 trainer: {accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
 """
 

@@ -191,8 +191,8 @@ def test_a_shard_that_is_in_the_pool_twice_keeps_both_places(write_pool, tmp_pat
 
 
 def test_new_copies_stay_out_and_what_the_tree_holds_stays_in(write_pool, tmp_path, caplog):
+    from curated_data.reopen import reopen
     from curated_data.report.explain import explain
-    from curated_data.stored import open_curation
     from tests.support.images import png
 
     cache, rng = tmp_path / "cache", np.random.default_rng(7)
@@ -216,7 +216,7 @@ def test_new_copies_stay_out_and_what_the_tree_holds_stays_in(write_pool, tmp_pa
         "tree": True,
         "selection": True,
     }
-    again = open_curation(cache, grown.folders["selection"].name)
+    again = reopen(cache, grown.folders["selection"].name)
     assert {name: again.report[name] for name in ("near_duplicates", "excluded")} == {
         "near_duplicates": 7,
         "excluded": 0,

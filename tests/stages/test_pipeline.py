@@ -17,11 +17,11 @@ from curated_data import ClusterTree, CurationConfig, Level, ShardPool, curate
 from curated_data.clustering import choose_levels
 from curated_data.embedding import ModuleEmbedder
 from curated_data.errors import CacheError, ConfigError, PoolError
+from curated_data.reopen import reopen
 from curated_data.report.explain import explain
 from curated_data.selection.removed import Removed
 from curated_data.selection.sampling import hierarchical_sample
 from curated_data.selection.sparse import neighbour_distances, sparse_sample
-from curated_data.stored import open_curation
 from tests.support.processes import run_ranks
 
 LEVELS = [{"n_clusters": 12, "n_resamples": 2, "sample_size": 3}, {"n_clusters": 4}]
@@ -244,7 +244,7 @@ def test_embeddings_without_a_direction_are_counted_apart(write_pool, tmp_path, 
     found = curate(shards, CONFIG | settings, embedder=embedder, cache_dir=tmp_path)
     counts = {"failed": 1, "near_duplicates": 0, "excluded": 2}
     assert {name: found.report[name] for name in counts} == counts
-    stored = open_curation(tmp_path, found.folders["selection"].name)
+    stored = reopen(tmp_path, found.folders["selection"].name)
     assert {name: stored.report[name] for name in counts} == counts
     assert "zero" in explain(stored, 3)[0]
     assert not {3, 25, 26} & set(found.ids)

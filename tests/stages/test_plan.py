@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from curated_data import CurationConfig, Level, ShardPool, curate
 from curated_data.clustering.levels import choose_levels
 from curated_data.config import EmbeddingConfig
-from curated_data.costs import Rates, clustering_work, expected_bytes, expected_stages
-from curated_data.plan import plan, plan_tables
+from curated_data.plan import _stages, plan, plan_tables
+from curated_data.stages.cost import Rates
+from curated_data.stages.embeddings import Embeddings
+from curated_data.stages.tree import Tree, clustering_work
 from recipes import pretrain
 
+NOWHERE = Path("no cache")
 ROOT = Path(__file__).parents[2]
 
 
@@ -56,6 +59,13 @@ def test_before_and_after_a_curation(write_pool, tmp_path):
     assert titles == ["Plan", "Expected, by a probe on this machine"]
 
 
+def expected(n, dimension, config, rates, ranks):
+    """The costs of all stages of n samples, none of which is cached."""
+    stages, _ = _stages(NOWHERE, config, None, n)
+    embed = Embeddings(NOWHERE, None, None, config.embedding).cost(n, dimension, rates, ranks)
+    return [embed, *stages.costs(n, dimension, rates, ranks)]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(100, 10**9), st.integers(0, 10**9), st.integers(1, 2048), st.booleans(), st.integers(1, 64)
@@ -66,16 +76,15 @@ def test_more_samples_never_cost_less(n, more, dimension, auto, ranks):
         config(levels=choose_levels(size) if auto else [Level(50, n_resamples=3), Level(5)])
         for size in (n, n + more)
     )
-    first = expected_stages(n, dimension, small, rates, n_missing=n, cached={}, ranks=ranks)
-    second = expected_stages(n + more, dimension, large, rates, n_missing=n + more, cached={}, ranks=ranks)
+    first = expected(n, dimension, small, rates, ranks)
+    second = expected(n + more, dimension, large, rates, ranks)
     for a, b in zip(first, second, strict=True):
         if a.name == "embed" or (a.name == "cluster" and not auto):
             assert a.seconds <= b.seconds
-    bytes_small, bytes_large = (expected_bytes(s, dimension, small) for s in (n, n + more))
-    assert all(bytes_small[name] <= bytes_large[name] for name in bytes_small)
-    cached = {"near_duplicates": True, "cluster": True, "sample": True}
-    done = expected_stages(n, dimension, small, rates, n_missing=0, cached=cached)
-    assert sum(stage.seconds for stage in done) == 0
+    of_more = expected(n + more, dimension, small, rates, ranks)
+    assert all(a.memory <= b.memory for a, b in zip(first, of_more, strict=True))
+    tree = Tree(NOWHERE, small, None)
+    assert tree.disk_bytes(n, dimension) <= tree.disk_bytes(n + more, dimension)
 
 
 def test_work_of_the_published_setting():
@@ -92,12 +101,7 @@ def test_ranks_share_clustering_and_nothing_is_said_of_what_is_not_measured():
     settings = config()
     settings.near_duplicates.enabled = True
     one, four = (
-        {
-            stage.name: stage.seconds
-            for stage in expected_stages(
-                10**7, 8, settings, Rates(100.0, 1e9), n_missing=10**7, cached={}, ranks=ranks
-            )
-        }
+        {stage.name: stage.seconds for stage in expected(10**7, 8, settings, Rates(100.0, 1e9), ranks)}
         for ranks in (1, 4)
     )
     assert four["cluster"] == pytest.approx(one["cluster"] / 4)
@@ -111,7 +115,7 @@ def test_dry_run_of_the_recipe(write_pool, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     values = {
         "data.pool": str(tmp_path / "pool-*.tar"), "data.curation.target_size": 32,
-        "data.embedder": "pixels:4", "data.batch_size": 8, "data.num_workers": 0,
+        "data.embedder": "pixels:4", "data.batch_size": 8, "data.loader.num_workers": 0,
         "data.cache_dir": str(tmp_path / "c"),
         "trainer.max_epochs": 3, "trainer.accelerator": "cpu",
         "trainer.default_root_dir": str(tmp_path / "runs"),
@@ -139,7 +143,7 @@ def test_dry_run_of_a_method_with_a_buffer(write_pool, tmp_path, monkeypatch, ca
     write_pool([60, 52])
     monkeypatch.chdir(tmp_path)
     values = {
-        "data.pool": str(tmp_path / "pool-*.tar"), "data.batch_size": 8, "data.num_workers": 0,
+        "data.pool": str(tmp_path / "pool-*.tar"), "data.batch_size": 8, "data.loader.num_workers": 0,
         "model.init_args.buffer_size": 100, "model.init_args.backbone_options": "{width: 4}",
         "trainer.max_epochs": 3, "trainer.accelerator": "cpu",
     }  # fmt: skip

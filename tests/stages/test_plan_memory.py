@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.memory_runs import write_pool
+from tests.support.memory_runs import write_pool, write_rows
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(what, pool, cache, n, dimension, duplicates):
-    arguments = [str(each) for each in (what, pool, cache, n, dimension, duplicates)]
+def run(*arguments):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.memory_runs", *arguments],
+        [sys.executable, "-m", "tests.support.memory_runs", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -24,7 +23,6 @@ def run(what, pool, cache, n, dimension, duplicates):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_the_peak_of_a_curation_is_within_its_plan(tmp_path):
     n, dimension, duplicates = 12_000, 1024, False
@@ -35,3 +33,27 @@ def test_the_peak_of_a_curation_is_within_its_plan(tmp_path):
     assert 0.4 * planned <= peak <= planned
     # With the embeddings in the cache, too.
     assert run("curate", *settings)["peak"] <= planned
+
+
+LONG = pytest.mark.slow
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@pytest.mark.parametrize(
+    ("n", "dimension", "dtype", "preset", "duplicates"),
+    [
+        (40_000, 256, "float16", "default", False),
+        pytest.param(300_000, 256, "float16", "default", False, marks=LONG),
+        pytest.param(300_000, 256, "float16", "default", True, marks=LONG),
+        pytest.param(100_000, 512, "float32", "default", True, marks=LONG),
+        pytest.param(100_000, 512, "float32", "paper", False, marks=LONG),
+        pytest.param(30_000, 1024, "float16", "default", True, marks=LONG),
+        pytest.param(30_000, 1024, "float16", "paper", False, marks=LONG),
+    ],
+)
+def test_the_peak_of_a_curation_of_rows_is_within_what_is_promised(
+    tmp_path, n, dimension, dtype, preset, duplicates
+):
+    write_rows(tmp_path / "rows.npy", n, dimension, dtype)
+    found = run("rows", tmp_path / "rows.npy", tmp_path / "cache", preset, duplicates)
+    assert found["found"] / 1.5 <= found["peak"] <= found["found"]

@@ -384,11 +384,13 @@ def test_views_that_draw_from_python_or_numpy_late_are_seeded_all_the_same(write
         drawn = random.random() if image.float().mean() > threshold else 0.0
         return torch.rand(1) + drawn
 
-    means = sorted(sample["image"].float().mean().item() for sample in dataset.__getitems__(range(20)))
+    means = sorted(
+        sample["image"].float().mean().item() for sample in dataset.__getitems__(range(20)).samples
+    )
     threshold = means[14]
     dataset.views = sometimes
-    alone = [dataset.__getitems__([i])[0]["image"] for i in range(20)]
+    alone = [dataset[i]["image"] for i in range(20)]
     again = PoolDataset(dataset.pool, sometimes, seed=1)
     backwards = [again.__getitems__(ids) for ids in np.array_split(np.arange(20)[::-1], 4)]
-    made = {sample["sample_id"]: sample["image"] for batch in backwards for sample in batch}
+    made = {sample["sample_id"]: sample["image"] for batch in backwards for sample in batch.samples}
     assert all(torch.equal(made[i], alone[i]) for i in range(20))

@@ -64,7 +64,7 @@ def test_a_text_that_lies_in_the_metadata_is_read_without_them(tmp_path):
 def test_unknown_fields_are_named(tmp_path, fields, named):
     pool = write(tmp_path / "a.tar", [{}])
     with pytest.raises(ConfigError, match=f"fields.*{named}"):
-        CuratedDataModule(pool, fields=fields)
+        CuratedDataModule(pool, decoding={"fields": fields})
 
 
 def boxes(data: bytes):
@@ -103,7 +103,7 @@ def test_outputs_that_cannot_be_stacked_are_named(tmp_path):
 def test_outputs_with_the_name_of_something_else_are_refused(tmp_path):
     pool = write(tmp_path / "a.tar", [{"padding": b"1"}])
     with pytest.raises(ConfigError, match="padding"):
-        CuratedDataModule(pool, decoders={"padding": int})
+        CuratedDataModule(pool, decoding={"decoders": {"padding": int}})
 
 
 NAMES = ["zebra", "Äffchen", "cat", "C++", "cat\n", "10", "dog", "zebra"]
@@ -117,7 +117,7 @@ def test_class_names_are_numbered_in_sorted_order_over_both_pools(tmp_path, cach
     cache = {"cache_dir": tmp_path / "cache"} if cached else {}
     for _ in range(2):
         loaded = CuratedDataModule(
-            pool, val_pool=val, batch_size=4, num_workers=0, image_size=8, shuffle="none", **cache
+            pool, val_pool=val, batch_size=4, loader={"num_workers": 0}, image_size=8, shuffle="none", **cache
         )
         (batch,) = loaded.train_dataloader()
         (validation,) = loaded.val_dataloader()
@@ -186,6 +186,6 @@ def test_a_curation_takes_no_sample_that_training_could_not_decode(tmp_path, ext
     assert loaded.curation.report["failed"] == 4
     assert all(f"'{extension}'" in failure["reason"] for failure in loaded.curation.embeddings.failures)
     others = [field for field in FIELD.values() if field != FIELD[extension]]
-    loaded = CuratedDataModule(pool, CURATION | {"target_size": 16}, fields=others, **settings)
+    loaded = CuratedDataModule(pool, CURATION | {"target_size": 16}, decoding={"fields": others}, **settings)
     seen = torch.cat([batch["sample_id"] for batch in loaded.train_dataloader()])
     assert sorted(seen.tolist()) == list(range(16))

@@ -143,7 +143,7 @@ def test_ranks_share_every_global_batch_and_go_on_anywhere(order, start, data):
         for rank, request in enumerate(requests):
             assert request.epoch == at_epoch
             assert request.padding is None
-            assert list(request) == ids[rank::world_size].tolist()
+            assert request.ids == ids[rank::world_size].tolist()
             assert (request.positions == positions[rank::world_size]).all()
             assert (request.sources == sources[rank::world_size]).all()
             assert (request.spares == order.spares(at_epoch, positions, 2)[rank::world_size]).all()

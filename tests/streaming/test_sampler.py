@@ -33,7 +33,7 @@ def joined(batches: tuple[BatchRequest, ...]) -> list[int]:
     """A global batch from its slices: sample i was given to rank i modulo the number of ranks."""
     whole = np.full(sum(map(len, batches)), -1)
     for rank, batch in enumerate(batches):
-        whole[rank :: len(batches)] = batch
+        whole[rank :: len(batches)] = batch.ids
     return whole.tolist()
 
 
@@ -55,7 +55,7 @@ def test_ranks_share_every_global_batch(n, per_rank, world_size, shuffle, seed):
     stream = [joined(batches) for batches in zip(*by_rank, strict=True)]
     assert list(itertools.chain(*stream)) == order.ids(0, 0, n // batch_size * batch_size).tolist()
     one = cut(order, 1)[0]
-    assert [list(batch) for batch in one] == stream
+    assert [batch.ids for batch in one] == stream
     assert all(batch.padding is None for batch in one)
 
 
@@ -75,7 +75,7 @@ def test_with_padding_every_sample_is_given_once_and_ranks_stay_even(n, per_rank
         sample
         for batches in by_rank
         for batch in batches
-        for sample, padded in zip(batch, batch.padding, strict=True)
+        for sample, padded in zip(batch.ids, batch.padding, strict=True)
         if not padded
     ]
     assert sorted(real) == list(range(n))
@@ -115,7 +115,7 @@ class Loop:
         batches = iter(sampler)
         for _ in range(n_batches):
             batch = next(batches)
-            self.trained.append((batch.epoch, tuple(batch)))
+            self.trained.append((batch.epoch, tuple(batch.ids)))
             self.count += 1
         for _ in range(prefetched):
             next(batches, None)
@@ -153,7 +153,7 @@ def test_a_loader_read_twice_before_training_gives_the_same():
     order = EpochOrder(20, seed=0, batch_size=4)
     position = StreamPosition(lambda: 0)
     sampler = GlobalBatchSampler(None, 4, True, order=order, rank=0, world_size=1, position=position)
-    assert [list(batch) for batch in sampler] == [list(batch) for batch in sampler]
+    assert [batch.ids for batch in sampler] == [batch.ids for batch in sampler]
     assert len(sampler) == 5
 
 
@@ -256,7 +256,7 @@ def test_what_lightning_does_to_batch_samplers_leaves_the_order_alone():
     sampler = GlobalBatchSampler(None, 2, True, order=order, rank=1, world_size=2)
     assert isinstance(sampler, BatchSampler)
     rebuilt = GlobalBatchSampler(range(3), 2, False, order=order, rank=1, world_size=2)
-    assert [list(batch) for batch in rebuilt] == [list(batch) for batch in sampler]
+    assert [batch.ids for batch in rebuilt] == [batch.ids for batch in sampler]
 
 
 def test_requests_reach_workers_whole_and_small():
@@ -271,7 +271,7 @@ def test_requests_reach_workers_whole_and_small():
     )
     sent = pickle.dumps(request)
     received = pickle.loads(sent)
-    assert list(received) == list(request)
+    assert received.ids == request.ids
     assert received.epoch == 0
     for name in ("positions", "spares", "padding"):
         assert np.array_equal(getattr(received, name), getattr(request, name))

@@ -56,7 +56,7 @@ def main(folder: Path, dies: int) -> None:
         embedder=DyingEmbedder(dies, folder / "died"),
         cache_dir=folder / "cache",
         batch_size=8,
-        num_workers=0,
+        loader={"num_workers": 0},
         image_size=8,
     )
     trainer = pl.Trainer(

@@ -35,7 +35,7 @@ MOMENTS = {
     "embedding": (ModuleEmbedder, "forward", 2),
     "clustering": (hierarchy, "_balanced_sample", 2),
     "sampling": (pipeline, "hierarchical_sample", 1),
-    "switching": (CuratedDataModule, "set_selection", 1),
+    "switching": (CuratedDataModule, "stream_curation", 1),
     "just after": (callbacks, "_compare", 1),
 }
 
@@ -64,7 +64,7 @@ def train(folder: Path, run: str, cache: str, ranks: int, share: float, resume: 
         {"target_size": 24, "levels": levels, "embedding": embedding},
         embedder="pixels:8",
         batch_size=8 // ranks,
-        num_workers=0,
+        loader={"num_workers": 0},
         cache_dir=folder / cache,
     )
     module = SimCLR(

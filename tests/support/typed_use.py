@@ -16,7 +16,9 @@ from curated_data import (
     Curation,
     CurationConfig,
     CurationLogger,
+    DecodingOptions,
     Level,
+    LoaderOptions,
     RecurationCallback,
     ShardPool,
     ShardWriter,
@@ -126,10 +128,11 @@ def train(shards: str | Sequence[str | Path], ids: Ids) -> int:
         val_pool="validation.tar",
         shuffle="block",
         last_batch="pad",
-        on_error="skip",
+        decoding=DecodingOptions(on_error="skip"),
     )
     print(OwnData(ShardPool("pool.tar"), {"target_size": 10}, embedder="pixels:8", cache_dir="cache"))
-    print(CuratedDataModule("pool.tar", selection=ids, labels="labels.npy", num_workers=0))
+    alone = LoaderOptions(num_workers=0)
+    print(CuratedDataModule("pool.tar", selection=ids, labels="labels.npy", loader=alone))
     callbacks: list[lightning.Callback] = [
         RecurationCallback(every_n_epochs=5, share=0.5, embedder=lambda module: module),
         RecurationCallback(monitor="loss", mode="min", on_failure="keep"),

@@ -191,7 +191,7 @@ def test_curation_runs_once_and_is_found_again(fashion_train, fashion_test, tmp_
             embedder=Pixels(),
             cache_dir=tmp_path / "cache",
             batch_size=16,
-            num_workers=0,
+            loader={"num_workers": 0},
             image_size=8,
             **arguments,
         )

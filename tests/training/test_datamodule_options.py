@@ -72,7 +72,11 @@ class TestDeviceViews:
             for batch_size, num_workers in ((12, 0), (3, 0), (4, 1)):
                 torch.manual_seed(batch_size)
                 data = CuratedDataModule(
-                    paths, device_views=views, batch_size=batch_size, num_workers=num_workers, image_size=8
+                    paths,
+                    device={"views": views},
+                    batch_size=batch_size,
+                    loader={"num_workers": num_workers},
+                    image_size=8,
                 )
                 batches = trained(data)
                 assert "view_seed" not in batches[0]
@@ -92,7 +96,12 @@ class TestDeviceViews:
     def test_epochs_draw_anew_and_validation_is_left_alone(self, write_pool):
         paths = write_pool([6])
         data = CuratedDataModule(
-            paths, device_views=ResizedCrops(6), batch_size=6, num_workers=0, image_size=8, val_pool=paths
+            paths,
+            device={"views": ResizedCrops(6)},
+            batch_size=6,
+            loader={"num_workers": 0},
+            image_size=8,
+            val_pool=paths,
         )
         batches = trained(data, max_epochs=2)
         first, second = (by_sample([batch]) for batch in batches)
@@ -130,19 +139,23 @@ class TestDeviceViews:
     def test_what_is_no_view_is_one_clear_error(self, write_pool):
         paths = write_pool([4])
         for name, match in (
-            ("device_views", r"device_views: gave a dict"),
+            ("device_views", r"device.views: gave a dict"),
             ("views", r"views: gave a dict.* in "),
         ):
             data = CuratedDataModule(
-                paths, batch_size=2, num_workers=0, image_size=8, **{name: lambda *given: {"a": given[0]}}
+                paths,
+                batch_size=2,
+                loader={"num_workers": 0},
+                image_size=8,
+                **{name: lambda *given: {"a": given[0]}},
             )
             with pytest.raises(ConfigError, match=f"^{match}"):
                 trained(data)
         both = {"views": lambda image: [CenterCrop(8)(image)] * 2, "device_views": ResizedCrops(8)}
-        with pytest.raises(ConfigError, match=r"^views: with device_views they give one tensor"):
-            trained(CuratedDataModule(paths, batch_size=2, num_workers=0, **both))
+        with pytest.raises(ConfigError, match=r"^views: with device.views they give one tensor"):
+            trained(CuratedDataModule(paths, batch_size=2, loader={"num_workers": 0}, **both))
         validated = CuratedDataModule(
-            paths, val_pool=paths, batch_size=2, num_workers=0, eval_transform=lambda image: None
+            paths, val_pool=paths, batch_size=2, loader={"num_workers": 0}, eval_transform=lambda image: None
         )
         with pytest.raises(ConfigError, match=r"^eval_transform: gave a NoneType"):
             next(iter(validated.val_dataloader()))
@@ -154,7 +167,11 @@ class TestDeviceViews:
         made = {}
         for accelerator in ("cpu", "gpu"):
             data = CuratedDataModule(
-                paths, device_views=ResizedCrops(6), batch_size=4, num_workers=1, image_size=8
+                paths,
+                device={"views": ResizedCrops(6)},
+                batch_size=4,
+                loader={"num_workers": 1},
+                image_size=8,
             )
             batches = trained(data, accelerator=accelerator, devices=1)
             assert batches[0]["views"][0].device.type == {"cpu": "cpu", "gpu": "cuda"}[accelerator]
@@ -162,7 +179,9 @@ class TestDeviceViews:
         for sample, views in made["cpu"].items():
             for view, expected in zip(made["gpu"][sample], views, strict=True):
                 torch.testing.assert_close(view, expected, rtol=0, atol=1e-4)
-        per_sample = CuratedDataModule(paths, device_views=JITTER, batch_size=4, num_workers=0, image_size=8)
+        per_sample = CuratedDataModule(
+            paths, device={"views": JITTER}, batch_size=4, loader={"num_workers": 0}, image_size=8
+        )
         state = torch.cuda.get_rng_state()
         assert len(by_sample(trained(per_sample, accelerator="gpu", devices=1))) == 12
         assert torch.equal(torch.cuda.get_rng_state(), state)
@@ -185,7 +204,12 @@ class TestLabels:
             (tmp_path / "found" / "ids.npy", tmp_path / "found" / "labels.npy"),
         ):
             data = CuratedDataModule(
-                paths, selection=selection, labels=labels, batch_size=2, num_workers=1, image_size=8
+                paths,
+                selection=selection,
+                labels=labels,
+                batch_size=2,
+                loader={"num_workers": 1},
+                image_size=8,
             )
             batches = list(data.train_dataloader())
             given = {
@@ -197,7 +221,9 @@ class TestLabels:
 
     def test_without_a_selection_they_are_the_pools(self, write_pool):
         labels = np.arange(100, 112)
-        data = CuratedDataModule(write_pool([12]), labels=labels, batch_size=4, num_workers=0, image_size=8)
+        data = CuratedDataModule(
+            write_pool([12]), labels=labels, batch_size=4, loader={"num_workers": 0}, image_size=8
+        )
         for batch in data.train_dataloader():
             assert batch["label"].tolist() == labels[batch["sample_id"]].tolist()
 
@@ -209,18 +235,20 @@ class TestLabels:
             ({"labels": np.ones(4), "selection": np.arange(4)}, "labels: expected 4 integers"),
             ({"labels": np.arange(4), "selection": np.array([1, 2, 3, 1])}, "sample 1 is selected twice"),
             ({"labels": "nowhere.npy"}, "labels: nowhere.npy"),
-            ({"device_views": "crops"}, "device_views: expected a function"),
+            ({"device_views": "crops"}, "device.views: expected a function"),
             ({"slow_after": -1}, "slow_after"),
         ],
     )
     def test_wrong_arguments(self, write_pool, arguments, named):
         with pytest.raises(ConfigError, match=named):
-            CuratedDataModule(write_pool([12]), batch_size=4, num_workers=0, **arguments).train_dataloader()
+            CuratedDataModule(
+                write_pool([12]), batch_size=4, loader={"num_workers": 0}, **arguments
+            ).train_dataloader()
 
     def test_a_new_selection_needs_labels_too(self, write_pool):
         ids = np.arange(6)
         data = CuratedDataModule(
-            write_pool([12]), selection=ids, labels=ids, batch_size=3, num_workers=0, image_size=8
+            write_pool([12]), selection=ids, labels=ids, batch_size=3, loader={"num_workers": 0}, image_size=8
         )
         data.set_selection(np.arange(6, 12))
         with pytest.raises(ConfigError, match=r"labels: sample \d+ has none"):
@@ -234,7 +262,10 @@ def test_a_slow_batch_is_said_once_while_it_is_awaited(write_pool, caplog, num_w
         return image
 
     data = CuratedDataModule(
-        write_pool([6]), views=slow, batch_size=3, num_workers=num_workers, slow_after=0.1, worker_timeout=60
+        write_pool([6]),
+        views=slow,
+        batch_size=3,
+        loader={"num_workers": num_workers, "slow_after": 0.1, "worker_timeout": 60},
     )
     with caplog.at_level(logging.WARNING, logger="curated_data"):
         assert len(list(data.train_dataloader())) == 2
@@ -244,7 +275,9 @@ def test_a_slow_batch_is_said_once_while_it_is_awaited(write_pool, caplog, num_w
     assert "num_workers" in waited[0]
     assert any("came after" in record.getMessage() for record in caplog.records)
     caplog.clear()
-    quick = CuratedDataModule(write_pool([6]), batch_size=3, num_workers=num_workers, image_size=8)
+    quick = CuratedDataModule(
+        write_pool([6]), batch_size=3, loader={"num_workers": num_workers}, image_size=8
+    )
     list(quick.train_dataloader())
     assert not caplog.records
 
@@ -252,7 +285,7 @@ def test_a_slow_batch_is_said_once_while_it_is_awaited(write_pool, caplog, num_w
 @pytest.mark.parametrize("pin_memory", [None, True])
 def test_memory_is_pinned_where_there_is_a_gpu_and_harmless_elsewhere(write_pool, pin_memory):
     data = CuratedDataModule(
-        write_pool([6]), batch_size=3, num_workers=1, image_size=8, pin_memory=pin_memory
+        write_pool([6]), batch_size=3, loader={"num_workers": 1, "pin_memory": pin_memory}, image_size=8
     )
     loader = data.train_dataloader()
     assert loader.pin_memory is (torch.cuda.is_available() if pin_memory is None else True)
@@ -274,7 +307,7 @@ class TestValidationDataloader:
     """It is there for a Trainer where there is a pool for it, or a subclass that has its own."""
 
     def test_without_a_pool_a_trainer_finds_none(self, write_pool):
-        data = CuratedDataModule(write_pool([6]), batch_size=3, num_workers=0, image_size=8)
+        data = CuratedDataModule(write_pool([6]), batch_size=3, loader={"num_workers": 0}, image_size=8)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trained(data)
@@ -331,7 +364,12 @@ class TestRemotePools:
         pool = ShardPool(server.url + "/pool-{000..002}.tar", cache_dir=cache, remote=RemoteOptions(gap=0))
         few_and_all = np.concatenate([[0, 10, 20, 30], np.arange(40, 80)])
         data = CuratedDataModule(  # without labels, a few of which are looked at first
-            pool, selection=few_and_all, batch_size=4, num_workers=0, image_size=8, fields=[]
+            pool,
+            selection=few_and_all,
+            batch_size=4,
+            loader={"num_workers": 0},
+            image_size=8,
+            decoding={"fields": []},
         )
         pool.index()
         needed = pool.sizes([0, 10, 20, 30]).sum()

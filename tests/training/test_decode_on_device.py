@@ -184,9 +184,9 @@ def test_validation_is_decoded_in_the_workers(write):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"device_views": None}, "decode_on_device: takes device_views"),
+        ({"device_views": None}, "device.decode: needs device.views"),
         ({"views": lambda image: image}, "views: "),
-        ({"min_size": 16}, "min_size: "),
+        ({"min_size": 16}, "decoding.min_size: "),
     ],
 )
 def test_wrong_arguments(write, arguments, named):

@@ -141,10 +141,14 @@ def test_pools_of_other_image_sizes_mix_by_their_own_views(tmp_path, folder, wri
         Component("small", small, 3, views=left_corner),
         Component("large", large, 1, views=every_second),
     ]
-    built = CuratedDataModule(mixture=Mixture(components), batch_size=8, num_workers=0)
+    built = CuratedDataModule(mixture=Mixture(components), batch_size=8, loader={"num_workers": 0})
     plain = {
-        "small": CuratedDataModule(small, views=left_corner, shuffle="none", batch_size=1, num_workers=0),
-        "large": CuratedDataModule(large, views=every_second, shuffle="none", batch_size=1, num_workers=0),
+        "small": CuratedDataModule(
+            small, views=left_corner, shuffle="none", batch_size=1, loader={"num_workers": 0}
+        ),
+        "large": CuratedDataModule(
+            large, views=every_second, shuffle="none", batch_size=1, loader={"num_workers": 0}
+        ),
     }
     images = {name: [batch["image"][0] for batch in batches(one)] for name, one in plain.items()}
     found = batches(built)
@@ -156,7 +160,9 @@ def test_pools_of_other_image_sizes_mix_by_their_own_views(tmp_path, folder, wri
         ):
             assert torch.equal(image, images[name][own])
     # Prediction goes through both pools, with one transform.
-    built = CuratedDataModule(mixture=Mixture(components), batch_size=8, num_workers=0, image_size=6)
+    built = CuratedDataModule(
+        mixture=Mixture(components), batch_size=8, loader={"num_workers": 0}, image_size=6
+    )
     ids = torch.cat([batch["sample_id"] for batch in built.predict_dataloader()])
     assert ids.tolist() == list(range(32))
 
@@ -182,7 +188,10 @@ def every_second(image):
 def test_the_log_and_the_statistics_say_how_often_each_component_was_seen(folder, caplog):
     caplog.set_level(logging.INFO)
     built = CuratedDataModule(
-        mixture=mixture(folder, weights={0: [2, 1, 1]}), batch_size=8, num_workers=0, views=noisy_crop
+        mixture=mixture(folder, weights={0: [2, 1, 1]}),
+        batch_size=8,
+        loader={"num_workers": 0},
+        views=noisy_crop,
     )
     found = batches(built)
     sources = torch.cat([batch["source"] for batch in found])
@@ -221,7 +230,7 @@ def test_what_cannot_be_read_is_replaced_from_the_same_component(write_pool, fol
     components = [Component("good", str(folder / "validation-0.tar"), 1), Component("bad", bad, 1)]
     built = CuratedDataModule(
         mixture=Mixture(components, epoch_size=120),
-        batch_size=8, num_workers=0, views=noisy_crop, on_error="skip",
+        batch_size=8, loader={"num_workers": 0}, views=noisy_crop, decoding={"on_error": "skip"},
     )  # fmt: skip
     found = batches(built)
     sources = torch.cat([batch["source"] for batch in found])
@@ -257,7 +266,7 @@ def fit_recurated(folder, shards, name, *, epochs, ckpt_path=None, **options):
     ]
     loaded = CuratedDataModule(
         mixture=Mixture(components, epoch_size=48), embedder="pixels:8", views=to_float, batch_size=8,
-        num_workers=0, cache_dir=folder / "cache",
+        loader={"num_workers": 0}, cache_dir=folder / "cache",
     )  # fmt: skip
     callback = RecurationCallback(every_n_epochs=1, component="curated")
     run = trainer(folder, 1, max_epochs=epochs, callbacks=[callback], **options)
@@ -288,7 +297,7 @@ def test_a_re_curation_replaces_one_component_and_leaves_the_other(write_pool, t
         mixture=Mixture(
             [Component("curated", shards[0], 2), Component("whole", shards[1], 1)], epoch_size=48
         ),
-        views=to_float, batch_size=8, num_workers=0,
+        views=to_float, batch_size=8, loader={"num_workers": 0},
     )  # fmt: skip
     alone = [
         sample
@@ -313,7 +322,8 @@ def test_a_re_curation_names_its_component(write_pool, tmp_path):
     components = [Component("curated", shards[0], 2, curation=curation(16)), Component("whole", shards[1], 1)]
     for name, told in ((None, "'?component'?"), ("wohle", "'wohle'"), ("whole", "curation")):
         loaded = CuratedDataModule(
-            mixture=Mixture(components), embedder="pixels:8", views=to_float, batch_size=8, num_workers=0,
+            mixture=Mixture(components), embedder="pixels:8", views=to_float, batch_size=8,
+            loader={"num_workers": 0},
             cache_dir=tmp_path / "cache",
         )  # fmt: skip
         with pytest.raises(ConfigError, match=told):
@@ -391,7 +401,7 @@ def test_everything_bad_is_one_error_that_names_it_before_anything_is_embedded(f
     for mapping, told in cases:
         with pytest.raises(ConfigError, match=told):
             CuratedDataModule(
-                mixture=mapping, cache_dir=tmp_path, batch_size=8, num_workers=0, views=noisy_crop
+                mixture=mapping, cache_dir=tmp_path, batch_size=8, loader={"num_workers": 0}, views=noisy_crop
             ).setup("fit")
     for arguments, told in (
         ({"pool": pool}, "pool"),
@@ -399,7 +409,6 @@ def test_everything_bad_is_one_error_that_names_it_before_anything_is_embedded(f
         ({"curation": curation(16), "embedder": stop}, "curation"),
         ({"labels": [1]}, "labels"),
         ({"stratify_level": 1}, "stratify_level"),
-        ({"decode_on_device": True, "device_views": twice}, "decode_on_device"),
         ({"decoders": {"source": len}}, "source"),
         ({"cache_dir": None}, "cache_dir"),
     ):
@@ -414,7 +423,7 @@ def test_everything_bad_is_one_error_that_names_it_before_anything_is_embedded(f
     # With batches of its own a component may have other views.
     built = CuratedDataModule(
         mixture={"components": [b | {"name": "a", "pool": pool}, b | {"views": smaller, "batches": "own"}]},
-        batch_size=8, num_workers=0, views=noisy_crop,
+        batch_size=8, loader={"num_workers": 0}, views=noisy_crop,
     )  # fmt: skip
     assert {batch["image"].shape[-1] for batch in batches(built)} == {5, 6}
 
@@ -439,7 +448,8 @@ def test_a_mixture_of_another_run_is_not_resumed_in_the_middle_of_an_epoch(folde
     state = loader.state_dict()
     assert state["batch"] == 1
     other = CuratedDataModule(
-        mixture=mixture(folder, weights={0: [1, 1, 1]}), batch_size=8, num_workers=0, views=noisy_crop,
+        mixture=mixture(folder, weights={0: [1, 1, 1]}), batch_size=8, views=noisy_crop,
+        loader={"num_workers": 0},
         cache_dir=folder / "cache",
     )  # fmt: skip
     other.load_state_dict(state)

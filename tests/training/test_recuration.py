@@ -134,9 +134,8 @@ def test_a_stratified_run_resumes_from_before_a_re_curation_that_dropped_its_tre
         callbacks, path = [RecurationCallback(every_n_epochs=1)], tmp_path / "ckpt" / f"step={step}.ckpt"
         fit(shards, tmp_path / "c", tmp_path / f"r{step}", callbacks=callbacks, ckpt_path=path, **settings)
         assert seen(tmp_path / f"r{step}") == whole[step:], f"resumed after step {step}"
-    for path in (tmp_path / "c" / "streaming").iterdir():
-        if len(np.load(path)) == 32 and np.load(path).max() < 10:  # clusters of level 1
-            path.unlink()
+    for path in (tmp_path / "c" / "streaming").glob("*.npz"):  # clusters of level 1
+        path.unlink()
     callbacks = [RecurationCallback(every_n_epochs=1)]
     path = tmp_path / "ckpt" / f"step={steps + 2}.ckpt"
     with pytest.raises(CacheError, match="stratify_level: the clusters of the resumed selection are gone"):
@@ -297,6 +296,8 @@ def test_what_it_needs_of_the_trainer(write_pool, tmp_path):
                                 enable_checkpointing=False, accelerator="cpu")  # fmt: skip
     with pytest.raises(ConfigError, match="10 clusters of 7 samples"):
         fit(shards, tmp_path / "c", None, epochs=2, callbacks=[RecurationCallback(1, share=0.1)])
-    bare = CuratedDataModule(shards, selection=np.arange(16), views=to_float, batch_size=8, num_workers=0)
+    bare = CuratedDataModule(
+        shards, selection=np.arange(16), views=to_float, batch_size=8, loader={"num_workers": 0}
+    )
     with pytest.raises(ConfigError, match="has no `curation`"):
         trainer.fit(TinyModule(), bare)

@@ -11,8 +11,8 @@ from curated_data.config import EmbeddingConfig, load_config
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError
 from curated_data.recuration import draw_share, levels_of_share, recurate, spread
+from curated_data.reopen import reopen
 from curated_data.selection.metrics import entropy
-from curated_data.stored import open_curation
 from tests.support.processes import run_ranks
 
 FLAT = {"num_workers": 0, "dtype": "float32"}
@@ -73,7 +73,7 @@ def test_near_duplicates_and_failures_stay_out(write_pool, tmp_path):
     assert again.report["cached"] == {"tree": True, "selection": True}
 
     for curation in (base, found):  # and the cache alone tells the same
-        stored = open_curation(tmp_path / "c", curation.folders["selection"].name)
+        stored = reopen(tmp_path / "c", curation.folders["selection"].name)
         np.testing.assert_array_equal(stored.ids, curation.ids)
         np.testing.assert_array_equal(stored.tree.parent[1], curation.tree.parent[1])
         assert stored.embeddings.fingerprint == curation.embeddings.fingerprint

@@ -41,8 +41,7 @@ def test_a_stream_is_the_same_however_workers_start(write_pool, tmp_path, method
             labels=ids + 100,
             views=noisy,
             batch_size=4,
-            on_error="skip",
-            max_skipped=1,
+            decoding={"on_error": "skip", "max_skipped": 1},
             cache_dir=tmp_path / "cache",
             **workers,
         )
@@ -125,19 +124,23 @@ def test_the_text_embedder_keeps_its_weights_from_workers():
 def test_what_cannot_be_sent_to_workers_is_named(write_pool, argument):
     given = {"views": lambda image: image, "decoders": {"png": lambda data: torch.zeros(3, 8, 8)}}
     settings = {"batch_size": 2, "image_size": 8, argument: given[argument]}
-    data = CuratedDataModule(write_pool([4]), num_workers=1, multiprocessing_context="spawn", **settings)
+    data = CuratedDataModule(
+        write_pool([4]), loader={"num_workers": 1, "multiprocessing_context": "spawn"}, **settings
+    )
     with pytest.raises(ConfigError, match=f"{argument}: cannot be pickled .*'spawn'"):
         data.train_dataloader()
     with pytest.raises(ConfigError, match=f"{argument}: cannot be pickled .*'spawn'"):
         fit(data)
-    alone = CuratedDataModule(write_pool([4]), num_workers=0, multiprocessing_context="spawn", **settings)
+    alone = CuratedDataModule(
+        write_pool([4]), loader={"num_workers": 0, "multiprocessing_context": "spawn"}, **settings
+    )
     assert len(list(alone.train_dataloader())) == 2
 
 
 def test_a_validation_transform_that_cannot_be_sent_is_named(write_pool):
     paths = write_pool([4])
     settings = {"batch_size": 2, "val_pool": paths, "eval_transform": lambda image: image.float()}
-    data = CuratedDataModule(paths, num_workers=1, multiprocessing_context="spawn", **settings)
+    data = CuratedDataModule(paths, loader={"num_workers": 1, "multiprocessing_context": "spawn"}, **settings)
     with pytest.raises(ConfigError, match=r"eval_transform: cannot be pickled .*'spawn'"):
         fit(data)
 
@@ -174,7 +177,7 @@ def test_a_preprocessing_that_cannot_be_sent_is_named(write_pool, tmp_path):
 
 def test_a_start_method_that_there_is_not_is_named(write_pool):
     with pytest.raises(ConfigError, match=r"multiprocessing_context: expected one of .*, found 'thread'"):
-        CuratedDataModule(write_pool([4]), multiprocessing_context="thread")
+        CuratedDataModule(write_pool([4]), loader={"multiprocessing_context": "thread"})
     with pytest.raises(ConfigError, match=r"embedding\.multiprocessing_context: expected one of"):
         load_config({"target_size": 1, "embedding": {"multiprocessing_context": "thread"}})
 

@@ -14,18 +14,20 @@ from curated_data.config import EmbeddingConfig, NearDuplicateConfig
 from curated_data.errors import CacheError
 from curated_data.extend import extend
 from curated_data.recuration import recurate
-from curated_data.stored import open_curation
+from curated_data.reopen import reopen
 from tests.support.images import png
 from tests.support.recuration_runs import SIZES, TinyModule, by_epoch, datamodule, fit, seen
 
 
 def check_reopened(cache, made) -> None:
     """All that the cache can know of a curation is what the run had."""
-    found = open_curation(cache, made.folders["selection"].name)
+    found = reopen(cache, made.folders["selection"].name)
     expected = {name: value for name, value in made.report.items() if name not in ("cached", "seconds")}
     assert found.report == expected
     assert json.loads(json.dumps(found.report)) == found.report
     assert found.folders == made.folders
+    assert found.config == made.config
+    assert found.tree.metric == made.tree.metric == made.config.metric
     assert found.embeddings.fingerprint == made.embeddings.fingerprint
     np.testing.assert_array_equal(found.ids, made.ids)
     np.testing.assert_array_equal(found.tree.distance, made.tree.distance)
@@ -60,6 +62,7 @@ def shards(tmp_path_factory):
     n_bad=st.integers(0, 3),
     n_copies=st.integers(0, 3),
     removes=st.booleans(),
+    holds_out=st.booleans(),
     metric=st.sampled_from(["l2", "cosine"]),
     share=st.sampled_from([0.4, 0.7, 1.0]),
     flat=st.booleans(),
@@ -68,7 +71,7 @@ def shards(tmp_path_factory):
 )
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_reopened_curation_is_the_one_that_was_made(
-    shards, tmp_path, n_bad, n_copies, removes, metric, share, flat, repeats, seed
+    shards, tmp_path, n_bad, n_copies, removes, holds_out, metric, share, flat, repeats, seed
 ):
     """For `curate`, `extend`, `recurate`, and these upon each other, made or found in the cache."""
     cache = tmp_path / "cache"
@@ -79,7 +82,9 @@ def test_a_reopened_curation_is_the_one_that_was_made(
         sampling="flat" if flat else "hierarchical",
         max_repeats=repeats,
         seed=seed,
-        near_duplicates=NearDuplicateConfig(enabled=removes, threshold=0.999),
+        near_duplicates=NearDuplicateConfig(
+            enabled=removes, threshold=0.999, held_out=[shards(2, 5, 0, 0)] if holds_out else []
+        ),
         embedding=EmbeddingConfig(num_workers=0),
     )
     first, more = shards(0, 20, n_bad, n_copies), [shards(1, 8, n_bad // 2, n_copies), shards(2, 5, 0, 0)]
@@ -90,7 +95,7 @@ def test_a_reopened_curation_is_the_one_that_was_made(
         upon = recurate(
             pool,
             config,
-            base=open_curation(cache, base.folders["selection"].name),
+            base=reopen(cache, base.folders["selection"].name),
             share=share,
             embedder="pixels:2",
             cache_dir=cache,
@@ -121,7 +126,7 @@ def test_a_selection_of_an_earlier_version_says_so(shards, tmp_path):
     del content["report"], content["seal"]
     path.write_text(json.dumps(sealed(content)))
     with pytest.raises(CacheError, match="run its curation again"):
-        open_curation(tmp_path / "c", made.folders["selection"].name)
+        reopen(tmp_path / "c", made.folders["selection"].name)
 
 
 def test_a_tree_that_is_its_own_base_is_damaged(shards, tmp_path):
@@ -135,7 +140,7 @@ def test_a_tree_that_is_its_own_base_is_damaged(shards, tmp_path):
     content["inputs"]["base"] = made.folders["tree"].name
     path.write_text(json.dumps(sealed(content)))
     with pytest.raises(CacheError, match="its own base"):
-        open_curation(tmp_path / "c", made.folders["selection"].name)
+        reopen(tmp_path / "c", made.folders["selection"].name)
 
 
 def run(data, record, callbacks, epochs=2, trainer=None, **options):

@@ -1,0 +1,175 @@
+"""The stage that gives a pool its embeddings: by an embedder, or as rows that exist already.
+
+Its artifact is a pair of files per shard, each built, sealed and found by itself (`embedding.store`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from curated_data.config import CurationConfig, EmbeddingConfig
+from curated_data.embedding.contents import Contents
+from curated_data.embedding.embedders import Embedder, resolve_embedder
+from curated_data.embedding.existing import EmbeddedPool
+from curated_data.embedding.extract import embed_pool, embeddings_name
+from curated_data.embedding.store import EmbeddingStore, missing_shards
+from curated_data.errors import CacheError, ConfigError, PoolError
+from curated_data.layout import EMBEDDINGS
+from curated_data.pool.decode import Decoders
+from curated_data.removal import is_fingerprint
+from curated_data.seals import load_npy
+from curated_data.stages.cost import Cost, Rates
+from curated_data.stages.index import AnyPool
+
+AnyEmbedder = str | nn.Module | Callable[[Tensor], Tensor] | Embedder
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The embeddings of a pool, or of some of its samples. Made by `Embeddings.of`.
+
+    Attributes:
+        root: an opened cache.
+        pool: to embed.
+        embedder: None for pools of rows.
+        settings: of the embedding.
+        decoders: of pool members by extension.
+        fields: that training will ask for, see `embed_pool`.
+        ids: (m,) of the samples to embed, ascending; None: all.
+    """
+
+    root: Path
+    pool: AnyPool
+    embedder: Embedder | None
+    settings: EmbeddingConfig
+    decoders: Decoders | None = None
+    fields: Sequence[str] | None = None
+    ids: np.ndarray | None = None
+
+    @classmethod
+    def of(
+        cls,
+        root: Path,
+        pool: AnyPool,
+        embedder: AnyEmbedder | None,
+        config: CurationConfig,
+        decoders: Decoders | None = None,
+        fields: Sequence[str] | None = None,
+    ) -> "Embeddings":
+        """Of a pool; the embedder is resolved now, before anything takes long.
+
+        Raises:
+            ConfigError: shards without an embedder, or rows with one.
+            EmbedderError: the embedder cannot be found.
+        """
+        if isinstance(pool, EmbeddedPool):
+            if embedder is not None:
+                raise ConfigError("embedder: the pool is of embeddings already; leave it out")
+            return cls(root, pool, None, config.embedding)
+        if embedder is None:
+            raise ConfigError("embedder: none was given, and the pool is of shards; give the network's name")
+        return cls(root, pool, resolve_embedder(embedder), config.embedding, decoders, fields)
+
+    def of_pool(self, pool: AnyPool) -> "Embeddings":
+        """Of another pool by the same embedder, such as a held-out set, whose fields nobody asks for."""
+        fields = self.fields if isinstance(pool, EmbeddedPool) else []
+        return dataclasses.replace(self, pool=pool, fields=fields)
+
+    @property
+    def name(self) -> str:
+        """Of the folder; it depends on the embedder and the settings, not on the shards."""
+        if isinstance(self.pool, EmbeddedPool):
+            return self.pool.name
+        settings = dataclasses.asdict(self.settings)
+        return embeddings_name(
+            self.pool, self._embedder, decoders=self.decoders, fields=self.fields, ids=self.ids, **settings
+        )
+
+    @property
+    def folder(self) -> Path:
+        return self.root / EMBEDDINGS / self.name
+
+    @property
+    def _embedder(self) -> Embedder:
+        assert self.embedder is not None, "checked when the stage was made"
+        return self.embedder
+
+    def build(self, device: str | torch.device) -> EmbeddingStore:
+        """Embed what is not in the cache yet. The ranks divide the shards among themselves."""
+        if isinstance(self.pool, EmbeddedPool):
+            return self.pool.store(self.root)
+        return embed_pool(
+            self.pool,
+            self._embedder,
+            self.root,
+            device=device,
+            decoders=self.decoders,
+            fields=self.fields,
+            ids=self.ids,
+            **dataclasses.asdict(self.settings),
+        )
+
+    def open(self) -> tuple[EmbeddingStore | None, int]:
+        """The embeddings if all are cached, else None; and how many samples are still to be embedded."""
+        assert not isinstance(self.pool, EmbeddedPool), "which have no embedder, and nothing to plan"
+        assert self.ids is None, "of the whole pool"
+        contents = Contents(self.root, self.pool).recognise()
+        missing = missing_shards(self.folder, contents)
+        if missing:
+            return None, int(np.diff(self.pool.shard_ranges())[missing].sum())
+        names = [name for name in contents if name is not None]
+        dimension, dtype = self._embedder.dimension, self.settings.dtype
+        return EmbeddingStore(self.folder, names, dimension, dtype, urls=self.pool.urls), 0
+
+    def cost(self, n_missing: int, dimension: int, rates: Rates, ranks: int = 1) -> Cost:
+        """Of embedding the samples that are missing."""
+        seconds = n_missing / rates.samples / ranks if rates.samples else None
+        note = f"{n_missing:,} samples to embed, length {dimension}"
+        return Cost("embed", not n_missing, seconds if n_missing else 0.0, note)
+
+    def disk_bytes(self, n: int, dimension: int) -> int:
+        """Of the embeddings of n samples."""
+        return n * dimension * np.dtype(self.settings.dtype).itemsize
+
+
+def inputs_of(store: EmbeddingStore) -> dict[str, str]:
+    """What is made from embeddings has these among its inputs."""
+    return {"embedder": store.folder.name, "embeddings": store.fingerprint}
+
+
+def check_any(store: EmbeddingStore, of: str) -> None:
+    """Check that a sample was embedded at all.
+
+    Raises:
+        PoolError: none was; names the first and the reason.
+    """
+    if store.n_failures == len(store):
+        first = next(store.iterate_failures())
+        raise PoolError(
+            f"none of {of} could be embedded; the first: {first['shard']}, key {first['key']!r}: "
+            f"{first['reason']}"
+        )
+
+
+def open_embeddings(folder: Path, shards: Sequence[str]) -> EmbeddingStore:
+    """The embeddings of some shards by the names of their contents, without a pool or an embedder.
+
+    Raises:
+        ValueError: names that are not ours, which are refused before they become paths.
+        CacheError: a file is missing or damaged.
+    """
+    if not shards or not all(map(is_fingerprint, shards)):
+        raise ValueError("its shards are not named as ours are")
+    for shard in shards:
+        remedy = "run the curation again to embed its shard, after removing it where it is damaged"
+        rows = load_npy(folder / f"{shard}.npy", remedy, map_mode="r")
+        if rows.ndim != 2:
+            raise CacheError(f"{folder / shard}.npy: damaged (its shape is {rows.shape}); {remedy}")
+        if len(rows):
+            break
+    return EmbeddingStore(folder, shards, rows.shape[1], rows.dtype.name)
