@@ -422,6 +422,8 @@ def _run_curation(parsed: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _curate(parsed: argparse.Namespace) -> None:
+    from curated_data.report.summary import summary_table
+
     if parsed.dry_run:
         if parsed.embeddings:
             raise ConfigError("--dry-run: plans the work on shards; there is nothing to embed here")
@@ -431,18 +433,7 @@ def _curate(parsed: argparse.Namespace) -> None:
         _check_output(parsed.ids, parsed)
     _, curation = _run_curation(parsed)
     report = curation.report
-    table = Table(title=f"{report['selected']:,} of {report['samples']:,} samples selected")
-    for name in ("level", "clusters", "covered", "perplexity, pool", "perplexity, selection"):
-        table.add_column(name, justify="right")
-    for level in report["levels"]:
-        table.add_row(
-            str(level["level"]),
-            f"{level['n_clusters']:,}",
-            f"{level['covered']:.1%}",
-            f"{level['perplexity']:,.1f}",
-            f"{level['selected_perplexity']:,.1f}",
-        )
-    print_table(table)
+    print_table(summary_table(report))
     if report["failed"]:
         print(f"{report['failed']:,} samples could not be embedded: see {curation.folders['embeddings']}")
     if report["excluded"]:

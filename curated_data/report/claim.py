@@ -89,11 +89,10 @@ def _against_random(curation: "Curation") -> list[str]:
         return []
     less, more = int((given < expected / 2)[told].sum()), int((given > 2 * expected)[told].sum())
     which = "" if told.sum() == (sizes > 0).sum() else " large enough to tell"
-    parts = [f"{less:,} give less than half"] * (less > 0) + [f"{more:,} more than double"] * (more > 0)
+    counts = {"less than half": less, "more than double": more}
+    parts = [f"{n:,} {'gives' if n == 1 else 'give'} {what}" for what, n in counts.items() if n]
     if not parts:
         return []
-    if not less:
-        parts[0] = parts[0].replace(" more", " give more")
     return [f"of {int(told.sum()):,} clusters{which}, {' and '.join(parts)} of what a random selection takes"]
 
 

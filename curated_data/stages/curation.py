@@ -56,6 +56,25 @@ class Curation:
         # While the curation is in use, no other run removes what it consists of.
         object.__setattr__(self, "_holds", [Hold(folder) for folder in self.folders.values()])
 
+    def __repr__(self) -> str:
+        selected, total = self.report["selected"], self.report["samples"]
+        return f"Curation({selected:,} of {total:,} samples, {self.tree!r})"
+
+    def _repr_html_(self) -> str:
+        from curated_data.report.summary import as_html
+
+        return as_html(self)
+
+    def show(self, pool: AnyPool | None = None) -> None:
+        """Print what the selection changed and its figures; in a notebook, with pictures.
+
+        Args:
+            pool: that was curated, for classes and for images.
+        """
+        from curated_data.report.summary import show
+
+        show(self, pool)
+
     def table(self, pool: AnyPool | None = None, **options: Any) -> "pa.Table":
         """All that is known of each sample, as a table in memory; `CurationTable` tells its columns.
 
