@@ -493,9 +493,9 @@ def _export(parsed: argparse.Namespace) -> None:
     from curated_data.export import check_export, export
 
     options = {"max_samples": parsed.max_samples, "overwrite": parsed.overwrite}
-    check_export(_pool(parsed), parsed.out, **options)
+    check_export(_pool(parsed), parsed.out, described=True, **options)
     pool, curation = _run_curation(parsed)
-    shards = export(pool, curation.ids, parsed.out, tree=curation.tree, order=parsed.order, **options)
+    shards = export(pool, curation.ids, parsed.out, curation=curation, order=parsed.order, **options)
     print(f"{len(curation.ids):,} samples in {len(shards):,} shards in {parsed.out}")
 
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -158,11 +158,12 @@ class CurationTable:
             raise ConfigError(f"{path}: a table is written as parquet; give a name that ends in .parquet")
         folder, name = open_file(path, storage_options)
         with folder.create(name) as file, writing(folder.place(name)):
-            self._write(file)
+            self.write_to(file)
         log.info("wrote a table of %d samples", len(self))
         return folder.place(name)
 
-    def _write(self, file: Any) -> None:
+    def write_to(self, file: IO[bytes]) -> None:
+        """Write parquet to an open file, in blocks."""
         with (
             pq.ParquetWriter(
                 file, self.schema, compression="zstd", store_schema=True, write_page_checksum=True

@@ -76,7 +76,7 @@ def show(curation: "Curation", pool: "AnyPool | None" = None) -> None:
         pool: of shards that was curated, for classes, and for examples of what was kept and dropped.
     """
     shards = pool if isinstance(pool, ShardPool) else None
-    print(_claim(curation, shards))
+    print(claim(curation, shards))
     if not is_notebook():
         Console().print(summary_table(curation.report))
         return
@@ -88,7 +88,8 @@ def show(curation: "Curation", pool: "AnyPool | None" = None) -> None:
         display(HTML(_image(contact_sheet(shards, rows))))
 
 
-def _claim(curation: "Curation", pool: ShardPool | None) -> str:
+def claim(curation: "Curation", pool: ShardPool | None) -> str:
+    """What the selection changed, in a sentence: of classes, if there is a pool that has them."""
     labels = None if pool is None else read_labels(pool)
     balance = None if labels is None else class_balance(labels, curation.ids)
     classes: Sequence[str] | None = None
