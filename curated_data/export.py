@@ -137,8 +137,8 @@ def export(
 
 
 def _earlier(out: LocalFolder | RemoteFolder) -> tuple[bool, list[str]]:
-    """Whether a card may be written, as there is none or one that nobody has edited; and which files an earlier
-    export left for others.
+    """Whether a card may be written, as there is none, or one that nobody has edited; and which files for
+    others an earlier export left.
     """
     there = out.read(CARD)
     try:
@@ -178,9 +178,8 @@ def check_export(pool: ShardPool, out: str | Path, *, described: bool = False, *
         PoolError, CacheError: see `check_out`; or it would replace shards of the pool that it reads.
     """
     options.setdefault("storage_options", pool.storage_options)
-    folder, name = check_out(
-        out, **options, beside=dict.fromkeys([*_BESIDE, *(_DESCRIBED if described else ())])
-    )
+    beside = dict.fromkeys([*_BESIDE, *(_DESCRIBED if described else ())])
+    folder, name = check_out(out, **options, beside=beside)
     there = existing_shards(folder, name)
     if isinstance(folder, LocalFolder):
         own = {str(folder.place(found).resolve()) for found in there}
