@@ -30,7 +30,7 @@ from curated_data.clustering import choose_levels
 from curated_data.config import ROWS_PER_CELL
 from curated_data.embedding import resolve_embedder
 from curated_data.selection.sampling import water_fill
-from curated_data.selection.sparse import neighbour_distances, sparse_sample
+from curated_data.selection.sparse import find_neighbours, sparse_sample
 
 FIGURES = ("gap", "k-NN", "k-NN, rarest third", "classes")
 RANDOM_DRAWS = 100
@@ -102,7 +102,7 @@ def drawn(pool: Pool, size: int, seed: int) -> np.ndarray:
 def sparse(pool: Pool, size: int, seed: int) -> np.ndarray:
     """The default of `curate`."""
     tree = pool.tree("cells", "cosine", seed)
-    return sparse_sample(tree, neighbour_distances(pool.rows, tree), size, seed=seed)
+    return sparse_sample(tree, find_neighbours(pool.rows, tree), size, seed=seed)
 
 
 WAYS: dict[str, Way] = {

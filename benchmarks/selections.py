@@ -41,8 +41,8 @@ from curated_data import (
     flat_sample,
 )
 from curated_data.cache import atomic_write_json, build_once, fingerprint, open_cache, write_manifest
-from curated_data.clustering.levels import choose_levels
 from curated_data.embedding import embed_pool, resolve_embedder
+from curated_data.levels import choose_levels
 from lightning_modules import SimCLR
 from recipes import quickstart
 from recipes.recurate import History

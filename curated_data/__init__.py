@@ -14,15 +14,17 @@ if os.name == "nt":
         "needs; use it in WSL"
     )
 
+__version__ = "0.2.0"
+
 if TYPE_CHECKING:
     from curated_data.callbacks import RecurationCallback
     from curated_data.clustering.hierarchy import hierarchical_kmeans
     from curated_data.clustering.kmeans import kmeans
-    from curated_data.clustering.levels import Level
     from curated_data.clustering.tree import ClusterTree
     from curated_data.config import CurationConfig
     from curated_data.datamodule import CuratedDataModule
     from curated_data.embedding.existing import EmbeddedPool
+    from curated_data.levels import Level
     from curated_data.logging_callback import CurationLogger
     from curated_data.mixture import Component, Mixture
     from curated_data.options import DecodingOptions, DeviceOptions, LoaderOptions
@@ -68,7 +70,7 @@ _HOMES = {
     "DecodingOptions": "options",
     "DeviceOptions": "options",
     "EmbeddedPool": "embedding.existing",
-    "Level": "clustering.levels",
+    "Level": "levels",
     "LoaderOptions": "options",
     "Mixture": "mixture",
     "RecurationCallback": "callbacks",

@@ -1,4 +1,4 @@
-"""The command line: `curated-data import | index | embed | duplicates | curate | extend | export | …`."""
+"""The command line: `curated-data demo | recipe | import | curate | …`."""
 
 import argparse
 import json
@@ -17,13 +17,38 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 from yaml import YAMLError
 
-from curated_data import cli_search
+from curated_data import __version__, cli_search
 from curated_data.cli_inspect import inspect, print_table
+from curated_data.cli_recipe import recipe
 from curated_data.errors import CacheError, ConfigError, printable
 from curated_data.paths import local_path, spelled
 from curated_data.progress import log_to_terminal
 from curated_data.seals import read_bytes
 
+_OVERVIEW = """Balanced subsets of long-tailed pools of WebDataset shards.
+
+see it work
+  demo         the quickstart: curate, pretrain, compare, on images that are included
+  recipe       run one of the recipes, or copy them and their settings: pretraining, evaluation, …
+
+make shards
+  import       of a folder of class folders of images, or of other archives
+  export       of a selection
+
+select
+  curate       index, embed, cluster, sample; with --dry-run what that would take
+  extend       from a pool that has grown, with an existing tree
+  duplicates   show pairs of near-duplicates, to choose their threshold by looking
+
+look at what was done
+  report       one HTML page on a curation
+  table        all that is known of each sample, as parquet
+  search       the samples nearest to an image, a text or a vector
+  inspect      what a cache holds and what determined it, or why a sample was selected
+
+stage by stage, ahead of `curate`
+  index        find the place of every sample
+  embed        embed every sample"""
 _REPEATED = ("--set", "--storage-options")
 _SETTING = re.compile(r"[A-Za-z_][\w.\[\]]*=|\{")
 
@@ -33,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     SIGTERM is cleaned up after, too, and exits with 143.
     """
-    parsed = _parser().parse_args(_one_each(sys.argv[1:] if arguments is None else arguments))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["demo"]:
+        given[:1] = ["recipe", "quickstart"]
+    parsed = _parser().parse_args(given if given[:1] == ["recipe"] else _one_each(given))
     log_to_terminal(logging.WARNING if parsed.quiet else logging.INFO)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)
@@ -75,11 +103,26 @@ def _end(number: int, frame: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="curated-data",
-        description="Balanced subsets of long-tailed pools of WebDataset shards, by hierarchical k-means.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [-h] [--version] [-q] [--traceback] COMMAND …",
+        description=_OVERVIEW,
+        epilog="`curated-data COMMAND --help` lists the options of a command.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("-q", "--quiet", action="store_true", help="log only warnings")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, prog="curated-data", metavar="COMMAND", help=argparse.SUPPRESS
+    )
+
+    command = _command(commands, "demo", "run the quickstart: `recipe quickstart`")
+    command = _command(
+        commands, "recipe", "run a recipe, or copy recipes and settings; without a name: list them"
+    )
+    command.add_argument("--copy", metavar="FOLDER", help="copy recipes and their settings there")
+    command.add_argument("name", nargs="?", help="of the recipe, as quickstart")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, help="the recipe's own; try --help")
+    command.set_defaults(run=recipe)
 
     command = _command(
         commands, "import", "turn a folder of class folders of images, or other archives, into shards"
@@ -406,9 +449,9 @@ def _duplicates(parsed: argparse.Namespace) -> None:
 
 
 def _run_curation(parsed: argparse.Namespace) -> tuple[Any, Any]:
+    config = _config(parsed)  # before what takes seconds to import
     from curated_data.pipeline import curate
 
-    config = _config(parsed)
     if getattr(parsed, "embeddings", False):
         from curated_data.embedding.existing import EmbeddedPool
 
@@ -455,9 +498,10 @@ def _check_output(place: str, parsed: argparse.Namespace) -> None:
 
 
 def _plan(parsed: argparse.Namespace) -> None:
+    config = _config(parsed)  # before what takes seconds to import
     from curated_data.plan import plan, plan_tables
 
-    config, pool = _config(parsed), _pool(parsed)
+    pool = _pool(parsed)
     print(f"{len(pool):,} samples in {len(pool.urls):,} shards; would select {config.target_size:,}")
     found = plan(
         pool,
@@ -471,11 +515,12 @@ def _plan(parsed: argparse.Namespace) -> None:
 
 
 def _extend(parsed: argparse.Namespace) -> None:
+    config = _config(parsed)
     from curated_data.extend import extend
 
     curation = extend(
         _pool(parsed),
-        _config(parsed),
+        config,
         tree=parsed.tree,
         embedder=parsed.embedder,
         cache_dir=parsed.cache_dir,
@@ -490,6 +535,7 @@ def _extend(parsed: argparse.Namespace) -> None:
 
 
 def _export(parsed: argparse.Namespace) -> None:
+    _config(parsed)
     from curated_data.export import check_export, export
 
     options = {"max_samples": parsed.max_samples, "overwrite": parsed.overwrite}
@@ -529,6 +575,7 @@ def _search(parsed: argparse.Namespace) -> None:
 
 
 def _report(parsed: argparse.Namespace) -> None:
+    _config(parsed)
     from curated_data.report.page import check_arrays, write_report
 
     _check_output(parsed.out, parsed)

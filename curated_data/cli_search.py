@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
@@ -15,6 +14,8 @@ from curated_data.cli_inspect import print_table
 from curated_data.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from curated_data.pool import ShardPool
     from curated_data.search import Found
 
@@ -42,7 +43,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def search(
     parsed: argparse.Namespace,
     pool: "ShardPool",
-    vectors: np.ndarray | None,
+    vectors: "np.ndarray | None",
     write: Callable[[str, bytes], Any],
 ) -> None:
     """Run the command, by its parsed arguments.
@@ -54,6 +55,8 @@ def search(
     Raises:
         ConfigError: nothing to look for, or arguments that do not fit each other.
     """
+    import numpy as np  # here, as all that takes long to import
+
     from curated_data.cache import open_cache
     from curated_data.embedding import embed_pool, resolve_embedder
     from curated_data.pool.encode import encode_member
@@ -98,7 +101,7 @@ def _same(found: "Found", queries: list[str], least: float) -> list[str]:
     """For each query, whether the pool holds it, and what was selected of its near-duplicates."""
     lines = []
     for number, query in enumerate(queries):
-        same = np.flatnonzero((found.query == number) & (found.cosine >= least))
+        (same,) = ((found.query == number) & (found.cosine >= least)).nonzero()
         if not len(same):
             lines.append(f"{query}: not in the pool (no sample at a cosine of {least:g} or more)")
             continue

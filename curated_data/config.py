@@ -13,8 +13,8 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from curated_data.clustering.levels import Level, choose_levels
 from curated_data.errors import ConfigError, first_line
+from curated_data.levels import Level, choose_levels
 from curated_data.paths import local_path
 from curated_data.processes import check_context
 from curated_data.seals import open_regular
@@ -82,8 +82,7 @@ class CurationConfig:
         strategy: which samples to take from a lowest cluster: "random", "closest" to its centroid, or
             "furthest".
         sampling: "hierarchical" divides the target from the top of the tree down, "flat" only among the
-            lowest clusters, "sparse" draws by the distance to the nearest neighbour; None takes what the
-            preset says.
+            lowest clusters, "sparse" draws by how alone a sample lies; None takes what the preset says.
         max_repeats: how often one sample may be selected.
         resample: which members of each cluster a resampling step takes: "closest" or "random".
         metric: "l2" or "cosine"; None takes cosine for "sparse" sampling, else l2. Neither is better

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from curated_data.cache import open_cache
 from curated_data.clustering.kmeans import kmeans
-from curated_data.clustering.levels import Level
 from curated_data.clustering.rows import resident_memory
 from curated_data.config import CurationConfig, levels_for, load_config
 from curated_data.embedding import Embedder, EmbeddingStore
 from curated_data.embedding.extract import embed_samples
 from curated_data.errors import ConfigError
+from curated_data.levels import Level
 from curated_data.parallel import world_size
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders

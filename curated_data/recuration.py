@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from curated_data.clustering.levels import Level, choose_levels
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig, levels_for
 from curated_data.embedding import Embedder
 from curated_data.errors import ConfigError, PoolError
+from curated_data.levels import Level, choose_levels
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.stages.curation import Curation, report_of, select

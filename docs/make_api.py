@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning_modules.evaluation
-from curated_data.clustering.levels import Level
 from curated_data.config import CurationConfig, EmbeddingConfig, NearDuplicateConfig
+from curated_data.levels import Level
 
 PAGE = Path(__file__).parent / "api.md"
 SETTINGS_PAGE = Path(__file__).parent / "settings.md"
@@ -40,6 +40,8 @@ SECTIONS: dict[str, dict[str, list[str] | None]] = {
         "curated_data.export": ["export"],
         "curated_data.extend": ["extend"],
         "curated_data.inspect": ["inspect_cache"],
+        "curated_data.search": ["search", "embed_queries", "contact_sheet"],
+        "curated_data.table": ["CurationTable"],
     },
     "Reports": {
         "curated_data.report.page": ["write_report"],
@@ -102,9 +104,10 @@ What is left out means, by what is given:
 | `levels` | `hierarchical` | `l2` | as given |
 | `preset: paper` | `hierarchical` | `l2` | n / 20, a tenth of that, …, resampled ten times each |
 
-`sparse` needs no quotas of clusters: a sample's weight is 1 where its nearest neighbour (cosine, within its
-cluster) is at the median distance or nearer, and grows with the standardised log distance beyond, to 55 at
-most; a cluster's weights are divided by the root of their mean.
+`sparse` needs no quotas of clusters: a sample weighs more the farther its nearest neighbour is (log of the
+distance, counted twice), the fewer others have it among their 16 nearest, and the fewer of its own 16
+nearest return that. Each is in standard deviations of the pool; weights lie between 1/20 and 55 times the
+median. Clusters bound the neighbourhoods: those that lie together, up to 2,048 samples.
 """
 SETTINGS = {
     "": ("CurationConfig", CurationConfig),

@@ -50,14 +50,20 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("embedders", nargs="+", help="names, such as checkpoint:FILE or timm:MODEL")
-    parser.add_argument("--suite", default="configs/suites/small.yaml", help="(default: %(default)s)")
-    parser.add_argument("--root", default=".", help="folder of the suite's paths (default: .)")
+    parser.add_argument("--suite", help="(default: configs/suites/small.yaml with its data, as shipped)")
+    parser.add_argument(
+        "--root", help="folder of the suite's paths (default: ., or that of the default suite)"
+    )
     parser.add_argument("--compare", action="store_true", help="intervals for the differences to the first")
     parser.add_argument("--cache-dir", default="runs/cache", help="(default: %(default)s)")
     parser.add_argument("--out", default="runs/evaluation", help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="of embedder and heads (default: %(default)s)")
     options = parser.parse_args()
+    if options.suite is None:  # found from any folder
+        home = Path(__file__).parents[1]
+        options.suite, options.root = str(home / "configs/suites/small.yaml"), options.root or str(home)
+    options.root = options.root or "."
     log_to_terminal()
     try:
         return run(options)

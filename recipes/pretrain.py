@@ -14,6 +14,17 @@ setting. `${…}` refers to other values. `--ckpt_path last` goes on from the ne
 this logger, or of the ModelCheckpoint's `dirpath`.
 """
 
+if __name__ == "__main__":  # before Lightning and torch are imported, which takes some fifteen seconds
+    import sys
+
+    from curated_data.early import check_keys
+    from curated_data.errors import ConfigError
+
+    try:
+        check_keys(sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(f"pretrain: {error}")
+
 import dataclasses
 import difflib
 import statistics
@@ -28,10 +39,11 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from curated_data import CuratedDataModule
-from curated_data.errors import ConfigError, CuratedDataError
+from curated_data.errors import ConfigError, CuratedDataError, first_line
 from curated_data.plan import duration, plan, plan_tables
 from curated_data.stages.cost import Cost
 
@@ -64,6 +76,13 @@ class ExactParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().parse_args(*args, **kwargs)
+        except OmegaConfBaseException as error:  # a ${…} that leads nowhere
+            key = str(error.full_key).removeprefix("fit.")
+            raise ConfigError(f"{key}: {first_line(error)}") from error
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]

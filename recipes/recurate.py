@@ -11,6 +11,17 @@ new, and how evenly it is spread over the clusters and, if the pool has labels, 
 used for nothing else. A killed run continues with --ckpt_path.
 """
 
+if __name__ == "__main__":  # before Lightning and torch are imported, which takes some fifteen seconds
+    import sys
+
+    from curated_data.early import check_keys
+    from curated_data.errors import ConfigError
+
+    try:
+        check_keys(sys.argv[1:], also=["recuration"])
+    except ConfigError as error:
+        sys.exit(f"recurate: {error}")
+
 import sys
 
 import lightning

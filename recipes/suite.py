@@ -1,5 +1,6 @@
 """Suites of evaluation datasets, described in YAML, and their parts as pools of shards in the cache."""
 
+import difflib
 import inspect
 import io
 import logging
@@ -109,7 +110,9 @@ def load_suite(path: str | Path) -> dict[str, Dataset]:
     layouts = ("shards", "folder", "torchvision", *LAYOUTS)
     for name, dataset in suite.items():
         if dataset.layout not in layouts:
-            raise ConfigError(f"{name}.layout: expected {', '.join(layouts)}; got {dataset.layout!r}")
+            near = difflib.get_close_matches(dataset.layout, layouts, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{name}.layout: expected {', '.join(layouts)}; got {dataset.layout!r}{hint}")
         unknown = set(dataset.evaluations) - set(EVALUATIONS)
         if unknown or not dataset.evaluations:
             raise ConfigError(

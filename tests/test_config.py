@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from curated_data.clustering.levels import Level
 from curated_data.config import CurationConfig, load_config
 from curated_data.errors import ConfigError
+from curated_data.levels import Level
 
 GOOD = {
     "target_size": 100,

@@ -1,6 +1,7 @@
 """Make the pools; see the package's docstring."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ MAKERS = {
         signs.glyphs, signs.documents, sounds.notes, sounds.speech, texts.glosses, texts.packages,
     )
 }  # fmt: skip
+CUT = (photos.fashion, photos.handwriting, photos.patches, signs.documents, sounds.notes)
+MAKERS |= {f"{maker.__name__}_{seed}": partial(maker, seed=seed) for seed in (1, 2) for maker in CUT}
+"""With the tail over other classes: `fashion_1` and so on."""
 
 
 def main() -> None:

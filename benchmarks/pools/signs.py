@@ -38,7 +38,7 @@ def glyphs(folder: Path) -> Parts:
     return split(items, names, most=6000)
 
 
-def documents(folder: Path) -> Parts:
+def documents(folder: Path, seed: int = 0) -> Parts:
     """Pieces of a page of English, by family of typefaces; ink and paper vary."""
     rng = np.random.default_rng(0)
     lines = [text for text, _ in glosses_of(folder)]
@@ -55,4 +55,4 @@ def documents(folder: Path) -> Parts:
             )
             items.append(np.asarray(image.convert("RGB")))
             names.append(family)
-    return split(items, names, 0, 50)
+    return split(items, names, seed, 50)

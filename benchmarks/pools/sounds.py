@@ -59,7 +59,7 @@ def speech(folder: Path) -> Parts:
     return split(items, names)
 
 
-def notes(folder: Path) -> Parts:
+def notes(folder: Path, seed: int = 0) -> Parts:
     """Notes of a General MIDI soundfont by instrument family, 16 of them; pitch, loudness and length vary."""
     rng = np.random.default_rng(0)
     soundfont = next(debian("timgm6mb-soundfont", folder).rglob("*.sf2"))
@@ -82,7 +82,7 @@ def notes(folder: Path) -> Parts:
             start = round(place * step * rate)
             items.append(picture_of_sound(wave[start : start + round(1.3 * rate)], rate))
             names.append(f"{program // 8}")
-    return split(items, names, 0, 50)
+    return split(items, names, seed, 50)
 
 
 def midi_of(program: int, events: list[tuple[int, int, float]], step: float) -> bytes:

@@ -11,8 +11,8 @@ from sklearn.cluster import DBSCAN, AgglomerativeClustering
 
 from curated_data.clustering.hierarchy import hierarchical_kmeans
 from curated_data.clustering.kmeans import prepare
-from curated_data.clustering.levels import Level
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
+from curated_data.levels import Level
 from curated_data.matrix import Matrix
 
 

@@ -15,14 +15,6 @@ from curated_data import parallel
 from curated_data.cache import fingerprint
 from curated_data.clustering.checkpoint import Arrays, Checkpoint, Running
 from curated_data.clustering.kmeans import check_settings, fit_rows, full_precision, prepare
-from curated_data.clustering.levels import (
-    Level,
-    TooManyClusters,
-    checked_levels,
-    choose_levels,
-    resampled_size,
-    shrunk_levels,
-)
 from curated_data.clustering.lloyd import Fit
 from curated_data.clustering.nearest import squared_distances
 from curated_data.clustering.neighbourhoods import loses_little, nearest_nearby, nearest_of_all, sampled_loss
@@ -30,6 +22,14 @@ from curated_data.clustering.rows import Rows, describe_memory, peak_memory, ran
 from curated_data.clustering.splits import split_level
 from curated_data.clustering.survey import warn_unresolved
 from curated_data.clustering.tree import ClusterTree
+from curated_data.levels import (
+    Level,
+    TooManyClusters,
+    checked_levels,
+    choose_levels,
+    resampled_size,
+    shrunk_levels,
+)
 from curated_data.matrix import Matrix, read_rows
 from curated_data.progress import progress
 

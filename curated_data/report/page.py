@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curated_data.clustering.levels import Level
 from curated_data.config import CurationConfig
 from curated_data.embedding.equal import equal_rows
 from curated_data.errors import PoolError, printable
+from curated_data.levels import Level
 from curated_data.pool.captions import read_captions
 from curated_data.pool.out import write_file
 from curated_data.removal import shown

@@ -1,13 +1,14 @@
 """A selection that takes more of what lies alone, without a balance over clusters.
 
-Each sample has a weight by the distance to its nearest neighbour: those that have one at the usual distance
-or nearer weigh alike, those that lie alone weigh more. Clusters only bound the neighbourhoods, and keep small
-outlying ones, which are junk more often than rare classes, from taking the selection over.
+Three figures of a sample say how alone it is: the distance to its nearest neighbour, how many others have it
+among their 16 nearest, and how many of its own 16 nearest return that. The distance follows the spread of a
+concept as well as its size; the two counts compare a sample with its surroundings, whatever their scale.
+Clusters only bound the neighbourhoods and spread the draw.
 """
 
-import itertools
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,87 +17,94 @@ from curated_data.matrix import Matrix, read_rows
 
 log = logging.getLogger(__name__)
 
-BOOST = 2.5
-"""log of the weight of a sample whose log distance is one standard deviation above the median."""
-LOG_MOST = 4.0
-"""log of the largest weight."""
-SHARE = 0.5
-"""0: a cluster gives by the weights of its samples; 1: by its size alone."""
+NEIGHBOURS = 16
+"""How many nearest rows a row lists."""
+LOG_LEAST, LOG_MOST = -3.0, 4.0
+"""Bounds of the log of a weight; that of a sample one standard deviation above the median is 1."""
+FURTHEST = 4.0
+"""Standard deviations at which a single figure is cut off."""
 NEAREST = 0.01
 """Distances below this part of the median are those of copies, and all the same."""
-BUDGET = 1 << 26
-"""Bytes of rows that are read at once."""
-CELL = 4096
-"""Members of a cluster that are compared with each other at once; larger clusters are cut in halves."""
+CELL = 2048
+"""Rows compared with each other at once: those of clusters that lie together, or a part of one cluster."""
+BLOCK = 8192
+"""Rows that are read at once for their mean."""
+_EQUAL = 1e-5  # cosines that differ by less are ties, which are listed all
 
 
-def neighbour_distances(x: Matrix, tree: ClusterTree, budget: int = BUDGET) -> np.ndarray:
-    """(n,) float32: the distance of each sample to its nearest neighbour in its lowest cluster.
+@dataclass(frozen=True)
+class Neighbours:
+    """Figures of n samples; NaN for those that the tree excludes.
 
-    Rows are brought to norm 1. A sample that is alone in its cluster has the largest distance of all, one
-    that the tree excludes has NaN.
+    Attributes:
+        distance: (n,) float32, to the nearest neighbour, of rows of norm 1; alone in its cell: the largest.
+        listed: (n,) float32, how many others of the cell have it among their 16 nearest.
+        mutual: (n,) float32, how many of them it has among its own.
+    """
+
+    distance: np.ndarray
+    listed: np.ndarray
+    mutual: np.ndarray
+
+
+def find_neighbours(x: Matrix, tree: ClusterTree) -> Neighbours:
+    """`Neighbours` of each sample in its cell: clusters that lie together, of at most 2048 samples.
+
+    Rows are brought to norm 1. The counts are by the cosine about the mean of these rows. A larger cluster is
+    halved, along the coordinate of most variance, until the parts have no more than 2048.
 
     Args:
-        x: (n, d) the clustered rows.
-        tree: its clusters of level 1 are the neighbourhoods; one of more than 4096 members is halved, along
-            the coordinate of most variance, until the parts have no more.
-        budget: bytes of float32 rows to read at once, though never less than a cluster; three copies of them
-            are held.
+        x: (n, d) the clustered rows. One cluster, or 2048 rows, are held at once.
+        tree: its clusters of level 1 are what cells are made of.
     """
     cluster = np.asarray(tree.parent[1])
-    distance = np.full(len(cluster), np.nan, np.float32)
-    order = np.argsort(cluster, kind="stable")
-    order = order[np.searchsorted(cluster[order], 0) :]
-    ends = np.cumsum(np.bincount(cluster[order], minlength=len(tree.centroids[1])))
-    most = max(1, budget // (4 * x.shape[1]))
-    for first, last in _runs(ends, most):
-        start = int(ends[first - 1]) if first else 0
-        ids = np.sort(order[start : ends[last - 1]])
-        rows = read_rows(x, ids).cpu().numpy().astype(np.float32, copy=False)  # a copy in any case
-        norms = np.linalg.norm(rows, axis=1, keepdims=True)
-        np.divide(rows, norms, out=rows, where=norms > 0)
-        place = np.argsort(cluster[ids], kind="stable")
-        bounds = np.searchsorted(cluster[ids][place], np.arange(first, last + 1))
-        for low, high in itertools.pairwise(bounds):
-            for cell in _cells(rows, place[low:high]):
-                distance[ids[cell]] = _nearest_within(rows[cell])
+    size = np.bincount(cluster[cluster >= 0], minlength=len(tree.centroids[1]))
+    order = np.argsort(cluster, kind="stable")[-size.sum() :] if size.any() else np.empty(0, np.int64)
+    ends = np.cumsum(size)
+    mean = _mean(x, np.flatnonzero(cluster >= 0))
+    distance, listed, mutual = np.full((3, len(cluster)), np.nan, np.float32)
+    for group in _groups(np.asarray(tree.centroids[1], np.float32), np.arange(len(size)), size):
+        ids = np.sort(np.concatenate([order[ends[c] - size[c] : ends[c]] for c in group]))
+        rows = _unit(read_rows(x, ids).cpu().numpy().astype(np.float32))
+        for cell in _cells(rows, np.arange(len(ids))):
+            distance[ids[cell]] = _nearest(rows[cell])
+            listed[ids[cell]], mutual[ids[cell]] = _counts(_unit(rows[cell] - mean))
     found = distance[np.isfinite(distance)]
     distance[np.isinf(distance)] = found.max() if len(found) else 0
-    return distance
+    return Neighbours(distance, listed, mutual)
 
 
-def sparse_weights(distance: np.ndarray, tree: ClusterTree) -> np.ndarray:
-    """(n,) float64 weights of the samples from `neighbour_distances`; 0 for those that the tree excludes.
+def sparse_weights(neighbours: Neighbours, tree: ClusterTree) -> np.ndarray:
+    """(n,) float64 weights of the samples; 0 for those that the tree excludes.
 
-    The log distance above its median, in standard deviations of the pool, gives the log of a weight. The
-    weights of a cluster are then divided by the root of their mean.
+    The log of a weight is twice the log of the distance, less the log of 1 + `listed`, less `mutual`. Each of
+    the three is in standard deviations of the pool above its median, and so is the sum, which is cut off at
+    -3 and 4.
     """
-    cluster = np.asarray(tree.parent[1])
-    weight = np.zeros(len(cluster))
-    kept = cluster >= 0
-    apart = distance[kept][distance[kept] > 0]
-    if not len(apart):
-        weight[kept] = 1
-        return weight
-    level = np.log(np.maximum(distance[kept], NEAREST * np.median(apart)), dtype=np.float64)
-    level -= np.median(level)
-    deviation = level.std()
-    steps = level / deviation if deviation > 0 else level
-    found = np.exp(np.clip(BOOST * steps, 0, LOG_MOST))
-    size = np.bincount(cluster[kept])
-    mean = np.bincount(cluster[kept], weights=found) / np.maximum(size, 1)
-    weight[kept] = found / mean[cluster[kept]] ** SHARE
+    kept = np.asarray(tree.parent[1]) >= 0
+    weight = np.zeros(len(kept))
+    if kept.any():
+        distance = neighbours.distance[kept].astype(np.float64)
+        apart = distance[distance > 0]
+        distance = np.log(np.maximum(distance, NEAREST * np.median(apart))) if len(apart) else distance
+        counts = (
+            np.log1p(neighbours.listed[kept], dtype=np.float64),
+            neighbours.mutual[kept].astype(np.float64),
+        )
+        figures = [np.clip(_standard(figure), -FURTHEST, FURTHEST) for figure in (distance, *counts)]
+        alone = _standard(2 * figures[0] - figures[1] - figures[2])
+        weight[kept] = np.exp(np.clip(alone, LOG_LEAST, LOG_MOST))
     return weight
 
 
 def sparse_sample(
-    tree: ClusterTree, distance: np.ndarray, target_size: int, *, max_repeats: int = 1, seed: int = 0
+    tree: ClusterTree, neighbours: Neighbours, target_size: int, *, max_repeats: int = 1, seed: int = 0
 ) -> np.ndarray:
     """Select samples with probabilities by `sparse_weights`, spread evenly over the clusters.
 
     Args:
         tree: over n samples; excluded ones are never selected.
-        distance: (n,) from `neighbour_distances`.
+        neighbours: from `find_neighbours`.
         target_size: number of ids to return. If the tree has fewer, all are returned and a warning is logged.
         max_repeats: how often a sample may be selected.
         seed: for the draw; equal arguments give equal ids.
@@ -105,7 +113,7 @@ def sparse_sample(
         int64 ids in ascending order, with repeats; exactly min(target_size, max_repeats * samples in the
         tree) of them.
     """
-    weight = sparse_weights(distance, tree)
+    weight = sparse_weights(neighbours, tree)
     ids = np.flatnonzero(weight > 0)
     capacity = len(ids) * max_repeats
     if target_size > capacity:
@@ -142,14 +150,19 @@ def _expected(weight: np.ndarray, total: int, most: int) -> np.ndarray:
     return expected
 
 
-def _runs(ends: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
-    """Ranges of clusters with at most `most` members together, or of one cluster."""
-    first = 0
-    while first < len(ends):
-        before = int(ends[first - 1]) if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, before + most, side="right")))
-        yield first, last
-        first = last
+def _groups(centroids: np.ndarray, clusters: np.ndarray, size: np.ndarray) -> Iterator[np.ndarray]:
+    """Clusters that lie together, with at most `CELL` members, or one cluster; empty ones are left out."""
+    clusters = clusters[size[clusters] > 0]
+    if len(clusters) < 2 or size[clusters].sum() <= CELL:
+        if len(clusters):
+            yield clusters
+        return
+    values = centroids[clusters]
+    clusters = clusters[np.argsort(values[:, np.argmax(values.var(axis=0))], kind="stable")]
+    steps = np.cumsum(size[clusters])
+    middle = int(np.clip(np.searchsorted(steps, steps[-1] / 2), 1, len(clusters) - 1))
+    yield from _groups(centroids, clusters[:middle], size)
+    yield from _groups(centroids, clusters[middle:], size)
 
 
 def _cells(rows: np.ndarray, members: np.ndarray) -> Iterator[np.ndarray]:
@@ -164,11 +177,40 @@ def _cells(rows: np.ndarray, members: np.ndarray) -> Iterator[np.ndarray]:
         yield from _cells(rows, half)
 
 
-def _nearest_within(rows: np.ndarray, block: int = 1024) -> np.ndarray:
-    """(m,) float32 distance of each row of norm 1 to its nearest other; infinite for a single row."""
-    nearest = np.full(len(rows), -np.inf, np.float32)
-    for first in range(0, len(rows), block):
-        cosine = rows[first : first + block] @ rows.T
-        cosine[np.arange(len(cosine)), first + np.arange(len(cosine))] = -np.inf
-        nearest[first : first + block] = cosine.max(axis=1)
-    return np.sqrt(np.maximum(2 - 2 * nearest, 0))
+def _mean(x: Matrix, ids: np.ndarray) -> np.ndarray:
+    """(d,) float32 mean of the rows, each of norm 1."""
+    total = np.zeros(x.shape[1])
+    for first in range(0, len(ids), BLOCK):
+        rows = read_rows(x, ids[first : first + BLOCK]).cpu().numpy().astype(np.float32)
+        total += _unit(rows).sum(axis=0, dtype=np.float64)
+    return (total / max(1, len(ids))).astype(np.float32)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+
+
+def _standard(values: np.ndarray) -> np.ndarray:
+    values = values - np.median(values)
+    deviation = values.std()
+    return values / deviation if deviation > 0 else values
+
+
+def _nearest(rows: np.ndarray) -> np.ndarray:
+    """(m,) distance of each row of norm 1 to its nearest other; infinite for a single row."""
+    cosine = rows @ rows.T
+    np.fill_diagonal(cosine, -np.inf)
+    return np.sqrt(np.maximum(2 - 2 * cosine.max(axis=1), 0))
+
+
+def _counts(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(m,) how many list each row, and how many of those it lists; of ties for the last place all count."""
+    cosine = rows @ rows.T
+    np.fill_diagonal(cosine, -np.inf)
+    if len(rows) <= NEIGHBOURS:
+        every = np.full(len(rows), len(rows) - 1)
+        return every, every
+    last = -np.partition(-cosine, NEIGHBOURS - 1, axis=1)[:, NEIGHBOURS - 1]
+    lists = cosine >= last[:, None] - _EQUAL
+    return lists.sum(axis=0), (lists & lists.T).sum(axis=0)

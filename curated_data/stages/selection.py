@@ -17,7 +17,7 @@ from curated_data.layout import SELECTION
 from curated_data.remedies import Remedy
 from curated_data.seals import reading
 from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_sample
-from curated_data.selection.sparse import BUDGET, neighbour_distances, sparse_sample
+from curated_data.selection.sparse import BLOCK, CELL, find_neighbours, sparse_sample
 from curated_data.stages.cost import Cost
 from curated_data.stages.stage import Run, Stage
 
@@ -42,7 +42,7 @@ class Selection(Stage):
     place = SELECTION
     kind = "selection"
     step = "sample"
-    version = 3
+    version = 4
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Selection(Stage):
         config = self.config
         how: dict[str, Any] = {"max_repeats": config.max_repeats, "seed": config.seed}
         if config.sampling == "sparse":
-            return sparse_sample(tree, neighbour_distances(store, tree), config.target_size, **how)
+            return sparse_sample(tree, find_neighbours(store, tree), config.target_size, **how)
         sample = flat_sample if config.sampling == "flat" else hierarchical_sample
         strategy = cast(Strategy, config.strategy)  # one of them, by `load_config`
         return sample(tree, config.target_size, strategy=strategy, **how)
@@ -85,11 +85,11 @@ class Selection(Stage):
     def cost(self, n: int, dimension: int) -> Cost:
         """Of drawing from n samples; the time is not measured."""
         memory = 100 * n
-        if (
-            self.config.sampling == "sparse"
-        ):  # three copies of the rows of some clusters, or of a very large one
+        if self.config.sampling == "sparse":
+            # Three copies of a block of rows, or of a very large cluster; then a cell's cosines.
             rows, clusters = 4 * n * dimension, sum(level.n_clusters for level in self.config.levels or ())
-            memory += 3 * max(min(rows, BUDGET), 2 * rows // max(clusters, 1))
+            memory += 3 * max(min(rows, 4 * BLOCK * dimension), 2 * rows // max(clusters, 1))
+            memory += 12 * min(n, CELL) ** 2
         return Cost(
             name=self.step,
             cached=self.is_cached,

@@ -11,7 +11,6 @@ import numpy as np
 
 from curated_data.cache import MANIFEST, read_array, read_manifest
 from curated_data.clustering.hierarchy import hierarchical_kmeans
-from curated_data.clustering.levels import Level, TooManyClusters, resampled_size
 from curated_data.clustering.rows import BLOCK
 from curated_data.clustering.seeding import CELL, PROBES, SCORES_BYTES
 from curated_data.clustering.tree import ClusterTree
@@ -19,6 +18,7 @@ from curated_data.config import CurationConfig, load_config
 from curated_data.embedding import EmbeddingStore
 from curated_data.errors import ConfigError, CuratedDataError, PoolError
 from curated_data.layout import CHECKPOINTS, TREE
+from curated_data.levels import Level, TooManyClusters, resampled_size
 from curated_data.parallel import rank
 from curated_data.remedies import Remedy
 from curated_data.removal import shown, tidy

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from curated_data.clustering import ClusterTree, Level, choose_levels, hierarchical_kmeans, hierarchy, kmeans
 from curated_data.clustering.hierarchy import _balanced_sample
 from curated_data.clustering.kmeans import prepare
-from curated_data.clustering.levels import TooManyClusters
 from curated_data.clustering.neighbourhoods import loses_little, nearest_nearby, sampled_loss
+from curated_data.levels import TooManyClusters
 from tests.oracles.clustering import clouds, kl_to_uniform, squared_distances, two_dimensional
 
 

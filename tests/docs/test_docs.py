@@ -7,12 +7,19 @@ import io
 import os
 import re
 import runpy
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from curated_data.cli import main
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+FURTHER = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks" / "LEADERBOARD.md"]
+REPOSITORY = "https://github.com/curated-data/curated-data/blob/main/"  # links that PyPI follows, too
 PAGES = sorted(DOCS.glob("*.md"))
 
 
@@ -22,8 +29,9 @@ def blocks(text: str) -> list[tuple[str, str]]:
 
 
 def run_page(page: str, folder: Path, monkeypatch) -> dict:
-    """The names that a page's Python blocks leave, run one after the other from a folder like a checkout's
-    root; each block of text is what the one before it printed, `…` for what may differ.
+    """The names that a page's Python blocks leave, run one after the other, and with them commands of
+    `curated-data`, from a folder like a checkout's root; each block of text is what the one before it
+    printed, `…` for what may differ.
     """
     monkeypatch.chdir(folder)
     os.symlink(ROOT / "recipes", folder / "recipes")
@@ -35,6 +43,10 @@ def run_page(page: str, folder: Path, monkeypatch) -> dict:
             with contextlib.redirect_stdout(output):
                 exec(compile(content, f"{page}, block {number}", "exec"), names)
             printed = output.getvalue()
+        elif language == "bash":
+            for command in content.replace("\\\n", " ").splitlines():
+                assert command.startswith("curated-data "), f"{page}, block {number}: {command} is not run"
+                assert main(shlex.split(command, comments=True)[1:]) == 0, command
         elif language == "text":
             pattern = re.sub(r"([\[\]?*])", r"[\1]", content).replace("…", "*")
             assert fnmatch.fnmatchcase(printed, pattern), f"{page}, block {number} printed:\n{printed}"
@@ -59,10 +71,11 @@ def test_answers_to_questions_run(tmp_path, monkeypatch):
     assert perplexity[-1] == min(perplexity[1:])  # falls back towards the pool's, as the page says
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *FURTHER], ids=lambda page: page.name)
 def test_links_and_named_files_exist(page):
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        target = target.removeprefix(REPOSITORY) if page.parent == ROOT else target
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
     for path in re.findall(r"\b(?:recipes|configs|benchmarks|tests)/[\w/]+\.\w+", text):
@@ -91,3 +104,19 @@ def test_the_help_of_recipes_is_as_wide_as_a_terminal(path):
     for line in ast.get_docstring(ast.parse(path.read_text()), clean=False).splitlines():
         assert len(line) <= 110, line
         assert "   --" not in line.lstrip(), line
+
+
+RUN = ["install", "folder_of_images", "img2dataset", "notebook", "object_store", "slurm", "table_and_search"]
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_pages_for_what_one_has_run(page, tmp_path, monkeypatch):
+    """Python and commands of `curated-data`, in the order of the page."""
+    run_page(f"{page}.md", tmp_path, monkeypatch)
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "curated_data.curate" in (tmp_path / "reference" / "index.html").read_text()

@@ -53,3 +53,8 @@ def test_last_is_the_newest_run_that_saved_one_or_an_error(arguments):
     found = sorted(Path("runs/pretrain").glob("version_*/checkpoints/last.ckpt"), key=os.path.getmtime)
     assert [torch.load(path, weights_only=True)["global_step"] for path in found] == [2, 6]
     assert pretrain.last_checkpoint(cli.trainer).resolve() == found[-1].resolve()
+
+
+def test_a_reference_that_leads_nowhere_is_one_line(arguments):
+    with pytest.raises(ConfigError, match=r"data\.batch_size.*nope"):
+        pretrain.main([*arguments, "--data.batch_size=${nope}"])

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from curated_data.cache import write_manifest
-from curated_data.clustering.levels import Level
 from curated_data.clustering.tree import ClusterTree
 from curated_data.config import CurationConfig
+from curated_data.levels import Level
 from curated_data.pool import ShardPool, ShardWriter
 from curated_data.report.explain import explain
 from curated_data.report.map import _leaf_ranks

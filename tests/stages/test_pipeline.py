@@ -21,7 +21,7 @@ from curated_data.reopen import reopen
 from curated_data.report.explain import explain
 from curated_data.selection.removed import Removed
 from curated_data.selection.sampling import hierarchical_sample
-from curated_data.selection.sparse import neighbour_distances, sparse_sample
+from curated_data.selection.sparse import find_neighbours, sparse_sample
 from tests.support.processes import run_ranks
 
 LEVELS = [{"n_clusters": 12, "n_resamples": 2, "sample_size": 3}, {"n_clusters": 4}]
@@ -412,8 +412,8 @@ def test_the_default_is_sparse_and_levels_or_the_paper_are_not(write_pool, tmp_p
     found = curate(shards, {"target_size": 70}, **place)
     assert (found.config.sampling, found.config.metric) == ("sparse", "cosine")
     assert [level.n_clusters for level in found.config.levels] == [2]
-    distance = neighbour_distances(found.embeddings, found.tree)
-    np.testing.assert_array_equal(found.ids, sparse_sample(found.tree, distance, 70, seed=0))
+    neighbours = find_neighbours(found.embeddings, found.tree)
+    np.testing.assert_array_equal(found.ids, sparse_sample(found.tree, neighbours, 70, seed=0))
     again = curate(shards, found.config, **place)  # with the levels filled in
     assert again.folders == found.folders
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curated_data import CurationConfig, Level, ShardPool, curate
-from curated_data.clustering.levels import choose_levels
 from curated_data.config import EmbeddingConfig
-from curated_data.plan import _stages, plan, plan_tables
+from curated_data.levels import choose_levels
+from curated_data.plan import plan, plan_tables, planned_stages
 from curated_data.stages.cost import Rates
 from curated_data.stages.embeddings import Embeddings
 from curated_data.stages.tree import Tree, clustering_work
@@ -61,7 +61,7 @@ def test_before_and_after_a_curation(write_pool, tmp_path):
 
 def expected(n, dimension, config, rates, ranks):
     """The costs of all stages of n samples, none of which is cached."""
-    stages, _ = _stages(NOWHERE, config, None, n)
+    stages, _ = planned_stages(NOWHERE, config, None, n)
     embed = Embeddings(NOWHERE, None, None, config.embedding).cost(n, dimension, rates, ranks)
     return [embed, *stages.costs(n, dimension, rates, ranks)]
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from curated_data import CurationConfig, Level, curate
-from curated_data.clustering.levels import choose_levels
 from curated_data.clustering.rows import resident_memory
 from curated_data.config import load_config
 from curated_data.embedding.existing import EmbeddedPool
+from curated_data.levels import choose_levels
 from curated_data.plan import peak_memory, plan, planned_stages
 from curated_data.stages.cost import Rates
 

@@ -1,0 +1,80 @@
+"""`curated-data recipe`: the programs in `recipes`, run or copied from wherever they are installed."""
+
+import argparse
+import ast
+import difflib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from curated_data.errors import ConfigError
+from curated_data.paths import local_path
+
+PARTS = ("recipes", "configs")
+
+
+def home() -> Path:
+    """The folder that has `recipes` and `configs`: inside the package of a wheel, else the checkout."""
+    package = Path(__file__).parent
+    shipped = package / "shipped"
+    return shipped if shipped.is_dir() else package.parent
+
+
+def recipe(parsed: argparse.Namespace) -> None:
+    """List the recipes, copy them, or become one.
+
+    Raises:
+        ConfigError: no recipe has that name, or the folder of a copy has recipes or settings already.
+    """
+    if parsed.copy is not None:
+        copy(local_path(parsed.copy, "--copy"))
+    elif parsed.name is None:
+        for name, path in recipes().items():
+            print(f"{name:20} {_summary(path)}")
+    else:
+        run(parsed.name, parsed.arguments)
+
+
+def recipes() -> dict[str, Path]:
+    """The programs by name."""
+    return {path.stem: path for path in sorted((home() / "recipes").glob("*.py")) if _is_program(path)}
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Replace this process by the recipe's, so that signals, workers and launched ranks are its own."""
+    found = recipes()
+    if name not in found:
+        near = difflib.get_close_matches(name, found, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"recipe {name}: there is no such recipe{hint} (there are {', '.join(found)})")
+    paths = [str(home()), *filter(None, [os.environ.get("PYTHONPATH")])]  # recipes import from each other
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, str(found[name]), *arguments], environment)
+
+
+def copy(folder: Path) -> None:
+    """Copy recipes, their data and settings into a folder, where paths in the settings then lead somewhere.
+
+    Raises:
+        ConfigError: it has a part of them already.
+    """
+    for part in PARTS:
+        if (folder / part).exists():
+            raise ConfigError(
+                f"--copy {folder}: has {part} already, which may be changed; give another folder"
+            )
+    for part in PARTS:
+        shutil.copytree(home() / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    print(f"{folder}: {' and '.join(PARTS)}; there, `curated-data recipe NAME …` runs one as it was shipped,")
+    print("and `python -m recipes.NAME …` the copy, which is yours to change")
+
+
+def _is_program(path: Path) -> bool:
+    return "__main__" in path.read_text(encoding="utf-8")
+
+
+def _summary(path: Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split())
