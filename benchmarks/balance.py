@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.machine import print_machine
 from curated_data import ClusterTree, Level, hierarchical_kmeans, hierarchical_sample
 from curated_data.cache import atomic_write_json
 from curated_data.clustering import choose_levels
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--embedder", default="efficientnet_lite0:64", help="(default: %(default)s)")
     options = parser.parse_args()
+    print_machine()
     torch.set_num_threads(1)
     names = options.only or sorted(file.parent.name for file in options.pools.glob("*/pool.npz"))
     table: dict[tuple[str, float, str], np.ndarray] = {}

@@ -1,7 +1,7 @@
 """Captions to labels: how fast class names are found, and how often the sense of a name is told right.
 
-    python benchmarks/captions.py speed --wordnet /usr/share/wordnet [--captions 10000000]
-    python benchmarks/captions.py senses --wordnet /usr/share/wordnet [--classes 1000 --seed 0]
+    python -m benchmarks.captions speed --wordnet /usr/share/wordnet [--captions 10000000]
+    python -m benchmarks.captions senses --wordnet /usr/share/wordnet [--classes 1000 --seed 0]
 
 speed: against regular expressions, captions a CPU second, and agreement. Captions are the glosses of
 WordNet's nouns, over and over; classes are the 1,000 nouns with the most captions. The regular expression is
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.machine import print_machine
 from curated_data.selection.captions import CaptionBlock, label_captions
 from curated_data.selection.names import CaptionClass, NameMatcher, read_wordnet
 from curated_data.selection.text import TextEmbedder, resolve_text_embedder
@@ -47,6 +48,7 @@ def main() -> None:
             command.add_argument("--embedder", default="minilm")
             command.add_argument("--seed", type=int, default=0, help="of the choice of senses")
     parsed = parser.parse_args()
+    print_machine()
     (speed if parsed.command == "speed" else senses)(parsed)
 
 

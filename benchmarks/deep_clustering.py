@@ -1,6 +1,6 @@
 """Clustering a long-tailed set by training: SP²OT, P²OT and balanced OT from one pretrained backbone.
 
-    python benchmarks/deep_clustering.py --seeds 3 --out deep_clustering.json
+    python -m benchmarks.deep_clustering --seeds 3 --out deep_clustering.json
 
 For each seed SimCLR pretrains a small ResNet on the long-tailed Fashion-MNIST shards of recipes/data, without
 labels; from its weights each method trains the last blocks and its prototypes, as the papers do from DINO's.
@@ -17,11 +17,12 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
-from pretraining import Images, Labelled, build, fit, load, score
 from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks.machine import print_machine
+from benchmarks.pretraining import Images, Labelled, build, fit, load, score
 from lightning_modules import SP2OT
 from lightning_modules.evaluation.clustering import clustering
 from lightning_modules.evaluation.online import embed_share, evaluation_mode
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="keep what is measured; a second run goes on from it")
     options = parser.parse_args()
+    print_machine()
     torch.set_num_threads(options.threads)
     kept = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
     sets = load("fashion-lt50-train-*.tar"), load("fashion-test-*.tar")

@@ -1,8 +1,8 @@
 """How fast pools are indexed, beside a pass of Python's `tarfile` and of webdataset over the same shards.
 
-    python benchmarks/indexing.py                    # three kinds of shards, one core: a minute
-    python benchmarks/indexing.py --samples 1000000  # a whole pool, all cores, as a user has it
-    python benchmarks/indexing.py --shards 100000    # opening an indexed pool of so many shards
+    python -m benchmarks.indexing                    # three kinds of shards, one core: a minute
+    python -m benchmarks.indexing --samples 1000000  # a whole pool, all cores, as a user has it
+    python -m benchmarks.indexing --shards 100000    # opening an indexed pool of so many shards
 
 Prints samples per second of wall and of CPU time, medians of several rounds in which the readers take turns,
 so that what else the machine does falls on all alike. Files are read once before: this measures the work, not
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from benchmarks.machine import print_machine
 from curated_data import CuratedDataModule
 from curated_data.cache import atomic_path, fingerprint, open_cache, write_manifest
 from curated_data.layout import POOL
@@ -182,6 +183,7 @@ def main() -> None:
         "--folder", type=Path, default=None, help="where the shards are written (1.5 KB a sample)"
     )
     arguments = parser.parse_args()
+    print_machine()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         if arguments.shards:
             open_pool(Path(folder), arguments.shards)

@@ -1,12 +1,12 @@
 """k-means and hierarchical k-means against their peers: CPU seconds, quality, and the share of the peak.
 
-    python benchmarks/kmeans.py peak      # the products' limit, and how near an assignment comes to it
-    python benchmarks/kmeans.py flat      # one k-means: ours, scikit-learn, faiss, the reference's algorithm
-    python benchmarks/kmeans.py mixture   # 50k x 256, levels 2500/500, 10 resamplings: balance of a sample
-    python benchmarks/kmeans.py tree      # 100k x 256, levels 5000/1000, 10 resamplings
-    python benchmarks/kmeans.py large     # first level of 100k clusters on 1M x 256 (4 GB of memory)
-    python benchmarks/kmeans.py streamed  # rows on disk, larger than max_memory: reading ahead of the work
-    python benchmarks/kmeans.py gpu       # one CUDA device: see kmeans_gpu.py; minutes
+    python -m benchmarks.kmeans peak      # the products' limit, and how near an assignment comes to it
+    python -m benchmarks.kmeans flat      # one k-means: ours, scikit-learn, faiss, the reference's algorithm
+    python -m benchmarks.kmeans mixture   # 50k x 256, levels 2500/500, 10 resamplings: balance of a sample
+    python -m benchmarks.kmeans tree      # 100k x 256, levels 5000/1000, 10 resamplings
+    python -m benchmarks.kmeans large     # first level of 100k clusters on 1M x 256 (4 GB of memory)
+    python -m benchmarks.kmeans streamed  # rows on disk, larger than max_memory: reading ahead of the work
+    python -m benchmarks.kmeans gpu       # one CUDA device: see kmeans_gpu.py; minutes
 
 "The reference's algorithm" is that of `kmeans_reference.py`. `--reference` runs it where it takes minutes
 (`flat`, `mixture`); `tree` times parts of it and multiplies. All times are CPU seconds of this process,
@@ -25,17 +25,18 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from kmeans_gpu import gpu
-from kmeans_reference import (
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
+
+from benchmarks.kmeans_gpu import gpu
+from benchmarks.kmeans_reference import (
     reference_iteration_seconds,
     reference_kmeans,
     reference_seeding_seconds,
     reference_tree,
 )
-from process_memory import memory_added
-from sklearn.cluster import KMeans
-from threadpoolctl import threadpool_limits
-
+from benchmarks.machine import print_machine
+from benchmarks.process_memory import memory_added
 from curated_data.clustering import ClusterTree, Level, hierarchical_kmeans, kmeans
 from curated_data.clustering.kmeans import prepare
 from curated_data.clustering.nearest import Centroids, nearest
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="repeat with so many seeds; medians are printed")
     parser.add_argument("--reference", action="store_true", help="run the reference's algorithm in full too")
     arguments = parser.parse_args()
+    print_machine()
     threadpool_limits(arguments.threads)  # of scikit-learn and numpy
     torch.set_num_threads(arguments.threads)
     faiss.omp_set_num_threads(arguments.threads)

@@ -1,6 +1,6 @@
 """Assignments on an accelerator: what products to multiply in, and who is ahead.
 
-    python benchmarks/kmeans.py gpu
+    python -m benchmarks.kmeans gpu
 
 Compared on the same rows: our tiles in float32, and in TF32 and bfloat16 (once, and in two halves) with
 close calls decided in float32, each by torch's products and by our fused kernel; faiss on the GPU, and
@@ -45,8 +45,6 @@ def gpu(device: str = "cuda", shrink: int = 1) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         print("gpu: skipped, no CUDA device here")
         return
-    if device == "cuda":
-        print(torch.cuda.get_device_name())
     peak = {products: product_rate(products, device, 8192 // min(shrink, 32)) for products in PRODUCTS[:3]}
     peak["bf16x3"] = peak["bf16"] / 3
     print("one large product, TFLOP/s: " + ", ".join(f"{name} {rate:.1f}" for name, rate in peak.items()))

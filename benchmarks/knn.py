@@ -1,8 +1,8 @@
 """Exact k-NN: beside faiss and the product alone; of a bank on disk; of a bank in two ranks' shares.
 
-    python benchmarks/knn.py speed [--queries 1024 --banks 32768 131072 --dimension 1024 --k 20 200]
-    python benchmarks/knn.py disk --rows 10000000 [--queries 256 --folder DIR]
-    python benchmarks/knn.py ranks [--rows 200000 --queries 512]
+    python -m benchmarks.knn speed [--queries 1024 --banks 32768 131072 --dimension 1024 --k 20 200]
+    python -m benchmarks.knn disk --rows 10000000 [--queries 256 --folder DIR]
+    python -m benchmarks.knn ranks [--rows 200000 --queries 512]
 
 speed: one thread, GFLOP/s of a CPU second, medians of runs that took turns; the work counted is that of the
 product, 2 queries x bank x dimension, whatever else a search does.
@@ -31,8 +31,9 @@ import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from process_memory import memory_added
 
+from benchmarks.machine import print_machine
+from benchmarks.process_memory import memory_added
 from lightning_modules.evaluation.knn import KNNResult, knn
 from lightning_modules.evaluation.nearest import top_rows
 
@@ -56,6 +57,7 @@ def main() -> None:
     of_speed.add_argument("--k", type=int, nargs="+", default=[20, 200])
     of_speed.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
+    print_machine()
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     if arguments.command == "speed":

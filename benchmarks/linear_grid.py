@@ -1,4 +1,4 @@
-"""The grid of linear heads in one pass beside its largest single head: `python benchmarks/linear_grid.py`.
+"""The grid of linear heads in one pass beside its largest single head: `python -m benchmarks.linear_grid`.
 
 13 learning rates x 4 kinds of ViT-S features. A step's time for the largest head alone and for the whole
 grid, the ratio, and the share of the product's peak that each reaches: the grid has 31 times the largest
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.machine import print_machine
 from lightning_modules.backbones import build_backbone
 from lightning_modules.evaluation.linear import LEARNING_RATES, LinearSettings, _train_grid
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--classes", type=int, nargs="+", default=[10, 100, 1000])
     arguments = parser.parse_args()
+    print_machine()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     features = {name: torch.randn(N, size, generator=generator) for name, size in SIZES.items()}

@@ -1,7 +1,7 @@
 """t-SimCNE, epoch by epoch, against the PyPI package of its authors, on the same images in one run.
 
     uv pip install --no-deps tsimcne==0.3.12      # 0.4.24 fails in `fit`
-    python benchmarks/maps.py --images 512 --batch-size 128
+    python -m benchmarks.maps --images 512 --batch-size 128
 
 Both train a ResNet-18 for small images on real ones (Fashion-MNIST, enlarged to 32 x 32), an epoch a stage,
 augmentation in the same process, so that an epoch is everything between the images and the updated weights.
@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.machine import print_machine
 from curated_data import ShardPool
 from lightning_modules import TSimCNE
 
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    print_machine()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):

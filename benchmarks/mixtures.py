@@ -1,5 +1,5 @@
 """A mixture of five components beside one selection, and beside the mixtures of other readers, in one run:
-`python benchmarks/mixtures.py`.
+`python -m benchmarks.mixtures`.
 
 Speed: samples per CPU second (see `streaming.py`) of five selections of one pool mixed by weights, over those
 of one selection of as many samples, decoded to 224 x 224; medians over repeats that take turns.
@@ -15,11 +15,9 @@ them). Data are made once, in `--folder`. About two minutes on two idle cores, a
 import argparse
 import functools
 import itertools
-import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,16 +25,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import webdataset
-from cpu_time import measure
-from streaming_data import N_SAMPLES, make_shards
-from streaming_readers import BATCH, crop
 
+from benchmarks.cpu_time import measure
+from benchmarks.machine import made, print_machine
+from benchmarks.streaming_data import N_SAMPLES, make_shards
+from benchmarks.streaming_readers import BATCH, crop
 from curated_data import Component, CuratedDataModule, Mixture
-from curated_data.removal import remove
 from curated_data.streaming import StreamLoader
-
-sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent.resolve()]
-"""Without this folder, whose `streaming` would hide mosaicml's."""
 
 WEIGHTS = [0.4, 0.25, 0.2, 0.1, 0.05]
 DRAWN = 10_000
@@ -143,15 +138,13 @@ class Combined:
         import litdata
 
         self.litdata = litdata
-        self.folders = []
-        for number in range(len(WEIGHTS)):
-            target = folder / "litdata-mixture" / str(number)
-            if not _is_whole(target):
-                inputs = list(range(number * SIZE, (number + 1) * SIZE))
-                litdata.optimize(
-                    _itself, inputs, str(target), chunk_bytes="64MB", num_workers=1, start_method="fork"
-                )
-            self.folders.append(str(target))
+
+        def make(numbers: range, target: Path) -> None:
+            litdata.optimize(
+                _itself, list(numbers), str(target), chunk_bytes="64MB", num_workers=1, start_method="fork"
+            )
+
+        self.folders = _tables(folder / "litdata-mixture", make)
 
     def stream(self, workers: int, start: int = 0) -> Iterator[int]:
         def loader() -> "torch.utils.data.DataLoader":
@@ -181,14 +174,13 @@ class Proportions:
         import streaming
 
         self.streaming = streaming
-        self.folders = []
-        for number in range(len(WEIGHTS)):
-            target = folder / "mosaic-mixture" / str(number)
-            if not _is_whole(target):
-                with streaming.MDSWriter(out=str(target), columns={"x": "int"}) as writer:
-                    for value in range(number * SIZE, (number + 1) * SIZE):
-                        writer.write({"x": value})
-            self.folders.append(str(target))
+
+        def make(numbers: range, target: Path) -> None:
+            with streaming.MDSWriter(out=str(target), columns={"x": "int"}) as writer:
+                for value in numbers:
+                    writer.write({"x": value})
+
+        self.folders = _tables(folder / "mosaic-mixture", make)
 
     def stream(self, workers: int, start: int = 0) -> Iterator[int]:
         def loader() -> "torch.utils.data.DataLoader":
@@ -225,13 +217,12 @@ class _Endless(torch.utils.data.IterableDataset):
         return itertools.cycle(values.tolist())
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a peer's data are all there; what an interrupted run left is removed."""
-    index = folder / "index.json"
-    if index.exists() and any(json.loads(index.read_text()).get(name) for name in ("chunks", "shards")):
-        return True
-    remove(folder, below=folder.parent)
-    return False
+def _tables(folder: Path, make: Callable[[range, Path], None]) -> list[str]:
+    """A peer's table of each component: folders of the numbers that stand for its samples."""
+    return [
+        str(made(folder / str(i), functools.partial(make, range(i * SIZE, (i + 1) * SIZE))))
+        for i in range(len(WEIGHTS))
+    ]
 
 
 def _itself(value: int) -> int:
@@ -279,13 +270,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--parts", nargs="+", choices=("shares", "speed"), default=["shares", "speed"])
     arguments = parser.parse_args()
+    print_machine()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if "speed" in arguments.parts:  # before a peer is imported, with threads of its own
         make_shards(arguments.folder)
         speed(arguments.folder, arguments.repeats, arguments.seconds, arguments.workers)
     if "shares" in arguments.parts:
         shares(arguments.folder)
-    print(json.dumps({"cpus": os.cpu_count(), "load": [round(load, 1) for load in os.getloadavg()]}))
 
 
 if __name__ == "__main__":

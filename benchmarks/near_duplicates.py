@@ -1,7 +1,7 @@
 """Near-duplicates by cells against an exact search of all pairs: CPU seconds, and the share of links found.
 
-    python benchmarks/near_duplicates.py [--samples 100000] [--dimension 128] [--threads 2]
-    python benchmarks/near_duplicates.py --memory --samples 1000000 --dimension 256
+    python -m benchmarks.near_duplicates [--samples 100000] [--dimension 128] [--threads 2]
+    python -m benchmarks.near_duplicates --memory --samples 1000000 --dimension 256
 
 The pool is a mixture of 1,000 components, a tenth of it noisy copies of other rows. The peer is faiss's exact
 search (`IndexFlatIP`, 17 neighbours, which is what the cells are searched with too). `--memory` keeps the
@@ -14,8 +14,9 @@ import time
 
 import faiss
 import numpy as np
-from process_memory import memory_added
 
+from benchmarks.machine import print_machine
+from benchmarks.process_memory import memory_added
 from curated_data.selection.near_duplicates import near_duplicates
 
 
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--cell-size", type=int, default=1_024, help="with --memory (default: %(default)s)")
     parsed = parser.parse_args()
+    print_machine()
     faiss.omp_set_num_threads(parsed.threads)
     if parsed.memory:
         memory(parsed)

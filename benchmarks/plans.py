@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import print_machine
 from curated_data import CurationConfig, ShardPool, curate, pipeline
 from curated_data import plan as planning
 from curated_data.plan import plan
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--pool", action="append", help="shards; may be given several times")
     parser.add_argument("--embedder", default="efficientnet_lite0:64", help="(default: %(default)s)")
     options = parser.parse_args()
+    print_machine()
     shards = str(FASHION / "fashion-lt50-train-")
     pools = options.pool or [f"{shards}00.tar", shards + "{00..03}.tar"]
     units = ("embed, s", "cluster, s", "memory, MB", "embeddings, MB", "tree, MB")

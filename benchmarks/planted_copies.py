@@ -1,6 +1,6 @@
 """Which threshold finds copies of real images, and what it takes for copies that are none.
 
-    python benchmarks/planted_copies.py FOLDER [FOLDER …] [--embedder efficientnet_lite0:128] [--images 800]
+    python -m benchmarks.planted_copies FOLDER [FOLDER …] [--embedder efficientnet_lite0:128] [--images 800]
 
 Each folder holds images of one kind: `.png` or `.jpg`, all different to the pixel. Of each image seven copies
 are planted, as a crawl finds an image again. At each threshold, near-duplicates are taken out of a pool of
@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance
 
+from benchmarks.machine import print_machine
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.pool import ShardPool, ShardWriter
 from curated_data.selection.near_duplicates import near_duplicates
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--embedder", default="efficientnet_lite0:128")
     parser.add_argument("--images", type=int, default=800, help="of each folder (default: %(default)s)")
     parsed = parser.parse_args()
+    print_machine()
     for folder in parsed.folders:
         images = [read(path) for path in chosen(folder, parsed.images)]
         sorts = ["original", *copies(images[0])]

@@ -1,6 +1,6 @@
 """Does each pretraining method beat its own random initialisation, by k-NN, after minutes on a CPU?
 
-    python benchmarks/pretraining.py --seeds 3 --out pretraining.json
+    python -m benchmarks.pretraining --seeds 3 --out pretraining.json
 
 Trains each small setting of configs/pretrain on the long-tailed Fashion-MNIST shards of recipes/data (all
 4,196 images of 28 x 28, labels unused) and classifies the 1,500 balanced held-out images by their nearest
@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.machine import print_machine
 from lightning_modules import TSimCNE
 from lightning_modules.evaluation.knn import knn
 from lightning_modules.evaluation.online import embed_share, evaluation_mode
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep what is measured; a second run goes on from it")
     parser.add_argument("--map", type=Path, help="where the map of t-SimCNE's first seed is drawn")
     arguments = parser.parse_args()
+    print_machine()
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

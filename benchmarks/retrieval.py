@@ -1,6 +1,6 @@
 """Retrieval of the nearest samples of every seed against faiss, flat and inverted: CPU seconds and recall.
 
-    python benchmarks/retrieval.py [--samples 100000] [--seeds 5000] [--dimension 256] [--threads 2]
+    python -m benchmarks.retrieval [--samples 100000] [--seeds 5000] [--dimension 256] [--threads 2]
 
 The pool is a mixture of 1,000 components, the seeds are drawn from 50 of them. Recall is the share of the
 pairs of seed and sample that float64 finds, for the first 200 seeds. The rows are kept in a file as float16,
@@ -14,8 +14,9 @@ import time
 
 import faiss
 import numpy as np
-from process_memory import memory_added
 
+from benchmarks.machine import print_machine
+from benchmarks.process_memory import memory_added
 from curated_data import retrieve
 
 CHECKED = 200
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--nearest", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2, help="of faiss; ours are those of OMP_NUM_THREADS")
     parsed = parser.parse_args()
+    print_machine()
     faiss.omp_set_num_threads(parsed.threads)
     n = parsed.nearest
     with tempfile.TemporaryDirectory() as folder:

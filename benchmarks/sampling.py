@@ -1,6 +1,6 @@
 """Hierarchical sampling by whole levels against a call a cluster: time, memory, and balance.
 
-    python benchmarks/sampling.py [--samples 10000000] [--runs 3]
+    python -m benchmarks.sampling [--samples 10000000] [--runs 3]
 
 The peer is what the method is usually written as: recursion in Python over the tree, member lists made
 beforehand (their cost is shown apart), a numpy draw in every lowest cluster. Medians of the runs; ratios are
@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from benchmarks.machine import print_machine
 from curated_data import ClusterTree, flat_sample, hierarchical_sample
 
 
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, nargs="+", default=[100_000, 10_000, 1_000])
     parser.add_argument("--runs", type=int, default=3)
     parsed = parser.parse_args()
+    print_machine()
     n, target = parsed.samples, parsed.samples // 10
     tree = zipf_tree(n, parsed.clusters)
     print(f"{n:,} samples, levels {parsed.clusters}, {target:,} selected; numpy {np.__version__}")

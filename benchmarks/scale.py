@@ -1,6 +1,6 @@
 """What ten million samples cost, stage by stage: CPU seconds, and memory at its height.
 
-    python benchmarks/scale.py [--samples 10000000] [--clusters 10000 1000 100] [--folder DIR]
+    python -m benchmarks.scale [--samples 10000000] [--clusters 10000 1000 100] [--folder DIR]
 
 Shards are holes of the right size. Their indexes and embeddings (8 dimensions, float16) are written by the
 package's own writers; every stage after these runs as a user runs it. So this measures what each sample costs
@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from process_memory import memory_added
 
+from benchmarks.machine import print_machine
+from benchmarks.process_memory import memory_added
 from curated_data import CuratedDataModule, ShardPool, curate, flat_sample, hierarchical_sample
 from curated_data.cache import open_cache
 from curated_data.embedding.contents import Contents
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, nargs="+", default=[10_000, 1_000, 100])
     parser.add_argument("--folder", type=Path, help="for about 100 bytes a sample")
     parsed = parser.parse_args()
+    print_machine()
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory(dir=parsed.folder) as folder:
         walk(Path(folder), parsed.samples, parsed.clusters)

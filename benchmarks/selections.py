@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.machine import print_machine
 from curated_data import (
     ClusterTree,
     CuratedDataModule,
@@ -101,6 +102,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--figure", metavar="PNG", help="draw the table there")
     parser.set_defaults(pool=None, test=[], small=False, image_size=None, backbone="resnet10")
     options = parser.parse_args()
+    print_machine()
     if not options.epochs:
         options.ways = [way for way in options.ways if way not in ("recurated", "untrained")]
     return options

@@ -1,6 +1,6 @@
 """What levels, resamplings and iterations to set: how flat a selection each gives, for how many CPU seconds.
 
-    python benchmarks/settings.py mixture-256 mixture-32 FEATURES.npz --seeds 5 --out settings.json
+    python -m benchmarks.settings mixture-256 mixture-32 FEATURES.npz --seeds 5 --out settings.json
 
 A pool is an `.npz` of `x` (n, d) and `label` (n,), or a drawn one: `mixture-D`, a long tail of overlapping
 components in D dimensions. A tenth of the pool is sampled. Flatness is the number of *effective* labels, exp
@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from kmeans import mixture
 
+from benchmarks.kmeans import mixture
+from benchmarks.machine import print_machine
 from curated_data.clustering import Level, choose_levels, hierarchical_kmeans
 from curated_data.selection.sampling import hierarchical_sample
 
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--variants", type=int, nargs="+", help="by their place, from 0 (default: all)")
     parser.add_argument("--out", type=Path, help="keep what is measured; a second run goes on from it")
     options = parser.parse_args()
+    print_machine()
     torch.set_num_threads(1)
     kept = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
     names = [list(VARIANTS)[i] for i in options.variants] if options.variants else list(VARIANTS)

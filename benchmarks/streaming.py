@@ -1,4 +1,4 @@
-"""The stream beside other readers of the same 20,000 JPEGs, in one run: `python benchmarks/streaming.py`.
+"""The stream beside other readers of the same 20,000 JPEGs, in one run: `python -m benchmarks.streaming`.
 
 Photo-like JPEGs of 256 x 256 (23 KB on average) in 20 shards, 10 % (chosen at random) and all of them, as raw
 bytes and decoded to 224 x 224, with 0 and 2 loader workers. Figures are samples per CPU second (user and
@@ -17,27 +17,22 @@ About six minutes on two idle cores, and two more the first time.
 
 import argparse
 import functools
-import json
 import multiprocessing
-import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from cpu_time import apart, cpu_of, measure
-from process_memory import anonymous_bytes
-from streaming_data import N_SAMPLES, a_tenth, make_formats, make_shards
-from streaming_readers import BATCH, READERS, decode, keep, memory, ours
 
+from benchmarks.cpu_time import apart, cpu_of, measure
+from benchmarks.machine import print_machine
+from benchmarks.process_memory import anonymous_bytes
+from benchmarks.streaming_data import N_SAMPLES, a_tenth, make_formats, make_shards
+from benchmarks.streaming_readers import BATCH, READERS, decode, keep, memory, ours
 from curated_data.pool import ShardPool
 from curated_data.streaming import EpochOrder
-
-sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent.resolve()]
-"""Without this folder, whose `streaming` would hide mosaicml's."""
 
 
 def beside_memory(folder: Path, ids: np.ndarray, workers: int, turns: int, batches: int) -> float:
@@ -153,6 +148,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=10, help="of decoding from shards and from memory")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     arguments = parser.parse_args()
+    print_machine()
     random.seed(0)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     make_shards(arguments.folder)
@@ -176,7 +172,6 @@ def main() -> None:
                 ratio = beside_memory(arguments.folder, ids, workers, arguments.turns, batches=6)
                 print(f"  {100 * len(ids) // N_SAMPLES} %, {workers} workers: {ratio:.2f}", flush=True)
     compare(arguments.folder, names, arguments.modes, arguments.repeats, arguments.seconds, arguments.workers)
-    print(json.dumps({"cpus": os.cpu_count(), "load": [round(load, 1) for load in os.getloadavg()]}))
 
 
 if __name__ == "__main__":

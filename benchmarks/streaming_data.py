@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.machine import made
 from curated_data.pool import ShardPool, ShardWriter
 
 N_SAMPLES, N_SHARDS, SIDE = 20_000, 20, 256
@@ -20,12 +21,14 @@ def a_tenth() -> np.ndarray:
 
 def make_shards(folder: Path) -> None:
     """The shards; what is there already is kept."""
-    if not (folder / "tar" / "done").exists():
+
+    def make(target: Path) -> None:
         print(f"making {N_SAMPLES} JPEGs in {folder}")
-        with ShardWriter(folder / "tar", max_samples=N_SAMPLES // N_SHARDS, overwrite=True) as writer:
+        with ShardWriter(target, max_samples=N_SAMPLES // N_SHARDS) as writer:
             for i, data in enumerate(photos()):
                 writer.write({"__key__": f"{i:06d}", "jpg": data, "cls": i % 100})
-        (folder / "tar" / "done").touch()
+
+    made(folder / "tar", make)
     pool = ShardPool(str(folder / "tar" / "shard-*.tar"), cache_dir=folder / "cache")
     size = pool.sizes(np.arange(N_SAMPLES), ["jpg"]).mean()
     print(f"{len(pool)} samples in {len(pool.urls)} shards, {size / 1e3:.1f} KB a JPEG", flush=True)
@@ -39,30 +42,35 @@ def make_formats(folder: Path, names: list[str]) -> None:
         for start in range(0, N_SAMPLES, 500):
             yield from enumerate((s["jpg"] for s in pool.read(range(start, start + 500), ["jpg"])), start)
 
-    if not (folder / "images" / "done").exists():
+    def images(target: Path) -> None:
         for i, data in samples():
-            path = folder / "images" / f"class-{i // 200:03d}" / f"{i:06d}.jpg"
+            path = target / f"class-{i // 200:03d}" / f"{i:06d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-        (folder / "images" / "done").touch()
-    if "mosaicml-streaming" in names and not (folder / "mds" / "index.json").exists():
+
+    def mosaic(target: Path) -> None:
         import streaming
 
-        with streaming.MDSWriter(
-            out=str(folder / "mds"), columns={"jpg": "bytes"}, size_limit=1 << 26
-        ) as writer:
+        with streaming.MDSWriter(out=str(target), columns={"jpg": "bytes"}, size_limit=1 << 26) as writer:
             for _, data in samples():
                 writer.write({"jpg": data})
-    if "litdata" in names and not (folder / "litdata" / "index.json").exists():
-        import litdata
 
-        litdata.optimize(
+    def litdata(target: Path) -> None:
+        from litdata import optimize
+
+        optimize(
             fn=functools.partial(_read_file, str(folder / "images")),
             inputs=list(range(N_SAMPLES)),
-            output_dir=str(folder / "litdata"),
+            output_dir=str(target),
             chunk_bytes="64MB",
             num_workers=1,
         )
+
+    made(folder / "images", images)
+    if "mosaicml-streaming" in names:
+        made(folder / "mds", mosaic)
+    if "litdata" in names:
+        made(folder / "litdata", litdata)
 
 
 def _read_file(images: str, i: int) -> bytes:

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
 import webdataset
-from streaming_data import N_SAMPLES, N_SHARDS
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 
+from benchmarks.streaming_data import N_SAMPLES, N_SHARDS
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import decode_image
 from curated_data.streaming import (

@@ -1,6 +1,6 @@
 """Step time of the pretraining modules in a Trainer against a bare PyTorch loop doing the same mathematics.
 
-    python benchmarks/training_step.py --steps 40
+    python -m benchmarks.training_step --steps 40
 
 Two copies of a module train side by side in one process on the same batches, kept in memory so that no loader
 is measured: one in a Trainer, with everything that a module does a step (checks, schedules, logging), the
@@ -23,6 +23,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from benchmarks.machine import print_machine
 from lightning_modules import MAE, SP2OT, DINOv2, SimCLR, TSimCNE
 from lightning_modules.pretraining.base import PretrainingModule
 from lightning_modules.pretraining.dinov2 import SMALL, update_average
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
+    print_machine()
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -1,4 +1,4 @@
-"""P²OT and SP²OT solvers beside the papers' scaling iterations, in one run: `python benchmarks/transport.py`.
+"""P²OT and SP²OT solvers beside the papers' scaling iterations, in one run: `python -m benchmarks.transport`.
 
 The peer is the iteration as the papers print it, in float32, dense: at most 1000 scaling steps to
 |b - b_prev| < 1e-6, and for SP²OT such a solve, from a cold start, for every outer step. Times are CPU
@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.machine import print_machine
 from lightning_modules.transport import gaussian_similarity, solve_p2ot, solve_sp2ot
 
 N = 5120
@@ -95,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="K = 100 alone, one repeat")
     arguments = parser.parse_args()
+    print_machine()
     sizes, repeats = ((100,), 1) if arguments.quick else ((100, 500), 3)
     torch.set_num_threads(1)  # idle threads that spin would count as CPU seconds
     solve_p2ot(torch.rand(64, 4), 0.5)  # the first call pays for lazy initialisation

@@ -1,6 +1,6 @@
 """Clusters of long-tailed image embeddings: SP²OT, P²OT and balanced OT beside k-means.
 
-    python benchmarks/transport_clustering.py SHARDS... [--embedder efficientnet_lite0:128] [--seeds 3]
+    python -m benchmarks.transport_clustering SHARDS... [--embedder efficientnet_lite0:128] [--seeds 3]
 
 Reads WebDataset shards with `.png` and `.cls`, embeds the images, clusters them into as many clusters as
 there are classes, and prints class-averaged accuracy under the best matching, accuracy, NMI, and class
@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from sklearn.cluster import KMeans
 
+from benchmarks.machine import print_machine
 from curated_data.embedding.embedders import resolve_embedder
 from lightning_modules.evaluation.clustering import clustering
 from lightning_modules.transport_clustering import cluster_embeddings
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="file for the embeddings, read if it is there")
     arguments = parser.parse_args()
+    print_machine()
     torch.set_num_threads(1)
     if arguments.keep and arguments.keep.exists():
         stored = np.load(arguments.keep)

@@ -130,8 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "source",
         nargs="+",
-        help="a folder as for ImageFolder: one sub-folder per class; or tar archives, compressed or with the "
-        "parts of samples apart: 'old-{000..099}.tar.gz', a glob in quotes, paths, URLs, or 'pipe:COMMAND'",
+        help="a folder as for ImageFolder: one sub-folder per class; parquet files with images as the Hub "
+        "stores them, or a folder of these; or tar archives, compressed or with the parts of samples apart: "
+        "'old-{000..099}.tar.gz', a glob in quotes, paths, URLs, 'pipe:COMMAND', or a .txt or the .json of "
+        "wids that lists them",
     )
     command.add_argument("out", help="where the shards go")
     _shard_options(command)
@@ -142,6 +144,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _pool_command(commands, "embed", "embed every sample of a pool", _embed)
     _embedder_option(command)
+    command.add_argument("--out", metavar="FOLDER", help="also write keys and embeddings to this new folder")
+    command.add_argument(
+        "--format",
+        choices=("parquet", "npy"),
+        default="parquet",
+        help="of --out: parquet files, or .npy with keys beside them, as of clip-retrieval "
+        "(default: %(default)s)",
+    )
 
     command = _pool_command(
         commands,
@@ -171,11 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         commands, "curate", "select a balanced subset: index, embed, cluster, sample", _curate
     )
     _curation_options(command)
-    command.add_argument(
-        "--embeddings",
-        action="store_true",
-        help="what is given are embeddings, .npy files or folders of them, not shards; ids are rows",
-    )
+    _rows_option(command)
     command.add_argument("--ids", metavar="FILE", help="also write the selected ids to this .npy file")
     command.add_argument(
         "--dry-run",
@@ -205,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", metavar="FILE.parquet", help="the table to write")
     command.add_argument("--keys", metavar="FILE.csv", help="write ids, shards and keys alone, as text")
     command.add_argument("--selected", action="store_true", help="only the selected samples")
+    command.add_argument("--columns", nargs="+", default=[], metavar="NAME", help="of the pool's own, to add")
     command.add_argument("--images", type=int, metavar="PIXELS", help="add thumbnails of this side")
     command.add_argument("--coordinates", metavar="FILE.npy", help="(n, 2) place of every sample on a map")
 
@@ -216,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _pool_command(commands, "report", "write one HTML page about a curation", _report)
     _curation_options(command)
+    _rows_option(command)
     command.add_argument("--out", default="report.html", help="the page to write (default: %(default)s)")
     command.add_argument("--title", default="Curation report", help="of the page (default: %(default)s)")
     command.add_argument(
@@ -277,6 +285,13 @@ def _pool_command(commands: Any, name: str, what: str, run: Any) -> argparse.Arg
         help="under transparent pixels: a grey, or red,green,blue (default: 128)",
     )
     command.add_argument(
+        "--columns",
+        action="append",
+        metavar="PATH",
+        help="a parquet file, or a folder of them, with more about the samples, joined by key (default: "
+        "those beside the shards)",
+    )
+    command.add_argument(
         "--ignore-exif", action="store_true", help="do not turn images as their EXIF data say"
     )
     _storage_options(command)
@@ -313,15 +328,31 @@ def _embedder_option(command: argparse.ArgumentParser) -> None:
         "--embedder",
         default="hub:dinov2_vitl14_reg",
         metavar="NAME",
-        help="torchvision:MODEL, timm:MODEL, hub:ENTRY, checkpoint:FILE, … (default: %(default)s)",
+        help="torchvision:MODEL, timm:MODEL, hub:ENTRY, checkpoint:FILE, precomputed:PATH, … "
+        "(default: %(default)s)",
     )
     command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: %(default)s)")
+
+
+def _rows_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--embeddings",
+        action="store_true",
+        help="what is given are embeddings, not shards: .npy or parquet files, folders of them, or one that "
+        "clip-retrieval wrote; ids are rows",
+    )
 
 
 def _curation_options(command: argparse.ArgumentParser) -> None:
     _embedder_option(command)
     command.add_argument("--config", metavar="YAML", help="fields of CurationConfig")
     command.add_argument("--target-size", type=int, metavar="N", help="samples to select")
+    command.add_argument(
+        "--where",
+        metavar="CONDITION",
+        help="in SQL over the columns of the pool, as in 'similarity > 0.28 AND NOT json.nsfw'; other "
+        "samples are dropped",
+    )
     command.add_argument(
         "--set",
         action="append",
@@ -347,6 +378,8 @@ def _config(parsed: argparse.Namespace) -> Any:
     assert isinstance(merged, DictConfig), "both are mappings"
     if parsed.target_size is not None:
         merged.target_size = parsed.target_size
+    if parsed.where is not None:
+        merged.where = parsed.where
     return load_config(merged)
 
 
@@ -358,11 +391,21 @@ def _import(parsed: argparse.Namespace) -> None:
         "overwrite": parsed.overwrite,
         "storage_options": _storage(parsed),
     }
-    if len(parsed.source) == 1 and os.path.isdir(spelled(parsed.source[0])):
+    sources = [spelled(source) for source in parsed.source]
+    if all(source.endswith(".parquet") or _holds_parquet(source) for source in sources):
+        from curated_data.pool.tables import import_tables
+
+        shards = import_tables(sources, parsed.out, **options)
+    elif len(sources) == 1 and os.path.isdir(sources[0]):
         shards = import_folder(parsed.source[0], parsed.out, **options)
     else:
         shards = import_archives(parsed.source, parsed.out, **options)
     print(f"{len(shards)} shards in {parsed.out}")
+
+
+def _holds_parquet(source: str) -> bool:
+    """Whether a folder holds parquet files and no folders, as a downloaded data set of the Hub."""
+    return os.path.isdir(source) and {Path(name).suffix for name in os.listdir(source)} == {".parquet"}
 
 
 def _pool(parsed: argparse.Namespace) -> Any:
@@ -376,7 +419,14 @@ def _pool(parsed: argparse.Namespace) -> Any:
         background=parsed.background,
         exif_orientation=not parsed.ignore_exif,
         strict=parsed.strict,
+        columns=parsed.columns,
     )
+
+
+def _rows(parsed: argparse.Namespace) -> Any:
+    from curated_data.embedding.existing import EmbeddedPool
+
+    return EmbeddedPool(parsed.pool)
 
 
 def _colour(text: str) -> int | list[int]:
@@ -417,12 +467,18 @@ def _index(parsed: argparse.Namespace) -> None:
 def _embed(parsed: argparse.Namespace) -> None:
     from curated_data.cache import open_cache
     from curated_data.embedding import embed_pool, resolve_embedder
+    from curated_data.embedding.out import check_folder, write_embeddings
 
+    if parsed.out is not None:
+        check_folder(parsed.out, parsed.format)
+    pool = _pool(parsed)
     store = embed_pool(
-        _pool(parsed), resolve_embedder(parsed.embedder), open_cache(parsed.cache_dir), device=parsed.device
+        pool, resolve_embedder(parsed.embedder), open_cache(parsed.cache_dir), device=parsed.device
     )
     count = store.n_failures
     print(f"{len(store):,} embeddings of length {store.shape[1]}, {count:,} failed: {store.folder}")
+    if parsed.out is not None:
+        print(f"embeddings: {write_embeddings(store, pool.keys, parsed.out, form=parsed.format)}")
 
 
 def _duplicates(parsed: argparse.Namespace) -> None:
@@ -453,9 +509,7 @@ def _run_curation(parsed: argparse.Namespace) -> tuple[Any, Any]:
     from curated_data.pipeline import curate
 
     if getattr(parsed, "embeddings", False):
-        from curated_data.embedding.existing import EmbeddedPool
-
-        rows = EmbeddedPool(parsed.pool)
+        rows = _rows(parsed)
         return rows, curate(rows, config, embedder=None, cache_dir=parsed.cache_dir, device=parsed.device)
     pool = _pool(parsed)
     curation = curate(
@@ -472,11 +526,15 @@ def _curate(parsed: argparse.Namespace) -> None:
             raise ConfigError("--dry-run: plans the work on shards; there is nothing to embed here")
         _plan(parsed)
         return
+    from curated_data.filtering import filter_rows
+
     if parsed.ids is not None:
         _check_output(parsed.ids, parsed)
     _, curation = _run_curation(parsed)
     report = curation.report
     print_table(summary_table(report))
+    for name, value in filter_rows(report.get("filters")):
+        print(f"{name}: {value}")
     if report["failed"]:
         print(f"{report['failed']:,} samples could not be embedded: see {curation.folders['embeddings']}")
     if report["excluded"]:
@@ -555,7 +613,12 @@ def _table(parsed: argparse.Namespace) -> None:
     coordinates = _array(parsed.coordinates, "coordinates")
     pool, curation = _run_curation(parsed)
     table = CurationTable(
-        curation, pool, selected=parsed.selected, images=parsed.images, coordinates=coordinates
+        curation,
+        pool,
+        selected=parsed.selected,
+        images=parsed.images,
+        coordinates=coordinates,
+        columns=parsed.columns,
     )
     for place, write in ((parsed.out, table.write), (parsed.keys, table.write_keys)):
         if place is not None:
@@ -581,7 +644,7 @@ def _report(parsed: argparse.Namespace) -> None:
     _check_output(parsed.out, parsed)
     arrays = {name: _array(getattr(parsed, name), name) for name in ("coordinates", "labels")}
     names = _class_names(parsed.class_names)
-    check_arrays(len(_pool(parsed)), **arrays)
+    check_arrays(len(_rows(parsed) if parsed.embeddings else _pool(parsed)), **arrays)
     pool, curation = _run_curation(parsed)
     print(write_report(curation, pool, parsed.out, title=parsed.title, class_names=names, **arrays))
 

@@ -94,6 +94,11 @@ class CurationConfig:
         seed: for everything random in clustering and sampling.
         max_memory_gb: memory that clustering may use for embeddings; what exceeds it is read again, in
             blocks, at every pass.
+        where: a condition in SQL over the columns of the pool, as `similarity > 0.28 AND NOT json.nsfw`;
+            samples for which it is not true are dropped before embeddings are clustered.
+        exclude: samples to leave out: ids, keys, `.npy` files of ids, `.txt` files of a key in each line.
+        include: samples to select whatever else is said, in the same forms; they count in the quotas of their
+            clusters.
         embedding: see `EmbeddingConfig`.
         near_duplicates: see `NearDuplicateConfig`.
 
@@ -116,6 +121,9 @@ class CurationConfig:
     tol: float = 1e-4
     seed: int = 0
     max_memory_gb: float = 8.0
+    where: str | None = None
+    exclude: list[Any] = field(default_factory=list)
+    include: list[Any] = field(default_factory=list)
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     near_duplicates: NearDuplicateConfig = field(default_factory=NearDuplicateConfig)
 
@@ -240,6 +248,8 @@ def _check_containers(schema: type, content: Any, above: str = "") -> None:
             raise ConfigError(f"{name}: expected a list, got {value!r}; write [{value}]")
         elif "list" in str(item.type) and isinstance(value, bool | int | float):
             raise ConfigError(f"{name}: expected a list, got {value!r}")
+        elif item.name == "where" and isinstance(value, bool | int | float):
+            raise ConfigError(f"{name}: expected a condition in SQL, got {value!r}")
         elif isinstance(value, Mapping | DictConfig):
             kind = "list" if "list" in str(item.type) else "plain value"
             raise ConfigError(f"{name}: expected a {kind}, got fields and values {dict(value)!r}")

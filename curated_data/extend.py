@@ -19,6 +19,7 @@ from curated_data.config import CurationConfig
 from curated_data.embedding import EmbeddingStore
 from curated_data.embedding.contents import Contents
 from curated_data.errors import CacheError, ConfigError, PoolError
+from curated_data.filtering import filter_pool, filter_report
 from curated_data.parallel import all_gather, rank, world_size
 from curated_data.paths import local_path
 from curated_data.pool import ShardPool
@@ -143,11 +144,15 @@ def _extend(
     check_preference(config, pool)
     if isinstance(pool, ShardPool):
         _check_shards(pool, base, run.root)
+    filtered = filter_pool(pool, config)
     with run.timed("embed"):
         held_out = embed_held_out(held_out_stage, run)  # the smaller
         store = embeddings.build(run.device)
     run.folders["embeddings"] = store.folder
     kept, known = _kept(pool, store.shard_fingerprints, old, base)
+    if filtered is not None:
+        store.left_out = ~filtered.keep
+        kept.parent[1][store.left_out] = EXCLUDED
     valid, inputs = store.valid, inputs_of(store) | {"base": base.folder.name}
     in_tree = kept.parent[1] != EXCLUDED
     new = ~known
@@ -163,7 +168,9 @@ def _extend(
         counts = _copies(copies) | {"readmitted": len(again)}
         if len(again):
             log.info("near-duplicates: %d samples removed earlier are copies of none now", len(again))
-    elif NearDuplicates.place in base.inputs:
+    elif "filters" in base.inputs:  # which may have dropped what they keep now
+        new |= valid & known & ~in_tree
+    if not config.near_duplicates.enabled and NearDuplicates.place in base.inputs:
         log.warning(
             "near_duplicates is not enabled, though the tree was built without near-duplicates: copies among "
             "the new samples stay in, also those of held-out ones"
@@ -189,12 +196,13 @@ def _extend(
         valid &= ~known | (tree.parent[1] != EXCLUDED)
     config = dataclasses.replace(of_tree, seed=config.seed)
     found = {"drift": vars(drift)}
+    counts_of_filters = filter_report(filtered, pool)
     made = select(
         run,
         config,
         tree,
         store,
-        lambda ids: report_of(pool, store, valid, tree, ids, config) | found | counts,
+        lambda ids: report_of(pool, store, valid, tree, ids, config) | counts_of_filters | found | counts,
     )
     return dataclasses.replace(made, report=made.report | found)  # by the limit of this call
 

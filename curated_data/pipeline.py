@@ -16,8 +16,10 @@ import torch
 
 from curated_data.cache import fingerprint
 from curated_data.config import CurationConfig, levels_for
-from curated_data.embedding.existing import EmbeddedPool, Source
+from curated_data.embedding.existing import EmbeddedPool
+from curated_data.embedding.files import Source
 from curated_data.errors import PoolError
+from curated_data.filtering import filter_pool, filter_report
 from curated_data.parallel import check_same
 from curated_data.pool.decode import Decoders
 from curated_data.stages.curation import Curation, report_of, select
@@ -89,12 +91,15 @@ def _curate(pool: AnyPool, config: CurationConfig, run: Run, embeddings: Embeddi
     n_samples = Index(pool).build(run)
     check_levels(config.levels, n_samples)
     check_preference(config, pool)
+    with run.timed("filter"):
+        filtered = filter_pool(pool, config)
 
     with run.timed("embed"):
         held_out = embed_held_out(held_out_stage, run)  # the smaller
         store = embeddings.build(run.device)
     run.folders["embeddings"] = store.folder
-    check_any(store, f"the pool's {n_samples} samples")
+    store.left_out = None if filtered is None else ~filtered.keep
+    check_any(store, f"the pool's {n_samples if filtered is None else int(filtered.keep.sum())} samples")
     valid, inputs = store.valid, inputs_of(store)
 
     if config.near_duplicates.enabled:
@@ -104,7 +109,7 @@ def _curate(pool: AnyPool, config: CurationConfig, run: Run, embeddings: Embeddi
         inputs = inputs | {copies.place: copies.name}
     if not valid.any():
         raise PoolError(
-            f"near-duplicates: all of the pool's {n_samples - store.n_failures} samples that could be "
+            f"near-duplicates: all of the pool's {int(store.valid.sum())} samples that could be "
             "embedded are copies of held-out ones; raise near_duplicates.threshold, or look at what "
             "held_out names"
         )
@@ -113,7 +118,13 @@ def _curate(pool: AnyPool, config: CurationConfig, run: Run, embeddings: Embeddi
     config = dataclasses.replace(config, levels=levels_for(config, int(valid.sum())))
     check_levels(config.levels, int(valid.sum()), n_samples)
     tree = Tree(run.root, config, inputs).cluster(run, pool, store, valid, derived=derived)
-    return select(run, config, tree, store, lambda ids: report_of(pool, store, valid, tree, ids, config))
+    return select(
+        run,
+        config,
+        tree,
+        store,
+        lambda ids: report_of(pool, store, valid, tree, ids, config) | filter_report(filtered, pool),
+    )
 
 
 def curate_embeddings(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,9 @@ from curated_data.clustering.rows import resident_memory
 from curated_data.config import CurationConfig, levels_for, load_config
 from curated_data.embedding import Embedder, EmbeddingStore
 from curated_data.embedding.extract import embed_samples
+from curated_data.embedding.precomputed import Precomputed
 from curated_data.errors import ConfigError
+from curated_data.filtering import filter_pool, filter_rows, with_named_ids
 from curated_data.levels import Level
 from curated_data.parallel import world_size
 from curated_data.pool import ShardPool
@@ -59,6 +61,7 @@ class Plan:
             mapped files, near-duplicates and clustering. The measured peak should be 0.4 to 1 times it;
             worker processes come on top.
         stages: in order.
+        filters: what they drop, as in the report of a curation; None without filters.
     """
 
     n_samples: int
@@ -70,6 +73,7 @@ class Plan:
     tree_bytes: int
     peak_bytes: int
     stages: list[Cost]
+    filters: dict[str, Any] | None = None
 
     @property
     def seconds(self) -> float:
@@ -106,14 +110,21 @@ def plan(
     n_samples = len(pool)
     check_levels(config.levels, n_samples)
     check_preference(config, pool)
+    config = with_named_ids(config, pool)
+    filtered = filter_pool(pool, config)
     store, n_missing = embeddings.open()
-    stages, valid = planned_stages(root, config, store, n_samples)
-    n_valid = n_samples if valid is None else int(valid.sum())
+    if store is not None and filtered is not None:
+        store.left_out = ~filtered.keep
+    n_kept = n_samples if filtered is None else int(filtered.keep.sum())
+    stages, valid = planned_stages(root, config, store, n_kept)
+    n_valid = n_kept if valid is None else int(valid.sum())
     levels = stages.tree.config.levels or []
     check_levels(levels, n_valid, n_samples)
 
     network = embeddings.embedder
     assert network is not None, "a pool of shards has one"
+    if isinstance(network, Precomputed):
+        raise ConfigError("plan: the embeddings exist already, and there is nothing to embed")
     if store is None or valid is None:
         probe = _probe(n_samples, n_probe)
         rows, samples_per_second = _embed_probe(pool, network, probe, config, device, decoders)
@@ -137,6 +148,7 @@ def plan(
         tree_bytes=tree_bytes,
         peak_bytes=peak_memory(costs, mapped, resident_memory()),
         stages=[embed, *costs],
+        filters=None if filtered is None else filtered.report(pool.keys),
     )
 
 
@@ -203,6 +215,8 @@ def plan_tables(plan: Plan) -> list[Table]:
         ("memory of a process at its height", size(plan.peak_bytes)),
     ):
         sizes.add_row(name, value)
+    for row in filter_rows(plan.filters):
+        sizes.add_row(*row)
     stages = Table(title="Expected, by a probe on this machine")
     stages.add_column("stage")
     stages.add_column("time", justify="right")

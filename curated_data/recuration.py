@@ -110,7 +110,14 @@ def _recurate(
         found = report_of(pool, base.embeddings, kept, tree, ids, config)
         found["near_duplicates"] = base.report["near_duplicates"]
         found["failed"] += store.n_failures
-        found["excluded"] = len(pool) - found["failed"] - found["near_duplicates"] - int(kept.sum())
+        found |= {"filters": base.report["filters"]} if "filters" in base.report else {}
+        found["excluded"] = (
+            len(pool)
+            - found.get("filters", {}).get("dropped", 0)
+            - found["failed"]
+            - found["near_duplicates"]
+            - int(kept.sum())
+        )
         return found | {"share": share, "fresh": len(fresh)}
 
     return select(run, config, tree, base.embeddings, figures)

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ REASONS = (
     "near-duplicate",
     "copy of held-out",
     "failed",
+    "filtered",  # by a condition, or by name
     "excluded",  # an embedding of zero, which has no direction
 )
 """Why a sample was or was not selected, in the column `reason`."""
@@ -67,6 +68,7 @@ class CurationTable:
         selected: only the selected samples, each once.
         images: the side of thumbnails in pixels; None for none.
         coordinates: (n, 2) place of every sample on a map.
+        columns: of the pool's own, see `ShardPool.columns`; they are kept in memory.
 
     Raises:
         ConfigError: a pool or coordinates of another length, images of no side, or images without a pool.
@@ -80,6 +82,7 @@ class CurationTable:
         selected: bool = False,
         images: int | None = None,
         coordinates: np.ndarray | None = None,
+        columns: Sequence[str] = (),
     ) -> None:
         n = curation.tree.n_samples
         if pool is not None and len(pool) != n:
@@ -91,6 +94,9 @@ class CurationTable:
         self._shards = pool if isinstance(pool, ShardPool) else None
         if images is not None and self._shards is None:
             raise ConfigError("images: only a pool of shards has them; give it, or leave them out")
+        if columns and pool is None:
+            raise ConfigError("columns: only a pool has them; give it, or leave them out")
+        self._more = None if pool is None or not columns else pool.columns(list(columns))
         self._curation, self._pool = curation, pool
         self._images, self._coordinates = images, coordinates
         self._extensions = set() if self._shards is None else set(self._shards.index().extensions)
@@ -126,6 +132,11 @@ class CurationTable:
         fields["failure"] = pa.string()
         if self._coordinates is not None:
             fields |= {"x": pa.float32(), "y": pa.float32()}
+        if self._more is not None:
+            known = [name for name in self._more.schema.names if name in fields]
+            if known:
+                raise ConfigError(f"columns: the table has a {known[0]!r} of its own; leave it out")
+            fields |= {column.name: column.type for column in self._more.schema}
         if self._images is None:
             return pa.schema(fields)
         features: dict[str, Any] = {
@@ -219,7 +230,10 @@ class CurationTable:
         if tree.distance is not None:
             columns["distance"] = pa.array(tree.distance[ids], mask=~took_part)
         times = self._times[ids]
-        reason = np.where(times > 0, 0, np.where(took_part, 1, 5))
+        reason = np.where(times > 0, 0, np.where(took_part, 1, REASONS.index("excluded")))
+        left_out = getattr(self._curation.embeddings, "left_out", None)
+        if left_out is not None:
+            reason = np.where(left_out[ids], REASONS.index("filtered"), reason)
         columns |= {"selected": times > 0, "times": times}
         if self._removed is not None:
             near, held_out = self._removed.near[ids], self._removed.held_out[ids]
@@ -240,6 +254,9 @@ class CurationTable:
         if self._coordinates is not None:
             for name, values in zip("xy", np.asarray(self._coordinates[ids], np.float32).T):
                 columns[name] = pa.array(values, mask=~np.isfinite(values))
+        if self._more is not None:
+            more = self._more.take(pa.array(ids)).combine_chunks()
+            columns |= {name: more[name].combine_chunks() for name in more.schema.names}
         return pa.record_batch([columns[name] for name in self.schema.names], self.schema)
 
     def _places(self, ids: np.ndarray) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import torchvision
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from curated_data.networks import drop_classifier, load_weights
 from lightning_modules.resnet import RESNETS, ResNet, use_small_stem
 from lightning_modules.vit import encode
-from lightning_modules.weights import load_weights
 
 
 def build_backbone(
@@ -63,7 +63,7 @@ def build_backbone(
             use_small_stem(net, name)
     backbone = Backbone(net, name=name, image_size=image_size or _default_image_size(net))
     if pretrained and not isinstance(pretrained, bool):
-        load_weights(net, pretrained, name=name)
+        load_weights(net, pretrained, f"backbone {name}")
     backbone.freeze(frozen_blocks)
     return backbone
 
@@ -249,14 +249,7 @@ def _build_torchvision(
         for auxiliary in ("AuxLogits", "aux1", "aux2"):
             if hasattr(net, auxiliary):
                 setattr(net, auxiliary, None)
-    # The classifier is the last linear layer in every torchvision network, or a 1x1 convolution where there
-    # is none.
-    layers = list(net.named_modules())
-    linear = [n for n, m in layers if isinstance(m, nn.Linear)] or [
-        n for n, m in layers if isinstance(m, nn.Conv2d)
-    ]
-    parent, _, attribute = linear[-1].rpartition(".")
-    setattr(net.get_submodule(parent), attribute, nn.Identity())
+    drop_classifier(net, f"torchvision:{model}")
     return net
 
 

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from curated_data.matrix import Matrix, read_rows
+from curated_data.randomness import seeded
 from lightning_modules.heads import mlp
 from lightning_modules.losses import cauchy_contrast
-from lightning_modules.randomness import seeded
 from lightning_modules.schedules import warmup_cosine
 
 log = logging.getLogger(__name__)

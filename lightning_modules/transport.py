@@ -141,7 +141,7 @@ def solve_p2ot(
     tol: float = 1e-6,
     potentials: Tensor | None = None,
 ) -> TransportResult:
-    """Solve P²OT by scaling steps and semi-dual Newton steps.
+    """Solve P²OT by accelerated scaling.
 
     Args:
         cost: (..., N, K) finite costs, usually -log_softmax(logits); leading dimensions (heads) are separate
@@ -149,7 +149,7 @@ def solve_p2ot(
         rho: share of the mass to move, in (0, 1].
         epsilon: entropic regularisation, > 0, in units of the cost.
         gamma: weight of the KL term on cluster sizes, > 0; `math.inf` makes all clusters equal.
-        max_iter: most passes over the cost (scaling or Newton steps) a problem may take.
+        max_iter: most passes over the cost a problem may take.
         tol: largest sum of absolute column-marginal violations, relative to `rho`.
         potentials: (..., K + 1) of an earlier, similar problem. Changes the speed, not the result.
 

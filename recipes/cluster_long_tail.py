@@ -22,9 +22,9 @@ from curated_data import ShardPool, kmeans
 from curated_data.cache import open_cache
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, PoolError
+from curated_data.programs import report_errors
 from lightning_modules.evaluation.clustering import clustering
 from lightning_modules.transport_clustering import cluster_embeddings
-from recipes.curate import report_errors
 
 
 def main() -> int:

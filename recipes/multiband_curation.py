@@ -26,9 +26,9 @@ from curated_data import ShardPool, ShardWriter
 from curated_data.cache import build_once, fingerprint, open_cache, write_manifest
 from curated_data.errors import EmbedderError, PoolError, SampleError
 from curated_data.pool.decode import decode_array
+from curated_data.programs import add_selection_options, print_comparison, report_errors, walk_by_options
 from curated_data.progress import progress
 from curated_data.report.comparison import Row
-from recipes.curate import add_selection_options, print_comparison, report_errors, walk_by_options
 
 log = logging.getLogger("multiband_curation")
 

@@ -37,15 +37,17 @@ from torchvision.transforms import v2
 
 from curated_data import CuratedDataModule, LoaderOptions
 from curated_data.cache import atomic_path, atomic_write_json, fingerprint, open_cache, read_json
+from curated_data.datasets.ranking import SIDES, Data, open_data
 from curated_data.errors import ConfigError, CuratedDataError
 from curated_data.locks import locked
 from curated_data.paths import local_path
 from curated_data.progress import log_to_terminal, progress
 from lightning_modules.evaluation.ranking import RankingResult, ranking
 from lightning_modules.supervised import Supervised, build_classifier
-from recipes.ranking_data import SIDES, Data, open_data
 
 log = logging.getLogger("rank_architectures")
+
+FASHION = Path(__file__).parent / "data" / "fashion-lt50"
 
 FAMILIES = ["alexnet", "vgg11", "resnet18", "densenet121", "efficientnet_b0", "convnext_tiny"]
 SMALL_FAMILIES = ["resnet10:16", "resnet18:16", "mobilenet_v2", "squeezenet1_1", "shufflenet_v2_x0_5",
@@ -137,7 +139,7 @@ def run(options: argparse.Namespace) -> RankingResult:
 
     cache = open_cache(options.cache_dir)
     trained = [side for side in SIDES if not all(known[side].get(name) for name in models)]
-    data = open_data(options, trained, cache) if trained else {}
+    data = open_data(options, trained, cache, default=FASHION) if trained else {}
     accuracies = {side: {name: list(known[side].get(name, [])) for name in models} for side in SIDES}
     fill(accuracies, data, budget, options, cache)
     n_test = {side: getattr(options, f"n_test_{side}") for side in SIDES}

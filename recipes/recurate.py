@@ -32,9 +32,9 @@ from rich.table import Table
 
 from curated_data import CuratedDataModule, RecurationCallback
 from curated_data.errors import ConfigError, CuratedDataError
+from curated_data.lightning_cli import TrainingCLI, run_cli
+from curated_data.programs import labels_of
 from curated_data.selection.metrics import class_balance
-from recipes import pretrain
-from recipes.curate import labels_of
 
 
 class History(lightning.Callback):
@@ -61,12 +61,12 @@ class History(lightning.Callback):
         self.perplexities.append(lowest.get("selected_perplexity", float("nan")))
 
 
-class RecurationCLI(pretrain.RecipeCLI):
+class RecurationCLI(TrainingCLI):
     """The command line with the callback's settings as options, and `fit` alone."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {"fit": pretrain.RecipeCLI.subcommands()["fit"]}
+        return {"fit": TrainingCLI.subcommands()["fit"]}
 
     def before_instantiate_classes(self) -> None:
         given = self.config.fit.trainer.callbacks or []
@@ -87,7 +87,9 @@ def main(arguments: list[str] | None = None) -> Table:
     """Train, then print and return the table of what changed."""
     history = History()
     description = "Pretrain on a selection that is renewed during training. `fit --help` lists every setting."
-    cli = pretrain.main(arguments, RecurationCLI, description, trainer_defaults={"callbacks": [history]})
+    cli = run_cli(
+        arguments, RecurationCLI, description=description, trainer_defaults={"callbacks": [history]}
+    )
     table = changes(history, labels_of(cli.datamodule.pool))
     if cli.trainer.is_global_zero:
         Console(width=None if sys.stdout.isatty() else 110).print(table)

@@ -41,9 +41,9 @@ from curated_data.embedding import Embedder, resolve_embedder
 from curated_data.embedding.text import check_text
 from curated_data.errors import CuratedDataError, PoolError
 from curated_data.paths import local_path
+from curated_data.programs import add_selection_options, print_comparison, report_errors, walk_by_options
 from curated_data.progress import progress
 from curated_data.report.comparison import Row
-from recipes.curate import add_selection_options, print_comparison, report_errors, walk_by_options
 
 log = logging.getLogger("text_curation")
 

@@ -24,12 +24,12 @@ from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.embedding.embedders import ModuleEmbedder
 from curated_data.errors import ConfigError, EmbedderError
 from curated_data.paths import local_path
+from curated_data.programs import labels_of, report_errors
 from curated_data.report.examples import thumbnails
 from curated_data.report.page import class_names_beside, write_report
 from lightning_modules import TSimCNE
 from lightning_modules.evaluation.map_quality import map_quality
 from lightning_modules.maps import draw_map, embed_2d, save_coordinates
-from recipes.curate import labels_of, report_errors
 
 
 def main(arguments: list[str] | None = None) -> int:

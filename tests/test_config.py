@@ -82,6 +82,8 @@ def test_a_value_of_another_kind_is_named_by_its_field(field):
     for value in ([1], {"a": 1}, "many", 1.5, True, -1):
         if field.name in ("tol", "max_memory_gb") and value == 1.5:
             continue
+        if (field.name, value) in (("where", "many"), ("exclude", [1]), ("include", [1])):
+            continue
         with pytest.raises(ConfigError, match=field.name if field.name != "levels" else "levels|Level"):
             load_config({**GOOD, field.name: value})
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.house import circles, modules
 
-GROUND = {"curated_data.errors", "curated_data.matrix", "curated_data.parallel"}
+GROUND = {f"curated_data.{n}" for n in ("devices", "errors", "matrix", "networks", "parallel", "randomness")}
 """What `lightning_modules` may take from `curated_data`."""
 
 
@@ -32,3 +32,10 @@ def test_the_ground_floor_imports_little(graph):
     allowed = GROUND | {"curated_data.locks", "curated_data.removal", "curated_data.paths"}
     for module in GROUND:
         assert set(graph.successors(module)) <= allowed, module
+
+
+def test_recipes_import_no_other_recipe(graph):
+    """What two of them share is in the packages."""
+    for module, other in graph.edges:
+        if module.split(".")[0] == "recipes":
+            assert other.split(".")[0] != "recipes", f"{module} imports {other}"

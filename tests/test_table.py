@@ -171,3 +171,14 @@ def test_command(made, tmp_path, capsys):
     assert len(rows) == 30
     assert main([*command, *more]) == 2
     assert "--out" in capsys.readouterr().err
+
+
+def test_columns_of_the_pool_and_filtered_samples(write_pool, tmp_path):
+    pool = ShardPool(write_pool([30, 20]))
+    settings = {"target_size": 10, "exclude": [0, 7]}
+    curation = curate(pool, settings, embedder="pixels:4", cache_dir=tmp_path / "cache")
+    table = CurationTable(curation, pool, columns=["width"]).read()
+    assert table["width"].to_pylist() == [8] * 50
+    assert np.flatnonzero(pc.equal(table["reason"], "filtered").to_numpy()).tolist() == [0, 7]
+    with pytest.raises(ConfigError, match="columns"):
+        CurationTable(curation, pool, columns=["key"]).read()

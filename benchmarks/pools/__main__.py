@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.machine import print_machine
 from benchmarks.pools import drawings, photos, signs, sounds, texts
 
 MAKERS = {
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=MAKERS, default=list(MAKERS))
     options = parser.parse_args()
+    print_machine()
     for name in options.only:
         target = options.out / name / "pool.npz"
         if target.exists():

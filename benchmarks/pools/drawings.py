@@ -64,21 +64,15 @@ def cliparts(folder: Path) -> Parts:
 
 def sprites(folder: Path) -> Parts:
     """Units of The Battle for Wesnoth, animation frames included, by people."""
-    root = debian("wesnoth-1.16-data", folder) / "usr/share/games/wesnoth/1.16/data/core/images/units"
-    items, names = [], []
-    for file in pictures_below(root):
-        if file.parent != root:
-            items.append(picture(Image.open(file)))
-            names.append(file.relative_to(root).parts[0])
-    return split(items, names)
+    return _wesnoth(folder, "units")
 
 
 def terrain(folder: Path) -> Parts:
     """Terrain tiles of The Battle for Wesnoth by kind of ground."""
-    root = debian("wesnoth-1.16-data", folder) / "usr/share/games/wesnoth/1.16/data/core/images/terrain"
-    items, names = [], []
-    for file in pictures_below(root):
-        if file.parent != root:
-            items.append(picture(Image.open(file)))
-            names.append(file.relative_to(root).parts[0])
-    return split(items, names)
+    return _wesnoth(folder, "terrain")
+
+
+def _wesnoth(folder: Path, kind: str) -> Parts:
+    root = debian("wesnoth-1.16-data", folder) / "usr/share/games/wesnoth/1.16/data/core/images" / kind
+    files = [file for file in pictures_below(root) if file.parent != root]
+    return split([picture(Image.open(f)) for f in files], [f.relative_to(root).parts[0] for f in files])

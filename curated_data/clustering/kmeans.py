@@ -1,6 +1,7 @@
 """k-means: greedy k-means++ seeding, then Lloyd's iterations that only recompute what moved."""
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ import torch
 from curated_data import parallel
 from curated_data.clustering.checkpoint import Arrays, Running
 from curated_data.clustering.lloyd import Fit, Lloyd
+from curated_data.clustering.nearest import nearest, squared_distances
 from curated_data.clustering.neighbourhoods import MANY
+from curated_data.clustering.rows import METRICS as METRICS
 from curated_data.clustering.rows import Rows, memory_budget, rank_range
 from curated_data.clustering.seeding import seed_rows
 from curated_data.clustering.survey import survey, warn_unresolved
-from curated_data.clustering.tree import METRICS as METRICS
-from curated_data.errors import first_line
+from curated_data.devices import resolve_device
 from curated_data.matrix import Matrix
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class KMeansResult:
             excluded rows.
         n_empty: clusters without a row, which only occur if rows repeat or iterations were cut short.
         n_repaired: how often an empty cluster was given the row farthest from its centroid.
+        metric: by which rows were assigned.
     """
 
     centroids: np.ndarray
@@ -48,6 +51,20 @@ class KMeansResult:
     distance: np.ndarray
     n_empty: int
     n_repaired: int
+    metric: str = "l2"
+
+    def assign(self, rows: Matrix, *, device: str | torch.device = "auto") -> np.ndarray:
+        """The nearest centroid of other rows, (m,) int64; -1 for rows that cannot be placed, see
+        `nearest_centroids`.
+
+        Args:
+            rows: (m, d) array, memory map or tensor, any float dtype.
+            device: of the computation.
+
+        Raises:
+            ValueError: rows of another length.
+        """
+        return nearest_centroids(rows, self.centroids, metric=self.metric, device=device)[0]
 
 
 @contextlib.contextmanager
@@ -76,6 +93,7 @@ def kmeans(
     n_init: int = 1,
     seeding_rows: int | None = None,
     valid: np.ndarray | None = None,
+    sample_weight: np.ndarray | None = None,
     nonfinite: str = "exclude",
     max_memory: int | None = None,
 ) -> KMeansResult:
@@ -103,6 +121,8 @@ def kmeans(
         n_init: number of runs with different seedings; the one with the lowest inertia is kept.
         seeding_rows: seed on at most this many random rows; None takes 20 * k.
         valid: (n,) bool, rows to use; None for all.
+        sample_weight: (n,) how much each row counts in means and inertia, at least 0; None: all the same.
+            Seeding then draws the rows it looks at in proportion to their weight.
         nonfinite: what to do with NaN or infinite rows (and zero rows under cosine): "exclude" them with a
             warning, or "raise".
         max_memory: bytes for rows held as float32, of which there are up to three arrays; if one would take
@@ -112,7 +132,8 @@ def kmeans(
             scores in use.
 
     Raises:
-        ValueError: arguments out of range, more clusters than valid rows, non-finite rows under "raise", or
+        ValueError: arguments or weights out of range, more clusters than valid rows, non-finite rows under
+            "raise", or
             rows to seed on that must be held and exceed a third of `max_memory`: a few clusters of many
             `seeding_rows`, or any on an accelerator.
 
@@ -131,6 +152,7 @@ def kmeans(
     )
     rows = prepare(x, metric=metric, device=device, valid=valid, nonfinite=nonfinite, max_memory=max_memory)
     warn_unresolved(rows.sample, n_clusters)
+    weight = None if sample_weight is None else _checked_weight(sample_weight, rows, len(x))
     fit = fit_rows(
         rows,
         n_clusters,
@@ -140,8 +162,56 @@ def kmeans(
         seeds=np.random.SeedSequence(seed),
         n_init=n_init,
         seeding_rows=seeding_rows,
+        weight=weight,
     )
-    return spread(fit, rows, len(x))
+    return dataclasses.replace(spread(fit, rows, len(x)), metric=metric)
+
+
+def _checked_weight(weight: np.ndarray, rows: Rows, n: int) -> np.ndarray:
+    """The weights of the usable rows, (m,) float64.
+
+    Raises:
+        ValueError: they do not fit the rows, one is negative or not finite, or all are zero.
+    """
+    found = np.asarray(weight)
+    if found.shape != (n,) or found.dtype.kind not in "iuf":
+        raise ValueError(f"sample_weight needs shape ({n},) of numbers, got {found.dtype} {found.shape}")
+    found = found.astype(np.float64)
+    if not np.isfinite(found).all() or (found < 0).any():
+        row = int(np.flatnonzero(~(found >= 0) | ~np.isfinite(found))[0])
+        raise ValueError(f"sample_weight[{row}] is {found[row]}, expected a finite number of at least 0")
+    found = found if rows.ids is None else found[rows.ids]
+    if not found.any():
+        raise ValueError("sample_weight: all usable rows have weight 0; give some a weight")
+    return found
+
+
+@full_precision()
+def nearest_centroids(
+    x: Matrix, centroids: np.ndarray, *, metric: str, device: str | torch.device = "auto"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's nearest centroid, (n,) int64, and its distance to it, (n,) float32.
+
+    Rows that are not finite, or zero under cosine, are placed nowhere: -1 and NaN.
+
+    Raises:
+        ValueError: rows of another length than the centroids, or no floating-point matrix.
+    """
+    assignment = np.full(len(x), -1, np.int64)
+    distance = np.full(len(x), np.nan, np.float32)
+    if not len(x):
+        return assignment, distance
+    if tuple(x.shape)[1:] != centroids.shape[1:]:
+        raise ValueError(f"rows have shape {tuple(x.shape)}, expected (m, {centroids.shape[1]})")
+    if not survey(x, None, metric == "cosine").usable.any():
+        return assignment, distance
+    rows = prepare(x, metric=metric, device=device, valid=None, nonfinite="exclude", max_memory=None)
+    inside = rows.frame.inside(torch.from_numpy(np.asarray(centroids)).to(rows.device)).float()
+    own = nearest(rows, inside)
+    kept = slice(None) if rows.ids is None else rows.ids
+    assignment[kept] = own
+    distance[kept] = np.sqrt(squared_distances(rows, inside, own)) * rows.frame.scale
+    return assignment, distance
 
 
 def check_settings(
@@ -209,22 +279,6 @@ def prepare(
     )
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device with this name; "auto" is a CUDA device if there is one.
-
-    Raises:
-        ValueError: this machine has no such device.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f'device={str(device)!r} cannot be used here ({first_line(error)}); give "cpu" or "auto"'
-        ) from error
-
-
 def fit_rows(
     rows: Rows,
     k: int,
@@ -239,6 +293,7 @@ def fit_rows(
     alone: bool = False,
     note: Callable[[str], None] = lambda text: None,
     running: Running | None = None,
+    weight: np.ndarray | None = None,
 ) -> Fit:
     """The best of `n_init` runs.
 
@@ -248,6 +303,7 @@ def fit_rows(
         alone: this process works by itself, even in a group.
         note: called with a status after each iteration.
         running: saves the state, and restores that of a killed process, which then gives the same result.
+        weight: (n,) float64, of each row; not together with `running`.
     """
     if k > len(rows):
         raise ValueError(f"{k} clusters need at least as many usable rows, got {len(rows)}; lower n_clusters")
@@ -266,11 +322,13 @@ def fit_rows(
         seeds_at = state.get("seeds")
         if seeds_at is None:
             seeds_at = seed_rows(
-                rows, k, init, np.random.default_rng(child), max_rows=limit, rank=rank, world=world
-            )
+                rows, k, init, np.random.default_rng(child), max_rows=limit, rank=rank, world=world,
+                weight=weight,
+            )  # fmt: skip
             if world > 1:
                 seeds_at = parallel.broadcast(seeds_at)
-        run = Lloyd(mine, rows.take(seeds_at), world, first)
+        own = None if weight is None else weight[first:last]
+        run = Lloyd(mine, rows.take(seeds_at), world, first, own)
         if "lloyd.progress" in state:
             run.restore(_under("lloyd", state))
         state = {}

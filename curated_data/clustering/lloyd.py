@@ -61,8 +61,16 @@ class Lloyd:
     only search each row's neighbourhood, as long as many move, and exact ones then correct what these missed.
     """
 
-    def __init__(self, rows: Rows, centroids: torch.Tensor, world: int = 1, first: int = 0) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        centroids: torch.Tensor,
+        world: int = 1,
+        first: int = 0,
+        weight: np.ndarray | None = None,
+    ) -> None:
         self.rows, self.centroids, self.world, self.first = rows, centroids.clone(), world, first
+        self.weight = weight  # (n,) float64 of the rows; None: each counts once
         self.k = len(centroids)
         n = len(rows)
         self.bounds = Bounds(n)
@@ -108,7 +116,8 @@ class Lloyd:
         squared = squared_distances(self.rows, self.centroids, self.bounds.assignment)
         assignment = np.concatenate(self._gather(self.bounds.assignment))
         squared = np.concatenate(self._gather(squared))
-        inertia = float(squared.sum())
+        weight = None if self.weight is None else np.concatenate(self._gather(self.weight))
+        inertia = float(squared.sum() if weight is None else (squared * weight).sum())
         return Fit(
             self.centroids, assignment, squared.astype(np.float32), inertia, self.done, self.n_repaired,
             self.exact,
@@ -200,7 +209,10 @@ class Lloyd:
         self.rows.map(look)
 
     def _inertia(self) -> float:
-        return float(self._sum(np.array([(self.bounds.own.astype(np.float64) + self.norms).sum()]))[0])
+        squared = self.bounds.own.astype(np.float64) + self.norms
+        if self.weight is not None:
+            squared *= self.weight
+        return float(self._sum(np.array([squared.sum()]))[0])
 
     def _move_sums(self, before: np.ndarray) -> None:
         """Update sums and counts over all ranks to the new assignment, by the rows that changed."""
@@ -213,13 +225,20 @@ class Lloyd:
                 at = changed[clusters >= 0]
                 clusters = assignment[at]
             counts += sign * np.bincount(clusters, minlength=self.k)
-            _add_segments(sums, self.rows, at, clusters, sign)
+            _add_segments(sums, self.rows, at, clusters, sign, self.weight)
         self.sums += self._sum(sums)
         self.counts += self._sum(counts)
 
+    def _mass(self) -> np.ndarray:
+        """The sum of weights of each cluster, found anew: differences would leave a trace in emptied ones."""
+        if self.weight is None:
+            return self.counts
+        return self._sum(np.bincount(self.bounds.assignment, self.weight, self.k).astype(np.float64))
+
     def _update(self) -> np.ndarray:
         """Move centroids to the means, empty clusters' to far rows; returns which moved, (k,) bool."""
-        means = self.sums / np.maximum(self.counts, 1)[:, None]
+        mass = self._mass()
+        means = self.sums / np.where(mass > 0, mass, 1)[:, None]
         frame = self.rows.frame
         if frame.normalise:
             middle = 0.0 if frame.mean is None else frame.mean  # of unit rows
@@ -228,7 +247,7 @@ class Lloyd:
             means = np.divide(means, length, out=means, where=length > 0)
             means = (means - middle) / frame.scale
         new = torch.from_numpy(means.astype(np.float32)).to(self.centroids.device)
-        still = self.counts == 0
+        still = mass == 0
         if frame.normalise:
             still |= length[:, 0] == 0  # unit rows that cancel out have no mean direction
         still = torch.from_numpy(still).to(new.device)
@@ -269,8 +288,15 @@ def _largest(values: np.ndarray, count: int) -> np.ndarray:
     return some[np.argsort(-values[some], kind="stable")[:count]]
 
 
-def _add_segments(sums: np.ndarray, rows: Rows, at: np.ndarray, clusters: np.ndarray, sign: int) -> None:
-    """Add `sign` times the rows at `at` to the sums of their clusters, in float64.
+def _add_segments(
+    sums: np.ndarray,
+    rows: Rows,
+    at: np.ndarray,
+    clusters: np.ndarray,
+    sign: int,
+    weight: np.ndarray | None = None,
+) -> None:
+    """Add `sign` times the rows at `at`, times their weights, to the sums of their clusters, in float64.
 
     They are added in pieces of a block of the rows in the order of their clusters, whether they are read in
     that order from memory or block by block from a disk: the sums are the same to the last bit.
@@ -286,12 +312,15 @@ def _add_segments(sums: np.ndarray, rows: Rows, at: np.ndarray, clusters: np.nda
         at = at[order]
         # A few pieces at a time: their sums may be as large as the rows.
         for begin, end in blocks(len(edges) - 1, 4 * torch.get_num_threads()):
+            chunk = at[begin * size : end * size]
 
-            def one(start: int, stop: int, block: torch.Tensor, begin: int = begin) -> np.ndarray:
+            def one(
+                start: int, stop: int, block: torch.Tensor, begin: int = begin, chunk: np.ndarray = chunk
+            ) -> np.ndarray:
                 piece = begin + start // size
+                block = _weighed(block, weight, chunk[start:stop])
                 return segment_sums(block, first[edges[piece] : edges[piece + 1]] - piece * size)
 
-            chunk = at[begin * size : end * size]
             for piece, partial in enumerate(rows.map(one, size, chunk), begin):
                 sums[clusters[first[edges[piece] : edges[piece + 1]]]] += sign * partial
         return
@@ -306,6 +335,7 @@ def _add_segments(sums: np.ndarray, rows: Rows, at: np.ndarray, clusters: np.nda
         inside = _stable_order(of, rows.device)
         segments = of[inside]
         starts = np.flatnonzero(np.concatenate([[True], segments[1:] != segments[:-1]]))
+        block = _weighed(block, weight, at[begin + start : begin + stop])
         return segments[starts], starts, rows_at(block, inside).cpu().numpy()
 
     for begin, end in blocks(len(at), 4 * torch.get_num_threads() * size):
@@ -316,6 +346,13 @@ def _add_segments(sums: np.ndarray, rows: Rows, at: np.ndarray, clusters: np.nda
     for piece in range(len(edges) - 1):
         own = slice(edges[piece], edges[piece + 1])
         sums[clusters[first[own]]] += sign * found[own]
+
+
+def _weighed(block: torch.Tensor, weight: np.ndarray | None, at: np.ndarray) -> torch.Tensor:
+    """Rows times their weights, in float64; as they are without weights."""
+    if weight is None:
+        return block
+    return block.double() * torch.from_numpy(weight[at]).to(block.device)[:, None]
 
 
 def _stable_order(values: np.ndarray, device: torch.device) -> np.ndarray:

@@ -14,7 +14,7 @@ from curated_data.clustering.rows import Rows, blocks, parallel_map, rows_at
 _ROWS, _COLUMNS = 1024, 1024  # a tile of scores, 4 MiB: stays in the cache from the product to the search
 TILE = 256  # rows whose nearest few centroids are searched at once
 _DEVICE_ROWS, _DEVICE_COLUMNS = 32768, 4096  # the same on an accelerator, 512 MiB
-PRODUCTS, FUSED = "float32", False  # on an accelerator; `python benchmarks/kmeans.py gpu` compares the others
+PRODUCTS, FUSED = "float32", False  # on an accelerator; `python -m benchmarks.kmeans gpu` compares the others
 _precision_lock = threading.Lock()
 
 

@@ -15,6 +15,7 @@ import torch
 
 from curated_data.matrix import Matrix, read_rows
 
+METRICS = ("l2", "cosine")
 BLOCK = 2048  # rows handled at once; ranks' slices start at multiples, so tiles are the same on any rank
 
 T = TypeVar("T")

@@ -47,6 +47,7 @@ def seed_rows(
     max_rows: int,
     rank: int = 0,
     world: int = 1,
+    weight: np.ndarray | None = None,
 ) -> np.ndarray:
     """Positions of the rows with which k-means starts, (k,) int64, all different.
 
@@ -57,8 +58,11 @@ def seed_rows(
         generator: for all draws; in the same state on every rank.
         max_rows: choose from this many random rows if there are more; not for "random".
         rank, world: of this process, among those that call this together.
+        weight: (n,) float64; then rows are chosen among those drawn in proportion to it.
     """
     n = len(rows)
+    if weight is not None and init != "random":
+        return _seed_weighted(rows, n_clusters, generator, weight, max_rows, rank, world)
     if init == "random":
         return generator.choice(n, n_clusters, replace=False)
     if n_clusters == n:
@@ -68,6 +72,26 @@ def seed_rows(
     sample = np.sort(generator.choice(n, max_rows, replace=False))
     some = rows.subset(sample, hold=world == 1)  # several ranks each read only their share
     return sample[greedy_kmeans_plus_plus(some, n_clusters, generator, rank=rank, world=world)]
+
+
+def _seed_weighted(
+    rows: Rows,
+    k: int,
+    generator: np.random.Generator,
+    weight: np.ndarray,
+    max_rows: int,
+    rank: int,
+    world: int,
+) -> np.ndarray:
+    """Greedy seeding on draws in proportion to the weights, each row once; filled up with the heaviest."""
+    drawn = np.unique(generator.choice(len(rows), max_rows, p=weight / weight.sum()))
+    if len(drawn) < k:
+        others = np.setdiff1d(np.argsort(-weight, kind="stable"), drawn, assume_unique=True)
+        drawn = np.sort(np.concatenate([drawn, others[: k - len(drawn)]]))
+    if len(drawn) == k:
+        return drawn
+    some = rows.subset(drawn, hold=world == 1)
+    return drawn[greedy_kmeans_plus_plus(some, k, generator, rank=rank, world=world)]
 
 
 def greedy_kmeans_plus_plus(

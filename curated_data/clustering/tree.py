@@ -19,7 +19,9 @@ from curated_data.cache import (
     verify_once,
     write_manifest,
 )
+from curated_data.clustering.rows import METRICS
 from curated_data.errors import CacheError
+from curated_data.matrix import Matrix
 from curated_data.remedies import Remedy
 from curated_data.removal import TEMPORARY, remove, set_aside
 from curated_data.seals import reading
@@ -27,7 +29,6 @@ from curated_data.seals import reading
 log = logging.getLogger(__name__)
 
 EXCLUDED = -1
-METRICS = ("l2", "cosine")
 _BLOCK = 1 << 20  # nodes looked at at once
 
 
@@ -165,10 +166,34 @@ class ClusterTree:
         """
         level = self._checked_level(level)
         node = self.parent[1].copy() if ids is None else self.parent[1][ids]
+        return self._above(node, level)
+
+    def _above(self, node: np.ndarray, level: int) -> np.ndarray:
+        """The clusters at a level above clusters of level 1, in place; -1 stays."""
         for above in range(2, level + 1):
             inside = node >= 0
             node[inside] = self.parent[above][node[inside]]
         return node
+
+    def assign(self, rows: Matrix, level: int = 1, *, device: str = "auto") -> np.ndarray:
+        """The cluster of other rows at a level, (m,) int64; -1 for rows that cannot be placed.
+
+        A row goes to its nearest centroid of level 1, and from there up the tree, as those of a pool that has
+        grown.
+
+        Args:
+            rows: (m, d) array, memory map or tensor, any float dtype.
+            level: of the clusters.
+            device: of the computation.
+
+        Raises:
+            ValueError: a level that there is not, or rows of another length.
+        """
+        from curated_data.clustering.kmeans import nearest_centroids
+
+        level = self._checked_level(level)
+        node = nearest_centroids(rows, self.centroids[1], metric=self.metric, device=device)[0]
+        return self._above(node, level)
 
     def save(self, path: Path | str) -> None:
         """Write the tree as a folder of `.npy` files and a `manifest.json`; replaces an existing tree.

@@ -2,6 +2,7 @@
 
 from curated_data.embedding.embedders import Embedder, ImagePreprocess, ModuleEmbedder, resolve_embedder
 from curated_data.embedding.extract import embed_pool
+from curated_data.embedding.precomputed import Precomputed
 from curated_data.embedding.store import EmbeddingStore
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "EmbeddingStore",
     "ImagePreprocess",
     "ModuleEmbedder",
+    "Precomputed",
     "embed_pool",
     "resolve_embedder",
 ]

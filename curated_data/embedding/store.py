@@ -66,6 +66,7 @@ class EmbeddingStore:
         self.urls = urls
         self.shard_fingerprints = list(shard_fingerprints)
         self.dtype = np.dtype(dtype)
+        self.left_out: np.ndarray | None = None  # (n,) bool, rows that a filter drops
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()  # the clustering reads from several threads
         self._hold = Hold(self.folder)
@@ -91,8 +92,10 @@ class EmbeddingStore:
 
     @property
     def valid(self) -> np.ndarray:
-        """(n,) bool: False for samples that could not be decoded or whose embedding is not finite."""
-        mask = np.ones(len(self), bool)
+        """(n,) bool: False for samples that could not be decoded or whose embedding is not finite, and for
+        those that are left out.
+        """
+        mask = np.ones(len(self), bool) if self.left_out is None else ~self.left_out
         mask[self._table.failed] = False
         return mask
 

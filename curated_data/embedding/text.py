@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from curated_data.cache import fingerprint
-from curated_data.embedding.weights import readable
 from curated_data.errors import EmbedderError, SampleError
+from curated_data.networks import readable
 
 MAX_LENGTH = 256
 """In tokens, as in the training of all-MiniLM-L6-v2; longer texts are truncated."""

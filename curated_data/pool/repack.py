@@ -1,6 +1,7 @@
 """Repacking archives as shards: compressed ones and pipes, and those in which parts of samples lie apart."""
 
 import bz2
+import json
 import logging
 import lzma
 import os
@@ -17,6 +18,7 @@ from typing import Any
 import fsspec
 
 from curated_data.errors import PoolError, printable
+from curated_data.paths import is_url, spelled
 from curated_data.pool.access import RemoteOptions
 from curated_data.pool.grouping import parts_apart
 from curated_data.pool.index import ShardIndex, index_shard
@@ -28,6 +30,7 @@ from curated_data.pool.tar import Source, compression_of, local_source, read_mem
 from curated_data.pool.urls import expand_urls, is_pipe, is_remote, unreachable
 from curated_data.pool.writer import ShardWriter, check_out, existing_shards
 from curated_data.progress import progress
+from curated_data.seals import read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +59,8 @@ def import_archives(
     server without ranged reads it is downloaded whole before, to `$TMPDIR` too.
 
     Args:
-        archives: as the shards of a `ShardPool`, and also `pipe:<command>`; commands run in a shell.
+        archives: as the shards of a `ShardPool`, and also `pipe:<command>`, commands run in a shell; or a
+            file that lists them: `.txt` with one in each line, or the `.json` of wids.
         out: a folder for the shards, or a pattern, as for `ShardWriter`.
         max_samples, max_bytes: per shard.
         overwrite: replace the shards of an earlier run.
@@ -73,7 +77,7 @@ def import_archives(
     Example:
         >>> import_archives("old-{000..099}.tar.gz", "shards")  # doctest: +SKIP
     """
-    urls = expand_urls(archives, storage_options, pipes=True)
+    urls = expand_urls(listed_urls(archives), storage_options, pipes=True)
     options: dict[str, Any] = {
         "max_samples": max_samples,
         "max_bytes": max_bytes,
@@ -97,6 +101,38 @@ def import_archives(
         "imported %d samples of %d archives to %d shards", writer.n_samples, len(urls), len(writer.shards)
     )
     return writer.shards
+
+
+def listed_urls(archives: str | Path | Sequence[str | Path]) -> str | Path | Sequence[str | Path]:
+    """The archives that a `.txt` or the `.json` of wids lists; all else as it is.
+
+    Raises:
+        PoolError: the file cannot be read, or lists none.
+    """
+    given = list(archives) if isinstance(archives, list | tuple) and len(archives) == 1 else [archives]
+    place = given[0]
+    if (
+        not isinstance(place, str | Path)
+        or not str(place).endswith((".txt", ".json"))
+        or is_remote(str(place))
+    ):
+        return archives
+    path = Path(spelled(place))
+    try:
+        text = read_bytes(path).decode("utf-8")
+        if path.suffix == ".txt":
+            urls = [line.strip() for line in text.splitlines() if line.strip() and line[0] != "#"]
+        else:
+            content = json.loads(text)
+            urls = [str(shard["url"]) for shard in content["shardlist"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise PoolError(
+            f"{path}: lists no archives ({printable(error)}); give a text with one URL in each line, or an "
+            "index of wids, whose `shardlist` has their `url`s"
+        ) from error
+    if not urls:
+        raise PoolError(f"{path}: lists no archives; give one URL in each line")
+    return [url if is_url(url) else str(path.parent / url) for url in urls]
 
 
 def _check_kept(urls: Sequence[str], folder: LocalFolder | RemoteFolder, name: str) -> None:

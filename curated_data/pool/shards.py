@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from curated_data.pool.build import (
 )
 from curated_data.pool.decode import IMAGE_EXTENSIONS, as_extensions
 from curated_data.pool.image import ImageSettings
+from curated_data.pool.imported import folder_of, imported_shards
 from curated_data.pool.index import PoolIndex, load_pool_index
 from curated_data.pool.notes import report_notes
 from curated_data.pool.reader import LocalReader, ReadCounters
@@ -37,6 +38,9 @@ from curated_data.pool.remote import RemoteReader
 from curated_data.pool.shard import ShardFile
 from curated_data.pool.storage import stat_shards
 from curated_data.pool.urls import absolute_url, expand_urls, is_remote
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +56,8 @@ class ShardPool:
     themselves.
 
     Args:
-        urls: a path or fsspec URL with braces (`pool-{000000..000099}.tar`) or a glob, or a list of these.
+        urls: a path or fsspec URL with braces (`pool-{000000..000099}.tar`) or a glob, or a list of these;
+            or `folder:PATH`, a folder of images or of parquet, which is imported into the cache.
         cache_dir: for the index; None keeps it in memory.
         num_workers: processes (threads for remote shards) that index; None takes one per core.
         image_extensions: the extensions of images in order of preference, in any case, dot or not.
@@ -63,6 +68,8 @@ class ShardPool:
         exif_orientation: turn images as their EXIF data say, as viewers do; TIFFs always are.
         strict: raise an error about shards that were read with a warning: that are cut, end without the
             end-of-archive marker, hold samples whose parts lie apart, or links that lead nowhere.
+        columns: parquet files, or folders of them, with more about the samples, see `columns`; None takes
+            those beside the shards, as `00000.parquet` by `00000.tar`.
 
     Raises:
         PoolError: an empty list, a pattern without a match, or a shard that is missing or given twice; on
@@ -90,8 +97,11 @@ class ShardPool:
         background: int | Sequence[int] = 128,
         exif_orientation: bool = True,
         strict: bool = False,
+        columns: str | Path | Sequence[str | Path] | None = None,
     ) -> None:
         self.storage_options = dict(storage_options or {})
+        if (folder := folder_of(urls)) is not None:
+            urls = imported_shards(folder, cache_dir)
         self.urls = expand_urls(urls, self.storage_options)
         self._places = [absolute_url(url) for url in self.urls]
         self.cache_dir = None if cache_dir is None else absolute(cache_dir)
@@ -100,6 +110,7 @@ class ShardPool:
         self.remote = remote or RemoteOptions()
         self.images = ImageSettings(_colour(background), bool(exif_orientation))
         self.strict = strict
+        self._tables = [] if columns is None else _tables(columns)
         self._access: np.ndarray | None = None
         self._index: PoolIndex | None = None
         self._index_folder: Path | None = None
@@ -299,6 +310,22 @@ class ShardPool:
             labels[first : first + _BLOCK] = found[place]
         return labels
 
+    def columns(self, names: Sequence[str]) -> "pa.Table":
+        """What is known of each sample, as an Arrow table with n rows in the order of ids.
+
+        Args:
+            names: of columns: `id`, `key`, `shard`, `label`; fields of `.json` members, as `json.a.b`;
+                measures of images (`width`, `height`, `aspect`, `bytes`, `sharpness`, `brightness`,
+                `entropy`, `flat`) and of texts (`text_length`); and those of parquet files, joined by key.
+
+        Raises:
+            ConfigError: a column that there is not; suggests the nearest name.
+            PoolError: a parquet file cannot be read, or holds a key twice.
+        """
+        from curated_data.pool.columns import read_columns
+
+        return read_columns(self, names, self._tables)
+
     def plan_access(self, ids: Sequence[int] | np.ndarray | None, *, epochs: int = 1) -> np.ndarray:
         """Decide for each remote shard whether to keep it whole in the cache, or to read samples by ranges.
 
@@ -430,6 +457,12 @@ class ShardPool:
         state["_without_cache"] = None
         state.pop("_reader", None)
         return state
+
+
+def _tables(columns: str | Path | Sequence[str | Path]) -> list[Path]:
+    from curated_data.pool.columns import checked_tables
+
+    return checked_tables(columns)
 
 
 def _colour(given: int | Sequence[int]) -> tuple[int, int, int]:

@@ -14,8 +14,8 @@ from curated_data.selection import metrics
 from curated_data.selection.removed import Removed
 
 if TYPE_CHECKING:
-    from curated_data.pool import ShardPool
     from curated_data.stages.curation import Curation
+    from curated_data.stages.index import AnyPool
 
 
 def samples_shown(curation: "Curation", most: int, rng: np.random.Generator) -> np.ndarray:
@@ -31,7 +31,7 @@ def samples_shown(curation: "Curation", most: int, rng: np.random.Generator) -> 
 
 def sample_map(
     curation: "Curation",
-    pool: "ShardPool",
+    pool: "AnyPool",
     shown: np.ndarray,
     coordinates: np.ndarray | None,
     labels: np.ndarray | None,

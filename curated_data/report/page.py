@@ -18,6 +18,7 @@ import numpy as np
 
 from curated_data.config import CurationConfig
 from curated_data.embedding.equal import equal_rows
+from curated_data.embedding.existing import EmbeddedPool
 from curated_data.errors import PoolError, printable
 from curated_data.levels import Level
 from curated_data.pool.captions import read_captions
@@ -39,8 +40,8 @@ from curated_data.seals import read_bytes
 from curated_data.selection import metrics
 
 if TYPE_CHECKING:
-    from curated_data.pool import ShardPool
     from curated_data.stages.curation import Curation
+    from curated_data.stages.index import AnyPool
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ _LARGE = 300  # examples that are on the page in a larger size, too
 
 def write_report(
     curation: "Curation",
-    pool: "ShardPool",
+    pool: "AnyPool",
     path: str | Path,
     *,
     coordinates: np.ndarray | None = None,
@@ -72,7 +73,7 @@ def write_report(
 
     Args:
         curation: from `curate`.
-        pool: the pool that was curated.
+        pool: the pool that was curated; the page of an `EmbeddedPool` has no images.
         path: of the HTML file, on this machine or the URL of one in a store.
         coordinates: (n, 2) of every sample, for the map; None takes the first two principal components of the
             embeddings.
@@ -99,8 +100,11 @@ def write_report(
     check_arrays(n, coordinates=coordinates, labels=labels)
     if curation.tree.n_samples != n:
         raise ValueError(f"the curation is of {curation.tree.n_samples} samples, the pool has {n}")
-    labels = metrics.read_labels(pool) if labels is None else metrics.checked_labels(labels)
-    if class_names is None:
+    if labels is not None:
+        labels = metrics.checked_labels(labels)
+    elif not isinstance(pool, EmbeddedPool):
+        labels = metrics.read_labels(pool)
+    if class_names is None and not isinstance(pool, EmbeddedPool):
         class_names = class_names_beside(pool)
     balance = None if labels is None else metrics.class_balance(labels, curation.ids)
     places = None if labels is None or balance is None else balance.places(labels)
@@ -129,6 +133,7 @@ def write_report(
         "selected": len(curation.ids),
         "unique": len(np.unique(curation.ids)),
         "failed": curation.embeddings.n_failures,
+        "filters": curation.report.get("filters"),
         "excluded": curation.report.get("excluded", 0),
         "equal": _equal(curation),
         "embedder": _embedder(curation),
@@ -203,9 +208,9 @@ def _embedder(curation: "Curation") -> str:
     return getattr(curation.embeddings, "embedder", "")
 
 
-def _captions(pool: "ShardPool", shown: np.ndarray) -> list[str | None] | None:
+def _captions(pool: "AnyPool", shown: np.ndarray) -> list[str | None] | None:
     """The captions of the samples shown, the long ones cut; None if the pool has none."""
-    captions = read_captions(pool, shown)
+    captions = [] if isinstance(pool, EmbeddedPool) else read_captions(pool, shown)
     if not any(captions):
         return None
     return [
@@ -225,7 +230,9 @@ def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         elif name != "levels":
-            if isinstance(value, list | tuple):
+            if isinstance(value, list | tuple) and len(value) > 20:
+                value = f"{len(value):,} of them"
+            elif isinstance(value, list | tuple):
                 value = ", ".join(map(str, value)) or "none"
             words = {None: "none", True: "yes", False: "no"}
             yield prefix + name, words[value] if value is None or isinstance(value, bool) else str(value)
@@ -298,7 +305,7 @@ def _classes(
     }
 
 
-def class_names_beside(pool: "ShardPool") -> list[str] | None:
+def class_names_beside(pool: "AnyPool") -> list[str] | None:
     """The class names that `import_folder` and `export_labelled` write beside local shards."""
     path = Path(pool.urls[0]).parent / "classes.json"
     if "://" in str(pool.urls[0]) or not path.is_file():

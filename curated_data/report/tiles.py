@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from curated_data.embedding.existing import EmbeddedPool
 from curated_data.report.examples import cluster_rows, random_subset, thumbnails
 from curated_data.selection.removed import Removed
 
 if TYPE_CHECKING:
-    from curated_data.pool import ShardPool
     from curated_data.stages.curation import Curation
+    from curated_data.stages.index import AnyPool
 
 TILE = 48  # pixels of a thumbnail's side
 COLUMNS = 32  # of the sheet of tiles
@@ -23,12 +24,14 @@ LARGE = 192  # pixels of a larger image's side
 class Tiles:
     """Collects the samples whose thumbnails the page needs."""
 
-    def __init__(self, pool: "ShardPool") -> None:
+    def __init__(self, pool: "AnyPool") -> None:
         self.pool = pool
         self.place: dict[int, int] = {}
         self.shown: set[int] = set()
         self.large: dict[int, str] = {}
-        self.available = any(e in pool.index().extensions for e in pool.image_extensions)
+        self.available = not isinstance(pool, EmbeddedPool) and any(
+            e in pool.index().extensions for e in pool.image_extensions
+        )
 
     def add(self, ids: np.ndarray) -> list[int]:
         """The number of each id's tile; -1 if the pool has no images."""
@@ -49,7 +52,7 @@ class Tiles:
 
     def sheet(self) -> str:
         """All tiles in one JPEG, row by row, as a data URL."""
-        if not self.place:
+        if not self.place or isinstance(self.pool, EmbeddedPool):
             return ""
         tiles = thumbnails(self.pool, np.array(list(self.place)), TILE)
         n_rows = -(-len(tiles) // COLUMNS)

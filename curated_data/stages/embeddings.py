@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from curated_data.cache import fingerprint
 from curated_data.config import CurationConfig, EmbeddingConfig
 from curated_data.embedding.contents import Contents
 from curated_data.embedding.embedders import Embedder, resolve_embedder
 from curated_data.embedding.existing import EmbeddedPool
 from curated_data.embedding.extract import embed_pool, embeddings_name
+from curated_data.embedding.precomputed import Precomputed
 from curated_data.embedding.store import EmbeddingStore, missing_shards
 from curated_data.errors import CacheError, ConfigError, PoolError
 from curated_data.layout import EMBEDDINGS
@@ -26,7 +28,7 @@ from curated_data.seals import load_npy
 from curated_data.stages.cost import Cost, Rates
 from curated_data.stages.index import AnyPool
 
-AnyEmbedder = str | nn.Module | Callable[[Tensor], Tensor] | Embedder
+AnyEmbedder = str | nn.Module | Callable[[Tensor], Tensor] | Embedder | Precomputed
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Embeddings:
     Attributes:
         root: an opened cache.
         pool: to embed.
-        embedder: None for pools of rows.
+        embedder: None for pools of rows; files of rows for `precomputed:`.
         settings: of the embedding.
         decoders: of pool members by extension.
         fields: that training will ask for, see `embed_pool`.
@@ -45,7 +47,7 @@ class Embeddings:
 
     root: Path
     pool: AnyPool
-    embedder: Embedder | None
+    embedder: Embedder | Precomputed | None
     settings: EmbeddingConfig
     decoders: Decoders | None = None
     fields: Sequence[str] | None = None
@@ -73,6 +75,11 @@ class Embeddings:
             return cls(root, pool, None, config.embedding)
         if embedder is None:
             raise ConfigError("embedder: none was given, and the pool is of shards; give the network's name")
+        if isinstance(embedder, str):
+            embedder = Precomputed.parse(embedder) or embedder
+        if isinstance(embedder, Precomputed):
+            embedder.embeddings  # opened before anything takes long  # noqa: B018
+            return cls(root, pool, embedder, config.embedding)
         return cls(root, pool, resolve_embedder(embedder), config.embedding, decoders, fields)
 
     def of_pool(self, pool: AnyPool) -> "Embeddings":
@@ -85,6 +92,8 @@ class Embeddings:
         """Of the folder; it depends on the embedder and the settings, not on the shards."""
         if isinstance(self.pool, EmbeddedPool):
             return self.pool.name
+        if isinstance(self.embedder, Precomputed):
+            return self.embedder.name
         settings = dataclasses.asdict(self.settings)
         return embeddings_name(
             self.pool, self._embedder, decoders=self.decoders, fields=self.fields, ids=self.ids, **settings
@@ -97,12 +106,17 @@ class Embeddings:
     @property
     def _embedder(self) -> Embedder:
         assert self.embedder is not None, "checked when the stage was made"
+        assert not isinstance(self.embedder, Precomputed), "which embeds nothing"
         return self.embedder
 
     def build(self, device: str | torch.device) -> EmbeddingStore:
         """Embed what is not in the cache yet. The ranks divide the shards among themselves."""
         if isinstance(self.pool, EmbeddedPool):
             return self.pool.store(self.root)
+        if isinstance(self.embedder, Precomputed):
+            if self.ids is not None:
+                raise ConfigError("embedder: a re-curation embeds by a network, not by rows that exist")
+            return self.embedder.store(self.pool, self.root)
         return embed_pool(
             self.pool,
             self._embedder,
@@ -139,7 +153,8 @@ class Embeddings:
 
 def inputs_of(store: EmbeddingStore) -> dict[str, str]:
     """What is made from embeddings has these among its inputs."""
-    return {"embedder": store.folder.name, "embeddings": store.fingerprint}
+    filters = {} if store.left_out is None else {"filters": fingerprint(left_out=np.packbits(store.left_out))}
+    return {"embedder": store.folder.name, "embeddings": store.fingerprint} | filters
 
 
 def check_any(store: EmbeddingStore, of: str) -> None:
@@ -148,7 +163,7 @@ def check_any(store: EmbeddingStore, of: str) -> None:
     Raises:
         PoolError: none was; names the first and the reason.
     """
-    if store.n_failures == len(store):
+    if not store.valid.any():
         first = next(store.iterate_failures())
         raise PoolError(
             f"none of {of} could be embedded; the first: {first['shard']}, key {first['key']!r}: "

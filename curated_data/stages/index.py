@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from curated_data.cache import open_cache
 from curated_data.config import CurationConfig, load_config
 from curated_data.embedding.existing import EmbeddedPool
+from curated_data.filtering import with_named_ids
 from curated_data.holds import holding
 from curated_data.parallel import check_same, together
 from curated_data.pool import ShardPool
@@ -79,4 +80,4 @@ def opened(
         root = open_cache(cache_dir)
         found = Index.of(pool, root).pool
         check_shared(root)
-        yield found, settings, Run(root, device)
+        yield found, with_named_ids(settings, found), Run(root, device)

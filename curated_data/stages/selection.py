@@ -1,6 +1,7 @@
 """The last stage: which samples to train on, drawn from the tree."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,13 @@ from curated_data.errors import CacheError, ConfigError
 from curated_data.layout import SELECTION
 from curated_data.remedies import Remedy
 from curated_data.seals import reading
+from curated_data.selection.included import with_included
 from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_sample
 from curated_data.selection.sparse import BLOCK, CELL, find_neighbours, sparse_sample
 from curated_data.stages.cost import Cost
 from curated_data.stages.stage import Run, Stage
+
+log = logging.getLogger(__name__)
 
 
 class Drawn(NamedTuple):
@@ -47,7 +51,8 @@ class Selection(Stage):
     @property
     def settings(self) -> dict[str, Any]:
         names = ("target_size", "strategy", "sampling", "max_repeats", "seed")
-        return {name: getattr(self.config, name) for name in names}
+        include = {"include": self.config.include} if self.config.include else {}
+        return {name: getattr(self.config, name) for name in names} | include
 
     def build(
         self,
@@ -66,7 +71,7 @@ class Selection(Stage):
         """
 
         def build(folder: Path) -> None:
-            ids = self._draw(tree, store)
+            ids = self._with_included(self._draw(tree, store), tree, store)
             np.save(folder / "ids.npy", ids)
             config = dataclasses.asdict(self.config)
             self.write_manifest(folder, size=len(ids), report=figures(ids), config=config)
@@ -81,6 +86,16 @@ class Selection(Stage):
         sample = flat_sample if config.sampling == "flat" else hierarchical_sample
         strategy = cast(Strategy, config.strategy)  # one of them, by `load_config`
         return sample(tree, config.target_size, strategy=strategy, **how)
+
+    def _with_included(self, ids: np.ndarray, tree: ClusterTree, store: EmbeddingStore) -> np.ndarray:
+        included = np.array(self.config.include, np.int64)  # by `opened`, ids alone
+        if not len(included):
+            return ids
+        usable = included[store.valid[included]]
+        if len(usable) < len(included):
+            n_lost = len(included) - len(usable)
+            log.warning("include: %d samples are not selected, since they could not be embedded", n_lost)
+        return with_included(tree, ids, usable, self.config.target_size, seed=self.config.seed)
 
     def cost(self, n: int, dimension: int) -> Cost:
         """Of drawing from n samples; the time is not measured."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from curated_data.errors import ConfigError
+from curated_data.randomness import GOLDEN, mixed, shifted
 from curated_data.streaming.batch import as_views
 
 if TYPE_CHECKING:
@@ -124,12 +125,5 @@ def uniform(seeds: Tensor, n: int) -> Tensor:
         seeds: (B,) int64.
         n: numbers per seed.
     """
-    state = seeds.cpu()[:, None] + torch.arange(1, n + 1) * -0x61C8864680B583EB  # SplitMix64's steps
-    state = (state ^ _shifted(state, 30)) * -0x40A7B892E31B1A47
-    state = (state ^ _shifted(state, 27)) * -0x6B2FB644ECCEEE15
-    return (_shifted(state ^ _shifted(state, 31), 40)).float() / (1 << 24)
-
-
-def _shifted(x: Tensor, by: int) -> Tensor:
-    """Shifted right, as an unsigned integer."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
+    steps = seeds.cpu()[:, None] + torch.arange(1, n + 1) * GOLDEN
+    return shifted(mixed(steps), 40).float() / (1 << 24)

@@ -14,6 +14,7 @@ import numpy as np
 
 from curated_data.cache import fingerprint
 from curated_data.errors import ConfigError
+from curated_data.randomness import GOLDEN, mixed
 
 Shuffle = Literal["full", "block", "none"]
 LastBatch = Literal["drop", "pad", "short"]
@@ -239,11 +240,8 @@ def _key(*parts: int) -> int:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The SplitMix64 step of Steele, Lea and Flood: a bijection of 64-bit words that leaves no pattern."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """A step of SplitMix64 on unsigned words."""
+    return mixed(x.view(np.int64) + GOLDEN).view(np.uint64)
 
 
 def check_choices(shuffle: str, last_batch: str) -> None:

@@ -42,15 +42,24 @@ class Result:
         for each in fields(self):
             if each.metadata.get("per_sample"):
                 del content[each.name]
-        Path(path).write_text(json.dumps(_plain(content), indent=2) + "\n")
+        write_json(path, content)
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table's rows with all their digits."""
-        rows = self.rows()
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(path, self.rows())
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write containers of numbers, arrays and strings; what is not a finite number becomes null."""
+    Path(path).write_text(json.dumps(_plain(content), indent=2) + "\n")
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows by column; a column that a row lacks is empty in it."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _shown(value: Any) -> str:

@@ -13,12 +13,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.optim import AdamW, Optimizer
 
 from curated_data.parallel import rank
+from curated_data.randomness import seeded
 from lightning_modules.backbones import Backbone
 from lightning_modules.heads import PrototypeHead
 from lightning_modules.losses import centered_targets, dino, ibot, koleo, sinkhorn_targets, updated_center
 from lightning_modules.masking import block_mask
 from lightning_modules.pretraining.base import PretrainingModule
-from lightning_modules.randomness import mix, seeded
+from lightning_modules.randomness import mix
 from lightning_modules.schedules import cosine, linear
 from lightning_modules.views import Augmentation, Views
 

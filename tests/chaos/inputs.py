@@ -16,7 +16,7 @@ from curated_data.cli import _array, _class_names
 from curated_data.config import load_config, read_yaml
 from curated_data.embedding import resolve_embedder
 from curated_data.embedding.existing import EmbeddedPool
-from curated_data.embedding.weights import load_weights
+from curated_data.networks import load_weights
 from curated_data.report.page import check_arrays, class_names_beside
 from curated_data.selection.names import read_classes, read_wordnet
 from curated_data.streaming.strata import strata

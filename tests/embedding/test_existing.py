@@ -195,3 +195,16 @@ def test_what_does_not_go_together(rows, tmp_path, write_pool):
     with pytest.raises(ConfigError) as caught:
         curate(write_pool([30]), CONFIG, embedder=None, cache_dir=tmp_path / "cache")
     assert "embedder" in str(caught.value)
+
+
+def test_a_report_without_images(rows, tmp_path):
+    np.save(tmp_path / "rows.npy", rows)
+    np.save(tmp_path / "labels.npy", np.arange(len(rows)) % 3)
+    place = ["--cache-dir", str(tmp_path / "cache"), "--target-size", "50"]
+    arguments = ["-q", "report", "--embeddings", str(tmp_path / "rows.npy"), *place]
+    page = tmp_path / "page.html"
+    assert main([*arguments, "--out", str(page), "--labels", str(tmp_path / "labels.npy")]) == 0
+    text = page.read_text()
+    assert '"samples":600' in text
+    assert '"image":""' in text
+    assert '"entropy"' in text

@@ -4,10 +4,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from curated_data.randomness import seeded
 from lightning_modules import MAE
 from lightning_modules.masking import block_mask, random_mask
 from lightning_modules.pretraining.mae import patchify, reconstruction_loss, sine_cosine_positions, unpatchify
-from lightning_modules.randomness import mix, sample_noise, seeded
+from lightning_modules.randomness import mix, sample_noise
 
 
 def test_noise_is_uniform_and_belongs_to_the_sample():

@@ -8,9 +8,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from curated_data.datasets import load_suite
 from curated_data.embedding import resolve_embedder
 from curated_data.errors import ConfigError, CuratedDataError
 from lightning_modules import DINOv2, SimCLR
+from lightning_modules.evaluation.suite import EVALUATIONS
 from recipes import evaluate, pretrain
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +160,7 @@ def test_a_batch_without_one_image_a_sample_is_not_predicted():
     "path", sorted((ROOT / "configs" / "suites").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_every_suite_is_valid(path):
-    assert evaluate.load_suite(str(path))
+    assert load_suite(path, EVALUATIONS)
 
 
 def test_suites_with_errors_are_named(tmp_path):
@@ -177,7 +179,7 @@ def test_suites_with_errors_are_named(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(CuratedDataError, match=message):
-            evaluate.load_suite(str(path))
+            load_suite(path, EVALUATIONS)
 
 
 def test_a_suite_runs_and_names_what_is_missing(tmp_path, write_pool, monkeypatch, capsys):

@@ -13,10 +13,10 @@ from PIL import Image
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.metrics.pairwise import cosine_similarity
 
-from curated_data import ShardPool
+from curated_data import ShardPool, programs
 from curated_data.embedding import resolve_embedder
 from curated_data.errors import EmbedderError, PoolError, SampleError
-from recipes import curate, multiband_curation, text_curation
+from recipes import multiband_curation, text_curation
 from recipes.text_curation import NgramEmbedder, Source, documents
 
 ROOT = Path(__file__).parents[2]
@@ -58,10 +58,10 @@ def members(folder: Path) -> dict[str, bytes]:
 def rows_of(recipe, monkeypatch, *arguments: object) -> dict[str, dict[str, float]]:
     """The rows of the table that a recipe prints."""
     printed = []
-    table = curate.comparison_table
+    table = programs.comparison_table
     with monkeypatch.context() as patch:
         patch.setattr(
-            curate, "comparison_table", lambda rows, **names: printed.append(rows) or table(rows, **names)
+            programs, "comparison_table", lambda rows, **names: printed.append(rows) or table(rows, **names)
         )
         assert recipe.main([*map(str, arguments), "--workers", "0"]) == 0
     return printed[0]

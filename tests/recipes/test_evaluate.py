@@ -13,10 +13,10 @@ from PIL import Image
 from scipy import stats
 from scipy.io import savemat
 
+from curated_data.datasets import LAYOUTS, load_suite
 from curated_data.errors import ConfigError, PoolError
+from lightning_modules.evaluation.suite import EVALUATIONS
 from recipes import evaluate
-from recipes.layouts import LAYOUTS
-from recipes.suite import load_suite
 
 WNIDS = ["n01440764", "n01443537", "n01484850", "n01491361"]
 COLORS = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220], [200, 200, 40]])
@@ -268,7 +268,7 @@ def test_missing_folders_and_bad_suites_are_named(root, tmp_path, monkeypatch, c
     for content in ("datasets: [a]", "datasets:", "name: x"):
         (tmp_path / "bad.yaml").write_text(content)
         with pytest.raises(ConfigError, match="no datasets; list them below"):
-            load_suite(tmp_path / "bad.yaml")
+            load_suite(tmp_path / "bad.yaml", EVALUATIONS)
     for content, message in (
         ("[1, 2]", "bad.yaml: expected fields and values, found a list"),
         ("datasets: {a: }", "a: expected fields and values, got None"),
@@ -276,7 +276,7 @@ def test_missing_folders_and_bad_suites_are_named(root, tmp_path, monkeypatch, c
     ):
         (tmp_path / "bad.yaml").write_text(content)
         with pytest.raises(ConfigError, match=message):
-            load_suite(tmp_path / "bad.yaml")
+            load_suite(tmp_path / "bad.yaml", EVALUATIONS)
     for fields, message in (
         (
             "layout: objectnet, test: x, base: b, evaluations: [robustness]",
@@ -288,7 +288,7 @@ def test_missing_folders_and_bad_suites_are_named(root, tmp_path, monkeypatch, c
     ):
         (tmp_path / "bad.yaml").write_text(f"datasets: {{a: {{{fields}}}}}")
         with pytest.raises(ConfigError, match=message):
-            load_suite(tmp_path / "bad.yaml")
+            load_suite(tmp_path / "bad.yaml", EVALUATIONS)
 
 
 def test_what_a_dataset_does_not_allow_is_named_and_the_rest_runs(root, tmp_path, monkeypatch, capsys):

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from curated_data.embedding import ModuleEmbedder, resolve_embedder
+from curated_data.embedding.tokens import TokenEmbedder, block_embedder
 from curated_data.errors import EmbedderError
 from lightning_modules import SimCLR
 from lightning_modules.backbones import build_backbone
-from recipes.features import TokenEmbedder, block_embedder
 
 
 def test_a_transformers_tokens_and_blocks():

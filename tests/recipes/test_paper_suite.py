@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from curated_data.datasets.suite import load_suite, open_part, open_suite
 from curated_data.errors import PoolError
-from recipes.suite import load_suite, open_part, open_suite
+from lightning_modules.evaluation.suite import EVALUATIONS
 from tests.support.paper_datasets import image, write_all
 
 SUITE = Path(__file__).parents[2] / "configs" / "suites" / "paper.yaml"
@@ -17,13 +18,13 @@ CHECKSUMMED = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "flowers": "Flowers
 def opened(tmp_path_factory):
     root, cache = tmp_path_factory.mktemp("datasets"), tmp_path_factory.mktemp("cache")
     write_all(root)
-    parts, missing = open_suite(load_suite(SUITE), root, cache)
+    parts, missing = open_suite(load_suite(SUITE, EVALUATIONS), root, cache)
     return root, parts, missing
 
 
 def test_every_set_is_found_and_the_others_are_named(opened):
     root, parts, missing = opened
-    assert set(parts) == set(load_suite(SUITE)) - set(CHECKSUMMED)
+    assert set(parts) == set(load_suite(SUITE, EVALUATIONS)) - set(CHECKSUMMED)
     assert len(missing) == len(CHECKSUMMED)
     for line, (name, kind) in zip(missing, CHECKSUMMED.items(), strict=True):
         assert line.startswith(f"{name}: torchvision.datasets.{kind} does not find its files below {root} ")
@@ -65,4 +66,4 @@ def test_a_damaged_image_of_a_torchvision_set_is_named(opened, tmp_path):
     write_all(tmp_path)
     image(tmp_path / "oxford-iiit-pet" / "images" / "beagle_0.jpg").write_bytes(b"\xff\xd8 cut off")
     with pytest.raises(PoolError, match=r"OxfordIIITPet below .*: image 1 of \{'split': 'trainval'\} cannot"):
-        open_part("pets", load_suite(SUITE), "train", tmp_path, tmp_path / "cache")
+        open_part("pets", load_suite(SUITE, EVALUATIONS), "train", tmp_path, tmp_path / "cache")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from curated_data.errors import ConfigError
+from curated_data.lightning_cli import last_checkpoint
 from recipes import pretrain
 from tests.recipes.test_starts import SETTINGS
 
@@ -52,7 +53,7 @@ def test_last_is_the_newest_run_that_saved_one_or_an_error(arguments):
     assert cli.trainer.global_step == 6
     found = sorted(Path("runs/pretrain").glob("version_*/checkpoints/last.ckpt"), key=os.path.getmtime)
     assert [torch.load(path, weights_only=True)["global_step"] for path in found] == [2, 6]
-    assert pretrain.last_checkpoint(cli.trainer).resolve() == found[-1].resolve()
+    assert last_checkpoint(cli.trainer).resolve() == found[-1].resolve()
 
 
 def test_a_reference_that_leads_nowhere_is_one_line(arguments):

@@ -210,12 +210,12 @@ def test_same_images_in_halves_by_default_or_by_selection(fashion_train, tmp_pat
     np.save(tmp_path / "some.npy", np.arange(500))
     for arguments, n_classes in (([], 5), (["--selection-b", tmp_path / "some.npy"], 10)):
         options = rank_architectures.parse_options(list(map(str, arguments)))
-        data = rank_architectures.open_data(options, "ab", tmp_path)
+        data = rank_architectures.open_data(options, "ab", tmp_path, default=rank_architectures.FASHION)
         assert [len(data[side].classes) for side in "ab"] == [n_classes] * 2
         assert not arguments or np.array_equal(data["b"].ids, np.arange(500))
     labels = ShardPool(fashion_train).labels(np.arange(4196))
     options = rank_architectures.parse_options([])
-    data = rank_architectures.open_data(options, "ab", tmp_path)
+    data = rank_architectures.open_data(options, "ab", tmp_path, default=rank_architectures.FASHION)
     assert len(data["a"].ids) + len(data["b"].ids) == len(labels)
     assert not set(labels[data["a"].ids]) & set(labels[data["b"].ids])
 

@@ -66,8 +66,8 @@ function moreResults() {
   find("#more").hidden = listed >= found.length;
 }
 find("#more").onclick = moreResults;
-find("#filters").addEventListener("input", filter);
-find("#filters").addEventListener("submit", event => event.preventDefault());
+find("#chooser").addEventListener("input", filter);
+find("#chooser").addEventListener("submit", event => event.preventDefault());
 filter();
 
 // ---- The opening ----

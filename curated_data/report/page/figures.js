@@ -83,6 +83,7 @@ const summary = [
         ],
       ]
     : []),
+  ...(data.filters ? [[whole(data.filters.dropped), "dropped by filters"]] : []),
   ...(data.excluded ? [[whole(data.excluded), "left out of the clustering: their embeddings are zero"]] : []),
   ...(data.duplicates
     ? [

@@ -108,6 +108,16 @@ if (data.duplicates) {
       make("div", { className: "row" }, tiles(d.held_out_examples)),
     );
 } else find("#duplicates").remove();
+const dropped = data.filters;
+if (dropped) {
+  find("#filters p").textContent =
+    `${plural(dropped.dropped, "sample")} took no part: ${whole(dropped.excluded)} by name, ${whole(dropped.nulls)} for a value that is missing.`;
+  const conditions = dropped.conditions.map(c => [c.text, whole(c.drops), whole(c.nulls)]);
+  if (conditions.length)
+    find("#filters .body").append(table(["condition", "drops alone", "of these NULL"], conditions, "text"));
+  if (dropped.examples.length)
+    find("#filters .body").append(table(["id", "key"], dropped.examples, "text tight"));
+} else find("#filters").remove();
 const f = data.failures;
 find("#failures p").textContent = f.count
   ? `${plural(f.count, "sample")} could not be decoded or embedded; they took no part.`

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 from scipy.io import loadmat
 
-from curated_data.errors import PoolError
-from recipes.layouts.images import (
+from curated_data.datasets.images import (
     Images,
     Maps,
     existing,
@@ -17,6 +16,7 @@ from recipes.layouts.images import (
     read_map,
     train_or_test,
 )
+from curated_data.errors import PoolError
 
 IGNORED = 255
 # Ids of Cityscapes' 19 evaluated classes in the order of their train ids.

@@ -12,35 +12,17 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from curated_data import ShardPool, ShardWriter
 from curated_data.cache import atomic_path, fingerprint
 from curated_data.config import read_yaml, structured
+from curated_data.datasets.images import Images, image_files, to_shards
+from curated_data.datasets.layouts import LAYOUTS
 from curated_data.errors import ConfigError, CuratedDataError, PoolError, first_line
 from curated_data.locks import locked
-from curated_data.pool import import_folder
+from curated_data.pool import ShardPool, ShardWriter, import_folder
 from curated_data.report.page import class_names_beside
-from recipes.layouts import LAYOUTS, Images, to_shards
-from recipes.layouts.images import image_files
 
-log = logging.getLogger("evaluate")
+log = logging.getLogger(__name__)
 
-EVALUATIONS = {  # which of the parts "train" and "test" each reads, and whether it needs a `base`
-    "knn": "train test",
-    "linear": "train test",
-    "logistic": "train test",
-    "few_shot": "train test",
-    "long_tail": "train test",
-    "multilabel": "train test",
-    "retrieval": "train test",
-    "clustering": "test",
-    "health": "test",
-    "duplicates": "train test",
-    "robustness": "test base",
-    "fairness": "test base",
-    "instances": "train test",
-    "segmentation": "train test",
-    "depth": "train test",
-}
 SHIFTED = ("class_folders", "imagenet_v2", "objectnet", "real", "dollar_street")
 
 
@@ -50,7 +32,7 @@ class Dataset:
 
     Attributes:
         layout: "shards" (WebDataset, with .cls), "folder" (one folder per class), "torchvision", or one of
-            `recipes.layouts.LAYOUTS`.
+            `curated_data.datasets.layouts.LAYOUTS`.
         root: its folder, relative to the suite's root.
         train, test: relative to it: a pattern of shards, a folder, a file that lists a part, or the name of a
             part; for torchvision the keyword arguments for the part, such as {split: train}. For instance
@@ -89,8 +71,12 @@ class Part:
         return labels if self.numbers is None else np.where(labels >= 0, self.numbers[labels], -1)
 
 
-def load_suite(path: str | Path) -> dict[str, Dataset]:
+def load_suite(path: str | Path, evaluations: Mapping[str, str]) -> dict[str, Dataset]:
     """The datasets of a suite by name.
+
+    Args:
+        path: a YAML file.
+        evaluations: those that a suite may name, each with what it needs: "train", "test" and "base".
 
     Raises:
         ConfigError: an unknown field, layout or evaluation, or a missing base or part.
@@ -113,12 +99,12 @@ def load_suite(path: str | Path) -> dict[str, Dataset]:
             near = difflib.get_close_matches(dataset.layout, layouts, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{name}.layout: expected {', '.join(layouts)}; got {dataset.layout!r}{hint}")
-        unknown = set(dataset.evaluations) - set(EVALUATIONS)
+        unknown = set(dataset.evaluations) - set(evaluations)
         if unknown or not dataset.evaluations:
             raise ConfigError(
-                f"{name}.evaluations: expected of {', '.join(EVALUATIONS)}, got {sorted(unknown)}"
+                f"{name}.evaluations: expected of {', '.join(evaluations)}, got {sorted(unknown)}"
             )
-        needed = {word for each in dataset.evaluations for word in EVALUATIONS[each].split()}
+        needed = {word for each in dataset.evaluations for word in evaluations[each].split()}
         if ("base" in needed or dataset.base) and dataset.base not in suite:
             raise ConfigError(f"{name}.base: expected another dataset of the suite, got {dataset.base!r}")
         if "base" in needed and (

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from curated_data.datasets.images import Images, existing, need
 from curated_data.errors import PoolError
-from recipes.layouts.images import Images, existing, need
 
 COLUMNS = ("imageRelPath", "income", "region.id", "imagenet_sysnet_id")
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from curated_data.errors import PoolError
-from recipes.layouts.images import (
+from curated_data.datasets.images import (
     Images,
     existing,
     image_files,
@@ -15,6 +14,7 @@ from recipes.layouts.images import (
     subfolders,
     train_or_test,
 )
+from curated_data.errors import PoolError
 
 
 def file_list(root: Path, part: str) -> Images:

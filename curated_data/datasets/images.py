@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from curated_data import ShardWriter
 from curated_data.errors import PoolError
+from curated_data.pool import ShardWriter
 from curated_data.progress import progress
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from curated_data.datasets.images import Images, existing, need
 from curated_data.errors import PoolError
-from recipes.layouts.images import Images, existing, need
 
 
 def revisited(root: Path, part: str) -> Images:

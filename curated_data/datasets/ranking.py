@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from curated_data import ShardPool
 from curated_data.arguments import checked_selection, load_ids
 from curated_data.errors import ConfigError
+from curated_data.pool import ShardPool
 
-log = logging.getLogger("rank_architectures")
+log = logging.getLogger(__name__)
 
-FASHION = Path(__file__).parent / "data" / "fashion-lt50"
 SIDES = ("a", "b")
 
 
@@ -31,10 +30,13 @@ class Data:
     n_test: int
 
 
-def open_data(options: argparse.Namespace, sides: Sequence[str], cache: Path) -> dict[str, Data]:
+def open_data(
+    options: argparse.Namespace, sides: Sequence[str], cache: Path, *, default: Path
+) -> dict[str, Data]:
     """The datasets of some sides, by the command line's options.
 
-    By default, B consists of A's images: the other selection, or the other half of the classes.
+    By default, A is the folder `default`, and B consists of A's images: the other selection, or the other
+    half of the classes.
 
     Raises:
         ConfigError: no labels, classes without training or test samples, or a selection of another pool.
@@ -54,7 +56,7 @@ def open_data(options: argparse.Namespace, sides: Sequence[str], cache: Path) ->
         elif side == "b" and not folder:
             patterns[side], names[side] = patterns["a"], names["a"]
         else:
-            path = Path(folder) if folder else FASHION
+            path = Path(folder) if folder else default
             found = tuple(sorted(map(str, path.glob(f"*{part}*.tar"))) for part in ("train", "test"))
             if not all(found):
                 raise ConfigError(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from curated_data.datasets.images import Images, image_files, need, subfolders
 from curated_data.errors import PoolError
-from recipes.layouts.images import Images, image_files, need, subfolders
 
 
 def class_folders(root: Path, part: str = "", *, base: list[str]) -> Images:

@@ -1,0 +1,363 @@
+"""Columns of a pool: what is known of each sample beside its content, as one Arrow table in the pool's order.
+
+| column | where it comes from |
+|---|---|
+| `id`, `key`, `shard` | the index |
+| `label` | the `.cls` member |
+| `json.a.b` | a field of the `.json` member, by its dotted path |
+| `width`, `height`, `aspect`, `bytes`, `sharpness`, `brightness`, `entropy`, `flat` | the image |
+| `text_length` | characters of the `.txt` member |
+| any other | parquet: the files given as `columns`, or `00000.parquet` beside `00000.tar` |
+
+A column of parquet goes before a measure of the same name. What is read from the shards is kept in the
+cache, one parquet file for each shard.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curated_data.cache import atomic_path, fingerprint
+from curated_data.errors import ConfigError, PoolError
+from curated_data.locks import locked
+from curated_data.parquet import (
+    check_unique,
+    column_names,
+    in_order,
+    join,
+    key_column,
+    nearest_of,
+    open_parquet,
+    packed_keys,
+    read_keys,
+    reading_parquet,
+)
+from curated_data.paths import local_path
+from curated_data.pool.decode import TEXT_EXTENSIONS
+from curated_data.pool.measures import MEASURES, OF_HEADER, measure_image
+from curated_data.pool.urls import is_remote
+from curated_data.progress import progress
+
+if TYPE_CHECKING:
+    from curated_data.pool.shards import ShardPool
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+_OWN = ("id", "key", "shard", "label")
+_OF_MEMBERS = (*MEASURES, "text_length")
+_BATCH = 256  # samples that are read at once
+_JSON = "json."
+
+
+def read_columns(pool: "ShardPool", names: Sequence[str], tables: Sequence[Path] = ()) -> pa.Table:
+    """Columns of a pool's n samples, in the order of ids.
+
+    Args:
+        pool: to read.
+        names: see the table at the top of this module.
+        tables: parquet files with a column of keys, or with a row for every sample in the pool's order.
+
+    Raises:
+        ConfigError: a column that there is not; suggests the nearest name.
+        PoolError: a parquet file cannot be read, or holds a key twice.
+    """
+    beside = _Beside(pool, tables)
+    columns: dict[str, Any] = {}
+    of_members = []
+    for name in dict.fromkeys(names):
+        if name in _OWN:
+            columns[name] = _own(pool, name)
+        elif name in beside.names:
+            columns[name] = beside.read(name)
+        elif name in _OF_MEMBERS or (name.startswith(_JSON) and "json" in pool.index().extensions):
+            of_members.append(name)
+        else:
+            raise _unknown(name, [*_OWN, *_OF_MEMBERS, *beside.names], pool)
+    if of_members:
+        table, seen = _of_shards(pool, of_members)
+        for name in of_members:
+            if table.column(name).null_count == len(table) and name.startswith(_JSON) and name not in seen:
+                raise _unknown(name, sorted(seen), pool)
+            columns[name] = table.column(name)
+    return pa.table({name: columns[name] for name in dict.fromkeys(names)})
+
+
+def columns_of_tables(n: int, names: Sequence[str], tables: Sequence[Path | None]) -> pa.Table:
+    """Columns of n rows of embeddings, from the parquet files that have a row for each of them.
+
+    Raises:
+        ConfigError: a column that there is not; suggests the nearest name.
+        PoolError: a file cannot be read.
+    """
+    parts = []
+    for path in tables:
+        there = [] if path is None else column_names(open_parquet(path), path)
+        for name in names:
+            if name not in (*there, "id"):
+                raise ConfigError(f"column {name!r}: {path or 'rows'} has none{nearest_of(name, there)}")
+        if path is not None:
+            with reading_parquet(path):
+                parts.append(open_parquet(path).read([name for name in names if name in there]))
+    table = pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({})
+    if "id" in names and "id" not in table.column_names:
+        table = table.append_column("id", pa.array(np.arange(n)))
+    return table.select(list(dict.fromkeys(names)))
+
+
+def _unknown(name: str, known: Sequence[str], pool: "ShardPool") -> ConfigError:
+    if name.startswith(_JSON) and "json" not in pool.index().extensions:
+        return ConfigError(f"column {name!r}: the pool's samples have no .json member")
+    return ConfigError(f"column {name!r}: the pool has none{nearest_of(name, list(known))}")
+
+
+def _own(pool: "ShardPool", name: str) -> Any:
+    index = pool.index()
+    if name == "id":
+        return pa.array(np.arange(len(pool)))
+    if name == "key":
+        return packed_keys(index.key_start, index.key_bytes).cast(pa.large_string())
+    if name == "shard":
+        return pa.array(index.shard_of(np.arange(len(pool))))
+    labels = pool.labels(np.arange(len(pool)))
+    return pa.array(labels, mask=labels < 0)
+
+
+class _Beside:
+    """Columns of parquet files, given or beside the shards, joined by key.
+
+    Attributes:
+        names: of the columns.
+    """
+
+    def __init__(self, pool: "ShardPool", tables: Sequence[Path]) -> None:
+        self.pool = pool
+        self.tables = list(tables)
+        self.of_shards: list[Path | None] = []
+        if not self.tables:
+            self.of_shards = [_beside(url) for url in pool.urls]
+        first = next((path for path in (*self.tables, *self.of_shards) if path is not None), None)
+        self.names = [] if first is None else column_names(open_parquet(first), first)
+        self._places: list[tuple[Path, np.ndarray, np.ndarray | None]] = []
+
+    def read(self, name: str) -> Any:
+        """A column in the pool's order; NULL for samples without a row."""
+        index = self.pool.index()
+        keys = packed_keys(index.key_start, index.key_bytes)
+        if self.tables:
+            return self._joined(self.tables, name, keys, index)
+        parts = []
+        for path, (first, last) in zip(self.of_shards, _pairs(index.shard_start), strict=True):
+            if path is None:
+                parts.append(pa.nulls(last - first))
+            else:
+                parts.append(self._joined([path], name, keys.slice(first, last - first), index))
+        kinds = {part.type for part in parts if not pa.types.is_null(part.type)}
+        tables = [pa.table({name: part}) for part in parts]
+        return pa.concat_tables(tables, promote_options="permissive" if len(kinds) != 1 else "default")[name]
+
+    def _joined(self, paths: Sequence[Path], name: str, wanted: pa.Array, index: Any) -> Any:
+        values, keys = [], []
+        for path in paths:
+            file = open_parquet(path)
+            if name not in column_names(file, path):
+                raise ConfigError(
+                    f"column {name!r}: {path} has none{nearest_of(name, file.schema_arrow.names)}"
+                )
+            column = key_column(file, path)
+            if column is not None:
+                keys.append(read_keys(file, path, column))
+            with reading_parquet(path):
+                values.append(file.read([name]))
+        table = pa.concat_tables(values, promote_options="permissive").column(name)
+        if len(keys) < len(paths):
+            if keys or len(table) != len(wanted):
+                raise ConfigError(
+                    f"{paths[0]}: has {len(table)} rows and no column of keys (key, __key__ or image_path), "
+                    f"and there are {len(wanted)} samples; add their keys, or a row for each in order"
+                )
+            return table.combine_chunks()
+        every = pa.concat_arrays(keys)
+        check_unique(every, paths[0])
+        if index.n_duplicate_keys and len(wanted) == len(index):
+            raise PoolError(
+                f"the pool has key {index.duplicate_example!r} more than once, so rows of {paths[0]} cannot "
+                "be told apart by their keys"
+            )
+        places = join(wanted, every)
+        if len(places) and (places < 0).all():
+            raise PoolError(
+                f"{paths[0]}: has no key of the pool (one of its keys is {every[0].as_py()!r}, one of the "
+                f"pool's {wanted[0].as_py()!r}); give the table of this pool" if len(every) else
+                f"{paths[0]}: has no rows"
+            )  # fmt: skip
+        found = table.take(pa.array(places, mask=places < 0))
+        return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+
+
+def _beside(url: str) -> Path | None:
+    if is_remote(url) or not url.endswith(".tar"):
+        return None
+    path = Path(url).with_suffix(".parquet")
+    return path if path.is_file() else None
+
+
+def _pairs(starts: np.ndarray) -> Iterator[tuple[int, int]]:
+    yield from zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
+
+
+def _of_shards(pool: "ShardPool", names: Sequence[str]) -> tuple[pa.Table, set[str]]:
+    """Columns that are read from the shards' members, and all dotted paths of JSON seen in them."""
+    parts, seen = [], set()
+    with progress("columns", len(pool.urls), "shards") as advance:
+        for number, (first, last) in enumerate(_pairs(pool.shard_ranges())):
+            part, paths = _of_shard(pool, number, first, last, names)
+            parts.append(part)
+            seen |= paths
+            advance()
+    try:
+        return pa.concat_tables(parts, promote_options="permissive"), seen
+    except pa.ArrowInvalid as error:
+        raise ConfigError(
+            f"columns {', '.join(names)}: one is text in some shards and a number in others ({error}); "
+            "name another, or correct its values"
+        ) from error
+
+
+def _of_shard(
+    pool: "ShardPool", number: int, first: int, last: int, names: Sequence[str]
+) -> tuple[pa.Table, set[str]]:
+    """The columns of one shard: from the cache, as far as they are there."""
+    if pool.cache_dir is None:
+        return _computed(pool, first, last, names)
+    name = fingerprint(
+        stage="columns",
+        shard=pool.shards[number].fingerprint,
+        images=pool.images._asdict(),
+        extensions=pool.image_extensions,
+        version=VERSION,
+    )
+    path = Path(pool.cache_dir) / "columns" / f"{name}.parquet"
+    with locked(path):
+        kept = _kept(path, last - first)
+        missing = [name for name in names if kept is None or name not in kept.column_names]
+        if missing:
+            table, seen = _computed(pool, first, last, missing)
+            if kept is not None:
+                seen |= _seen(kept)
+                for column in kept.column_names:
+                    table = table.append_column(column, kept.column(column))
+            kept = table.replace_schema_metadata({"paths": json.dumps(sorted(seen))})
+            with atomic_path(path) as temporary:
+                pq.write_table(kept, temporary, write_page_checksum=True)
+    assert kept is not None, "found or computed"
+    return kept.select(list(names)), _seen(kept)
+
+
+def _kept(path: Path, n: int) -> pa.Table | None:
+    if not path.exists():
+        return None
+    table = None
+    with reading_parquet(path):
+        table = open_parquet(path).read()
+    if len(table) != n:
+        raise PoolError(f"{path}: damaged ({len(table)} rows, expected {n}); remove it, it is made anew")
+    return table
+
+
+def _seen(table: pa.Table) -> set[str]:
+    try:
+        return set(map(str, json.loads((table.schema.metadata or {}).get(b"paths", b"[]"))))
+    except ValueError:
+        return set()
+
+
+def _computed(pool: "ShardPool", first: int, last: int, names: Sequence[str]) -> tuple[pa.Table, set[str]]:
+    """Columns of the samples of one shard, read from their members."""
+    present = pool.index().extensions
+    images = [e for e in pool.image_extensions if e in present]
+    texts = [e for e in TEXT_EXTENSIONS if e in present]
+    of_json = [name for name in names if name.startswith(_JSON)]
+    of_image = [name for name in names if name in MEASURES]
+    wanted = [
+        *(images if of_image else ()),
+        *(texts if "text_length" in names else ()),
+        *(["json"] if of_json else ()),
+    ]
+    values: dict[str, list[Any]] = {name: [] for name in names}
+    seen: set[str] = set()
+    pixels = any(name not in OF_HEADER for name in of_image)
+    for start in range(first, last, _BATCH):
+        ids = np.arange(start, min(start + _BATCH, last))
+        for sample in pool.read(ids, wanted) if wanted else [{}] * len(ids):
+            if of_image:
+                data = next((sample[e] for e in images if e in sample), None)
+                found = {} if data is None else measure_image(data, pixels=pixels, settings=pool.images)
+                for name in of_image:
+                    values[name].append(found.get(name))
+            if "text_length" in names:
+                text = next((sample[e] for e in texts if e in sample), None)
+                values["text_length"].append(None if text is None else len(text.decode("utf-8", "replace")))
+            if of_json:
+                fields = _fields(sample)
+                seen.update(fields)
+                for name in of_json:
+                    values[name].append(fields.get(name))
+    kinds: dict[str, Any] = {"width": pa.int64(), "height": pa.int64(), "bytes": pa.int64()}
+    kinds |= {"text_length": pa.int64()} | dict.fromkeys(set(MEASURES) - kinds.keys(), pa.float64())
+    return pa.table({name: _array(values[name], kinds.get(name)) for name in names}), seen
+
+
+def _fields(sample: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a sample's `.json` by their dotted paths; none if it is no JSON object."""
+    try:
+        content = json.loads(sample["json"])
+    except (KeyError, ValueError, RecursionError):
+        return {}
+    found: dict[str, Any] = {}
+    stack = [("json", content)]
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, dict):
+            stack += [(f"{path}.{name}", inner) for name, inner in value.items()]
+        elif path != "json":
+            found[path] = json.dumps(value) if isinstance(value, list) else value
+    return found
+
+
+def _array(values: list[Any], kind: Any) -> pa.Array:
+    """Values as a column; of several types as numbers, if they are, or else as texts."""
+    for tried in (kind, pa.float64()):
+        try:
+            return pa.array(values, tried)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
+            continue
+    return pa.array(
+        [None if v is None else v.encode("utf-8", "replace").decode() if isinstance(v, str) else json.dumps(v)
+         for v in values], pa.string(),
+    )  # fmt: skip
+
+
+def checked_tables(columns: str | Path | Sequence[str | Path] | None) -> list[Path]:
+    """The parquet files that `columns` of a pool names: files, or folders of them.
+
+    Raises:
+        PoolError: one is missing.
+    """
+    given = [] if columns is None else [columns] if isinstance(columns, str | Path) else list(columns)
+    found: list[Path] = []
+    for one in given:
+        path = local_path(one, "columns")
+        files = in_order(list(path.glob("*.parquet"))) if path.is_dir() else [path]
+        if not files:
+            raise PoolError(f"columns: {path} holds no parquet file")
+        found += files
+    for path in found:
+        open_parquet(path)
+    return found
