@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", metavar="FILE.parquet", help="the table to write")
     command.add_argument("--keys", metavar="FILE.csv", help="write ids, shards and keys alone, as text")
     command.add_argument("--selected", action="store_true", help="only the selected samples")
-    command.add_argument("--columns", nargs="+", default=[], metavar="NAME", help="of the pool's own, to add")
+    command.add_argument("--add", nargs="+", default=[], metavar="COLUMN", help="the pool's own, as width")
     command.add_argument("--images", type=int, metavar="PIXELS", help="add thumbnails of this side")
     command.add_argument("--coordinates", metavar="FILE.npy", help="(n, 2) place of every sample on a map")
 
@@ -618,7 +618,7 @@ def _table(parsed: argparse.Namespace) -> None:
         selected=parsed.selected,
         images=parsed.images,
         coordinates=coordinates,
-        columns=parsed.columns,
+        columns=parsed.add,
     )
     for place, write in ((parsed.out, table.write), (parsed.keys, table.write_keys)):
         if place is not None:

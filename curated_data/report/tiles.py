@@ -46,7 +46,7 @@ class Tiles:
 
     def enlarge(self, ids: np.ndarray) -> None:
         """Keep these images in a larger size, too, each as a data URL."""
-        if self.available:
+        if self.available and not isinstance(self.pool, EmbeddedPool):
             tiles = thumbnails(self.pool, ids, LARGE)
             self.large |= {int(i): _data_url(tile) for i, tile in zip(ids.tolist(), tiles, strict=True)}
 
