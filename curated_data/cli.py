@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 from yaml import YAMLError
 
-from curated_data import __version__
+from curated_data import __version__, cli_search
 from curated_data.cache.checksums import read_bytes
 from curated_data.cache.paths import local_path, spelled
 from curated_data.cli_inspect import inspect, print_table
@@ -42,6 +42,8 @@ select
 
 look at what was done
   report       one HTML page on a curation
+  table        all that is known of each sample, as parquet
+  search       the samples nearest to an image, a text or a vector
   inspect      what a cache holds and what determined it, or why a sample was selected
 
 stage by stage, ahead of `curate`
@@ -201,6 +203,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     _curation_options(command)
     command.add_argument("--tree", required=True, metavar="FOLDER", help="the tree, as printed by `curate`")
+
+    command = _pool_command(
+        commands, "table", "write all that is known of each sample as one parquet table", _table
+    )
+    _curation_options(command)
+    command.add_argument("--out", metavar="FILE.parquet", help="the table to write")
+    command.add_argument("--keys", metavar="FILE.csv", help="write ids, shards and keys alone, as text")
+    command.add_argument("--selected", action="store_true", help="only the selected samples")
+    command.add_argument("--add", nargs="+", default=[], metavar="COLUMN", help="the pool's own, as width")
+    command.add_argument("--images", type=int, metavar="PIXELS", help="add thumbnails of this side")
+    command.add_argument("--coordinates", metavar="FILE.npy", help="(n, 2) place of every sample on a map")
+
+    command = _pool_command(
+        commands, "search", "find the samples nearest to an image, a text or a vector", _search
+    )
+    _embedder_option(command)
+    cli_search.add_options(command)
 
     command = _pool_command(commands, "report", "write one HTML page about a curation", _report)
     _curation_options(command)
@@ -500,6 +519,8 @@ def _run_curation(parsed: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _curate(parsed: argparse.Namespace) -> None:
+    from curated_data.report.summary import summary_table
+
     if parsed.dry_run:
         if parsed.embeddings:
             raise ConfigError("--dry-run: plans the work on shards; there is nothing to embed here")
@@ -511,18 +532,7 @@ def _curate(parsed: argparse.Namespace) -> None:
         _check_output(parsed.ids, parsed)
     _, curation = _run_curation(parsed)
     report = curation.report
-    table = Table(title=f"{report['selected']:,} of {report['samples']:,} samples selected")
-    for name in ("level", "clusters", "covered", "perplexity, pool", "perplexity, selection"):
-        table.add_column(name, justify="right")
-    for level in report["levels"]:
-        table.add_row(
-            str(level["level"]),
-            f"{level['n_clusters']:,}",
-            f"{level['covered']:.1%}",
-            f"{level['perplexity']:,.1f}",
-            f"{level['selected_perplexity']:,.1f}",
-        )
-    print_table(table)
+    print_table(summary_table(report))
     for name, value in filter_rows(report.get("filters")):
         print(f"{name}: {value}")
     if report["failed"]:
@@ -587,10 +597,44 @@ def _export(parsed: argparse.Namespace) -> None:
     from curated_data.pipeline.export import check_export, export
 
     options = {"max_samples": parsed.max_samples, "overwrite": parsed.overwrite}
-    check_export(_pool(parsed), parsed.out, **options)
+    check_export(_pool(parsed), parsed.out, described=True, **options)
     pool, curation = _run_curation(parsed)
-    shards = export(pool, curation.ids, parsed.out, tree=curation.tree, order=parsed.order, **options)
+    shards = export(pool, curation.ids, parsed.out, curation=curation, order=parsed.order, **options)
     print(f"{len(curation.ids):,} samples in {len(shards):,} shards in {parsed.out}")
+
+
+def _table(parsed: argparse.Namespace) -> None:
+    from curated_data.report.table import CurationTable
+
+    if parsed.out is None and parsed.keys is None:
+        raise ConfigError("table: nothing to write; give --out FILE.parquet or --keys FILE.csv, or both")
+    for place in filter(None, (parsed.out, parsed.keys)):
+        _check_output(place, parsed)
+    coordinates = _array(parsed.coordinates, "coordinates")
+    pool, curation = _run_curation(parsed)
+    table = CurationTable(
+        curation,
+        pool,
+        selected=parsed.selected,
+        images=parsed.images,
+        coordinates=coordinates,
+        columns=parsed.add,
+    )
+    for place, write in ((parsed.out, table.write), (parsed.keys, table.write_keys)):
+        if place is not None:
+            print(f"{len(table):,} samples: {write(place, _storage(parsed))}")
+
+
+def _search(parsed: argparse.Namespace) -> None:
+    from curated_data.pool.out import write_file
+
+    for place in filter(None, (parsed.out, parsed.ids, parsed.table)):
+        _check_output(place, parsed)
+    vectors = _array(parsed.vectors, "vectors")
+    options = _storage(parsed)
+    cli_search.search(
+        parsed, _pool(parsed), vectors, lambda place, content: write_file(place, content, options)
+    )
 
 
 def _report(parsed: argparse.Namespace) -> None:

@@ -104,9 +104,22 @@ def _of_class(
             own = tuple(a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs))[1:]
             if given.kwarg is None:
                 return own
+            if isinstance(given.kwarg.annotation, ast.Subscript):  # Unpack[…], whose fields are named
+                fields = given.kwarg.annotation.slice
+                assert isinstance(fields, ast.Name), "a class of its own"
+                return *own, *_fields(homes.get(fields.id, f"{module}.{fields.id}"))
             base = _of_base(node, module, homes, depth)
             return None if base is None else (*own, *base)
     return _of_base(node, module, homes, depth)
+
+
+def _fields(name: str) -> tuple[str, ...]:
+    """The fields of a typed dictionary."""
+    module, _, class_name = name.rpartition(".")
+    source = _source(module)
+    tree = ast.parse("" if source is None else source.read_text(encoding="utf-8"))
+    body = next((n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name), [])
+    return tuple(n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name))
 
 
 def _of_base(node: ast.ClassDef, module: str, homes: Homes, depth: int) -> tuple[str, ...] | None:

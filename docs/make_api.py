@@ -40,6 +40,8 @@ SECTIONS: dict[str, dict[str, list[str] | None]] = {
         "curated_data.pipeline.export": ["export"],
         "curated_data.pipeline.extend": ["extend"],
         "curated_data.pipeline.inspect": ["inspect_cache"],
+        "curated_data.pipeline.search": ["search", "embed_queries", "contact_sheet"],
+        "curated_data.report.table": ["CurationTable"],
     },
     "Reports": {
         "curated_data.report.page": ["write_report"],

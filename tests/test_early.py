@@ -12,6 +12,7 @@ import pytest
 import lightning_modules
 from curated_data.early import check_keys, parameters
 from curated_data.errors import ConfigError
+from curated_data.training.options import OldArguments
 
 ROOT = Path(__file__).parents[1]
 CLASSES = [
@@ -31,7 +32,8 @@ CLASSES = [
 def test_parameters_are_those_that_inspect_finds(name):
     module, _, class_name = name.rpartition(".")
     found = inspect.signature(getattr(importlib.import_module(module), class_name)).parameters
-    assert set(parameters(name)) == {key for key in found if key != "kwargs"}
+    old = OldArguments.__annotations__ if "old" in found else {}
+    assert set(parameters(name)) == {key for key in found if key not in ("kwargs", "old")} | set(old)
 
 
 @pytest.mark.parametrize("name", ["collections.OrderedDict", "nowhere.Thing", "torch.nn.Module", "Thing", ""])

@@ -109,10 +109,19 @@ class EmbeddingStore:
         """`id`, `shard`, `key` and `reason` of each failed sample, in pool order."""
         return list(self.iterate_failures())
 
-    def iterate_failures(self) -> Iterator[dict[str, Any]]:
-        """`failures` one by one; a shard's details are read when it is reached."""
-        for number in np.unique(self.shard_of(self._table.failed)).tolist():
-            yield from self._failures_of(number)
+    def iterate_failures(self, first: int = 0, last: int | None = None) -> Iterator[dict[str, Any]]:
+        """`failures` one by one; a shard's details are read when it is reached.
+
+        Args:
+            first, last: only of samples from the one up to, but without, the other.
+        """
+        failed = self._table.failed
+        samples = failed if self.ids is None else self.ids[failed]
+        start, stop = np.searchsorted(samples, (first, np.iinfo(np.int64).max if last is None else last))
+        for number in np.unique(self.shard_of(failed[start:stop])).tolist():
+            for failure in self._failures_of(number):
+                if failure["id"] >= first and (last is None or failure["id"] < last):
+                    yield failure
 
     def failure(self, sample: int) -> dict[str, Any] | None:
         """The entry of one sample in `failures`; None if it did not fail."""

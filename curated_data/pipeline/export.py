@@ -1,28 +1,35 @@
 """Write a selection as new shards that can be traced back to the pool and the clusters."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import IO, TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 
 from curated_data.clustering.tree import ClusterTree
 from curated_data.errors import ConfigError, PoolError
+from curated_data.pipeline.card import CARD, CROISSANT, PICTURE, TABLE, card, croissant, picture
 from curated_data.pool import ShardPool, ShardWriter
 from curated_data.pool.encode import encode_member
-from curated_data.pool.out import LocalFolder
+from curated_data.pool.out import LocalFolder, RemoteFolder
 from curated_data.pool.urls import is_remote
-from curated_data.pool.writer import check_out, existing_shards
+from curated_data.pool.writer import Digested, check_out, existing_shards
 from curated_data.progress import progress
+from curated_data.report.table import CurationTable
 from curated_data.streaming.order import EpochOrder
+
+if TYPE_CHECKING:
+    from curated_data.stages.curation import Curation
 
 log = logging.getLogger(__name__)
 
 Order = Literal["shuffled", "pool", "given"]
 _BLOCK = 256  # samples read at once
 _BESIDE = ("manifest.json", "ids.npy", "clusters.npy")  # the shards
+_DESCRIBED = (TABLE, PICTURE, CROISSANT, CARD)  # the same, for others
 
 
 def export(
@@ -31,6 +38,7 @@ def export(
     out: str | Path,
     *,
     tree: ClusterTree | None = None,
+    curation: "Curation | None" = None,
     order: Order = "shuffled",
     seed: int = 0,
     max_samples: int = 10_000,
@@ -51,7 +59,10 @@ def export(
         pool: to copy from.
         ids: (n,) integers; a repeated id is written as often.
         out: a folder, or a pattern, as for `ShardWriter`: on this machine, or the URL of a store.
-        tree: the cluster tree of the pool.
+        tree: the cluster tree of the pool; None takes that of the curation, if there is one.
+        curation: that the ids are of. The folder then also gets what others read: a data set card `README.md`
+            with a picture, Croissant metadata `croissant.json`, and the table of the selected samples,
+            `curation.parquet`. A card that was edited since an earlier export stays as it is.
         order: "shuffled", "pool" (ascending ids, the fastest to read), or "given" (as in `ids`).
         seed: for the shuffling.
         max_samples, max_bytes: per shard.
@@ -69,6 +80,8 @@ def export(
     if order not in get_args(Order):
         raise ConfigError(f"order: expected one of {', '.join(get_args(Order))}, found {order!r}")
     ids = np.asarray(ids)
+    if tree is None and curation is not None:
+        tree = curation.tree
     shuffled = EpochOrder(ids, seed=seed, batch_size=1, shuffle="full" if order == "shuffled" else "none")
     ids = np.sort(ids) if order == "pool" else shuffled.ids(0, 0, len(ids))
     options: dict[str, Any] = {
@@ -77,10 +90,14 @@ def export(
         "overwrite": overwrite,
         "storage_options": pool.storage_options if storage_options is None else storage_options,
     }
-    check_export(pool, out, **options)
+    check_export(pool, out, described=curation is not None, **options)
     first_of_shard: list[int] = []
-    with ShardWriter(out, **options) as writer, progress("export", len(ids), "samples") as advance:
-        for name in _BESIDE:  # of an earlier export, no longer true
+    with (
+        ShardWriter(out, **options, digest=curation is not None) as writer,
+        progress("export", len(ids), "samples") as advance,
+    ):
+        is_own_card, stale = _earlier(writer.out)
+        for name in (*_BESIDE, *stale):  # of an earlier export, no longer true
             writer.remove_beside(name)
         keys: set[str] = set()
         for start in range(0, len(ids), _BLOCK):
@@ -98,11 +115,15 @@ def export(
         if tree is not None:
             clusters = [tree.assignment(level, ids) for level in range(1, tree.n_levels + 1)]
             writer.write_beside("clusters.npy", encode_member(np.stack(clusters, axis=1).astype(np.int32)))
+        digest = None
+        if curation is not None:
+            digest = _describe(curation, pool, writer, with_card=is_own_card)
         manifest = {
             "pool": {"fingerprint": pool.fingerprint, "shards": pool.urls},
             "order": order,
             "seed": seed if order == "shuffled" else None,
             "samples": len(ids),
+            "card": digest,
             "levels": 0 if tree is None else tree.n_levels,
             "shards": [
                 {"name": str(place).rpartition("/")[2], "first": first}
@@ -115,14 +136,50 @@ def export(
     return writer.shards
 
 
-def check_export(pool: ShardPool, out: str | Path, **options: Any) -> None:
+def _earlier(out: LocalFolder | RemoteFolder) -> tuple[bool, list[str]]:
+    """Whether a card may be written, as there is none, or one that nobody has edited; and which files for
+    others an earlier export left.
+    """
+    there = out.read(CARD)
+    try:
+        digest = json.loads(out.read("manifest.json") or b"null")["card"]
+    except (ValueError, RecursionError, KeyError, TypeError):  # none of ours, or of an earlier version
+        digest = None
+    is_own = there is not None and hashlib.sha256(there).hexdigest() == digest
+    stale = [] if digest is None else [TABLE, PICTURE, CROISSANT]
+    return there is None or is_own, [*stale, *([CARD] if is_own else [])]
+
+
+def _describe(curation: "Curation", pool: ShardPool, writer: ShardWriter, *, with_card: bool) -> str:
+    """Write what others read of the data set beside its shards; returns the SHA-256 of the card."""
+    table = CurationTable(curation, pool, selected=True)
+    with writer.create_beside(TABLE) as file:
+        digested = Digested(file)
+        table.write_to(cast(IO[bytes], digested))
+    name = str(writer.out).rstrip("/").rpartition("/")[2] or "curated"
+    about = croissant(curation, name, writer.digests, table.schema, digested.sha256.hexdigest())
+    writer.write_beside(PICTURE, picture(curation))
+    writer.write_beside(CROISSANT, (json.dumps(about, indent=2) + "\n").encode())
+    text = card(curation, pool, name, list(writer.digests)).encode()
+    if with_card:
+        writer.write_beside(CARD, text)
+    else:
+        log.warning("%s: was edited and stays; move it away to have a new card", writer.out.place(CARD))
+    return hashlib.sha256(text).hexdigest()
+
+
+def check_export(pool: ShardPool, out: str | Path, *, described: bool = False, **options: Any) -> None:
     """Check where an export goes, before anything takes long; the options are those of `check_out`.
+
+    Args:
+        described: a card and what goes with it is to be written, too.
 
     Raises:
         PoolError, CacheError: see `check_out`; or it would replace shards of the pool that it reads.
     """
     options.setdefault("storage_options", pool.storage_options)
-    folder, name = check_out(out, **options, beside=dict.fromkeys(_BESIDE))
+    beside = dict.fromkeys([*_BESIDE, *(_DESCRIBED if described else ())])
+    folder, name = check_out(out, **options, beside=beside)
     there = existing_shards(folder, name)
     if isinstance(folder, LocalFolder):
         own = {str(folder.place(found).resolve()) for found in there}

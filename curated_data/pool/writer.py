@@ -1,14 +1,15 @@
 """Writing pools: shards with reproducible bytes, each published when it is complete."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Self, cast
 
 from curated_data.cache.paths import local_path, spelled
 from curated_data.cache.removal import TEMPORARY
@@ -23,7 +24,10 @@ from curated_data.progress import progress
 
 log = logging.getLogger(__name__)
 
-BESIDE = ("classes.json", "clusters.npy", "ids.npy", "manifest.json")
+BESIDE = (
+    "README.md", "classes.json", "clusters.npy", "croissant.json", "curation.parquet", "curation.png",
+    "ids.npy", "manifest.json",
+)  # fmt: skip
 """What a run may write beside its shards."""
 
 _UNFINISHED = ".unfinished"
@@ -44,9 +48,11 @@ class ShardWriter:
         max_bytes: a shard is closed before it exceeds this size, unless a single sample does.
         overwrite: replace shards of the same pattern from a finished run.
         storage_options: for fsspec, to write to a store.
+        digest: also take the SHA-256 of each shard.
 
     Attributes:
         shards: those written, as paths, or as URLs in a store.
+        digests: the SHA-256 of each published shard by its name, if asked for.
         n_samples: how many were written.
 
     Raises:
@@ -70,6 +76,7 @@ class ShardWriter:
         max_bytes: int = 1 << 30,
         overwrite: bool = False,
         storage_options: Mapping[str, Any] | None = None,
+        digest: bool = False,
     ) -> None:
         self.out, self.name = check_out(
             pattern,
@@ -80,6 +87,8 @@ class ShardWriter:
         )
         self.max_samples, self.max_bytes, self.overwrite = max_samples, max_bytes, overwrite
         self.shards: list[Any] = []
+        self.digests: dict[str, str] = {}
+        self._digest = digest
         self.n_samples = 0
         self._shard: contextlib.ExitStack | None = None
         self._file: IO[bytes] | None = None
@@ -150,10 +159,16 @@ class ShardWriter:
 
     def write_beside(self, name: str, content: bytes) -> None:
         """Write a file beside the shards, which belongs to this run as they do."""
+        with self.create_beside(name) as file:
+            file.write(content)
+
+    @contextlib.contextmanager
+    def create_beside(self, name: str) -> Iterator[IO[bytes]]:
+        """The same for a file that is written in the block."""
         assert name in BESIDE, "what a killed run leaves is looked for by these names"
         self._claim.add([name])
         with self.out.create(name) as file, writing(self.out.place(name)):
-            file.write(content)
+            yield file
 
     def remove_beside(self, name: str) -> None:
         """Remove such a file of an earlier run, after `check_out` has let it pass."""
@@ -172,6 +187,8 @@ class ShardWriter:
         except BaseException:
             self._give_up()
             raise
+        if isinstance(self._file, Digested):
+            self.digests[self.name % (len(self.shards) - 1)] = self._file.sha256.hexdigest()
         self._file = self._shard = None
         self._samples = self._bytes = 0
         self._last_key = None
@@ -202,9 +219,25 @@ class ShardWriter:
         name = self.name % len(self.shards)
         self._claim.add([name])
         self._shard = contextlib.ExitStack()
-        self._file = self._shard.enter_context(self.out.create(name))
+        file = self._shard.enter_context(self.out.create(name))
+        self._file = cast(IO[bytes], Digested(file)) if self._digest else file
         self.shards.append(self.out.place(name))
         return self._file
+
+
+class Digested:
+    """A file that is written, with the SHA-256 of what was written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, content: Any) -> int:
+        """Write bytes."""
+        self.sha256.update(content)
+        return self._file.write(content)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 class _Dropped(Exception):

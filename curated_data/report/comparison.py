@@ -1,15 +1,19 @@
 """Compare a selection with a random one of the same size and with the pool, in a table."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from rich.table import Table
 
 from curated_data.selection.metrics import class_balance, cluster_balance
-from curated_data.stages.curation import Curation
+
+if TYPE_CHECKING:
+    from curated_data.stages.curation import Curation
 
 Row = dict[str, float]
 
 
-def compare_with_random(curation: Curation, labels: np.ndarray, *, seed: int = 0) -> dict[str, Row]:
+def compare_with_random(curation: "Curation", labels: np.ndarray, *, seed: int = 0) -> dict[str, Row]:
     """The balance of the pool, of a random selection and of the curated one, over classes and clusters.
 
     Args:

@@ -8,6 +8,7 @@ import dataclasses
 import html
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,10 @@ from curated_data.embedding.equal import equal_rows
 from curated_data.embedding.existing import EmbeddedPool
 from curated_data.errors import PoolError, printable
 from curated_data.levels import Level
+from curated_data.pool.captions import read_captions
 from curated_data.pool.out import write_file
+from curated_data.report.claim import opening
+from curated_data.report.clusters import catch_all_clusters, cluster_names
 from curated_data.report.examples import random_subset
 from curated_data.report.map import cluster_tables, sample_map, samples_shown
 from curated_data.report.tiles import (
@@ -41,7 +45,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_TEMPLATE = Path(__file__).with_name("template.html")
+_FOLDER = Path(__file__).with_name("page")
+_SCRIPTS = ("figures", "samples", "reasons", "viewer", "browse", "map")
+"""In order: together they are one module."""
+
+_CAPTION = 200  # characters
+_LARGE = 300  # examples that are on the page in a larger size, too
 
 
 def write_report(
@@ -106,7 +115,17 @@ def write_report(
         "singles": single_samples(curation, tiles, rng),
         "duplicates": near_duplicate_groups(curation, tiles),
     }
+    tiles.enlarge(np.array(sorted(tiles.shown), np.int64)[:_LARGE])
     shown = np.union1d(samples_shown(curation, n_map_points, rng), list(tiles.shown)).astype(np.int64)
+    captions = _captions(pool, shown)
+    classes = None if balance is None else balance.names(class_names)
+    names = cluster_names(curation.tree, shown, captions=captions, labels=places, class_names=classes)
+    first = opening(curation, balance, classes, names)
+    central = np.array([row["central"] for row in first["rows"] if row["central"] >= 0], np.int64)
+    tiles.add(central)
+    if not np.isin(central, shown).all():
+        shown = np.union1d(shown, central)
+        captions = _captions(pool, shown)
 
     data = {
         "title": title,
@@ -127,6 +146,9 @@ def write_report(
         if balance is None or places is None
         else _classes(curation, balance, places, class_names, rng),
         "coverage": _coverage(curation, n_coverage, rng),
+        "opening": first,
+        "names": names,
+        "catch_all": catch_all_clusters(curation),
         **examples,
         "failures": _failures(curation),
         "clusters": cluster_tables(curation, shown),
@@ -135,14 +157,27 @@ def write_report(
     if data["embedder"]:
         data["origin"].append(["embedder", data["embedder"]])
     data["map"]["made_by"] = coordinates_name if coordinates is not None else "principal components"
+    data["map"]["captions"] = captions
     data["tiles"] = {"size": TILE, "columns": COLUMNS, "image": tiles.sheet()}
-    page = _TEMPLATE.read_text(encoding="utf-8").replace("{{title}}", html.escape(title))
-    page = page.replace("{{data}}", _json(data))
+    data["large"] = tiles.large
+    page = _page(title, data)
     content = page.encode("utf-8")
     options = getattr(pool, "storage_options", None) if storage_options is None else storage_options
     written = write_file(path, content, options)
     log.info("wrote the report, %.1f MB", len(content) / 1e6)
     return written
+
+
+def _page(title: str, data: Mapping[str, Any]) -> str:
+    """The page in one file, with its style, its script and its data."""
+    parts = {
+        "title": html.escape(title),
+        "style": (_FOLDER / "page.css").read_text(encoding="utf-8"),
+        "data": _json(data),
+        "script": "".join((_FOLDER / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS),
+    }
+    template = (_FOLDER / "page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
 
 
 def _equal(curation: "Curation") -> dict[str, int] | None:
@@ -171,6 +206,16 @@ def check_arrays(n: int, *, coordinates: np.ndarray | None, labels: np.ndarray |
 def _embedder(curation: "Curation") -> str:
     """The name of the embedder, empty if unknown."""
     return getattr(curation.embeddings, "embedder", "")
+
+
+def _captions(pool: "AnyPool", shown: np.ndarray) -> list[str | None] | None:
+    """The captions of the samples shown, the long ones cut; None if the pool has none."""
+    captions = [] if isinstance(pool, EmbeddedPool) else read_captions(pool, shown)
+    if not any(captions):
+        return None
+    return [
+        text if text is None or len(text) <= _CAPTION else text[: _CAPTION - 1] + "…" for text in captions
+    ]
 
 
 def _settings(config: Any) -> list[list[Any]]:

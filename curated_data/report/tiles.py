@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TILE = 48  # pixels of a thumbnail's side
 COLUMNS = 32  # of the sheet of tiles
+LARGE = 192  # pixels of a larger image's side
 
 
 class Tiles:
@@ -27,6 +28,7 @@ class Tiles:
         self.pool = pool
         self.place: dict[int, int] = {}
         self.shown: set[int] = set()
+        self.large: dict[int, str] = {}
         self.available = not isinstance(pool, EmbeddedPool) and any(
             e in pool.index().extensions for e in pool.image_extensions
         )
@@ -42,6 +44,12 @@ class Tiles:
         """The ids, and the numbers of their tiles."""
         return [ids.tolist(), self.add(ids)]
 
+    def enlarge(self, ids: np.ndarray) -> None:
+        """Keep these images in a larger size, too, each as a data URL."""
+        if self.available and not isinstance(self.pool, EmbeddedPool):
+            tiles = thumbnails(self.pool, ids, LARGE)
+            self.large |= {int(i): _data_url(tile) for i, tile in zip(ids.tolist(), tiles, strict=True)}
+
     def sheet(self) -> str:
         """All tiles in one JPEG, row by row, as a data URL."""
         if not self.place or isinstance(self.pool, EmbeddedPool):
@@ -50,11 +58,13 @@ class Tiles:
         n_rows = -(-len(tiles) // COLUMNS)
         blank = np.full((n_rows * COLUMNS - len(tiles), TILE, TILE, 3), 255, np.uint8)
         grid = np.concatenate([tiles, blank]).reshape(n_rows, COLUMNS, TILE, TILE, 3)
-        file = io.BytesIO()
-        Image.fromarray(grid.swapaxes(1, 2).reshape(n_rows * TILE, COLUMNS * TILE, 3)).save(
-            file, "JPEG", quality=82
-        )
-        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+        return _data_url(grid.swapaxes(1, 2).reshape(n_rows * TILE, COLUMNS * TILE, 3))
+
+
+def _data_url(pixels: np.ndarray) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def contact_sheets(curation: "Curation", tiles: Tiles, seed: int) -> list[dict[str, Any]]:

@@ -201,14 +201,14 @@ def checked_labels(labels: np.ndarray) -> np.ndarray:
     return labels.astype(np.int64, copy=False)
 
 
-def read_labels(pool: "ShardPool") -> np.ndarray | None:
-    """The classes of a pool for figures about them; None if it has none, or, with a warning, if its `.cls`
-    members are no integers, as those of a decoder's own need not be.
+def read_labels(pool: "ShardPool", ids: np.ndarray | None = None) -> np.ndarray | None:
+    """The classes of a pool, or of some of its samples, for figures about them; None if it has none, or, with
+    a warning, if its `.cls` members are no integers, as those of a decoder's own need not be.
     """
     if "cls" not in pool.index().extensions:
         return None
     try:
-        return pool.labels(np.arange(len(pool)))
+        return pool.labels(np.arange(len(pool)) if ids is None else ids)
     except SampleError as error:
         log.warning("no figures about classes: %s", error)
         return None

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from curated_data.selection.metrics import cluster_balance
 from curated_data.stages.index import AnyPool
 from curated_data.stages.selection import Selection
 from curated_data.stages.stage import Run
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,45 @@ class Curation:
     def __post_init__(self) -> None:
         # While the curation is in use, no other run removes what it consists of.
         object.__setattr__(self, "_holds", [Hold(folder) for folder in self.folders.values()])
+
+    def __repr__(self) -> str:
+        selected, total = self.report["selected"], self.report["samples"]
+        return f"Curation({selected:,} of {total:,} samples, {self.tree!r})"
+
+    def _repr_html_(self) -> str:
+        from curated_data.report.summary import as_html
+
+        return as_html(self)
+
+    def show(self, pool: AnyPool | None = None) -> None:
+        """Print what the selection changed and its figures; in a notebook, with pictures.
+
+        Args:
+            pool: that was curated, for classes and for images.
+        """
+        from curated_data.report.summary import show
+
+        show(self, pool)
+
+    def table(self, pool: AnyPool | None = None, **options: Any) -> "pa.Table":
+        """All that is known of each sample, as a table in memory; `CurationTable` tells its columns.
+
+        For what does not fit into memory, `CurationTable(curation, pool).write("curation.parquet")`.
+
+        Args:
+            pool: that was curated; None leaves out what only it knows.
+            options: of `CurationTable`, as `selected=True` or `images=64`.
+
+        Example:
+            >>> from curated_data import ShardPool, curate
+            >>> pool = ShardPool("pool-{000..001}.tar")
+            >>> curation = curate(pool, {"target_size": 10}, embedder="pixels:8", cache_dir="cache")
+            >>> curation.table(pool, selected=True).num_rows
+            10
+        """
+        from curated_data.report.table import CurationTable
+
+        return CurationTable(self, pool, **options).read()
 
 
 def select(

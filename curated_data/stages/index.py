@@ -18,6 +18,7 @@ from curated_data.embedding.existing import EmbeddedPool
 from curated_data.parallel import check_same, together
 from curated_data.pool import ShardPool
 from curated_data.pool.index import ARRAYS
+from curated_data.progress import show_log
 from curated_data.stages.filtering import with_named_ids
 from curated_data.stages.stage import Run
 
@@ -73,6 +74,7 @@ def opened(
     pool: PoolSource, config: ConfigSource, cache_dir: str | Path, device: str | torch.device = "auto"
 ) -> Iterator[tuple[AnyPool, CurationConfig, Run]]:
     """The inputs of a curation, for a block in which ranks work together: an error of one ends all."""
+    show_log()
     with together(), holding():
         settings = load_config(config)
         root = open_cache(cache_dir)

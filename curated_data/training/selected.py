@@ -106,6 +106,9 @@ class SelectedStream:
             return
         data = self._data
         rank, n_ranks = ranks(data.trainer)
+        for source in self.sources:
+            if source.curation_config is not None:  # which all ranks do together
+                source.pool.stat_on_all_ranks()
         self.index()
         if self.mixture is not None:
             check_mixture(self.mixture, self.sources, data.batch_size * n_ranks, data.last_batch)

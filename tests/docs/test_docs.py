@@ -112,7 +112,7 @@ def test_the_help_of_recipes_is_as_wide_as_a_terminal(path):
         assert "   --" not in line.lstrip(), line
 
 
-RUN = ["install", "folder_of_images", "img2dataset", "notebook", "object_store", "slurm"]
+RUN = ["install", "folder_of_images", "img2dataset", "notebook", "object_store", "slurm", "table_and_search"]
 
 
 @pytest.mark.parametrize("page", RUN)

@@ -270,7 +270,7 @@ def test_embedders_that_are_wrong_in_one_way_are_named(changes, message, write_p
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
 def test_a_device_that_is_not_there_is_named(device, write_pool, tmp_path):
     pool, root = ShardPool(write_pool([4])), open_cache(tmp_path / "c")
-    with pytest.raises(ConfigError, match=f"device: '{device}' cannot be used .*give 'cpu'"):
+    with pytest.raises(ConfigError, match=f"device '{device}': cannot be used"):
         embed_pool(pool, resolve_embedder("pixels:2"), root, num_workers=0, device=device)
 
 

@@ -193,7 +193,8 @@ class TestStores:
         monkeypatch.chdir(tmp_path)
         before = {*os.listdir(tmp_path), "cache"}
         assert main(["-q", "export", *shards, *place, "--out", f"{bucket}/out"]) == 0
-        assert names_in(f"{bucket}/out") == ["clusters.npy", "ids.npy", "manifest.json", "shard-000000.tar"]
+        beside = ["README.md", "clusters.npy", "croissant.json", "curation.parquet", "curation.png"]
+        assert names_in(f"{bucket}/out") == [*beside, "ids.npy", "manifest.json", "shard-000000.tar"]
         assert main(["-q", "report", *shards, *place, "--out", f"{bucket}/report.html"]) == 0
         assert main(["-q", "curate", *shards, *place, "--ids", f"{bucket}/ids.npy"]) == 0
         memory = fsspec.filesystem("memory")

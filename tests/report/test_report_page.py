@@ -363,7 +363,7 @@ def test_many_classes_are_a_curve_and_a_table(small, curation, tmp_path):
     )
     _, shown = in_browser(page.as_uri(), tmp_path / "profile")
     assert "all 120 classes" in shown
-    assert f"<td>{names[119]}</td>" in shown
+    assert f'<td data-label="class">{names[119]}</td>' in shown
     assert 'class="bar"' not in shown
 
 

@@ -1,0 +1,130 @@
+"""The command `curated-data search`: the samples of a pool nearest to an image, a text or a vector."""
+
+import argparse
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from curated_data.cli_inspect import print_table
+from curated_data.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from curated_data.pipeline.search import Found
+    from curated_data.pool import ShardPool
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """The options that only this command has."""
+    command.add_argument(
+        "--text", action="append", default=[], help="look for this; for pools of text, by the embedder minilm"
+    )
+    command.add_argument("--image", action="append", default=[], metavar="FILE", help="look for this image")
+    command.add_argument(
+        "--vectors", metavar="FILE.npy", help="look for these embeddings, (m, d), such as of a text tower"
+    )
+    command.add_argument("-n", type=int, default=24, help="samples for each query (default: %(default)s)")
+    command.add_argument("--least", type=float, metavar="COSINE", help="that a sample needs at least")
+    command.add_argument(
+        "--same", type=float, default=0.98, metavar="COSINE",
+        help="from which a sample counts as the same image (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument("--out", metavar="SHEET.png", help="write a contact sheet of the images found")
+    command.add_argument("--ids", metavar="FILE.npy", help="write the ids, to include, exclude or start from")
+    command.add_argument("--table", metavar="FILE.csv", help="write what is printed")
+
+
+def search(
+    parsed: argparse.Namespace,
+    pool: "ShardPool",
+    vectors: "np.ndarray | None",
+    write: Callable[[str, bytes], Any],
+) -> None:
+    """Run the command, by its parsed arguments.
+
+    Args:
+        vectors: (m, d), read from the file given.
+        write: a file by its place and content; returns where it is.
+
+    Raises:
+        ConfigError: nothing to look for, or arguments that do not fit each other.
+    """
+    import numpy as np  # here, as all that takes long to import
+
+    from curated_data.cache.artifacts import open_cache
+    from curated_data.embedding import embed_pool, resolve_embedder
+    from curated_data.pipeline.search import contact_sheet, embed_queries, newest_curation, rows_of
+    from curated_data.pipeline.search import search as found_by
+    from curated_data.pool.encode import encode_member
+
+    if not (parsed.text or parsed.image or vectors is not None):
+        raise ConfigError("search: nothing to look for; give --text, --image FILE or --vectors FILE.npy")
+    embedder = resolve_embedder(parsed.embedder)
+    queries = [] if vectors is None else [np.atleast_2d(vectors)]
+    if parsed.image or parsed.text:
+        queries.insert(0, embed_queries(pool, embedder, parsed.image, parsed.text))
+    store = embed_pool(pool, embedder, open_cache(parsed.cache_dir), device=parsed.device)
+    if vectors is not None and queries[-1].shape[1] != store.shape[1]:
+        raise ConfigError(
+            f"--vectors: have length {queries[-1].shape[1]}, the pool's embeddings {store.shape[1]}; give "
+            "embeddings by the same network"
+        )
+    curation = newest_curation(parsed.cache_dir, store)
+    found = found_by(
+        store, np.concatenate(queries), parsed.n, least=parsed.least, valid=store.valid, curation=curation
+    )
+    rows = rows_of(found, pool)
+    table = Table(title=f"{len(rows):,} of {len(store):,} samples")
+    names = list(rows[0]) if rows else ["id"]
+    for name in names:
+        table.add_column(name, overflow="fold", justify="left" if name in ("shard", "key") else "right")
+    for row in rows:
+        table.add_row(*(_shown(name, value) for name, value in row.items()))
+    print_table(table)
+    for line in _same(found, [*parsed.image, *parsed.text], parsed.same):
+        print(line)
+    if parsed.out is not None:
+        print(f"images: {write(parsed.out, contact_sheet(found, pool))}")
+    if parsed.ids is not None:
+        print(f"ids: {write(parsed.ids, encode_member(np.sort(found.ids)))}")
+    if parsed.table is not None:
+        print(f"table: {write(parsed.table, _csv(names, rows))}")
+
+
+def _same(found: "Found", queries: list[str], least: float) -> list[str]:
+    """For each query, whether the pool holds it, and what was selected of its near-duplicates."""
+    lines = []
+    for number, query in enumerate(queries):
+        (same,) = ((found.query == number) & (found.cosine >= least)).nonzero()
+        if not len(same):
+            lines.append(f"{query}: not in the pool (no sample at a cosine of {least:g} or more)")
+            continue
+        line = f"{query}: in the pool, as sample {found.ids[same[0]]}"
+        if len(same) > 1:
+            line += f", with {len(same) - 1} near-duplicates"
+        if found.times[same[0]] >= 0:
+            line += f"; {int((found.times[same] > 0).sum())} of these {len(same)} selected"
+        lines.append(line)
+    return lines
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if name == "shard":
+        return escape(Path(value).name)
+    return f"{value:.4f}" if name == "cosine" else escape(str(value))
+
+
+def _csv(names: list[str], rows: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
