@@ -70,7 +70,7 @@ class CurationConfig:
     """What to select, and how.
 
     Where neither `levels` nor `sampling` nor a `strategy` says otherwise, the selection is "sparse": it takes
-    more of the samples that have no near neighbour. `preset: paper`, or levels of your own, gives
+    more of the samples that lie alone among their neighbours. `preset: paper`, or levels of your own, gives
     hierarchical k-means. `docs/settings.md` has what each setting then means.
 
     Attributes:

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from curated_data import curate, parallel
-from curated_data.cache import shared_build, write_manifest
+from curated_data.cache import shared_build
+from curated_data.cache.artifacts import write_manifest
 from curated_data.cache.shared_build import build_together
 from curated_data.errors import CacheError
 

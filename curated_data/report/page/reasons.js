@@ -11,7 +11,7 @@ const clusters = data.clusters.map(t =>
 const setting = Object.fromEntries(data.settings.map(([name, value]) => [name, value]));
 if (setting.sampling === "sparse") {
   find("#flatness").textContent =
-    "This selection draws by how far samples lie from their neighbours, not evenly over clusters, " +
+    "This selection draws more of the samples that lie alone, not evenly over clusters, " +
     "so it need not be flatter: compact clusters give less, scattered ones more.";
 }
 const REASONS = {
