@@ -368,6 +368,11 @@ def _checkpoint(rest: str) -> Embedder:
     settings, state = content.get("hyper_parameters", {}), content.get("state_dict")
     if not isinstance(settings, dict) or not isinstance(state, dict):
         raise EmbedderError(f"{path}: lacks its hyper_parameters or its state_dict; save it by a Trainer")
+    if isinstance(settings.get("pretrained"), str):  # no file is opened because another one names it
+        raise EmbedderError(
+            f"{path}: its hyper_parameters name a file of weights, {settings['pretrained']!r}, though a "
+            "checkpoint has its own; save it by a Trainer"
+        )
 
     def build() -> Any:
         # Names with an underscore are LightningCLI's own: how it made the module.
