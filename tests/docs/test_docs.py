@@ -140,7 +140,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", [DOCS.parent / "README.md", *PAGES], ids=lambda page: page.name)
 def test_blocks_that_are_not_run_are_valid(page):
-    """Python compiles, YAML parses, options of commands exist; no other language hides a block from the tests."""
+    """Python compiles, YAML parses, options of commands exist; no other language hides a block from tests."""
     for mark, language, content in FENCE.findall(page.read_text()):
         assert language in ("python", "bash", "text", "yaml"), (
             f"{page.name}: a block of {language or 'no language'}"
