@@ -19,7 +19,7 @@ from curated_data.cli import _parser, main
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-FURTHER = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks" / "LEADERBOARD.md"]
+FURTHER = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
 REPOSITORY = "https://github.com/curated-data/curated-data/blob/main/"  # links that PyPI follows, too
 PAGES = sorted(DOCS.glob("*.md"))
 
@@ -90,12 +90,22 @@ def test_answers_to_questions_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [*PAGES, *FURTHER], ids=lambda page: page.name)
 def test_links_and_named_files_exist(page):
     text = page.read_text()
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
         target = target.removeprefix(REPOSITORY) if page.parent == ROOT else target
-        if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        if "://" in target:
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), f"{page.name}: {target}"
+        if anchor and path.parent != DOCS:  # the site's own are checked when it is built
+            assert anchor in github_anchors(path), f"{page.name}: {target}#{anchor}"
     for path in re.findall(r"\b(?:recipes|configs|benchmarks|tests)/[\w/]+\.\w+", text):
         assert (ROOT / path).exists() or "NAME" in path, f"{page.name}: {path}"
+
+
+def github_anchors(page: Path) -> set[str]:
+    """The names by which GitHub links to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_generated_pages_are_those_of_the_code():
