@@ -8,9 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curated_data.cache.paths import local_path
 from curated_data.errors import ConfigError, PoolError
-from curated_data.parquet import column_names, in_order, nearest_of, open_parquet, reading_parquet
+from curated_data.parquet import column_names, nearest_of, open_parquet, parquet_files, reading_parquet
 from curated_data.pool.decode import IMAGE_EXTENSIONS
 from curated_data.pool.writer import ShardWriter
 from curated_data.progress import progress
@@ -65,15 +64,7 @@ def import_tables(
     Example:
         >>> import_tables("train-00000-of-00001.parquet", "shards")  # doctest: +SKIP
     """
-    given = [tables] if isinstance(tables, str | Path) else list(tables)
-    paths: list[Path] = []
-    for one in given:
-        path = local_path(one, "tables")
-        found = in_order(list(path.glob("*.parquet"))) if path.is_dir() else [path]
-        if not found:
-            raise PoolError(f"{path}: holds no parquet file to import")
-        paths += found
-    files = [(path, open_parquet(path)) for path in paths]
+    files = [(path, open_parquet(path)) for path in parquet_files(tables, "tables")]
     names = [_image_column(file, path, image) for path, file in files]
     total = sum(file.metadata.num_rows for _, file in files)
     options: dict[str, Any] = {
@@ -94,7 +85,7 @@ def import_tables(
                 row += 1
                 advance()
         if not writer.n_samples:
-            raise PoolError(f"{paths[0]}: none of {row} rows has the bytes of an image in {names[0]!r}")
+            raise PoolError(f"{files[0][0]}: none of {row} rows has the bytes of an image in {names[0]!r}")
     if left_out:
         log.warning("left out %d of %d rows that have no bytes of an image", left_out, row)
     log.info("imported %d images of %d files to %d shards", writer.n_samples, len(files), len(writer.shards))

@@ -25,6 +25,7 @@ from lightning_modules.evaluation.inputs import (
     checked_labels,
     count_pairs,
     first_row,
+    held_out_rows,
     n_joined,
     occurring,
 )
@@ -183,7 +184,7 @@ def linear(
     if len(classes) < 2:
         raise ValueError("train has one class only: there is nothing to tell apart")
     y = torch.searchsorted(classes, y)
-    held_out = _held_out_rows(y, n, settings)
+    held_out = held_out_rows(y, settings.held_out, settings.seed)
 
     heads, correct = [], []
     grid: dict[str, float] = {}
@@ -493,16 +494,6 @@ def _test_scores(hit: Tensor, truth: Tensor, train_counts: Array | None) -> dict
             raise ValueError(f"train_counts has {len(groups)} classes, test labels go up to {labels[-1]}")
         scores |= {name: mean_known(accuracy[groups[labels] == i]) for i, name in enumerate(GROUPS)}
     return scores
-
-
-def _held_out_rows(y: Tensor, n: int, settings: LinearSettings) -> Tensor:
-    """Which of this rank's train samples are held out: a seeded draw from the joined set."""
-    count = min(max(1, round(settings.held_out * n)), n - 1)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(settings.seed))
-    mask = torch.zeros(n, dtype=torch.bool)
-    mask[order[:count]] = True
-    first = first_row(y)
-    return mask[first : first + len(y)].to(y.device)
 
 
 def batches_of(n: int, size: int, seed: int) -> Callable[[], Tensor]:
