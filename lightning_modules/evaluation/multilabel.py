@@ -13,7 +13,7 @@ from torch import Tensor
 from curated_data.parallel import together
 from lightning_modules.distributed import all_gather_rows, all_reduce
 from lightning_modules.evaluation.inputs import Array, as_tensor, checked_features, held_out_rows, n_joined
-from lightning_modules.evaluation.linear import fit_logistic
+from lightning_modules.evaluation.logistic import fit_logistic
 from lightning_modules.evaluation.result import Result
 
 

@@ -20,7 +20,7 @@ from lightning_modules.evaluation.inputs import (
     n_joined,
     occurring,
 )
-from lightning_modules.evaluation.linear import fit_logistic
+from lightning_modules.evaluation.logistic import fit_logistic
 from lightning_modules.evaluation.result import PER_SAMPLE, Result
 
 log = logging.getLogger(__name__)
