@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from curated_data import EmbeddedPool, ShardPool, curate, curate_embeddings
 from curated_data.cache.artifacts import open_cache
+from curated_data.cli import main
 from curated_data.embedding import Precomputed
 from curated_data.embedding.files import EmbeddingFiles
-from curated_data.cli import main
 from curated_data.errors import ConfigError, EmbedderError, PoolError
 from curated_data.pipeline.extend import extend
 

@@ -328,7 +328,7 @@ class TestValidationDataloader:
                 return torch.utils.data.DataLoader([{"sample_id": 7}])
 
         paths = write_pool([4])
-        settings = {"batch_size": 4, "num_workers": 0, "image_size": 8}
+        settings = {"batch_size": 4, "loader": {"num_workers": 0}, "image_size": 8}
         for data, expected in (
             (CuratedDataModule(paths, val_pool=paths, **settings), [0, 1, 2, 3]),
             (Own(paths, **settings), [7]),

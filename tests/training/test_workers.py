@@ -43,7 +43,7 @@ def test_a_stream_is_the_same_however_workers_start(write_pool, tmp_path, method
             batch_size=4,
             decoding={"on_error": "skip", "max_skipped": 1},
             cache_dir=tmp_path / "cache",
-            **workers,
+            loader=workers,
         )
         loader = data.train_dataloader()
         epochs = [*loader, *loader]
@@ -201,7 +201,7 @@ if sys.argv[3:]:
 pool = ShardPool(sys.argv[1], cache_dir=sys.argv[2], num_workers=2)
 data = CuratedDataModule(
     pool, {"target_size": 6, "levels": [{"n_clusters": 3}], "embedding": {"num_workers": 0}},
-    embedder="pixels:4", cache_dir=sys.argv[2], batch_size=2, num_workers=1, image_size=8,
+    embedder="pixels:4", cache_dir=sys.argv[2], batch_size=2, loader={"num_workers": 1}, image_size=8,
 )
 for batch in data.train_dataloader():
     print(batch["sample_id"].tolist(), batch["image"].double().sum().item())
