@@ -143,7 +143,9 @@ def main() -> None:
         print("\ndecoding from shards over decoding from memory:")
         for workers in arguments.workers:
             for ids in (a_tenth(), np.arange(N_SAMPLES)):
-                made = (functools.partial(make, arguments.folder, ids, decode, workers) for make in (memory, ours))
+                made = (
+                    functools.partial(make, arguments.folder, ids, decode, workers) for make in (memory, ours)
+                )
                 ratio = by_turns(*made, arguments.turns, batches=6)
                 print(f"  {100 * len(ids) // N_SAMPLES} %, {workers} workers: {ratio:.2f}", flush=True)
     compare(arguments.folder, names, arguments.modes, arguments.repeats, arguments.seconds, arguments.workers)
