@@ -85,7 +85,7 @@ def test_the_walk_by_commands(write_pool, tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     for stage in ("index", "embeddings", "tree", "selection", "pixels:4"):
         assert stage in shown
-    monkeypatch.setattr("curated_data.cli_inspect._FEW", 1)
+    monkeypatch.setattr("curated_data.cli.inspect._FEW", 1)
     assert main(["inspect", cache]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"2 shards .* 55 samples; --json lists each", shown)
