@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from curated_data.parallel import rank
@@ -158,7 +158,7 @@ def _minimised(
     # Its own tolerances are of slopes and steps, which are small on collinear features or for a large C long
     # before the objective is near its minimum.
     options = {"maxiter": max_iter, "maxfun": 2 * max_iter, "gtol": 0.0, "ftol": 0.0}
-    minimize(mean_loss, first, jac=True, method="L-BFGS-B", options=options, callback=stop)
+    scipy.optimize.minimize(mean_loss, first, jac=True, method="L-BFGS-B", options=options, callback=stop)
     return frame.outside(torch.from_numpy(best[2]).to(x.device).reshape(d + 1, n_classes)), best[1]
 
 

@@ -117,9 +117,10 @@ def test_generated_pages_are_those_of_the_code():
 def test_every_exported_name_is_on_the_api_page():
     import curated_data
     import lightning_modules
+    import lightning_modules.evaluation
 
     text = (DOCS / "api.md").read_text()
-    for package in (curated_data, lightning_modules):
+    for package in (curated_data, lightning_modules, lightning_modules.evaluation):
         for name in package.__all__:
             assert f"### `{package.__name__}.{name}`\n" in text
 
