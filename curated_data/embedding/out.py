@@ -8,6 +8,7 @@ import numpy as np
 
 from curated_data.cache.artifacts import atomic_path
 from curated_data.cache.paths import local_path
+from curated_data.checks import check_choice
 from curated_data.embedding.store import EmbeddingStore
 from curated_data.errors import ConfigError
 from curated_data.progress import progress
@@ -25,8 +26,7 @@ def check_folder(folder: str | Path, form: str) -> Path:
         ConfigError: an unknown format, or something is there already.
     """
     path = local_path(folder, "out")
-    if form not in FORMATS:
-        raise ConfigError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}")
+    check_choice("format", form, FORMATS)
     if os.path.lexists(path):
         raise ConfigError(f"{path}: is there already; give a folder that is not, or move it away")
     return path

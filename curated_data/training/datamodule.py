@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from curated_data.cache.artifacts import absolute
+from curated_data.checks import whole_number
 from curated_data.config import CurationConfig
 from curated_data.errors import ConfigError
 from curated_data.parallel import together
@@ -43,7 +44,6 @@ from curated_data.training.options import (
     Moved,
     OldArguments,
     grouped,
-    whole_number,
 )
 from curated_data.training.resuming import is_tuned
 from curated_data.training.selected import SelectedStream
