@@ -36,7 +36,9 @@ def mixtures(draw, own=EITHER, changing=EITHER):
     given = values
     if draw(changing):
         steps = draw(st.lists(st.integers(1, 80), min_size=1, max_size=3, unique=True))
-        given = {0: values} | {step: [draw(st.integers(1, 100)) / 100 for _ in values] for step in sorted(steps)}
+        given = {0: values} | {
+            step: [draw(st.integers(1, 100)) / 100 for _ in values] for step in sorted(steps)
+        }
     batch = draw(st.integers(1, 12))
     return MixtureOrder(parts, given, batch_size=batch, epoch_size=draw(st.integers(batch, 9 * batch)))
 
