@@ -1,7 +1,7 @@
 """A mixture of five components beside one selection, and beside the mixtures of other readers, in one run:
 `python -m benchmarks.mixtures`.
 
-Speed: samples per CPU second (of the process and its workers) of five selections of one pool mixed by weights,
+Speed: samples per CPU second (of a process and its workers) of five selections of one pool mixed by weights,
 over those of one selection of as many samples, decoded to 224 x 224: both in one process, taking turns of six
 batches, so that other load affects both alike; the median of the turns, and of a few such runs.
 

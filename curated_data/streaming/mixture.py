@@ -253,8 +253,8 @@ class MixtureOrder:
         if self._mixed and number:
             n_mixed, of_mixed = batches[-1] * self.batch_size, owed[self._mixed]
             shares = of_mixed / of_mixed.sum() * n_mixed
-            most = None if upper is None else upper[1][self._mixed]
-            given[self._mixed] = rounded(shares.tolist(), n_mixed, lower[1][self._mixed], most)
+            ceiling = None if upper is None else upper[1][self._mixed]
+            given[self._mixed] = rounded(shares.tolist(), n_mixed, lower[1][self._mixed], ceiling)
         return np.array(batches, np.int64), given
 
     def _owed(self, at: int) -> np.ndarray:
