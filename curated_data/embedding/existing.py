@@ -15,7 +15,8 @@ from curated_data.cache.layout import EMBEDDINGS
 from curated_data.cache.locks import locked
 from curated_data.embedding.files import EmbeddingFiles, as_array
 from curated_data.embedding.files import Source as Source
-from curated_data.embedding.store import EmbeddingStore, is_embedded, write_shard
+from curated_data.embedding.shard_files import is_embedded, write_shard
+from curated_data.embedding.store import EmbeddingStore
 from curated_data.parallel import all_gather, rank, world_size
 from curated_data.progress import progress
 

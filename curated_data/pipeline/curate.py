@@ -96,9 +96,8 @@ def _curate(pool: AnyPool, config: CurationConfig, run: Run, embeddings: Embeddi
 
     with run.timed("embed"):
         held_out = embed_held_out(held_out_stage, run)  # the smaller
-        store = embeddings.build(run.device)
+        store = embeddings.of_kept(filtered).build(run.device)
     run.folders["embeddings"] = store.folder
-    store.left_out = None if filtered is None else ~filtered.keep
     check_any(store, f"the pool's {n_samples if filtered is None else int(filtered.keep.sum())} samples")
     valid, inputs = store.valid, inputs_of(store)
 
