@@ -18,7 +18,7 @@ from curated_data.cache.artifacts import fingerprint
 from curated_data.config import CurationConfig, levels_for
 from curated_data.embedding.existing import EmbeddedPool
 from curated_data.embedding.files import Source
-from curated_data.errors import PoolError
+from curated_data.errors import ConfigError, PoolError
 from curated_data.parallel import check_same
 from curated_data.pool.decode import Decoders
 from curated_data.stages.curation import Curation, report_of, select
@@ -132,6 +132,7 @@ def curate_embeddings(
     *,
     cache_dir: str | Path | None = None,
     device: str | torch.device = "auto",
+    columns: str | Path | Sequence[str | Path] | None = None,
 ) -> Curation:
     """Select from embeddings that exist already, without shards: the whole of `curate` but for embedding.
 
@@ -140,6 +141,7 @@ def curate_embeddings(
         config: as for `curate`, but for `embedding`; `near_duplicates.held_out` takes `.npy` files.
         cache_dir: as for `curate`; None takes a temporary folder, which is removed when the process ends.
         device: for the clustering.
+        columns: parquet files with more about the rows, for `where`; see `EmbeddedPool`.
 
     Returns:
         A curation whose ids are numbers of rows.
@@ -155,8 +157,11 @@ def curate_embeddings(
         >>> len(rows[curation.ids])
         100
     """
-    pool = rows if isinstance(rows, EmbeddedPool) else EmbeddedPool(rows)
-    return curate(pool, config, embedder=None, cache_dir=cache_dir or temporary_cache(), device=device)
+    if not isinstance(rows, EmbeddedPool):
+        rows = EmbeddedPool(rows, columns=columns)
+    elif columns is not None:
+        raise ConfigError("columns: given beside an EmbeddedPool, which has its own; give them to that")
+    return curate(rows, config, embedder=None, cache_dir=cache_dir or temporary_cache(), device=device)
 
 
 @functools.cache

@@ -115,6 +115,22 @@ def columns_of_tables(n: int, names: Sequence[str], tables: Sequence[Path | None
     return table.select(list(dict.fromkeys(names)))
 
 
+def columns_of_rows(n: int, keys: pa.Array | None, names: Sequence[str], tables: Sequence[Path]) -> pa.Table:
+    """Columns of n rows of embeddings from parquet files that say more about them.
+
+    Args:
+        keys: of the rows; None: they have none, and the files have a row for each, in their order.
+
+    Raises:
+        ConfigError: a column that there is not; suggests the nearest name.
+        PoolError: a file cannot be read, or holds a key twice.
+    """
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(names):
+        found[name] = pa.array(np.arange(n)) if name == "id" else _joined(tables, name, keys, n)
+    return pa.table(found)
+
+
 def _unknown(name: str, known: Sequence[str], pool: "ShardPool") -> ConfigError:
     if name.startswith(_JSON) and "json" not in pool.index().extensions:
         return ConfigError(f"column {name!r}: the pool's samples have no .json member")
@@ -154,55 +170,63 @@ class _Beside:
         """A column in the pool's order; NULL for samples without a row."""
         index = self.pool.index()
         keys = packed_keys(index.key_start, index.key_bytes)
+        twice = str(index.duplicate_example) if index.n_duplicate_keys else ""
         if self.tables:
-            return self._joined(self.tables, name, keys, index)
+            return _joined(self.tables, name, keys, len(index), twice)
         parts = []
         for path, (first, last) in zip(self.of_shards, _pairs(index.shard_start), strict=True):
             if path is None:
                 parts.append(pa.nulls(last - first))
             else:
-                parts.append(self._joined([path], name, keys.slice(first, last - first), index))
+                of_shard = keys.slice(first, last - first)
+                is_only = last - first == len(index)
+                parts.append(_joined([path], name, of_shard, last - first, twice if is_only else ""))
         kinds = {part.type for part in parts if not pa.types.is_null(part.type)}
         tables = [pa.table({name: part}) for part in parts]
         return pa.concat_tables(tables, promote_options="permissive" if len(kinds) != 1 else "default")[name]
 
-    def _joined(self, paths: Sequence[Path], name: str, wanted: pa.Array, index: Any) -> Any:
-        values, keys = [], []
-        for path in paths:
-            file = open_parquet(path)
-            if name not in column_names(file, path):
-                raise ConfigError(
-                    f"column {name!r}: {path} has none{nearest_of(name, file.schema_arrow.names)}"
-                )
-            column = key_column(file, path)
-            if column is not None:
-                keys.append(read_keys(file, path, column))
-            with reading_parquet(path):
-                values.append(file.read([name]))
-        table = pa.concat_tables(values, promote_options="permissive").column(name)
-        if len(keys) < len(paths):
-            if keys or len(table) != len(wanted):
-                raise ConfigError(
-                    f"{paths[0]}: has {len(table)} rows and no column of keys (key, __key__ or image_path), "
-                    f"and there are {len(wanted)} samples; add their keys, or a row for each in order"
-                )
-            return table.combine_chunks()
-        every = pa.concat_arrays(keys)
-        check_unique(every, paths[0])
-        if index.n_duplicate_keys and len(wanted) == len(index):
-            raise PoolError(
-                f"the pool has key {index.duplicate_example!r} more than once, so rows of {paths[0]} cannot "
-                "be told apart by their keys"
+
+def _joined(paths: Sequence[Path], name: str, wanted: "pa.Array | None", n: int, twice: str = "") -> Any:
+    """A column of n samples from parquet files; NULL for samples without a row.
+
+    Args:
+        wanted: the keys of the samples; None if they have none, and rows are taken in order.
+        twice: an example of the keys that several samples have; empty if there are none.
+    """
+    values, keys = [], []
+    for path in paths:
+        file = open_parquet(path)
+        if name not in column_names(file, path):
+            raise ConfigError(f"column {name!r}: {path} has none{nearest_of(name, file.schema_arrow.names)}")
+        column = None if wanted is None else key_column(file, path)
+        if column is not None:
+            keys.append(read_keys(file, path, column))
+        with reading_parquet(path):
+            values.append(file.read([name]))
+    table = pa.concat_tables(values, promote_options="permissive").column(name)
+    if len(keys) < len(paths) or wanted is None:
+        if keys or len(table) != n:
+            raise ConfigError(
+                f"{paths[0]}: has {len(table)} rows and no column of keys (key, __key__ or image_path), "
+                f"and there are {n} samples; add their keys, or a row for each in order"
             )
-        places = join(wanted, every)
-        if len(places) and (places < 0).all():
-            raise PoolError(
-                f"{paths[0]}: has no key of the pool (one of its keys is {every[0].as_py()!r}, one of the "
-                f"pool's {wanted[0].as_py()!r}); give the table of this pool" if len(every) else
-                f"{paths[0]}: has no rows"
-            )  # fmt: skip
-        found = table.take(pa.array(places, mask=places < 0))
-        return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+        return table.combine_chunks()
+    every = pa.concat_arrays(keys)
+    check_unique(every, paths[0])
+    if twice:
+        raise PoolError(
+            f"the pool has key {twice!r} more than once, so rows of {paths[0]} cannot be told apart by their "
+            "keys"
+        )
+    places = join(wanted, every)
+    if len(places) and (places < 0).all():
+        raise PoolError(
+            f"{paths[0]}: has no key of the pool (one of its keys is {every[0].as_py()!r}, one of the "
+            f"pool's {wanted[0].as_py()!r}); give the table of this pool" if len(every) else
+            f"{paths[0]}: has no rows"
+        )  # fmt: skip
+    found = table.take(pa.array(places, mask=places < 0))
+    return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
 
 
 def _beside(url: str) -> Path | None:
