@@ -74,7 +74,7 @@ def measure(cell: tuple[Any, ...], packages: Path) -> dict[str, Any]:
         round(share * len(pool.labels)),
         seed,
         lambda: embedded(pool.images, packages / f"evidence_{name}.npz"),
-        lambda: embedded(pool.bank, packages / f"evidence_{name}.npz"),
+        lambda places: embedded(pool.bank[places], packages / f"evidence_{name}.npz"),
     )
     ids = np.asarray(WAYS[way](asked))
     started = time.process_time()

@@ -79,7 +79,7 @@ def cut(
     return Evidence(*part(bank + test, sizes.tolist()), *part(0, [bank] * n), *part(bank, [test] * n))
 
 
-@functools.lru_cache(2)
+@functools.lru_cache(4)
 def pool_of(name: str, ratio: float, largest: int, folder: Path) -> Evidence:
     """One of `POOLS`, made from packages of the registries that are kept in `folder`."""
     return cut(POOLS[name](folder), ratio, largest)

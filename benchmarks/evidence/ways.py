@@ -14,13 +14,13 @@ SEEDS_PER_CLASS = 5
 
 @dataclass(frozen=True)
 class Asked:
-    """What a way is given: the pool, how many samples, a seed, and embeddings of pool and bank on demand."""
+    """What a way is given; `rows` embeds the pool, `bank_rows` images of the bank by their places."""
 
     pool: Evidence
     size: int
     seed: int
     rows: Callable[[], np.ndarray]
-    bank_rows: Callable[[], np.ndarray]
+    bank_rows: Callable[[np.ndarray], np.ndarray]
 
 
 def drawn(asked: Asked) -> np.ndarray:
@@ -46,7 +46,7 @@ def retrieval(asked: Asked) -> np.ndarray:
     rng = np.random.default_rng(asked.seed)
     labels = asked.pool.bank_labels
     chosen = [rng.choice(np.flatnonzero(labels == c), SEEDS_PER_CLASS, False) for c in np.unique(labels)]
-    seeds = asked.bank_rows()[np.concatenate(chosen)]
+    seeds = asked.bank_rows(np.concatenate(chosen))
     n = -(-asked.size // len(seeds))
     while len((found := retrieve(asked.rows(), {"examples": seeds}, n=n)).ids) < asked.size:
         n = min(2 * n, len(asked.pool.labels))
