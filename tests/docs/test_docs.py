@@ -10,6 +10,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -151,18 +152,18 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", [DOCS.parent / "README.md", *PAGES], ids=lambda page: page.name)
 def test_blocks_that_are_not_run_are_valid(page):
-    """Python compiles, YAML parses, options of commands exist; no other language hides a block from tests."""
+    """Python compiles, YAML and TOML parse, options of commands exist; no other language hides a block."""
     for mark, language, content in FENCE.findall(page.read_text()):
-        assert language in ("python", "bash", "text", "yaml"), (
+        assert language in ("python", "bash", "text", "yaml", "toml"), (
             f"{page.name}: a block of {language or 'no language'}"
         )
-        if not mark:
-            continue
-        if language == "python":
-            compile(content, page.name, "exec")
-        elif language == "yaml":
+        if language == "yaml":
             OmegaConf.create(content)
-        elif language == "bash":
+        elif language == "toml":
+            tomllib.loads(content)
+        elif language == "python" and mark:
+            compile(content, page.name, "exec")
+        elif language == "bash" and mark:
             for words in commands(content):
                 if words[0] == "curated-data" and words[1] != "recipe":
                     _parser().parse_args(words[1:])
