@@ -23,6 +23,7 @@ from curated_data.streaming import PoolDataset
 from curated_data.streaming.labels import SampleLabels
 from curated_data.training.datamodule import CuratedDataModule
 from lightning_modules import MAE, SP2OT, DINOv2, SimCLR, TSimCNE
+from tests.support.options import grouped
 from tests.support.worker_functions import corner, mean_colour, noisy
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +124,7 @@ def test_the_text_embedder_keeps_its_weights_from_workers():
 @pytest.mark.parametrize("argument", ["views", "decoders"])
 def test_what_cannot_be_sent_to_workers_is_named(write_pool, argument):
     given = {"views": lambda image: image, "decoders": {"png": lambda data: torch.zeros(3, 8, 8)}}
-    settings = {"batch_size": 2, "image_size": 8, argument: given[argument]}
+    settings = grouped({"batch_size": 2, "image_size": 8, argument: given[argument]})
     data = CuratedDataModule(
         write_pool([4]), loader={"num_workers": 1, "multiprocessing_context": "spawn"}, **settings
     )
