@@ -50,7 +50,7 @@ def reopen(cache_dir: str | Path, selection: str) -> Curation:
     drawn = open_selection(folders[SELECTION], tree.n_samples)
     with reading(built.folder / MANIFEST, Remedy(built.folder / MANIFEST)):
         store = open_embeddings(folders[EMBEDDINGS], built.shards)
-    return Curation(drawn.ids, tree, store, drawn.report, drawn.config, folders)
+    return Curation(drawn.ids, tree, store, drawn.report, drawn.config, folders, drawn.nested)
 
 
 def tree_of(root: Path, selection: str) -> Path:

@@ -1,7 +1,7 @@
 """A balanced selection from a cluster tree: hierarchical and flat sampling (arXiv 2405.15613).
 
-The target is divided among clusters by water-filling (`curated_data.selection.quotas`), and each lowest cluster
-gives its quota. The cost is a few sorts of the pool for any number of clusters.
+The target is divided among clusters by water-filling (`curated_data.selection.quotas`), and each lowest
+cluster gives its quota. The cost is a few sorts of the pool for any number of clusters.
 """
 
 import logging
