@@ -49,7 +49,16 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     """
     with reading_parquet(path):
         open_regular(path).close()
-        return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        n_rows, groups = file.metadata.num_rows, row_groups(file)
+        if min(groups, default=0) < 0 or sum(groups) != n_rows:
+            raise ValueError(f"row groups of {groups[:10]} rows, of {n_rows} in all")
+        return file
+
+
+def row_groups(file: pq.ParquetFile) -> list[int]:
+    """The number of rows of each row group."""
+    return [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
 
 
 def column_names(file: pq.ParquetFile, path: Path) -> list[str]:
@@ -189,8 +198,7 @@ class ParquetRows:
                 f"{path}: its column {self.column!r} holds {kind}, expected lists of floating-point numbers"
             )
         self.dtype = np.dtype(f"float{kind.value_type.bit_width}")
-        sizes = [self.file.metadata.row_group(i).num_rows for i in range(self.file.metadata.num_row_groups)]
-        self.starts = np.cumsum([0, *sizes])
+        self.starts = np.cumsum([0, *row_groups(self.file)])
         self._held: tuple[int, np.ndarray] = (-1, np.empty((0, 0)))
         width = kind.list_size if pa.types.is_fixed_size_list(kind) else self._first_length()
         self.shape = (int(self.starts[-1]), width)

@@ -96,7 +96,7 @@ def export(
         ShardWriter(out, **options, digest=curation is not None) as writer,
         progress("export", len(ids), "samples") as advance,
     ):
-        is_own_card, stale = _earlier(writer.out)
+        is_own_card, stale = _earlier(writer.out, described=curation is not None)
         for name in (*_BESIDE, *stale):  # of an earlier export, no longer true
             writer.remove_beside(name)
         keys: set[str] = set()
@@ -136,9 +136,9 @@ def export(
     return writer.shards
 
 
-def _earlier(out: LocalFolder | RemoteFolder) -> tuple[bool, list[str]]:
+def _earlier(out: LocalFolder | RemoteFolder, *, described: bool) -> tuple[bool, list[str]]:
     """Whether a card may be written, as there is none, or one that nobody has edited; and which files for
-    others an earlier export left.
+    others an earlier export left. Files that may be somebody else's stay, which is logged.
     """
     there = out.read(CARD)
     try:
@@ -146,7 +146,20 @@ def _earlier(out: LocalFolder | RemoteFolder) -> tuple[bool, list[str]]:
     except (ValueError, RecursionError, KeyError, TypeError):  # none of ours, or of an earlier version
         digest = None
     is_own = there is not None and hashlib.sha256(there).hexdigest() == digest
-    stale = [] if digest is None else [TABLE, PICTURE, CROISSANT]
+    beside = [TABLE, PICTURE, CROISSANT]
+    stale = [] if digest is None else beside
+    if there is not None and not is_own:
+        log.warning(
+            "%s: is not as an earlier export wrote it, and stays; move it away to have a new card",
+            out.place(CARD),
+        )
+    stays = [] if described or stale else sorted(set(beside).intersection(out.names()))
+    if stays:
+        log.warning(
+            "%s: %s stay, and do not describe the new shards; remove them if they are of an earlier export, "
+            "whose manifest.json is missing or damaged",
+            out, ", ".join(stays),
+        )  # fmt: skip
     return there is None or is_own, [*stale, *([CARD] if is_own else [])]
 
 
@@ -163,8 +176,6 @@ def _describe(curation: "Curation", pool: ShardPool, writer: ShardWriter, *, wit
     text = card(curation, pool, name, list(writer.digests)).encode()
     if with_card:
         writer.write_beside(CARD, text)
-    else:
-        log.warning("%s: was edited and stays; move it away to have a new card", writer.out.place(CARD))
     return hashlib.sha256(text).hexdigest()
 
 

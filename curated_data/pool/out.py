@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import fsspec
 
+from curated_data.cache.checksums import open_regular
 from curated_data.cache.paths import is_url, spelled
 from curated_data.cache.removal import TEMPORARY, remove
 from curated_data.errors import CacheError, CuratedDataError, PoolError, printable
@@ -48,12 +49,8 @@ class LocalFolder:
         return []
 
     def read(self, name: str) -> bytes | None:
-        """The content of a small file; None if it is not there, or is no file."""
-        try:
-            handle = os.open(self.path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            return None
-        with open(handle, "rb") as file, contextlib.suppress(OSError):
+        """The content of a small file; None if it is not there, or is not a file."""
+        with contextlib.suppress(OSError), open_regular(self.path / name) as file:
             return file.read(64 << 20)
         return None
 

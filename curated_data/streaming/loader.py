@@ -83,7 +83,7 @@ class StreamLoader(DataLoader):
         paddings = getattr(self.batch_sampler, "paddings", ())
         place = f"rank {getattr(self.batch_sampler, 'rank', 0)}, {self.num_workers} workers"
         with SlowWatch(self.slow_after, place) as watch:
-            for number, (batch, report) in enumerate(watch.timed(batches), 1):
+            for number, (batch, report) in enumerate(watch.timed(self._current(batches)), 1):
                 statistics.add(report)
                 if paddings:
                     marks = torch.from_numpy(paddings.popleft())
@@ -92,6 +92,12 @@ class StreamLoader(DataLoader):
                     log.info("stream: %s", statistics.summary())
                     self._log_passes(number)
                 yield batch
+
+    def _current(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The iterator, or another one if it began at an epoch that was changed before its first batch."""
+        if isinstance(self.batch_sampler, GlobalBatchSampler) and self.batch_sampler.outdated:
+            batches = super().__iter__()
+        yield from batches
 
     def _log_passes(self, n_batches: int) -> None:
         """Log how often each component of a mixture has been seen, on all ranks, since training began."""

@@ -1,7 +1,7 @@
 """One rank's share of the global batches."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ class GlobalBatchSampler(BatchSampler):
 
     Attributes:
         paddings: of the batches that were requested and have not come yet, if `plain`.
+        outdated: whether the latest iterator began at an epoch that `set_epoch` has changed since.
 
     Raises:
         ConfigError: made by Lightning or Fabric from a loader that was not asked for by a Trainer.
@@ -64,7 +65,7 @@ class GlobalBatchSampler(BatchSampler):
                 "use_distributed_sampler=False)`"
             )
         # Not super().__init__: there is no sampler of single samples here.
-        self.sampler = range(order.n_samples)
+        self.sampler = _Samples(order.n_samples, self.set_epoch)
         self.batch_size = batch_size
         self.drop_last = order.last_batch == "drop"
         self.order = order
@@ -77,6 +78,19 @@ class GlobalBatchSampler(BatchSampler):
         self.plain = plain
         self.paddings: deque[np.ndarray] = deque()
         self._began = (0, 0)  # epoch and batch of the last iterator
+        self.outdated = False
+        self._named = False  # whether a loop has named an epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin with the epoch that a resumed loop names first, if no state was loaded into the loader.
+
+        Lightning and Fabric name every epoch of theirs. Only a first one above 0 tells something new: that of
+        a Trainer that was given a bare loader and resumes between two epochs, where Lightning restores no
+        loader's state. It has asked for an iterator by then, which has to be started again.
+        """
+        if not self._named and epoch > 0 and self.whole_epochs and self.position is not None:
+            self.outdated = self.position.begin_at_least(epoch)
+        self._named = True
 
     def __len__(self) -> int:
         """Batches of a whole epoch, even if one is resumed in the middle."""
@@ -87,7 +101,7 @@ class GlobalBatchSampler(BatchSampler):
         n, epoch, batch = self.order.n_batches, 0, 0
         if self.position is not None:
             epoch, batch = self.position.begin(n, whole_epochs=self.whole_epochs)
-        self._began = epoch, batch
+        self._began, self.outdated = (epoch, batch), False
         requests = self._requests(epoch, batch, n if self.endless else n - batch)
         self.paddings.clear()
         return map(self._plain, requests) if self.plain else requests
@@ -132,3 +146,17 @@ class GlobalBatchSampler(BatchSampler):
             mine_spares = None if spares is None else spares[mine]
             mine_sources = None if sources is None else sources[mine]
             yield BatchRequest(ids[mine].tolist(), epoch, positions[mine], mine_spares, padding, mine_sources)
+
+
+class _Samples:
+    """The sampler of single samples that loops find in a batch sampler, and name their epochs to."""
+
+    def __init__(self, n_samples: int, set_epoch: Callable[[int], None]) -> None:
+        self.n_samples = n_samples
+        self.set_epoch = set_epoch
+
+    def __len__(self) -> int:
+        return self.n_samples
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.n_samples))

@@ -53,6 +53,13 @@ class StreamPosition:
         if not (self._resumes and not self.moved and epoch == self._epoch):
             self.restart(epoch, 0, self._count())
 
+    def begin_at_least(self, epoch: int) -> bool:
+        """Begin this epoch next, unless a state was loaded, or a later one comes; whether that is a move."""
+        moves = not self._resumes and self._epoch < epoch
+        if moves:
+            self.restart(epoch, 0, self._count())
+        return moves
+
     def now(self, n_batches: int) -> tuple[int, int]:
         """The epoch and its batch that come next, in epochs of `n_batches`."""
         # The count may have fallen: a checkpoint restores first the data module, then the loop.

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from curated_data import CuratedDataModule, ShardPool
-from curated_data.cli import _array, _class_names
+from curated_data.cli.common import load_array
+from curated_data.cli.results import _class_names
 from curated_data.config import load_config, read_yaml
 from curated_data.embedding import resolve_embedder
 from curated_data.embedding.existing import EmbeddedPool
@@ -78,7 +79,7 @@ def input_kinds(world: World) -> list[Kind]:
         return class_names_beside(ShardPool(case / "pool.tar"))
 
     def placed() -> Any:
-        array = _array(str(case / "coordinates.npy"), "coordinates")
+        array = load_array(str(case / "coordinates.npy"), "coordinates")
         check_arrays(24, coordinates=array, labels=None)
         return digest(array)
 

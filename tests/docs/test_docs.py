@@ -10,22 +10,33 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from curated_data.cli import main
+from curated_data.cli import _parser, main
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-FURTHER = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks" / "LEADERBOARD.md"]
+FURTHER = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
 REPOSITORY = "https://github.com/curated-data/curated-data/blob/main/"  # links that PyPI follows, too
 PAGES = sorted(DOCS.glob("*.md"))
 
 
+FENCE = re.compile(r"^(<!-- not run: .* -->\n)?```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
 def blocks(text: str) -> list[tuple[str, str]]:
-    """(language, content) of the fenced blocks of a page."""
-    return re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    """(language, content) of the fenced blocks of a page, but for those marked `<!-- not run: why -->`."""
+    return [(language, content) for mark, language, content in FENCE.findall(text) if not mark]
+
+
+def commands(content: str) -> list[list[str]]:
+    """The words of each line of a block of bash, continued lines joined."""
+    lines = content.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line and not line.startswith("#")]
 
 
 def run_page(page: str, folder: Path, monkeypatch) -> dict:
@@ -44,9 +55,9 @@ def run_page(page: str, folder: Path, monkeypatch) -> dict:
                 exec(compile(content, f"{page}, block {number}", "exec"), names)
             printed = output.getvalue()
         elif language == "bash":
-            for command in content.replace("\\\n", " ").splitlines():
-                assert command.startswith("curated-data "), f"{page}, block {number}: {command} is not run"
-                assert main(shlex.split(command, comments=True)[1:]) == 0, command
+            for program, *arguments in commands(content):
+                assert program == "curated-data", f"{page}, block {number}: {program} is not run"
+                assert main(arguments) == 0, arguments
         elif language == "text":
             pattern = re.sub(r"([\[\]?*])", r"[\1]", content).replace("…", "*")
             assert fnmatch.fnmatchcase(printed, pattern), f"{page}, block {number} printed:\n{printed}"
@@ -80,12 +91,22 @@ def test_answers_to_questions_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [*PAGES, *FURTHER], ids=lambda page: page.name)
 def test_links_and_named_files_exist(page):
     text = page.read_text()
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
         target = target.removeprefix(REPOSITORY) if page.parent == ROOT else target
-        if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        if "://" in target:
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), f"{page.name}: {target}"
+        if anchor and path.parent != DOCS:  # the site's own are checked when it is built
+            assert anchor in github_anchors(path), f"{page.name}: {target}#{anchor}"
     for path in re.findall(r"\b(?:recipes|configs|benchmarks|tests)/[\w/]+\.\w+", text):
         assert (ROOT / path).exists() or "NAME" in path, f"{page.name}: {path}"
+
+
+def github_anchors(page: Path) -> set[str]:
+    """The names by which GitHub links to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_generated_pages_are_those_of_the_code():
@@ -97,9 +118,10 @@ def test_generated_pages_are_those_of_the_code():
 def test_every_exported_name_is_on_the_api_page():
     import curated_data
     import lightning_modules
+    import lightning_modules.evaluation
 
     text = (DOCS / "api.md").read_text()
-    for package in (curated_data, lightning_modules):
+    for package in (curated_data, lightning_modules, lightning_modules.evaluation):
         for name in package.__all__:
             assert f"### `{package.__name__}.{name}`\n" in text
 
@@ -112,13 +134,39 @@ def test_the_help_of_recipes_is_as_wide_as_a_terminal(path):
         assert "   --" not in line.lstrip(), line
 
 
-RUN = ["install", "folder_of_images", "img2dataset", "notebook", "object_store", "slurm", "table_and_search"]
+IN_OTHER_TESTS = {"tutorial.md", "i_have_embeddings.md", "i_have_scores.md", "questions.md"}
+GENERATED = {"api.md", "settings.md"}
+RUN = [
+    page.name
+    for page in PAGES
+    if page.name not in IN_OTHER_TESTS | GENERATED
+    and {"python", "bash"} & {name for name, _ in blocks(page.read_text())}
+]
 
 
 @pytest.mark.parametrize("page", RUN)
-def test_pages_for_what_one_has_run(page, tmp_path, monkeypatch):
+def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     """Python and commands of `curated-data`, in the order of the page."""
-    run_page(f"{page}.md", tmp_path, monkeypatch)
+    run_page(page, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("page", [DOCS.parent / "README.md", *PAGES], ids=lambda page: page.name)
+def test_blocks_that_are_not_run_are_valid(page):
+    """Python compiles, YAML and TOML parse, options of commands exist; no other language hides a block."""
+    for mark, language, content in FENCE.findall(page.read_text()):
+        assert language in ("python", "bash", "text", "yaml", "toml"), (
+            f"{page.name}: a block of {language or 'no language'}"
+        )
+        if language == "yaml":
+            OmegaConf.create(content)
+        elif language == "toml":
+            tomllib.loads(content)
+        elif language == "python" and mark:
+            compile(content, page.name, "exec")
+        elif language == "bash" and mark:
+            for words in commands(content):
+                if words[0] == "curated-data" and words[1] != "recipe":
+                    _parser().parse_args(words[1:])
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):

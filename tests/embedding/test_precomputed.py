@@ -245,6 +245,30 @@ def test_bad_files_are_one_error(pool, rows, tmp_path):
         assert named in str(caught.value), (name, str(caught.value))
 
 
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_damaged_parquet_file_is_one_error_or_a_matrix(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("damaged")
+    path = write_table(folder / "rows.parquet", list("abcdefghij"), np.ones((10, 4), np.float32), group=4)
+    content = bytearray(path.read_bytes())
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")  # of the footer
+    for _ in range(data.draw(st.integers(1, 2))):
+        content[data.draw(st.integers(start, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    error = ""
+    try:
+        files = EmbeddingFiles(path)
+        read = sum(len(rows) for _, rows in files.blocks(3))
+        keys = files.keys()
+    except (PoolError, ConfigError) as raised:
+        error = str(raised)
+    if error:
+        assert "rows.parquet" in error
+    else:
+        assert read == len(files)
+        assert keys is None or len(keys) == read
+
+
 def test_rows_that_are_all_bad_or_of_another_length(pool, rows, tmp_path):
     path = write_table(tmp_path / "nan.parquet", all_keys(pool), np.full_like(rows, np.nan))
     with pytest.raises(PoolError) as caught:

@@ -104,6 +104,34 @@ def test_an_edited_card_stays_when_the_shards_are_replaced(made, tmp_path, caplo
     assert not (out / "curation.parquet").exists()  # of an export that is no longer there
 
 
+@pytest.mark.parametrize("manifest", [b"", b"\0" * 40, b"[" * 100_000, b'{"card": 3}', b"null", None])
+def test_what_an_export_cannot_tell_for_its_own_stays_and_is_named(made, tmp_path, caplog, manifest):
+    pool, curation, _, _ = made
+    out = tmp_path / "out"
+    export(pool, curation.ids, out, curation=curation)
+    (out / "manifest.json").unlink()
+    if manifest is not None:
+        (out / "manifest.json").write_bytes(manifest)
+    caplog.clear()
+    export(pool, curation.ids[:5], out, overwrite=True)
+    assert len(ShardPool(str(out / "shard-*.tar"))) == 5
+    others = {path.name for path in out.iterdir()} - {"ids.npy", "clusters.npy", "manifest.json"}
+    stays = {name for name in others if not name.endswith(".tar")}
+    assert "README.md" in stays
+    assert all(name in caplog.text for name in stays)
+
+
+def test_a_folder_in_place_of_a_manifest_is_named(made, tmp_path):
+    pool, curation, _, _ = made
+    out = tmp_path / "out"
+    export(pool, curation.ids, out, curation=curation)
+    (out / "manifest.json").unlink()
+    (out / "manifest.json" / "inner").mkdir(parents=True)
+    with pytest.raises(PoolError) as caught:
+        export(pool, curation.ids, out, curation=curation, overwrite=True)
+    assert "manifest.json" in str(caught.value)
+
+
 def test_an_export_is_the_same_twice(made, tmp_path):
     pool, curation, out, _ = made
     export(pool, curation.ids, tmp_path / "out", curation=curation, max_samples=12)

@@ -125,6 +125,29 @@ def test_fit_with_a_bare_loader_resumes_within_an_epoch_without_a_warning(folder
     assert not [warning for warning in recwarn if "not resumable" in str(warning.message)]
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("validates", "at_train_end"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fit_with_a_bare_loader_resumes_between_two_epochs(
+    folder, tmp_path, validates, at_train_end, workers
+):
+    """Lightning restores no loader's state there, and names the epoch only."""
+    kept = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=at_train_end)
+    settings = {"val_pool": str(folder / "validation-0.tar"), "eval_batch_size": 13} if validates else {}
+    settings["num_workers"] = workers
+
+    def fit(module, callbacks=(), **options):
+        loaded = data(folder, 1, **settings)
+        loaders = (loaded.train_dataloader(), *([loaded.val_dataloader()] if validates else ()))
+        trainer(folder, 1, callbacks=list(callbacks)).fit(module, *loaders, **options)
+        return module
+
+    fit(Validated(), [kept])
+    for epoch in (0, 1):
+        resumed = fit(Validated(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        assert resumed.trained == expected_stream(3)[(epoch + 1) * EPOCH :]
+
+
 def test_a_resumed_run_is_not_told_that_its_loader_is_not_resumable(folder, tmp_path, recwarn):
     kept = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer(folder, 1, max_epochs=1, callbacks=[kept]).fit(Listing(), data(folder, 1))

@@ -19,6 +19,7 @@ from curated_data import (
 )
 from curated_data.errors import ConfigError
 from curated_data.streaming.device import ResizedCrops
+from curated_data.training.mixture_file import open_mixture
 from curated_data.training.mixture_report import write_mixture_report
 from tests.support.trainer_runs import trainer
 from tests.training.test_datamodule_options import trained
@@ -163,5 +164,59 @@ def test_the_report_shows_size_share_and_what_others_hold(curated, tmp_path):
     links = re.findall('href="(.*?)"', page)
     assert links == ["component-0.html", "component-1.html"]
     assert all((tmp_path / "report" / link).stat().st_size > 10_000 for link in links)
+    assert "passes so far" not in page
+    assert "Shares that change" not in page
     with pytest.raises(ConfigError, match="no mixture"):
         write_mixture_report(CuratedDataModule(curated.pool), tmp_path / "report")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_report_after_a_training_says_how_often_each_was_seen(write_pool, tmp_path):
+    shards = write_pool([24, 12])
+    data = CuratedDataModule(
+        mixture=Mixture(
+            [Component("a", shards[0]), Component("b", shards[1])], weights={0: [2, 2], 100: [3, 1]}
+        ),
+        views=to_float, batch_size=6, loader=ALONE,
+    )  # fmt: skip
+    run = trainer(tmp_path, 1, max_epochs=2)
+    run.fit(TinyModule(), data)
+    page = write_mixture_report(run.datamodule, tmp_path / "report").read_text()
+    rows = [re.findall("<td>(.*?)</td>", line) for line in re.findall("<tr>(.*?)</tr>", page)]
+    passes = data.component_passes()
+    assert sum(passes[f"mixture/{name}"] * size for name, size in (("a", 24), ("b", 12))) == 2 * 36
+    assert [row[-1] for row in rows if len(row) == 9] == [f"{value:.2f}" for value in passes.values()]
+    assert [row for row in rows if len(row) == 3] == [["0", "50.00%", "50.00%"], ["100", "75.00%", "25.00%"]]
+
+
+def test_a_mixture_is_opened_by_the_yaml_of_a_training(write_pool, tmp_path):
+    shards = write_pool([40, 21])
+    base, delta = tmp_path / "base.yaml", tmp_path / "delta.yaml"
+    base.write_text(
+        "seed_everything: 1\n"
+        "model: {class_path: lightning_modules.SimCLR}\n"
+        f"data: {{pool: {shards[0]}, batch_size: 4, views: {{class_path: V}}, loader: {{num_workers: 0}}}}\n"
+    )
+    delta.write_text(
+        "data:\n  pool: null\n  mixture:\n    components:\n"
+        f"    - {{name: chosen, pool: {shards[0]}, weight: 3, curation: {{target_size: 12}}}}\n"
+        f"    - {{name: whole, pool: {shards[1]}, weight: 1, views: {{class_path: Views}}}}\n"
+    )
+    data = open_mixture([base, delta], embedder="pixels:4", cache_dir=tmp_path / "cache")
+    assert (data.batch_size, data.mixture.schedule) == (4, {0: [0.75, 0.25]})
+    data.setup("fit")
+    assert len(data.component("chosen").selection) == 12
+    own = delta.read_text().replace("data:\n", "data:\n  embedder: {class_path: timm.Net}\n")
+    for text, told in (
+        ("data: {pool: a.tar}", "no `mixture`"),
+        ("trainer: {max_steps: 3}", "no `mixture`"),
+        ("data: 3", "no `mixture`"),
+        ("data: {mixture: {components: '${data.parts}'}}", "parts"),
+        (own, "embedder.*class_path"),
+        (delta.read_text().replace("mixture:", "bach_size: 3\n  mixture:"), "'bach_size'"),
+    ):
+        delta.write_text(text)
+        with pytest.raises(ConfigError, match=told):
+            open_mixture([delta])
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        open_mixture(["nowhere.yaml"])

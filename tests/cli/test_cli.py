@@ -85,7 +85,7 @@ def test_the_walk_by_commands(write_pool, tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     for stage in ("index", "embeddings", "tree", "selection", "pixels:4"):
         assert stage in shown
-    monkeypatch.setattr("curated_data.cli_inspect._FEW", 1)
+    monkeypatch.setattr("curated_data.cli.inspect._FEW", 1)
     assert main(["inspect", cache]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"2 shards .* 55 samples; --json lists each", shown)
@@ -95,6 +95,30 @@ def test_the_walk_by_commands(write_pool, tmp_path, capsys, monkeypatch):
     selection = next(artifact for artifact in artifacts if artifact["stage"] == "selection")
     assert selection["details"]["size"] == 15
     assert selection["details"]["settings"]["target_size"] == 15
+
+
+def test_the_report_of_a_mixture_is_written_from_the_yaml_of_a_training(write_pool, tmp_path, capsys):
+    shards, yaml, out = write_pool([30, 25]), tmp_path / "train.yaml", tmp_path / "pages"
+    yaml.write_text(
+        "data:\n  batch_size: 4\n  mixture:\n    components:\n"
+        f"    - {{name: chosen, pool: {shards[0]}, weight: 3, curation: {{target_size: 12}}}}\n"
+        f"    - {{name: whole, pool: {shards[1]}, weight: 1}}\n"
+    )
+    given = ["report", str(yaml), "--cache-dir", str(tmp_path / "cache"), "--embedder", "pixels:4"]
+    assert main([*given, "--out", str(out), "--title", "Ours"]) == 0
+    assert capsys.readouterr().out.split() == [str(out / "index.html")]
+    page = (out / "index.html").read_text()
+    assert "<title>Ours</title>" in page
+    rows = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", page)]
+    assert [(row[2], row[3]) for row in rows if len(row) == 8] == [("12", "75.00%"), ("25", "25.00%")]
+    assert "Ours: chosen" in (out / "component-0.html").read_text()
+    assert main([*given, "--target-size", "5"]) == 2
+    assert "--target-size: of one curation" in capsys.readouterr().err
+    assert main([*given, "--out", str(yaml / "pages")]) == 2
+    assert f"{yaml}: is no folder" in capsys.readouterr().err
+    yaml.write_text("data: {pool: a.tar}")
+    assert main([*given, "--out", str(out)]) == 2
+    assert "no `mixture`" in capsys.readouterr().err
 
 
 def test_import_then_index(tmp_path, capsys):

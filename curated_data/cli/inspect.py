@@ -2,17 +2,37 @@
 
 import argparse
 import json
-import sys
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from curated_data.cache.layout import INDEX
+from curated_data.cli.common import add_command, print_table
 from curated_data.errors import CacheError, ConfigError
 
 _FEW = 20  # indexes of shards that are listed one by one
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    command = add_command(
+        commands,
+        "inspect",
+        "show what a cache holds and what determined it, or why a sample was or was not selected",
+    )
+    command.add_argument("cache_dir", metavar="CACHE", help="the --cache-dir of earlier commands")
+    command.add_argument("--json", action="store_true", help="print everything as JSON")
+    command.add_argument(
+        "--verify", action="store_true", help="read everything and compare it with its checksums"
+    )
+    command.add_argument(
+        "--sample", type=int, metavar="ID", help="explain why this sample was or was not selected"
+    )
+    command.add_argument(
+        "--selection", metavar="NAME", help="with --sample: the selection (default: the newest)"
+    )
+    command.set_defaults(run=inspect)
 
 
 def inspect(parsed: argparse.Namespace) -> None:
@@ -86,11 +106,6 @@ def _explain(parsed: argparse.Namespace) -> None:
     print(f"selection {name}")
     for line in lines:
         print(line)
-
-
-def print_table(table: Table) -> None:
-    """Print a table over the width of the terminal, or of 140 characters to a file."""
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def _short(value: Any) -> str:

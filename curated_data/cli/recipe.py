@@ -7,16 +7,30 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from curated_data.cache.paths import local_path
+from curated_data.cli.common import add_command
 from curated_data.errors import ConfigError
 
 PARTS = ("recipes", "configs")
 
 
+def add(commands: Any) -> None:
+    """Add the command, and `demo`, which runs one recipe."""
+    add_command(commands, "demo", "run the quickstart: `recipe quickstart`")
+    command = add_command(
+        commands, "recipe", "run a recipe, or copy recipes and settings; without a name: list them"
+    )
+    command.add_argument("--copy", metavar="FOLDER", help="copy recipes and their settings there")
+    command.add_argument("name", nargs="?", help="of the recipe, as quickstart")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, help="the recipe's own; try --help")
+    command.set_defaults(run=recipe)
+
+
 def home() -> Path:
     """The folder that has `recipes` and `configs`: inside the package of a wheel, else the checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     shipped = package / "shipped"
     return shipped if shipped.is_dir() else package.parent
 

@@ -3,25 +3,33 @@
 import argparse
 import csv
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from curated_data.cli_inspect import print_table
+from curated_data.cli.common import (
+    add_embedder,
+    add_pool_command,
+    check_output,
+    load_array,
+    pool_of,
+    print_table,
+    storage_of,
+)
 from curated_data.errors import ConfigError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from curated_data.pipeline.search import Found
-    from curated_data.pool import ShardPool
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
-    """The options that only this command has."""
+def add(commands: Any) -> None:
+    """Add the command."""
+    command = add_pool_command(
+        commands, "search", "find the samples nearest to an image, a text or a vector", _search
+    )
+    add_embedder(command)
     command.add_argument(
         "--text", action="append", default=[], help="look for this; for pools of text, by the embedder minilm"
     )
@@ -40,29 +48,19 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--table", metavar="FILE.csv", help="write what is printed")
 
 
-def search(
-    parsed: argparse.Namespace,
-    pool: "ShardPool",
-    vectors: "np.ndarray | None",
-    write: Callable[[str, bytes], Any],
-) -> None:
-    """Run the command, by its parsed arguments.
-
-    Args:
-        vectors: (m, d), read from the file given.
-        write: a file by its place and content; returns where it is.
-
-    Raises:
-        ConfigError: nothing to look for, or arguments that do not fit each other.
-    """
+def _search(parsed: argparse.Namespace) -> None:
     import numpy as np  # here, as all that takes long to import
 
     from curated_data.cache.artifacts import open_cache
     from curated_data.embedding import embed_pool, resolve_embedder
-    from curated_data.pipeline.search import contact_sheet, embed_queries, newest_curation, rows_of
-    from curated_data.pipeline.search import search as found_by
+    from curated_data.pipeline.search import contact_sheet, embed_queries, newest_curation, rows_of, search
     from curated_data.pool.encode import encode_member
+    from curated_data.pool.out import write_file
 
+    for place in filter(None, (parsed.out, parsed.ids, parsed.table)):
+        check_output(place, parsed)
+    vectors, options = load_array(parsed.vectors, "vectors"), storage_of(parsed)
+    pool = pool_of(parsed)
     if not (parsed.text or parsed.image or vectors is not None):
         raise ConfigError("search: nothing to look for; give --text, --image FILE or --vectors FILE.npy")
     embedder = resolve_embedder(parsed.embedder)
@@ -76,7 +74,7 @@ def search(
             "embeddings by the same network"
         )
     curation = newest_curation(parsed.cache_dir, store)
-    found = found_by(
+    found = search(
         store, np.concatenate(queries), parsed.n, least=parsed.least, valid=store.valid, curation=curation
     )
     rows = rows_of(found, pool)
@@ -90,11 +88,11 @@ def search(
     for line in _same(found, [*parsed.image, *parsed.text], parsed.same):
         print(line)
     if parsed.out is not None:
-        print(f"images: {write(parsed.out, contact_sheet(found, pool))}")
+        print(f"images: {write_file(parsed.out, contact_sheet(found, pool), options)}")
     if parsed.ids is not None:
-        print(f"ids: {write(parsed.ids, encode_member(np.sort(found.ids)))}")
+        print(f"ids: {write_file(parsed.ids, encode_member(np.sort(found.ids)), options)}")
     if parsed.table is not None:
-        print(f"table: {write(parsed.table, _csv(names, rows))}")
+        print(f"table: {write_file(parsed.table, _csv(names, rows), options)}")
 
 
 def _same(found: "Found", queries: list[str], least: float) -> list[str]:

@@ -1,0 +1,7 @@
+"""`python -m curated_data.cli`."""
+
+import sys
+
+from curated_data.cli import main
+
+sys.exit(main())
