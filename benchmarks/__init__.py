@@ -1,1 +1,1 @@
-"""Measurements beside peers, each started by `python -m benchmarks.NAME`; results are in RESULTS.md and history/."""
+"""Measurements beside peers, each started by `python -m benchmarks.NAME`; results in RESULTS.md, history/."""

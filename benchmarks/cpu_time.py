@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -33,6 +34,40 @@ def measure(make: Callable[[], Iterator[int]], n: int, seconds: float) -> float:
         return samples / (cpu() - before)
 
     return apart(rate, 4 * seconds + 60)
+
+
+def by_turns(
+    one: Callable[[], Iterator[int]], other: Callable[[], Iterator[int]], turns: int, batches: int
+) -> float:
+    """CPU time per batch of one reader over that of another, the median of a few turns within one process,
+    so that other load on the machine affects both alike.
+
+    Args:
+        one, other: make the readers.
+        turns: of each reader.
+        batches: of a turn.
+    """
+
+    def ratio() -> float:
+        readers, pids = [], []
+        for make in (one, other):
+            others = {worker.pid for worker in multiprocessing.active_children()}
+            readers.append(make())
+            next(readers[-1])
+            pids.append([w.pid for w in multiprocessing.active_children() if w.pid not in others])
+        own, of_workers = np.zeros((2, turns + 1)), np.zeros((2, turns + 1))
+        for turn in range(turns + 1):
+            for number, reader in enumerate(readers):
+                of_workers[number, turn] = sum(map(cpu_of, pids[number]))
+                before = time.process_time()
+                for _ in range(batches):
+                    next(reader)
+                own[number, turn] = time.process_time() - before
+        # What a reader's workers do ahead while the other has its turn is counted to the turn before.
+        spent = own[:, 1:-1] + np.diff(of_workers, axis=1)[:, 1:]
+        return float(np.median(spent[0] / spent[1]))
+
+    return apart(ratio, 600)
 
 
 def apart(function: Callable[[], float], timeout: float) -> float:

@@ -17,7 +17,6 @@ About six minutes on two idle cores, and two more the first time.
 
 import argparse
 import functools
-import multiprocessing
 import random
 import statistics
 import tempfile
@@ -26,38 +25,13 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.cpu_time import apart, cpu_of, measure
+from benchmarks.cpu_time import by_turns, measure
 from benchmarks.machine import print_machine
 from benchmarks.process_memory import anonymous_bytes
 from benchmarks.streaming_data import N_SAMPLES, a_tenth, make_formats, make_shards
 from benchmarks.streaming_readers import BATCH, READERS, decode, keep, memory, ours
 from curated_data.pool import ShardPool
 from curated_data.streaming import EpochOrder
-
-
-def beside_memory(folder: Path, ids: np.ndarray, workers: int, turns: int, batches: int) -> float:
-    """CPU time of decoding from memory over that of decoding from shards; the median of a few turns."""
-
-    def ratio() -> float:
-        readers, pids = [], []
-        for make in (ours, memory):
-            others = {worker.pid for worker in multiprocessing.active_children()}
-            readers.append(make(folder, ids, decode, workers))
-            next(readers[-1])
-            pids.append([w.pid for w in multiprocessing.active_children() if w.pid not in others])
-        own, of_workers = np.zeros((2, turns + 1)), np.zeros((2, turns + 1))
-        for turn in range(turns + 1):
-            for number, reader in enumerate(readers):
-                of_workers[number, turn] = sum(map(cpu_of, pids[number]))
-                before = time.process_time()
-                for _ in range(batches):
-                    next(reader)
-                own[number, turn] = time.process_time() - before
-        # What a reader's workers do ahead while the other has its turn is counted to the turn before.
-        spent = own[:, 1:-1] + np.diff(of_workers, axis=1)[:, 1:]
-        return float(np.median(spent[1] / spent[0]))
-
-    return apart(ratio, 600)
 
 
 def compare(
@@ -169,7 +143,10 @@ def main() -> None:
         print("\ndecoding from shards over decoding from memory:")
         for workers in arguments.workers:
             for ids in (a_tenth(), np.arange(N_SAMPLES)):
-                ratio = beside_memory(arguments.folder, ids, workers, arguments.turns, batches=6)
+                made = (
+                    functools.partial(make, arguments.folder, ids, decode, workers) for make in (memory, ours)
+                )
+                ratio = by_turns(*made, arguments.turns, batches=6)
                 print(f"  {100 * len(ids) // N_SAMPLES} %, {workers} workers: {ratio:.2f}", flush=True)
     compare(arguments.folder, names, arguments.modes, arguments.repeats, arguments.seconds, arguments.workers)
 

@@ -1,21 +1,18 @@
 """Write docs/api.md and docs/settings.md from the code: `python docs/make_api.py`; a test compares them.
 
-A name is public if its module lists it in `__all__`, if it is the function that an evaluation's file is named
-after, or if it is listed here.
+A name is public if its module lists it in `__all__`, or if it is listed here.
 """
 
 import dataclasses
 import importlib
 import inspect
-import pkgutil
 import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning_modules.evaluation
-from curated_data.config import CurationConfig, EmbeddingConfig, NearDuplicateConfig
+from curated_data.config import CurationConfig, EmbeddingConfig, NearDuplicateConfig, QuotaConfig
 from curated_data.levels import Level
 
 PAGE = Path(__file__).parent / "api.md"
@@ -34,6 +31,8 @@ SECTIONS: dict[str, dict[str, list[str] | None]] = {
         "curated_data.clustering": None,
         "curated_data.selection": None,
         "curated_data.selection.near_duplicates": ["near_duplicates", "match_held_out"],
+        "curated_data.selection.quotas": ["Quotas", "water_fill"],
+        "curated_data.selection.nested": ["nested_sample"],
         "curated_data.selection.retrieval": ["Retrieved", "retrieve_clusters", "target_weights"],
         "curated_data.selection.captions": ["label_captions", "label_pool", "export_labelled"],
         "curated_data.streaming": None,
@@ -59,9 +58,7 @@ SECTIONS: dict[str, dict[str, list[str] | None]] = {
         "lightning_modules.transport": ["p2ot", "sp2ot"],
         "lightning_modules.transport_clustering": ["cluster_embeddings"],
     },
-    "Evaluation": {
-        "lightning_modules.evaluation.online": ["OnlineKNN"],
-    },
+    "Evaluation": {"lightning_modules.evaluation": None},
 }  # fmt: skip
 
 
@@ -75,7 +72,7 @@ def page() -> str:
     """The page's text."""
     parts = [HEAD]
     seen: set[int] = set()
-    for heading, modules in sections().items():
+    for heading, modules in SECTIONS.items():
         parts.append(f"## {heading}\n")
         for module, names in modules.items():
             loaded = importlib.import_module(module)
@@ -113,6 +110,7 @@ SETTINGS = {
     "": ("CurationConfig", CurationConfig),
     "levels[]": ("Each of `levels`", Level),
     "embedding": ("Below `embedding:`", EmbeddingConfig),
+    "quotas": ("Below `quotas:`", QuotaConfig),
     "near_duplicates": ("Below `near_duplicates:`", NearDuplicateConfig),
 }
 
@@ -140,17 +138,6 @@ def attributes(schema: type) -> dict[str, str]:
     text = inspect.getdoc(schema).split("Attributes:\n")[1]
     found = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", text, re.DOTALL | re.MULTILINE)
     return {name: " ".join(words.split()).replace("|", "\\|") for name, words in found}
-
-
-def sections() -> dict[str, dict[str, list[str] | None]]:
-    """`SECTIONS`, with every evaluation whose function has its file's name."""
-    found = dict(SECTIONS)
-    evaluation = lightning_modules.evaluation
-    for module in pkgutil.iter_modules(evaluation.__path__):
-        name = f"{evaluation.__name__}.{module.name}"
-        if hasattr(importlib.import_module(name), module.name):
-            found["Evaluation"] = {**found["Evaluation"], name: [module.name]}
-    return found
 
 
 def entry(module: str, name: str, value: Any) -> Iterator[str]:

@@ -48,6 +48,13 @@ def build_backbone(
     Raises:
         ValueError: unknown name, an image size that the network cannot take, a stem that cannot be replaced,
             weights that cannot be found or do not fit, or more frozen blocks than there are.
+
+    Example:
+        >>> import torch
+        >>> from lightning_modules.backbones import build_backbone
+        >>> backbone = build_backbone("resnet10", image_size=32, small_images=True)
+        >>> backbone(torch.zeros(2, 3, 32, 32)).shape, backbone.dimension
+        (torch.Size([2, 512]), 512)
     """
     source, _, model = name.rpartition(":")
     if source not in ("", "timm", "torchvision"):

@@ -51,6 +51,15 @@ def embed_2d(
 
     Raises:
         ValueError: fewer than three samples, or features that are not finite, with their rows.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> labels = np.repeat([0, 1, 2], 20)
+        >>> features = np.eye(3)[labels] + 0.1 * rng.normal(size=(60, 3))
+        >>> from lightning_modules.maps import embed_2d
+        >>> embed_2d(features, epochs=2, batch_size=30, hidden_dimension=16).shape
+        (60, 2)
     """
     n = len(features)
     if n < 3 or len(features.shape) != 2:
@@ -130,6 +139,13 @@ def draw_map(
 
     Raises:
         ValueError: arrays of different lengths.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_modules.maps import draw_map
+        >>> coordinates = np.random.default_rng(0).normal(size=(60, 2))
+        >>> figure = draw_map(coordinates, labels=np.repeat([0, 1], 30), names=["cat", "dog"])
+        >>> figure.savefig("map.png")
     """
     n = len(coordinates)
     for name, array in (("labels", labels), ("selected", selected), ("outliers", outliers)):
@@ -173,7 +189,14 @@ def save_coordinates(
     ids: np.ndarray | None = None,
     labels: np.ndarray | None = None,
 ) -> None:
-    """Write the map as CSV: id, x, y, and the label where given."""
+    """Write the map as CSV: id, x, y, and the label where given.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_modules.maps import save_coordinates
+        >>> coordinates = np.random.default_rng(0).normal(size=(60, 2))
+        >>> save_coordinates("map.csv", coordinates)
+    """
     n = len(coordinates)
     columns = [np.arange(n) if ids is None else ids, coordinates[:, 0], coordinates[:, 1]]
     header, formats = "id,x,y", ["%d", "%.6g", "%.6g"]
@@ -184,7 +207,15 @@ def save_coordinates(
 
 
 def isolated(coordinates: np.ndarray, *, share: float = 1e-3, n_neighbors: int = 5) -> np.ndarray:
-    """The (n,) mask of the `share` of points that are farthest from their n-th neighbour on the map."""
+    """The (n,) mask of the `share` of points that are farthest from their n-th neighbour on the map.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_modules.maps import isolated
+        >>> coordinates = np.append(np.random.default_rng(0).normal(size=(99, 2)), [[50.0, 50.0]], axis=0)
+        >>> np.flatnonzero(isolated(coordinates, share=0.01))
+        array([99])
+    """
     points = np.ascontiguousarray(coordinates, np.float32)
     index = faiss.IndexFlatL2(2)
     index.add(points)

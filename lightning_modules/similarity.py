@@ -27,6 +27,14 @@ def gaussian_similarity(
 
     Raises:
         ValueError: fewer than two samples, a wrong shape, NaN.
+
+    Example:
+        >>> import torch
+        >>> from lightning_modules.transport import gaussian_similarity
+        >>> features = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+        >>> neighbors, weights = gaussian_similarity(features, n_neighbors=10)
+        >>> neighbors.shape, weights.shape
+        (torch.Size([100, 10]), torch.Size([100, 10]))
     """
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features must be (N, d) with N of 2 or more, got shape {tuple(features.shape)}")

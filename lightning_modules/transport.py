@@ -61,6 +61,14 @@ class TransportResult:
         converged: whether every problem reached its tolerance.
         objective: SP²OT: the full objective at every outer iteration (of the last problem of a batch); else
             empty.
+
+    Example:
+        >>> import torch
+        >>> from lightning_modules.transport import solve_p2ot
+        >>> logits = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+        >>> result = solve_p2ot(-logits.log_softmax(1), rho=0.5)
+        >>> weights = len(logits) * result.plan.sum(1)  # of the samples, each between 0 and 1
+        >>> labels = result.plan.argmax(1)
     """
 
     plan: Tensor
@@ -85,6 +93,14 @@ def p2ot(
 
     Returns:
         (..., N, K) plan of total mass `rho`, every row at most 1/N.
+
+    Example:
+        >>> import torch
+        >>> from lightning_modules.transport import p2ot
+        >>> logits = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+        >>> plan = p2ot(-logits.log_softmax(1), rho=0.5)
+        >>> plan.shape, round(plan.sum().item(), 4)  # half of the mass is transported
+        (torch.Size([100, 5]), 0.5)
     """
     result = solve_p2ot(
         cost, rho, epsilon=epsilon, gamma=gamma, max_iter=max_iter, tol=tol, potentials=potentials
@@ -110,6 +126,15 @@ def sp2ot(
 
     Returns:
         (..., N, K) plan of total mass `rho`, every row at most 1/N.
+
+    Example:
+        >>> import torch
+        >>> from lightning_modules.transport import gaussian_similarity, sp2ot
+        >>> logits = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+        >>> similarity = gaussian_similarity(logits, n_neighbors=10)
+        >>> plan = sp2ot(-logits.log_softmax(1), similarity, rho=0.5, weight=1.0)
+        >>> round(plan.sum().item(), 4)
+        0.5
     """
     result = solve_sp2ot(
         cost,
@@ -156,6 +181,15 @@ def solve_p2ot(
     Raises:
         TypeError: `cost` is no floating-point tensor.
         ValueError: a shape, a value or a setting outside of the above.
+
+    Example:
+        >>> import torch
+        >>> from lightning_modules.transport import solve_p2ot
+        >>> logits = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+        >>> result = solve_p2ot(-logits.log_softmax(1), rho=0.5)
+        >>> result.converged, result.marginal_error < 1e-6
+        (True, True)
+        >>> again = solve_p2ot(-logits.log_softmax(1), rho=0.55, potentials=result.potentials)  # a warm start
     """
     cost = _check_cost(cost)
     _check_settings(rho, epsilon, gamma, max_iter, tol)
@@ -217,6 +251,15 @@ def solve_sp2ot(
     Raises:
         TypeError: a tensor of a wrong kind.
         ValueError: a shape, a value or a setting outside of the above.
+
+    Example:
+        >>> import torch
+        >>> from lightning_modules.transport import gaussian_similarity, solve_sp2ot
+        >>> logits = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+        >>> similarity = gaussian_similarity(logits, n_neighbors=10)
+        >>> result = solve_sp2ot(-logits.log_softmax(1), similarity, rho=0.5, weight=1.0)
+        >>> result.converged, result.objective[-1] <= result.objective[0]
+        (True, True)
     """
     cost = _check_cost(cost)
     _check_settings(rho, epsilon, gamma, max_iter, tol)

@@ -74,6 +74,16 @@ def cluster_embeddings(
     Raises:
         ValueError: an unknown method, K below 2 or above the number of samples, NaN (with the rows), a wrong
             shape.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> labels = np.repeat([0, 1, 2], 20)
+        >>> features = np.eye(3)[labels] + 0.1 * rng.normal(size=(60, 3))
+        >>> from lightning_modules.transport_clustering import cluster_embeddings
+        >>> found = cluster_embeddings(features, 3, method="p2ot")
+        >>> len(np.unique(found.assignment))
+        3
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r}: expected one of {METHODS}")

@@ -45,7 +45,7 @@ from curated_data.report.page import write_report
 from curated_data.selection.metrics import class_balance
 from curated_data.stages.curation import Curation
 from lightning_modules import SimCLR
-from lightning_modules.evaluation.knn import knn
+from lightning_modules.evaluation import knn
 from lightning_modules.evaluation.longtail import mean_known
 
 log = logging.getLogger("quickstart")

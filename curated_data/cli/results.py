@@ -9,14 +9,25 @@ from curated_data.cache.paths import local_path
 from curated_data.cli import common
 from curated_data.errors import ConfigError
 
+_OF_ONE_POOL = (
+    "config", "target_size", "where", "set", "embeddings", "coordinates", "labels", "class_names", "columns",
+    "strict", "ignore_exif",
+)  # fmt: skip
+
 
 def add(commands: Any) -> None:
     """Add the commands of this file."""
-    command = common.add_pool_command(commands, "report", "write one HTML page about a curation", _report)
+    command = common.add_pool_command(
+        commands,
+        "report",
+        "write one HTML page about a curation; or of the YAML files of a training, in place of shards, a "
+        "folder of pages about its mixture",
+        _report,
+    )
     common.add_curation(command)
     common.add_rows(command)
-    command.add_argument("--out", default="report.html", help="the page to write (default: %(default)s)")
-    command.add_argument("--title", default="Curation report", help="of the page (default: %(default)s)")
+    command.add_argument("--out", help="the page, or folder, to write (default: report.html, or report)")
+    command.add_argument("--title", help="of the page (default: Curation report, or Mixture report)")
     command.add_argument(
         "--coordinates",
         metavar="FILE.npy",
@@ -47,15 +58,36 @@ def add(commands: Any) -> None:
 
 
 def _report(parsed: argparse.Namespace) -> None:
+    if all(name.endswith((".yaml", ".yml")) for name in parsed.pool):
+        _report_mixture(parsed)
+        return
     common.config_of(parsed)
     from curated_data.report.page import check_arrays, write_report
 
-    common.check_output(parsed.out, parsed)
+    out, title = parsed.out or "report.html", parsed.title or "Curation report"
+    common.check_output(out, parsed)
     arrays = {name: common.load_array(getattr(parsed, name), name) for name in ("coordinates", "labels")}
     names = _class_names(parsed.class_names)
     check_arrays(len(common.pool_of(parsed)), **arrays)
     pool, curation = common.run_curation(parsed)
-    print(write_report(curation, pool, parsed.out, title=parsed.title, class_names=names, **arrays))
+    print(write_report(curation, pool, out, title=title, class_names=names, **arrays))
+
+
+def _report_mixture(parsed: argparse.Namespace) -> None:
+    for name in _OF_ONE_POOL:
+        if getattr(parsed, name) not in (None, False, []):
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: of one curation; write it into the YAML of the mixture"
+            )
+    from curated_data.pool.out import open_out
+    from curated_data.training.mixture_file import open_mixture
+    from curated_data.training.mixture_report import write_mixture_report
+
+    out, options = parsed.out or "report", common.storage_of(parsed)
+    open_out(out, options).check()
+    data = open_mixture(parsed.pool, embedder=parsed.embedder, cache_dir=parsed.cache_dir)
+    data.setup("fit")
+    print(write_mixture_report(data, out, title=parsed.title or "Mixture report", storage_options=options))
 
 
 def _table(parsed: argparse.Namespace) -> None:

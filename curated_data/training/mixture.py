@@ -148,7 +148,12 @@ class Mixture:
     @property
     def shares(self) -> list[float]:
         """Of the components at the beginning; they sum to one."""
-        return [float(share) for share in self._checked[0]]
+        return self.schedule[0]
+
+    @property
+    def schedule(self) -> dict[int, list[float]]:
+        """The shares by the global batch from which they hold; between two they change linearly."""
+        return {batch: list(map(float, shares)) for batch, shares in sorted(self._checked.items())}
 
     @property
     def least_shares(self) -> list[float]:

@@ -1,15 +1,17 @@
 """A page about a mixture: what each component holds, gives and shares, with a page per curated component."""
 
 import html
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from curated_data.errors import ConfigError
-from curated_data.pool.out import write_file
+from curated_data.pool.out import open_out, writing
 from curated_data.report.page import write_report
 from curated_data.training.components import Source, mixture_rows, overlaps
+from curated_data.training.mixture import Mixture
 
 if TYPE_CHECKING:
     from curated_data.training.datamodule import CuratedDataModule
@@ -18,21 +20,28 @@ _TEMPLATE = Path(__file__).with_name("mixture.html")
 
 
 def write_mixture_report(
-    data: "CuratedDataModule", folder: str | Path, *, title: str = "Mixture report", **options: Any
-) -> Path:
+    data: "CuratedDataModule",
+    folder: str | Path,
+    *,
+    title: str = "Mixture report",
+    storage_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Path | str:
     """Write `index.html`, an overview of a mixture, and a report page for each component with a curation.
 
     The overview has for each component its samples, its share of the stream, how often an epoch goes through
-    it, and how many of its samples other components hold too, in all and pair by pair.
+    it, and how many of its samples other components hold too, in all and pair by pair; after or during a
+    training (`trainer.datamodule`), how often it has been gone through so far.
 
     Args:
         data: a data module with a mixture, after `setup("fit")`.
-        folder: is made if it does not exist.
+        folder: of this machine, made if it does not exist, or the URL of one in a store.
         title: of the overview.
+        storage_options: for fsspec, to write to a store.
         options: for `write_report` of the components.
 
     Returns:
-        The path of the overview.
+        The path, or the URL, of the overview.
 
     Raises:
         ConfigError: no mixture, or one that is not set up.
@@ -44,44 +53,43 @@ def write_mixture_report(
         >>> halves = [Component("a", "pool-000000.tar", 0.5), Component("b", "pool-000001.tar", 0.5)]
         >>> data = CuratedDataModule(mixture=Mixture(halves), batch_size=4, image_size=8)
         >>> data.setup("fit")
-        >>> write_mixture_report(data, "report").name
-        'index.html'
+        >>> print(write_mixture_report(data, "report"))
+        report/index.html
     """
     if data.mixture is None:
         raise ConfigError("write_mixture_report: the data module has no mixture; use write_report")
     if not data.is_set_up:
         raise ConfigError('write_mixture_report: the data module is not set up; call setup("fit") first')
-    folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    out = open_out(folder, storage_options)
     pages: dict[str, str] = {}
     for number, source in enumerate(data.sources):
         if source.curation is not None:
             pages[source.name] = f"component-{number}.html"
-            name = f"{title}: {source.name}"
-            write_report(source.curation, source.pool, folder / pages[source.name], title=name, **options)
-    body = _overview(data, pages) + _overlap(data.sources)
+            write_report(
+                source.curation,
+                source.pool,
+                out.place(pages[source.name]),
+                title=f"{title}: {source.name}",
+                storage_options=storage_options,
+                **options,
+            )
+    body = _overview(data, pages) + _weights(data.mixture) + _overlap(data.sources)
     page = _TEMPLATE.read_text(encoding="utf-8").replace("{{title}}", html.escape(title))
-    path = folder / "index.html"
-    write_file(path, page.replace("{{body}}", body).encode("utf-8"), None)
-    return path
+    with out.create("index.html") as file, writing(out.place("index.html")):
+        file.write(page.replace("{{body}}", body).encode("utf-8"))
+    return out.place("index.html")
 
 
-def _overview(data: "CuratedDataModule", pages: dict[str, str]) -> str:
+def _overview(data: "CuratedDataModule", pages: Mapping[str, str]) -> str:
     assert data.mixture is not None, "checked before"
     rows = mixture_rows(data.mixture, data.sources)
     an_epoch = data.mixture.epoch_size or sum(row.size for row in rows)
-    head = (
-        "component",
-        "pool",
-        "samples",
-        "share of the stream",
-        "",
-        "batches",
-        "passes per epoch",
-        "in others too",
-    )
+    passes = list(data.component_passes().values())
+    begun = any(passes)
+    head = ["component", "pool", "samples", "share of the stream", "", "batches", "passes per epoch"]
+    head += ["in others too", *(["passes so far"] if begun else [])]
     lines = []
-    for source, row in zip(data.sources, rows, strict=True):
+    for source, row, times in zip(data.sources, rows, passes, strict=True):
         name = html.escape(row.name)
         if row.name in pages:
             name = f'<a href="{pages[row.name]}">{name}</a>'
@@ -91,16 +99,26 @@ def _overview(data: "CuratedDataModule", pages: dict[str, str]) -> str:
         )
         bar = f'<span class="bar"><i style="width:{100 * row.share:.1f}%"></i></span>'
         shared = f"{row.shared:,} ({row.shared / row.distinct:.1%})"
-        cells = (
-            name, pool, f"{row.size:,}", f"{row.share:.2%}", bar, source.batches,
-            f"{row.share * an_epoch / row.size:.2f}", shared,
-        )  # fmt: skip
-        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    heads = "".join(f"<th>{text}</th>" for text in head)
+        cells = [name, pool, f"{row.size:,}", f"{row.share:.2%}", bar, source.batches]
+        cells += [f"{row.share * an_epoch / row.size:.2f}", shared, *([f"{times:.2f}"] if begun else [])]
+        lines.append(cells)
     return (
-        f"<p>{len(rows)} components; an epoch has {an_epoch:,} samples. Shares are those at the beginning of "
-        "training.</p>"
-        f'<div class="scroll"><table><tr>{heads}</tr>{"".join(lines)}</table></div>'
+        f"<p>{len(rows)} components; an epoch has {an_epoch:,} samples. Shares and samples are those at the "
+        f"beginning of training.</p>{_table(head, lines)}"
+    )
+
+
+def _weights(mixture: Mixture) -> str:
+    """A table of shares that change; nothing for those that do not."""
+    if len(mixture.schedule) == 1:
+        return ""
+    lines = [
+        [f"{batch:,}", *(f"{share:.2%}" for share in shares)] for batch, shares in mixture.schedule.items()
+    ]
+    head = ["from global batch", *map(html.escape, mixture.names)]
+    return (
+        "<h2>Shares that change</h2><p>In between they change linearly; after the last they stay.</p>"
+        + _table(head, lines)
     )
 
 
@@ -109,14 +127,19 @@ def _overlap(sources: list[Source]) -> str:
     shared = overlaps(sources)
     if not np.any(shared - np.diag(np.diag(shared))):
         return "<p>No sample is in two components.</p>"
-    heads = "".join(f"<th>{html.escape(source.name)}</th>" for source in sources)
-    lines = "".join(
-        f"<tr><td>{html.escape(source.name)}</td>" + "".join(f"<td>{n:,}</td>" for n in row) + "</tr>"
+    head = ["", *(html.escape(source.name) for source in sources)]
+    lines = [
+        [html.escape(source.name), *(f"{n:,}" for n in row)]
         for source, row in zip(sources, shared.tolist(), strict=True)
-    )
+    ]
     return (
         "<h2>Samples in common</h2><p>Different samples that the components of row and column both hold; on "
-        "the diagonal, that a component holds.</p>"
-        f'<div class="scroll"><table><tr><th></th>{heads}</tr>{lines}'
-        "</table></div>"
+        f"the diagonal, that a component holds.</p>{_table(head, lines)}"
     )
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table of cells that are HTML; a narrow screen scrolls it."""
+    rows = ["".join(f"<td>{cell}</td>" for cell in line) for line in lines]
+    body = "".join(f"<tr>{row}</tr>" for row in ["".join(f"<th>{text}</th>" for text in head), *rows])
+    return f'<div class="scroll"><table>{body}</table></div>'

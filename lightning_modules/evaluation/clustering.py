@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from curated_data.parallel import together
 from lightning_modules.evaluation.inputs import Array, checked_labels, count_pairs, occurring
@@ -68,7 +67,16 @@ def clustering(assignment: Array, labels: Array, *, train_counts: Array | None =
         TypeError: labels or clusters that are no integers.
         ValueError: shapes that do not match, negative values (excluded samples must be left out), or no
             samples.
+
+    Example:
+        >>> from lightning_modules.evaluation import clustering
+        >>> result = clustering([2, 2, 2, 0, 0, 1], [0, 0, 0, 1, 1, 1])
+        >>> round(result.accuracy, 3), result.matching
+        (0.833, {0: 1, 2: 0})
     """
+    # Here, because scikit-learn takes seconds to import.
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
     with together():
         assignment = checked_labels("assignment", assignment, len(assignment))
         labels = checked_labels("labels", labels, len(assignment))
@@ -82,7 +90,7 @@ def clustering(assignment: Array, labels: Array, *, train_counts: Array | None =
     table = count_pairs(*places, n_clusters, n_classes).numpy()
     pairs = np.nonzero(table)
     joined = [np.repeat(side, table[pairs]) for side in pairs]  # the labels of all ranks' samples, sorted
-    clusters, classes = linear_sum_assignment(table, maximize=True)
+    clusters, classes = scipy.optimize.linear_sum_assignment(table, maximize=True)
     right = np.zeros(n_classes, np.int64)
     predicted = np.zeros(n_classes, np.int64)
     right[classes], predicted[classes] = table[clusters, classes], table[clusters].sum(1)

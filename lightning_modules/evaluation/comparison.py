@@ -74,6 +74,16 @@ def comparison(
 
     Raises:
         ValueError: shapes that do not match, no sample with both values, bad settings.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> a = rng.random(400) < 0.6  # which test images the first model has right
+        >>> b = a | (rng.random(400) < 0.4)
+        >>> from lightning_modules.evaluation import comparison
+        >>> result = comparison(a, b)
+        >>> result.low > 0  # the second model is better, with 95 % confidence
+        True
     """
     with together():
         values = [np.asarray(as_tensor(x)).astype(np.float64) for x in (a, b)]

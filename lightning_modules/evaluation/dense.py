@@ -25,6 +25,11 @@ class DenseSettings:
         learning_rate, weight_decay: of AdamW.
         warmup: steps.
         seed: of the batches and the first weights.
+
+    Example:
+        >>> from lightning_modules.evaluation import DenseSettings
+        >>> DenseSettings(n_iter=1000, batch_size=16).learning_rate
+        0.001
     """
 
     n_iter: int = 5000

@@ -78,6 +78,17 @@ def depth(
 
     Raises:
         ValueError: shapes that do not match, a bad range, or no valid pixel in train or test.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_modules.evaluation import DenseSettings, depth
+        >>> depths = np.full((8, 16, 16), 2.0)  # the right half of each image is farther away
+        >>> depths[:, :, 8:] = 4.0
+        >>> tokens = np.eye(2)[(depths[:, ::8, ::8] > 3).astype(int)]  # (8, 2, 2, 2): a patch is 8 x 8 pixels
+        >>> settings = DenseSettings(n_iter=50, batch_size=4, warmup=5)
+        >>> result = depth(tokens, depths, tokens, depths, settings=settings)
+        >>> 0 < result.rmse < 3  # in the unit of the depths; more steps make it smaller
+        True
     """
     if not 0 < min_depth < max_depth or n_bins < 2:
         raise ValueError(

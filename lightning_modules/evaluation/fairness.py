@@ -69,6 +69,12 @@ def fairness(
     Raises:
         ValueError: lengths that do not match, values that are not finite, fewer than two groups, bad
             settings.
+
+    Example:
+        >>> from lightning_modules.evaluation import fairness
+        >>> result = fairness([1, 1, 0, 1, 0, 0], ["north", "north", "north", "south", "south", "south"])
+        >>> result.best, result.worst, round(result.gap, 3)
+        ('north', 'south', 0.333)
     """
     with together():
         own = np.asarray(as_tensor(values)).astype(np.float64)

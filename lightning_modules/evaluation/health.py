@@ -68,6 +68,16 @@ def health(
     Raises:
         ValueError: fewer than two samples, features that are not finite or all zero, shapes that do not
             match.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> labels = np.repeat([0, 1, 2], 20)
+        >>> features = np.eye(3)[labels] + 0.1 * rng.normal(size=(60, 3))
+        >>> from lightning_modules.evaluation import health
+        >>> result = health(features)
+        >>> 1 < result.effective_rank <= 3
+        True
     """
     with together():
         x = checked_features("features", features, device)

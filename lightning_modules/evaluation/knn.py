@@ -85,6 +85,16 @@ def knn(
     Raises:
         ValueError: shapes that do not match, non-finite features, negative labels, or k larger than the train
             set.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> labels = np.repeat([0, 1, 2], 20)
+        >>> features = np.eye(3)[labels] + 0.1 * rng.normal(size=(60, 3))
+        >>> from lightning_modules.evaluation import knn
+        >>> result = knn(features[::2], labels[::2], features[1::2], labels[1::2], k=5)
+        >>> result.accuracy
+        {5: 1.0}
     """
     with together():
         bank = checked_bank("train", train_features)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize
 from torch import Tensor
 
 from curated_data.parallel import rank, together, world_size
@@ -56,6 +56,12 @@ class LinearSettings:
         shots, n_draws: labelled samples a class, and how often they are drawn.
         few_shot_inverse_penalty: C of the few-shot heads.
         seed: of the held-out part, the batches and the draws.
+
+    Example:
+        >>> from lightning_modules.evaluation import LinearSettings
+        >>> settings = LinearSettings(protocols=("sgd", "few_shot"), n_iter=500, shots=(1, 5))
+        >>> settings.batch_size
+        128
     """
 
     protocols: tuple[str, ...] = ("sgd",)
@@ -158,6 +164,17 @@ def linear(
     Raises:
         TypeError: labels that are no integers.
         ValueError: shapes that do not match, non-finite features, one class only, too few samples.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> labels = np.repeat([0, 1, 2], 20)
+        >>> features = np.eye(3)[labels] + 0.1 * rng.normal(size=(60, 3))
+        >>> from lightning_modules.evaluation import LinearSettings, linear
+        >>> settings = LinearSettings(protocols=("logistic",), inverse_penalties=(1.0,))
+        >>> result = linear(features[::2], labels[::2], features[1::2], labels[1::2], settings=settings)
+        >>> result.heads[0]["accuracy"]
+        1.0
     """
     settings = settings or LinearSettings()
     with together():
@@ -337,7 +354,7 @@ def _minimised(
     # Its own tolerances are of slopes and steps, which are small on collinear features or for a large C long
     # before the objective is near its minimum.
     options = {"maxiter": max_iter, "maxfun": 2 * max_iter, "gtol": 0.0, "ftol": 0.0}
-    minimize(mean_loss, first, jac=True, method="L-BFGS-B", options=options, callback=stop)
+    scipy.optimize.minimize(mean_loss, first, jac=True, method="L-BFGS-B", options=options, callback=stop)
     return frame.outside(torch.from_numpy(best[2]).to(x.device).reshape(d + 1, n_classes)), best[1]
 
 

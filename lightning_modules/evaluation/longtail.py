@@ -46,6 +46,12 @@ def longtail(
 
     Raises:
         ValueError: shapes that do not match, labels without a train count, or no samples.
+
+    Example:
+        >>> from lightning_modules.evaluation import longtail
+        >>> result = longtail([0, 0, 1, 2], [0, 0, 1, 1], train_counts=[900, 90, 9])
+        >>> result.accuracy, result.class_accuracy
+        (0.75, 0.75)
     """
     with together():
         predictions = checked_labels("predictions", predictions, len(predictions))

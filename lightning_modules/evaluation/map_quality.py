@@ -4,14 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.base import ClassifierMixin
-from sklearn.cluster import HDBSCAN
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, silhouette_score
-from sklearn.model_selection import StratifiedKFold, cross_val_score
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from lightning_modules.evaluation.inputs import Array, checked_features, checked_labels
 from lightning_modules.evaluation.result import Result
@@ -84,7 +76,26 @@ def map_quality(
         ValueError: shapes that do not match, values that are not finite, negative labels, fewer than two
             classes, a class that has fewer than five points where there are no test points, or k larger than
             what is learned from.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> labels = np.repeat([0, 1, 2], 20)
+        >>> features = np.eye(3)[labels] + 0.1 * rng.normal(size=(60, 3))
+        >>> from lightning_modules.evaluation import map_quality
+        >>> result = map_quality(features[:, :2], labels)
+        >>> result.knn
+        1.0
     """
+    # Here, because scikit-learn takes seconds to import and no other evaluation needs all of it.
+    from sklearn.cluster import HDBSCAN
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, silhouette_score
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     x = checked_features("map", coordinates, "cpu").double().numpy()
     y = checked_labels("map", labels, len(x)).numpy()
     classes, counts = np.unique(y, return_counts=True)
@@ -107,7 +118,7 @@ def map_quality(
     if not 0 < k <= learned_from:
         raise ValueError(f"k={k}: needs 1 to {learned_from}, the points that neighbours are taken from")
 
-    def accuracy(classifier: ClassifierMixin) -> float:
+    def accuracy(classifier: Any) -> float:
         if test:
             return float(classifier.fit(x, y).score(*test))
         folds = StratifiedKFold(5, shuffle=True, random_state=seed)

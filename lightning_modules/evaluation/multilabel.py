@@ -64,6 +64,17 @@ def multilabel(
     Raises:
         ValueError: shapes that do not match, other marks, fewer than two train samples, or no class with a
             positive in both sets.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> labels = np.repeat([0, 1, 2], 20)
+        >>> features = np.eye(3)[labels] + 0.1 * rng.normal(size=(60, 3))
+        >>> from lightning_modules.evaluation import multilabel
+        >>> marks = np.eye(3, dtype=int)[labels]  # 1 shows the class, 0 does not, -1 counts nowhere
+        >>> result = multilabel(features[::2], marks[::2], features[1::2], marks[1::2])
+        >>> result.mean_average_precision
+        1.0
     """
     with together():
         x, tested = (checked_features(name, f, device)

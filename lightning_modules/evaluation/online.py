@@ -116,6 +116,14 @@ class OnlineKNN(_OnlineProbe):
         k: numbers of neighbours.
         temperature: of the votes.
         batch_size, num_workers: of the embedding, where the sets are no loaders.
+
+    Example:
+        >>> import torch
+        >>> from lightning import Trainer
+        >>> from lightning_modules.evaluation import OnlineKNN
+        >>> images = [{"image": torch.rand(3, 32, 32), "label": number % 2} for number in range(20)]
+        >>> probe = OnlineKNN(images, images, every_n_epochs=5, k=(1, 5))
+        >>> trainer = Trainer(max_epochs=10, callbacks=[probe], logger=False)
     """
 
     name = "k-NN"
@@ -155,6 +163,14 @@ class OnlineLinear(_OnlineProbe):
         train, test, every_n_epochs, batch_size, num_workers: see `OnlineKNN`.
         settings: of the head; its first protocol counts. The default is the grid of learning rates with 1,000
             steps.
+
+    Example:
+        >>> import torch
+        >>> from lightning import Trainer
+        >>> from lightning_modules.evaluation import OnlineLinear
+        >>> images = [{"image": torch.rand(3, 32, 32), "label": number % 2} for number in range(20)]
+        >>> probe = OnlineLinear(images, images, every_n_epochs=5)
+        >>> trainer = Trainer(max_epochs=10, callbacks=[probe], logger=False)
     """
 
     name = "linear"

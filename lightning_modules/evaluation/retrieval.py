@@ -87,6 +87,18 @@ def retrieval(
     Raises:
         ValueError: neither or both kinds of truth, shapes that do not match, k below 1 or above the gallery,
             no query with anything right to find.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> labels = np.repeat([0, 1, 2], 20)
+        >>> features = np.eye(3)[labels] + 0.1 * rng.normal(size=(60, 3))
+        >>> from lightning_modules.evaluation import retrieval
+        >>> result = retrieval(
+        ...     features, features, query_labels=labels, gallery_labels=labels, leave_one_out=True
+        ... )
+        >>> result.scores["1"]["map"]
+        1.0
     """
     with together():
         queries, _ = scaled_rows(checked_features("queries", query_features, device))

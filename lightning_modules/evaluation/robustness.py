@@ -37,6 +37,11 @@ class ShiftedSet:
         classes: for each of its own labels the base classes that it stands for, one or several (ObjectNet);
             None: its labels are base classes (others cannot be predicted, and are warned of). Predictions are
             limited to the base classes named here, as ImageNet-A, -R and ObjectNet are scored.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_modules.evaluation import ShiftedSet
+        >>> sketches = ShiftedSet(np.zeros((2, 3)), labels=np.array([0, 1]), classes=[[4], [7, 9]])
     """
 
     features: Array
@@ -95,6 +100,17 @@ def robustness(
         TypeError: labels that are no integers.
         ValueError: no sets, shapes that do not match, labels outside a class map, class maps outside the base
             classes.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> labels = np.repeat([0, 1, 2], 20)
+        >>> features = np.eye(3)[labels] + 0.1 * rng.normal(size=(60, 3))
+        >>> from lightning_modules.evaluation import ShiftedSet, robustness
+        >>> noisy = ShiftedSet(features + 0.1 * rng.normal(size=(60, 3)), labels)
+        >>> result = robustness(features, labels, {"noisy": noisy}, inverse_penalties=(1.0,))
+        >>> sorted(result.sets)
+        ['base', 'noisy']
     """
     with together():
         x = checked_features("train", train_features, device)

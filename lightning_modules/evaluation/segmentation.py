@@ -77,6 +77,17 @@ def segmentation(
     Raises:
         ValueError: shapes that do not match, labels outside of the classes, or only ignored pixels in train
             or test.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_modules.evaluation import DenseSettings, segmentation
+        >>> masks = np.zeros((8, 16, 16), int)  # the right half of each image is of class 1
+        >>> masks[:, :, 8:] = 1
+        >>> tokens = np.eye(2)[masks[:, ::8, ::8]]  # (8, 2, 2, 2): a patch is 8 x 8 pixels
+        >>> settings = DenseSettings(n_iter=50, batch_size=4, warmup=5)
+        >>> result = segmentation(tokens, masks, tokens, masks, n_classes=2, settings=settings)
+        >>> result.pixel_accuracy > 0.9
+        True
     """
     if n_classes < 2:
         raise ValueError(f"n_classes must be 2 or more, got {n_classes}")

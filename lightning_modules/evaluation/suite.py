@@ -38,6 +38,13 @@ class Figure:
         statistic: computes the figure from the mean of `samples`; None if it is the mean.
         is_share: whether it lies in 0..1.
         details: rows of a table with details.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_modules.evaluation import Figure
+        >>> right = np.array([1.0, 0.0, 1.0, 1.0])
+        >>> Figure(float(right.mean()), samples=right).value
+        0.75
     """
 
     value: float
@@ -51,7 +58,14 @@ Figures = dict[str, Figure]
 
 
 class SuiteDataset(Protocol):
-    """A dataset of a suite, embedded. Parts are "train" and "test"; features are read when asked for."""
+    """A dataset of a suite, embedded. Parts are "train" and "test"; features are read when asked for.
+
+    Example:
+        >>> from curated_data.datasets.embedded import EmbeddedDataset  # shards, folders, benchmarks
+        >>> from lightning_modules.evaluation import SuiteDataset
+        >>> {name for name in vars(SuiteDataset) if not name.startswith("_")} <= set(dir(EmbeddedDataset))
+        True
+    """
 
     @property
     def evaluations(self) -> Sequence[str]:
@@ -110,6 +124,20 @@ def suite(
 
     Returns:
         The figures of every dataset, and one line for each evaluation that its images or labels do not allow.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> labels = np.repeat([0, 1, 2], 20)
+        >>> features = np.eye(3)[labels] + 0.1 * rng.normal(size=(60, 3))
+        >>> from lightning_modules.evaluation import suite
+        >>> class Shapes:  # what `suite` asks of a dataset for its k-NN; see `SuiteDataset` for the rest
+        ...     evaluations, base = ["knn"], "shapes"
+        ...     def labelled(self, part):
+        ...         return features, labels
+        >>> figures, failures = suite({"shapes": Shapes()})
+        >>> figures["shapes"]["k-NN, k = 10"].value
+        1.0
     """
     found: dict[str, Figures] = {name: {} for name in datasets}
     failures = []

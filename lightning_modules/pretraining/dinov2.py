@@ -86,6 +86,22 @@ class DINOv2(PretrainingModule):
         gradient_clip: norm of the gradient, unless the Trainer's `gradient_clip_val` is given.
         augmentation: replaces fields of all views' augmentations.
         seed: of masks and of drop path.
+
+    Example:
+        >>> from curated_data import CuratedDataModule
+        >>> from lightning import Trainer
+        >>> from lightning_modules import DINOv2
+        >>> from lightning_modules.pretraining.dinov2 import SMALL
+        >>> module = DINOv2(
+        ...     "timm:vit_tiny_patch16_224", image_size=32, local_image_size=16, **SMALL
+        ... )
+        >>> data = CuratedDataModule(
+        ...     "pool-{000..001}.tar", views=module.views(), batch_size=16, loader={"num_workers": 0}
+        ... )
+        >>> quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+        >>> Trainer(fast_dev_run=2, accelerator="cpu", **quiet).fit(module, data)
+        >>> module.embedding_dimension
+        192
     """
 
     n_views = None

@@ -32,6 +32,22 @@ class MAE(PretrainingModule):
         warmup_epochs: of linear warm-up, at most half the run (paper: 40); then a cosine to 0.
         augmentation: replaces fields of the views: crop and flip alone in the paper.
         seed: of the masks.
+
+    Example:
+        >>> from curated_data import CuratedDataModule
+        >>> from lightning import Trainer
+        >>> from lightning_modules import MAE
+        >>> module = MAE(
+        ...     "timm:vit_tiny_patch16_224", image_size=32, backbone_options={"patch_size": 8, "depth": 2},
+        ...     decoder_dimension=32, decoder_depth=1, decoder_heads=2, warmup_epochs=0
+        ... )
+        >>> data = CuratedDataModule(
+        ...     "pool-{000..001}.tar", views=module.views(), batch_size=16, loader={"num_workers": 0}
+        ... )
+        >>> quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+        >>> Trainer(fast_dev_run=2, accelerator="cpu", **quiet).fit(module, data)
+        >>> module.embedding_dimension
+        192
     """
 
     n_views = 1

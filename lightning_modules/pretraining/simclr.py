@@ -36,6 +36,22 @@ class SimCLR(PretrainingModule):
         warmup_epochs: of linear warm-up, at most half the run; then a cosine to 0.
         augmentation: replaces fields of the views (`lightning_modules.views.Augmentation`), for example
             {"jitter": [0.4, 0.4, 0, 0], "grey": 0} for grey images.
+
+    Example:
+        >>> from curated_data import CuratedDataModule
+        >>> from lightning import Trainer
+        >>> from lightning_modules import SimCLR
+        >>> module = SimCLR(
+        ...     "resnet10", backbone_options={"width": 16}, image_size=32, small_images=True,
+        ...     optimizer="adamw", learning_rate=1e-3
+        ... )
+        >>> data = CuratedDataModule(
+        ...     "pool-{000..001}.tar", views=module.views(), batch_size=16, loader={"num_workers": 0}
+        ... )
+        >>> quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+        >>> Trainer(fast_dev_run=2, accelerator="cpu", **quiet).fit(module, data)
+        >>> module.embedding_dimension
+        128
     """
 
     def __init__(

@@ -65,6 +65,22 @@ class SP2OT(PretrainingModule):
             says so.
         weight_decay, warmup_epochs: 0 in the paper.
         augmentation: replaces fields of `lightning_modules.views.Augmentation`, from random crop and flip.
+
+    Example:
+        >>> from curated_data import CuratedDataModule
+        >>> from lightning import Trainer
+        >>> from lightning_modules import SP2OT
+        >>> module = SP2OT(
+        ...     4, "resnet10", backbone_options={"width": 16}, image_size=32, small_images=True,
+        ...     buffer_size=32
+        ... )
+        >>> data = CuratedDataModule(
+        ...     "pool-{000..001}.tar", views=module.views(), batch_size=16, loader={"num_workers": 0}
+        ... )
+        >>> quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+        >>> Trainer(fast_dev_run=2, accelerator="cpu", **quiet).fit(module, data)
+        >>> module.embedding_dimension
+        128
     """
 
     def __init__(

@@ -36,6 +36,22 @@ class TSimCNE(PretrainingModule):
         hidden_dimension, output_dimension: of the head.
         weight_decay, momentum: of SGD.
         augmentation: replaces fields of the views.
+
+    Example:
+        >>> from curated_data import CuratedDataModule
+        >>> from lightning import Trainer
+        >>> from lightning_modules import TSimCNE
+        >>> module = TSimCNE(
+        ...     "resnet10", backbone_options={"width": 16}, epochs=(1, 0, 0), warmup_epochs=0
+        ... )
+        >>> data = CuratedDataModule(
+        ...     "pool-{000..001}.tar", views=module.views(), batch_size=16, loader={"num_workers": 0}
+        ... )
+        >>> quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+        >>> Trainer(fast_dev_run=2, accelerator="cpu", **quiet).fit(module, data)
+        >>> import torch
+        >>> module.coordinates(torch.zeros(2, 3, 32, 32)).shape  # the map, two coordinates per image
+        torch.Size([2, 2])
     """
 
     def __init__(

@@ -97,6 +97,30 @@ def test_the_walk_by_commands(write_pool, tmp_path, capsys, monkeypatch):
     assert selection["details"]["settings"]["target_size"] == 15
 
 
+def test_the_report_of_a_mixture_is_written_from_the_yaml_of_a_training(write_pool, tmp_path, capsys):
+    shards, yaml, out = write_pool([30, 25]), tmp_path / "train.yaml", tmp_path / "pages"
+    yaml.write_text(
+        "data:\n  batch_size: 4\n  mixture:\n    components:\n"
+        f"    - {{name: chosen, pool: {shards[0]}, weight: 3, curation: {{target_size: 12}}}}\n"
+        f"    - {{name: whole, pool: {shards[1]}, weight: 1}}\n"
+    )
+    given = ["report", str(yaml), "--cache-dir", str(tmp_path / "cache"), "--embedder", "pixels:4"]
+    assert main([*given, "--out", str(out), "--title", "Ours"]) == 0
+    assert capsys.readouterr().out.split() == [str(out / "index.html")]
+    page = (out / "index.html").read_text()
+    assert "<title>Ours</title>" in page
+    rows = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", page)]
+    assert [(row[2], row[3]) for row in rows if len(row) == 8] == [("12", "75.00%"), ("25", "25.00%")]
+    assert "Ours: chosen" in (out / "component-0.html").read_text()
+    assert main([*given, "--target-size", "5"]) == 2
+    assert "--target-size: of one curation" in capsys.readouterr().err
+    assert main([*given, "--out", str(yaml / "pages")]) == 2
+    assert f"{yaml}: is no folder" in capsys.readouterr().err
+    yaml.write_text("data: {pool: a.tar}")
+    assert main([*given, "--out", str(out)]) == 2
+    assert "no `mixture`" in capsys.readouterr().err
+
+
 def test_import_then_index(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name, count in (("cat", 3), ("dog", 2)):

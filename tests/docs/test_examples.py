@@ -10,8 +10,18 @@ from types import ModuleType
 import pytest
 
 import curated_data
+import lightning_modules
+import lightning_modules.evaluation
+import lightning_modules.maps
+import lightning_modules.transport
 
-PACKAGES: tuple[ModuleType, ...] = (curated_data,)
+PACKAGES: tuple[ModuleType, ...] = (
+    curated_data,
+    lightning_modules,
+    lightning_modules.evaluation,
+    lightning_modules.maps,
+    lightning_modules.transport,
+)
 NAMES = [
     (package, name)
     for package in PACKAGES

@@ -16,9 +16,12 @@ from curated_data import (
     DeviceOptions,
     LoaderOptions,
     Mixture,
+    ShardPool,
+    ShardWriter,
 )
 from curated_data.errors import ConfigError
 from curated_data.streaming.device import ResizedCrops
+from curated_data.training.mixture_file import open_mixture
 from curated_data.training.mixture_report import write_mixture_report
 from tests.support.trainer_runs import trainer
 from tests.training.test_datamodule_options import trained
@@ -102,6 +105,54 @@ def test_jpegs_are_decoded_on_the_device_as_in_workers(write_pool, write, num_wo
         )
 
 
+def test_strata_repeats_and_blocks_of_shards_hold_within_their_component(write_pool, tmp_path):
+    """With batches of both kinds, and padded epochs, which a mixture rounds up."""
+    shards, repeated = write_pool([4] * 10), np.array([0, 0, 0, 1, 5, 5])
+    chosen = {**curation(24), "near_duplicates": {"enabled": False}}
+    components = [
+        Component("strata", shards, 3, curation=chosen, stratify_level=1),
+        Component("repeats", shards, 1, selection=repeated),
+        Component("blocks", shards, 2, shuffle="block", batches="own"),
+    ]
+    data = CuratedDataModule(
+        mixture=Mixture(components, epoch_size=100), embedder="pixels:8", views=to_float, batch_size=8,
+        cache_dir=tmp_path / "cache", loader=ALONE, last_batch="pad",
+    )  # fmt: skip
+    found = [*batches(data), *batches(data)]
+    assert len(found) == 2 * 13
+    assert not any(batch["padding"].any() for batch in found if "padding" in batch)
+    sources, ids = (torch.cat([batch[name] for batch in found]).numpy() for name in ("source", "sample_id"))
+    strata, repeats, blocks = (ids[sources == number] for number in range(3))
+
+    curation_of = data.component("strata").curation
+    leaf = curation_of.tree.parent[1]
+    sizes = np.bincount(leaf[curation_of.ids])
+    for start in range(0, len(strata) - 24, 24):  # a pass over the selection
+        one_pass = strata[start : start + 24]
+        assert sorted(one_pass) == sorted(curation_of.ids)
+        for size in (6, 12):
+            counts = np.bincount(leaf[one_pass[:size]], minlength=len(sizes))
+            assert (np.abs(counts - size * sizes / 24) <= 2 + len(sizes) * sizes / 24).all()
+    for start in range(0, len(repeats) - 6, 6):
+        assert sorted(repeats[start : start + 6]) == repeated.tolist()
+    assert len(blocks) >= 40
+    first, second = (set((part // 4).tolist()) for part in (blocks[:32], blocks[32:40]))
+    assert (len(first), len(second), len(first & second)) == (8, 2, 0)  # windows of eight shards
+
+
+def test_components_of_other_fields_share_no_batch(write_pool, tmp_path):
+    with ShardWriter(tmp_path / "depth-%d.tar") as writer:
+        for number, sample in enumerate(ShardPool(write_pool([8])).read(range(8), ["png"])):
+            writer.write({"__key__": str(number), "png": bytes(sample["png"]), "npy": np.zeros(3)})
+    components = [
+        Component("images", write_pool([8]), 1),
+        Component("depth", str(tmp_path / "depth-0.tar"), 1),
+    ]
+    data = CuratedDataModule(mixture=Mixture(components), batch_size=4, image_size=8, loader=ALONE)
+    with pytest.raises(ConfigError, match="'images' and 'depth' cannot share a batch: array is nothing in"):
+        batches(data)
+
+
 @pytest.fixture
 def curated(write_pool, tmp_path):
     """Two components of one pool with curations, and one of another pool without."""
@@ -163,5 +214,59 @@ def test_the_report_shows_size_share_and_what_others_hold(curated, tmp_path):
     links = re.findall('href="(.*?)"', page)
     assert links == ["component-0.html", "component-1.html"]
     assert all((tmp_path / "report" / link).stat().st_size > 10_000 for link in links)
+    assert "passes so far" not in page
+    assert "Shares that change" not in page
     with pytest.raises(ConfigError, match="no mixture"):
         write_mixture_report(CuratedDataModule(curated.pool), tmp_path / "report")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_report_after_a_training_says_how_often_each_was_seen(write_pool, tmp_path):
+    shards = write_pool([24, 12])
+    data = CuratedDataModule(
+        mixture=Mixture(
+            [Component("a", shards[0]), Component("b", shards[1])], weights={0: [2, 2], 100: [3, 1]}
+        ),
+        views=to_float, batch_size=6, loader=ALONE,
+    )  # fmt: skip
+    run = trainer(tmp_path, 1, max_epochs=2)
+    run.fit(TinyModule(), data)
+    page = write_mixture_report(run.datamodule, tmp_path / "report").read_text()
+    rows = [re.findall("<td>(.*?)</td>", line) for line in re.findall("<tr>(.*?)</tr>", page)]
+    passes = data.component_passes()
+    assert sum(passes[f"mixture/{name}"] * size for name, size in (("a", 24), ("b", 12))) == 2 * 36
+    assert [row[-1] for row in rows if len(row) == 9] == [f"{value:.2f}" for value in passes.values()]
+    assert [row for row in rows if len(row) == 3] == [["0", "50.00%", "50.00%"], ["100", "75.00%", "25.00%"]]
+
+
+def test_a_mixture_is_opened_by_the_yaml_of_a_training(write_pool, tmp_path):
+    shards = write_pool([40, 21])
+    base, delta = tmp_path / "base.yaml", tmp_path / "delta.yaml"
+    base.write_text(
+        "seed_everything: 1\n"
+        "model: {class_path: lightning_modules.SimCLR}\n"
+        f"data: {{pool: {shards[0]}, batch_size: 4, views: {{class_path: V}}, loader: {{num_workers: 0}}}}\n"
+    )
+    delta.write_text(
+        "data:\n  pool: null\n  mixture:\n    components:\n"
+        f"    - {{name: chosen, pool: {shards[0]}, weight: 3, curation: {{target_size: 12}}}}\n"
+        f"    - {{name: whole, pool: {shards[1]}, weight: 1, views: {{class_path: Views}}}}\n"
+    )
+    data = open_mixture([base, delta], embedder="pixels:4", cache_dir=tmp_path / "cache")
+    assert (data.batch_size, data.mixture.schedule) == (4, {0: [0.75, 0.25]})
+    data.setup("fit")
+    assert len(data.component("chosen").selection) == 12
+    own = delta.read_text().replace("data:\n", "data:\n  embedder: {class_path: timm.Net}\n")
+    for text, told in (
+        ("data: {pool: a.tar}", "no `mixture`"),
+        ("trainer: {max_steps: 3}", "no `mixture`"),
+        ("data: 3", "no `mixture`"),
+        ("data: {mixture: {components: '${data.parts}'}}", "parts"),
+        (own, "embedder.*class_path"),
+        (delta.read_text().replace("mixture:", "bach_size: 3\n  mixture:"), "'bach_size'"),
+    ):
+        delta.write_text(text)
+        with pytest.raises(ConfigError, match=told):
+            open_mixture([delta])
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        open_mixture(["nowhere.yaml"])

@@ -1,6 +1,7 @@
 """Linear probes against scikit-learn and a plain torch loop; what is fitted never depends on test labels."""
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -29,8 +30,9 @@ def data(n: int = 400, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(("c", "block", "copy"), [(0.01, 2**25, 2**30), (1.0, 300, 0), (100.0, 300, 2**30)])
 def test_logistic_regression_is_scikit_learns(c, block, copy, monkeypatch):
     """Also in blocks of 25 samples, and without a copy in float64."""
-    monkeypatch.setattr("lightning_modules.evaluation.linear._LOGISTIC_BLOCK", block)
-    monkeypatch.setattr("lightning_modules.evaluation.linear._LOGISTIC_COPY", copy)
+    module = sys.modules[fit_logistic.__module__]
+    monkeypatch.setattr(module, "_LOGISTIC_BLOCK", block)
+    monkeypatch.setattr(module, "_LOGISTIC_COPY", copy)
     x, y = data()
     head = fit_logistic(x, y, 4, inverse_penalty=c)
     reference = LogisticRegression(C=c, tol=1e-8, max_iter=5000).fit(x.double().numpy(), y.numpy())

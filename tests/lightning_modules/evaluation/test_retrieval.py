@@ -1,5 +1,7 @@
 """Retrieval against torchmetrics on labels, and the Oxford protocol on cases worked by hand."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,6 @@ from torchmetrics.functional.retrieval import (
     retrieval_recall,
 )
 
-from lightning_modules.evaluation import retrieval as module
 from lightning_modules.evaluation.retrieval import retrieval, trapezoid_average_precision
 from tests.support.ranks import on_two_ranks
 
@@ -117,7 +118,7 @@ def test_a_gallery_on_disk_is_read_tile_by_tile(tmp_path, monkeypatch):
     want = _share(None, q, ql, g, gl)
     np.save(tmp_path / "gallery.npy", g.astype(np.float64))
     gallery = Sliced(np.load(tmp_path / "gallery.npy", mmap_mode="r"))
-    monkeypatch.setattr(module, "TILE_NUMBERS", 7 * g.shape[1])
+    monkeypatch.setattr(sys.modules[retrieval.__module__], "TILE_NUMBERS", 7 * g.shape[1])
     labels = retrieval(q, gallery, query_labels=ql, gallery_labels=gl, k=(1, 20, 50), block_size=8)
     same = retrieval(q, q, query_labels=ql, gallery_labels=ql, k=(5,), leave_one_out=True, block_size=8)
     truth = [{"easy": [i % 60], "hard": [(i + 7) % 60]} for i in range(len(ql))]
