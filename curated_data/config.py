@@ -309,7 +309,7 @@ def read_yaml(path: Path) -> DictConfig:
     """The fields and values of a YAML file.
 
     Raises:
-        ConfigError: it cannot be read, is no YAML, or is a list.
+        ConfigError: it cannot be read, is not YAML, or is a list.
     """
     path = local_path(path, "a YAML file")
     try:

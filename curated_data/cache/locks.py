@@ -102,12 +102,12 @@ def open_own(path: Path, flags: int) -> int:
         if error.errno == errno.ELOOP and path.is_symlink():
             raise CacheError(f"{path}: is a link, which is not followed; remove it") from error
         if error.errno in (errno.ENXIO, errno.EISDIR):
-            raise CacheError(f"{path}: is no regular file; move it away") from error
+            raise CacheError(f"{path}: is not a regular file; move it away") from error
         raise
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(handle)
-        what = "has another name too (a hard link)" if stat.S_ISREG(status.st_mode) else "is no regular file"
+        what = "has a second name (a hard link)" if stat.S_ISREG(status.st_mode) else "is not a regular file"
         raise CacheError(f"{path}: {what}, so it is not written; move it away")
     return handle
 
@@ -153,7 +153,7 @@ def check_writable(path: Path, *, is_folder: bool) -> None:
     above = [path, *path.absolute().parents] if is_folder else path.absolute().parents
     nearest = next(place for place in above if os.path.lexists(place))
     if not nearest.is_dir():
-        raise CacheError(f"{nearest}: is no folder, so nothing can be written in it; give another place")
+        raise CacheError(f"{nearest}: is not a folder, so nothing can be written in it; give another place")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise CacheError(f"{nearest}: cannot be written (permission denied); give a place that can be")
 

@@ -396,7 +396,7 @@ def _module_class(path: str, dotted: str, package: str) -> Callable[..., Any]:
     is_module = isinstance(found, type) and issubclass(found, nn.Module)
     if not is_module or missing or not f"{found.__module__}.".startswith(package):
         lacks = f" (it lacks {', '.join(missing)})" if missing else ""
-        raise EmbedderError(f"{path}: {dotted} is no pretraining module{lacks}")
+        raise EmbedderError(f"{path}: {dotted} is not a pretraining module{lacks}")
     return found
 
 

@@ -119,7 +119,7 @@ def _texts(keys: list[str]) -> "object":
     """Keys as texts.
 
     Raises:
-        ConfigError: one is no UTF-8, which parquet cannot hold.
+        ConfigError: one is not UTF-8, which parquet cannot hold.
     """
     import pyarrow as pa
 
@@ -128,5 +128,5 @@ def _texts(keys: list[str]) -> "object":
     except (UnicodeEncodeError, pa.ArrowInvalid) as error:
         bad = next(key for key in keys if not key.isprintable())
         raise ConfigError(
-            f"key {bad!r}: is no UTF-8, so no parquet can hold it; rename that sample"
+            f"key {bad!r}: is not UTF-8, so no parquet can hold it; rename that sample"
         ) from error

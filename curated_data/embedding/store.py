@@ -19,9 +19,9 @@ from curated_data.cache.artifacts import (
     atomic_write_json,
     fingerprint,
     read_json,
-    sealed,
+    with_checksum,
 )
-from curated_data.cache.checksums import check_file, check_once, file_seal, load_npy, load_npz
+from curated_data.cache.checksums import check_file, check_once, file_checksum, load_npy, load_npz
 from curated_data.cache.holds import Hold
 from curated_data.cache.removal import remove, shown
 from curated_data.errors import CacheError
@@ -198,8 +198,8 @@ class EmbeddingStore:
         if self._table.size[number] < 0:  # an earlier version did not record it
             return
         path = self.folder / f"{self.shard_fingerprints[number]}.npy"
-        seal = {"bytes": int(self._table.size[number]), "crc32": int(self._table.crc32[number])}
-        check_once(path, seal, _REMEDY)
+        checksum = {"bytes": int(self._table.size[number]), "crc32": int(self._table.crc32[number])}
+        check_once(path, checksum, _REMEDY)
 
     def _failures_of(self, number: int) -> Iterator[dict[str, Any]]:
         for failure in _read_shard_details(self.folder, self.shard_fingerprints[number])["failures"]:
@@ -302,11 +302,11 @@ def _shard_table(folder: Path, store_fingerprint: str, shards: Sequence[str]) ->
     details = [_read_shard_details(folder, name) for name in shards]
     samples = np.array([item["samples"] for item in details], np.int64)
     starts = np.cumsum(samples) - samples
-    seals = [item.get("file", {"bytes": -1, "crc32": 0}) for item in details]
+    checksums = [item.get("file", {"bytes": -1, "crc32": 0}) for item in details]
     table = _Table(
         samples=samples,
-        size=np.array([seal["bytes"] for seal in seals], np.int64),
-        crc32=np.array([seal["crc32"] for seal in seals], np.int64),
+        size=np.array([checksum["bytes"] for checksum in checksums], np.int64),
+        crc32=np.array([checksum["crc32"] for checksum in checksums], np.int64),
         failed=np.array(
             [
                 start + place
@@ -340,9 +340,15 @@ def write_shard(
     with atomic_path(folder / f"{shard_fingerprint}.npy") as temporary:
         with open(temporary, "wb") as file:
             np.save(file, rows, allow_pickle=False)
-        seal = file_seal(temporary)
-    content = {"format": FORMAT_VERSION, "samples": len(rows), "failures": failures, "file": seal, **origin}
-    atomic_write_json(folder / f"{shard_fingerprint}.json", sealed(content))
+        checksum = file_checksum(temporary)
+    content = {
+        "format": FORMAT_VERSION,
+        "samples": len(rows),
+        "failures": failures,
+        "file": checksum,
+        **origin,
+    }
+    atomic_write_json(folder / f"{shard_fingerprint}.json", with_checksum(content))
 
 
 def _read_shard_details(folder: Path, shard_fingerprint: str) -> dict[str, Any]:

@@ -267,9 +267,9 @@ def _kept(path: Path, n: int) -> pa.Table | None:
     with reading_parquet(path):
         table = open_parquet(path).read()
     if len(table) != n:
-        raise PoolError(f"{path}: damaged ({len(table)} rows, expected {n}); remove it, it is made anew")
+        raise PoolError(f"{path}: damaged ({len(table)} rows, expected {n}); remove it, it is made again")
     if (table.schema.metadata or {}).get(b"name") != path.stem.encode():
-        raise PoolError(f"{path}: damaged (holds the columns of another shard); remove it, it is made anew")
+        raise PoolError(f"{path}: damaged (holds the columns of another shard); remove it, it is made again")
     return table
 
 
@@ -317,7 +317,7 @@ def _computed(pool: "ShardPool", first: int, last: int, names: Sequence[str]) ->
 
 
 def _fields(sample: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a sample's `.json` by their dotted paths; none if it is no JSON object."""
+    """The fields of a sample's `.json` by their dotted paths; none if it is not a JSON object."""
     try:
         content = json.loads(sample["json"])
     except (KeyError, ValueError, RecursionError):

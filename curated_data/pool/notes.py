@@ -53,7 +53,7 @@ _KINDS = {
         False,
     ),
     "links": _Kind(
-        "{count} members are links whose target is no file of the shard; they are left out. Write the files "
+        "{count} members are links whose target is not in the shard; they are left out. Write the files "
         "themselves (`tar --dereference --hard-dereference`)",
         True,
     ),

@@ -90,7 +90,7 @@ class LocalFolder:
         above = [self.path, *self.path.absolute().parents]
         nearest = next(place for place in above if os.path.lexists(place))
         if not nearest.is_dir():
-            raise CacheError(f"{nearest}: is no folder, so nothing can be written in it; give another place")
+            raise CacheError(f"{nearest}: is not a folder, so nothing can be written in it; choose another")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise CacheError(f"{nearest}: cannot be written (permission denied); give a place that can be")
 

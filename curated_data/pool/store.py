@@ -199,7 +199,7 @@ class Store:
         if now != shard:
             raise PoolError(
                 f"{shard.url}: changed since it was indexed: {shard.size} bytes, version {shard.version!r} "
-                f"then, {now.size}, {now.version!r} now; open the pool again to index it anew"
+                f"then, {now.size}, {now.version!r} now; open the pool again to index it again"
             )
         self._checked[shard.url] = time.monotonic()
 

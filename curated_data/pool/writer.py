@@ -176,7 +176,7 @@ class ShardWriter:
         self.out.remove(name)
 
     def publish(self) -> None:
-        """Publish the shard that was begun; the run goes on."""
+        """Publish the shard that was begun; the run continues."""
         if self._file is None or self._shard is None:
             return
         end = 2 * tarfile.BLOCKSIZE  # two empty blocks, then up to a full record
@@ -344,7 +344,7 @@ def import_folder(
         max_samples, max_bytes: per shard.
         image_extensions: which files are images (`.jfif` becomes `.jpg`). All others are left out and
             counted by extension, and so are hidden files, what macOS adds to archives (`__MACOSX`, `._*`),
-            and what is no regular file.
+            and what is not a regular file.
         overwrite: replace the shards of an earlier run.
         storage_options: for fsspec, to write to a store.
 
@@ -359,7 +359,7 @@ def import_folder(
     folder = local_path(folder, "folder")
     image_extensions = as_extensions(image_extensions, "image_extensions")
     if not folder.is_dir():
-        raise PoolError(f"{str(folder)!r}: is no folder to import from")
+        raise PoolError(f"{str(folder)!r}: is not a folder to import from")
     first = ImageFolders(folder, image_extensions)
     names, beside = first.top()
     classes = [name for name in names if sum(map(len, first.below(folder / name)))]

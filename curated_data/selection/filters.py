@@ -93,7 +93,7 @@ class Where:
         columns: the names in it, in order.
 
     Raises:
-        ConfigError: it is no expression of SQL, or does something that a condition must not.
+        ConfigError: it is not an expression of SQL, or does something that a condition must not.
     """
 
     def __init__(self, text: str) -> None:
@@ -101,7 +101,7 @@ class Where:
         with _connected() as connection:
             found = json.loads(_one(connection, "json_serialize_sql", _statement(text)))
             if found.get("error"):
-                raise ConfigError(f"where: {text!r} is no condition in SQL ({found.get('error_message')})")
+                raise ConfigError(f"where: {text!r} is not a condition in SQL ({found.get('error_message')})")
             self._tree = found
             expression = _expression(found, text)
             nodes = list(_nodes(expression))
@@ -334,7 +334,7 @@ def _check_node(node: dict[str, Any], text: str) -> None:
         )
     if kind == "FUNCTION" and node["function_name"].lower() not in _functions():
         raise ConfigError(
-            f"where: {text!r} calls {node['function_name']!r}, which is no function of values alone; see "
+            f"where: {text!r} calls {node['function_name']!r}, which is not a function of values alone; see "
             "DuckDB's scalar functions"
         )
 

@@ -1,6 +1,6 @@
 """The stage that gives a pool its embeddings: by an embedder, or as rows that exist already.
 
-Its artifact is a pair of files per shard, each built, sealed and found by itself (`embedding.store`).
+Its artifact is a pair of files per shard, each built, checked and found on its own (`embedding.store`).
 """
 
 import dataclasses

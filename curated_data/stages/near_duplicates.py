@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 class Grown:
     """What a pool of n samples, which has grown, has of an earlier tree.
 
-    Samples that were in the tree stay, whatever they are copies of. All others are looked at anew, also those
-    that were removed before the tree was built: what they were copies of may have left the pool since.
+    Samples that were in the tree stay, whatever they are copies of. All others are looked at again, also
+    those that were removed before the tree was built: what they were copies of may have left the pool since.
 
     Attributes:
         known: (n,) bool, the samples that the tree was built over, removed ones included.

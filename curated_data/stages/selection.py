@@ -124,7 +124,7 @@ def open_selection(folder: Path, n_samples: int) -> Drawn:
     if not all(isinstance(manifest.get(name), dict) for name in ("report", "config")):
         raise CacheError(
             f"{folder}: was drawn by an earlier version, which kept less about it; run its curation again, "
-            "which draws it anew"
+            "which draws it again"
         )
     ids = read_array(folder, "ids", manifest, dtype=np.int64, shape=(manifest.get("size"),))
     if len(ids) and not 0 <= ids.min() <= ids.max() < n_samples:

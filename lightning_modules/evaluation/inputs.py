@@ -76,7 +76,7 @@ def checked_labels(name: str, labels: Array, n: int, device: str | torch.device 
     """Labels (n,) >= 0 as int64 on `device`.
 
     Raises:
-        TypeError: labels that are no integers.
+        TypeError: labels that are not integers.
         ValueError: another shape, or negative labels.
     """
     labels = as_tensor(labels)

@@ -162,7 +162,7 @@ def linear(
         device: where to train.
 
     Raises:
-        TypeError: labels that are no integers.
+        TypeError: labels that are not integers.
         ValueError: shapes that do not match, non-finite features, one class only, too few samples.
 
     Example:

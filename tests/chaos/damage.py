@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from curated_data.cache.artifacts import sealed
-from curated_data.cache.checksums import file_seal
+from curated_data.cache.checksums import file_checksum
 
 NAME = "0123456789abcdef0123"
 
@@ -47,13 +47,13 @@ def forge(path: Path, rng: random.Random) -> str:
     if path.name != "manifest.json" and manifest.is_file():
         content = json.loads(manifest.read_text())
         content.pop("seal", None)
-        content["files"][path.name] = file_seal(path)
+        content["files"][path.name] = file_checksum(path)
         manifest.write_text(json.dumps(sealed(content)))
     details = path.with_suffix(".json")
     if path.suffix == ".npy" and details.is_file():
         content = json.loads(details.read_text())
         content.pop("seal", None)
-        content["file"] = file_seal(path)
+        content["file"] = file_checksum(path)
         details.write_text(json.dumps(sealed(content)))
     return f"forged: {what}"
 

@@ -150,7 +150,7 @@ def test_ranks_look_at_each_shard_once_together(serve, folder, tmp_path):
     for n_ranks in (2, 4):
         server.requests.clear()
         run_ranks(start_on_a_rank, n_ranks, urls, tmp_path)
-        assert server.requests == {"HEAD": 3}  # and nothing is embedded anew: they see the same versions
+        assert server.requests == {"HEAD": 3}  # and nothing is embedded again: they see the same versions
 
 
 def test_small_shards_are_indexed_by_one_request(serve):

@@ -165,7 +165,7 @@ def test_a_second_run_begins_with_the_first_selection(write_pool, tmp_path):
     assert plain[0] == whole[0]
     assert sorted(plain[1]) == sorted(whole[0])
     assert data.curation is data.base_curation
-    # While the Trainer that goes on streams what it has selected last.
+    # While the Trainer that continues streams what it has selected last.
     data = datamodule(data.pool.urls, tmp_path / "c")
     _, trainer = run(data, tmp_path / "5", [RecurationCallback(1, most=1)])
     trainer.fit_loop.max_epochs = 3
