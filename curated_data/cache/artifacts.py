@@ -287,7 +287,7 @@ def is_complete(folder: Path) -> bool:
     # Looked at again: another run may have published the artifact in between.
     if os.path.lexists(folder) and not manifest.is_file():
         raise CacheError(
-            f"{folder}: is not an artifact (it has no {MANIFEST}); move it away, the next run builds it again"
+            f"{folder}: is not an artifact (it has no {MANIFEST}); move it away, and the next run rebuilds it"
         )
     return False
 

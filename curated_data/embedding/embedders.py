@@ -218,7 +218,7 @@ def _by_name(spec: str) -> Embedder:
     }
     if family not in makers and Path(spec).suffix in (".pth", ".pt", ".bin", ".safetensors", ".ckpt"):
         raise EmbedderError(
-            f"embedder {spec!r} is a file of weights, which does not say whose; give "
+            f"embedder {spec!r} is a file of weights, which does not say of which network; give "
             f"'torchvision:NAME@{spec}' or 'timm:NAME@{spec}' with the network's name, or "
             f"'checkpoint:{spec}' for a pretraining module"
         )

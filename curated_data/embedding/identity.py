@@ -116,7 +116,7 @@ class _Walk:
             return self._object(value, {"__call__"})
         raise EmbedderError(
             f"the embedder holds a {type(value).__name__}, whose identity cannot be determined; give the "
-            "embedder an attribute `fingerprint` (a string that changes whenever its output would)"
+            "embedder an attribute `fingerprint` (a string that changes whenever its output does)"
         )
 
     def _network(self, module: nn.Module) -> list[Any]:

@@ -267,9 +267,9 @@ def _kept(path: Path, n: int) -> pa.Table | None:
     with reading_parquet(path):
         table = open_parquet(path).read()
     if len(table) != n:
-        raise PoolError(f"{path}: damaged ({len(table)} rows, expected {n}); remove it, it is made again")
+        raise PoolError(f"{path}: damaged ({len(table)} rows, expected {n}); remove it, and it is rebuilt")
     if (table.schema.metadata or {}).get(b"name") != path.stem.encode():
-        raise PoolError(f"{path}: damaged (holds the columns of another shard); remove it, it is made again")
+        raise PoolError(f"{path}: damaged (holds the columns of another shard); remove it, and it is rebuilt")
     return table
 
 

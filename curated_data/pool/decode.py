@@ -362,7 +362,7 @@ def _label(data: bytes) -> int:
     except ValueError:
         raise SampleError(f"is not an integer: {data[:40]!r}") from None
     if not -(1 << 63) <= label < 1 << 63:
-        raise SampleError(f"is beyond the integers of 64 bits: {data[:40]!r}")
+        raise SampleError(f"does not fit into a 64-bit integer: {data[:40]!r}")
     return label
 
 

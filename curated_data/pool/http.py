@@ -167,7 +167,7 @@ def _check(response: Any, shard: ShardFile) -> None:
         raise OSError(f"answers with status {response.status}")
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding.lower() not in ("identity", ""):
-        raise OSError(f"answers in the encoding {encoding[:40]!r}, though plain bytes were asked for")
+        raise OSError(f"answers in the encoding {encoding[:40]!r}, although plain bytes were requested")
     if response.status == 200 and response.headers.get("Content-Type", "").startswith("text/html"):
         raise OSError("answers with a web page (text/html)")
 

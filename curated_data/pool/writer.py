@@ -123,7 +123,7 @@ class ShardWriter:
                 start with `__` are ignored.
         """
         if self._claim.is_released:
-            raise PoolError(f"{self.out}: this writer is closed, or failed before; open another")
+            raise PoolError(f"{self.out}: this writer is closed or has failed; open another")
         key = sample.get("__key__")
         if not isinstance(key, str):
             raise PoolError(f"a sample needs a '__key__' of type str, not {key!r}")
@@ -280,7 +280,7 @@ def check_out(
             f"{pattern!r}: a pattern of shards has one number, in the file's name, as 'shard-%06d.tar'"
         )
     if max_samples < 1 or max_bytes < 1:
-        raise PoolError(f"a shard must hold something: max_samples={max_samples}, max_bytes={max_bytes}")
+        raise PoolError(f"a shard must hold a sample: max_samples={max_samples}, max_bytes={max_bytes}")
     out = open_out(folder or ("/" if slash else "."), storage_options)
     if isinstance(out, LocalFolder):
         out.check()
@@ -290,7 +290,7 @@ def check_out(
         found = None if file in listed else out.read(file)
         if found is not None and found != content:
             raise PoolError(
-                f"{out.place(file)}: is there already, of other shards; give another folder, remove it, or "
+                f"{out.place(file)}: exists already, with other shards; give another folder, remove it, or "
                 "pass overwrite=True (--overwrite)"
             )
     return out, name

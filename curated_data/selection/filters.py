@@ -111,7 +111,7 @@ class Where:
                 dict.fromkeys(".".join(n["column_names"]) for n in nodes if n.get("class") == "COLUMN_REF")
             )
             if not self.columns:
-                raise ConfigError(f"where: {text!r} names no column, so it says nothing about a sample")
+                raise ConfigError(f"where: {text!r} names no column, so it does not depend on the sample")
             self.parts = [self._sql(connection, part) for part in _conjuncts(expression)]
 
     def apply(self, table: "pa.Table") -> Filtered:
@@ -179,7 +179,7 @@ def sample_filter(
     both = np.intersect1d(exclude, include)
     if len(both):
         raise ConfigError(
-            f"include: sample {both[0]} ({keys(both[:1])[0]!r}) is excluded too; take it off one"
+            f"include: sample {both[0]} ({keys(both[:1])[0]!r}) is also excluded; remove it from one"
         )
     found = Filtered(np.ones(n, bool))
     if where is not None:

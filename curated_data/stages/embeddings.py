@@ -71,10 +71,10 @@ class Embeddings:
         """
         if isinstance(pool, EmbeddedPool):
             if embedder is not None:
-                raise ConfigError("embedder: the pool is of embeddings already; leave it out")
+                raise ConfigError("embedder: the pool already holds embeddings; leave it out")
             return cls(root, pool, None, config.embedding)
         if embedder is None:
-            raise ConfigError("embedder: none was given, and the pool is of shards; give the network's name")
+            raise ConfigError("embedder: missing, and the pool has shards; give the network's name")
         if isinstance(embedder, str):
             embedder = Precomputed.parse(embedder) or embedder
         if isinstance(embedder, Precomputed):
@@ -115,7 +115,7 @@ class Embeddings:
             return self.pool.store(self.root)
         if isinstance(self.embedder, Precomputed):
             if self.ids is not None:
-                raise ConfigError("embedder: a re-curation embeds by a network, not by rows that exist")
+                raise ConfigError("embedder: a re-curation needs a network, not existing rows")
             return self.embedder.store(self.pool, self.root)
         return embed_pool(
             self.pool,

@@ -132,12 +132,12 @@ def check_preference(config: CurationConfig, pool: AnyPool) -> None:
     asked = config.near_duplicates.enabled and config.near_duplicates.prefer == "largest"
     if isinstance(pool, EmbeddedPool):
         if asked:
-            raise ConfigError("near_duplicates.prefer: 'largest' is of images, and the pool is of rows")
+            raise ConfigError("near_duplicates.prefer: 'largest' needs images, and the pool holds rows")
         return
     present = pool.index().extensions
     if asked and not has_images(present, pool.image_extensions):
         raise ConfigError(
-            "near_duplicates.prefer: 'largest' is of images, and the pool has none, its members are "
+            "near_duplicates.prefer: 'largest' needs images, and the pool has none, its members are "
             f"{', '.join(present)}; leave it out"
         )
 

@@ -83,7 +83,7 @@ def checked_labels(name: str, labels: Array, n: int, device: str | torch.device 
     if labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"{name}: labels must be integers, got {labels.dtype}")
     if tuple(labels.shape) != (n,):
-        raise ValueError(f"{name}: expected {n} labels, one a sample, got shape {tuple(labels.shape)}")
+        raise ValueError(f"{name}: expected {n} labels, one per sample, got shape {tuple(labels.shape)}")
     labels = labels.to(device, torch.int64).contiguous()
     if n and int(labels.min()) < 0:
         raise ValueError(

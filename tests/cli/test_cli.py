@@ -228,8 +228,8 @@ def test_places_for_outputs_are_checked_before_any_work(write_pool, tmp_path, ca
         (["export", "--out", str(tmp_path / "new"), "--max-samples", "0"], "max_samples=0"),
         (["export", "--out", ""], "the place for the shards is empty; give a folder"),
         (["export", "--out", str(tmp_path / "pool-%03d.tar"), "--overwrite"], "is a shard of the pool"),
-        (["report", "--out", str(tmp_path)], "is a folder, where a file is to be written"),
-        (["curate", "--ids", str(tmp_path)], "is a folder, where a file is to be written"),
+        (["report", "--out", str(tmp_path)], "is a folder"),
+        (["curate", "--ids", str(tmp_path)], "is a folder"),
         (["curate", "--ids", str(tmp_path / "file" / "ids.npy")], "file: is not a folder"),
     )
     for (command, *options), message in cases:

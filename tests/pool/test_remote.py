@@ -356,7 +356,7 @@ class TestFaults:
                 "shorter": content[:60_000],
             }
             (own / "p.tar").write_bytes(changed[how])
-        named = "is not there, or vanished" if how == "gone" else "changed since it was indexed"
+        named = "does not exist" if how == "gone" else "changed since it was indexed"
         with pytest.raises(PoolError, match=rf"/p\.tar: {named}"):
             pool.read([20])
 
