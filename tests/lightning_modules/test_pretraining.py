@@ -397,7 +397,7 @@ def test_tsimcne_epochs_must_fit_the_trainer():
     ("options", "message"),
     [
         (lambda: SimCLR("resnet10", temperature=0.0), "temperature"),
-        (lambda: SimCLR("timm:vit_tiny_patch16_224", image_size=28), "no multiple of its patch size"),
+        (lambda: SimCLR("timm:vit_tiny_patch16_224", image_size=28), "multiple of its patch size"),
         (lambda: MAE("resnet10", image_size=32), "vision transformer"),
         (
             lambda: MAE("timm:vit_tiny_r_s16_p8_224", image_size=32, backbone_options={"depth": 1}),
