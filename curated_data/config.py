@@ -95,7 +95,7 @@ class CurationConfig:
         max_memory_gb: memory that clustering may use for embeddings; what exceeds it is read again, in
             blocks, at every pass.
         where: a condition in SQL over the columns of the pool, as `similarity > 0.28 AND NOT json.nsfw`;
-            samples for which it is not true are dropped before embeddings are clustered.
+            samples for which it is not true are dropped, and not embedded.
         exclude: samples to leave out: ids, keys, `.npy` files of ids, `.txt` files of a key in each line.
         include: samples to select whatever other settings say, in the same forms; they count in the quotas of
             their clusters.

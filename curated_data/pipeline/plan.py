@@ -112,9 +112,8 @@ def plan(
     check_preference(config, pool)
     config = with_named_ids(config, pool)
     filtered = filter_pool(pool, config)
+    embeddings = embeddings.of_kept(filtered)
     store, n_missing = embeddings.open()
-    if store is not None and filtered is not None:
-        store.left_out = ~filtered.keep
     n_kept = n_samples if filtered is None else int(filtered.keep.sum())
     stages, valid = planned_stages(root, config, store, n_kept)
     n_valid = n_kept if valid is None else int(valid.sum())
@@ -126,7 +125,9 @@ def plan(
     if isinstance(network, Precomputed):
         raise ConfigError("plan: the embeddings exist already, so there is nothing to embed")
     if store is None or valid is None:
-        probe = _probe(n_samples, n_probe)
+        probe = _probe(n_kept, n_probe)
+        if filtered is not None:
+            probe = np.flatnonzero(filtered.keep)[probe]
         rows, samples_per_second = _embed_probe(pool, network, probe, config, device, decoders)
     else:
         usable = np.flatnonzero(valid)
