@@ -177,7 +177,13 @@ def write_shard(
         with open(temporary, "wb") as file:
             np.save(file, rows, allow_pickle=False)
         checksum = file_checksum(temporary)
-    content = {"format": FORMAT_VERSION, "samples": len(rows), "failures": failures, "file": checksum, **origin}
+    content = {
+        "format": FORMAT_VERSION,
+        "samples": len(rows),
+        "failures": failures,
+        "file": checksum,
+        **origin,
+    }
     atomic_write_json(folder / f"{shard_fingerprint}.json", with_checksum(content))
 
 
