@@ -211,7 +211,7 @@ class TestSample:
             ({"jpg": b"no"}, r"pool-7\.tar: sample 'dir/a', member 'jpg': cannot be decoded"),
             ({"jpg": b""}, r"sample 'dir/a', member 'jpg': is empty"),
             ({"txt": b"t", "cls": b"cat"}, r"member 'cls': is not an integer: b'cat'"),
-            ({"txt": b"t", "cls": b"9" * 20}, r"member 'cls': does not fit into a 64-bit integer: b'9999'"),
+            ({"txt": b"t", "cls": b"9" * 20}, r"member 'cls': does not fit into a 64-bit integer: b'9999"),
             ({"txt": b"t", "json": b"{"}, r"member 'json': JSONDecodeError"),
             ({"txt": b"\xff"}, r"member 'txt': UnicodeDecodeError"),
         ],
