@@ -20,6 +20,7 @@ in the file if it is of `lightning_modules`; the name of another ends in `@packa
 """
 
 import contextlib
+import difflib
 import importlib
 import re
 from collections.abc import Callable, Iterator
@@ -256,9 +257,16 @@ def _timm(rest: str) -> Embedder:
     import timm
 
     name, _, source = rest.partition("@")
-    if not timm.is_model(name.split(".")[0]):
-        near = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), 5, cutoff=0.5)
         raise EmbedderError(f"timm has no model {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        there = f"there are {', '.join(tags)}" if tags else "there are none"
+        raise EmbedderError(f"timm has no weights {tag!r} of {architecture}; {there}")
+    if not (source or tags):
+        raise EmbedderError(f"timm has no weights of {name}; give your own as 'timm:{name}@FILE'")
     if source:
         with seeded(0):
             network = timm.create_model(name, pretrained=False, num_classes=0)
