@@ -219,7 +219,7 @@ def _by_name(spec: str) -> Embedder:
     }
     if family not in makers and Path(spec).suffix in (".pth", ".pt", ".bin", ".safetensors", ".ckpt"):
         raise EmbedderError(
-            f"embedder {spec!r} is a file of weights, which does not say whose; give "
+            f"embedder {spec!r} is a file of weights, which does not say of which network; give "
             f"'torchvision:NAME@{spec}' or 'timm:NAME@{spec}' with the network's name, or "
             f"'checkpoint:{spec}' for a pretraining module"
         )
@@ -404,7 +404,7 @@ def _module_class(path: str, dotted: str, package: str) -> Callable[..., Any]:
     is_module = isinstance(found, type) and issubclass(found, nn.Module)
     if not is_module or missing or not f"{found.__module__}.".startswith(package):
         lacks = f" (it lacks {', '.join(missing)})" if missing else ""
-        raise EmbedderError(f"{path}: {dotted} is no pretraining module{lacks}")
+        raise EmbedderError(f"{path}: {dotted} is not a pretraining module{lacks}")
     return found
 
 
