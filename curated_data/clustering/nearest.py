@@ -155,7 +155,7 @@ def onednn_is_faster() -> bool:
 def nearest(rows: Rows, centroids: torch.Tensor) -> np.ndarray:
     """The index of each row's nearest centroid, (n,) int64; the lowest on ties."""
     ready = Centroids(centroids)
-    return fill(rows, np.empty(len(rows), np.int64), lambda start, stop, block: ready.nearest(block))
+    return map_into(rows, np.empty(len(rows), np.int64), lambda start, stop, block: ready.nearest(block))
 
 
 def nearest_columns(
@@ -199,10 +199,10 @@ def squared_distances(rows: Rows, centroids: torch.Tensor, assignment: np.ndarra
         gap = rows_at(centroids, assignment[start:stop]).sub_(block)
         return gap.square_().sum(1).double().cpu().numpy()
 
-    return fill(rows, np.empty(len(rows)), one)
+    return map_into(rows, np.empty(len(rows)), one)
 
 
-def fill(rows: Rows, out: np.ndarray, work: Callable[[int, int, torch.Tensor], np.ndarray]) -> np.ndarray:
+def map_into(rows: Rows, out: np.ndarray, work: Callable[[int, int, torch.Tensor], np.ndarray]) -> np.ndarray:
     """`rows.map` with one number per row, written to `out` directly.
 
     A list of small results, allocated between large temporary blocks, would keep the allocator from reusing
