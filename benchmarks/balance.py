@@ -30,7 +30,7 @@ from curated_data.cache.artifacts import atomic_write_json
 from curated_data.clustering import choose_levels
 from curated_data.config import ROWS_PER_CELL
 from curated_data.embedding import resolve_embedder
-from curated_data.selection.sampling import water_fill
+from curated_data.selection.quotas import water_fill
 from curated_data.selection.sparse import find_neighbours, sparse_sample
 
 FIGURES = ("gap", "k-NN", "k-NN, rarest third", "classes")

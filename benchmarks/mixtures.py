@@ -1,8 +1,9 @@
 """A mixture of five components beside one selection, and beside the mixtures of other readers, in one run:
 `python -m benchmarks.mixtures`.
 
-Speed: samples per CPU second (see `streaming.py`) of five selections of one pool mixed by weights, over those
-of one selection of as many samples, decoded to 224 x 224; medians over repeats that take turns.
+Speed: samples per CPU second (of a process and its workers) of five selections of one pool mixed by weights,
+over those of one selection of as many samples, decoded to 224 x 224: both in one process, taking turns of six
+batches, so that other load affects both alike; the median of the turns, and of a few such runs.
 
 Shares: the largest distance, over all components, between the samples that a component has given among the
 first 10,000 and its share of them; and whether the order survives a resume in the middle and another number
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 import webdataset
 
-from benchmarks.cpu_time import measure
+from benchmarks.cpu_time import by_turns
 from benchmarks.machine import made, print_machine
 from benchmarks.streaming_data import N_SAMPLES, make_shards
 from benchmarks.streaming_readers import BATCH, crop
@@ -61,19 +62,13 @@ def mixed(folder: Path, workers: int, n_components: int) -> Iterator[int]:
             yield len(batch["sample_id"])
 
 
-def speed(folder: Path, repeats: int, seconds: float, workers: list[int]) -> None:
-    print(
-        "\nsamples per CPU second\n\n| workers | one selection | mixture of five | ratio |\n|---|---|---|---|"
-    )
+def speed(folder: Path, repeats: int, turns: int, workers: list[int]) -> None:
+    print("\nsamples per CPU second, a mixture of five over one selection\n\n| workers | ratio |\n|---|---|")
     for count in workers:
-        rates: dict[int, list[float]] = {1: [], 5: []}
-        for _ in range(repeats):
-            for n_components, found in rates.items():
-                make = functools.partial(mixed, folder, count, n_components)
-                found.append(measure(make, N_SAMPLES, seconds))
-        one, five = (statistics.median(found) for found in rates.values())
-        ratio = statistics.median(b / a for a, b in zip(rates[1], rates[5], strict=True))
-        print(f"| {count} | {one:,.0f} | {five:,.0f} | {ratio:.2f} |", flush=True)
+        one, five = (functools.partial(mixed, folder, count, number) for number in (1, len(WEIGHTS)))
+        found = [by_turns(one, five, turns, batches=6) for _ in range(repeats)]
+        low, middle, high = min(found), statistics.median(found), max(found)
+        print(f"| {count} | {middle:.2f} ({low:.2f} to {high:.2f}) |", flush=True)
 
 
 class Ours:
@@ -265,8 +260,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "curated-data-streaming")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2, help="of each measurement")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=25, help="of each in a run")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--parts", nargs="+", choices=("shares", "speed"), default=["shares", "speed"])
     arguments = parser.parse_args()
@@ -274,7 +269,7 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if "speed" in arguments.parts:  # before a peer is imported, with threads of its own
         make_shards(arguments.folder)
-        speed(arguments.folder, arguments.repeats, arguments.seconds, arguments.workers)
+        speed(arguments.folder, arguments.repeats, arguments.turns, arguments.workers)
     if "shares" in arguments.parts:
         shares(arguments.folder)
 

@@ -28,7 +28,7 @@ from curated_data.cache.artifacts import open_cache
 from curated_data.cache.layout import INDEX
 from curated_data.embedding.contents import Contents
 from curated_data.embedding.extract import embeddings_name
-from curated_data.embedding.store import write_shard
+from curated_data.embedding.shard_files import write_shard
 from curated_data.pipeline.extend import extend
 from curated_data.pipeline.plan import plan
 from curated_data.pipeline.recurate import draw_share, recurate

@@ -61,7 +61,7 @@ def row_groups(file: pq.ParquetFile) -> list[int]:
     return [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
 
 
-def column_names(file: pq.ParquetFile, path: Path) -> list[str]:
+def column_names(file: pq.ParquetFile, path: Path | str) -> list[str]:
     """The names of a file's columns.
 
     Raises:

@@ -52,6 +52,14 @@ def add_pool_command(commands: Any, name: str, what: str, run: Any) -> argparse.
         "those beside the shards)",
     )
     command.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="of the samples' classes, as json.class, in place of .cls members",
+    )
+    command.add_argument(
+        "--caption-column", metavar="NAME", help="of the samples' texts, in place of .txt members"
+    )
+    command.add_argument(
         "--ignore-exif", action="store_true", help="do not turn images as their EXIF data say"
     )
     add_storage_options(command)
@@ -164,7 +172,7 @@ def pool_of(parsed: argparse.Namespace) -> Any:
     if getattr(parsed, "embeddings", False):
         from curated_data.embedding.existing import EmbeddedPool
 
-        return EmbeddedPool(parsed.pool)
+        return EmbeddedPool(parsed.pool, columns=parsed.columns)
     from curated_data.cache.artifacts import open_cache
     from curated_data.pool import ShardPool
 
@@ -176,6 +184,8 @@ def pool_of(parsed: argparse.Namespace) -> Any:
         exif_orientation=not parsed.ignore_exif,
         strict=parsed.strict,
         columns=parsed.columns,
+        labels=parsed.label_column,
+        captions=parsed.caption_column,
     )
 
 

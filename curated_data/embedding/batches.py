@@ -18,20 +18,49 @@ from curated_data.pool.image import COUNTS
 from curated_data.pool.passing import is_samples
 from curated_data.processes import start_method, starting_workers
 
+_READ = 256  # samples that are read at once at least
+
+
+class Claim(NamedTuple):
+    """A shard to embed, or a part of it.
+
+    Attributes:
+        shard: its number.
+        wanted: (m,) bool, which of its samples to embed; None: all.
+        is_read: read the others too, for their digests.
+    """
+
+    shard: int
+    wanted: np.ndarray | None = None
+    is_read: bool = False
+
+
+class _Cut(NamedTuple):
+    """What a worker makes a batch of; see `Inputs`."""
+
+    shard: int
+    rows: np.ndarray
+    read: np.ndarray  # the rows to read, ascending, among them `rows`
+    is_last: bool
+
 
 class Inputs(NamedTuple):
     """A batch of rows of the store.
 
     Attributes:
+        shard: its number.
         rows: their numbers.
+        is_last: whether it is the last of its shard.
         inputs: of the good rows, stacked; None if there are none.
         reasons: for each row why it failed, empty if good.
-        digests: of each sample's bytes.
+        digests: of the bytes of each sample that was read.
         transparent: the number of images with transparent pixels.
         transparent_example: where one is, empty if there are none.
     """
 
+    shard: int
     rows: np.ndarray
+    is_last: bool
     inputs: Tensor | None
     reasons: list[str]
     digests: list[bytes]
@@ -63,20 +92,16 @@ class InputLoader:
     ) -> None:
         self.pool, self.embedder, self.batch_size, self.num_workers = pool, embedder, batch_size, num_workers
         self.device, self.ranges, self.ids = device, ranges, ids
-        self.dataset = _Preprocessed(pool, embedder.preprocess, as_decoders(decoders), fields)
+        self.dataset = _Preprocessed(pool, embedder.preprocess, as_decoders(decoders), fields, ids)
         self.context = context
 
-    def batches(self, claims: Iterator[int]) -> Iterator[Inputs]:
+    def batches(self, claims: Iterator[Claim]) -> Iterator[Inputs]:
         """Batches of the claimed shards, in order.
 
         Raises:
             CuratedDataError: a worker died, or a sample met an error that does not come from its bytes.
         """
-        cuts = (
-            self._cut(start, min(start + self.batch_size, int(self.ranges[shard + 1])))
-            for shard in claims
-            for start in range(int(self.ranges[shard]), int(self.ranges[shard + 1]), self.batch_size)
-        )
+        cuts = (cut for claim in claims for cut in self._cuts(claim))
         first = next(cuts, None)
         if first is None:
             return  # no workers for nothing: spawned ones take seconds
@@ -105,9 +130,16 @@ class InputLoader:
         """The ids of the samples in some rows of the store."""
         return rows if self.ids is None else self.ids[rows]
 
-    def _cut(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = np.arange(start, stop)
-        return rows, self.samples(rows)
+    def _cuts(self, claim: Claim) -> Iterator[_Cut]:
+        first, last = self.ranges[claim.shard : claim.shard + 2].tolist()
+        rows = np.arange(first, last) if claim.wanted is None else first + np.flatnonzero(claim.wanted)
+        begun = first
+        for start in range(0, max(len(rows), 1), self.batch_size):
+            part = rows[start : start + self.batch_size]
+            is_last = start + self.batch_size >= len(rows)
+            end = last if is_last else int(part[-1]) + 1
+            yield _Cut(claim.shard, part, np.arange(begun, end) if claim.is_read else part, is_last)
+            begun = end
 
 
 def is_of_worker(error: BaseException) -> bool:
@@ -132,15 +164,15 @@ def worker_ended(error: BaseException, start_method: str = "fork") -> CuratedDat
 class _Once:
     """An iterator as a sampler."""
 
-    def __init__(self, items: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
+    def __init__(self, items: Iterator[_Cut]) -> None:
         self.items = items
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def __iter__(self) -> Iterator[_Cut]:
         return self.items
 
 
 class _Preprocessed(Dataset):
-    """Maps rows and the ids of their samples to the rows, stacked inputs, reasons of failures and digests.
+    """Maps rows to stacked inputs, reasons of failures and digests.
 
     An error that must stop everything is returned, not raised: a worker passes it on unchanged, instead of
     wrapped in a traceback.
@@ -152,21 +184,32 @@ class _Preprocessed(Dataset):
         preprocess: Callable[[Any], Tensor],
         decoders: Decoders | None,
         fields: frozenset[str],
+        ids: np.ndarray | None,
     ) -> None:
         self.pool, self.preprocess, self.decoders, self.fields = pool, preprocess, decoders, fields
+        self.ids = ids
 
-    def __getitem__(self, cut: tuple[np.ndarray, np.ndarray]) -> Inputs | CuratedDataError:
+    def __getitem__(self, cut: _Cut) -> Inputs | CuratedDataError:
         try:
-            return self._inputs(*cut)
+            return self._inputs(cut)
         except CuratedDataError as error:
             return error
 
-    def _inputs(self, rows: np.ndarray, ids: np.ndarray) -> Inputs:
+    def _samples(self, cut: _Cut) -> Iterator[tuple[bool, dict[str, Any]]]:
+        """The samples that are read, in order, and whether each is to be embedded."""
+        for start in range(0, len(cut.read), size := max(len(cut.rows), _READ)):
+            rows = cut.read[start : start + size]
+            samples = self.pool.read(rows if self.ids is None else self.ids[rows])
+            yield from zip(np.isin(rows, cut.rows).tolist(), samples, strict=True)
+
+    def _inputs(self, cut: _Cut) -> Inputs:
         inputs, reasons, digests = [], [], []
         needs_image = has_images(self.pool.index().extensions, self.pool.image_extensions)
         transparent, example = COUNTS.transparent, ""
-        for sample in self.pool.read(ids):
+        for is_wanted, sample in self._samples(cut):
             digests.append(sample_digest(sample))
+            if not is_wanted:
+                continue
             try:
                 value = decode_content(
                     sample,
@@ -194,7 +237,8 @@ class _Preprocessed(Dataset):
                 f"preprocess returned inputs of different shapes, {sorted(shapes)[:2]}: it must fix the size"
             )
         stacked = _shared(torch.stack(inputs)) if inputs else None
-        return Inputs(rows, stacked, reasons, digests, COUNTS.transparent - transparent, example)
+        n_transparent = COUNTS.transparent - transparent
+        return Inputs(cut.shard, cut.rows, cut.is_last, stacked, reasons, digests, n_transparent, example)
 
 
 def _stopped(error: Exception, sample: dict[str, Any]) -> CuratedDataError:

@@ -15,7 +15,8 @@ from curated_data.cache.layout import EMBEDDINGS
 from curated_data.cache.locks import locked
 from curated_data.embedding.files import EmbeddingFiles, as_array
 from curated_data.embedding.files import Source as Source
-from curated_data.embedding.store import EmbeddingStore, is_embedded, write_shard
+from curated_data.embedding.shard_files import is_embedded, write_shard
+from curated_data.embedding.store import EmbeddingStore
 from curated_data.parallel import all_gather, rank, world_size
 from curated_data.progress import progress
 
@@ -46,6 +47,8 @@ class EmbeddedPool:
             floating-point numbers, or `embedding`.
         key: the column of keys; None takes `key`, `__key__` or `image_path`. Without one, keys are the
             numbers of rows.
+        columns: parquet files, or folders of them, with more about the rows, see `columns`: with the keys of
+            the rows in any order, or with a row for each.
 
     Raises:
         PoolError: a file is missing or damaged, a folder has no embeddings, or there are no rows.
@@ -61,11 +64,17 @@ class EmbeddedPool:
     """
 
     def __init__(
-        self, source: Source | Sequence[Source], *, column: str | None = None, key: str | None = None
+        self,
+        source: Source | Sequence[Source],
+        *,
+        column: str | None = None,
+        key: str | None = None,
+        columns: str | Path | Sequence[str | Path] | None = None,
     ) -> None:
         self.embeddings = EmbeddingFiles(source, column)
         self.dimension, self.dtype = self.embeddings.dimension, self.embeddings.dtype
         self._key = key
+        self._tables = [] if columns is None else _tables(columns)
         self._blocks = [
             (part.name, part.rows, start, min(start + BLOCK, len(part.rows)))
             for part in self.embeddings.parts
@@ -105,13 +114,17 @@ class EmbeddedPool:
         return [text_of_key(key) for key in self.key_array.take(np.asarray(ids, np.int64)).to_pylist()]
 
     def columns(self, names: Sequence[str]) -> "pa.Table":
-        """Columns of the parquet files with the embeddings, or beside them, with n rows in the order of ids.
+        """Columns of the parquet files given as `columns`, or of those with the embeddings, or beside them,
+        with n rows in the order of ids.
 
         Raises:
             ConfigError: a column that there is not; suggests the nearest name.
+            PoolError: a file cannot be read, or holds a key twice.
         """
-        from curated_data.pool.columns import columns_of_tables
+        from curated_data.pool.columns import columns_of_rows, columns_of_tables
 
+        if self._tables:
+            return columns_of_rows(len(self), self.key_array, names, self._tables)
         return columns_of_tables(len(self), names, [part.table for part in self.embeddings.parts])
 
     @property
@@ -134,6 +147,12 @@ class EmbeddedPool:
             return Block(name, rows, lambda place: str(start + place))
 
         return keep_rows(root, self.urls, self.dimension, self.dtype, block)
+
+
+def _tables(columns: str | Path | Sequence[str | Path]) -> list[Path]:
+    from curated_data.pool.columns import checked_tables
+
+    return checked_tables(columns)
 
 
 class Block(NamedTuple):

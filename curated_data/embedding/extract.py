@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,13 @@ from curated_data.cache.holds import Hold
 from curated_data.cache.layout import EMBEDDINGS
 from curated_data.cache.locks import locked
 from curated_data.devices import resolve_device
-from curated_data.embedding.batches import InputLoader, is_of_worker, worker_ended
+from curated_data.embedding.batches import Claim, InputLoader, is_of_worker, worker_ended
 from curated_data.embedding.contents import Contents, content_name
 from curated_data.embedding.embedders import Embedder, evaluating
 from curated_data.embedding.equal import equal_rows
 from curated_data.embedding.identity import module_fingerprint
-from curated_data.embedding.store import (
-    VERSION,
-    EmbeddingStore,
-    forget_table,
-    is_embedded,
-    missing_shards,
-    store_fingerprint,
-    write_shard,
-)
+from curated_data.embedding.shard_files import ShardFiles
+from curated_data.embedding.store import VERSION, EmbeddingStore, forget_table, store_fingerprint
 from curated_data.errors import ConfigError, CuratedDataError, EmbedderError, first_line
 from curated_data.parallel import check_ranks, rank, world_size
 from curated_data.pool import ShardPool
@@ -64,6 +58,7 @@ def embed_pool(
     fields: Sequence[str] | None = None,
     multiprocessing_context: str | None = None,
     ids: np.ndarray | None = None,
+    keep: np.ndarray | None = None,
 ) -> EmbeddingStore:
     """Embed the shards that are not in the cache yet, and open the store.
 
@@ -87,6 +82,8 @@ def embed_pool(
         multiprocessing_context: how those processes start, see `EmbeddingConfig`.
         ids: (m,) int64, ascending and unique: embed only these samples. The store then has one row for each,
             in their order, and is separate from that of the whole pool.
+        keep: (n,) bool, the samples that a filter keeps; None: all. The others are not embedded, and `valid`
+            is False for them. Rows that the cache has, by whatever filter, are not embedded again.
 
     Raises:
         EmbedderError: the embedder fails on good input or returns another shape than (B, dimension).
@@ -104,11 +101,14 @@ def embed_pool(
     # Of a shard that is embedded in part, the content cannot be learned on the way.
     contents.recognise(every=ids is not None)
     ranges = pool.shard_ranges() if ids is None else np.searchsorted(ids, pool.shard_ranges())
-    missing = missing_shards(folder, contents.names)
+    files = ShardFiles(folder, ranges, keep)
+    missing = files.missing(contents.names)
+    if keep is not None:
+        log.info("embedding: %d of %d samples, the others are filtered out", int(keep.sum()), len(keep))
     if missing:
-        _forget_table(folder, contents, dtype)
+        _forget_table(files, contents, dtype)
         _move(embedder, device)
-        samples = int(sum(ranges[number + 1] - ranges[number] for number in missing))
+        samples = int(sum(files.to_embed(number, contents.names[number]).sum() for number in missing))
         started = time.monotonic()
         with progress(f"embedding ({device.type})", samples, "images") as advance:
             loader = InputLoader(
@@ -131,20 +131,26 @@ def embed_pool(
             # It may wait for a shard while holding others, so all processes go in the same order.
             in_one_order = sorted(missing, key=contents.locks.__getitem__)
             for wait, numbers in ((False, turned), (True, in_one_order)):
-                done += _embed_shards(numbers, folder, loader, contents, wait, dtype, use_bf16, advance)
+                done += _embed_shards(numbers, files, loader, contents, wait, dtype, use_bf16, advance)
         seconds = time.monotonic() - started
         if done:
             log.info("embedded %d samples at %.0f samples/s with %s", done, done / seconds, _name(embedder))
-        _forget_table(folder, contents, dtype)
+        files.refresh()
+        _forget_table(files, contents, dtype)
     names = [name for name in contents.names if name is not None]
-    assert len(names) == len(pool.urls), "every shard is embedded, by this process or another"
-    store = EmbeddingStore(folder, names, embedder.dimension, dtype, ids=ids, urls=pool.urls)
+    found = files.names(contents.names)
+    assert len(found) == len(pool.urls), "every shard is embedded, by this process or another"
+    left_out = None if keep is None else ~keep
+    store = EmbeddingStore(
+        folder, names, embedder.dimension, dtype, ids=ids, urls=pool.urls, files=found, left_out=left_out
+    )
     del held  # the store has its own
     if store.n_failures:
+        n = len(store) if keep is None else int(keep.sum())
         failure = next(store.iterate_failures())
         log.warning(
             "%d of %d samples could not be embedded and will not be selected, the first: %s, key %r: %s",
-            store.n_failures, len(store), failure["shard"], failure["key"], failure["reason"],
+            store.n_failures, n, failure["shard"], failure["key"], failure["reason"],
         )  # fmt: skip
     if rank() == 0:
         _warn_of_equal(pool, store)
@@ -152,11 +158,13 @@ def embed_pool(
     return store
 
 
-def _forget_table(folder: Path, contents: Contents, dtype: str) -> None:
+def _forget_table(files: ShardFiles, contents: Contents, dtype: str) -> None:
     """Forget the summary of a store, some of whose shards are written again."""
-    names = [name for name in contents.names if name is not None]
-    if len(names) == len(contents.names):
-        forget_table(folder, store_fingerprint(folder, names, dtype))
+    # A file that is to be written again is known by the name of its shard's content.
+    names = [files.find(number, name) or name for number, name in enumerate(contents.names)]
+    known = [name for name in names if name is not None]
+    if len(known) == len(names):
+        forget_table(files.folder, store_fingerprint(files.folder, known, dtype))
 
 
 def embed_samples(
@@ -192,9 +200,9 @@ def embed_samples(
     )
     rows = np.zeros((len(ids), embedder.dimension), dtype)
     valid = np.zeros(len(ids), bool)
-    for batch, inputs, reasons, *_ in loader.batches(iter(np.flatnonzero(np.diff(ranges)).tolist())):
-        rows[batch], reasons = _embed(loader, inputs, reasons, dtype, use_bf16)
-        valid[batch] = [not reason for reason in reasons]
+    for batch in loader.batches(map(Claim, np.flatnonzero(np.diff(ranges)).tolist())):
+        rows[batch.rows], reasons = _embed(loader, batch.inputs, batch.reasons, dtype, use_bf16)
+        valid[batch.rows] = [not reason for reason in reasons]
     return rows, valid
 
 
@@ -263,7 +271,7 @@ def _decoder_fingerprints(decoders: Decoders | None) -> list[Any]:
 
 def _embed_shards(
     numbers: list[int],
-    folder: Path,
+    files: ShardFiles,
     loader: InputLoader,
     contents: Contents,
     wait: bool,
@@ -274,72 +282,71 @@ def _embed_shards(
     """Embed those of the shards that are missing and can be claimed; returns their number of samples."""
     pool, ranges = loader.pool, loader.ranges
     locks: dict[int, ExitStack] = {}
+    begun: dict[int, _Shard] = {}
     done = 0
 
-    def finish(
-        number: int, rows: np.ndarray, failures: list[dict[str, Any]], digest: bytes, transparent: int = 0
-    ) -> None:
-        origin = {"url": pool.urls[number], "embedder": _name(loader.embedder), "transparent": transparent}
+    def finish(number: int) -> None:
+        shard = begun.pop(number)
+        origin: dict[str, Any] = {"url": pool.urls[number], "embedder": _name(loader.embedder)}
+        origin |= {"transparent": shard.transparent}
         name = contents.names[number]
-        if loader.ids is None:  # all of the shard was read; it may have changed though its state did not
-            name = content_name(contents.layouts[number], digest)
-        assert name is not None, "of a shard that is embedded in part, found before"
-        write_shard(folder, name, rows, failures, origin)
-        if loader.ids is None:
-            contents.record(number, digest)
+        if shard.is_read:  # it may have changed though its state did not
+            name = content_name(contents.layouts[number], shard.digest.digest())
+        assert name is not None, "of a shard that is not read as a whole, found before"
+        files.look(name)
+        files.publish(name, shard.rows, shard.wanted, shard.failures, origin)
+        if shard.is_read:
+            contents.record(number, shard.digest.digest())
         locks.pop(number).close()
 
-    def is_done(number: int) -> bool:
-        name = contents.names[number]
-        return name is not None and is_embedded(folder, name)
-
-    def claims() -> Iterator[int]:
+    def claims() -> Iterator[Claim]:
         for number in numbers:
-            if is_done(number):
+            if files.find(number, contents.names[number]) is not None:
                 continue
             lock = ExitStack()
-            held = lock.enter_context(locked(folder / contents.locks[number], wait=wait))
+            held = lock.enter_context(locked(files.folder / contents.locks[number], wait=wait))
             if held:
                 contents.look(number)  # another process may have embedded it since
-            if not held or is_done(number):
+                files.look(contents.names[number])
+            name = contents.names[number]
+            if not held or files.find(number, name) is not None:
                 lock.close()
-            else:
-                locks[number] = lock
-                yield number
+                continue
+            locks[number] = lock
+            wanted = files.to_embed(number, name)
+            # All of it is read where that is needed to learn its content, or costs no more.
+            is_read = loader.ids is None and (name is None or bool(wanted.all()))
+            begun[number] = _Shard(wanted, is_read, loader.embedder.dimension, dtype)
+            if wanted.any() or (is_read and len(wanted)):
+                yield Claim(number, None if wanted.all() else wanted, is_read)
+            else:  # which gives no batch
+                finish(number)
 
     try:
-        rows: np.ndarray | None = None
-        failures: list[dict[str, Any]] = []
-        digest = hashlib.sha256()
-        transparent, all_transparent, example = 0, 0, ""
-        for batch, inputs, reasons, digests, n_transparent, place_of_one in loader.batches(
-            _with_empty(claims(), ranges, loader.embedder.dimension, dtype, finish)
-        ):
+        all_transparent, example = 0, ""
+        for batch in loader.batches(claims()):
             check_ranks()
-            number = int(np.searchsorted(ranges, batch[0], side="right") - 1)
-            if rows is None:
-                rows = np.zeros((ranges[number + 1] - ranges[number], loader.embedder.dimension), dtype)
-            place = batch - ranges[number]
-            values, reasons = _embed(loader, inputs, reasons, dtype, use_bf16)
-            rows[place] = values
+            shard = begun[batch.shard]
+            place = batch.rows - ranges[batch.shard]
+            shard.rows[place], reasons = _embed(loader, batch.inputs, batch.reasons, dtype, use_bf16)
             failed = [position for position, reason in enumerate(reasons) if reason]
-            for position, key in zip(failed, pool.keys(loader.samples(batch[failed])), strict=True):
-                failures.append(
+            for position, key in zip(failed, pool.keys(loader.samples(batch.rows[failed])), strict=True):
+                shard.failures.append(
                     {
                         "place": int(place[position]),
-                        "shard": pool.urls[number],
+                        "shard": pool.urls[batch.shard],
                         "key": key,
                         "reason": reasons[position],
                     }
                 )
-            digest.update(b"".join(digests))
-            done += len(batch)
-            advance(len(batch))
-            transparent, example = transparent + n_transparent, example or place_of_one
-            all_transparent += n_transparent
-            if batch[-1] == ranges[number + 1] - 1:
-                finish(number, rows, failures, digest.digest(), transparent)
-                rows, failures, transparent, digest = None, [], 0, hashlib.sha256()
+            shard.digest.update(b"".join(batch.digests))
+            done += len(place)
+            advance(len(place))
+            shard.transparent += batch.transparent
+            all_transparent += batch.transparent
+            example = example or batch.transparent_example
+            if batch.is_last:
+                finish(batch.shard)
         if all_transparent:
             log.warning(
                 "%d of %d images have transparent pixels, the first: %s; they were put on the colour %s "
@@ -355,15 +362,20 @@ def _embed_shards(
     return done
 
 
-def _with_empty(
-    claims: Iterator[int], ranges: np.ndarray, dimension: int, dtype: str, finish: Callable[..., None]
-) -> Iterator[int]:
-    """The claims; shards without samples, which give no batch, are finished here."""
-    for number in claims:
-        if ranges[number] == ranges[number + 1]:
-            finish(number, np.zeros((0, dimension), dtype), [], hashlib.sha256().digest())
-        else:
-            yield number
+class _Shard:
+    """A shard that is being embedded; the arguments are those of its `Claim`."""
+
+    def __init__(self, wanted: np.ndarray, is_read: bool, dimension: int, dtype: str) -> None:
+        self.wanted, self.is_read = wanted, is_read
+        self.shape, self.dtype = (len(wanted), dimension), dtype
+        self.failures: list[dict[str, Any]] = []
+        self.digest = hashlib.sha256()
+        self.transparent = 0
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """What is embedded so far; claims are made ahead of the work, so it is allocated when that begins."""
+        return np.zeros(self.shape, self.dtype)
 
 
 def _embed(

@@ -1,8 +1,7 @@
-"""Embeddings on disk: for each shard a `.npy`, and a `.json` that lists which samples failed and why."""
+"""The embeddings of a pool on disk, as one array over the files of its shards."""
 
 import contextlib
 import io
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -13,24 +12,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from curated_data.cache.artifacts import (
-    FORMAT_VERSION,
-    atomic_path,
-    atomic_write_json,
-    fingerprint,
-    read_json,
-    sealed,
-)
-from curated_data.cache.checksums import check_file, check_once, file_seal, load_npy, load_npz
+from curated_data.cache.artifacts import atomic_path, fingerprint
+from curated_data.cache.checksums import check_once, load_npy, load_npz
 from curated_data.cache.holds import Hold
-from curated_data.cache.removal import remove, shown
+from curated_data.cache.removal import remove
+from curated_data.embedding.shard_files import REMEDY, embedded_in, read_details
 from curated_data.errors import CacheError
 
 VERSION = 2
 """Of the extraction; increasing it makes older embeddings stale."""
 
 _OPEN_MAPS = 256
-_REMEDY = "remove the shard's .npy and .json there to embed it again"
 
 
 class EmbeddingStore:
@@ -46,6 +38,8 @@ class EmbeddingStore:
         ids: (m,) ascending, the sample of each row, if the store has only some of the pool's samples; None if
             row i is sample i. Rows are always requested by their number.
         urls: of the shards, for `failures`; None shows where each was when it was embedded.
+        files: the file of each shard, see `ShardFiles`; None: those that are named as the shards are.
+        left_out: (n,) bool, rows that a filter drops, which need not be embedded; None: none.
 
     Raises:
         CacheError: a file of a shard is missing or damaged.
@@ -60,17 +54,21 @@ class EmbeddingStore:
         *,
         ids: np.ndarray | None = None,
         urls: Sequence[str] | None = None,
+        files: Sequence[str] | None = None,
+        left_out: np.ndarray | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.ids = ids
         self.urls = urls
         self.shard_fingerprints = list(shard_fingerprints)
+        self.files = self.shard_fingerprints if files is None else list(files)
         self.dtype = np.dtype(dtype)
-        self.left_out: np.ndarray | None = None  # (n,) bool, rows that a filter drops
+        self.left_out = left_out
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()  # the clustering reads from several threads
         self._hold = Hold(self.folder)
-        self._table = _shard_table(self.folder, self.fingerprint, self.shard_fingerprints)
+        summary = store_fingerprint(self.folder, self.files, self.dtype)
+        self._table = _shard_table(self.folder, summary, self.files)
         self._starts = np.concatenate([[0], np.cumsum(self._table.samples)])
         self.shape = (int(self._starts[-1]), dimension)
 
@@ -88,7 +86,7 @@ class EmbeddingStore:
     @property
     def embedder(self) -> str:
         """The name of the embedder of the first shard, for display only: `fingerprint` identifies it."""
-        return _read_shard_details(self.folder, self.shard_fingerprints[0]).get("embedder", "")
+        return read_details(self.folder, self.files[0]).get("embedder", "")
 
     @property
     def valid(self) -> np.ndarray:
@@ -97,12 +95,14 @@ class EmbeddingStore:
         """
         mask = np.ones(len(self), bool) if self.left_out is None else ~self.left_out
         mask[self._table.failed] = False
+        if len(self._table.absent):
+            mask &= ~np.unpackbits(self._table.absent, count=len(self)).astype(bool)
         return mask
 
     @property
     def n_failures(self) -> int:
-        """The number of failed samples."""
-        return len(self._table.failed)
+        """The number of failed samples, without those that are left out."""
+        return len(self._failed)
 
     @property
     def failures(self) -> list[dict[str, Any]]:
@@ -115,19 +115,21 @@ class EmbeddingStore:
         Args:
             first, last: only of samples from the one up to, but without, the other.
         """
-        failed = self._table.failed
+        failed = self._failed
         samples = failed if self.ids is None else self.ids[failed]
         start, stop = np.searchsorted(samples, (first, np.iinfo(np.int64).max if last is None else last))
         for number in np.unique(self.shard_of(failed[start:stop])).tolist():
             for failure in self._failures_of(number):
-                if failure["id"] >= first and (last is None or failure["id"] < last):
+                is_asked = failure["id"] >= first and (last is None or failure["id"] < last)
+                if is_asked and self._counts(failure):
                     yield failure
 
     def failure(self, sample: int) -> dict[str, Any] | None:
         """The entry of one sample in `failures`; None if it did not fail."""
         row = sample if self.ids is None else int(np.searchsorted(self.ids, sample))
-        place = int(np.searchsorted(self._table.failed, row))
-        if place == len(self._table.failed) or self._table.failed[place] != row:
+        failed = self._failed
+        place = int(np.searchsorted(failed, row))
+        if place == len(failed) or failed[place] != row:
             return None
         of_shard = self._failures_of(int(self.shard_of(np.array(row))))
         return next((failure for failure in of_shard if failure["id"] == sample), None)
@@ -146,7 +148,7 @@ class EmbeddingStore:
             CacheError: a shard's file is missing or damaged; names the first.
         """
         with ThreadPoolExecutor(4) as threads:
-            for _ in threads.map(self._verify_shard, range(len(self.shard_fingerprints))):
+            for _ in threads.map(self._verify_shard, range(len(self.files))):
                 pass
 
     def __getitem__(self, which: slice | np.ndarray) -> np.ndarray:
@@ -194,15 +196,27 @@ class EmbeddingStore:
             out[start : start + len(block)] = block
         return out
 
+    @property
+    def _failed(self) -> np.ndarray:
+        """The failed rows that are not left out, ascending."""
+        failed = self._table.failed
+        return failed if self.left_out is None else failed[~self.left_out[failed]]
+
+    def _counts(self, failure: dict[str, Any]) -> bool:
+        if self.left_out is None:
+            return True
+        row = failure["id"] if self.ids is None else np.searchsorted(self.ids, failure["id"])
+        return not self.left_out[row]
+
     def _verify_shard(self, number: int) -> None:
         if self._table.size[number] < 0:  # an earlier version did not record it
             return
-        path = self.folder / f"{self.shard_fingerprints[number]}.npy"
+        path = self.folder / f"{self.files[number]}.npy"
         seal = {"bytes": int(self._table.size[number]), "crc32": int(self._table.crc32[number])}
-        check_once(path, seal, _REMEDY)
+        check_once(path, seal, REMEDY)
 
     def _failures_of(self, number: int) -> Iterator[dict[str, Any]]:
-        for failure in _read_shard_details(self.folder, self.shard_fingerprints[number])["failures"]:
+        for failure in read_details(self.folder, self.files[number])["failures"]:
             yield {
                 "id": self._sample(int(self._starts[number]) + failure["place"]),
                 "shard": failure["shard"] if self.urls is None else self.urls[number],
@@ -218,13 +232,13 @@ class EmbeddingStore:
             if number in self._maps:
                 self._maps.move_to_end(number)
                 return self._maps[number]
-            path = self.folder / f"{self.shard_fingerprints[number]}.npy"
+            path = self.folder / f"{self.files[number]}.npy"
             self._verify_shard(number)
-            array = load_npy(path, _REMEDY, map_mode="r")
+            array = load_npy(path, REMEDY, map_mode="r")
             expected = (int(self._table.samples[number]), self.shape[1])
             if array.shape != expected or array.dtype != self.dtype:
                 raise CacheError(
-                    f"{path}: holds {array.shape} {array.dtype}, expected {expected} {self.dtype}; {_REMEDY}"
+                    f"{path}: holds {array.shape} {array.dtype}, expected {expected} {self.dtype}; {REMEDY}"
                 )
             self._maps[number] = array
             if len(self._maps) > _OPEN_MAPS:
@@ -246,38 +260,9 @@ def store_fingerprint(folder: Path, shard_fingerprints: Sequence[str], dtype: An
     )
 
 
-def is_embedded(folder: Path, shard_fingerprint: str) -> bool:
-    """Whether a shard's embeddings are complete. The details are published last."""
-    return all((folder / f"{shard_fingerprint}{end}").exists() for end in (".npy", ".json"))
-
-
-def missing_shards(folder: Path, shard_fingerprints: Sequence[str | None]) -> list[int]:
-    """The numbers of the shards that are not embedded yet, from one listing of the folder; None never is."""
-    try:
-        there = set(os.listdir(folder))
-    except FileNotFoundError:
-        there = set()
-    return [
-        number
-        for number, name in enumerate(shard_fingerprints)
-        if not (f"{name}.npy" in there and f"{name}.json" in there)
-    ]
-
-
 def forget_table(folder: Path, store_fingerprint: str) -> None:
     """Remove the summary of a store, because some of its shards are about to be written again."""
     remove(_table_path(folder, store_fingerprint), below=folder)
-
-
-def check_shard(folder: Path, shard_fingerprint: str) -> None:
-    """Read a shard's embeddings and compare them with the checksum in its details.
-
-    Raises:
-        CacheError: the embeddings or the details are missing or damaged.
-    """
-    details = _read_shard_details(folder, shard_fingerprint)
-    if "file" in details:
-        check_file(folder / f"{shard_fingerprint}.npy", details["file"], _REMEDY)
 
 
 class _Table(NamedTuple):
@@ -287,6 +272,7 @@ class _Table(NamedTuple):
     size: np.ndarray  # (n_shards,) int64, bytes of the file; -1 if it was not recorded
     crc32: np.ndarray  # (n_shards,) int64, of the file
     failed: np.ndarray  # int64, the failed rows, ascending
+    absent: np.ndarray  # uint8, bits of the rows that were not embedded; empty if all were
 
 
 def _table_path(folder: Path, store_fingerprint: str) -> Path:
@@ -296,10 +282,10 @@ def _table_path(folder: Path, store_fingerprint: str) -> Path:
 def _shard_table(folder: Path, store_fingerprint: str, shards: Sequence[str]) -> _Table:
     path = _table_path(folder, store_fingerprint)
     with contextlib.suppress(CacheError):  # missing or damaged
-        table = _Table(**load_npz(path, _Table._fields, _REMEDY))
+        table = _Table(**load_npz(path, _Table._fields, REMEDY))
         if _is_of(table, len(shards)):
             return table
-    details = [_read_shard_details(folder, name) for name in shards]
+    details = [read_details(folder, name) for name in shards]
     samples = np.array([item["samples"] for item in details], np.int64)
     starts = np.cumsum(samples) - samples
     seals = [item.get("file", {"bytes": -1, "crc32": 0}) for item in details]
@@ -315,6 +301,9 @@ def _shard_table(folder: Path, store_fingerprint: str, shards: Sequence[str]) ->
             ],
             np.int64,
         ),
+        absent=np.empty(0, np.uint8)
+        if all("embedded" not in item for item in details)
+        else np.packbits(np.concatenate([~embedded_in(item) for item in details])),
     )
     # If it cannot be written, the details are read again next time.
     content = io.BytesIO()
@@ -324,60 +313,14 @@ def _shard_table(folder: Path, store_fingerprint: str, shards: Sequence[str]) ->
     return table
 
 
-def write_shard(
-    folder: Path,
-    shard_fingerprint: str,
-    rows: np.ndarray,
-    failures: list[dict[str, Any]],
-    origin: dict[str, Any],
-) -> None:
-    """Publish a shard's embeddings (n, d): first the array, then the details that mark it as complete.
-
-    Args:
-        failures: `place` in the shard, `shard`, `key` and `reason` of each failed sample.
-        origin: where the rows come from, for the details.
-    """
-    with atomic_path(folder / f"{shard_fingerprint}.npy") as temporary:
-        with open(temporary, "wb") as file:
-            np.save(file, rows, allow_pickle=False)
-        seal = file_seal(temporary)
-    content = {"format": FORMAT_VERSION, "samples": len(rows), "failures": failures, "file": seal, **origin}
-    atomic_write_json(folder / f"{shard_fingerprint}.json", sealed(content))
-
-
-def _read_shard_details(folder: Path, shard_fingerprint: str) -> dict[str, Any]:
-    path = folder / f"{shard_fingerprint}.json"
-    details = read_json(path, _REMEDY)
-    if details.get("format") != FORMAT_VERSION:
-        raise CacheError(f"{path}: written in cache format {shown(details.get('format'))}; {_REMEDY}")
-    samples, failures = details.get("samples"), details.get("failures")
-    file = details.get("file", {"bytes": -1, "crc32": 0})  # which an earlier version did not record
-    is_right = {
-        "samples": type(samples) is int and samples >= 0,
-        "failures": isinstance(failures, list) and all(_is_failure(item, samples) for item in failures),
-        "file": isinstance(file, dict) and [type(file.get(key)) for key in ("bytes", "crc32")] == [int, int],
-    }
-    for name, is_so in is_right.items():
-        if not is_so:
-            raise CacheError(f"{path}: damaged ({name}: {shown(details.get(name))}); {_REMEDY}")
-    return details
-
-
-def _is_failure(item: object, samples: Any) -> bool:
-    return (
-        isinstance(item, dict)
-        and type(item.get("place")) is int
-        and type(samples) is int
-        and 0 <= item["place"] < samples
-        and all(isinstance(item.get(name), str) for name in ("shard", "key", "reason"))
-    )
-
-
 def _is_of(table: _Table, n_shards: int) -> bool:
     """Whether a table can be that of so many shards."""
     per_shard = (table.samples, table.size, table.crc32)
+    n = int(table.samples.sum()) if table.samples.dtype == np.int64 else -1
     return (
-        all(array.dtype == np.int64 and array.ndim == 1 for array in table)
+        all(array.dtype == np.int64 and array.ndim == 1 for array in (*per_shard, table.failed))
+        and table.absent.dtype == np.uint8
+        and table.absent.shape in ((0,), (-(-n // 8),))
         and all(len(array) == n_shards for array in per_shard)
         and int(table.samples.min(initial=0)) >= 0
         and int(table.failed.min(initial=0)) >= 0

@@ -18,9 +18,10 @@ from curated_data.cache.artifacts import fingerprint
 from curated_data.config import CurationConfig, levels_for
 from curated_data.embedding.existing import EmbeddedPool
 from curated_data.embedding.files import Source
-from curated_data.errors import PoolError
+from curated_data.errors import ConfigError, PoolError
 from curated_data.parallel import check_same
 from curated_data.pool.decode import Decoders
+from curated_data.selection.quota_rules import check_clusters
 from curated_data.stages.curation import Curation, report_of, select
 from curated_data.stages.embeddings import AnyEmbedder, Embeddings, check_any, inputs_of
 from curated_data.stages.filtering import filter_pool, filter_report
@@ -90,15 +91,16 @@ def _curate(pool: AnyPool, config: CurationConfig, run: Run, embeddings: Embeddi
     check_same(curation=fingerprint(config=dataclasses.asdict(config)))
     n_samples = Index(pool).build(run)
     check_levels(config.levels, n_samples)
+    if config.levels:
+        check_clusters(config)
     check_preference(config, pool)
     with run.timed("filter"):
         filtered = filter_pool(pool, config)
 
     with run.timed("embed"):
         held_out = embed_held_out(held_out_stage, run)  # the smaller
-        store = embeddings.build(run.device)
+        store = embeddings.of_kept(filtered).build(run.device)
     run.folders["embeddings"] = store.folder
-    store.left_out = None if filtered is None else ~filtered.keep
     check_any(store, f"the pool's {n_samples if filtered is None else int(filtered.keep.sum())} samples")
     valid, inputs = store.valid, inputs_of(store)
 
@@ -117,6 +119,7 @@ def _curate(pool: AnyPool, config: CurationConfig, run: Run, embeddings: Embeddi
     derived = not config.levels
     config = dataclasses.replace(config, levels=levels_for(config, int(valid.sum())))
     check_levels(config.levels, int(valid.sum()), n_samples)
+    check_clusters(config)
     tree = Tree(run.root, config, inputs).cluster(run, pool, store, valid, derived=derived)
     return select(
         run,
@@ -133,6 +136,7 @@ def curate_embeddings(
     *,
     cache_dir: str | Path | None = None,
     device: str | torch.device = "auto",
+    columns: str | Path | Sequence[str | Path] | None = None,
 ) -> Curation:
     """Select from embeddings that exist already, without shards: the whole of `curate` but for embedding.
 
@@ -141,6 +145,7 @@ def curate_embeddings(
         config: as for `curate`, but for `embedding`; `near_duplicates.held_out` takes `.npy` files.
         cache_dir: as for `curate`; None takes a temporary folder, which is removed when the process ends.
         device: for the clustering.
+        columns: parquet files with more about the rows, for `where`; see `EmbeddedPool`.
 
     Returns:
         A curation whose ids are numbers of rows.
@@ -156,8 +161,11 @@ def curate_embeddings(
         >>> len(rows[curation.ids])
         100
     """
-    pool = rows if isinstance(rows, EmbeddedPool) else EmbeddedPool(rows)
-    return curate(pool, config, embedder=None, cache_dir=cache_dir or temporary_cache(), device=device)
+    if not isinstance(rows, EmbeddedPool):
+        rows = EmbeddedPool(rows, columns=columns)
+    elif columns is not None:
+        raise ConfigError("columns: given beside an EmbeddedPool, which has its own; give them to that")
+    return curate(rows, config, embedder=None, cache_dir=cache_dir or temporary_cache(), device=device)
 
 
 @functools.cache

@@ -147,12 +147,11 @@ def _extend(
     filtered = filter_pool(pool, config)
     with run.timed("embed"):
         held_out = embed_held_out(held_out_stage, run)  # the smaller
-        store = embeddings.build(run.device)
+        store = embeddings.of_kept(filtered).build(run.device)
     run.folders["embeddings"] = store.folder
     kept, known = _kept(pool, store.shard_fingerprints, old, base)
     if filtered is not None:
-        store.left_out = ~filtered.keep
-        kept.parent[1][store.left_out] = EXCLUDED
+        kept.parent[1][~filtered.keep] = EXCLUDED
     valid, inputs = store.valid, inputs_of(store) | {"base": base.folder.name}
     in_tree = kept.parent[1] != EXCLUDED
     new = ~known

@@ -84,7 +84,7 @@ def verify_cache(cache_dir: str | Path) -> list[str]:
     Raises:
         CacheError: as for `inspect_cache`.
     """
-    from curated_data.embedding.store import check_shard  # here, because its package imports torch
+    from curated_data.embedding.shard_files import check_shard  # here, because its package imports torch
 
     root = absolute(cache_dir)
     check_is_cache(root)
@@ -118,7 +118,9 @@ def _artifact(stage: str, folder: Path) -> Artifact:
     files = dict(_sizes(folder))
     manifest = folder / MANIFEST
     if stage == EMBEDDINGS:
-        shards = [path for path in files if path.suffix == ".json" and path.parent == folder]
+        shards = sorted(path for path in files if path.suffix == ".json" and path.parent == folder)
+        # The last of those of one content; of a shard that was filtered there are several.
+        shards = list({path.stem.partition("-")[0]: path for path in shards}.values())
         details = [read_json(path) for path in shards]
         with reading(folder, Remedy(folder / MANIFEST)):
             content: dict[str, Any] = {

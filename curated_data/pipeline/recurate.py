@@ -82,6 +82,8 @@ def recurate(
 def _recurate(
     pool: AnyPool, config: CurationConfig, run: Run, embeddings: Embeddings, base: Curation, share: float
 ) -> Curation:
+    if config.quotas.weights is not None:
+        raise ConfigError("quotas.weights: are of the clusters of one tree, and a re-curation makes another")
     if base.tree.n_samples != len(pool):
         raise PoolError(f"base: its tree is of {base.tree.n_samples} samples, the pool has {len(pool)}")
     fresh = draw_share(base.tree.parent[1] != EXCLUDED, share, config.seed)

@@ -7,6 +7,7 @@ from curated_data.cache.checksums import reading
 from curated_data.cache.layout import EMBEDDINGS, NEAR_DUPLICATES, SELECTION, TREE
 from curated_data.cache.remedies import Remedy
 from curated_data.cache.removal import is_fingerprint, shown
+from curated_data.clustering.tree import EXCLUDED
 from curated_data.errors import CacheError
 from curated_data.pipeline.inspect import check_is_cache
 from curated_data.stages.curation import Curation
@@ -49,8 +50,9 @@ def reopen(cache_dir: str | Path, selection: str) -> Curation:
     tree = built.tree
     drawn = open_selection(folders[SELECTION], tree.n_samples)
     with reading(built.folder / MANIFEST, Remedy(built.folder / MANIFEST)):
-        store = open_embeddings(folders[EMBEDDINGS], built.shards)
-    return Curation(drawn.ids, tree, store, drawn.report, drawn.config, folders)
+        needed = tree.parent[1] != EXCLUDED
+        store = open_embeddings(folders[EMBEDDINGS], built.shards, built.shard_ranges(), needed)
+    return Curation(drawn.ids, tree, store, drawn.report, drawn.config, folders, drawn.nested)
 
 
 def tree_of(root: Path, selection: str) -> Path:

@@ -1,14 +1,10 @@
 """Indexing the shards of a pool: one task per shard, in parallel, shared with other processes."""
 
 import logging
-import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +13,7 @@ from curated_data.cache.artifacts import MANIFEST, build_once, fingerprint, open
 from curated_data.cache.layout import INDEX, POOL
 from curated_data.cache.locks import locked
 from curated_data.errors import PoolError
-from curated_data.parallel import check_ranks, world_size
+from curated_data.pool.each import each, workers_of
 from curated_data.pool.index import (
     PoolIndex,
     ShardIndex,
@@ -32,8 +28,6 @@ from curated_data.pool.shard import ShardFile
 from curated_data.pool.storage import check_unchanged
 from curated_data.pool.tar import Source, local_source
 from curated_data.pool.urls import is_remote
-from curated_data.processes import end_with_parent, n_cores
-from curated_data.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -156,56 +150,12 @@ def _each(
     """Run a task for each numbered shard, in parallel if that is faster; yields results as they come."""
     numbers = list(numbers)
     remote = any(is_remote(shards[number].url) for number in numbers)
-    workers = min(len(numbers), _workers(num_workers, remote))
     large = num_workers is not None or sum(shards[number].size for number in numbers) >= _WORTH_PROCESSES
-    with progress("index shards", len(numbers)) as advance:
-        if workers <= 1 or not (remote or large) or multiprocessing.current_process().daemon:
-            for number in numbers:
-                check_ranks()
-                yield number, task(shards[number])
-                advance()
-            return
-        with _executor(workers, remote) as executor:
-            tasks = {executor.submit(task, shards[number]): number for number in numbers}
-            try:
-                for done in as_completed(tasks):
-                    check_ranks()
-                    yield tasks[done], done.result()
-                    advance()
-            except BrokenProcessPool as error:
-                raise PoolError(
-                    "an indexing process was killed, most likely for lack of memory; run again to continue"
-                ) from error
-            finally:
-                executor.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _executor(workers: int, remote: bool) -> Iterator[Executor]:
-    """Threads for remote shards, which wait for the network; otherwise processes.
-
-    They are forked: a spawned process runs the user's script again up to its main guard, which many scripts
-    lack. On macOS, whose own libraries may crash in a forked process, they are threads too.
-    """
-    if remote or sys.platform == "darwin":
-        executor: Executor = ThreadPoolExecutor(workers)
-    else:
-        executor = ProcessPoolExecutor(
-            workers,
-            mp_context=multiprocessing.get_context("fork"),
-            initializer=end_with_parent,
-            initargs=(os.getpid(),),
-        )
-    with executor:
-        yield executor
-
-
-def _workers(num_workers: int | None, remote: bool) -> int:
-    if num_workers is not None:
-        return max(1, num_workers)
-    if remote:
-        return 16
-    return max(1, n_cores() // world_size())
+    # Of a remote shard a task waits for the network.
+    workers = 16 if remote and num_workers is None else workers_of(num_workers) if remote or large else 1
+    yield from each(
+        lambda number: task(shards[number]), numbers, title="index shards", workers=workers, threads=remote
+    )
 
 
 def _report(pool: PoolIndex, n_shards: int, n_indexed: int, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""The captions of samples: the text of their `.txt` members."""
+"""The captions of samples: the text of their `.txt` members, or of a column."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,6 +19,9 @@ def read_captions(pool: "ShardPool", ids: Sequence[int] | np.ndarray) -> list[st
     Raises:
         PoolError: an id outside the pool, or a shard that is missing or has changed.
     """
+    if pool.caption_column is not None:
+        assert pool.described is not None, "with a column"
+        return pool.described.captions(ids)
     extensions = [name for name in TEXT_EXTENSIONS if name in pool.index().extensions]
     if not extensions:
         return [None] * len(ids)

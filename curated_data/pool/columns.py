@@ -13,6 +13,7 @@ A column of parquet goes before a measure of the same name. What is read from th
 cache, one parquet file for each shard.
 """
 
+import copy
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from curated_data.cache.artifacts import atomic_path, fingerprint
 from curated_data.cache.locks import locked
 from curated_data.cache.paths import local_path
 from curated_data.errors import ConfigError, PoolError
+from curated_data.parallel import rank, world_size
 from curated_data.parquet import (
     check_unique,
     column_names,
@@ -40,9 +42,9 @@ from curated_data.parquet import (
     reading_parquet,
 )
 from curated_data.pool.decode import TEXT_EXTENSIONS
-from curated_data.pool.measures import MEASURES, OF_HEADER, measure_image
+from curated_data.pool.each import each, workers_of
+from curated_data.pool.measures import MEASURES, OF_HEADER, OF_PIXELS, measure_image
 from curated_data.pool.urls import is_remote
-from curated_data.progress import progress
 
 if TYPE_CHECKING:
     from curated_data.pool.shards import ShardPool
@@ -53,6 +55,8 @@ VERSION = 2
 _OWN = ("id", "key", "shard", "label")
 _OF_MEMBERS = (*MEASURES, "text_length")
 _BATCH = 256  # samples that are read at once
+_WORTH_PROCESSES = 20_000  # samples from which parallel processes are worth starting
+_WORTH_OF_PIXELS = 1_000  # the same where images are decoded
 _JSON = "json."
 
 
@@ -111,6 +115,22 @@ def columns_of_tables(n: int, names: Sequence[str], tables: Sequence[Path | None
     return table.select(list(dict.fromkeys(names)))
 
 
+def columns_of_rows(n: int, keys: pa.Array | None, names: Sequence[str], tables: Sequence[Path]) -> pa.Table:
+    """Columns of n rows of embeddings from parquet files that say more about them.
+
+    Args:
+        keys: of the rows; None: they have none, and the files have a row for each, in their order.
+
+    Raises:
+        ConfigError: a column that there is not; suggests the nearest name.
+        PoolError: a file cannot be read, or holds a key twice.
+    """
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(names):
+        found[name] = pa.array(np.arange(n)) if name == "id" else _joined(tables, name, keys, n)
+    return pa.table(found)
+
+
 def _unknown(name: str, known: Sequence[str], pool: "ShardPool") -> ConfigError:
     if name.startswith(_JSON) and "json" not in pool.index().extensions:
         return ConfigError(f"column {name!r}: the pool's samples have no .json member")
@@ -150,55 +170,63 @@ class _Beside:
         """A column in the pool's order; NULL for samples without a row."""
         index = self.pool.index()
         keys = packed_keys(index.key_start, index.key_bytes)
+        twice = str(index.duplicate_example) if index.n_duplicate_keys else ""
         if self.tables:
-            return self._joined(self.tables, name, keys, index)
+            return _joined(self.tables, name, keys, len(index), twice)
         parts = []
         for path, (first, last) in zip(self.of_shards, _pairs(index.shard_start), strict=True):
             if path is None:
                 parts.append(pa.nulls(last - first))
             else:
-                parts.append(self._joined([path], name, keys.slice(first, last - first), index))
+                of_shard = keys.slice(first, last - first)
+                is_only = last - first == len(index)
+                parts.append(_joined([path], name, of_shard, last - first, twice if is_only else ""))
         kinds = {part.type for part in parts if not pa.types.is_null(part.type)}
         tables = [pa.table({name: part}) for part in parts]
         return pa.concat_tables(tables, promote_options="permissive" if len(kinds) != 1 else "default")[name]
 
-    def _joined(self, paths: Sequence[Path], name: str, wanted: pa.Array, index: Any) -> Any:
-        values, keys = [], []
-        for path in paths:
-            file = open_parquet(path)
-            if name not in column_names(file, path):
-                raise ConfigError(
-                    f"column {name!r}: {path} has none{nearest_of(name, file.schema_arrow.names)}"
-                )
-            column = key_column(file, path)
-            if column is not None:
-                keys.append(read_keys(file, path, column))
-            with reading_parquet(path):
-                values.append(file.read([name]))
-        table = pa.concat_tables(values, promote_options="permissive").column(name)
-        if len(keys) < len(paths):
-            if keys or len(table) != len(wanted):
-                raise ConfigError(
-                    f"{paths[0]}: has {len(table)} rows and no column of keys (key, __key__ or image_path), "
-                    f"and there are {len(wanted)} samples; add their keys, or a row for each in order"
-                )
-            return table.combine_chunks()
-        every = pa.concat_arrays(keys)
-        check_unique(every, paths[0])
-        if index.n_duplicate_keys and len(wanted) == len(index):
-            raise PoolError(
-                f"the pool has key {index.duplicate_example!r} more than once, so rows of {paths[0]} cannot "
-                "be told apart by their keys"
+
+def _joined(paths: Sequence[Path], name: str, wanted: "pa.Array | None", n: int, twice: str = "") -> Any:
+    """A column of n samples from parquet files; NULL for samples without a row.
+
+    Args:
+        wanted: the keys of the samples; None if they have none, and rows are taken in order.
+        twice: an example of the keys that several samples have; empty if there are none.
+    """
+    values, keys = [], []
+    for path in paths:
+        file = open_parquet(path)
+        if name not in column_names(file, path):
+            raise ConfigError(f"column {name!r}: {path} has none{nearest_of(name, file.schema_arrow.names)}")
+        column = None if wanted is None else key_column(file, path)
+        if column is not None:
+            keys.append(read_keys(file, path, column))
+        with reading_parquet(path):
+            values.append(file.read([name]))
+    table = pa.concat_tables(values, promote_options="permissive").column(name)
+    if len(keys) < len(paths) or wanted is None:
+        if keys or len(table) != n:
+            raise ConfigError(
+                f"{paths[0]}: has {len(table)} rows and no column of keys (key, __key__ or image_path), "
+                f"and there are {n} samples; add their keys, or a row for each in order"
             )
-        places = join(wanted, every)
-        if len(places) and (places < 0).all():
-            raise PoolError(
-                f"{paths[0]}: has no key of the pool (one of its keys is {every[0].as_py()!r}, one of the "
-                f"pool's {wanted[0].as_py()!r}); give the table of this pool" if len(every) else
-                f"{paths[0]}: has no rows"
-            )  # fmt: skip
-        found = table.take(pa.array(places, mask=places < 0))
-        return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+        return table.combine_chunks()
+    every = pa.concat_arrays(keys)
+    check_unique(every, paths[0])
+    if twice:
+        raise PoolError(
+            f"the pool has key {twice!r} more than once, so rows of {paths[0]} cannot be told apart by their "
+            "keys"
+        )
+    places = join(wanted, every)
+    if len(places) and (places < 0).all():
+        raise PoolError(
+            f"{paths[0]}: has no key of the pool (one of its keys is {every[0].as_py()!r}, one of the "
+            f"pool's {wanted[0].as_py()!r}); give the table of this pool" if len(every) else
+            f"{paths[0]}: has no rows"
+        )  # fmt: skip
+    found = table.take(pa.array(places, mask=places < 0))
+    return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
 
 
 def _beside(url: str) -> Path | None:
@@ -213,16 +241,37 @@ def _pairs(starts: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def _of_shards(pool: "ShardPool", names: Sequence[str]) -> tuple[pa.Table, set[str]]:
-    """Columns that are read from the shards' members, and all dotted paths of JSON seen in them."""
-    parts, seen = [], set()
-    with progress("columns", len(pool.urls), "shards") as advance:
-        for number, (first, last) in enumerate(_pairs(pool.shard_ranges())):
-            part, paths = _of_shard(pool, number, first, last, names)
-            parts.append(part)
-            seen |= paths
-            advance()
+    """Columns that are read from the shards' members, and all dotted paths of JSON seen in them.
+
+    They are computed by worker processes. Ranks, and other runs with the same cache, divide the shards.
+    """
+    found: dict[int, pa.Table] = {}
+    if pool.cache_dir is not None:
+        kept = ((number, _kept(pool, number, names)) for number in range(len(pool.urls)))
+        found = {number: table for number, table in kept if table is not None}
+    missing = [number for number in range(len(pool.urls)) if number not in found]
+    begin = rank() * len(missing) // world_size()
+    of_workers = copy.copy(pool)  # without its open files, which forked processes would share
+
+    def of_shard(number: int, wait: bool = False) -> pa.Table | None:
+        return _of_shard(of_workers, number, names, wait)
+
+    n_samples = int(np.diff(pool.shard_ranges())[missing].sum())
+    is_long = n_samples >= (_WORTH_OF_PIXELS if {*OF_PIXELS} & {*names} else _WORTH_PROCESSES)
+    workers = workers_of(pool.num_workers) if is_long else 1
+    turned = missing[begin:] + missing[:begin]
+    for number, table in each(of_shard, turned, title="columns", workers=workers):
+        if table is not None:
+            found[number] = table
+    for number in sorted({*missing} - found.keys()):  # locked by others so far
+        table = of_shard(number, wait=True)
+        assert table is not None, "it was waited for"
+        found[number] = table
+    parts = [found[number] for number in range(len(pool.urls))]
+    seen = set().union(*map(_seen, parts))
     try:
-        return pa.concat_tables(parts, promote_options="permissive"), seen
+        plain = [part.select(list(names)).replace_schema_metadata() for part in parts]
+        return pa.concat_tables(plain, promote_options="permissive"), seen
     except pa.ArrowInvalid as error:
         raise ConfigError(
             f"columns {', '.join(names)}: one is text in some shards and a number in others ({error}); "
@@ -230,25 +279,21 @@ def _of_shards(pool: "ShardPool", names: Sequence[str]) -> tuple[pa.Table, set[s
         ) from error
 
 
-def _of_shard(
-    pool: "ShardPool", number: int, first: int, last: int, names: Sequence[str]
-) -> tuple[pa.Table, set[str]]:
-    """The columns of one shard: from the cache, as far as they are there."""
+def _of_shard(pool: "ShardPool", number: int, names: Sequence[str], wait: bool) -> pa.Table | None:
+    """The columns of one shard, which are in the cache then, if there is one; None if another process is at
+    it.
+    """
     if pool.cache_dir is None:
-        return _computed(pool, first, last, names)
-    name = fingerprint(
-        stage="columns",
-        shard=pool.shards[number].fingerprint,
-        images=pool.images._asdict(),
-        extensions=pool.image_extensions,
-        version=VERSION,
-    )
-    path = Path(pool.cache_dir) / "columns" / f"{name}.parquet"
-    with locked(path):
-        kept = _kept(path, last - first)
+        table, seen = _computed(pool, number, names)
+        return table.replace_schema_metadata({"paths": json.dumps(sorted(seen))})
+    path = _path(pool, number)
+    with locked(path, wait=wait) as held:
+        if not held:
+            return None
+        kept = _kept(pool, number)
         missing = [name for name in names if kept is None or name not in kept.column_names]
-        if missing:
-            table, seen = _computed(pool, first, last, missing)
+        if missing or kept is None:
+            table, seen = _computed(pool, number, missing)
             if kept is not None:
                 seen |= _seen(kept)
                 for column in kept.column_names:
@@ -256,18 +301,38 @@ def _of_shard(
             kept = table.replace_schema_metadata({"name": path.stem, "paths": json.dumps(sorted(seen))})
             with atomic_path(path) as temporary:
                 pq.write_table(kept, temporary, write_page_checksum=True)
-    assert kept is not None, "found or computed"
-    return kept.select(list(names)), _seen(kept)
+    return kept.select(list(names))
 
 
-def _kept(path: Path, n: int) -> pa.Table | None:
+def _path(pool: "ShardPool", number: int) -> Path:
+    """Where a cache keeps the columns of a shard."""
+    assert pool.cache_dir is not None, "asked before"
+    name = fingerprint(
+        stage="columns",
+        shard=pool.shards[number].fingerprint,
+        images=pool.images._asdict(),
+        extensions=pool.image_extensions,
+        version=VERSION,
+    )
+    return Path(pool.cache_dir) / "columns" / f"{name}.parquet"
+
+
+def _kept(pool: "ShardPool", number: int, names: Sequence[str] | None = None) -> pa.Table | None:
+    """The columns of a shard in the cache, or the named ones; None if one of them is not there."""
+    path = _path(pool, number)
     if not path.exists():
         return None
     table = None
     with reading_parquet(path):
-        table = open_parquet(path).read()
-    if len(table) != n:
-        raise PoolError(f"{path}: damaged ({len(table)} rows, expected {n}); remove it, it is made anew")
+        file = open_parquet(path)
+        if names is not None and not {*names} <= {*file.schema_arrow.names}:
+            return None
+        table = file.read(None if names is None else list(names))
+    first, last = pool.shard_ranges()[number : number + 2].tolist()
+    if len(table) != last - first:
+        raise PoolError(
+            f"{path}: damaged ({len(table)} rows, expected {last - first}); remove it, it is made anew"
+        )
     if (table.schema.metadata or {}).get(b"name") != path.stem.encode():
         raise PoolError(f"{path}: damaged (holds the columns of another shard); remove it, it is made anew")
     return table
@@ -280,8 +345,9 @@ def _seen(table: pa.Table) -> set[str]:
         return set()
 
 
-def _computed(pool: "ShardPool", first: int, last: int, names: Sequence[str]) -> tuple[pa.Table, set[str]]:
+def _computed(pool: "ShardPool", number: int, names: Sequence[str]) -> tuple[pa.Table, set[str]]:
     """Columns of the samples of one shard, read from their members."""
+    first, last = pool.shard_ranges()[number : number + 2].tolist()
     present = pool.index().extensions
     images = [e for e in pool.image_extensions if e in present]
     texts = [e for e in TEXT_EXTENSIONS if e in present]

@@ -42,6 +42,8 @@ from curated_data.pool.urls import absolute_url, expand_urls, is_remote
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from curated_data.pool.described import Described
+
 log = logging.getLogger(__name__)
 
 _BLOCK = 65_536  # samples whose labels are read at once
@@ -70,6 +72,10 @@ class ShardPool:
             end-of-archive marker, hold samples whose parts lie apart, or links that lead nowhere.
         columns: parquet files, or folders of them, with more about the samples, see `columns`; None takes
             those beside the shards, as `00000.parquet` by `00000.tar`.
+        labels: the column of the samples' classes, in place of `.cls` members: integers, or names, which are
+            numbered from 0 in the order of their code points.
+        captions: the column of the samples' texts, in place of `.txt` members. Labels and captions of a pool
+            are held in memory.
 
     Raises:
         PoolError: an empty list, a pattern without a match, or a shard that is missing or given twice; on
@@ -98,6 +104,8 @@ class ShardPool:
         exif_orientation: bool = True,
         strict: bool = False,
         columns: str | Path | Sequence[str | Path] | None = None,
+        labels: str | None = None,
+        captions: str | None = None,
     ) -> None:
         self.storage_options = dict(storage_options or {})
         if (folder := folder_of(urls)) is not None:
@@ -111,6 +119,7 @@ class ShardPool:
         self.images = ImageSettings(_colour(background), bool(exif_orientation))
         self.strict = strict
         self._tables = [] if columns is None else _tables(columns)
+        self.label_column, self.caption_column = labels, captions
         self._access: np.ndarray | None = None
         self._index: PoolIndex | None = None
         self._index_folder: Path | None = None
@@ -282,13 +291,31 @@ class ShardPool:
             asked[row] = sample
         return asked
 
+    @cached_property
+    def described(self) -> "Described | None":
+        """The columns of labels and captions; None without any."""
+        if self.label_column is None and self.caption_column is None:
+            return None
+        from curated_data.pool.described import Described
+
+        return Described(self, self.label_column, self.caption_column)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether some samples may have a class."""
+        return self.label_column is not None or "cls" in self.index().extensions
+
     def labels(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The class of each sample, (n,) int64, from its `.cls` member; -1 for samples without one.
+        """The class of each sample, (n,) int64, from its `.cls` member, or the column of labels; -1 for
+        samples without one.
 
         Raises:
             SampleError: a `.cls` that is not an integer in ASCII digits.
+            ConfigError: a column that there is not, or that holds neither integers nor names.
         """
         ids = self._checked(ids)
+        if self.described is not None and self.described.numbers is not None:
+            return self.described.numbers[ids]
         labels = np.full(len(ids), -1, np.int64)
         if "cls" not in self.index().extensions:
             return labels
@@ -456,6 +483,7 @@ class ShardPool:
         state = self.__dict__ | {"_index": None if self._index_folder is not None else self._index}
         state["_without_cache"] = None
         state.pop("_reader", None)
+        state.pop("described", None)  # read from the cache instead
         return state
 
 

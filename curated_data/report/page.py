@@ -306,7 +306,12 @@ def _classes(
 
 
 def class_names_beside(pool: "AnyPool") -> list[str] | None:
-    """The class names that `import_folder` and `export_labelled` write beside local shards."""
+    """The class names of a column of labels, or those that `import_folder` and `export_labelled` write beside
+    local shards.
+    """
+    if not isinstance(pool, EmbeddedPool) and pool.label_column is not None:
+        assert pool.described is not None, "with a column"
+        return None if pool.described.names is None else list(pool.described.names)
     path = Path(pool.urls[0]).parent / "classes.json"
     if "://" in str(pool.urls[0]) or not path.is_file():
         return None

@@ -120,7 +120,7 @@ class CurationTable:
             fields["label"] = pa.int64()
             if self._class_names is not None:
                 fields["class"] = pa.string()
-        if self._extensions & {"txt", "text"}:
+        if self._extensions & {"txt", "text"} or getattr(self._shards, "caption_column", None) is not None:
             fields["caption"] = pa.string()
         for level in range(1, self._curation.tree.n_levels + 1):
             fields[f"cluster_{level}"] = pa.int32()

@@ -205,7 +205,7 @@ def read_labels(pool: "ShardPool", ids: np.ndarray | None = None) -> np.ndarray 
     """The classes of a pool, or of some of its samples, for figures about them; None if it has none, or, with
     a warning, if its `.cls` members are no integers, as those of a decoder's own need not be.
     """
-    if "cls" not in pool.index().extensions:
+    if not pool.has_labels:
         return None
     try:
         return pool.labels(np.arange(len(pool)) if ids is None else ids)

@@ -22,9 +22,11 @@ from curated_data.embedding.embedders import Embedder, resolve_embedder
 from curated_data.embedding.existing import EmbeddedPool
 from curated_data.embedding.extract import embed_pool, embeddings_name
 from curated_data.embedding.precomputed import Precomputed
-from curated_data.embedding.store import EmbeddingStore, missing_shards
+from curated_data.embedding.shard_files import ShardFiles
+from curated_data.embedding.store import EmbeddingStore
 from curated_data.errors import CacheError, ConfigError, PoolError
 from curated_data.pool.decode import Decoders
+from curated_data.selection.filters import Filtered
 from curated_data.stages.cost import Cost, Rates
 from curated_data.stages.index import AnyPool
 
@@ -43,6 +45,7 @@ class Embeddings:
         decoders: of pool members by extension.
         fields: that training will ask for, see `embed_pool`.
         ids: (m,) of the samples to embed, ascending; None: all.
+        keep: (n,) bool, the samples that a filter keeps, which alone are embedded; None: all.
     """
 
     root: Path
@@ -52,6 +55,7 @@ class Embeddings:
     decoders: Decoders | None = None
     fields: Sequence[str] | None = None
     ids: np.ndarray | None = None
+    keep: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -85,7 +89,11 @@ class Embeddings:
     def of_pool(self, pool: AnyPool) -> "Embeddings":
         """Of another pool by the same embedder, such as a held-out set, whose fields nobody asks for."""
         fields = self.fields if isinstance(pool, EmbeddedPool) else []
-        return dataclasses.replace(self, pool=pool, fields=fields)
+        return dataclasses.replace(self, pool=pool, fields=fields, keep=None)
+
+    def of_kept(self, filtered: Filtered | None) -> "Embeddings":
+        """Of what a filter keeps of the pool; its other samples are not embedded."""
+        return self if filtered is None else dataclasses.replace(self, keep=filtered.keep)
 
     @property
     def name(self) -> str:
@@ -112,11 +120,11 @@ class Embeddings:
     def build(self, device: str | torch.device) -> EmbeddingStore:
         """Embed what is not in the cache yet. The ranks divide the shards among themselves."""
         if isinstance(self.pool, EmbeddedPool):
-            return self.pool.store(self.root)
+            return self._without_dropped(self.pool.store(self.root))
         if isinstance(self.embedder, Precomputed):
             if self.ids is not None:
                 raise ConfigError("embedder: a re-curation embeds by a network, not by rows that exist")
-            return self.embedder.store(self.pool, self.root)
+            return self._without_dropped(self.embedder.store(self.pool, self.root))
         return embed_pool(
             self.pool,
             self._embedder,
@@ -125,20 +133,30 @@ class Embeddings:
             decoders=self.decoders,
             fields=self.fields,
             ids=self.ids,
+            keep=self.keep,
             **dataclasses.asdict(self.settings),
         )
 
+    def _without_dropped(self, store: EmbeddingStore) -> EmbeddingStore:
+        store.left_out = None if self.keep is None else ~self.keep
+        return store
+
     def open(self) -> tuple[EmbeddingStore | None, int]:
-        """The embeddings if all are cached, else None; and how many samples are still to be embedded."""
+        """The embeddings if all that are needed are cached, else None; and how many samples are still to be
+        embedded.
+        """
         assert not isinstance(self.pool, EmbeddedPool), "which have no embedder, and nothing to plan"
         assert self.ids is None, "of the whole pool"
         contents = Contents(self.root, self.pool).recognise()
-        missing = missing_shards(self.folder, contents)
+        files = ShardFiles(self.folder, self.pool.shard_ranges(), self.keep)
+        missing = files.missing(contents)
         if missing:
-            return None, int(np.diff(self.pool.shard_ranges())[missing].sum())
+            return None, int(sum(files.to_embed(number, contents[number]).sum() for number in missing))
         names = [name for name in contents if name is not None]
         dimension, dtype = self._embedder.dimension, self.settings.dtype
-        return EmbeddingStore(self.folder, names, dimension, dtype, urls=self.pool.urls), 0
+        found = files.names(contents)
+        store = EmbeddingStore(self.folder, names, dimension, dtype, urls=self.pool.urls, files=found)
+        return self._without_dropped(store), 0
 
     def cost(self, n_missing: int, dimension: int, rates: Rates, ranks: int = 1) -> Cost:
         """Of embedding the samples that are missing."""
@@ -171,8 +189,14 @@ def check_any(store: EmbeddingStore, of: str) -> None:
         )
 
 
-def open_embeddings(folder: Path, shards: Sequence[str]) -> EmbeddingStore:
+def open_embeddings(
+    folder: Path, shards: Sequence[str], ranges: np.ndarray, keep: np.ndarray
+) -> EmbeddingStore:
     """The embeddings of some shards by the names of their contents, without a pool or an embedder.
+
+    Args:
+        ranges: (shards + 1,) the first row of each shard, then the number of rows.
+        keep: (n,) bool, the rows that are needed.
 
     Raises:
         ValueError: names that are not ours, which are refused before they become paths.
@@ -180,11 +204,13 @@ def open_embeddings(folder: Path, shards: Sequence[str]) -> EmbeddingStore:
     """
     if not shards or not all(map(is_fingerprint, shards)):
         raise ValueError("its shards are not named as ours are")
-    for shard in shards:
+    files = ShardFiles(folder, ranges, keep)
+    names = [files.find(number, shard) or shard for number, shard in enumerate(shards)]
+    for shard in names:
         remedy = "run the curation again to embed its shard, after removing it where it is damaged"
         rows = load_npy(folder / f"{shard}.npy", remedy, map_mode="r")
         if rows.ndim != 2:
             raise CacheError(f"{folder / shard}.npy: damaged (its shape is {rows.shape}); {remedy}")
         if len(rows):
             break
-    return EmbeddingStore(folder, shards, rows.shape[1], rows.dtype.name)
+    return EmbeddingStore(folder, shards, rows.shape[1], rows.dtype.name, files=names)

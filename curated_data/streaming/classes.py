@@ -48,17 +48,17 @@ def class_names(pools: Sequence[ShardPool], cache_dir: Path | None) -> tuple[str
     Raises:
         PoolError: a shard cannot be read.
     """
-    labelled = [pool for pool in pools if "cls" in pool.index().extensions]
+    labelled = [pool for pool in pools if pool.has_labels]
     if not labelled:
         return None
-    if cache_dir is None:
+    if cache_dir is None or all(pool.label_column is not None for pool in labelled):
         return _names(labelled)
 
     def build(folder: Path) -> None:
         write_manifest(folder, "classes", {"names": _names(labelled)})
 
     # The state too: shards of one layout may hold other names of the same lengths.
-    states = [[pool.fingerprint, pool.state] for pool in labelled]
+    states = [[pool.fingerprint, pool.state, *_of_column(pool)] for pool in labelled]
     name = fingerprint(pools=states, version=_VERSION)
     folder, _ = build_once(open_cache(cache_dir) / "classes" / name, build)
     names = read_manifest(folder, "classes").get("names")
@@ -78,8 +78,12 @@ def _names(pools: Sequence[ShardPool]) -> tuple[str, ...] | None:
 
 
 def _texts(pool: ShardPool, n: int) -> set[str]:
-    """What the `.cls` members of the first samples hold, without those that are empty or no text."""
-    found = set()
+    """What the `.cls` members of the first samples hold, without those that are empty or no text; of a
+    column of labels all that it holds.
+    """
+    found = set(_of_column(pool))
+    if pool.label_column is not None:
+        return found
     for start in range(0, n, _BLOCK):
         for members in pool.read(np.arange(start, min(start + _BLOCK, n)), ["cls"]):
             try:
@@ -87,6 +91,12 @@ def _texts(pool: ShardPool, n: int) -> set[str]:
             except UnicodeDecodeError:
                 continue  # counted, or an error, when the sample is decoded
     return found - {""}
+
+
+def _of_column(pool: ShardPool) -> tuple[str, ...]:
+    """The names in a pool's column of labels; none if it has no such column, or one of integers."""
+    described = pool.described
+    return () if described is None or described.names is None else described.names
 
 
 def _is_integer(text: str) -> bool:

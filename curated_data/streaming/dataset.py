@@ -105,6 +105,7 @@ class PoolDataset(Dataset):
         self.n_streamed = n_streamed
         self.views_name = views_name
         self._seeds_all = False  # all generators, or only torch's
+        pool.described  # read once, before workers are forked  # noqa: B018
 
     def __len__(self) -> int:
         return len(self.pool) if self.n_streamed is None else self.n_streamed
@@ -123,7 +124,7 @@ class PoolDataset(Dataset):
         skipped: list[Skipped] = []
         counters = self.pool.counters
         before = counters.bytes_read, counters.bytes_needed
-        members = self.pool.read(request.ids, self.extensions)
+        members = self._read(request.ids)
         if self.decode:
             samples = self._decoded(request, members, skipped)
         else:
@@ -135,6 +136,12 @@ class PoolDataset(Dataset):
             counters, before = self.pool.counters, (0, 0)
         read, needed = counters.bytes_read - before[0], counters.bytes_needed - before[1]
         return LoadedBatch(samples, BatchReport(len(samples), read, needed, skipped))
+
+    def _read(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        samples = self.pool.read(ids, self.extensions)
+        if self.pool.described is not None:
+            self.pool.described.describe(ids, samples)
+        return samples
 
     def decoding_at_once(self) -> "PoolDataset":
         """The same dataset, but for decoding images itself instead of leaving them to a `DeviceDecoder`."""
@@ -154,7 +161,7 @@ class PoolDataset(Dataset):
             SampleError: no candidate can be decoded.
         """
         for sample_id in ids:
-            members = self.pool.read([sample_id], self.extensions)
+            members = self._read([sample_id])
             sample = self._loaded([sample_id], members, [seed], skipped, leaves_jpegs=False)[0]
             if sample is not None:
                 return sample

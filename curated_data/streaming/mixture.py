@@ -6,7 +6,6 @@ stream of its own, which begins another epoch, in another order, where it ends. 
 sample follows `shares`, so that after any number of samples each has given what its weight says, within one.
 """
 
-import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -40,6 +39,9 @@ class Part:
     order: EpochOrder
     own: bool = False
     first_id: int = 0
+
+
+_Given = tuple[np.ndarray, np.ndarray]  # batches of each component with own ones, and of the others; samples
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ class MixtureOrder:
         self.n_samples = self.n_batches * batch_size
         self._mixed = [number for number, part in enumerate(self.parts) if not part.own]
         self._own = [number for number, part in enumerate(self.parts) if part.own]
-        self._segments = [self._segment(0, np.zeros(len(self.parts), np.int64))]
+        self._last_change = max(self.weights)
+        self._n_chunks = -(-self._last_change // _CHUNK)  # in which weights change
+        self._latest: _Segment | None = None
 
     @property
     def selection(self) -> np.ndarray:
@@ -126,6 +130,7 @@ class MixtureOrder:
                 str(batch): [str(weight) for weight in weights] for batch, weights in self.weights.items()
             },
             epoch_batches=self.n_batches,
+            changes=2 if self._last_change else None,  # the version of how they are followed
         )
 
     def batches(self, epoch: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
@@ -156,7 +161,13 @@ class MixtureOrder:
     def given(self, epoch: int, batch: int) -> np.ndarray:
         """(k,) samples of each component before a global batch of an epoch."""
         at = epoch * self.n_batches + batch
-        return self._before(self._segment_of(at), at)
+        segment = self._segment(at)
+        groups = segment.batches.before(at - segment.first)
+        given = segment.given.copy()
+        given[self._own] += groups[: len(self._own)] * self.batch_size
+        if self._mixed and groups[-1]:
+            given[self._mixed] += segment.mixed.before(int(groups[-1]) * self.batch_size)
+        return given
 
     def passes(self, epoch: int, batch: int) -> dict[str, float]:
         """How often each component's samples were given before a global batch of an epoch, by its name."""
@@ -172,7 +183,7 @@ class MixtureOrder:
         place = np.empty_like(component)
         at = first
         while at < last:
-            segment = self._segments[self._segment_of(at)]
+            segment = self._segment(at)
             end = min(last, segment.first + _CHUNK) if segment.first < self._last_change else last
             here = slice((at - first) * self.batch_size, (end - first) * self.batch_size)
             component[here], place[here] = self._within(segment, at - segment.first, end - segment.first)
@@ -195,44 +206,56 @@ class MixtureOrder:
         component = component.ravel()
         return component, segment.given[component] + place.ravel()
 
-    def _before(self, number: int, at: int) -> np.ndarray:
-        segment = self._segments[number]
-        groups = segment.batches.before(at - segment.first)
-        given = segment.given.copy()
-        given[self._own] += groups[: len(self._own)] * self.batch_size
-        if self._mixed and groups[-1]:
-            given[self._mixed] += segment.mixed.before(int(groups[-1]) * self.batch_size)
-        return given
+    def _segment(self, at: int) -> _Segment:
+        """The segment that holds a global batch."""
+        number = min(at // _CHUNK, self._n_chunks)
+        first = number * _CHUNK
+        if self._latest is None or self._latest.first != first:
+            batches, given = self._before_chunk(number)
+            if number < self._n_chunks:
+                batches_then, given_then = self._before_chunk(number + 1)
+                in_batches = (batches_then - batches).tolist()
+                of_mixed = (given_then - given)[self._mixed].tolist() if in_batches[-1] else []
+                self._latest = _Segment(first, given, in_batches, of_mixed)
+            else:
+                weights = self.weights[self._last_change]
+                of_mixed = [weights[part] for part in self._mixed]
+                groups = [*(weights[part] for part in self._own), sum(of_mixed, Fraction(0))]
+                self._latest = _Segment(first, given, groups, of_mixed)
+        return self._latest
 
-    def _segment_of(self, at: int) -> int:
-        while self._segments[-1].first + _CHUNK <= at and self._segments[-1].first < self._last_change:
-            ending = self._segments[-1]
-            given = ending.given.copy()
-            given[self._own] += np.array(ending.batch_shares[:-1], np.int64) * self.batch_size
-            if ending.mixed_shares:
-                given[self._mixed] += np.array(ending.mixed_shares, np.int64)
-            self._segments.append(self._segment(ending.first + _CHUNK, given))
-        return bisect.bisect_right(self._segments, at, key=lambda segment: segment.first) - 1
+    def _before_chunk(self, number: int) -> _Given:
+        """What is given before a chunk, in whole batches and samples.
 
-    @property
-    def _last_change(self) -> int:
-        return max(self.weights)
+        The nearest to what is owed, but not less than before an earlier chunk nor more than before a later
+        one: of these, the ends and then always the middle are found first, so that a chunk is found by
+        itself, in a few steps, wherever it is.
+        """
+        low, high = 0, self._n_chunks
+        lower = np.zeros(len(self._own) + 1, np.int64), np.zeros(len(self.parts), np.int64)
+        upper = self._near_owed(high, lower, None)
+        while low < number < high:
+            middle = (low + high) // 2
+            between = self._near_owed(middle, lower, upper)
+            if number < middle:
+                high, upper = middle, between
+            else:
+                low, lower = middle, between
+        return lower if number == low else upper
 
-    def _segment(self, first: int, given: np.ndarray) -> _Segment:
-        """The segment that begins at a global batch, before which so many samples of each were given."""
-        if first >= self._last_change:
-            weights = list(self.weights[self._last_change])
-            groups = [weights[part] for part in self._own]
-            mixed = [weights[part] for part in self._mixed]
-            return _Segment(first, given, [*groups, sum(mixed, Fraction(0))], mixed)
-        # What is owed by the end of the chunk, in whole batches and samples: shares never drift apart.
-        owed = self._owed(first + _CHUNK) - given
-        per_group = [owed[part] / self.batch_size for part in self._own]
-        in_batches = rounded([*per_group, _CHUNK - sum(per_group)], _CHUNK)
-        n_mixed = in_batches[-1] * self.batch_size
-        of_mixed = np.maximum(owed[self._mixed], 0) + 1e-9
-        counts = rounded((of_mixed / of_mixed.sum() * n_mixed).tolist(), n_mixed) if n_mixed else []
-        return _Segment(first, given, in_batches, counts)
+    def _near_owed(self, number: int, lower: _Given, upper: _Given | None) -> _Given:
+        owed, n_batches = self._owed(number * _CHUNK), number * _CHUNK
+        shares = owed[self._own] / self.batch_size
+        most = [n_batches] * len(shares) + [n_batches if self._mixed else 0] if upper is None else upper[0]
+        batches = rounded([*shares, n_batches - shares.sum()], n_batches, lower[0], most)
+        given = np.zeros(len(self.parts), np.int64)
+        given[self._own] = np.array(batches[:-1], np.int64) * self.batch_size
+        if self._mixed and number:
+            n_mixed, of_mixed = batches[-1] * self.batch_size, owed[self._mixed]
+            shares = of_mixed / of_mixed.sum() * n_mixed
+            ceiling = None if upper is None else upper[1][self._mixed]
+            given[self._mixed] = rounded(shares.tolist(), n_mixed, lower[1][self._mixed], ceiling)
+        return np.array(batches, np.int64), given
 
     def _owed(self, at: int) -> np.ndarray:
         """(k,) samples that the weights promise each component before a global batch: their integral."""

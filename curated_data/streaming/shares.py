@@ -66,16 +66,30 @@ def pattern_of_counts(counts: Sequence[int]) -> Pattern:
     return _tijdeman(tuple(map(int, counts)))
 
 
-def rounded(values: Sequence[float], total: int) -> list[int]:
-    """Whole numbers of 0 or more near `values`, with a given sum: the largest remainders are rounded up."""
-    low = [max(0, math.floor(value)) for value in values]
-    rest = [value - floor for value, floor in zip(values, low, strict=True)]
-    step = 1 if sum(low) < total else -1
-    for _ in range(abs(total - sum(low))):
-        allowed = [i for i in range(len(low)) if low[i] + step >= 0]
-        i = max(allowed, key=lambda i: (step * rest[i], -i))
-        low[i], rest[i] = low[i] + step, rest[i] - step
-    return low
+def rounded(
+    values: Sequence[float],
+    total: int,
+    least: Sequence[int] | np.ndarray | None = None,
+    most: Sequence[int] | np.ndarray | None = None,
+) -> list[int]:
+    """Whole numbers of 0 or more near `values`, with a given sum: the largest remainders are rounded up.
+
+    Args:
+        values: (k,) to round.
+        total: their sum, which the bounds must allow.
+        least, most: (k,) bounds of each.
+    """
+    least = [0] * len(values) if least is None else [int(bound) for bound in least]
+    most = [total] * len(values) if most is None else [int(bound) for bound in most]
+    found = [
+        min(max(math.floor(value), low), high) for value, low, high in zip(values, least, most, strict=True)
+    ]
+    step = 1 if sum(found) < total else -1
+    for _ in range(abs(total - sum(found))):
+        allowed = [i for i, n in enumerate(found) if least[i] <= n + step <= most[i]]
+        i = max(allowed, key=lambda i: (step * (values[i] - found[i]), -i))
+        found[i] += step
+    return found
 
 
 @lru_cache(maxsize=64)

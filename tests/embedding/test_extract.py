@@ -106,7 +106,7 @@ def test_a_few_samples_are_embedded_as_the_pool_is_and_leave_nothing(write_pool,
     pool = ShardPool(write_pool([6, 0, 5, 4], bad={(2, 1): b"?"}))
     embedder, root = resolve_embedder("pixels:2"), open_cache(tmp_path / "c")
     store = embed_pool(pool, embedder, root, num_workers=0)
-    monkeypatch.setattr(extract_module, "write_shard", None)
+    monkeypatch.setattr(extract_module, "ShardFiles", None)
     for ids in (np.array([1, 6, 7, 8, 14]), np.array([7]), np.arange(15)):
         rows, valid = embed_samples(pool, embedder, ids, batch_size=2, num_workers=0)
         np.testing.assert_array_equal(rows, store.rows(ids))
@@ -368,10 +368,8 @@ def test_a_store_of_many_shards_is_opened_by_one_file(write_pool, tmp_path, monk
     embedder = resolve_embedder("pixels:2")
     first = embed_pool(pool, embedder, root, num_workers=0)
     read = []
-    details = store_module._read_shard_details
-    monkeypatch.setattr(
-        store_module, "_read_shard_details", lambda *which: read.append(which) or details(*which)
-    )
+    details = store_module.read_details
+    monkeypatch.setattr(store_module, "read_details", lambda *which: read.append(which) or details(*which))
     again = EmbeddingStore(first.folder, first.shard_fingerprints, first.shape[1], "float16")
     assert (len(again), again.n_failures, read) == (9, 2, [])
     np.testing.assert_array_equal(again.valid, first.valid)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 
 import numpy as np
 import pyarrow as pa
@@ -153,3 +155,64 @@ def test_what_is_wrong_is_one_error(scored, tmp_path):
         with pytest.raises(kind) as caught:
             make()
         assert named in str(caught.value)
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Six shards of images and what measured them: the processes that decoded an image, in a folder."""
+    monkeypatch.setattr(columns, "_WORTH_OF_PIXELS", 1)
+    monkeypatch.setattr(columns, "_WORTH_PROCESSES", 1)
+    processes = tmp_path / "processes"
+    processes.mkdir()
+    measure = columns.measure_image
+
+    def measured(data, **how):
+        (processes / str(os.getpid())).touch()
+        return measure(data, **how)
+
+    monkeypatch.setattr(columns, "measure_image", measured)
+    rng, paths = np.random.default_rng(0), []
+    for shard in range(6):
+        paths.append(str(tmp_path / f"{shard}.tar"))
+        with webdataset.TarWriter(paths[-1]) as writer:
+            for place in range(shard):  # the first is empty
+                writer.write({"__key__": f"{shard}-{place}", "png": picture(rng), "json": b'{"a": 1}'})
+    return paths, processes
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_processes_measure_what_one_does(measured, cached, tmp_path):
+    paths, processes = measured
+    names = ["sharpness", "json.a", "width"]
+    alone = ShardPool(paths, num_workers=1).columns(names)
+    assert [path.name for path in processes.iterdir()] == [str(os.getpid())]
+    (processes / str(os.getpid())).unlink()
+    pool = ShardPool(paths, cache_dir=tmp_path / "cache" if cached else None, num_workers=2)
+    assert pool.columns(names).equals(alone)
+    of_workers = {path.name for path in processes.iterdir()}
+    assert of_workers
+    assert str(os.getpid()) not in of_workers
+    if cached:
+        for path in processes.iterdir():
+            path.unlink()
+        assert pool.columns(names).equals(alone)
+        assert not list(processes.iterdir())
+
+
+def test_a_killed_process_is_said_to_be_one(measured, tmp_path, monkeypatch):
+    paths, _ = measured
+    parent = os.getpid()
+
+    def die(data, **how):
+        assert os.getpid() != parent
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(columns, "measure_image", die)
+    with pytest.raises(PoolError, match="columns: a worker process was killed"):
+        ShardPool(paths, cache_dir=tmp_path / "cache", num_workers=2).columns(["sharpness"])
+
+
+def test_a_wrong_column_is_one_error_from_processes_too(measured, tmp_path):
+    paths, _ = measured
+    with pytest.raises(ConfigError, match=r"did you mean 'json\.a'|'json\.a'"):
+        ShardPool(paths, cache_dir=tmp_path / "cache", num_workers=2).columns(["json.b"])

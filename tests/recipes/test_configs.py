@@ -8,6 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from curated_data import Mixture
 from curated_data.datasets import load_suite
 from curated_data.embedding import resolve_embedder
 from curated_data.errors import ConfigError, CuratedDataError
@@ -231,3 +232,17 @@ def test_the_web_scale_config_is_dinov2s_published_setting():
     ]
     assert steps == pytest.approx([80 * 1250, 30 * 1250, 1250], rel=0.003)
     assert module.warmup_steps == steps[0]
+
+
+def test_the_mixture_at_web_scale_is_dinov3s():
+    """Its levels, a tenth of homogeneous batches, and steps (arXiv 2508.10104, sections 3.1 and 3.2)."""
+    config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "pretrain" / "dinov2_web_mixture.yaml"))
+    mixture = Mixture(**config["data"]["mixture"])
+    levels = mixture.components[0].curation.levels
+    assert [level.n_clusters * level.n_splits for level in levels] == [
+        200_000_000, 8_000_000, 800_000, 100_000, 25_000,
+    ]  # fmt: skip
+    assert mixture.components[0].curation.target_size == 1_689_000_000
+    assert dict(zip(mixture.names, mixture.shares, strict=True))["imagenet"] == pytest.approx(0.1)
+    assert [component.batches for component in mixture.components] == ["mixed", "mixed", "own"]
+    assert config["trainer"]["max_steps"] == 200_000

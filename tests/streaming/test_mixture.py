@@ -1,5 +1,6 @@
 """Properties of mixtures that must hold for any components and weights."""
 
+import copy
 import pickle
 from fractions import Fraction
 
@@ -35,7 +36,9 @@ def mixtures(draw, own=EITHER, changing=EITHER):
     given = values
     if draw(changing):
         steps = draw(st.lists(st.integers(1, 80), min_size=1, max_size=3, unique=True))
-        given = {0: values} | {step: [draw(st.floats(0.01, 1)) for _ in values] for step in sorted(steps)}
+        given = {0: values} | {
+            step: [draw(st.integers(1, 100)) / 100 for _ in values] for step in sorted(steps)
+        }
     batch = draw(st.integers(1, 12))
     return MixtureOrder(parts, given, batch_size=batch, epoch_size=draw(st.integers(batch, 9 * batch)))
 
@@ -84,13 +87,31 @@ def test_the_first_samples_of_a_mixture_are_shared_out_exactly(order):
 
 
 @quick
+@given(order=mixtures(own=EITHER, changing=NEVER))
+def test_own_batches_have_their_share_of_all_batches_and_the_others_theirs_of_the_rest(order):
+    sources = order.components(0, 0, 120).reshape(120, order.batch_size)
+    own = [number for number, part in enumerate(order.parts) if part.own]
+    for number in own:
+        counts = np.cumsum((sources == number).all(axis=1))
+        owed = np.arange(1, 121) * float(order.weights[0][number])
+        assert np.abs(counts - owed).max() < 1
+    rest = sources[~np.isin(sources[:, 0], own)].ravel()
+    weights = np.array([float(weight) for weight in order.weights[0]])
+    weights[own] = 0
+    shares = weights / max(weights.sum(), 1e-9)
+    counts = np.cumsum(rest[:, None] == np.arange(len(shares)), axis=0)
+    assert np.abs(counts - np.arange(1, len(rest) + 1)[:, None] * shares).max(initial=0) < 1
+
+
+@quick
 @given(order=mixtures())
 def test_any_batch_is_computed_by_itself_and_components_run_through_their_epochs(order):
+    new = [copy.copy(order) for _ in range(4)]
     ids = stream(order, 50)
     size = order.batch_size
-    for batch in (0, 7, 31, 49):
+    for opened, batch in zip(new, (0, 7, 31, 49), strict=True):
         epoch, within = divmod(batch, order.n_batches)
-        positions, found = order.batches(epoch, within, within + 1)
+        positions, found = opened.batches(epoch, within, within + 1)
         assert (found == ids[batch * size : (batch + 1) * size]).all()
         assert (positions == np.arange(within * size, (within + 1) * size)).all()
         counts = np.bincount(ids[: batch * size] // 1000, minlength=len(order.parts))
@@ -107,18 +128,43 @@ def test_any_batch_is_computed_by_itself_and_components_run_through_their_epochs
         assert (mine == np.concatenate([*epochs, np.empty(0, np.int64)])[: len(mine)]).all()
 
 
-@pytest.mark.long
-@quick
-@given(order=mixtures(own=NEVER, changing=ALWAYS))
-def test_changing_weights_are_followed_within_two_samples_plus_what_they_change_in_a_chunk(order):
-    ids, size = stream(order, 120), order.batch_size
+def owed(order: MixtureOrder, batches: np.ndarray) -> np.ndarray:
+    """The integral of the weights, in global batches, up to each of some batches; by the trapezoidal rule."""
     knots = sorted(order.weights)
     values = np.array([[float(weight) for weight in order.weights[knot]] for knot in knots])
-    at = (np.arange(len(ids)) + 0.5) / size
-    owed = np.cumsum(np.stack([np.interp(at, knots, column) for column in values.T], axis=1), axis=0)
-    counts = np.cumsum((ids // 1000)[:, None] == np.arange(len(order.parts)), axis=0)
-    ends = np.arange(16 * size - 1, len(ids), 16 * size)
-    assert np.abs(counts - owed)[ends].max() < 2 + 1e-6
+    at = np.arange(batches.max())[:, None] + [0, 1]
+    means = np.stack([np.interp(at, knots, column).mean(axis=1) for column in values.T], axis=1)
+    return np.concatenate([np.zeros((1, len(values.T))), np.cumsum(means, axis=0)])[batches]
+
+
+@quick
+@given(order=mixtures(changing=ALWAYS))
+def test_changing_weights_are_followed_by_samples_and_by_own_batches(order):
+    """At every 16th batch, within two: one while weights change, and one where they stay from then on."""
+    size, ends = order.batch_size, np.arange(16, 161, 16)
+    given = np.stack([order.given(*divmod(int(end), order.n_batches)) for end in ends])
+    wanted = owed(order, ends)
+    own = np.array([part.own for part in order.parts])
+    assert np.abs(given[:, own] / size - wanted[:, own]).max(initial=0) < 2 + 1e-6
+    rest = given[:, ~own].sum(axis=1, keepdims=True)
+    shares = wanted[:, ~own] / np.maximum(wanted[:, ~own].sum(axis=1, keepdims=True), 1e-9)
+    assert np.abs(given[:, ~own] - shares * rest).max(initial=0) < 2 + 1e-6
+
+
+def test_weights_that_change_for_ever_open_anywhere():
+    last = 10**9
+    parts = [
+        Part(name, EpochOrder(1000, seed=0, batch_size=1), own=name == "own") for name in ("a", "b", "own")
+    ]
+    order = MixtureOrder(parts, {0: [0.8, 0.1, 0.1], last: [0.2, 0.6, 0.2]}, batch_size=64, epoch_size=6400)
+    for at in (last // 2, last - 1, last + 10_000):
+        given = order.given(*divmod(at // 16 * 16, order.n_batches))
+        assert given.sum() == at // 16 * 16 * 64
+        done = min(at // 16 * 16, last)
+        middle = done / last / 2  # of the way to the last weights, on average
+        wanted = done * (np.array([0.8, 0.1, 0.1]) * (1 - middle) + np.array([0.2, 0.6, 0.2]) * middle)
+        wanted += (at // 16 * 16 - done) * np.array([0.2, 0.6, 0.2])
+        np.testing.assert_allclose(given / 64, wanted, atol=2)
 
 
 @quick

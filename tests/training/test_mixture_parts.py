@@ -16,6 +16,8 @@ from curated_data import (
     DeviceOptions,
     LoaderOptions,
     Mixture,
+    ShardPool,
+    ShardWriter,
 )
 from curated_data.errors import ConfigError
 from curated_data.streaming.device import ResizedCrops
@@ -101,6 +103,54 @@ def test_jpegs_are_decoded_on_the_device_as_in_workers(write_pool, write, num_wo
             mixture=Mixture([Component("jpeg", jpegs, views=to_float)]),
             device=DeviceOptions(views=ResizedCrops(8), decode=True),
         )
+
+
+def test_strata_repeats_and_blocks_of_shards_hold_within_their_component(write_pool, tmp_path):
+    """With batches of both kinds, and padded epochs, which a mixture rounds up."""
+    shards, repeated = write_pool([4] * 10), np.array([0, 0, 0, 1, 5, 5])
+    chosen = {**curation(24), "near_duplicates": {"enabled": False}}
+    components = [
+        Component("strata", shards, 3, curation=chosen, stratify_level=1),
+        Component("repeats", shards, 1, selection=repeated),
+        Component("blocks", shards, 2, shuffle="block", batches="own"),
+    ]
+    data = CuratedDataModule(
+        mixture=Mixture(components, epoch_size=100), embedder="pixels:8", views=to_float, batch_size=8,
+        cache_dir=tmp_path / "cache", loader=ALONE, last_batch="pad",
+    )  # fmt: skip
+    found = [*batches(data), *batches(data)]
+    assert len(found) == 2 * 13
+    assert not any(batch["padding"].any() for batch in found if "padding" in batch)
+    sources, ids = (torch.cat([batch[name] for batch in found]).numpy() for name in ("source", "sample_id"))
+    strata, repeats, blocks = (ids[sources == number] for number in range(3))
+
+    curation_of = data.component("strata").curation
+    leaf = curation_of.tree.parent[1]
+    sizes = np.bincount(leaf[curation_of.ids])
+    for start in range(0, len(strata) - 24, 24):  # a pass over the selection
+        one_pass = strata[start : start + 24]
+        assert sorted(one_pass) == sorted(curation_of.ids)
+        for size in (6, 12):
+            counts = np.bincount(leaf[one_pass[:size]], minlength=len(sizes))
+            assert (np.abs(counts - size * sizes / 24) <= 2 + len(sizes) * sizes / 24).all()
+    for start in range(0, len(repeats) - 6, 6):
+        assert sorted(repeats[start : start + 6]) == repeated.tolist()
+    assert len(blocks) >= 40
+    first, second = (set((part // 4).tolist()) for part in (blocks[:32], blocks[32:40]))
+    assert (len(first), len(second), len(first & second)) == (8, 2, 0)  # windows of eight shards
+
+
+def test_components_of_other_fields_share_no_batch(write_pool, tmp_path):
+    with ShardWriter(tmp_path / "depth-%d.tar") as writer:
+        for number, sample in enumerate(ShardPool(write_pool([8])).read(range(8), ["png"])):
+            writer.write({"__key__": str(number), "png": bytes(sample["png"]), "npy": np.zeros(3)})
+    components = [
+        Component("images", write_pool([8]), 1),
+        Component("depth", str(tmp_path / "depth-0.tar"), 1),
+    ]
+    data = CuratedDataModule(mixture=Mixture(components), batch_size=4, image_size=8, loader=ALONE)
+    with pytest.raises(ConfigError, match="'images' and 'depth' cannot share a batch: array is nothing in"):
+        batches(data)
 
 
 @pytest.fixture
