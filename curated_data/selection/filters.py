@@ -7,6 +7,7 @@ else: a condition that says more is refused before it runs.
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -269,7 +270,17 @@ def _statement(text: str) -> str:
 
 
 def _connected() -> duckdb.DuckDBPyConnection:
-    """A database in memory that can reach nothing else."""
+    """A database in memory that can reach nothing else.
+
+    Raises:
+        ConfigError: the working directory is gone, in which DuckDB would abort the process.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError(
+            "where: the working directory does not exist any more; change to another"
+        ) from error
     connection = duckdb.connect(":memory:", config=_LOCKED)
     connection.execute("SET lock_configuration = true")
     return connection
