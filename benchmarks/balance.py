@@ -12,7 +12,7 @@ Figures of a selection, as mean ± deviation over seeds:
   of random selections, in points; and that of the rarest third of the classes.
 * classes: the share of the classes that it has a sample of.
 
-Embeddings and every cell of the table are kept in FOLDER: a run that was killed goes on.
+Embeddings and every cell of the table are kept in FOLDER: a run that was killed continues.
 """
 
 import argparse

@@ -78,8 +78,8 @@ class CurationConfig:
         where: a condition in SQL over the columns of the pool, as `similarity > 0.28 AND NOT json.nsfw`;
             samples for which it is not true are dropped, and not embedded.
         exclude: samples to leave out: ids, keys, `.npy` files of ids, `.txt` files of a key in each line.
-        include: samples to select whatever else is said, in the same forms; they count in the quotas of their
-            clusters.
+        include: samples to select whatever other settings say, in the same forms; they count in the quotas of
+            their clusters.
         embedding: see `EmbeddingConfig`.
         near_duplicates: see `NearDuplicateConfig`.
 
@@ -313,7 +313,7 @@ def read_yaml(path: Path) -> DictConfig:
     """The fields and values of a YAML file.
 
     Raises:
-        ConfigError: it cannot be read, is no YAML, or is a list.
+        ConfigError: it cannot be read, is not YAML, or is a list.
     """
     path = local_path(path, "a YAML file")
     try:

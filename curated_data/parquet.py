@@ -27,7 +27,7 @@ def reading_parquet(path: Path | str) -> Iterator[None]:
     """Turn whatever reading a parquet file raises into one error that names it.
 
     Raises:
-        PoolError: the file is missing, damaged, or is no parquet.
+        PoolError: the file is missing, damaged, or is not a parquet file.
     """
     try:
         yield
@@ -45,7 +45,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     """A parquet file that is a regular file, its footer read and its checksums, if any, verified on reading.
 
     Raises:
-        PoolError: it is missing, damaged, or is no parquet.
+        PoolError: it is missing, damaged, or is not a parquet file.
     """
     with reading_parquet(path):
         open_regular(path).close()

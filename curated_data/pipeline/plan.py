@@ -106,7 +106,7 @@ def plan(
     first = Index.of(pool, root)
     pool = first.pool
     if not isinstance(pool, ShardPool):
-        raise ConfigError("plan: the pool is of embeddings already, and there is nothing to embed")
+        raise ConfigError("plan: the pool already holds embeddings, so there is nothing to embed")
     embeddings = Embeddings.of(root, pool, embedder, config, decoders)
     n_samples = len(pool)
     check_levels(config.levels, n_samples)
@@ -125,7 +125,7 @@ def plan(
     network = embeddings.embedder
     assert network is not None, "a pool of shards has one"
     if isinstance(network, Precomputed):
-        raise ConfigError("plan: the embeddings exist already, and there is nothing to embed")
+        raise ConfigError("plan: the embeddings exist already, so there is nothing to embed")
     if store is None or valid is None:
         probe = _probe(n_kept, n_probe)
         if filtered is not None:

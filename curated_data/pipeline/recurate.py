@@ -108,7 +108,7 @@ def _recurate(
         store,
         store.valid,
         derived=derived,
-        complete=lambda tree: spread(tree, fresh, base.tree),
+        complete=lambda tree: extend_to_pool(tree, fresh, base.tree),
     )
 
     def figures(ids: np.ndarray) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def levels_of_share(config: CurationConfig, base: Curation, share: float) -> lis
     return [lowest, *levels[1:]]
 
 
-def spread(tree: ClusterTree, fresh: np.ndarray, old: ClusterTree) -> ClusterTree:
+def extend_to_pool(tree: ClusterTree, fresh: np.ndarray, old: ClusterTree) -> ClusterTree:
     """Extend a tree over some samples of a pool to the whole pool, by the clusters of an older tree.
 
     A sample goes to the new cluster of most fresh samples in its old lowest cluster (the lowest number on

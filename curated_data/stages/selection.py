@@ -189,7 +189,7 @@ def open_selection(folder: Path, n_samples: int) -> Drawn:
     if not all(isinstance(manifest.get(name), dict) for name in ("report", "config")):
         raise CacheError(
             f"{folder}: was drawn by an earlier version, which kept less about it; run its curation again, "
-            "which draws it anew"
+            "which draws it again"
         )
     ids = _read_ids(folder, "ids", manifest, manifest.get("size"), n_samples)
     with reading(folder / MANIFEST, Remedy(folder / MANIFEST)):

@@ -88,6 +88,15 @@ def test_answers_to_questions_run(tmp_path, monkeypatch):
     assert perplexity[-1] == min(perplexity[1:])  # falls back towards the pool's, as the page says
 
 
+def test_names_of_timm_have_weights():
+    import timm
+
+    text = re.sub(r"```.*?```", "", (DOCS / "embedders.md").read_text(), flags=re.DOTALL)
+    names = set(re.findall(r"`timm:([a-z]\w*\.\w+)`", text))
+    assert len(names) > 10
+    assert names <= set(timm.list_pretrained())
+
+
 @pytest.mark.parametrize("page", [*PAGES, *FURTHER], ids=lambda page: page.name)
 def test_links_and_named_files_exist(page):
     text = page.read_text()

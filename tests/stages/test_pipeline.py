@@ -64,7 +64,7 @@ def test_a_second_call_is_a_look_up_and_changes_redo_what_depends_on_them(write_
     assert np.unique(repeats.ids, return_counts=True)[1].max() == 2
 
 
-# What each setting determines: the first stage that is done anew where it changes.
+# What each setting determines: the first stage that is done again where it changes.
 REDONE = {
     "target_size": (25, "selection"),
     "preset": ("paper", None),  # with levels that are given
