@@ -15,6 +15,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from curated_data.cache.checksums import open_regular
 from curated_data.cache.paths import local_path
+from curated_data.checks import check_choice
 from curated_data.errors import ConfigError, first_line
 from curated_data.levels import Level, choose_levels
 from curated_data.processes import check_context
@@ -249,11 +250,7 @@ def _check_containers(schema: type, content: Any, above: str = "") -> None:
 
 def _check(config: CurationConfig) -> None:
     for path, choices in _CHOICES.items():
-        value = _at(config, path)
-        if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{path}: expected one of {', '.join(choices)}, got {value!r}{hint}")
+        check_choice(path, _at(config, path), choices)
     if config.sampling == "sparse" and config.strategy != "random":
         raise ConfigError(
             f"strategy: {config.strategy!r} takes samples by their place in a cluster, and sampling 'sparse' "
