@@ -70,7 +70,7 @@ def test_a_curation_config_runs(tmp_path, fashion_train, fashion_test, monkeypat
             r"target_sise: CurationConfig has no such field; did you mean 'target_size'",
         ),
         (["embeder=pixels:8"], r"embeder: Settings has no such field; did you mean 'embedder'"),
-        (["curation.metric=12"], r"metric: expected one of l2, cosine, got '12'; did you mean 'l2'"),
+        (["curation.metric=12"], r"metric: expected one of l2, cosine, found '12'; did you mean 'l2'"),
         (["cache_dir=${nowhere}"], r"nowhere"),
         (["target_size"], r"target_size: expected FIELD=VALUE"),
     ],

@@ -278,7 +278,7 @@ def test_triggers(write_pool, tmp_path):
         ({"every_n_epochs": 1, "embedder": "pixels:4"}, r"embedder: .* give `lambda module: 'pixels:4'`"),
         (
             {"every_n_epochs": 1, "on_failure": "ignore"},
-            "on_failure: expected one of keep, stop, got 'ignore'",
+            "on_failure: expected one of keep, stop, found 'ignore'",
         ),
     ],
 )
