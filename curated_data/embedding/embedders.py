@@ -25,7 +25,7 @@ import importlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, TypeGuard, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -369,7 +369,7 @@ class TextImageEmbedder(ModuleEmbedder):
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """(m, dimension) features of texts, longer ones cut, that compare by cosine with those of images."""
-        network: Any = self.network.network  # type: ignore[union-attr]
+        network: Any = cast(_Shared, self.network).network
         longest = int(network.config.text_config.max_position_embeddings)
         # SigLIP reads the last place, and was trained with padding up to there; CLIP takes it, too.
         tokens = self._tokenizer()(
