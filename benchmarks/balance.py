@@ -12,7 +12,7 @@ Figures of a selection, as mean ± deviation over seeds:
   of random selections, in points; and that of the rarest third of the classes.
 * classes: the share of the classes that it has a sample of.
 
-Embeddings and every cell of the table are kept in FOLDER: a run that was killed goes on.
+Embeddings and every cell of the table are kept in FOLDER: a run that was killed continues.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from curated_data.cache.artifacts import atomic_write_json
 from curated_data.clustering import choose_levels
 from curated_data.config import ROWS_PER_CELL
 from curated_data.embedding import resolve_embedder
-from curated_data.selection.sampling import water_fill
+from curated_data.selection.quotas import water_fill
 from curated_data.selection.sparse import find_neighbours, sparse_sample
 
 FIGURES = ("gap", "k-NN", "k-NN, rarest third", "classes")

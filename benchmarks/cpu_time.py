@@ -85,7 +85,7 @@ def apart(function: Callable[[], float], timeout: float) -> float:
     results = context.SimpleQueue()
     process = _Plain(target=child, args=(results,))
     process.start()
-    deadline = time.monotonic() + timeout  # a reader that hangs is no number
+    deadline = time.monotonic() + timeout  # a reader that hangs is not a number
     while process.is_alive() and results.empty() and time.monotonic() < deadline:
         time.sleep(0.02)
     found = float("nan") if results.empty() else results.get()

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--frozen-blocks", type=int, default=3, help="of the ResNet's 8")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="keep what is measured; a second run goes on from it")
+    parser.add_argument("--out", type=Path, help="keep what is measured; a second run continues from it")
     options = parser.parse_args()
     print_machine()
     torch.set_num_threads(options.threads)

@@ -204,7 +204,7 @@ def large(seeds: int, reference: bool) -> None:
 
 
 class Throttled:
-    """A memory map that gives so many bytes a second, as shared storage does."""
+    """A memory map that gives so many bytes per second, as shared storage does."""
 
     def __init__(self, array: np.ndarray, rate: float) -> None:
         self.array, self.rate = array, rate

@@ -53,7 +53,7 @@ def main() -> None:
             for _ in range(arguments.repeats)
         ]
         alone, grid = (statistics.median(run[i] for run in runs) for i in range(2))
-        # Two products a step, of 2 x batch x columns x (features + 1) operations each.
+        # Two products per step, of 2 x batch x columns x (features + 1) operations each.
         work = 4 * BATCH * n_classes / 1e9
         rows = SIZES[LARGEST] + 1, len(LEARNING_RATES) * sum(size + 1 for size in SIZES.values())
         shares = work * rows[0] / alone / peak, work * rows[1] / grid / peak

@@ -25,7 +25,7 @@ def print_machine() -> None:
 
 
 def made(folder: Path, make: Callable[[Path], object]) -> Path:
-    """A folder of data, made unless it is there already. What an interrupted run left is made anew.
+    """A folder of data, made unless it is there already. What an interrupted run left is made again.
 
     Args:
         folder: of the data; a file beside it says that they are whole.

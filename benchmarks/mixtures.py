@@ -114,7 +114,7 @@ class Ours:
 
 
 class RandomMix:
-    """webdataset's; it has no state, so that a resumed run begins anew."""
+    """webdataset's; it has no state, so that a resumed run begins again."""
 
     name = "webdataset.RandomMix"
 

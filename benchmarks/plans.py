@@ -95,7 +95,7 @@ def memory(pool: str, embedder: str, cache: str) -> float:
     """MB of the process at its height, mapped files included, with the embeddings in the cache (Linux)."""
     torch.set_num_threads(1)
     config = settings(pool, seed=1)
-    config.near_duplicates.threshold -= 1e-3  # so that both are made anew
+    config.near_duplicates.threshold -= 1e-3  # so that both are made again
     place = {"embedder": embedder, "cache_dir": cache}
     curate(pool, config, **place)
     status = Path("/proc/self/status").read_text()

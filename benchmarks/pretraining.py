@@ -6,7 +6,7 @@ Trains each small setting of configs/pretrain on the long-tailed Fashion-MNIST s
 4,196 images of 28 x 28, labels unused) and classifies the 1,500 balanced held-out images by their nearest
 neighbours among the training images, before and after. The configs train on a curated selection of 1,000;
 here whatever they count in epochs is less by that share, so that the steps are as many. Prints a Markdown
-table; a second run goes on from what `--out` holds, so another `--longer` takes another. `--map PATH` also
+table; a second run continues from what `--out` holds, so another `--longer` takes another. `--map PATH` also
 draws t-SimCNE's map.
 """
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--longer", type=int, default=1, help="train so many times as long as the configs")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="keep what is measured; a second run goes on from it")
+    parser.add_argument("--out", type=Path, help="keep what is measured; a second run continues from it")
     parser.add_argument("--map", type=Path, help="where the map of t-SimCNE's first seed is drawn")
     arguments = parser.parse_args()
     print_machine()

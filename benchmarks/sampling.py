@@ -66,7 +66,7 @@ def main() -> None:
     tracemalloc.start()
     tree._sizes.clear()
     hierarchical_sample(tree, target)
-    print(f"peak of our temporaries: {tracemalloc.get_traced_memory()[1] / n:.1f} bytes a sample")
+    print(f"peak of our temporaries: {tracemalloc.get_traced_memory()[1] / n:.1f} bytes per sample")
 
 
 def zipf_tree(n: int, clusters: list[int]) -> ClusterTree:

@@ -78,7 +78,7 @@ def main() -> None:
     )
     parser.add_argument("--samples", type=int, default=10_000_000)
     parser.add_argument("--clusters", type=int, nargs="+", default=[10_000, 1_000, 100])
-    parser.add_argument("--folder", type=Path, help="for about 100 bytes a sample")
+    parser.add_argument("--folder", type=Path, help="for about 100 bytes per sample")
     parsed = parser.parse_args()
     print_machine()
     logging.disable(logging.WARNING)

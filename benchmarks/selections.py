@@ -5,14 +5,14 @@
     python -m benchmarks.selections --data FOLDER --epochs 0    # how balanced they are, nothing trained
 
 The ways: at random; from flat k-means; from a hierarchy without resampling, and with it; the latter drawn
-anew twice during training with the model's own features (`RecurationCallback`); and by the true labels, as
+again twice during training with the model's own features (`RecurationCallback`); and by the true labels, as
 balanced as the pool allows, which is the ceiling of balance. The whole pool, seen for as many steps, and a
 network with random weights are given beside them. Everything else is the quickstart's: embedder, network,
 settings, number of optimizer steps, and a k-NN bank that is the whole labelled pool. A seed is that of
 clustering, sampling, initial weights, order and views at once, the same for every row, so that differences to
 random are paired by seed.
 
-Every training is kept in the cache as it ends: a run that was killed goes on with the next.
+Every training is kept in the cache as it ends: a run that was killed continues with the next.
 """
 
 import argparse

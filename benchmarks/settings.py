@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--metric", default="l2", choices=("l2", "cosine"))
     parser.add_argument("--variants", type=int, nargs="+", help="by their place, from 0 (default: all)")
-    parser.add_argument("--out", type=Path, help="keep what is measured; a second run goes on from it")
+    parser.add_argument("--out", type=Path, help="keep what is measured; a second run continues from it")
     options = parser.parse_args()
     print_machine()
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """Our stream and its peers as iterators over the sizes of batches, all decoding with the same functions.
 
 Each takes the folder of the data, the ids that are selected, what is done with a JPEG (`decode` or `keep`)
-and a number of loader workers; it goes on epoch after epoch.
+and a number of loader workers; it continues epoch after epoch.
 """
 
 import functools

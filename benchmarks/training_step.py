@@ -63,7 +63,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    print("| method | bare, ms a step | in a Trainer | ratio (quartiles) | weights differ by |")
+    print("| method | bare, ms per step | in a Trainer | ratio (quartiles) | weights differ by |")
     print("|---|---|---|---|---|")
     for method in arguments.methods:
         bare, trained, apart = side_by_side(method, arguments)

@@ -18,51 +18,20 @@ from curated_data.cache.paths import local_path
 from curated_data.errors import ConfigError, first_line
 from curated_data.levels import Level, choose_levels
 from curated_data.processes import check_context
+from curated_data.sections import EmbeddingConfig, NearDuplicateConfig, QuotaConfig, check_quotas
+
+__all__ = [
+    "CurationConfig",
+    "EmbeddingConfig",
+    "NearDuplicateConfig",
+    "QuotaConfig",
+    "levels_for",
+    "load_config",
+    "read_yaml",
+    "structured",
+]
 
 T = TypeVar("T")
-
-
-@dataclass
-class EmbeddingConfig:
-    """How the pool is embedded; the network is the `embedder` argument.
-
-    Attributes:
-        batch_size: samples per forward pass.
-        num_workers: processes that read and decode.
-        dtype: of the stored embeddings, "float16" or "float32".
-        precision: "32", "bf16", or "auto" for bf16 on CUDA devices that support it.
-        multiprocessing_context: how those processes start, "fork", "spawn" or "forkserver"; None takes
-            Python's default.
-    """
-
-    batch_size: int = 256
-    num_workers: int = 2
-    dtype: str = "float16"
-    precision: str = "auto"
-    multiprocessing_context: str | None = None
-
-
-@dataclass
-class NearDuplicateConfig:
-    """Removal of near-duplicates before clustering, so that copies do not fill the selection.
-
-    Attributes:
-        enabled: whether to remove near-duplicates.
-        threshold: cosine similarity at or above which two samples are copies of each other. What it means
-            depends on the embedder: `curated-data duplicates` shows pairs to choose it by.
-        n_neighbours: how many links of each sample a search finds at once; it changes the time, hardly the
-            result.
-        prefer: which of two copies is kept: the more "connected", that with more copies, or the "largest"
-            image. The latter reads every image once, and treats equal bytes as copies whatever their
-            embeddings.
-        held_out: shards of evaluation sets; copies of their samples are removed from the pool too.
-    """
-
-    enabled: bool = False
-    threshold: float = 0.98
-    n_neighbours: int = 16
-    prefer: str = "connected"
-    held_out: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -84,6 +53,9 @@ class CurationConfig:
         sampling: "hierarchical" divides the target from the top of the tree down, "flat" only among the
             lowest clusters, "sparse" draws by how alone a sample lies; None takes what the preset says.
         max_repeats: how often one sample may be selected.
+        nested_sizes: smaller targets, for which selections are drawn too, each inside the next larger one;
+            they are in `Curation.nested`.
+        quotas: see `QuotaConfig`.
         resample: which members of each cluster a resampling step takes: "closest" or "random".
         metric: "l2" or "cosine"; None takes cosine for "sparse" sampling, else l2. Neither is better
             everywhere: try both (`docs/how_it_works.md` has figures).
@@ -97,8 +69,8 @@ class CurationConfig:
         where: a condition in SQL over the columns of the pool, as `similarity > 0.28 AND NOT json.nsfw`;
             samples for which it is not true are dropped, and not embedded.
         exclude: samples to leave out: ids, keys, `.npy` files of ids, `.txt` files of a key in each line.
-        include: samples to select whatever else is said, in the same forms; they count in the quotas of their
-            clusters.
+        include: samples to select whatever other settings say, in the same forms; they count in the quotas of
+            their clusters.
         embedding: see `EmbeddingConfig`.
         near_duplicates: see `NearDuplicateConfig`.
 
@@ -113,6 +85,8 @@ class CurationConfig:
     strategy: str = "random"
     sampling: str | None = None
     max_repeats: int = 1
+    nested_sizes: list[int] = field(default_factory=list)
+    quotas: QuotaConfig = field(default_factory=QuotaConfig)
     resample: str = "closest"
     metric: str | None = None
     init: str = "k-means++"
@@ -250,7 +224,7 @@ def _check_containers(schema: type, content: Any, above: str = "") -> None:
             raise ConfigError(f"{name}: expected a list, got {value!r}")
         elif item.name == "where" and isinstance(value, bool | int | float):
             raise ConfigError(f"{name}: expected a condition in SQL, got {value!r}")
-        elif isinstance(value, Mapping | DictConfig):
+        elif item.type is not Any and isinstance(value, Mapping | DictConfig):
             kind = "list" if "list" in str(item.type) else "plain value"
             raise ConfigError(f"{name}: expected a {kind}, got fields and values {dict(value)!r}")
 
@@ -271,6 +245,11 @@ def _check(config: CurationConfig) -> None:
         value = _at(config, path)
         if not value >= least:
             raise ConfigError(f"{path}: expected at least {least}, got {value!r}")
+    for size in config.nested_sizes:
+        if not 1 <= size < config.target_size:
+            most = config.target_size
+            raise ConfigError(f"nested_sizes: expected sizes of 1 to below target_size, {most}, got {size}")
+    check_quotas(config.quotas)
     check_context(config.embedding.multiprocessing_context, "embedding.multiprocessing_context")
     if config.near_duplicates.threshold > 1:
         raise ConfigError(
@@ -309,7 +288,7 @@ def read_yaml(path: Path) -> DictConfig:
     """The fields and values of a YAML file.
 
     Raises:
-        ConfigError: it cannot be read, is no YAML, or is a list.
+        ConfigError: it cannot be read, is not YAML, or is a list.
     """
     path = local_path(path, "a YAML file")
     try:

@@ -46,8 +46,8 @@ def printable(error: BaseException | str, longest: int = 200) -> str:
     if isinstance(error, str):
         text = error
     else:
-        name, said = type(error).__name__, str(error)
-        text = f"{name}: {said}" if said else name
+        name, message = type(error).__name__, str(error)
+        text = f"{name}: {message}" if message else name
     line = next((line for line in text.splitlines() if line.strip()), "")
     line = "".join(letter if letter.isprintable() else "?" for letter in line[: longest + 1])
     return line if len(line) <= longest else line[: longest - 1] + "…"

@@ -80,7 +80,7 @@ class TrainingCLI(LightningCLI):
 
     Checkpoints are also linked as `last.ckpt`, and `--ckpt_path last` is an error where there is none.
 
-    `test` is no subcommand: our modules have no `test_step`; `recipes/evaluate.py` evaluates.
+    `test` is not a subcommand: our modules have no `test_step`; `recipes/evaluate.py` evaluates.
     """
 
     @staticmethod
@@ -115,7 +115,7 @@ class TrainingCLI(LightningCLI):
 def last_checkpoint(trainer: lightning.Trainer) -> Path:
     """The newest `last.ckpt` of the runs of a Trainer's loggers, or in the folders of its callbacks.
 
-    Lightning looks only into the folder of the run that begins, and goes on without a checkpoint.
+    Lightning looks only into the folder of the run that begins, and continues without a checkpoint.
 
     Raises:
         ConfigError: there is none; names where it was looked for.

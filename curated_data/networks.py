@@ -167,7 +167,7 @@ def readable(path: Path) -> Iterator[None]:
         if error.errno is None:  # not the system's
             raise _damaged(path, error) from error
         raise EmbedderError(
-            f"{path}: cannot be read ({error.strerror}); see to its permissions and its disk"
+            f"{path}: cannot be read ({error.strerror}); check its permissions and its disk"
         ) from error
     except Exception as error:
         raise _damaged(path, error) from error

@@ -39,7 +39,7 @@ class _Block:
     number: int  # of this run's blocks
     looked: float = 0.0
     has_ended: bool = False  # because a rank has failed, as all ranks know
-    heard: bool = False  # of another rank's failure, through the store
+    informed: bool = False  # of another rank's failure, through the store
 
 
 _block: _Block | None = None
@@ -68,7 +68,7 @@ def world_size() -> int:
 def together() -> Iterator[None]:
     """If the block fails on one rank, it ends on all with an error that names that rank and the reason.
 
-    All ranks enter it, and all have left it before any goes on. The others hear of a failure at their next
+    All ranks enter it, and all have left it before any continues. The others hear of a failure at their next
     collective call, at their next `check_ranks`, or at the end. A block within another is part of that one.
 
     Raises:
@@ -105,7 +105,7 @@ def check_ranks() -> None:
     with _broken_connections():
         store, key = _store(), _key()
         if store is not None and store.check([key]):
-            _block.heard = True
+            _block.informed = True
             raise RankError(store.get(key).decode())
 
 
@@ -175,12 +175,12 @@ def check_same(**parts: str) -> None:
 
 
 def _tell(error: BaseException) -> None:
-    """Tell the others that this rank has failed, and wait until they have heard it."""
+    """Tell the others that this rank has failed, and wait until they know."""
     assert _block is not None
     reason = ""
-    if not _block.heard:
+    if not _block.informed:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        log.error("rank %d failed, and waits for the others to hear of it: %s", rank(), reason)
+        log.error("rank %d failed, and waits until the others know: %s", rank(), reason)
         with contextlib.suppress(RuntimeError):  # the store is gone with its rank
             store = _store()
             if store is not None:
@@ -209,7 +209,7 @@ def _roll_call(failure: str = "", has_failed: bool = False) -> None:
 
 @contextlib.contextmanager
 def _broken_connections() -> Iterator[None]:
-    """Say of a collective call that broke what it means; its own error only mentions sockets."""
+    """Explain a collective call that broke; its own error only mentions sockets."""
     try:
         yield
     except RankError:
@@ -219,7 +219,7 @@ def _broken_connections() -> Iterator[None]:
             _block.has_ended = True
         raise RankError(
             f"rank {rank()} of {world_size()}: another rank has ended; see the first error of the other "
-            f"ranks, and start all again to go on ({first_line(error)})"
+            f"ranks, and start all again to continue ({first_line(error)})"
         ) from error
 
 

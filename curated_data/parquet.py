@@ -27,7 +27,7 @@ def reading_parquet(path: Path | str) -> Iterator[None]:
     """Turn whatever reading a parquet file raises into one error that names it.
 
     Raises:
-        PoolError: the file is missing, damaged, or is no parquet.
+        PoolError: the file is missing, damaged, or is not a parquet file.
     """
     try:
         yield
@@ -45,7 +45,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     """A parquet file that is a regular file, its footer read and its checksums, if any, verified on reading.
 
     Raises:
-        PoolError: it is missing, damaged, or is no parquet.
+        PoolError: it is missing, damaged, or is not a parquet file.
     """
     with reading_parquet(path):
         open_regular(path).close()
@@ -61,7 +61,7 @@ def row_groups(file: pq.ParquetFile) -> list[int]:
     return [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
 
 
-def column_names(file: pq.ParquetFile, path: Path) -> list[str]:
+def column_names(file: pq.ParquetFile, path: Path | str) -> list[str]:
     """The names of a file's columns.
 
     Raises:

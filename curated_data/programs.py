@@ -59,7 +59,7 @@ def walk_by_options(pool: ShardPool, embedder: Embedder, options: argparse.Names
 
 
 def labels_of(pool: ShardPool) -> np.ndarray:
-    """(n,) int64 classes of a pool's samples, -1 for none: of all where they are no integers."""
+    """(n,) int64 classes of a pool's samples, -1 for none: of all where they are not integers."""
     labels = read_labels(pool)
     return np.full(len(pool), -1) if labels is None else labels
 

@@ -95,7 +95,7 @@ def _bar(console: "Console", description: str, total: int | None, unit: str) -> 
 
 @contextlib.contextmanager
 def _lines(description: str, total: int | None, unit: str) -> Iterator[Callable[..., None]]:
-    """A line a minute, also while no step ends."""
+    """One line per minute, even while no step ends."""
     started, done, ended = time.monotonic(), 0, threading.Event()
 
     def advance(n: int = 1, note: str = "") -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from curated_data.config import CurationConfig, EmbeddingConfig, NearDuplicateConfig
+from curated_data.config import CurationConfig, EmbeddingConfig, NearDuplicateConfig, QuotaConfig
 from curated_data.levels import Level
 
 PAGE = Path(__file__).parent / "api.md"
@@ -31,6 +31,8 @@ SECTIONS: dict[str, dict[str, list[str] | None]] = {
         "curated_data.clustering": None,
         "curated_data.selection": None,
         "curated_data.selection.near_duplicates": ["near_duplicates", "match_held_out"],
+        "curated_data.selection.quotas": ["Quotas", "water_fill"],
+        "curated_data.selection.nested": ["nested_sample"],
         "curated_data.selection.retrieval": ["Retrieved", "retrieve_clusters", "target_weights"],
         "curated_data.selection.captions": ["label_captions", "label_pool", "export_labelled"],
         "curated_data.streaming": None,
@@ -108,6 +110,7 @@ SETTINGS = {
     "": ("CurationConfig", CurationConfig),
     "levels[]": ("Each of `levels`", Level),
     "embedding": ("Below `embedding:`", EmbeddingConfig),
+    "quotas": ("Below `quotas:`", QuotaConfig),
     "near_duplicates": ("Below `near_duplicates:`", NearDuplicateConfig),
 }
 

@@ -98,7 +98,7 @@ class Backbone(nn.Module):
         if self.patch_size is not None and image_size % self.patch_size:
             nearest = max(image_size - image_size % self.patch_size, self.patch_size)
             raise ValueError(
-                f"backbone {name!r}: image_size {image_size} is no multiple of its patch size "
+                f"backbone {name!r}: image_size {image_size} is not a multiple of its patch size "
                 f"{self.patch_size}; use {nearest}, or another patch_size"
             )
         self.dimension = self._probe_dimension()
@@ -140,7 +140,7 @@ class Backbone(nn.Module):
             For each block, the last one last: class token (B, d) and patch tokens (B, h * w, d), normalised.
 
         Raises:
-            ValueError: the backbone is no timm vision transformer with a class token.
+            ValueError: the backbone is not a timm vision transformer with a class token.
         """
         net = self.vision_transformer()
         outputs = net.get_intermediate_layers(images, n=n_last_blocks, return_prefix_tokens=True, norm=True)
@@ -238,7 +238,8 @@ def _build_torchvision(
     if image_size is not None and model.startswith("maxvit"):
         options.setdefault("input_size", (image_size, image_size))
     if model in ("inception_v3", "googlenet"):
-        # Auxiliary classifiers are no part of the features; pretrained weights insist on building them first.
+        # Auxiliary classifiers are not part of the features; pretrained weights insist on building them
+        # first.
         options = {"aux_logits": from_hub, "transform_input": False, **options}
         if not from_hub:
             options.setdefault("init_weights", True)

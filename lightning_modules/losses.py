@@ -137,7 +137,7 @@ def check_pairs(a: Tensor, b: Tensor, temperature: float = 1.0) -> None:
         )
     if len(a) < 2:
         raise ValueError(
-            "a contrastive loss needs at least 2 samples a batch, got 1: there is nothing to tell it from"
+            "a contrastive loss needs at least 2 samples per batch, got 1: there is nothing to tell it from"
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")

@@ -62,7 +62,7 @@ class ResNet(nn.Module):
 
 
 def use_small_stem(net: nn.Module, name: str) -> None:
-    """Put a 3x3 convolution of stride 1 for a ResNet's first convolution and max-pool."""
+    """Replace a ResNet's first convolution and max-pool by a 3x3 convolution of stride 1."""
     first = getattr(net, "conv1", None)
     if not isinstance(first, nn.Conv2d) or not hasattr(net, "maxpool"):
         raise ValueError(

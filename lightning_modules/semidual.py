@@ -57,7 +57,7 @@ def solve_semidual(
 def _anderson(problem: "_Problem", kernel: "_Kernel", v: Tensor, tol: float) -> "_Point":
     """Scaling steps, extrapolated by the last steps' least-squares combination (Anderson's type II).
 
-    Where an extrapolation diverges, they begin anew at the best point found.
+    Where an extrapolation diverges, they begin again at the best point found.
     """
     precise = problem.cost.dtype == torch.float64
     best: _Point | None = None

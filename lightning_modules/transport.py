@@ -179,7 +179,7 @@ def solve_p2ot(
         potentials: (..., K + 1) of an earlier, similar problem. Changes the speed, not the result.
 
     Raises:
-        TypeError: `cost` is no floating-point tensor.
+        TypeError: `cost` is not a floating-point tensor.
         ValueError: a shape, a value or a setting outside of the above.
 
     Example:

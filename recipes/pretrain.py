@@ -10,8 +10,8 @@
 `--dry-run` prints what the run would do and need, with times estimated by a probe of embedder, k-means and a
 few training steps on this machine. `--config` may be given several times; later files override earlier ones.
 `--print_config` shows the result. `fit --help` and `fit --model.help lightning_modules.SimCLR` list every
-setting. `${…}` refers to other values. `--ckpt_path last` goes on from the newest `last.ckpt` of the runs of
-this logger, or of the ModelCheckpoint's `dirpath`.
+setting. `${…}` refers to other values. `--ckpt_path last` continues from the newest `last.ckpt` of the runs
+of this logger, or of the ModelCheckpoint's `dirpath`.
 """
 
 if __name__ == "__main__":  # before Lightning and torch are imported, which takes some fifteen seconds

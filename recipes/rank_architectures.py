@@ -180,7 +180,7 @@ def read_known(path: Path) -> Accuracies:
     """Accuracies from a CSV or JSON file, in the form described at the top.
 
     Raises:
-        ConfigError: an unreadable file, a column or side that is missing, a cell that is no number.
+        ConfigError: an unreadable file, a column or side that is missing, a cell that is not a number.
     """
     try:
         if path.suffix == ".json":

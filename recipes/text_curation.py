@@ -238,7 +238,7 @@ def _json(path: Path, source: Source) -> Iterator[tuple[str, str | None]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise PoolError(f"{path}, line {number}: is no JSON ({error})") from error
+            raise PoolError(f"{path}, line {number}: is not JSON ({error})") from error
         if not isinstance(record, dict):
             raise PoolError(f"{path}, line {number}: expected an object, found {type(record).__name__}")
         fields = [source.text] if source.label is None else [source.text, source.label]
@@ -247,7 +247,7 @@ def _json(path: Path, source: Source) -> Iterator[tuple[str, str | None]]:
                 raise PoolError(f"{path}, line {number}: no field {field!r}; it has {', '.join(record)}")
         if not isinstance(record[source.text], str):
             kind = type(record[source.text]).__name__
-            raise PoolError(f"{path}, line {number}: field {source.text!r} is no text but {kind}")
+            raise PoolError(f"{path}, line {number}: field {source.text!r} is not text but {kind}")
         label = None if source.label is None else record[source.label]
         yield record[source.text].strip(), None if label is None else str(label)
 
@@ -289,7 +289,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(file, 1):
                 yield number, line.rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise PoolError(f"{path}, after line {number}: is no UTF-8 ({error.reason})") from error
+        raise PoolError(f"{path}, after line {number}: is not UTF-8 ({error.reason})") from error
 
 
 def _digest(path: Path) -> str:

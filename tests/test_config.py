@@ -68,6 +68,21 @@ def test_auto_levels():
         ({"levels": {"n_clusters": 3}}, "levels: expected a list, got fields and values"),
         ({"near_duplicates": {"held_out": "a.tar"}}, r"held_out: expected a list.*write \[a\.tar\]"),
         ({"near_duplicates": {"held_out": {"a": 1}}}, r"near_duplicates\.held_out: expected a list"),
+        (
+            {"nested_sizes": [100]},
+            "nested_sizes: .* 1 to below target_size, 100, got 100",
+        ),
+        ({"nested_sizes": [0]}, "nested_sizes: .*got 0"),
+        ({"quotas": {"temperature": -1}}, "quotas.temperature: .*got -1"),
+        ({"quotas": {"temprature": 1}}, "temprature.*did you mean 'temperature'"),
+        ({"quotas": {"cap": 0}}, "quotas.cap: .*got 0"),
+        ({"quotas": {"cap": 1.5}}, "quotas.cap: .*got 1.5"),
+        ({"quotas": {"level": 0}}, "quotas.level: expected at least 1, got 0"),
+        ({"quotas": {"weights": {"a": 1}}}, "quotas.weights: expected numbers of clusters, got 'a'"),
+        ({"quotas": {"weights": {3: -1}}}, "quotas.weights: expected numbers of at least 0, got -1"),
+        ({"quotas": {"weights": [1, "b"]}}, "quotas.weights: .*got 'b'"),
+        ({"quotas": {"weights": "weights.txt"}}, "quotas.weights: .*got 'weights.txt'"),
+        ({"quotas": 3}, "quotas: expected fields and values, got 3"),
         ({"target_size": {"a": 1}}, "target_size: expected a plain value"),
     ],
 )
@@ -82,7 +97,12 @@ def test_a_value_of_another_kind_is_named_by_its_field(field):
     for value in ([1], {"a": 1}, "many", 1.5, True, -1):
         if field.name in ("tol", "max_memory_gb") and value == 1.5:
             continue
-        if (field.name, value) in (("where", "many"), ("exclude", [1]), ("include", [1])):
+        if (field.name, value) in (
+            ("where", "many"),
+            ("exclude", [1]),
+            ("include", [1]),
+            ("nested_sizes", [1]),
+        ):
             continue
         with pytest.raises(ConfigError, match=field.name if field.name != "levels" else "levels|Level"):
             load_config({**GOOD, field.name: value})

@@ -4,7 +4,7 @@
     uv run python tools/pythons.py --python 3.13 --resolution highest --tests tests/pool
 
 Each run has an environment of its own below `--envs`, made by uv, which finds interpreters or downloads them.
-One that cannot be had is said and counts as a failure, unless `--allow-missing` is given.
+One that cannot be found is reported and counts as a failure, unless `--allow-missing` is given.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     python -m benchmarks.pools --out FOLDER --only emoji glyphs
 
 A pool is `FOLDER/NAME/`: `pool.npz` with images (n, 64, 64, 3) of uint8 or texts, `labels`, and the same of a
-balanced test set that is no part of the pool. `make` of a module below fetches what it needs with the
+balanced test set that is not part of the pool. `make` of a module below fetches what it needs with the
 ordinary client of its registry, unpacks it under `FOLDER/packages`, and installs nothing.
 """
 

@@ -27,7 +27,7 @@ from curated_data.cache.checksums import (
     check_file,
     check_once,
     check_size,
-    file_seal,
+    file_checksum,
     load_npy,
     load_npz,
     read_bytes,
@@ -43,7 +43,7 @@ from curated_data.cache.removal import TEMPORARY, is_fingerprint, remove, shown
 from curated_data.errors import CacheError
 
 FORMAT_VERSION = 1
-_SEAL = "seal"
+_CHECKSUM = "seal"  # its name in files, which earlier versions wrote
 _SWEPT = ".swept"
 _DAY = 24 * 3600.0
 _REMOVED = f"{TEMPORARY}*-removed"  # what `removal.set_aside` left when it was killed
@@ -115,7 +115,7 @@ def read_json(path: Path | str, remedy: object = None) -> dict[str, Any]:
         remedy: how error messages end: what to do about the file. None says to remove its artifact.
 
     Raises:
-        CacheError: the file is missing, is not a JSON object, or has changed since (see `sealed`).
+        CacheError: the file is missing, is not a JSON object, or has changed since (see `with_checksum`).
     """
     path = Path(path)
     remedy = Remedy(path) if remedy is None else remedy
@@ -123,15 +123,15 @@ def read_json(path: Path | str, remedy: object = None) -> dict[str, Any]:
         content = json.loads(read_bytes(path))
     if not isinstance(content, dict):
         raise CacheError(f"{path}: expected a JSON object, found {type(content).__name__}; {remedy}")
-    seal, is_ours = content.pop(_SEAL, None), content.get("format", FORMAT_VERSION) == FORMAT_VERSION
-    if is_ours and seal not in (None, _checksum(content)):  # another format: left to the caller
+    checksum, is_ours = content.pop(_CHECKSUM, None), content.get("format", FORMAT_VERSION) == FORMAT_VERSION
+    if is_ours and checksum not in (None, _checksum(content)):  # another format: left to the caller
         raise CacheError(f"{path}: damaged (its checksum differs); {remedy}")
     return content
 
 
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with a checksum of itself, which `read_json` verifies and removes."""
-    return {**content, _SEAL: _checksum(content)}
+    return {**content, _CHECKSUM: _checksum(content)}
 
 
 def write_manifest(folder: Path, stage: str, content: Mapping[str, Any]) -> None:
@@ -140,13 +140,13 @@ def write_manifest(folder: Path, stage: str, content: Mapping[str, Any]) -> None
     It holds the stage, the format version, `content`, and the size and checksum of every file.
     """
     files = {
-        path.name: file_seal(path)
+        path.name: file_checksum(path)
         for path in sorted(folder.iterdir())
-        # What a killed run left is no part of the artifact, and will be removed.
+        # What a killed run left is not part of the artifact, and will be removed.
         if path.is_file() and path.name != MANIFEST and not path.name.startswith(TEMPORARY)
     }
     content = {"stage": stage, "format": FORMAT_VERSION, "files": files, **content}
-    atomic_write_json(folder / MANIFEST, sealed(content))
+    atomic_write_json(folder / MANIFEST, with_checksum(content))
 
 
 def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
@@ -162,9 +162,9 @@ def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
             f"{folder}: is an artifact of {shown(manifest.get('stage'))}, expected {stage!r}; "
             f"{Remedy(folder / MANIFEST)}"
         )
-    manifest["files"] = _seals(folder, manifest)
-    for name, seal in manifest["files"].items():
-        check_size(folder / name, seal, Remedy(folder / name))
+    manifest["files"] = _checksums(folder, manifest)
+    for name, checksum in manifest["files"].items():
+        check_size(folder / name, checksum, Remedy(folder / name))
     return manifest
 
 
@@ -243,8 +243,8 @@ def verify_once(folder: Path, manifest: Mapping[str, Any]) -> None:
     Raises:
         CacheError: a file is missing or damaged.
     """
-    seals = {folder / name: seal for name, seal in manifest["files"].items()}
-    check_all_once(seals, {path: Remedy(path) for path in seals})
+    checksums = {folder / name: checksum for name, checksum in manifest["files"].items()}
+    check_all_once(checksums, {path: Remedy(path) for path in checksums})
 
 
 def check_artifact(folder: Path) -> None:
@@ -255,8 +255,8 @@ def check_artifact(folder: Path) -> None:
     """
     manifest = read_json(folder / MANIFEST)
     _check_manifest_format(folder, manifest)
-    for name, seal in _seals(folder, manifest).items():
-        check_file(folder / name, seal, Remedy(folder / name))
+    for name, checksum in _checksums(folder, manifest).items():
+        check_file(folder / name, checksum, Remedy(folder / name))
 
 
 def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -287,7 +287,7 @@ def is_complete(folder: Path) -> bool:
     # Looked at again: another run may have published the artifact in between.
     if os.path.lexists(folder) and not manifest.is_file():
         raise CacheError(
-            f"{folder}: is not an artifact (it has no {MANIFEST}); move it away, the next run builds it again"
+            f"{folder}: is not an artifact (it has no {MANIFEST}); move it away, and the next run rebuilds it"
         )
     return False
 
@@ -374,11 +374,13 @@ def _check_manifest_format(folder: Path, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def _seals(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+def _checksums(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """The size and checksum of each file of an artifact, by names that lie in its folder."""
     files, found = manifest.get("files"), {}
-    for name, seal in files.items() if isinstance(files, dict) else [(None, files)]:
-        sizes: list[Any] = [seal.get(key) for key in ("bytes", "crc32")] if isinstance(seal, dict) else []
+    for name, checksum in files.items() if isinstance(files, dict) else [(None, files)]:
+        sizes: list[Any] = (
+            [checksum.get(key) for key in ("bytes", "crc32")] if isinstance(checksum, dict) else []
+        )
         if (
             not isinstance(name, str)
             or name in ("", ".", "..")
@@ -386,10 +388,10 @@ def _seals(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, int
             or [type(size) for size in sizes] != [int, int]
         ):
             raise CacheError(
-                f"{folder / MANIFEST}: damaged (its files have {shown(name)}: {shown(seal)}); "
+                f"{folder / MANIFEST}: damaged (its files have {shown(name)}: {shown(checksum)}); "
                 f"{Remedy(folder / MANIFEST)}"
             )
-        if not name.startswith(TEMPORARY):  # earlier versions sealed what a killed run had left
+        if not name.startswith(TEMPORARY):  # earlier versions listed what a killed run had left
             found[name] = {"bytes": sizes[0], "crc32": sizes[1]}
     return found
 

@@ -49,7 +49,7 @@ def open_regular(path: Path | str) -> IO[bytes]:
     """Open a regular file for reading; a pipe, a socket or a device in its place never blocks.
 
     Raises:
-        OSError: there is no regular file.
+        OSError: there is not a regular file.
     """
     return open(path, "rb", opener=_open_regular)
 
@@ -60,7 +60,7 @@ def read_bytes(path: Path | str) -> bytes:
         return file.read()
 
 
-def file_seal(path: Path) -> dict[str, int]:
+def file_checksum(path: Path) -> dict[str, int]:
     """The size and checksum of a file, as `check_file` takes them."""
     crc, size = 0, 0
     with open_regular(path) as file:
@@ -69,29 +69,29 @@ def file_seal(path: Path) -> dict[str, int]:
     return {"bytes": size, "crc32": crc}
 
 
-def check_size(path: Path, seal: Mapping[str, int], remedy: object) -> None:
+def check_size(path: Path, checksum: Mapping[str, int], remedy: object) -> None:
     """Check that a file exists and has the size it was written with.
 
     Raises:
         CacheError: it does not.
     """
-    _state(path, seal, remedy)
+    _state(path, checksum, remedy)
 
 
-def check_file(path: Path, seal: Mapping[str, int], remedy: object) -> None:
+def check_file(path: Path, checksum: Mapping[str, int], remedy: object) -> None:
     """Check that a file holds every byte as it was written. Reads all of it.
 
     Raises:
         CacheError: it does not.
     """
-    check_size(path, seal, remedy)
+    check_size(path, checksum, remedy)
     with reading(path, remedy):
-        found = file_seal(path)
-    if found != {"bytes": seal["bytes"], "crc32": seal["crc32"]}:
+        found = file_checksum(path)
+    if found != {"bytes": checksum["bytes"], "crc32": checksum["crc32"]}:
         raise CacheError(f"{path}: damaged (its checksum differs); {remedy}")
 
 
-def check_once(path: Path, seal: Mapping[str, int], remedy: object) -> None:
+def check_once(path: Path, checksum: Mapping[str, int], remedy: object) -> None:
     """`check_file`, unless this process has found the same file, unchanged since, to be as written.
 
     For files that stay on disk as memory maps, and are opened again and again. The first look reads the whole
@@ -101,17 +101,17 @@ def check_once(path: Path, seal: Mapping[str, int], remedy: object) -> None:
     Raises:
         CacheError: it does not hold what was written.
     """
-    before = _state(path, seal, remedy)
+    before = _state(path, checksum, remedy)
     if before not in _verified:
-        check_file(path, seal, remedy)
-        if _state(path, seal, remedy) == before:  # otherwise it changed while it was read
+        check_file(path, checksum, remedy)
+        if _state(path, checksum, remedy) == before:  # otherwise it changed while it was read
             _verified.add(before)
 
 
-def check_all_once(seals: Mapping[Path, Mapping[str, int]], remedy: Mapping[Path, object]) -> None:
+def check_all_once(checksums: Mapping[Path, Mapping[str, int]], remedy: Mapping[Path, object]) -> None:
     """`check_once` of several files, by a few threads; raises the error of the first."""
     with ThreadPoolExecutor(4) as threads:
-        for _ in threads.map(lambda path: check_once(path, seals[path], remedy[path]), seals):
+        for _ in threads.map(lambda path: check_once(path, checksums[path], remedy[path]), checksums):
             pass
 
 
@@ -164,7 +164,7 @@ def unreadable(path: Path, error: BaseException, remedy: object) -> CacheError:
         return CacheError(f"{path}: too many open files; raise `ulimit -n`")
     if error.errno in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.ELOOP):
         return CacheError(f"{path}: missing, or no file ({error.strerror}); {remedy}")
-    return CacheError(f"{path}: cannot be read ({error.strerror}); see to its permissions and its disk")
+    return CacheError(f"{path}: cannot be read ({error.strerror}); check its permissions and its disk")
 
 
 def _open_regular(path: str, flags: int) -> int:
@@ -174,23 +174,23 @@ def _open_regular(path: str, flags: int) -> int:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         if not stat.S_ISREG(mode):
-            raise OSError("is no regular file")
+            raise OSError("is not a regular file")
     except BaseException:
         os.close(handle)
         raise
     return handle
 
 
-def _state(path: Path, seal: Mapping[str, int], remedy: object) -> tuple[int, ...]:
+def _state(path: Path, checksum: Mapping[str, int], remedy: object) -> tuple[int, ...]:
     """What identifies a file with its content as it is now, and the checksum that it should have."""
     with reading(path, remedy):
         status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise CacheError(f"{path}: is no regular file; {remedy}")
-    if status.st_size != seal["bytes"]:
-        raise CacheError(f"{path}: damaged ({status.st_size} bytes of {seal['bytes']} written); {remedy}")
+        raise CacheError(f"{path}: is not a regular file; {remedy}")
+    if status.st_size != checksum["bytes"]:
+        raise CacheError(f"{path}: damaged ({status.st_size} bytes of {checksum['bytes']} written); {remedy}")
     times = (status.st_mtime_ns, status.st_ctime_ns)
-    return (status.st_dev, status.st_ino, status.st_size, *times, seal["crc32"])
+    return (status.st_dev, status.st_ino, status.st_size, *times, checksum["crc32"])
 
 
 def _header(file: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -95,19 +95,19 @@ def open_own(path: Path, flags: int) -> int:
         OSError: the system refuses.
     """
     if path.parent.name == ".locks" and path.parent.is_symlink():
-        raise CacheError(f"{path.parent}: is a link; remove it, a run makes a folder there")
+        raise CacheError(f"{path.parent}: is a link; remove it, and a run creates a folder there")
     try:
         handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP and path.is_symlink():
             raise CacheError(f"{path}: is a link, which is not followed; remove it") from error
         if error.errno in (errno.ENXIO, errno.EISDIR):
-            raise CacheError(f"{path}: is no regular file; move it away") from error
+            raise CacheError(f"{path}: is not a regular file; move it away") from error
         raise
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(handle)
-        what = "has another name too (a hard link)" if stat.S_ISREG(status.st_mode) else "is no regular file"
+        what = "has a second name (a hard link)" if stat.S_ISREG(status.st_mode) else "is not a regular file"
         raise CacheError(f"{path}: {what}, so it is not written; move it away")
     return handle
 
@@ -138,7 +138,7 @@ def writable(path: Path, *, makes_folder: bool = False, builds: bool = False) ->
         if code in _HANDLES:
             raise CacheError(f"{path}: too many open files ({error}); raise `ulimit -n`") from error
         if code in (*_REFUSED, *_DISK) or (makes_folder and code in (errno.ENOENT, errno.EEXIST)):
-            raise CacheError(f"{path}: cannot be written ({error}); give a place that can be") from error
+            raise CacheError(f"{path}: cannot be written ({error}); give another place") from error
         raise
 
 
@@ -149,13 +149,13 @@ def check_writable(path: Path, *, is_folder: bool) -> None:
         CacheError: it cannot, or the other of both is there.
     """
     if not is_folder and path.is_dir():
-        raise CacheError(f"{path}: is a folder, where a file is to be written; give the name of a file in it")
+        raise CacheError(f"{path}: is a folder; give the name of a file in it")
     above = [path, *path.absolute().parents] if is_folder else path.absolute().parents
     nearest = next(place for place in above if os.path.lexists(place))
     if not nearest.is_dir():
-        raise CacheError(f"{nearest}: is no folder, so nothing can be written in it; give another place")
+        raise CacheError(f"{nearest}: is not a folder, so nothing can be written in it; give another place")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise CacheError(f"{nearest}: cannot be written (permission denied); give a place that can be")
+        raise CacheError(f"{nearest}: cannot be written (permission denied); give another place")
 
 
 def _acquire(lock: Path, wait: bool) -> int | None:

@@ -115,7 +115,7 @@ def artifact_folder(root: Path | str, name: object) -> Path:
     """The folder of an artifact by its `artifact_name`.
 
     Raises:
-        CacheError: it is no such name, or the folder is a link.
+        CacheError: it is not such a name, or the folder is a link.
     """
     folder = owned(Path(root) / artifact_name(name), root)
     if folder.is_symlink():

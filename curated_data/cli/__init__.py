@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed.run(parsed)
     except KeyboardInterrupt:
-        print(f"curated-data {parsed.command}: stopped; run it again to go on", file=sys.stderr)
+        print(f"curated-data {parsed.command}: stopped; run it again to continue", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         if parsed.traceback:
@@ -68,20 +68,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _one_each(arguments: Sequence[str]) -> list[str]:
     """The arguments, with `--set A=1 B=2 POOL` as `--set A=1 --set B=2 POOL`, so that it takes no shards."""
-    spread: list[str] = []
+    separate: list[str] = []
     option = None
     for number, argument in enumerate(arguments):
         if argument == "--":
-            return [*spread, *arguments[number:]]
-        if option is not None and (spread[-1] == option or _SETTING.match(argument)):
-            if spread[-1] != option:
-                spread.append(option)
-            spread[-1] = f"{option}={argument}"
+            return [*separate, *arguments[number:]]
+        if option is not None and (separate[-1] == option or _SETTING.match(argument)):
+            if separate[-1] != option:
+                separate.append(option)
+            separate[-1] = f"{option}={argument}"
         else:
             option = argument if argument in _REPEATED else None
-            spread.append(argument)
+            separate.append(argument)
             continue
-    return spread
+    return separate
 
 
 def _end(number: int, frame: Any) -> None:

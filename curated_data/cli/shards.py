@@ -19,9 +19,9 @@ def add(commands: Any) -> None:
         "source",
         nargs="+",
         help="a folder as for ImageFolder: one sub-folder per class; parquet files with images as the Hub "
-        "stores them, or a folder of these; or tar archives, compressed or with the parts of samples apart: "
-        "'old-{000..099}.tar.gz', a glob in quotes, paths, URLs, 'pipe:COMMAND', or a .txt or the .json of "
-        "wids that lists them",
+        "stores them, a folder of these, or hf://datasets/OWNER/NAME; or tar archives, compressed or with "
+        "the parts of samples apart: 'old-{000..099}.tar.gz', a glob in quotes, paths, URLs, 'pipe:COMMAND', "
+        "or a .txt or the .json of wids that lists them",
     )
     command.add_argument("out", help="where the shards go")
     _shard_options(command)
@@ -67,7 +67,10 @@ def _import(parsed: argparse.Namespace) -> None:
         "storage_options": common.storage_of(parsed),
     }
     sources = [spelled(source) for source in parsed.source]
-    if all(source.endswith(".parquet") or _holds_parquet(source) for source in sources):
+    if all(
+        source.startswith("hf://") or source.endswith(".parquet") or _holds_parquet(source)
+        for source in sources
+    ):
         from curated_data.pool.tables import import_tables
 
         shards = import_tables(sources, parsed.out, **options)
@@ -87,7 +90,7 @@ def _export(parsed: argparse.Namespace) -> None:
     common.config_of(parsed)
     from curated_data.cache.paths import is_url
     from curated_data.pipeline.export import check_export, export, exported_files
-    from curated_data.pool.hub import hub_client, hub_place, upload
+    from curated_data.pool.hub_upload import hub_client, hub_place, upload
 
     place = None if parsed.to is None else hub_place(parsed.to)
     if place is None and parsed.dry_run:

@@ -89,19 +89,19 @@ class Checkpoint:
         """Call `look()` on rank zero; return its JSON-like answer, or raise its error, on every rank."""
         if not parallel.is_distributed():
             return look()
-        said, failed = b"", None
+        payload, failed = b"", None
         if parallel.rank() == 0:
             try:
-                said = json.dumps({"answer": look()}).encode()
+                payload = json.dumps({"answer": look()}).encode()
             except Exception as error:  # raised below, after the others have been told
-                said, failed = json.dumps({"error": str(error)}).encode(), error
-        length = int(parallel.broadcast(np.array([len(said)]))[0])
-        heard = parallel.broadcast(
-            np.frombuffer(said, np.uint8) if parallel.rank() == 0 else np.zeros(length, np.uint8)
+                payload, failed = json.dumps({"error": str(error)}).encode(), error
+        length = int(parallel.broadcast(np.array([len(payload)]))[0])
+        received = parallel.broadcast(
+            np.frombuffer(payload, np.uint8) if parallel.rank() == 0 else np.zeros(length, np.uint8)
         )
         if failed is not None:
             raise failed
-        message = json.loads(heard.tobytes())
+        message = json.loads(received.tobytes())
         if "error" in message:
             raise CacheError(message["error"])
         return message["answer"]

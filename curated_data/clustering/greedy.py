@@ -36,7 +36,7 @@ def plain_greedy(x: torch.Tensor, k: int, generator: np.random.Generator, trials
     for i in range(1, k):
         candidates = _draw_by_strips(padded, trials, generator)
         if candidates is None:
-            return fill(chosen, i, n, generator)
+            return complete_at_random(chosen, i, n, generator)
         lower = torch.minimum(_gaps(x, norms, torch.from_numpy(candidates)), gap)
         best = int(lower.sum(1).argmin())
         chosen[i] = candidates[best]
@@ -66,7 +66,7 @@ def _greedy_by_table(gaps: np.ndarray, k: int, generator: np.random.Generator, t
     for i in range(1, k):
         cumulative = gap.cumsum(dtype=np.float64)
         if cumulative[-1] <= 0:
-            return fill(chosen, i, len(gaps), generator)
+            return complete_at_random(chosen, i, len(gaps), generator)
         candidates = draw(cumulative, trials, generator)
         lower = np.minimum(gaps[candidates], gap)
         best = int(lower.sum(1).argmin())
@@ -125,7 +125,7 @@ def _greedy_on_device(
         gap.copy_(lower[best][0])
     found = chosen.cpu().numpy()
     exhausted = np.flatnonzero(totals.cpu().numpy() <= 0)
-    return fill(found, int(exhausted[0]), n, generator) if len(exhausted) else found
+    return complete_at_random(found, int(exhausted[0]), n, generator) if len(exhausted) else found
 
 
 def _running_sums(values: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
@@ -152,7 +152,7 @@ def draw(cumulative: np.ndarray, m: int, generator: np.random.Generator) -> np.n
     return np.minimum(found, last)  # if rounding gives the very end
 
 
-def fill(chosen: np.ndarray, done: int, n: int, generator: np.random.Generator) -> np.ndarray:
+def complete_at_random(chosen: np.ndarray, done: int, n: int, generator: np.random.Generator) -> np.ndarray:
     """Fill up with random other rows, if there are fewer distinct rows than k."""
     chosen[done:] = generator.choice(
         np.setdiff1d(np.arange(n), chosen[:done]), len(chosen) - done, replace=False

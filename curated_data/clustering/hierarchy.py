@@ -353,8 +353,8 @@ def _check_range(rows: Rows) -> None:
 def _run_fingerprint(x: Matrix, rows: Rows, levels: list[Level], settings: dict[str, Any]) -> str:
     """A name for data and settings; of the data: shape, which rows are used, their mean, and 4096 rows."""
     n = len(x)
-    spread = np.unique(np.linspace(0, n - 1, 4096).astype(np.int64))
-    sample = read_rows(x, spread).cpu().numpy()
+    places = np.unique(np.linspace(0, n - 1, 4096).astype(np.int64))
+    sample = read_rows(x, places).cpu().numpy()
     frame = rows.frame
     mean = np.zeros(0) if frame.mean is None else frame.mean  # over all the data
     ids = np.zeros(0, np.int64) if rows.ids is None else rows.ids

@@ -164,7 +164,7 @@ def kmeans(
         seeding_rows=seeding_rows,
         weight=weight,
     )
-    return dataclasses.replace(spread(fit, rows, len(x)), metric=metric)
+    return dataclasses.replace(as_result(fit, rows, len(x)), metric=metric)
 
 
 def _checked_weight(weight: np.ndarray, rows: Rows, n: int) -> np.ndarray:
@@ -354,7 +354,7 @@ def _under(name: str, arrays: Arrays) -> Arrays:
     return {key.partition(".")[2]: array for key, array in arrays.items() if key.startswith(f"{name}.")}
 
 
-def spread(fit: Fit, rows: Rows, n: int) -> KMeansResult:
+def as_result(fit: Fit, rows: Rows, n: int) -> KMeansResult:
     """A fit as a result for the user: in the input's coordinates, over all n rows."""
     scale = rows.frame.scale
     within = 2.0**-100 < scale < 2.0**100

@@ -11,7 +11,7 @@ import torch
 from curated_data import parallel
 from curated_data.clustering.bounds import Bounds, widened
 from curated_data.clustering.checkpoint import Arrays
-from curated_data.clustering.nearest import Centroids, fill, squared_distances
+from curated_data.clustering.nearest import Centroids, map_into, squared_distances
 from curated_data.clustering.neighbourhoods import (
     FEW,
     Neighbourhoods,
@@ -76,7 +76,7 @@ class Lloyd:
         self.bounds = Bounds(n)
         self.sums = np.zeros((self.k, rows.dimension))
         self.counts = np.zeros(self.k, np.int64)
-        self.norms = fill(
+        self.norms = map_into(
             rows, np.empty(n, np.float32), lambda start, stop, block: block.square().sum(1).cpu().numpy()
         )
         self.done, self.before, self.inertia, self.n_repaired = 0, np.inf, np.inf, 0
@@ -230,7 +230,7 @@ class Lloyd:
         self.counts += self._sum(counts)
 
     def _mass(self) -> np.ndarray:
-        """The sum of weights of each cluster, found anew: differences would leave a trace in emptied ones."""
+        """The sum of weights of each cluster, summed afresh: differences leave a trace in emptied ones."""
         if self.weight is None:
             return self.counts
         return self._sum(np.bincount(self.bounds.assignment, self.weight, self.k).astype(np.float64))
@@ -340,7 +340,7 @@ def _add_segments(
 
     for begin, end in blocks(len(at), 4 * torch.get_num_threads() * size):
         for ids, starts, values in rows.map(functools.partial(grouped, begin=begin), size, at[begin:end]):
-            # One row after the other, as within a piece: each sum goes on from where it stands.
+            # One row after the other, as within a piece: each sum continues from where it stands.
             going_on = np.insert(values.astype(np.float64), starts, found[ids], axis=0)
             found[ids] = np.add.reduceat(going_on, starts + np.arange(len(starts)), axis=0)
     for piece in range(len(edges) - 1):

@@ -189,10 +189,10 @@ class Centroids:
         best, second = scores[:2]
         exact = self._score(rows, index)
         rest = (rows - _rounded(rows, self.products)).norm(dim=1)
-        spread = rest * self.largest + rows.norm(dim=1) * self.largest_rest
+        rounding = rest * self.largest + rows.norm(dim=1) * self.largest_rest
         if self.products == "bf16x3":  # the product of the lower halves is omitted
-            spread += _halves(rows)[1].float().norm(dim=1) * self.largest_low
-        lower = second - 2 * (best - exact).abs() - 12 / math.sqrt(rows.shape[1]) * spread
+            rounding += _halves(rows)[1].float().norm(dim=1) * self.largest_low
+        lower = second - 2 * (best - exact).abs() - 12 / math.sqrt(rows.shape[1]) * rounding
         doubt = torch.nonzero(~(lower > exact) & (index >= 0))[:, 0]
         self.n_rechecked += len(doubt)
         found = [index, *(torch.where(index >= 0, score, torch.inf) for score in (exact, lower))]
@@ -310,7 +310,7 @@ def onednn_is_faster() -> bool:
 def nearest(rows: Rows, centroids: torch.Tensor) -> np.ndarray:
     """The index of each row's nearest centroid, (n,) int64; the lowest on ties."""
     ready = Centroids(centroids)
-    return fill(rows, np.empty(len(rows), np.int64), lambda start, stop, block: ready.nearest(block))
+    return map_into(rows, np.empty(len(rows), np.int64), lambda start, stop, block: ready.nearest(block))
 
 
 def nearest_columns(
@@ -354,10 +354,10 @@ def squared_distances(rows: Rows, centroids: torch.Tensor, assignment: np.ndarra
         gap = rows_at(centroids, assignment[start:stop]).sub_(block)
         return gap.square_().sum(1).double().cpu().numpy()
 
-    return fill(rows, np.empty(len(rows)), one)
+    return map_into(rows, np.empty(len(rows)), one)
 
 
-def fill(rows: Rows, out: np.ndarray, work: Callable[[int, int, torch.Tensor], np.ndarray]) -> np.ndarray:
+def map_into(rows: Rows, out: np.ndarray, work: Callable[[int, int, torch.Tensor], np.ndarray]) -> np.ndarray:
     """`rows.map` with one number per row, written to `out` directly.
 
     A list of small results, allocated between large temporary blocks, would keep the allocator from reusing

@@ -14,7 +14,7 @@ import torch
 
 from curated_data import parallel
 from curated_data.clustering.bounds import WIDTH, Bounds, widened
-from curated_data.clustering.nearest import Centroids, fill, nearest, nearest_columns, squared_distances
+from curated_data.clustering.nearest import Centroids, map_into, nearest, nearest_columns, squared_distances
 from curated_data.clustering.rows import Rows, blocks, parallel_map, rows_at
 
 MANY = 1024  # centroids from which neighbourhoods save more than they cost
@@ -147,7 +147,7 @@ def _nearest_centres(rows: Rows, centres: torch.Tensor) -> tuple[np.ndarray, np.
         distance[start:stop] = _distances(score, block.square().sum(1).numpy())
         return index
 
-    return fill(rows, np.empty(len(rows), np.int64), one), distance
+    return map_into(rows, np.empty(len(rows), np.int64), one), distance
 
 
 def _distances(scores: np.ndarray, norms: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from curated_data import parallel
-from curated_data.clustering.greedy import TINY, draw, fill, plain_greedy
+from curated_data.clustering.greedy import TINY, complete_at_random, draw, plain_greedy
 from curated_data.clustering.nearest import TILE, nearest_columns
 from curated_data.clustering.rows import Rows, new_matrix, parallel_map, rank_range
 
@@ -154,15 +154,15 @@ class _Cells:
         mine = self.row[self.begin : self.end]
         # Made for each use if they may not be held.
         self.weights = new_matrix(len(mine), rows.dimension + 1, cell) if rows.fits() else None
-        centres, spread = torch.empty(len(mine), rows.dimension), torch.zeros(len(mine), cell)
+        centres, radius = torch.empty(len(mine), rows.dimension), torch.zeros(len(mine), cell)
         for i, members in enumerate(mine):
             inside = rows.take(members[members >= 0])
             centres[i] = inside.mean(0)
-            spread[i, : len(inside)] = (inside - centres[i]).square_().sum(1).sqrt_()
+            radius[i, : len(inside)] = (inside - centres[i]).square_().sum(1).sqrt_()
             if self.weights is not None:
                 _as_weights(inside, self.weights[i])
         self.centres = torch.from_numpy(np.concatenate(self._gather(centres.numpy())))
-        self.spread = np.concatenate(self._gather(spread.numpy()))  # of rows around the centres
+        self.radius = np.concatenate(self._gather(radius.numpy()))  # of rows around the centres
 
     def choose(self, k: int, trials: int, generator: np.random.Generator) -> np.ndarray:
         chosen = np.empty(k, np.int64)
@@ -172,11 +172,11 @@ class _Cells:
         self._make_room(most * trials)
         while done < k:
             gap = self._gap()
-            self.reach = (self.spread + np.sqrt(gap)).max(1)
+            self.reach = (self.radius + np.sqrt(gap)).max(1)
             gap = gap.reshape(-1)
             cumulative = gap.cumsum(dtype=np.float64)
             if cumulative[-1] <= 0:
-                return fill(chosen, done, len(self.rows), generator)
+                return complete_at_random(chosen, done, len(self.rows), generator)
             steps = min(k - done, max(1, done // 2), most)
             drawn = draw(cumulative, steps * trials, generator)
             luck = generator.random(len(drawn)) * gap[drawn]

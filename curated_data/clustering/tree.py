@@ -295,11 +295,11 @@ def _check_replaceable(path: Path) -> None:
     if path.is_symlink() or not os.path.lexists(path):
         kind = "is a link" if path.is_symlink() else None
     elif not path.is_dir():
-        kind = "is no folder"
+        kind = "is not a folder"
     else:
         there = {entry.name for entry in path.iterdir() if not entry.name.startswith(TEMPORARY)}
         written = {MANIFEST, *read_manifest(path, "tree")["files"]} if MANIFEST in there else set()
-        kind = next((f"holds {name!r}, which is no part of a tree" for name in sorted(there - written)), None)
+        kind = next((f"holds {name!r}, not part of a tree" for name in sorted(there - written)), None)
     if kind is not None:
         raise CacheError(f"{path}: {kind}, so no cluster tree is saved there; give another path")
 

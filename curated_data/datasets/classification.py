@@ -112,8 +112,8 @@ def voc2007(root: Path, part: str) -> Images:
 def folder_split(
     root: Path, part: str, *, per_class: int = 30, left_out: str = "BACKGROUND_Google"
 ) -> Images:
-    """A folder a class without an official split, as Caltech-101: a seeded draw of `per_class` images of each
-    trains, the others test (part: train or test).
+    """One folder per class without an official split, as Caltech-101: a seeded draw of `per_class` images of
+    each trains, the others test (part: train or test).
     """
     train_or_test(part)
     folders = [folder for folder in subfolders(root, "a folder for each class") if folder.name != left_out]

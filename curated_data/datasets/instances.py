@@ -72,4 +72,4 @@ class _PlainUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if (module, name) in (("builtins", "bytes"), ("__builtin__", "bytes")):  # no bytes: empty arrays
             return bytes
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no plain data")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not plain data")

@@ -241,7 +241,7 @@ def _convert(dataset: str, part: Mapping[str, Any], root: Path, out: Path) -> No
             if not isinstance(label, int | np.integer):
                 raise ConfigError(
                     f"torchvision.datasets.{dataset} has targets of {type(label).__name__}; the layout "
-                    "torchvision is for classification, with one class an image"
+                    "torchvision is for classification, with one class per image"
                 )
             writer.write({"__key__": f"{number:07d}", **content, "cls": int(label)})
 

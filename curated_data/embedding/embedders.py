@@ -21,6 +21,7 @@ in the file if it is of `lightning_modules`; the name of another ends in `@packa
 """
 
 import contextlib
+import difflib
 import importlib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -219,7 +220,7 @@ def _by_name(spec: str) -> Embedder:
     }
     if family not in makers and Path(spec).suffix in (".pth", ".pt", ".bin", ".safetensors", ".ckpt"):
         raise EmbedderError(
-            f"embedder {spec!r} is a file of weights, which does not say whose; give "
+            f"embedder {spec!r} is a file of weights, which does not say of which network; give "
             f"'torchvision:NAME@{spec}' or 'timm:NAME@{spec}' with the network's name, or "
             f"'checkpoint:{spec}' for a pretraining module"
         )
@@ -257,9 +258,16 @@ def _timm(rest: str) -> Embedder:
     import timm
 
     name, _, source = rest.partition("@")
-    if not timm.is_model(name.split(".")[0]):
-        near = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), 5, cutoff=0.5)
         raise EmbedderError(f"timm has no model {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        there = f"there are {', '.join(tags)}" if tags else "there are none"
+        raise EmbedderError(f"timm has no weights {tag!r} of {architecture}; {there}")
+    if not (source or tags):
+        raise EmbedderError(f"timm has no weights of {name}; give your own as 'timm:{name}@FILE'")
     if source:
         with seeded(0):
             network = timm.create_model(name, pretrained=False, num_classes=0)
@@ -459,7 +467,7 @@ def _module_class(path: str, dotted: str, package: str) -> Callable[..., Any]:
     is_module = isinstance(found, type) and issubclass(found, nn.Module)
     if not is_module or missing or not f"{found.__module__}.".startswith(package):
         lacks = f" (it lacks {', '.join(missing)})" if missing else ""
-        raise EmbedderError(f"{path}: {dotted} is no pretraining module{lacks}")
+        raise EmbedderError(f"{path}: {dotted} is not a pretraining module{lacks}")
     return found
 
 

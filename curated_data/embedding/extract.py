@@ -264,7 +264,7 @@ def _decoder_fingerprints(decoders: Decoders | None) -> list[Any]:
         except EmbedderError as error:
             raise ConfigError(
                 f"decoders[{extension!r}]: its identity cannot be determined; give it an attribute "
-                "`fingerprint` (a string that changes whenever its output would)"
+                "`fingerprint` (a string that changes whenever its output does)"
             ) from error
     return found
 
@@ -440,7 +440,7 @@ def _forward(embedder: Embedder, inputs: Tensor, device: torch.device, use_bf16:
             raise worker_ended(error) from error
         raise EmbedderError(
             f"{_name(embedder)}: fails on a batch of shape {tuple(inputs.shape)} on {device} "
-            f"({first_line(error, with_type=True)}); is its `preprocess` the one that it needs?"
+            f"({first_line(error, with_type=True)}); is its `preprocess` the right one?"
         ) from error
     if not isinstance(output, Tensor) or output.is_complex():
         kind = output.dtype if isinstance(output, Tensor) else type(output).__name__

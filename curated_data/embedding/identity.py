@@ -116,7 +116,7 @@ class _Walk:
             return self._object(value, {"__call__"})
         raise EmbedderError(
             f"the embedder holds a {type(value).__name__}, whose identity cannot be determined; give the "
-            "embedder an attribute `fingerprint` (a string that changes whenever its output would)"
+            "embedder an attribute `fingerprint` (a string that changes whenever its output does)"
         )
 
     def _network(self, module: nn.Module) -> list[Any]:
@@ -203,7 +203,7 @@ class _Walk:
         source = source_of(function)
         if source is None:
             log.warning(
-                "%s: its source is not at hand, so its fingerprint holds for this version of Python only; "
+                "%s: its source is not available, so its fingerprint holds for this version of Python only; "
                 "give the embedder an attribute `fingerprint` (a string that changes whenever its output "
                 "would)",
                 function.__qualname__,

@@ -27,7 +27,7 @@ def check_folder(folder: str | Path, form: str) -> Path:
     if form not in FORMATS:
         raise ConfigError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}")
     if os.path.lexists(path):
-        raise ConfigError(f"{path}: is there already; give a folder that is not, or move it away")
+        raise ConfigError(f"{path}: exists already; give a new folder, or move it away")
     return path
 
 
@@ -119,7 +119,7 @@ def _texts(keys: list[str]) -> "object":
     """Keys as texts.
 
     Raises:
-        ConfigError: one is no UTF-8, which parquet cannot hold.
+        ConfigError: one is not UTF-8, which parquet cannot hold.
     """
     import pyarrow as pa
 
@@ -128,5 +128,5 @@ def _texts(keys: list[str]) -> "object":
     except (UnicodeEncodeError, pa.ArrowInvalid) as error:
         bad = next(key for key in keys if not key.isprintable())
         raise ConfigError(
-            f"key {bad!r}: is no UTF-8, so no parquet can hold it; rename that sample"
+            f"key {bad!r}: is not UTF-8, which parquet cannot hold; rename that sample"
         ) from error

@@ -40,7 +40,7 @@ class Precomputed:
         key: the column of keys; None takes `key`, `__key__` or `image_path`. In text
             `precomputed:PATH?key=id`.
         column: that of embeddings in a parquet file; None takes the only one, or `embedding`.
-        missing: "exclude" samples without a row, or "refuse" to go on.
+        missing: "exclude" samples without a row, or "refuse" to continue.
 
     Example:
         >>> from curated_data import curate

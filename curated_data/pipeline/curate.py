@@ -21,6 +21,7 @@ from curated_data.embedding.files import Source
 from curated_data.errors import ConfigError, PoolError
 from curated_data.parallel import check_same
 from curated_data.pool.decode import Decoders
+from curated_data.selection.quota_rules import check_clusters
 from curated_data.stages.curation import Curation, report_of, select
 from curated_data.stages.embeddings import AnyEmbedder, Embeddings, check_any, inputs_of
 from curated_data.stages.filtering import filter_pool, filter_report
@@ -90,6 +91,8 @@ def _curate(pool: AnyPool, config: CurationConfig, run: Run, embeddings: Embeddi
     check_same(curation=fingerprint(config=dataclasses.asdict(config)))
     n_samples = Index(pool).build(run)
     check_levels(config.levels, n_samples)
+    if config.levels:
+        check_clusters(config)
     check_preference(config, pool)
     with run.timed("filter"):
         filtered = filter_pool(pool, config)
@@ -116,6 +119,7 @@ def _curate(pool: AnyPool, config: CurationConfig, run: Run, embeddings: Embeddi
     derived = not config.levels
     config = dataclasses.replace(config, levels=levels_for(config, int(valid.sum())))
     check_levels(config.levels, int(valid.sum()), n_samples)
+    check_clusters(config)
     tree = Tree(run.root, config, inputs).cluster(run, pool, store, valid, derived=derived)
     return select(
         run,

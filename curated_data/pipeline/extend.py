@@ -125,7 +125,7 @@ def extend(
             raise CacheError(
                 f"{base.folder}: its tree was built over embeddings {shown(base.inputs.get('embedder'))}, "
                 f"these are {embeddings.name}; give the embedder and embedding settings of that curation, or "
-                "curate anew"
+                "curate again"
             )
         return _extend(shards, settings, run, embeddings, base, rebuild_above)
 
@@ -223,7 +223,7 @@ def _check_shards(pool: ShardPool, base: BuiltTree, root: Path) -> None:
 
 def _no_shard(base: BuiltTree) -> PoolError:
     return PoolError(
-        f"the pool has none of the {len(base.shards)} shards that {base.folder} was built over; curate anew"
+        f"the pool has none of the {len(base.shards)} shards that {base.folder} was built over; curate again"
     )
 
 
@@ -272,7 +272,7 @@ def _copies(stage: NearDuplicates) -> dict[str, int]:
     if counts["held_out_in_tree"]:
         log.warning(
             "near_duplicates.held_out: %d samples of the tree are copies of held-out ones, and stay in it; "
-            "curate anew to have them removed",
+            "curate again to have them removed",
             counts["held_out_in_tree"],
         )
     return counts

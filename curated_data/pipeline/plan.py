@@ -30,6 +30,7 @@ from curated_data.levels import Level
 from curated_data.parallel import world_size
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
+from curated_data.selection.quota_rules import check_clusters, with_weights
 from curated_data.stages.cost import Cost, Rates
 from curated_data.stages.embeddings import Embeddings, inputs_of
 from curated_data.stages.filtering import filter_pool, filter_rows, with_named_ids
@@ -100,12 +101,12 @@ def plan(
     Raises:
         ConfigError, PoolError, EmbedderError, CacheError: as `curate` would in its first minutes.
     """
-    config = load_config(config)
+    config = with_weights(load_config(config))
     root = open_cache(cache_dir)
     first = Index.of(pool, root)
     pool = first.pool
     if not isinstance(pool, ShardPool):
-        raise ConfigError("plan: the pool is of embeddings already, and there is nothing to embed")
+        raise ConfigError("plan: the pool already holds embeddings, so there is nothing to embed")
     embeddings = Embeddings.of(root, pool, embedder, config, decoders)
     n_samples = len(pool)
     check_levels(config.levels, n_samples)
@@ -119,11 +120,12 @@ def plan(
     n_valid = n_kept if valid is None else int(valid.sum())
     levels = stages.tree.config.levels or []
     check_levels(levels, n_valid, n_samples)
+    check_clusters(stages.tree.config)
 
     network = embeddings.embedder
     assert network is not None, "a pool of shards has one"
     if isinstance(network, Precomputed):
-        raise ConfigError("plan: the embeddings exist already, and there is nothing to embed")
+        raise ConfigError("plan: the embeddings exist already, so there is nothing to embed")
     if store is None or valid is None:
         probe = _probe(n_kept, n_probe)
         if filtered is not None:

@@ -82,6 +82,8 @@ def recurate(
 def _recurate(
     pool: AnyPool, config: CurationConfig, run: Run, embeddings: Embeddings, base: Curation, share: float
 ) -> Curation:
+    if config.quotas.weights is not None:
+        raise ConfigError("quotas.weights: are of the clusters of one tree, and a re-curation makes another")
     if base.tree.n_samples != len(pool):
         raise PoolError(f"base: its tree is of {base.tree.n_samples} samples, the pool has {len(pool)}")
     fresh = draw_share(base.tree.parent[1] != EXCLUDED, share, config.seed)
@@ -102,7 +104,7 @@ def _recurate(
         store,
         store.valid,
         derived=derived,
-        complete=lambda tree: spread(tree, fresh, base.tree),
+        complete=lambda tree: extend_to_pool(tree, fresh, base.tree),
     )
 
     def figures(ids: np.ndarray) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def levels_of_share(config: CurationConfig, base: Curation, share: float) -> lis
     return [lowest, *levels[1:]]
 
 
-def spread(tree: ClusterTree, fresh: np.ndarray, old: ClusterTree) -> ClusterTree:
+def extend_to_pool(tree: ClusterTree, fresh: np.ndarray, old: ClusterTree) -> ClusterTree:
     """Extend a tree over some samples of a pool to the whole pool, by the clusters of an older tree.
 
     A sample goes to the new cluster of most fresh samples in its old lowest cluster (the lowest number on

@@ -52,7 +52,7 @@ def reopen(cache_dir: str | Path, selection: str) -> Curation:
     with reading(built.folder / MANIFEST, Remedy(built.folder / MANIFEST)):
         needed = tree.parent[1] != EXCLUDED
         store = open_embeddings(folders[EMBEDDINGS], built.shards, built.shard_ranges(), needed)
-    return Curation(drawn.ids, tree, store, drawn.report, drawn.config, folders)
+    return Curation(drawn.ids, tree, store, drawn.report, drawn.config, folders, drawn.nested)
 
 
 def tree_of(root: Path, selection: str) -> Path:

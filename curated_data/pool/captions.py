@@ -14,7 +14,7 @@ _READ = 4096  # samples at once
 
 
 def read_captions(pool: "ShardPool", ids: Sequence[int] | np.ndarray) -> list[str | None]:
-    """The caption of each sample, None for those without one; bytes that are no UTF-8 are replaced.
+    """The caption of each sample, None for those without one; bytes that are not UTF-8 are replaced.
 
     Raises:
         PoolError: an id outside the pool, or a shard that is missing or has changed.

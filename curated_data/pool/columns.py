@@ -331,10 +331,10 @@ def _kept(pool: "ShardPool", number: int, names: Sequence[str] | None = None) ->
     first, last = pool.shard_ranges()[number : number + 2].tolist()
     if len(table) != last - first:
         raise PoolError(
-            f"{path}: damaged ({len(table)} rows, expected {last - first}); remove it, it is made anew"
+            f"{path}: damaged ({len(table)} rows, expected {last - first}); remove it, and it is rebuilt"
         )
     if (table.schema.metadata or {}).get(b"name") != path.stem.encode():
-        raise PoolError(f"{path}: damaged (holds the columns of another shard); remove it, it is made anew")
+        raise PoolError(f"{path}: damaged (holds the columns of another shard); remove it, and it is rebuilt")
     return table
 
 

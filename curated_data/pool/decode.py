@@ -46,7 +46,7 @@ def decode_array(data: bytes) -> np.ndarray:
         # Before numpy allocates what the header says.
         n_bytes = math.prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or (not dtype.hasobject and n_bytes > len(data) - stream.tell()):
-            raise SampleError(f"is no readable .npy array: {shape} {dtype} in {len(data)} bytes; truncated?")
+            raise SampleError(f"not a readable .npy array: {shape} {dtype} in {len(data)} bytes; truncated?")
         stream.seek(0)
         return np.lib.format.read_array(stream, allow_pickle=False)
     except SampleError:
@@ -54,7 +54,7 @@ def decode_array(data: bytes) -> np.ndarray:
     except Exception as error:  # numpy parses the header as Python, which raises many kinds
         if not is_samples(error):
             raise
-        raise SampleError(f"is no readable .npy array ({error})") from error
+        raise SampleError(f"not a readable .npy array ({error})") from error
 
 
 def decode_sample(
@@ -212,7 +212,7 @@ def as_decoders(decoders: Decoders | None) -> Decoders | None:
     """Decoders by the extensions that members have, see `as_extensions`.
 
     Raises:
-        ConfigError: an extension is empty or given twice, or its decoder is no function.
+        ConfigError: an extension is empty or given twice, or its decoder is not a function.
     """
     found: dict[str, Callable[[bytes], Any]] = {}
     for given, decoder in (decoders or {}).items():
@@ -360,9 +360,9 @@ def _label(data: bytes) -> int:
     try:
         label = int(data.decode("ascii"))
     except ValueError:
-        raise SampleError(f"is no integer: {data[:40]!r}") from None
+        raise SampleError(f"is not an integer: {data[:40]!r}") from None
     if not -(1 << 63) <= label < 1 << 63:
-        raise SampleError(f"is beyond the integers of 64 bits: {data[:40]!r}")
+        raise SampleError(f"does not fit into a 64-bit integer: {data[:40]!r}")
     return label
 
 

@@ -28,7 +28,7 @@ class ImageFolders:
     """The images below a folder, in the order of their names.
 
     Links to files are followed. A folder is visited once, by its own path if that lies below the root, so a
-    cycle of links ends and no image is found twice. What is no regular file is never opened.
+    cycle of links ends and no image is found twice. What is not a regular file is never opened.
 
     Args:
         root: where all searches begin.
@@ -146,7 +146,7 @@ def read_image(path: Path) -> bytes:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise PoolError(f"{path}: is no regular file any more; move it away")
+                raise PoolError(f"{path}: is not a regular file any more; move it away")
             return file.read()
     except OSError as error:
         raise unreadable(path, error) from error

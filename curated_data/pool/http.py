@@ -156,7 +156,7 @@ async def _answer(
         if response.content.at_eof():
             response.release()
         else:
-            response.close()  # who was to send no more may go on for ever
+            response.close()  # a server told to send no more may never stop
 
 
 def _check(response: Any, shard: ShardFile) -> None:
@@ -167,23 +167,23 @@ def _check(response: Any, shard: ShardFile) -> None:
         raise OSError(f"answers with status {response.status}")
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding.lower() not in ("identity", ""):
-        raise OSError(f"answers in the encoding {encoding[:40]!r}, though plain bytes were asked for")
+        raise OSError(f"answers in the encoding {encoding[:40]!r}, although plain bytes were requested")
     if response.status == 200 and response.headers.get("Content-Type", "").startswith("text/html"):
         raise OSError("answers with a web page (text/html)")
 
 
 def _range_of(response: Any, start: int, stop: int) -> int | None:
     """The size of the whole file by an answer with a range, which must be the one that was asked for."""
-    said = response.headers.get("Content-Range", "")
-    found = _RANGE.fullmatch(said.strip())
+    header = response.headers.get("Content-Range", "")
+    found = _RANGE.fullmatch(header.strip())
     if not found or (int(found[1]), int(found[2])) != (start, stop - 1):
-        raise OSError(f"answers with the range {said[:60]!r} to a request for bytes {start}-{stop - 1}")
+        raise OSError(f"answers with the range {header[:60]!r} to a request for bytes {start}-{stop - 1}")
     return None if found[3] == "*" else int(found[3])
 
 
 def _length(response: Any) -> int | None:
-    said = response.headers.get("Content-Length", "")
-    return int(said) if said.isdecimal() else None
+    header = response.headers.get("Content-Length", "")
+    return int(header) if header.isdecimal() else None
 
 
 def _check_length(response: Any, expected: int) -> None:

@@ -1,122 +1,107 @@
-"""Data sets on the Hugging Face Hub, by `hf://datasets/OWNER/NAME` and the client of the extra `hub`.
-
-The server, and how it knows one, are the client's own: `HF_ENDPOINT`, and `HF_TOKEN` or `hf auth login`.
-"""
+"""Parquet files in stores, as of data sets of the Hub: `hf://datasets/OWNER/NAME`, read through fsspec."""
 
 import logging
+import posixpath
 import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
-from curated_data.errors import CacheError, ConfigError, printable
+import fsspec
+import pyarrow.parquet as pq
+
+from curated_data.errors import ConfigError, PoolError, printable
+from curated_data.parquet import reading_parquet
 
 log = logging.getLogger(__name__)
 
-_URL = re.compile(
-    r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<folder>[^@]*))?", re.ASCII
-)
-_CARD = "README.md"
+_HUB = "hf://"
+_BUFFER = 1 << 20  # bytes of a column that are in memory at once, besides the blocks that fsspec reads
+_PART = re.compile(r"-\d+-of-\d+|\d+")  # what names of the files of one split differ in
+_SHOWN = 6
 
 
-class HubPlace(NamedTuple):
-    """A folder of a data set on the Hub.
-
-    Attributes:
-        repo: OWNER/NAME.
-        revision: a branch, tag or commit.
-        folder: within the repository, "" for its top.
-    """
-
-    repo: str
-    revision: str
-    folder: str
-
-    @property
-    def url(self) -> str:
-        """The URL that names it."""
-        place = f"hf://datasets/{self.repo}" + (f"@{self.revision}" if self.revision != "main" else "")
-        return f"{place}/{self.folder}" if self.folder else place
-
-    def path(self, name: str) -> str:
-        """Within the repository, the path of a file."""
-        return f"{self.folder}/{name}" if self.folder else name
-
-
-def hub_place(url: str) -> HubPlace:
-    """What `hf://datasets/OWNER/NAME`, with `@REVISION` and a folder if need be, names.
-
-    Raises:
-        ConfigError: it is of another form.
-
-    Example:
-        >>> from curated_data.pool.hub import hub_place
-        >>> hub_place("hf://datasets/me/birds@v1/train")
-        HubPlace(repo='me/birds', revision='v1', folder='train')
-    """
-    found = _URL.fullmatch(url)
-    folder = "" if found is None else (found["folder"] or "").strip("/")
-    if found is None or ".." in folder.split("/"):
-        raise ConfigError(
-            f"{url}: no data set of the Hub; expected hf://datasets/OWNER/NAME, which @REVISION and a folder "
-            "may follow"
-        )
-    return HubPlace(found["repo"], found["revision"] or "main", folder)
-
-
-def hub_client() -> Any:
-    """The client, `huggingface_hub.HfApi`.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        from huggingface_hub import HfApi
-    except ImportError as error:
-        raise ConfigError(
-            "hf:// needs the package huggingface_hub: pip install 'curated-data[hub]'"
-        ) from error
-    return HfApi(library_name="curated-data")
-
-
-def upload(folder: Path, names: Sequence[str], place: HubPlace, *, message: str) -> str:
-    """Write files to a data set as one commit: all of them appear, or none.
-
-    A data set that does not exist yet is made, and is private. A card that it has stays as it is.
+def remote_tables(url: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
+    """The parquet files that a URL names: a file, a glob, or a folder or data set with those of one split.
 
     Args:
-        folder: on this machine.
-        names: of files in it.
-        place: where they go.
-        message: of the commit.
+        url: as `hf://datasets/OWNER/NAME`, if wanted with `@REVISION` after the name, and a path or glob in
+            it; or of any file system of fsspec.
+        storage_options: for fsspec, as `token`.
 
     Returns:
-        The URL of the commit.
+        Their URLs, in the order of their names.
 
     Raises:
-        ConfigError: the client is not installed.
-        CacheError: the Hub cannot be reached, or refuses.
+        ConfigError: a package that reads such URLs is not installed, or there are files of several splits.
+        PoolError: there is no such data set or file, or none of parquet, or the store cannot be reached.
     """
-    api = hub_client()
-    from huggingface_hub import CommitOperationAdd
-
-    names = list(names)
-    try:
-        api.create_repo(place.repo, repo_type="dataset", private=True, exist_ok=True)
-        kept = place.path(_CARD)
-        if _CARD in names and api.file_exists(place.repo, kept, repo_type="dataset", revision=place.revision):
-            log.warning("%s: has a %s, which stays; remove it there to have a new one", place.url, kept)
-            names.remove(_CARD)
-        made = api.create_commit(
-            place.repo,
-            [CommitOperationAdd(place.path(name), folder / name) for name in names],
-            commit_message=message,
-            repo_type="dataset",
-            revision=place.revision,
+    system, path = _opened(url, storage_options)
+    with _reaching(url):
+        if any(letter in path for letter in "*?["):
+            found = system.glob(path)
+        elif path.endswith(".parquet"):
+            found = [path] if system.exists(path) else []
+        else:
+            found = system.find(path)
+    tables = sorted(str(name) for name in found if str(name).endswith(".parquet"))
+    if not tables:
+        ends = sorted({posixpath.splitext(str(name))[1] or str(name) for name in found})[:_SHOWN]
+        has = f"it has {', '.join(ends)}" if ends else "there is no such file, or it is empty"
+        hint = (
+            f"; try the Hub's own copy: {url.rstrip('/')}@~parquet/default/train" if _is_data_set(url) else ""
         )
-    except Exception as error:  # the client's, and those of what it sends with
-        raise CacheError(
-            f"{place.url}: cannot be written ({printable(error)}); check its name, HF_ENDPOINT, and that "
-            "HF_TOKEN may write there"
+        raise PoolError(f"{url}: no parquet file to import ({has}){hint}")
+    splits = {_PART.sub("*", name): name for name in reversed(tables)}
+    if len(splits) > 1 and not any(letter in path for letter in "*?["):
+        root = url.rstrip("/")
+        listed = ", ".join(f"{root}{name.removeprefix(path.rstrip('/'))}" for name in sorted(splits)[:_SHOWN])
+        raise ConfigError(f"{url}: holds several splits; give the one to import: {listed}")
+    log.info("%s: %d parquet files", url, len(tables))
+    return [system.unstrip_protocol(name) for name in tables]
+
+
+@contextmanager
+def remote_table(url: str, storage_options: Mapping[str, Any] | None = None) -> Iterator[pq.ParquetFile]:
+    """A parquet file in a store, whose columns are read in small pieces as rows are asked for.
+
+    Raises:
+        PoolError: it cannot be read, or is no parquet.
+    """
+    system, path = _opened(url, storage_options)
+    with reading_parquet(url):
+        source = system.open(path, "rb")
+    with source:
+        with reading_parquet(url):
+            file = pq.ParquetFile(source, buffer_size=_BUFFER, page_checksum_verification=True)
+        yield file
+
+
+def _opened(url: str, storage_options: Mapping[str, Any] | None) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        system, path = fsspec.core.url_to_fs(url, **dict(storage_options or {}))
+    except ImportError as error:
+        what = "pip install 'curated-data[hub]'" if url.startswith(_HUB) else f"install it ({error})"
+        raise ConfigError(f"{url}: needs a package that is not installed; {what}") from error
+    except Exception as error:  # of a file system, about its options or the URL
+        raise PoolError(f"{url}: cannot be opened ({printable(error)})") from error
+    return system, str(path)
+
+
+@contextmanager
+def _reaching(url: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise PoolError(
+            f"{url}: there is none, or it is private ({printable(error)}); correct the name, or log in with "
+            "`huggingface-cli login`"
+            if url.startswith(_HUB)
+            else f"{url}: there is none ({printable(error)})"
         ) from error
-    return str(made.commit_url)
+    except Exception as error:  # of a client library
+        raise PoolError(f"{url}: cannot be listed ({printable(error)})") from error
+
+
+def _is_data_set(url: str) -> bool:
+    return re.fullmatch(r"hf://datasets/[^/@*]+/[^/@*]+/?", url) is not None

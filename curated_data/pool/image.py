@@ -146,7 +146,7 @@ def _decode_with_pillow(data: bytes, min_size: int | None, settings: ImageSettin
     try:
         image = Image.open(io.BytesIO(data))
         if image.format == "EPS":  # a program, which Pillow has Ghostscript run
-            raise SampleError("is an EPS file, which only Ghostscript can draw; give a decoder for it")
+            raise SampleError("is an EPS file, which only Ghostscript can render; give a decoder for it")
         if min_size is not None:
             image.draft("RGB", (min_size, min_size))
         scale = _key_scale(image)
@@ -195,9 +195,7 @@ def _as_rgb(image: Image.Image, background: tuple[int, int, int], scale: int) ->
             grey[is_clear] = background
         return grey
     if image.mode == "F":
-        raise SampleError(
-            "has floating-point values, whose scale only its owner knows; give a decoder for it"
-        )
+        raise SampleError("has floating-point values, whose scale is unknown; give a decoder for it")
     if not image.has_transparency_data:
         return np.array(image.convert("RGB"))
     key = image.info.get("transparency")

@@ -35,7 +35,7 @@ def imported_shards(folder: str, cache_dir: str | Path | None) -> list[str]:
     if cache_dir is None:
         raise PoolError(f"{PREFIX}{folder}: is imported into a cache; give cache_dir, or import it yourself")
     if not path.is_dir():
-        raise PoolError(f"{PREFIX}{folder}: is no folder; give one of images")
+        raise PoolError(f"{PREFIX}{folder}: is not a folder; give one of images")
     state = sorted(
         (os.path.relpath(os.path.join(place, name), path), status.st_size, status.st_mtime_ns)
         for place, _, names in os.walk(path)

@@ -53,7 +53,7 @@ _KINDS = {
         False,
     ),
     "links": _Kind(
-        "{count} members are links whose target is no file of the shard; they are left out. Write the files "
+        "{count} members are links whose target is not in the shard; they are left out. Write the files "
         "themselves (`tar --dereference --hard-dereference`)",
         True,
     ),
@@ -112,5 +112,5 @@ def report_notes(notes: Notes, *, strict: bool) -> None:
     for kind, note in notes.items():
         text = _KINDS[kind].text.format(count=note.number)
         if strict and _KINDS[kind].is_fault:
-            raise PoolError(f"{note.example}: {text} (refused as strict=True)")
+            raise PoolError(f"{note.example}: {text} (an error because of strict=True)")
         log.log(_KINDS[kind].level, "%s (first: %s)", text, note.example)

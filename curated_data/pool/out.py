@@ -77,7 +77,7 @@ class LocalFolder:
         """Remove a file, or a link."""
         path = self.path / name
         if path.is_dir() and not path.is_symlink():
-            raise PoolError(f"{path}: is a folder, where a file is to be written; move it away")
+            raise PoolError(f"{path}: is a folder, expected a file; move it away")
         with writing(path):
             remove(path, below=self.path)
 
@@ -90,9 +90,9 @@ class LocalFolder:
         above = [self.path, *self.path.absolute().parents]
         nearest = next(place for place in above if os.path.lexists(place))
         if not nearest.is_dir():
-            raise CacheError(f"{nearest}: is no folder, so nothing can be written in it; give another place")
+            raise CacheError(f"{nearest}: is not a folder, so nothing can be written in it; choose another")
         if not os.access(nearest, os.W_OK | os.X_OK):
-            raise CacheError(f"{nearest}: cannot be written (permission denied); give a place that can be")
+            raise CacheError(f"{nearest}: cannot be written (permission denied); give another place")
 
 
 class RemoteFolder:
@@ -221,10 +221,10 @@ def open_file(
     text = spelled(place)
     folder, _, name = text.rpartition("/")
     if not name:
-        raise CacheError(f"{text!r}: is a folder, where a file is to be written; give the name of a file")
+        raise CacheError(f"{text!r}: is a folder; give the name of a file")
     out = open_out(folder or ("/" if text.startswith("/") else "."), storage_options)
     if isinstance(out, LocalFolder) and out.place(name).is_dir():
-        raise CacheError(f"{text}: is a folder, where a file is to be written; give the name of a file in it")
+        raise CacheError(f"{text}: is a folder; give the name of a file in it")
     return out, name
 
 
@@ -257,7 +257,7 @@ def writing(place: Path | str) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise CacheError(f"{place}: too many open files ({error}); raise `ulimit -n`") from error
-        raise CacheError(f"{place}: cannot be written ({error}); give a place that can be") from error
+        raise CacheError(f"{place}: cannot be written ({error}); give another place") from error
 
 
 @contextlib.contextmanager

@@ -212,7 +212,7 @@ class LocalReader:
                 except OSError as error:
                     raise PoolError(
                         f"{self.shards[shards[number]].url}: cannot be read at offset {start} "
-                        f"({error.strerror}); see to the disk, or copy the shard again"
+                        f"({error.strerror}); check the disk, or copy the shard again"
                     ) from error
                 low, high = first[number], first[number + 1]
                 if high - low == 1:

@@ -149,7 +149,7 @@ def _check_kept(urls: Sequence[str], folder: LocalFolder | RemoteFolder, name: s
     for url in urls:
         if not is_pipe(url) and spot(url) in replaced:
             raise PoolError(
-                f"{url}: is to be imported, and is one of the shards {name!r} in {folder} that the import "
+                f"{url}: is to be imported, but is one of the shards {name!r} in {folder} that the import "
                 "would replace; give another folder or name"
             )
 
@@ -188,7 +188,7 @@ def _samples(url: str, handle: int) -> Iterator[tuple[str, dict[str, bytes]]]:
         )
     after = os.fstat(handle)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise PoolError(f"{url}: has changed while it was imported; import it again")
+        raise PoolError(f"{url}: changed while it was being imported; import it again")
 
 
 def _report(url: str, source: Source, index: ShardIndex, n_joined: int) -> None:
@@ -213,7 +213,7 @@ def _read(source: Source, offset: int, size: int) -> bytes:
     while missing:  # the system gives 2 GB at once at most
         piece = source.read(offset + size - missing, missing)
         if not piece:
-            raise PoolError(f"{source.name}: has become shorter while it was imported; import it again")
+            raise PoolError(f"{source.name}: became shorter while it was being imported; import it again")
         pieces.append(piece)
         missing -= len(piece)
     return b"".join(pieces)
@@ -291,7 +291,7 @@ def _named(url: str) -> Iterator[None]:
     except Exception as error:  # each format and each protocol has its own
         raise PoolError(
             f"{url}: cannot be read to its end ({printable(error)}); copy it again, "
-            "or see to what it comes from"
+            "or check where it comes from"
         ) from error
 
 

@@ -44,7 +44,7 @@ class ShardCache:
     def open(self, shard: ShardFile, download: Callable[[ShardFile, Path], None]) -> int:
         """Open the shard's file; if it is missing, one process downloads it while others wait.
 
-        A file of another size, or what is no file, is taken for missing and replaced.
+        A file of another size, or what is not a file, is taken for missing and replaced.
 
         Args:
             shard: to open.
@@ -99,7 +99,7 @@ class ShardCache:
         log.warning(
             "%s: %s, expected %d bytes; downloading %s again",
             path,
-            f"has {status.st_size} bytes" if stat.S_ISREG(status.st_mode) else "is no regular file",
+            f"has {status.st_size} bytes" if stat.S_ISREG(status.st_mode) else "is not a regular file",
             shard.size,
             shard.url,
         )
@@ -112,7 +112,7 @@ class ShardCache:
                 f"{shard.url}: has {shard.size} bytes, the shard cache holds {self.limit} in all; raise "
                 "RemoteOptions.cache_bytes, or read by ranges"
             )
-        said, moved = -math.inf, time.monotonic()
+        reminded, moved = -math.inf, time.monotonic()
         before: dict[str, int] = {}
         while (others := self._try_to_reserve(temporary, shard.size)) is not None:
             for look in while_waiting:
@@ -123,11 +123,11 @@ class ShardCache:
             if now - moved > self.patience:
                 raise PoolError(
                     f"{shard.url}: no room in the shard cache {self.folder} of {self.limit} bytes: "
-                    f"{len(others)} other downloads take it, which have not gone on for {now - moved:.0f} s "
+                    f"{len(others)} other downloads take it, without progress for {now - moved:.0f} s "
                     f"({next(iter(others), '')}); end their processes, or raise RemoteOptions.cache_bytes"
                 )
-            if now - said > _REMIND:
-                said = now
+            if now - reminded > _REMIND:
+                reminded = now
                 log.info(
                     "waiting for %d other downloads that fill the shard cache %s (%d bytes), to download %s",
                     len(others),

@@ -80,7 +80,7 @@ class ShardPool:
     Raises:
         PoolError: an empty list, a pattern without a match, or a shard that is missing or given twice; on
             indexing, a shard that is not a tar, truncated, damaged or compressed, or a pool without samples.
-        ConfigError: an extension that is empty, or a background that is no colour.
+        ConfigError: an extension that is empty, or a background that is not a colour.
 
     Example:
         >>> from curated_data import ShardPool
@@ -330,9 +330,9 @@ class ShardPool:
                     found[owner] = int(content.decode("ascii"))
                 except (ValueError, OverflowError):
                     url = self.urls[int(shard[owner])]
+                    key = self.keys(block[owner : owner + 1])[0]
                     raise SampleError(
-                        f"{url}: sample {self.keys(block[owner : owner + 1])[0]!r}: its .cls is no integer: "
-                        f"{content[:40]!r}"
+                        f"{url}: sample {key!r}: its .cls is not an integer: {content[:40]!r}"
                     ) from None
             labels[first : first + _BLOCK] = found[place]
         return labels

@@ -46,7 +46,7 @@ def check_unchanged(shard: ShardFile, status: os.stat_result, was_linked: bool =
         raise PoolError(
             f"{shard.url}: changed since it was indexed: {shard.size} bytes then, {status.st_size} now, "
             f"modified {_seconds(status.st_mtime_ns - int(shard.version))}; open the pool again to index it "
-            "anew"
+            "again"
         )
     if was_linked and status.st_nlink == 0:
         raise PoolError(f"{shard.url}: was removed or replaced since it was indexed; open the pool again")
@@ -69,7 +69,7 @@ def _stat_local(path: str) -> ShardFile:
     except OSError as error:
         raise PoolError(f"{path}: cannot be read ({error.strerror})") from error
     if not stat.S_ISREG(status.st_mode):
-        raise PoolError(f"{path}: is no regular file, so it cannot be read at offsets")
+        raise PoolError(f"{path}: is not a regular file, so it cannot be read at offsets")
     return ShardFile(path, status.st_size, _version(status))
 
 

@@ -199,7 +199,7 @@ class Store:
         if now != shard:
             raise PoolError(
                 f"{shard.url}: changed since it was indexed: {shard.size} bytes, version {shard.version!r} "
-                f"then, {now.size}, {now.version!r} now; open the pool again to index it anew"
+                f"then, {now.size}, {now.version!r} now; open the pool again to index it again"
             )
         self._checked[shard.url] = time.monotonic()
 
@@ -252,12 +252,10 @@ class Store:
             except FileNotFoundError as error:
                 # fsspec reports any failure of an HTTP file like this; the cause shows which it was.
                 if error.__cause__ is None or getattr(error.__cause__, "status", None) in (404, 410):
-                    raise PoolError(f"{url}: is not there, or vanished since it was indexed") from error
+                    raise PoolError(f"{url}: does not exist, or disappeared since it was indexed") from error
                 last = error.__cause__
             except PermissionError as error:
-                raise PoolError(
-                    f"{url}: may not be read ({printable(error)}); see storage_options"
-                ) from error
+                raise PoolError(f"{url}: access denied ({printable(error)}); see storage_options") from error
             except CuratedDataError:
                 raise
             except Exception as error:  # each protocol has its own network errors
@@ -277,7 +275,7 @@ def _state(url: str, info: Mapping[str, Any]) -> ShardFile:
     if info.get("type") == "directory":
         raise a_folder(url)
     if info.get("size") is None or int(info["size"]) < 0:
-        raise PoolError(f"{url}: its server does not tell its size, so it cannot be indexed")
+        raise PoolError(f"{url}: its server does not report its size, so it cannot be indexed")
     version = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
     return ShardFile(url, int(info["size"]), version)
 

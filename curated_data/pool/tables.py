@@ -1,5 +1,6 @@
 """Importing parquet in which images are stored, as data sets of the Hub are: a struct of bytes and path."""
 
+import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curated_data.cache.paths import local_path
+from curated_data.cache.paths import local_path, spelled
 from curated_data.errors import ConfigError, PoolError
 from curated_data.parquet import column_names, in_order, nearest_of, open_parquet, reading_parquet
 from curated_data.pool.decode import IMAGE_EXTENSIONS
+from curated_data.pool.hub import remote_table, remote_tables
+from curated_data.pool.urls import is_remote
 from curated_data.pool.writer import ShardWriter
 from curated_data.progress import progress
 
@@ -47,12 +50,13 @@ def import_tables(
     the image, `.json`. Rows without an image are left out and counted.
 
     Args:
-        tables: files, or folders of them, in the order of their names.
+        tables: files, or folders of them, in the order of their names; or URLs, as
+            `hf://datasets/OWNER/NAME`, see `remote_tables`. They are read as they come, not downloaded first.
         out: a folder for the shards, or a pattern, as for `ShardWriter`.
         image: the column of images: a struct with `bytes`, or bytes; None takes the only struct, or `image`.
         max_samples, max_bytes: per shard.
         overwrite: replace the shards of an earlier run.
-        storage_options: for fsspec, to write to a store.
+        storage_options: for fsspec, to read tables from a store, and to write to one.
 
     Returns:
         The shards, as paths, or as URLs in a store.
@@ -66,16 +70,21 @@ def import_tables(
         >>> import_tables("train-00000-of-00001.parquet", "shards")  # doctest: +SKIP
     """
     given = [tables] if isinstance(tables, str | Path) else list(tables)
-    paths: list[Path] = []
-    for one in given:
+    places: list[Path | str] = []
+    for one in map(spelled, given):
+        if is_remote(one):
+            places += remote_tables(one, storage_options)
+            continue
         path = local_path(one, "tables")
         found = in_order(list(path.glob("*.parquet"))) if path.is_dir() else [path]
         if not found:
             raise PoolError(f"{path}: holds no parquet file to import")
-        paths += found
-    files = [(path, open_parquet(path)) for path in paths]
-    names = [_image_column(file, path, image) for path, file in files]
-    total = sum(file.metadata.num_rows for _, file in files)
+        places += found
+    total: int | None = 0
+    for place in places[:1] if isinstance(places[0], str) else places:  # of a store one is enough
+        with _opened(place, storage_options) as file:
+            _image_column(file, place, image)
+            total = None if isinstance(place, str) else (total or 0) + file.metadata.num_rows
     options: dict[str, Any] = {
         "max_samples": max_samples,
         "max_bytes": max_bytes,
@@ -84,36 +93,48 @@ def import_tables(
     }
     row = left_out = 0
     with ShardWriter(out, **options) as writer, progress("import", total, "rows") as advance:
-        for (path, file), name in zip(files, names, strict=True):
-            for values in _rows(file, path):
-                sample = _sample(values, name)
-                if sample is None:
-                    left_out += 1
-                else:
-                    writer.write({"__key__": f"{row:09d}"} | sample)
-                row += 1
-                advance()
+        for place in places:
+            with _opened(place, storage_options) as file:
+                name = _image_column(file, place, image)
+                for values in _rows(file, place):
+                    sample = _sample(values, name)
+                    if sample is None:
+                        left_out += 1
+                    else:
+                        writer.write({"__key__": f"{row:09d}"} | sample)
+                    row += 1
+                    advance()
         if not writer.n_samples:
-            raise PoolError(f"{paths[0]}: none of {row} rows has the bytes of an image in {names[0]!r}")
+            raise PoolError(f"{places[0]}: none of {row} rows has the bytes of an image in {name!r}")
     if left_out:
         log.warning("left out %d of %d rows that have no bytes of an image", left_out, row)
-    log.info("imported %d images of %d files to %d shards", writer.n_samples, len(files), len(writer.shards))
+    log.info("imported %d images of %d files to %d shards", writer.n_samples, len(places), len(writer.shards))
     return writer.shards
 
 
-def _rows(file: pq.ParquetFile, path: Path) -> Iterator[dict[str, Any]]:
-    with reading_parquet(path):
-        batches = file.iter_batches(_BATCH)
-    while True:
+@contextlib.contextmanager
+def _opened(place: Path | str, storage_options: Mapping[str, Any] | None) -> Iterator[pq.ParquetFile]:
+    if isinstance(place, Path):
+        yield open_parquet(place)
+        return
+    with remote_table(place, storage_options) as file:
+        yield file
+
+
+def _rows(file: pq.ParquetFile, path: Path | str) -> Iterator[dict[str, Any]]:
+    for group in range(file.num_row_groups):  # of several at once, more than one would be read ahead
         with reading_parquet(path):
-            batch = next(batches, None)
-            if batch is None:
-                return
-            rows = batch.to_pylist()
-        yield from rows
+            batches = file.iter_batches(_BATCH, row_groups=[group])
+        while True:
+            with reading_parquet(path):
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                rows = batch.to_pylist()
+            yield from rows
 
 
-def _image_column(file: pq.ParquetFile, path: Path, given: str | None) -> str:
+def _image_column(file: pq.ParquetFile, path: Path | str, given: str | None) -> str:
     names = column_names(file, path)
     if given is not None and given not in names:
         raise ConfigError(f"{path}: has no column {given!r} of images{nearest_of(given, names)}")

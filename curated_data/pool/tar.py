@@ -79,7 +79,7 @@ def local_source(path: str | Path, handle: int) -> Source:
             return os.pread(handle, length, offset)
         except OSError as error:
             raise PoolError(
-                f"{path}: cannot be read at offset {offset} ({error.strerror}); see to the disk, or copy the "
+                f"{path}: cannot be read at offset {offset} ({error.strerror}); check the disk, or copy the "
                 "shard again"
             ) from error
 
@@ -203,7 +203,7 @@ class _Window:
             if len(self.data) < length:
                 raise PoolError(
                     f"{self.source.name}: truncated: {len(self.data)} of {length} bytes at offset {offset}; "
-                    "was it changed just now?"
+                    "was it just changed?"
                 )
         return self.data[at : at + length]
 
@@ -237,7 +237,7 @@ def _read_odd(
     while True:
         if position >= source.size or (header := window.get(position, BLOCK)) == _ZEROS:
             raise PoolError(
-                f"{source.name}: the extended header at offset {first} belongs to no member; damaged"
+                f"{source.name}: the extended header at offset {first} belongs to no member: damaged"
             )
         headers.append(header)
         starts.append(position)
@@ -250,7 +250,7 @@ def _read_odd(
             raise PoolError(
                 f"{source.name}: the extended headers at offset {first} have {len(extensions) + 1} parts and "
                 f"{position + size - first} bytes, more than {_MOST_EXTENSIONS} or {_LONGEST_EXTENSION}; "
-                "damaged, or made to be slow: write the archive anew"
+                "damaged, or crafted to be slow: write the archive again"
             )
         extensions.append((kind, window.get(position + BLOCK, size)))
         position += BLOCK + (size + 511 & -512)
@@ -359,7 +359,7 @@ def _verify(source: Source, headers: list[bytes], starts: list[int]) -> None:
         if written not in (int(unsigned[row]), _signed_checksum(headers[row])):
             raise PoolError(
                 f"{source.name}: no tar header at offset {starts[row]} (its checksum does not match): the "
-                "archive is damaged there, or what came before it was; copy it again or write it anew"
+                "archive is damaged there, or before it; copy it again, or write it again"
             )
 
 

@@ -214,7 +214,7 @@ def _glob_remote(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
 
 
 def _glob_http(filesystem: Any, pattern: str) -> list[str]:
-    """The files that the page of a folder links to; `?` is no wildcard in these URLs."""
+    """The files that the page of a folder links to; `?` is not a wildcard in these URLs."""
     folder, _, name = pattern.rpartition("/")
     found = fsspec.asyn.sync(filesystem.loop, http.links, filesystem, f"{folder}/", _SILENCE)
     wanted = re.compile(re.escape(f"{folder}/") + fnmatch.translate(name.replace("?", "[?]")))

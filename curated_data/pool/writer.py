@@ -123,7 +123,7 @@ class ShardWriter:
                 start with `__` are ignored.
         """
         if self._claim.is_released:
-            raise PoolError(f"{self.out}: this writer is closed, or failed before; open another")
+            raise PoolError(f"{self.out}: this writer is closed or has failed; open another")
         key = sample.get("__key__")
         if not isinstance(key, str):
             raise PoolError(f"a sample needs a '__key__' of type str, not {key!r}")
@@ -176,7 +176,7 @@ class ShardWriter:
         self.out.remove(name)
 
     def publish(self) -> None:
-        """Publish the shard that was begun; the run goes on."""
+        """Publish the shard that was begun; the run continues."""
         if self._file is None or self._shard is None:
             return
         end = 2 * tarfile.BLOCKSIZE  # two empty blocks, then up to a full record
@@ -280,7 +280,7 @@ def check_out(
             f"{pattern!r}: a pattern of shards has one number, in the file's name, as 'shard-%06d.tar'"
         )
     if max_samples < 1 or max_bytes < 1:
-        raise PoolError(f"a shard must hold something: max_samples={max_samples}, max_bytes={max_bytes}")
+        raise PoolError(f"a shard must hold a sample: max_samples={max_samples}, max_bytes={max_bytes}")
     out = open_out(folder or ("/" if slash else "."), storage_options)
     if isinstance(out, LocalFolder):
         out.check()
@@ -290,7 +290,7 @@ def check_out(
         found = None if file in listed else out.read(file)
         if found is not None and found != content:
             raise PoolError(
-                f"{out.place(file)}: is there already, of other shards; give another folder, remove it, or "
+                f"{out.place(file)}: exists already, with other shards; give another folder, remove it, or "
                 "pass overwrite=True (--overwrite)"
             )
     return out, name
@@ -344,7 +344,7 @@ def import_folder(
         max_samples, max_bytes: per shard.
         image_extensions: which files are images (`.jfif` becomes `.jpg`). All others are left out and
             counted by extension, and so are hidden files, what macOS adds to archives (`__MACOSX`, `._*`),
-            and what is no regular file.
+            and what is not a regular file.
         overwrite: replace the shards of an earlier run.
         storage_options: for fsspec, to write to a store.
 
@@ -359,7 +359,7 @@ def import_folder(
     folder = local_path(folder, "folder")
     image_extensions = as_extensions(image_extensions, "image_extensions")
     if not folder.is_dir():
-        raise PoolError(f"{str(folder)!r}: is no folder to import from")
+        raise PoolError(f"{str(folder)!r}: is not a folder to import from")
     first = ImageFolders(folder, image_extensions)
     names, beside = first.top()
     classes = [name for name in names if sum(map(len, first.below(folder / name)))]

@@ -66,7 +66,7 @@ def write_pairs(
         n_pairs: how many pairs to show of each band, of different samples if there are as many.
 
     Raises:
-        ConfigError: `least` is no cosine below 1.
+        ConfigError: `least` is not a cosine below 1.
     """
     store.verify()
     edges = band_edges(least)
@@ -90,7 +90,7 @@ def band_edges(least: float) -> list[float]:
     """The thresholds to consider, falling, the last of them `least`.
 
     Raises:
-        ConfigError: it is no cosine below 1.
+        ConfigError: it is not a cosine below 1.
     """
     if not -1 < least < 1:
         raise ConfigError(f"--least {least}: give a cosine above -1 and below 1")

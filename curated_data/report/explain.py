@@ -2,7 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from curated_data.config import CurationConfig
 from curated_data.selection.metrics import selected_sizes
+from curated_data.selection.quota_rules import quotas_of
+from curated_data.selection.quotas import Quotas
 from curated_data.selection.removed import Removed
 
 if TYPE_CHECKING:
@@ -38,6 +41,8 @@ def explain(curation: "Curation", sample: int) -> list[str]:
     lines = []
     share = len(ids)
     gave = selected_sizes(tree, ids)
+    config = curation.config
+    rules = quotas_of(config, tree) if isinstance(config, CurationConfig) else None
     for level, cluster in reversed(path):
         held, given = int(tree.sizes(level)[cluster]), int(gave[level][cluster])
         if level == tree.n_levels:
@@ -47,13 +52,15 @@ def explain(curation: "Curation", sample: int) -> list[str]:
             siblings = int((same_parent & (tree.sizes(level) > 0)).sum())
         lines.append(
             f"Level {level}: cluster {cluster}, one of {siblings} that share {share:,}, holds "
-            f"{held:,} samples and gave {given:,}."
+            f"{held:,} samples and gave {given:,}{_rule(rules, level, cluster)}."
         )
         share = given
     times = int((ids == sample).sum())
     outcome = {0: "was not selected", 1: "was selected"}.get(times, f"was selected {times} times")
-    strategy = getattr(curation.config, "strategy", "random")
+    strategy = getattr(config, "strategy", "random")
     how = "drawn at random" if strategy == "random" else f"the {strategy}"
+    if getattr(config, "sampling", None) == "sparse":
+        how = "drawn by how alone they lie among their neighbours"
     if share >= held:
         how = "all of them"
     place = ""
@@ -62,7 +69,29 @@ def explain(curation: "Curation", sample: int) -> list[str]:
         rank = int((distance < tree.distance[sample]).sum()) + 1
         place = f" It is number {rank:,} of {held:,} by distance to the centroid."
     lines.append(f"Sample {sample} {outcome}: its cluster gave {share:,} of {held:,}, {how}.{place}")
+    if sample in getattr(config, "include", ()):
+        lines.append("It was to be included, and counts in the quota of its cluster.")
+    nested = getattr(curation, "nested", {})
+    if nested and times:
+        inside = [f"{size:,}" for size, some in sorted(nested.items()) if sample in some]
+        which = f"those of {', '.join(inside)}" if inside else "none"
+        lines.append(f"Of the nested selections, it is in {which}.")
     return lines
+
+
+def _rule(rules: Quotas | None, level: int, cluster: int) -> str:
+    """What quotas say of a cluster."""
+    if rules is None:
+        return ""
+    parts = []
+    if rules.temperature is not None:
+        parts.append(f"quotas by size ** {rules.temperature:g}")
+    if level == rules.level and rules.weights is not None:
+        parts.append(f"weight {rules.weights[cluster]:g}")
+    if level == rules.level and rules.cap is not None:
+        cap = f"{rules.cap:,.0f}" if rules.cap >= 1 else f"{rules.cap:.1%} of the selection"
+        parts.append(f"at most {cap}")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _why_removed(curation: "Curation", sample: int) -> str:

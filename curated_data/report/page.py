@@ -79,7 +79,7 @@ def write_report(
             embeddings.
         coordinates_name: how the given coordinates were computed, for the map's caption.
         labels: (n,) integer class of each sample, -1 for none; None reads the pool's `.cls` members, and
-            gives no figures about classes if these are no integers.
+            gives no figures about classes if these are not integers.
         class_names: of the classes; None reads `classes.json` beside the first shard, or numbers the classes.
         title: of the page.
         n_map_points: number of samples on the map, for which the page can also explain why they were chosen.
@@ -93,7 +93,7 @@ def write_report(
         The path, or the URL.
 
     Raises:
-        ValueError: an array of another length than the pool, or labels that are no integers.
+        ValueError: an array of another length than the pool, or labels that are not integers.
         CacheError: the path cannot be written.
     """
     n = len(pool)

@@ -291,7 +291,7 @@ def _images(pool: ShardPool, ids: np.ndarray, side: int) -> Iterator[dict[str, A
 
 
 def _text(value: str) -> str:
-    """A text that any reader takes: bytes that are no UTF-8 are written out as `\\x..`."""
+    """A text that any reader takes: bytes that are not UTF-8 are written out as `\\x..`."""
     if value.isascii():
         return value
     return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

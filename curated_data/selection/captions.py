@@ -355,10 +355,11 @@ def _metadata(sample: Mapping[str, Any], extension: str) -> Mapping[str, Any]:
         content = json.loads(sample.get(extension, b"{}"))
     except ValueError as error:
         raise SampleError(
-            f"{sample['__url__']}: key {sample['__key__']!r}: .{extension} is no JSON ({error})"
+            f"{sample['__url__']}: key {sample['__key__']!r}: .{extension} is not JSON ({error})"
         ) from error
     if not isinstance(content, dict):
-        raise SampleError(f"{sample['__url__']}: key {sample['__key__']!r}: .{extension} is no JSON object")
+        place = f"{sample['__url__']}: key {sample['__key__']!r}"
+        raise SampleError(f"{place}: .{extension} is not a JSON object")
     return content
 
 

@@ -31,7 +31,7 @@ class Cover:
 
         Lists of links are of limited length, and cells may hide some. So what would stay is searched once
         more, without all that is left out, until no link is found among it. A row whose link to what stays
-        was lost on the way is decided anew.
+        was lost on the way is decided again.
 
         Args:
             ids: (m,) ascending.

@@ -7,6 +7,7 @@ else: a condition that says more is refused before it runs.
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -93,7 +94,7 @@ class Where:
         columns: the names in it, in order.
 
     Raises:
-        ConfigError: it is no expression of SQL, or does something that a condition must not.
+        ConfigError: it is not an expression of SQL, or does something that a condition must not.
     """
 
     def __init__(self, text: str) -> None:
@@ -101,7 +102,7 @@ class Where:
         with _connected() as connection:
             found = json.loads(_one(connection, "json_serialize_sql", _statement(text)))
             if found.get("error"):
-                raise ConfigError(f"where: {text!r} is no condition in SQL ({found.get('error_message')})")
+                raise ConfigError(f"where: {text!r} is not a condition in SQL ({found.get('error_message')})")
             self._tree = found
             expression = _expression(found, text)
             nodes = list(_nodes(expression))
@@ -111,7 +112,7 @@ class Where:
                 dict.fromkeys(".".join(n["column_names"]) for n in nodes if n.get("class") == "COLUMN_REF")
             )
             if not self.columns:
-                raise ConfigError(f"where: {text!r} names no column, so it says nothing about a sample")
+                raise ConfigError(f"where: {text!r} names no column, so it does not depend on the sample")
             self.parts = [self._sql(connection, part) for part in _conjuncts(expression)]
 
     def apply(self, table: "pa.Table") -> Filtered:
@@ -179,7 +180,7 @@ def sample_filter(
     both = np.intersect1d(exclude, include)
     if len(both):
         raise ConfigError(
-            f"include: sample {both[0]} ({keys(both[:1])[0]!r}) is excluded too; take it off one"
+            f"include: sample {both[0]} ({keys(both[:1])[0]!r}) is also excluded; remove it from one"
         )
     found = Filtered(np.ones(n, bool))
     if where is not None:
@@ -269,7 +270,17 @@ def _statement(text: str) -> str:
 
 
 def _connected() -> duckdb.DuckDBPyConnection:
-    """A database in memory that can reach nothing else."""
+    """A database in memory that can reach nothing else.
+
+    Raises:
+        ConfigError: the working directory is gone, in which DuckDB would abort the process.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError(
+            "where: the working directory does not exist any more; change to another"
+        ) from error
     connection = duckdb.connect(":memory:", config=_LOCKED)
     connection.execute("SET lock_configuration = true")
     return connection
@@ -334,7 +345,7 @@ def _check_node(node: dict[str, Any], text: str) -> None:
         )
     if kind == "FUNCTION" and node["function_name"].lower() not in _functions():
         raise ConfigError(
-            f"where: {text!r} calls {node['function_name']!r}, which is no function of values alone; see "
+            f"where: {text!r} calls {node['function_name']!r}, which is not a function of values alone; see "
             "DuckDB's scalar functions"
         )
 

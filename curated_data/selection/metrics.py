@@ -163,7 +163,7 @@ def class_balance(labels: np.ndarray, ids: np.ndarray) -> ClassBalance | None:
         ids: (m,) selected samples.
 
     Raises:
-        ValueError: labels that are no integers, or ids out of range.
+        ValueError: labels that are not integers, or ids out of range.
     """
     labels = checked_labels(labels)
     chosen = labels[_checked_ids(ids, len(labels))]
@@ -193,7 +193,7 @@ def checked_labels(labels: np.ndarray) -> np.ndarray:
     """Labels as int64.
 
     Raises:
-        ValueError: they are no integers.
+        ValueError: they are not integers.
     """
     labels = np.asarray(labels)
     if labels.dtype.kind not in "iub":
@@ -203,7 +203,7 @@ def checked_labels(labels: np.ndarray) -> np.ndarray:
 
 def read_labels(pool: "ShardPool", ids: np.ndarray | None = None) -> np.ndarray | None:
     """The classes of a pool, or of some of its samples, for figures about them; None if it has none, or, with
-    a warning, if its `.cls` members are no integers, as those of a decoder's own need not be.
+    a warning, if its `.cls` members are not integers, as those of a decoder's own need not be.
     """
     if not pool.has_labels:
         return None

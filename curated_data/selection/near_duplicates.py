@@ -131,7 +131,7 @@ def near_duplicates(
         if same is not None:
             near[undecided] = _others_first(np.asarray(same), np.flatnonzero(keep), undecided, prefer)
         _decide(search, undecided[near[undecided] < 0], keep, near, code, prefer)
-        # The copy of one that was left out needs to be near what that one is near, or is decided anew.
+        # The copy of one that was left out needs to be near what that one is near, or is decided again.
         lost = undecided[~keep[undecided]]
         lost = lost[~keep[near[lost]]]
         near[lost] = near[near[lost]]

@@ -1,8 +1,7 @@
 """A balanced selection from a cluster tree: hierarchical and flat sampling (arXiv 2405.15613).
 
-A node that has to give t samples divides them among its children by *water-filling*: every child gives the
-same number, the cut, except those with fewer samples, which give all. A whole level is filled at once, on
-arrays, so the cost is a few sorts of the pool for any number of clusters.
+The target is divided among clusters by water-filling (`curated_data.selection.quotas`), and each lowest
+cluster gives its quota. The cost is a few sorts of the pool for any number of clusters.
 """
 
 import logging
@@ -12,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from curated_data.clustering.tree import ClusterTree
+from curated_data.selection.quotas import Quotas, flat_quotas, tree_quotas
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ def hierarchical_sample(
     max_repeats: int = 1,
     seed: int = 0,
     embeddings: np.ndarray | None = None,
+    quotas: Quotas | None = None,
 ) -> np.ndarray:
     """Select samples top down: the clusters of each level share their parent's target by water-filling.
 
@@ -42,10 +43,11 @@ def hierarchical_sample(
         seed: for the draws; equal arguments give equal ids.
         embeddings: (n, d) the clustered rows, for a tree by cosine normalised or not; only needed by
             `closest` and `furthest` if the tree has no `distance`.
+        quotas: how clusters share, if not evenly.
 
     Returns:
         int64 ids in ascending order, with repeats; exactly min(target_size, max_repeats * samples in the
-        tree) of them.
+        tree) of them, or as many as caps allow.
 
     Raises:
         ValueError: an argument is out of range, or distances are needed but not available.
@@ -61,18 +63,15 @@ def hierarchical_sample(
         (75, 75)
     """
     _check(target_size, strategy, max_repeats, seed)
-    sizes = {level: tree.sizes(level) for level in tree.centroids}
-    target_size = _attainable(target_size, int(sizes[tree.n_levels].sum()), max_repeats)
+    sizes = tree.sizes(1)
+    target_size = _attainable(target_size, int(tree.sizes(tree.n_levels).sum()), max_repeats)
     # More repeats are of no use, and the products below must fit int64.
     max_repeats = max(min(max_repeats, target_size), 1)
     rng = np.random.default_rng(seed)
-
-    quota = np.array([target_size], np.int64)  # of the root, then of each level's clusters
-    for level in range(tree.n_levels, 0, -1):
-        parent = tree.parent[level + 1] if level < tree.n_levels else np.zeros(len(sizes[level]), np.int64)
-        quota = water_fill(quota, sizes[level] * max_repeats, parent, rng)
-    distance = None if strategy == "random" else _distances(tree, 1, embeddings)
-    return _draw(tree.parent[1], quota, sizes[1], strategy, distance, rng)
+    quota = tree_quotas(tree, target_size, sizes * max_repeats, rng, quotas)
+    warn_of_limits(quota, target_size)
+    distance = None if strategy == "random" else distances(tree, 1, embeddings)
+    return _draw(tree.parent[1], quota, sizes, strategy, distance, rng)
 
 
 def flat_sample(
@@ -84,12 +83,14 @@ def flat_sample(
     max_repeats: int = 1,
     seed: int = 0,
     embeddings: np.ndarray | None = None,
+    quotas: Quotas | None = None,
 ) -> np.ndarray:
     """Select the same number of samples from every cluster of one level; smaller clusters give all they have.
 
     Args:
-        level: whose clusters share the target; None for the lowest, 1. `closest` and `furthest` use distances
-            to the centroids of this level: `tree.distance` for level 1, `embeddings` for others.
+        level: whose clusters share the target; None for that of `quotas`, or the lowest, 1. `closest` and
+            `furthest` use distances to the centroids of this level: `tree.distance` for level 1, `embeddings`
+            for others.
 
     The other arguments, the result and the errors are as for `hierarchical_sample`.
 
@@ -104,7 +105,7 @@ def flat_sample(
         (75, 75)
     """
     _check(target_size, strategy, max_repeats, seed)
-    level = 1 if level is None else level
+    level = (1 if quotas is None else quotas.level) if level is None else level
     if level not in tree.centroids:
         raise ValueError(f"level={level!r}: the tree has levels 1 to {tree.n_levels}")
     sizes = tree.sizes(level)
@@ -112,55 +113,10 @@ def flat_sample(
     max_repeats = max(min(max_repeats, target_size), 1)
     rng = np.random.default_rng(seed)
 
-    quota = water_fill(np.array([target_size]), sizes * max_repeats, np.zeros(len(sizes), np.int64), rng)
-    distance = None if strategy == "random" else _distances(tree, level, embeddings)
+    quota = flat_quotas(sizes, target_size, sizes * max_repeats, rng, quotas)
+    warn_of_limits(quota, target_size)
+    distance = None if strategy == "random" else distances(tree, level, embeddings)
     return _draw(tree.assignment(level), quota, sizes, strategy, distance, rng)
-
-
-def water_fill(
-    target: np.ndarray, capacity: np.ndarray, parent: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """Divide every node's target among its children as evenly as their capacities allow.
-
-    For a node with target t the cut c is the largest integer with sum(min(c, capacity)) <= t over its
-    children. Each child gets min(c, capacity), and the rest of t goes, one each, to random children with more
-    capacity than the cut.
-
-    Args:
-        target: (k,) int64, the total of each node.
-        capacity: (m,) int64, the maximum of each child.
-        parent: (m,) the node of each child, -1 for none.
-        rng: to distribute remainders.
-
-    Returns:
-        (m,) int64, the share of each child: 0 without a parent. The shares of a node add up to
-        min(target, capacity of its children).
-    """
-    share = np.zeros(len(capacity), np.int64)
-    order = np.lexsort((capacity, parent))
-    order = order[np.searchsorted(parent[order], 0) :]
-    group = parent[order]
-    wanted = target[group]
-    height = np.minimum(capacity[order], wanted)  # a child never gives more than its parent's target
-
-    count = np.bincount(group, minlength=len(target))
-    start = _exclusive_cumsum(count)
-    above = (start + count)[group] - np.arange(len(group))  # children at least as high, itself included
-    below = _exclusive_cumsum(height)
-    below -= below[start[group]]  # total height of the lower children of the same parent
-    # Children are sorted by height within their parent, so those that are covered come first.
-    covered = below + height * above <= wanted
-    n_open = count - np.bincount(group[covered], minlength=len(target))
-    left = target - _sum_by(group[covered], height[covered], len(target))
-    cut, remainder = np.divmod(np.where(n_open > 0, left, 0), np.maximum(n_open, 1))
-
-    height = np.where(covered, height, cut[group])
-    drawn = np.flatnonzero(~covered)
-    drawn = drawn[np.lexsort((rng.random(len(drawn)), group[drawn]))]
-    place = np.arange(len(drawn)) - _exclusive_cumsum(n_open)[group[drawn]]
-    height[drawn[place < remainder[group[drawn]]]] += 1
-    share[order] = height
-    return share
 
 
 def _draw(
@@ -247,7 +203,7 @@ def _bands(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
         low = max(high, low + 1)
 
 
-def _distances(
+def distances(
     tree: ClusterTree, level: int, embeddings: np.ndarray | None, block: int = 65_536
 ) -> np.ndarray:
     """(n,) float32 distance of each sample to its centroid of `level`, or its square, which sorts alike."""
@@ -276,6 +232,16 @@ def _distances(
     return distance
 
 
+def warn_of_limits(quota: np.ndarray, target_size: int) -> None:
+    """Log if caps and weights leave less than the target."""
+    if quota.sum() < target_size:
+        log.warning(
+            "target_size=%d is more than the quotas allow; selecting %d samples: raise `cap`, or the weights "
+            "that are 0",
+            target_size, quota.sum(),
+        )  # fmt: skip
+
+
 def _attainable(target_size: int, n_samples: int, max_repeats: int) -> int:
     capacity = n_samples * max_repeats
     if target_size > capacity:
@@ -296,14 +262,3 @@ def _check(target_size: int, strategy: str, max_repeats: int, seed: int) -> None
             raise ValueError(f"{name}={value!r}: give an integer of at least {lowest}")
     if strategy not in ("random", "closest", "furthest"):
         raise ValueError(f"strategy={strategy!r}: give 'random', 'closest' or 'furthest'")
-
-
-def _exclusive_cumsum(values: np.ndarray) -> np.ndarray:
-    return np.cumsum(values) - values
-
-
-def _sum_by(group: np.ndarray, values: np.ndarray, n_groups: int) -> np.ndarray:
-    """(n_groups,) int64 sums of `values` by group; exact, unlike `bincount` with its float64 weights."""
-    total = np.zeros(n_groups, np.int64)
-    np.add.at(total, group, values)
-    return total

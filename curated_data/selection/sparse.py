@@ -7,13 +7,15 @@ Clusters only bound the neighbourhoods and spread the draw.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from curated_data.clustering.tree import ClusterTree
 from curated_data.matrix import Matrix, read_rows
+from curated_data.selection.quotas import Quotas, flat_quotas
+from curated_data.selection.sampling import warn_of_limits
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +100,14 @@ def sparse_weights(neighbours: Neighbours, tree: ClusterTree) -> np.ndarray:
 
 
 def sparse_sample(
-    tree: ClusterTree, neighbours: Neighbours, target_size: int, *, max_repeats: int = 1, seed: int = 0
+    tree: ClusterTree,
+    neighbours: Neighbours,
+    target_size: int,
+    *,
+    max_repeats: int = 1,
+    seed: int = 0,
+    quotas: Quotas | None = None,
+    within: np.ndarray | None = None,
 ) -> np.ndarray:
     """Select samples with probabilities by `sparse_weights`, spread evenly over the clusters.
 
@@ -108,10 +117,13 @@ def sparse_sample(
         target_size: number of ids to return. If the tree has fewer, all are returned and a warning is logged.
         max_repeats: how often a sample may be selected.
         seed: for the draw; equal arguments give equal ids.
+        quotas: of the clusters of its level; None lets them give what the weights of their samples say.
+        within: (l,) int64, ascending, an earlier selection with the same arguments but a larger target, from
+            which this one is drawn. A sample is then as likely as if this were drawn alone.
 
     Returns:
         int64 ids in ascending order, with repeats; exactly min(target_size, max_repeats * samples in the
-        tree) of them.
+        tree) of them, or as many as caps allow.
     """
     weight = sparse_weights(neighbours, tree)
     ids = np.flatnonzero(weight > 0)
@@ -121,18 +133,52 @@ def sparse_sample(
             "target_size=%d is more than the tree gives: %d samples, each at most %d times; selecting all %d",
             target_size, len(ids), max_repeats, capacity,
         )  # fmt: skip
-    target_size = min(target_size, capacity)
+    target_size = min(target_size, capacity if within is None else len(within))
     if not target_size:
         return np.empty(0, np.int64)
-    expected = _expected(weight[ids], target_size, max_repeats)
     rng = np.random.default_rng(seed)
-    order = np.lexsort((rng.random(len(ids)), tree.parent[1][ids]))
-    # One systematic pass over the clusters: each gives its expected number, rounded up or down.
+    # Without quotas all clusters are one group.
+    group, k, quota = np.zeros(len(weight), np.int64), 1, np.array([target_size])
+    if quotas is not None:
+        group, k = tree.assignment(quotas.level), len(tree.centroids[quotas.level])
+    sizes = np.bincount(group[ids], minlength=k)
+    held = sizes * max_repeats if within is None else np.bincount(group[within], minlength=k)
+    if quotas is not None:
+        base = np.bincount(group[ids], weight[ids], k)
+        quota = flat_quotas(sizes, target_size, held, rng, quotas, base)
+        warn_of_limits(quota, target_size)
+    chosen = [np.empty(0, np.int64)]
+    members = _by_group(ids, group, k)
+    earlier = None if within is None else _by_group(within, group, k)
+    for number in np.flatnonzero(quota):
+        own, total = members(number), int(quota[number])
+        expected = _expected(weight[own], total, max_repeats)
+        if earlier is not None:
+            again = earlier(number)
+            place = np.searchsorted(own, again)
+            before = _expected(weight[own], int(held[number]), max_repeats)
+            own, expected = again, _expected((expected / before)[place], total, 1)
+        chosen.append(_systematic(own, expected, total, tree.parent[1][own], rng))
+    return np.sort(np.concatenate(chosen))
+
+
+def _systematic(
+    ids: np.ndarray, expected: np.ndarray, total: int, cluster: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Ids that are drawn as often as expected, rounded up or down, and so are the sums of clusters."""
+    order = np.lexsort((rng.random(len(ids)), cluster))
     steps = np.cumsum(expected[order])
-    marks = np.floor(steps * (target_size / steps[-1]) + rng.random())
-    times = np.diff(np.minimum(marks, target_size), prepend=0).astype(np.int64)
-    times[-1] += target_size - times.sum()
-    return np.sort(np.repeat(ids[order], times))
+    marks = np.floor(steps * (total / steps[-1]) + rng.random())
+    times = np.diff(np.minimum(marks, total), prepend=0).astype(np.int64)
+    times[-1] += total - times.sum()
+    return np.repeat(ids[order], times)
+
+
+def _by_group(ids: np.ndarray, group: np.ndarray, k: int) -> Callable[[int], np.ndarray]:
+    """The ids of each group, in their order; `group` is of each sample."""
+    order = np.argsort(group[ids], kind="stable")
+    ends = np.cumsum(np.bincount(group[ids], minlength=k))
+    return lambda number: ids[order[ends[number - 1] if number else 0 : ends[number]]]
 
 
 def _expected(weight: np.ndarray, total: int, most: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ class Curation:
         report: what each stage found, as plain numbers and strings.
         config: the settings, with derived levels filled in.
         folders: the folder of each stage's artifact in the cache.
+        nested: by target of `nested_sizes`, the ids of that selection, which lies inside the next larger one.
 
     Example:
         >>> from curated_data import curate
@@ -51,6 +52,7 @@ class Curation:
     report: dict[str, Any]
     config: CurationConfig
     folders: dict[str, Path]
+    nested: dict[int, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # While the curation is in use, no other run removes what it consists of.
@@ -113,7 +115,7 @@ def select(
         tree.n_samples,
         " (found in the cache)" if all(run.cached.values()) else "",
     )
-    return Curation(drawn.ids, tree, store, report, config, run.folders)
+    return Curation(drawn.ids, tree, store, report, config, run.folders, drawn.nested)
 
 
 def report_of(

@@ -1,6 +1,6 @@
 """The stage that gives a pool its embeddings: by an embedder, or as rows that exist already.
 
-Its artifact is a pair of files per shard, each built, sealed and found by itself (`embedding.store`).
+Its artifact is a pair of files per shard, each built, checked and found on its own (`embedding.store`).
 """
 
 import dataclasses
@@ -75,10 +75,10 @@ class Embeddings:
         """
         if isinstance(pool, EmbeddedPool):
             if embedder is not None:
-                raise ConfigError("embedder: the pool is of embeddings already; leave it out")
+                raise ConfigError("embedder: the pool already holds embeddings; leave it out")
             return cls(root, pool, None, config.embedding)
         if embedder is None:
-            raise ConfigError("embedder: none was given, and the pool is of shards; give the network's name")
+            raise ConfigError("embedder: missing, and the pool has shards; give the network's name")
         if isinstance(embedder, str):
             embedder = Precomputed.parse(embedder) or embedder
         if isinstance(embedder, Precomputed):
@@ -123,7 +123,7 @@ class Embeddings:
             return self._without_dropped(self.pool.store(self.root))
         if isinstance(self.embedder, Precomputed):
             if self.ids is not None:
-                raise ConfigError("embedder: a re-curation embeds by a network, not by rows that exist")
+                raise ConfigError("embedder: a re-curation needs a network, not existing rows")
             return self._without_dropped(self.embedder.store(self.pool, self.root))
         return embed_pool(
             self.pool,

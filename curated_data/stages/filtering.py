@@ -40,10 +40,12 @@ def with_named_ids(config: CurationConfig, pool: AnyPool) -> CurationConfig:
         name: named_ids(getattr(config, name), name, len(pool), of_keys).tolist()
         for name in ("exclude", "include")
     }
-    if len(named["include"]) > config.target_size:
+    least = min([config.target_size, *config.nested_sizes])
+    if len(named["include"]) > least:
         raise ConfigError(
-            f"include: {len(named['include'])} samples are more than target_size, {config.target_size}; "
-            "raise it, or include fewer"
+            f"include: {len(named['include'])} samples are more than "
+            f"{'target_size' if least == config.target_size else 'nested_sizes'}, {least}; raise it, or "
+            "include fewer"
         )
     return dataclasses.replace(config, **named)
 

@@ -19,6 +19,7 @@ from curated_data.parallel import check_same, together
 from curated_data.pool import ShardPool
 from curated_data.pool.index import ARRAYS
 from curated_data.progress import show_log
+from curated_data.selection.quota_rules import with_weights
 from curated_data.stages.filtering import with_named_ids
 from curated_data.stages.stage import Run
 
@@ -76,7 +77,7 @@ def opened(
     """The inputs of a curation, for a block in which ranks work together: an error of one ends all."""
     show_log()
     with together(), holding():
-        settings = load_config(config)
+        settings = with_weights(load_config(config))
         root = open_cache(cache_dir)
         found = Index.of(pool, root).pool
         check_shared(root)

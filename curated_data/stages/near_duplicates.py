@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 class Grown:
     """What a pool of n samples, which has grown, has of an earlier tree.
 
-    Samples that were in the tree stay, whatever they are copies of. All others are looked at anew, also those
-    that were removed before the tree was built: what they were copies of may have left the pool since.
+    Samples that were in the tree stay, whatever they are copies of. All others are looked at again, also
+    those that were removed before the tree was built: what they were copies of may have left the pool since.
 
     Attributes:
         known: (n,) bool, the samples that the tree was built over, removed ones included.
@@ -132,12 +132,12 @@ def check_preference(config: CurationConfig, pool: AnyPool) -> None:
     asked = config.near_duplicates.enabled and config.near_duplicates.prefer == "largest"
     if isinstance(pool, EmbeddedPool):
         if asked:
-            raise ConfigError("near_duplicates.prefer: 'largest' is of images, and the pool is of rows")
+            raise ConfigError("near_duplicates.prefer: 'largest' needs images, and the pool holds rows")
         return
     present = pool.index().extensions
     if asked and not has_images(present, pool.image_extensions):
         raise ConfigError(
-            "near_duplicates.prefer: 'largest' is of images, and the pool has none, its members are "
+            "near_duplicates.prefer: 'largest' needs images, and the pool has none, its members are "
             f"{', '.join(present)}; leave it out"
         )
 

@@ -18,6 +18,8 @@ from curated_data.config import CurationConfig, load_config
 from curated_data.embedding import EmbeddingStore
 from curated_data.errors import CacheError, ConfigError
 from curated_data.selection.included import with_included
+from curated_data.selection.nested import nested_sample
+from curated_data.selection.quota_rules import are_set, quotas_of
 from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_sample
 from curated_data.selection.sparse import BLOCK, CELL, find_neighbours, sparse_sample
 from curated_data.stages.cost import Cost
@@ -31,10 +33,12 @@ class Drawn(NamedTuple):
 
     Attributes:
         ids: (m,) int64, ascending, with repeats.
+        nested: by target, such ids of smaller selections inside it.
         report, config: of the run that drew it.
     """
 
     ids: np.ndarray
+    nested: dict[int, np.ndarray]
     report: dict[str, Any]
     config: CurationConfig
 
@@ -51,8 +55,11 @@ class Selection(Stage):
     @property
     def settings(self) -> dict[str, Any]:
         names = ("target_size", "strategy", "sampling", "max_repeats", "seed")
-        include = {"include": self.config.include} if self.config.include else {}
-        return {name: getattr(self.config, name) for name in names} | include
+        config = self.config
+        given: dict[str, Any] = {"include": config.include, "nested_sizes": sorted(set(config.nested_sizes))}
+        if are_set(config):
+            given["quotas"] = dataclasses.asdict(config.quotas)
+        return {name: getattr(config, name) for name in names} | {k: v for k, v in given.items() if v}
 
     def build(
         self,
@@ -71,31 +78,54 @@ class Selection(Stage):
         """
 
         def build(folder: Path) -> None:
-            ids = self._with_included(self._draw(tree, store), tree, store)
+            ids, *inner = self._draw(tree, store)
             np.save(folder / "ids.npy", ids)
+            for size, some in zip(self._nested_sizes, inner, strict=True):
+                np.save(folder / f"nested_{size}.npy", some)
+            nested = {str(size): len(some) for size, some in zip(self._nested_sizes, inner, strict=True)}
+            more = {"nested": nested} if nested else {}
             config = dataclasses.asdict(self.config)
-            self.write_manifest(folder, size=len(ids), report=figures(ids), config=config)
+            self.write_manifest(folder, size=len(ids), report=figures(ids), config=config, **more)
 
         return open_selection(run.once(self, build), tree.n_samples)
 
-    def _draw(self, tree: ClusterTree, store: EmbeddingStore) -> np.ndarray:
-        config = self.config
-        how: dict[str, Any] = {"max_repeats": config.max_repeats, "seed": config.seed}
-        if config.sampling == "sparse":
-            return sparse_sample(tree, find_neighbours(store, tree), config.target_size, **how)
-        sample = flat_sample if config.sampling == "flat" else hierarchical_sample
-        strategy = cast(Strategy, config.strategy)  # one of them, by `load_config`
-        return sample(tree, config.target_size, strategy=strategy, **how)
+    @property
+    def _nested_sizes(self) -> list[int]:
+        return sorted(set(self.config.nested_sizes), reverse=True)
 
-    def _with_included(self, ids: np.ndarray, tree: ClusterTree, store: EmbeddingStore) -> np.ndarray:
+    def _draw(self, tree: ClusterTree, store: EmbeddingStore) -> list[np.ndarray]:
+        """The ids, and those of each smaller selection, the largest first."""
+        config = self.config
+        how: dict[str, Any] = {"seed": config.seed, "quotas": quotas_of(config, tree)}
+        if config.sampling == "sparse":
+            near = find_neighbours(store, tree)
+            how["max_repeats"] = config.max_repeats
+            ids = sparse_sample(tree, near, config.target_size, **how)
+        else:
+            is_flat = config.sampling == "flat"
+            how["strategy"] = cast(Strategy, config.strategy)  # one of them, by `load_config`
+            if is_flat and config.quotas.level > 1:  # the tree has no distances to these centroids
+                how["embeddings"] = store
+            sample = flat_sample if is_flat else hierarchical_sample
+            ids = sample(tree, config.target_size, max_repeats=config.max_repeats, **how)
+        included = self._included(store)
+        drawn = [with_included(tree, ids, included, config.target_size, seed=config.seed)]
+        for size in self._nested_sizes:
+            if config.sampling == "sparse":
+                ids = sparse_sample(tree, near, size, within=drawn[-1], **how)
+            else:
+                ids = nested_sample(tree, drawn[-1], size, flat=is_flat, **how)
+            drawn.append(with_included(tree, ids, included, size, seed=config.seed))
+        return drawn
+
+    def _included(self, store: EmbeddingStore) -> np.ndarray:
+        """(k,) int64, what is to be included and can be."""
         included = np.array(self.config.include, np.int64)  # by `opened`, ids alone
-        if not len(included):
-            return ids
         usable = included[store.valid[included]]
         if len(usable) < len(included):
             n_lost = len(included) - len(usable)
             log.warning("include: %d samples are not selected, since they could not be embedded", n_lost)
-        return with_included(tree, ids, usable, self.config.target_size, seed=self.config.seed)
+        return usable
 
     def cost(self, n: int, dimension: int) -> Cost:
         """Of drawing from n samples; the time is not measured."""
@@ -124,17 +154,28 @@ def open_selection(folder: Path, n_samples: int) -> Drawn:
     if not all(isinstance(manifest.get(name), dict) for name in ("report", "config")):
         raise CacheError(
             f"{folder}: was drawn by an earlier version, which kept less about it; run its curation again, "
-            "which draws it anew"
+            "which draws it again"
         )
-    ids = read_array(folder, "ids", manifest, dtype=np.int64, shape=(manifest.get("size"),))
-    if len(ids) and not 0 <= ids.min() <= ids.max() < n_samples:
-        raise CacheError(
-            f"{folder / 'ids.npy'}: damaged (ids from {ids.min()} to {ids.max()}, of {n_samples} samples); "
-            f"{Remedy(folder / 'ids.npy')}"
-        )
+    ids = _read_ids(folder, "ids", manifest, manifest.get("size"), n_samples)
+    with reading(folder / MANIFEST, Remedy(folder / MANIFEST)):
+        sizes = {int(size): int(length) for size, length in dict(manifest.get("nested", {})).items()}
+    nested = {
+        size: _read_ids(folder, f"nested_{size}", manifest, length, n_samples)
+        for size, length in sizes.items()
+    }
     with reading(folder / MANIFEST, Remedy(folder / MANIFEST)):
         try:
             config = load_config(manifest["config"])
         except ConfigError as error:
             raise ValueError(str(error)) from error
-    return Drawn(ids, manifest["report"], config)
+    return Drawn(ids, nested, manifest["report"], config)
+
+
+def _read_ids(folder: Path, name: str, manifest: dict[str, Any], length: Any, n_samples: int) -> np.ndarray:
+    ids = read_array(folder, name, manifest, dtype=np.int64, shape=(length,))
+    if len(ids) and not 0 <= ids.min() <= ids.max() < n_samples:
+        path = folder / f"{name}.npy"
+        raise CacheError(
+            f"{path}: damaged (ids from {ids.min()} to {ids.max()}, of {n_samples} samples); {Remedy(path)}"
+        )
+    return ids

@@ -267,6 +267,6 @@ def _check_shrunk(tree: ClusterTree, levels: list[Level]) -> None:
     same = (k == total or level.n_splits > 1 for k, total, level in zip(found, asked, levels, strict=False))
     if len(found) != len(asked) or not all(same):
         raise ConfigError(
-            f"levels: {asked} clusters asked for, but rows repeat so often that only {found} can be filled; "
+            f"levels: {asked} clusters requested, but rows repeat so often that only {found} can be filled; "
             "ask for these, or leave `levels` out to have them derived"
         )

@@ -36,7 +36,7 @@ class ClassNumbers:
         try:
             return self._numbers[data.decode("utf-8").strip()]
         except (UnicodeDecodeError, KeyError):
-            raise SampleError(f"is no class name of the pool: {data[:40]!r}") from None
+            raise SampleError(f"is not a class name of the pool: {data[:40]!r}") from None
 
 
 def class_names(pools: Sequence[ShardPool], cache_dir: Path | None) -> tuple[str, ...] | None:

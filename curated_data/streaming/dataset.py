@@ -287,7 +287,7 @@ class PoolDataset(Dataset):
             if self.views is None:
                 return
             has = ", ".join(sorted(sample.keys() - {"sample_id"}))
-            raise SampleError(f"{place_of(members)}: nothing to make views of, it holds only {has}")
+            raise SampleError(f"{place_of(members)}: nothing to make views from; it holds only {has}")
         if name != "image" and self.views is not None and self._is_of_images:
             check_has_image(members, decoders=self.decoders, image_extensions=self.pool.image_extensions)
         content = sample.pop(name)

@@ -25,9 +25,9 @@ class StreamLoader(DataLoader):
 
     A training loader of a data module that no Trainer holds can be used with Fabric, or any loop: an iterator
     is one whole epoch, the next one the next epoch, and `set_epoch` chooses another. `state_dict` has the
-    position, after the batches that were handed out; with `load_state_dict`, the next iterator goes on there.
-    In a Trainer that holds the data module, the position is in the data module's state, and the loader's is
-    empty.
+    position, after the batches that were handed out; with `load_state_dict`, the next iterator continues
+    there. In a Trainer that holds the data module, the position is in the data module's state, and the
+    loader's is empty.
 
     Attributes:
         slow_after: seconds to wait for a batch before logging a warning, once per epoch; 0 never warns.

@@ -117,7 +117,7 @@ def check_alike(datasets: Mapping[str, PoolDataset], ids: Mapping[str, Sequence[
             if here != there:
                 raise ConfigError(
                     f"mixture: components {first[0]!r} and {name!r} cannot share a batch: {field} is {there} "
-                    f"in the one and {here} in the other; give them views that make them alike, or "
+                    f"in one and {here} in the other; give them views that make them alike, or "
                     'batches="own"'
                 )
 

@@ -1,7 +1,7 @@
 """The order of a stream that mixes several selections by weights.
 
 Like the order of one selection it is a pure function of its settings and of the position: the same on any
-number of ranks and workers, and it goes on at the next sample after an interruption. Every component has a
+number of ranks and workers, and it continues at the next sample after an interruption. Every component has a
 stream of its own, which begins another epoch, in another order, where it ends. Which component gives the next
 sample follows `shares`, so that after any number of samples each has given what its weight says, within one.
 """
@@ -78,7 +78,7 @@ class MixtureOrder:
     """The global batches of every epoch of a mixture; used as an `EpochOrder` is.
 
     An epoch is a number of samples: `epoch_size` of them, less what does not fill a global batch. The stream
-    goes on from one epoch to the next without leaving out any.
+    continues from one epoch to the next without leaving out any.
 
     Args:
         parts: the components.

@@ -29,7 +29,7 @@ def checked_state(state: Any) -> dict[str, Any]:
     found = _LATER | dict(state)
     for name, (is_right, expected) in _CHECKS.items():
         if name not in found:
-            raise CacheError(f"the checkpoint's stream: has no {name!r}; {_REMEDY}")
+            raise CacheError(f"the checkpoint's stream: lacks {name!r}; {_REMEDY}")
         if not is_right(found[name]):
             raise CacheError(
                 f"the checkpoint's stream, {name}: expected {expected}, found {_shown(found[name])}; "

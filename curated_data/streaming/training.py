@@ -76,7 +76,8 @@ class StreamPosition:
 
         Args:
             n_batches: of an epoch.
-            whole_epochs: begin the next epoch instead of going on within one, unless a loaded state says so.
+            whole_epochs: begin the next epoch instead of continuing within one, unless a loaded state says
+            so.
         """
         resumes = self._resumes and not self.moved
         if whole_epochs and not resumes:
@@ -173,7 +174,7 @@ class TrainingStream:
 
         Returns:
             Whether the owner is a new one and starts at the beginning of the run's own selection. One for
-            which a state was loaded goes on from there.
+            which a state was loaded continues from there.
         """
         if self.owner is owner:
             return False

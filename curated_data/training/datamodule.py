@@ -287,7 +287,7 @@ class CuratedDataModule(pl.LightningDataModule):
     def component_passes(self) -> dict[str, float]:
         """How often the training has gone through each component so far, as `mixture/NAME`, for `log_dict`.
 
-        It is the same on all ranks, and a resumed run goes on counting.
+        It is the same on all ranks, and a resumed run continues counting.
         """
         names = [f"mixture/{source.name}" for source in self.components]
         return dict(zip(names, self._selected.passes(), strict=False))  # without a mixture there are no names
@@ -323,8 +323,8 @@ class CuratedDataModule(pl.LightningDataModule):
 
         Args:
             ids: (n,) integers; an id that is repeated is streamed as often.
-            component: of a mixture, whose samples they replace; ids of its own pool. The others go on where
-                they are, and so does the length of an epoch.
+            component: of a mixture, whose samples they replace; ids of its own pool. The others continue
+                where they are, and so does the length of an epoch.
 
         Raises:
             ConfigError: ids that are not in the pool, or a mixture and no name of one of its components.

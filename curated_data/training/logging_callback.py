@@ -36,12 +36,12 @@ class CurationLogger(pl.Callback):
     Args:
         labels: (n,) integer class of each sample, -1 for none; of a mixture, these by the names of its
             components, each of which logs as `curation/NAME/…`. None reads the pool's `.cls` members, if it
-            has them and at most 200,000 samples. Where these are no integers a warning says so.
+            has them and at most 200,000 samples. Where these are not integers a warning says so.
         class_names: for the plot.
 
     Raises:
         ConfigError: a Trainer without a `CuratedDataModule` that curates, or labels of another length than
-            the pool or that are no integers.
+            the pool or that are not integers.
 
     Example:
         >>> from curated_data import CurationLogger

@@ -94,7 +94,7 @@ class Mixture:
         components: at least one; each a `Component`, or a mapping of its fields.
         epoch_size: samples of an epoch, over all ranks; None: as many as the components hold together at
             first. An epoch is a whole number of global batches, rounded down, or up with `last_batch="pad"`;
-            the next one goes on where it ended, so that no sample is left out.
+            the next one continues where it ended, so that no sample is left out.
         weights: of the components, instead of their `weight`, which change: at certain global batches,
             counted from the start of training, `{0: [0.9, 0.1], 100_000: [0.7, 0.3]}`. In between they change
             linearly, afterwards they stay.

@@ -118,7 +118,7 @@ class DeviceOptions:
             decode other formats.
 
     Raises:
-        ConfigError: `views` is no function, or is missing with `decode`.
+        ConfigError: `views` is not a function, or is missing with `decode`.
 
     Example:
         >>> from curated_data import DeviceOptions

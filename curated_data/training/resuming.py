@@ -116,7 +116,7 @@ def _steps(fit_loop: dict[str, Any]) -> None:
 
 
 def _within_an_epoch(fit_loop: dict[str, Any]) -> list[dict[str, Any]]:
-    """The counts that begin anew with each epoch."""
+    """The counts that begin again with each epoch."""
     optimizer = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
     names = ("batch_progress", "scheduler_progress")
     return [fit_loop[f"epoch_loop.{name}"] for name in names] + [optimizer["step"], optimizer["zero_grad"]]

@@ -90,7 +90,7 @@ class SelectedStream:
         number_pools(self.sources)
 
     def attach(self) -> None:
-        """Begin anew for a Trainer that the stream has not met yet, on the first selections."""
+        """Begin again for a Trainer that the stream has not met yet, on the first selections."""
         trainer = self._data.trainer
         if trainer is None:
             return

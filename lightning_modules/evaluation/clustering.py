@@ -64,7 +64,7 @@ def clustering(assignment: Array, labels: Array, *, train_counts: Array | None =
             tail.
 
     Raises:
-        TypeError: labels or clusters that are no integers.
+        TypeError: labels or clusters that are not integers.
         ValueError: shapes that do not match, negative values (excluded samples must be left out), or no
             samples.
 

@@ -59,9 +59,9 @@ def comparison(
 ) -> ComparisonResult:
     """Compare two models by what each test sample gave under each (the evaluations' results keep it).
 
-    Test samples are drawn anew, the same for both models, so what makes a sample hard for both does not widen
-    the interval (Efron and Tibshirani 1993, chapter 13). Under `torch.distributed` every rank gives its share
-    and gets the whole result.
+    Test samples are resampled, the same ones for both models, so what makes a sample hard for both does not
+    widen the interval (Efron and Tibshirani 1993, chapter 13). Under `torch.distributed` every rank gives its
+    share and gets the whole result.
 
     Args:
         a, b: for each test sample a value (n,): right or wrong, an average precision, an error; or counts (n,

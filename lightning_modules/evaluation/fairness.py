@@ -22,7 +22,7 @@ class FairnessResult(Result):
         overall: mean over all samples that have a group.
         groups: for each group, in order of name: mean, low, high (its interval), n.
         best, worst: names of the groups with the highest and the lowest mean.
-        gap: difference of their means; gap_low, gap_high: its interval. Resamples choose best and worst anew.
+        gap: difference of their means; gap_low, gap_high: its interval. Each resample has its own best.
         n_ungrouped: samples without a group, left out.
         too_small: groups with fewer than `min_size` samples, left out: name and size.
         confidence: of the intervals.

@@ -76,14 +76,14 @@ def checked_labels(name: str, labels: Array, n: int, device: str | torch.device 
     """Labels (n,) >= 0 as int64 on `device`.
 
     Raises:
-        TypeError: labels that are no integers.
+        TypeError: labels that are not integers.
         ValueError: another shape, or negative labels.
     """
     labels = as_tensor(labels)
     if labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"{name}: labels must be integers, got {labels.dtype}")
     if tuple(labels.shape) != (n,):
-        raise ValueError(f"{name}: expected {n} labels, one a sample, got shape {tuple(labels.shape)}")
+        raise ValueError(f"{name}: expected {n} labels, one per sample, got shape {tuple(labels.shape)}")
     labels = labels.to(device, torch.int64).contiguous()
     if n and int(labels.min()) < 0:
         raise ValueError(

@@ -53,7 +53,7 @@ class LinearSettings:
         inverse_penalties: logistic regression's values of C, for the loss C sum(cross-entropy) + |W|² / 2.
         max_iter: of L-BFGS, for each C.
         held_out: share of train on which head and C are chosen; the chosen C is then fitted on all of train.
-        shots, n_draws: labelled samples a class, and how often they are drawn.
+        shots, n_draws: labelled samples per class, and how often they are drawn.
         few_shot_inverse_penalty: C of the few-shot heads.
         seed: of the held-out part, the batches and the draws.
 
@@ -162,7 +162,7 @@ def linear(
         device: where to train.
 
     Raises:
-        TypeError: labels that are no integers.
+        TypeError: labels that are not integers.
         ValueError: shapes that do not match, non-finite features, one class only, too few samples.
 
     Example:
@@ -456,7 +456,7 @@ def _few_shot(
     settings: LinearSettings,
     train_counts: Array | None,
 ) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
-    """Logistic regression on n labels a class; a class with fewer gives all that it has.
+    """Logistic regression on n labels per class; a class with fewer gives all that it has.
 
     Returns:
         A row for each kind of features and number of shots, and as many arrays of hits, means over the draws.

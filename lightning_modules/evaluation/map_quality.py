@@ -72,7 +72,7 @@ def map_quality(
         seed: of the folds and the draw.
 
     Raises:
-        TypeError: labels that are no integers.
+        TypeError: labels that are not integers.
         ValueError: shapes that do not match, values that are not finite, negative labels, fewer than two
             classes, a class that has fewer than five points where there are no test points, or k larger than
             what is learned from.

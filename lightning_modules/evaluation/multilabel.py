@@ -143,7 +143,7 @@ def _checked_marks(name: str, given: Array, n: int, device: str | torch.device) 
     given = as_tensor(given)
     marks = given.to(device, torch.int64)
     if given.is_floating_point() and not bool((given.to(device) == marks).all()):
-        raise ValueError(f"{name}: marks must be 1, 0 or -1, and some are no whole numbers")
+        raise ValueError(f"{name}: marks must be 1, 0 or -1, and some are not whole numbers")
     if marks.ndim != 2 or len(marks) != n:
         raise ValueError(f"{name}: expected marks ({n}, C), got {tuple(marks.shape)}")
     if marks.numel() and (int(marks.min()) < -1 or int(marks.max()) > 1):

@@ -15,7 +15,7 @@ from curated_data.parallel import together
 from lightning_modules.evaluation.inputs import as_tensor
 
 TILE_NUMBERS = 2**25  # of the bank, 128 MiB; more for a large k:
-_TILE_ROWS = 512  # times k, of which finding the best k anew in each tile takes a few per cent of the time
+_TILE_ROWS = 512  # times k, of which finding the best k again in each tile takes a few per cent of the time
 SCORES = 2**26  # computed at a time where faiss does not, 256 MiB
 
 

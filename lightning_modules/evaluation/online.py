@@ -91,7 +91,7 @@ class _OnlineProbe(L.Callback):
 
     def _warn(self, where: str, error: Exception) -> None:
         log.warning(
-            "%s probe failed%s, training goes on: %s: %s",
+            "%s probe failed%s, training continues: %s: %s",
             self.name, f" {where}" if where else "", type(error).__name__, error,
         )  # fmt: skip
 
@@ -105,7 +105,7 @@ class OnlineKNN(_OnlineProbe):
     Each rank embeds its share of both sets. Features are taken in evaluation mode, without gradient, and
     every submodule's mode is put back, so BatchNorm statistics, frozen parts and random numbers of the
     training are what they would be without the callback. If a probe fails on any rank, all ranks skip it, the
-    run goes on, and the reason is logged.
+    run continues, and the reason is logged.
 
     Args:
         train, test: labelled sets, or functions that give them when the fit starts: a map-style dataset of
@@ -115,7 +115,7 @@ class OnlineKNN(_OnlineProbe):
         every_n_epochs: 1 probes after each epoch; the last epoch of a run is always probed.
         k: numbers of neighbours.
         temperature: of the votes.
-        batch_size, num_workers: of the embedding, where the sets are no loaders.
+        batch_size, num_workers: of the embedding, where the sets are not loaders.
 
     Example:
         >>> import torch
@@ -153,7 +153,7 @@ class OnlineKNN(_OnlineProbe):
 
 
 class OnlineLinear(_OnlineProbe):
-    """Accuracy of a linear head on the module's `embed` every few epochs, fitted anew each time.
+    """Accuracy of a linear head on the module's `embed` every few epochs, fitted again each time.
 
     Logged as `linear/accuracy`, `linear/class_average` and `linear/held_out` (of the part of train that the
     head is chosen on, which a monitor may use without looking at the test set). What `OnlineKNN` says of the

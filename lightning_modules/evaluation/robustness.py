@@ -97,7 +97,7 @@ def robustness(
         device: where to train.
 
     Raises:
-        TypeError: labels that are no integers.
+        TypeError: labels that are not integers.
         ValueError: no sets, shapes that do not match, labels outside a class map, class maps outside the base
             classes.
 

@@ -140,7 +140,7 @@ class PretrainingModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         check_views(batch, self.n_views)
-        begins = self.global_step == 0 and batch_idx == 0  # rather than goes on from a checkpoint
+        begins = self.global_step == 0 and batch_idx == 0  # rather than continues from a checkpoint
         if self.global_batch_size is None or begins:
             self.global_batch_size = (
                 len(batch["views"][0]) * world_size() * int(self.trainer.accumulate_grad_batches)
@@ -275,7 +275,7 @@ def check_views(batch: Mapping[str, Any], n_views: int | None) -> None:
     """Raise a clear error unless the batch holds the views that the module trains on.
 
     Raises:
-        TypeError: the batch is no mapping with a list of image tensors under "views".
+        TypeError: the batch is not a mapping with a list of image tensors under "views".
         ValueError: another number of views, views of different batch sizes, or (where `n_views` is given) of
             different image sizes, or a batch of one.
     """

@@ -167,7 +167,7 @@ class DINOv2(PretrainingModule):
         self.patch_size: int = teacher.patch_embed.patch_size[0]
         if n_local_views and local_image_size % self.patch_size:
             raise ValueError(
-                f"local_image_size {local_image_size} is no multiple of the patch size {self.patch_size}"
+                f"local_image_size {local_image_size} is not a multiple of the patch size {self.patch_size}"
             )
         self.grid = teacher.patch_embed.grid_size
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 class TSimCNE(PretrainingModule):
     """t-SimCNE. One `Trainer.fit` over `sum(epochs)` epochs goes through all stages, and resumes in any.
 
-    Stage 1 learns 128 outputs; stage 2 puts a new two-dimensional layer in place of the last one and trains
+    Stage 1 learns 128 outputs; stage 2 replaces the last layer by a new two-dimensional one and trains
     it alone; stage 3 fine-tunes everything at a thousandth of the rate. Each stage starts with a fresh
     optimiser. `coordinates(images)` is the map, `embed(images)` the backbone's features. With BatchNorm on
     several ranks give `sync_batchnorm=True`.
@@ -84,7 +84,7 @@ class TSimCNE(PretrainingModule):
             warmup_epochs=warmup_epochs,
         )
         if len(epochs) != 3 or any(n < 0 for n in epochs) or sum(epochs) < 1:
-            raise ValueError(f"epochs must be three counts, one a stage, got {list(epochs)}")
+            raise ValueError(f"epochs must be three counts, one per stage, got {list(epochs)}")
         self.save_hyperparameters()
         self.stage_epochs = tuple(epochs)
         self.hidden = nn.Sequential(nn.Linear(self.backbone.dimension, hidden_dimension), nn.ReLU())

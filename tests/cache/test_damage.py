@@ -13,7 +13,7 @@ import pytest
 
 from curated_data import ShardPool, curate
 from curated_data.cache.artifacts import MANIFEST, read_json
-from curated_data.cache.checksums import file_seal
+from curated_data.cache.checksums import file_checksum
 from curated_data.config import load_config
 from curated_data.errors import CacheError
 from curated_data.pipeline.export import export
@@ -188,7 +188,7 @@ def test_every_byte_of_a_cache_can_be_looked_at(whole, tmp_path):
 
 def test_a_files_seal_is_its_size_and_crc(tmp_path):
     (tmp_path / "a").write_bytes(b"123456789")
-    assert file_seal(tmp_path / "a") == {"bytes": 9, "crc32": 0xCBF43926}  # the check value of CRC-32
+    assert file_checksum(tmp_path / "a") == {"bytes": 9, "crc32": 0xCBF43926}  # the check value of CRC-32
 
 
 def _grown(shards: list[str], cache: Path, held_out: list[str]) -> Callable[[], object]:

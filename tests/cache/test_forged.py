@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from curated_data import curate
-from curated_data.cache.artifacts import sealed
-from curated_data.cache.checksums import file_seal
+from curated_data.cache.artifacts import with_checksum
+from curated_data.cache.checksums import file_checksum
 from curated_data.cache.removal import shown
 from curated_data.errors import CacheError, PoolError
 from curated_data.pipeline.extend import extend
@@ -42,8 +42,8 @@ def forge(folder, name, change):
         change(manifest)
     else:
         np.save(folder / name, change(np.load(folder / name)))
-        manifest["files"][name] = file_seal(folder / name)
-    (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
+        manifest["files"][name] = file_checksum(folder / name)
+    (folder / "manifest.json").write_text(json.dumps(with_checksum(manifest)))
 
 
 ARRAYS = {
@@ -107,7 +107,7 @@ def test_the_index_of_a_shard_has_fields_of_the_right_kind(whole, field):
             continue
         if field == "extensions" and value == []:
             content[field] = ["png", "png"]
-        (folder / "manifest.json").write_text(json.dumps(sealed(content)))
+        (folder / "manifest.json").write_text(json.dumps(with_checksum(content)))
         with pytest.raises(CacheError, match=folder.name):
             len(ShardPool(shards, cache_dir=cache))
 
@@ -191,7 +191,9 @@ def test_verification_names_an_artifact_without_its_manifest(whole, stage, damag
     elif damage == "another format":
         path.write_text(json.dumps(content | {"format": ".."}))
     elif damage == "no files":
-        path.write_text(json.dumps(sealed({k: v for k, v in content.items() if k not in ("files", "seal")})))
+        path.write_text(
+            json.dumps(with_checksum({k: v for k, v in content.items() if k not in ("files", "seal")}))
+        )
     assert any(path.parent.name in problem for problem in verify_cache(cache))
 
 

@@ -89,7 +89,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         (errno.EFBIG, "no space left"),
         (errno.EMFILE, "too many open files .*ulimit -n"),
         (errno.EIO, "cannot be written"),
-        (errno.EROFS, "cannot be written .*give a place that can be"),
+        (errno.EROFS, "cannot be written .*give another place"),
     ],
 )
 def test_what_the_system_refuses_is_one_error(code, message, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import curated_data
 from curated_data import ClusterTree, CuratedDataModule, RecurationCallback, ShardPool, ShardWriter, curate
-from curated_data.cache.artifacts import MANIFEST, open_cache, read_manifest, sealed
+from curated_data.cache.artifacts import MANIFEST, open_cache, read_manifest, with_checksum
 from curated_data.cache.checksums import load_npy
 from curated_data.cache.layout import REMOVABLE
 from curated_data.cache.remedies import Remedy
@@ -296,7 +296,7 @@ def test_a_named_artifact_goes_and_nothing_else(place, monkeypatch):
 def rewrite(path: Path, change) -> None:
     content = json.loads(path.read_text())
     content.pop("seal", None)
-    path.write_text(json.dumps(sealed(change(content))))
+    path.write_text(json.dumps(with_checksum(change(content))))
 
 
 def everything(shards, cache, config, selection, name) -> None:
@@ -373,12 +373,12 @@ def test_no_name_in_a_file_leads_out_of_the_cache(place, pattern, keys, monkeypa
 def test_a_manifest_whose_names_climb_is_damaged(tmp_path):
     for name in ("..", ".", "", "/etc/passwd", "../x", "a/b", "\0"):
         content = {"stage": "tree", "format": 1, "files": {name: {"bytes": 3, "crc32": 0}}}
-        (tmp_path / MANIFEST).write_text(json.dumps(sealed(content)))
+        (tmp_path / MANIFEST).write_text(json.dumps(with_checksum(content)))
         with pytest.raises(CacheError, match=r"manifest\.json: damaged"):
             read_manifest(tmp_path, "tree")
     for seal in (None, 3, "x", {}, {"bytes": "3", "crc32": 0}, {"bytes": 3}, {"bytes": True, "crc32": 0}, []):
         content = {"stage": "tree", "format": 1, "files": {"a.npy": seal}}
-        (tmp_path / MANIFEST).write_text(json.dumps(sealed(content)))
+        (tmp_path / MANIFEST).write_text(json.dumps(with_checksum(content)))
         with pytest.raises(CacheError, match=r"manifest\.json: damaged"):
             read_manifest(tmp_path, "tree")
 
@@ -452,9 +452,9 @@ def test_a_store_of_odd_shards_is_damaged(place):
     (tree,) = (cache / "tree").glob("[!.]*")
     for name in (b"../../victim", b"/etc/passwd", b"..", b"", b"\xff"):
         np.save(tree / "shards.npy", np.array([name, b"x"], "S20"))
-        from curated_data.cache.checksums import file_seal
+        from curated_data.cache.checksums import file_checksum
 
-        seal = file_seal(tree / "shards.npy")
+        seal = file_checksum(tree / "shards.npy")
         rewrite(
             tree / MANIFEST, lambda found, seal=seal: found | {"files": found["files"] | {"shards.npy": seal}}
         )

@@ -135,7 +135,7 @@ class Attacked:
 
         Args:
             kill_after: seconds after which it is killed.
-            watched: a file; while it grows, the limit begins anew.
+            watched: a file; while it grows, the limit begins again.
         """
         poll = select.poll()
         poll.register(self._watch, select.POLLIN)

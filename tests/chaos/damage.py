@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from curated_data.cache.artifacts import sealed
-from curated_data.cache.checksums import file_seal
+from curated_data.cache.artifacts import with_checksum
+from curated_data.cache.checksums import file_checksum
 
 NAME = "0123456789abcdef0123"
 
@@ -40,21 +40,21 @@ def forge(path: Path, rng: random.Random) -> str:
         content = json.loads(path.read_text())
         content.pop("seal", None)
         what = mutate(content, rng)
-        path.write_text(json.dumps(sealed(content)))
+        path.write_text(json.dumps(with_checksum(content)))
     else:
         what = _other_array(path, rng)
     manifest = path.parent / "manifest.json"
     if path.name != "manifest.json" and manifest.is_file():
         content = json.loads(manifest.read_text())
         content.pop("seal", None)
-        content["files"][path.name] = file_seal(path)
-        manifest.write_text(json.dumps(sealed(content)))
+        content["files"][path.name] = file_checksum(path)
+        manifest.write_text(json.dumps(with_checksum(content)))
     details = path.with_suffix(".json")
     if path.suffix == ".npy" and details.is_file():
         content = json.loads(details.read_text())
         content.pop("seal", None)
-        content["file"] = file_seal(path)
-        details.write_text(json.dumps(sealed(content)))
+        content["file"] = file_checksum(path)
+        details.write_text(json.dumps(with_checksum(content)))
     return f"forged: {what}"
 
 

@@ -85,6 +85,7 @@ def attack(world: World, tally: Tally, rng: random.Random, until: float, cases: 
 def _attack(world: World, rng: random.Random, kind: Kind, name: str, expected: Any, notes: Path) -> None:
     """One case, in an attacked process; its outcome is noted."""
     case = world.cage.fresh(kind.start)
+    os.chdir(case)  # the one before is gone
     files = kind.find(case)
     path = rng.choice(files)
     same = [

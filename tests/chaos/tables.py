@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import zstandard
 
-from curated_data import EmbeddedPool, ShardPool
+from curated_data import EmbeddedPool, ShardPool, curate_embeddings
 from curated_data.cache.artifacts import open_cache
 from curated_data.pool.columns import read_columns
 from curated_data.pool.repack import import_archives
@@ -25,7 +26,12 @@ from tests.chaos.cage import Ending
 from tests.chaos.kinds import Kind, digest
 from tests.chaos.world import World
 
-_COMPRESS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+_COMPRESS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda content: zstandard.ZstdCompressor(write_checksum=True).compress(content),
+}
 
 
 def archive_kinds(world: World) -> list[Kind]:
@@ -103,6 +109,23 @@ def table_kinds(world: World) -> list[Kind]:
             }
         )
         pq.write_table(table, start / "parts" / f"part-{number}.parquet")
+        for name in ("img_emb", "metadata"):  # as clip-retrieval writes them
+            (start / "clip" / name).mkdir(parents=True, exist_ok=True)
+        np.save(start / "clip" / "img_emb" / f"img_emb_{number}.npy", matrix)
+        table = table.drop_columns("embedding").rename_columns({"key": "image_path"})
+        pq.write_table(table, start / "clip" / "metadata" / f"metadata_{number}.parquet")
+
+    def clip() -> Any:
+        torch.set_num_threads(1)
+        pool = EmbeddedPool(case / "clip")
+        store = pool.store(case / "cache")
+        return [digest(store.as_array(), store.valid), pool.keys(range(len(pool)))]
+
+    def filtered() -> Any:
+        torch.set_num_threads(1)
+        config = {"target_size": 4, "levels": [{"n_clusters": 3}], "where": "score > 0.2"}
+        found = curate_embeddings(case / "parts", config, cache_dir=case / "cache", device="cpu")
+        return found.ids.tolist()
 
     def rows() -> Any:
         torch.set_num_threads(1)
@@ -116,7 +139,7 @@ def table_kinds(world: World) -> list[Kind]:
         return read_columns(pool, ["label", "width", "sharpness"]).to_pydict()
 
     world.cage.fresh(start)
-    for read in (rows, columns):
+    for read in (rows, columns, clip, filtered):
         ending = world.cage.run(read)
         assert ending.how == "done", ending
     known = start.with_name("tables, known")
@@ -129,6 +152,8 @@ def table_kinds(world: World) -> list[Kind]:
     return [
         Kind("rows in parquet", start, _files("parts/*"), {"rows": rows}, as_given, names),
         Kind("rows in parquet, known", known, _files("parts/*"), {"rows": rows}, as_given, names),
+        Kind("rows of clip-retrieval", start, _files("clip/*/*"), {"rows": clip}, as_given, ("clip",)),
+        Kind("rows that a condition chooses", known, _files("parts/*"), {"rows": filtered}, as_given, names),
         Kind("kept columns of a pool", known, _files("cache/columns/**/*"), {"columns": columns}),
     ]
 

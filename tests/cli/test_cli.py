@@ -115,7 +115,7 @@ def test_the_report_of_a_mixture_is_written_from_the_yaml_of_a_training(write_po
     assert main([*given, "--target-size", "5"]) == 2
     assert "--target-size: of one curation" in capsys.readouterr().err
     assert main([*given, "--out", str(yaml / "pages")]) == 2
-    assert f"{yaml}: is no folder" in capsys.readouterr().err
+    assert f"{yaml}: is not a folder" in capsys.readouterr().err
     yaml.write_text("data: {pool: a.tar}")
     assert main([*given, "--out", str(out)]) == 2
     assert "no `mixture`" in capsys.readouterr().err
@@ -196,7 +196,7 @@ def test_ctrl_c_is_one_line_and_status_130(monkeypatch, capsys):
         assert main(["inspect", "cache"]) == 130
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert capsys.readouterr().err == "curated-data inspect: stopped; run it again to go on\n"
+    assert capsys.readouterr().err == "curated-data inspect: stopped; run it again to continue\n"
 
 
 def test_verify_names_what_is_damaged(fashion_test, tmp_path, capsys):
@@ -224,13 +224,13 @@ def test_places_for_outputs_are_checked_before_any_work(write_pool, tmp_path, ca
             ["export", "--out", str(tmp_path / "used")],
             "are there already; .* pass overwrite=True \\(--overwrite\\)",
         ),
-        (["export", "--out", str(tmp_path / "file")], "file: is no folder, so nothing can be written in it"),
+        (["export", "--out", str(tmp_path / "file")], "file: is not a folder"),
         (["export", "--out", str(tmp_path / "new"), "--max-samples", "0"], "max_samples=0"),
         (["export", "--out", ""], "the place for the shards is empty; give a folder"),
         (["export", "--out", str(tmp_path / "pool-%03d.tar"), "--overwrite"], "is a shard of the pool"),
-        (["report", "--out", str(tmp_path)], "is a folder, where a file is to be written"),
-        (["curate", "--ids", str(tmp_path)], "is a folder, where a file is to be written"),
-        (["curate", "--ids", str(tmp_path / "file" / "ids.npy")], "file: is no folder"),
+        (["report", "--out", str(tmp_path)], "is a folder"),
+        (["curate", "--ids", str(tmp_path)], "is a folder"),
+        (["curate", "--ids", str(tmp_path / "file" / "ids.npy")], "file: is not a folder"),
     )
     for (command, *options), message in cases:
         assert main([command, *shards, "--cache-dir", str(cache), *CURATION, *options]) == 2

@@ -1,4 +1,4 @@
-"""A killed run goes on and ends with the same tree; torn or foreign checkpoints are refused."""
+"""A killed run continues and ends with the same tree; torn or foreign checkpoints are refused."""
 
 import json
 import shutil

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curated_data.cache.artifacts import atomic_write_json, read_json, sealed
+from curated_data.cache.artifacts import atomic_write_json, read_json, with_checksum
 from curated_data.clustering.tree import ClusterTree, take_groups
 from curated_data.errors import CacheError
 
@@ -138,10 +138,10 @@ def test_load_refuses_what_is_damaged_or_foreign(tmp_path):
     atomic_write_json(tmp_path / "other" / "manifest.json", manifest | {"format": 999})
     with pytest.raises(CacheError, match=r"999"):
         ClusterTree.load(tmp_path / "other")
-    atomic_write_json(tmp_path / "other" / "manifest.json", sealed(manifest) | {"n_samples": 7})
+    atomic_write_json(tmp_path / "other" / "manifest.json", with_checksum(manifest) | {"n_samples": 7})
     with pytest.raises(CacheError, match=r"its checksum differs"):
         ClusterTree.load(tmp_path / "other")
-    atomic_write_json(tmp_path / "other" / "manifest.json", sealed(manifest | {"n_samples": 7}))
+    atomic_write_json(tmp_path / "other" / "manifest.json", with_checksum(manifest | {"n_samples": 7}))
     with pytest.raises(CacheError, match=r"do not match"):
         ClusterTree.load(tmp_path / "other")
 

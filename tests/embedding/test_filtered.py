@@ -18,6 +18,7 @@ from curated_data.pipeline.extend import extend
 from curated_data.pipeline.inspect import inspect_cache, verify_cache
 from curated_data.pipeline.plan import plan
 from curated_data.pipeline.reopen import reopen
+from tests.support.ranks import on_two_ranks
 
 SHARDS = [7, 0, 5, 9]
 BAD = {(0, 2): b"?", (3, 1): b"?", (3, 8): b"?"}
@@ -196,3 +197,34 @@ def test_held_out_sets_are_embedded_whole(scored, network, tmp_path):
     config = CONFIG | {"near_duplicates": held_out}
     curate(scored, config, embedder=named(network), cache_dir=tmp_path / "cache")
     assert network.seen == 53
+
+
+def _on_rank(rank, shards, folder):
+    network = Counting()
+    config = CONFIG | {"embedding": {"num_workers": 0}}  # in these processes
+    found = curate(shards, config, embedder=named(network), cache_dir=folder)
+    return network.seen, found.ids, found.tree.parent[1], found.report["filters"]
+
+
+@pytest.mark.long
+def test_two_ranks_embed_what_is_kept_once(scored, network, tmp_path):
+    results = on_two_ranks(_on_rank, scored, tmp_path / "two")
+    alone = curate(scored, CONFIG, embedder=named(network), cache_dir=tmp_path / "one")
+    assert sum(result[0] for result in results) == network.seen == 48
+    for _, ids, parent, filters in results:
+        np.testing.assert_array_equal(ids, alone.ids)
+        np.testing.assert_array_equal(parent, alone.tree.parent[1])
+        assert filters == alone.report["filters"]
+
+
+@pytest.mark.parametrize("kept", [[], [0, 1, 2], [5], list(range(12))])
+def test_a_shard_twice_in_a_pool_is_filtered_twice(kept, write_pool, network, tmp_path):
+    (path,) = write_pool([12])
+    other = shutil.copy(path, tmp_path / "copy.tar")
+    pool, root = ShardPool([path, other]), open_cache(tmp_path / "cache")
+    keep = np.zeros(24, bool)
+    keep[kept] = keep[20:] = True
+    store, _ = embedded(pool, network, root, keep)
+    np.testing.assert_array_equal(store.valid, keep)
+    whole, _ = embedded(pool, network, open_cache(tmp_path / "whole"))
+    np.testing.assert_array_equal(store.as_array()[keep], whole.as_array()[keep])

@@ -43,5 +43,5 @@ def test_what_is_there_is_not_replaced(write_pool, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     arguments = ["-q", "embed", *write_pool([5]), "--embedder", "pixels:4", "--out", str(tmp_path / "out")]
     assert main([*arguments, "--cache-dir", str(tmp_path / "cache")]) == 2
-    assert "out: is there already" in capsys.readouterr().err
+    assert "out: exists already" in capsys.readouterr().err
     assert not (tmp_path / "cache" / "embeddings").exists()

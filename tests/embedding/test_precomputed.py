@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curated_data import EmbeddedPool, ShardPool, curate, curate_embeddings
+from curated_data import CuratedDataModule, EmbeddedPool, LoaderOptions, ShardPool, curate, curate_embeddings
 from curated_data.cache.artifacts import open_cache
 from curated_data.embedding import Precomputed
 from curated_data.embedding.files import EmbeddingFiles
 from curated_data.errors import ConfigError, EmbedderError, PoolError
 from curated_data.pipeline.extend import extend
+from tests.support.ranks import on_two_ranks
 
 CONFIG = {"target_size": 20, "levels": [{"n_clusters": 8}]}
 SIZES = [30, 25, 20]
@@ -291,3 +292,60 @@ def test_a_pool_with_a_key_twice_is_refused(write_pool, rows, tmp_path):
     with pytest.raises(PoolError) as caught:
         Precomputed(path).places(pool)
     assert pool.index().duplicate_example in str(caught.value)
+
+
+def _by_key(pool, rows, folder) -> str:
+    """The rows by key in another order, in a file; five samples have none."""
+    keys, order = all_keys(pool), np.random.default_rng(2).permutation(len(rows))[5:]
+    write_table(folder / "rows.parquet", [keys[i] for i in order], rows[order])
+    return f"precomputed:{folder / 'rows.parquet'}"
+
+
+def _on_rank(rank, pool, embedder, folder):
+    config = CONFIG | {"where": "id >= 10"}
+    curation = curate(pool, config, embedder=embedder, cache_dir=folder / "cache")
+    data = CuratedDataModule(
+        pool, CONFIG, embedder=embedder, batch_size=5, image_size=8, cache_dir=folder / "cache",
+        loader=LoaderOptions(num_workers=0),
+    )  # fmt: skip
+    data.setup("fit")
+    streamed = np.concatenate([batch["sample_id"].numpy() for batch in data.train_dataloader()])
+    report = {name: curation.report[name] for name in ("failed", "selected", "filters")}
+    return curation.ids, curation.tree.parent[1], report, streamed
+
+
+@pytest.mark.long
+def test_two_ranks_curate_and_train_as_one_process_does(pool, rows, tmp_path):
+    embedder = _by_key(pool, rows, tmp_path)
+    found = on_two_ranks(_on_rank, pool, embedder, tmp_path / "two")
+    ids, parent, report, streamed = _on_rank(0, pool, embedder, tmp_path / "one")
+    for of_rank in found:
+        np.testing.assert_array_equal(of_rank[0], ids)
+        np.testing.assert_array_equal(of_rank[1], parent)
+        assert of_rank[2] == report
+    assert len(streamed) == CONFIG["target_size"]
+    np.testing.assert_array_equal(np.sort(np.concatenate([found[0][3], found[1][3]])), np.sort(streamed))
+
+
+def test_a_data_module_selects_by_rows_that_exist(pool, rows, tmp_path):
+    embedder = _by_key(pool, rows, tmp_path)
+    expected = curate(pool, CONFIG, embedder=embedder, cache_dir=tmp_path / "cache")
+    assert expected.report["failed"] == 5
+    data = CuratedDataModule(
+        pool, CONFIG, embedder=embedder, batch_size=5, image_size=8, cache_dir=tmp_path / "cache",
+        loader=LoaderOptions(num_workers=0),
+    )  # fmt: skip
+    data.setup("fit")
+    assert all(data.curation.report["cached"].values())
+    streamed = [number for batch in data.train_dataloader() for number in batch["sample_id"].tolist()]
+    np.testing.assert_array_equal(np.sort(streamed), expected.ids)
+
+
+def test_a_data_module_names_rows_of_another_pool(pool, rows, tmp_path):
+    write_table(tmp_path / "other.parquet", [f"nobody {i}" for i in range(len(rows))], rows)
+    data = CuratedDataModule(
+        pool, CONFIG, embedder=f"precomputed:{tmp_path / 'other.parquet'}", batch_size=5,
+        cache_dir=tmp_path / "cache",
+    )  # fmt: skip
+    with pytest.raises(PoolError, match="no key of the pool"):
+        data.setup("fit")

@@ -84,8 +84,9 @@ def fit(module: L.LightningModule, *, checkpoint: str | None = None, **options: 
         enable_model_summary=False,
         **{"max_epochs": 4, "enable_checkpointing": False, **options},
     )
-    # The same four samples in every batch: a stock loader starts anew when a run resumes within an epoch, and
-    # what is tested here is the module, whose masks, rates and stages still depend on the place in the run.
+    # The same four samples in every batch: a stock loader starts again when a run resumes within an epoch,
+    # and what is tested here is the module, whose masks, rates and stages still depend on the place in the
+    # run.
     loader = DataLoader(Images(module), batch_size=4, sampler=[3, 1, 2, 0] * 4)
     trainer.fit(module, loader, ckpt_path=checkpoint)
     return trainer
@@ -200,7 +201,7 @@ def test_bf16_accumulation_and_checkpoint(name, tmp_path):
 
 @pytest.mark.parametrize("name", BUILD)
 def test_float16_with_a_scaled_loss(name):
-    """The scaler skips the steps whose gradients overflow, halves the scale, and then the run goes on."""
+    """The scaler skips the steps whose gradients overflow, halves the scale, and then the run continues."""
     module, scaler = build(name), torch.amp.GradScaler("cpu")
     before = [p.detach().clone() for p in module.parameters() if p.requires_grad]
     trainer = fit(module, plugins=[MixedPrecision("16-mixed", device="cpu", scaler=scaler)])
@@ -396,7 +397,7 @@ def test_tsimcne_epochs_must_fit_the_trainer():
     ("options", "message"),
     [
         (lambda: SimCLR("resnet10", temperature=0.0), "temperature"),
-        (lambda: SimCLR("timm:vit_tiny_patch16_224", image_size=28), "no multiple of its patch size"),
+        (lambda: SimCLR("timm:vit_tiny_patch16_224", image_size=28), "multiple of its patch size"),
         (lambda: MAE("resnet10", image_size=32), "vision transformer"),
         (
             lambda: MAE("timm:vit_tiny_r_s16_p8_224", image_size=32, backbone_options={"depth": 1}),

@@ -230,8 +230,8 @@ class Stop(L.Callback):
 @pytest.mark.long
 @pytest.mark.parametrize(("method", "stop"), [("sp2ot", 6), ("p2ot", 3)])
 def test_resumes_exactly_within_an_epoch(tmp_path, method, stop):
-    # The same sixteen samples in every batch: a stock loader starts anew within an epoch, and what is tested
-    # is the module, whose buffer, potentials, ρ and selection go on.
+    # The same sixteen samples in every batch: a stock loader starts again within an epoch, and what is tested
+    # is the module, whose buffer, potentials, ρ and selection continue.
     same = DataLoader(Patches(), 16, sampler=list(range(0, 64, 4)) * 4)
     path = str(tmp_path / "stopped.ckpt")
     whole, resumed = module(method=method), module(method=method)

@@ -167,10 +167,10 @@ class TestSample:
         assert np.array_equal(sample.pop("array"), bands)
         assert sample == {"caption": "a field"}
         with pytest.raises(
-            SampleError, match=r"pool-7\.tar: sample 'dir/a', member 'npy': is no readable \.npy"
+            SampleError, match=r"pool-7\.tar: sample 'dir/a', member 'npy': not a readable \.npy"
         ):
             decode_sample({**self.place, "npy": npy(np.array([{}], object), allow_pickle=True)})
-        with pytest.raises(SampleError, match=r"no readable \.npy"):
+        with pytest.raises(SampleError, match=r"\.npy array"):
             decode_array(npy(bands)[:-1])
 
     def test_own_decoders_win(self):
@@ -210,8 +210,8 @@ class TestSample:
             ({"json": b'{"a": 1}'}, "no image member .*it has: json"),
             ({"jpg": b"no"}, r"pool-7\.tar: sample 'dir/a', member 'jpg': cannot be decoded"),
             ({"jpg": b""}, r"sample 'dir/a', member 'jpg': is empty"),
-            ({"txt": b"t", "cls": b"cat"}, r"member 'cls': is no integer: b'cat'"),
-            ({"txt": b"t", "cls": b"9" * 20}, r"member 'cls': is beyond the integers of 64 bits: b'9999"),
+            ({"txt": b"t", "cls": b"cat"}, r"member 'cls': is not an integer: b'cat'"),
+            ({"txt": b"t", "cls": b"9" * 20}, r"member 'cls': does not fit into a 64-bit integer: b'9999"),
             ({"txt": b"t", "json": b"{"}, r"member 'json': JSONDecodeError"),
             ({"txt": b"\xff"}, r"member 'txt': UnicodeDecodeError"),
         ],

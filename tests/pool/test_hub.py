@@ -1,111 +1,133 @@
-"""Exports on the Hub: the real client against a local server."""
+"""Data sets of the Hub, from a server that speaks what its client asks."""
 
+import io
+import json
 import os
 import subprocess
 import sys
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import webdataset
+from PIL import Image
 
-from curated_data.cli import main
-from curated_data.errors import ConfigError
-from curated_data.pool.hub import HubPlace, hub_place
+from curated_data.errors import ConfigError, PoolError
+from curated_data.pool.hub import remote_tables
+from curated_data.pool.tables import import_tables
 from tests.support.hub import Hub
-
-pytest.importorskip("huggingface_hub")
 
 
 @pytest.fixture
-def hub():
-    server = Hub()
+def hub(tmp_path):
+    """Two data sets: `them/pets`, of one split in two files, and `them/both`, of two splits."""
+    rng = np.random.default_rng(0)
+
+    def write(path, rows):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        images = []
+        for _ in rows:
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
+            images.append({"bytes": buffer.getvalue(), "path": "a.png"})
+        table = pa.table({"image": images, "label": list(rows), "caption": [f"no. {i}" for i in rows]})
+        pq.write_table(table, path, row_group_size=4)
+
+    root = tmp_path / "hub" / "them"
+    for number, rows in enumerate((range(10), range(10, 17))):
+        write(root / "pets" / "data" / f"train-{number:05d}-of-00002.parquet", rows)
+    (root / "pets" / "README.md").write_text("# Pets")
+    for split in ("train", "test"):
+        write(root / "both" / "data" / f"{split}-00000-of-00001.parquet", range(3))
+    (root / "texts").mkdir()
+    (root / "texts" / "all.csv").write_text("a,b")
+    server = Hub(tmp_path / "hub")
     yield server
     server.close()
 
 
-def run(arguments, hub):
-    """A command in a process of its own: the client reads the environment once, when it is imported."""
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_of_a_test"}
-    program = [sys.executable, "-m", "curated_data.cli", *arguments]
-    return subprocess.run(program, capture_output=True, text=True, env=environment, timeout=300)
+def options(hub):
+    return {"endpoint": hub.url, "token": False}
 
 
-@pytest.fixture
-def command(write_pool, tmp_path):
-    return [
-        "export", *write_pool([30]), "--cache-dir", str(tmp_path / "cache"), "--embedder", "pixels:4",
-        "--target-size", "12", "--max-samples", "5", "--out", str(tmp_path / "out"),
-    ]  # fmt: skip
-
-
-@pytest.mark.long
-def test_an_export_is_one_commit(hub, command, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main([*command, "--to", "hf://datasets/me/birds@v1/train", "--dry-run"]) == 0
-    printed = capsys.readouterr().out
-    names = sorted(path.name for path in out.iterdir())
-    assert {"README.md", "croissant.json", "curation.parquet", "manifest.json", "ids.npy"} < set(names)
-    assert sum(name.endswith(".tar") for name in names) == 3
-    for name in names:
-        assert f"{(out / name).stat().st_size:,} bytes  train/{name}\n" in printed
-    assert f"nothing was uploaded; without --dry-run: {len(names)} files" in printed
-    assert (hub.files, hub.private) == ({}, {})
-
-    ended = run([*command, "--overwrite", "--to", "hf://datasets/me/birds@v1/train"], hub)
-    assert ended.returncode == 0, ended.stderr
-    assert f"uploaded: {hub.url}/datasets/me/birds/commit/" in ended.stdout
-    uploaded = {path: content for (_, _, path), content in hub.files.items()}
-    assert uploaded == {f"train/{name}": (out / name).read_bytes() for name in names}
-    assert {place[:2] for place in hub.files} == {("me/birds", "v1")}
-    assert hub.private == {"me/birds": True}
-    assert len(hub.messages) == 1
-
-
-@pytest.mark.long
-def test_a_card_that_is_there_stays(hub, command):
-    hub.files["me/birds", "main", "README.md"] = b"mine"
-    hub.private["me/birds"] = False
-    ended = run([*command, "--to", "hf://datasets/me/birds"], hub)
-    assert ended.returncode == 0, ended.stderr
-    assert hub.files["me/birds", "main", "README.md"] == b"mine"
-    assert ("me/birds", "main", "manifest.json") in hub.files
-    assert "README.md, which stays" in ended.stderr
-    assert hub.private == {"me/birds": False}
-
-
-@pytest.mark.long
-def test_what_the_hub_refuses_is_one_line(hub, command):
-    hub.refuses = True
-    ended = run([*command, "--to", "hf://datasets/me/birds"], hub)
-    assert ended.returncode == 2
-    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("curated-data export:")]
-    assert "hf://datasets/me/birds: cannot be written" in line
-    assert "HF_TOKEN" in line
-    assert hub.files == {}
+def test_a_data_set_becomes_shards(hub, tmp_path):
+    shards = import_tables("hf://datasets/them/pets", tmp_path / "out", storage_options=options(hub))
+    samples = list(webdataset.WebDataset(list(map(str, shards)), shardshuffle=False))
+    assert [sample["cls"] for sample in samples] == [str(i).encode() for i in range(17)]
+    assert [sample["txt"] for sample in samples] == [f"no. {i}".encode() for i in range(17)]
+    expected = [
+        row["image"]["bytes"]
+        for path in sorted((hub.folder / "them/pets/data").iterdir())
+        for row in pq.read_table(path).to_pylist()
+    ]
+    assert [sample["png"] for sample in samples] == expected
 
 
 @pytest.mark.parametrize(
-    ("extra", "told"),
+    ("path", "names"),
     [
-        (["--to", "hf://models/me/net"], "hf://models/me/net: no data set"),
-        (["--to", "s3://bucket"], "s3://bucket: no data set"),
-        (["--dry-run"], "--dry-run"),
-        (["--to", "hf://datasets/me/birds", "--out", "memory://there"], "memory://there"),
+        ("both/data/test-*.parquet", ["both/data/test-00000-of-00001.parquet"]),
+        ("both@main/data/test-*", ["both@main/data/test-00000-of-00001.parquet"]),
+        ("both/data/train-00000-of-00001.parquet", ["both/data/train-00000-of-00001.parquet"]),
+        ("pets/data", [f"pets/data/train-{i:05d}-of-00002.parquet" for i in range(2)]),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_runs(command, extra, told, tmp_path, capsys):
-    assert main([*command, *extra]) == 2
-    assert told in capsys.readouterr().err
-    assert not (tmp_path / "cache").exists()
+def test_a_part_of_a_data_set_is_named(hub, path, names):
+    found = remote_tables(f"hf://datasets/them/{path}", options(hub))
+    assert found == [f"hf://datasets/them/{name}" for name in names]
 
 
 @pytest.mark.parametrize(
-    "url", ["hf://datasets/me", "hf://datasets/me/a/../b", "hf://datasets/me/a b", "me/a"]
+    ("url", "kind", "named"),
+    [
+        ("hf://datasets/them/cars", PoolError, "them/cars"),
+        ("hf://datasets/them/pets@old", PoolError, "pets@old"),
+        ("hf://datasets/them/pets/data/valid-*.parquet", PoolError, "valid"),
+        ("hf://datasets/them/both", ConfigError, "hf://datasets/them/both/data/test*.parquet"),
+        ("hf://datasets/them/texts", PoolError, ".csv"),
+        ("nothing://datasets/them/pets/a.parquet", PoolError, "nothing"),
+    ],
 )
-def test_places_that_are_none(url):
-    with pytest.raises(ConfigError, match="no data set of the Hub"):
-        hub_place(url)
+def test_what_is_not_there_is_one_error(hub, url, kind, named, tmp_path):
+    with pytest.raises(kind) as caught:
+        import_tables(url, tmp_path / "out", storage_options=options(hub))
+    assert named in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
-def test_places_are_named_by_their_urls():
-    for url in ("hf://datasets/me/a", "hf://datasets/me/a@v1", "hf://datasets/me/a@v1/b/c"):
-        assert hub_place(url).url == url
-    assert hub_place("hf://datasets/me/a/") == HubPlace("me/a", "main", "")
+def test_a_damaged_file_is_named(hub, tmp_path):
+    path = sorted((hub.folder / "them/pets/data").iterdir())[1]
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(PoolError, match=path.name):
+        import_tables("hf://datasets/them/pets", tmp_path / "out", storage_options=options(hub))
+
+
+def test_a_few_rows_are_in_memory_at_a_time(hub, tmp_path):
+    rng = np.random.default_rng(0)
+    image = [{"bytes": b"\xff\xd8\xff" + rng.bytes(1 << 17), "path": None} for _ in range(400)]
+    path = hub.folder / "them" / "large" / "all.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.table({"image": image}), path, compression="none", row_group_size=50)
+    import_tables("hf://datasets/them/large", tmp_path / "out", storage_options=options(hub))
+    assert hub.largest < 20 << 20  # of 50 MB in all
+    assert hub.bytes_sent < 2 * path.stat().st_size
+
+
+def test_what_reads_the_hub_may_be_missing(hub, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "hf", raising=False)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ConfigError, match=r"curated-data\[hub\]"):
+        import_tables("hf://datasets/them/pets", tmp_path / "out")
+
+
+@pytest.mark.long
+def test_from_the_shell(hub, tmp_path):
+    hub.fail_next = 1  # which the client asks for again
+    command = [sys.executable, "-m", "curated_data.cli", "-q", "import", "hf://datasets/them/pets"]
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+    subprocess.run([*command, str(tmp_path / "out")], check=True, env=environment, timeout=300)
+    (shard,) = (tmp_path / "out").glob("*.tar")
+    samples = list(webdataset.WebDataset(str(shard), shardshuffle=False))
+    assert json.loads(samples[3]["json"]) == {"path": "a.png"}
+    assert len(samples) == 17

@@ -168,7 +168,7 @@ class TestLeftOut:
         import_folder(folder, tmp_path / "out" / "again-%d.tar")  # of the same classes
         before = sorted(os.listdir(tmp_path / "out"))
         make("c/3.jpg")
-        with pytest.raises(PoolError, match=r"classes\.json: is there already"):
+        with pytest.raises(PoolError, match=r"classes\.json: exists already"):
             import_folder(folder, tmp_path / "out" / "val-%d.tar")
         assert classes_in(tmp_path / "out") == ["a", "b"]
         assert sorted(os.listdir(tmp_path / "out")) == before

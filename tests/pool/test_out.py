@@ -464,7 +464,7 @@ class TestExports:
         pool = ShardPool(write(tmp_path / "pool", 6))
         export(pool, [0, 1], tmp_path / "out" / "train-%d.tar")
         before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-        with pytest.raises(PoolError, match=r"manifest\.json: is there already"):
+        with pytest.raises(PoolError, match=r"manifest\.json: exists already"):
             export(pool, [2], tmp_path / "out" / "val-%d.tar")
         assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 

@@ -103,7 +103,7 @@ def test_a_folder_of_images_says_how_to_import_it_or_is_imported(tmp_path, caplo
     assert "cache_dir" in str(caught.value)
     with pytest.raises(PoolError) as caught:
         ShardPool(f"folder:{folder}/none", cache_dir=tmp_path / "cache")
-    assert "no folder" in str(caught.value)
+    assert "not a folder" in str(caught.value)
     config = {"target_size": 5, "levels": [{"n_clusters": 3}]}
     found = curate(f"folder:{folder}", config, embedder="pixels:4", cache_dir=tmp_path / "cache")
     assert found.report["samples"] == 20

@@ -150,7 +150,7 @@ def test_ranks_look_at_each_shard_once_together(serve, folder, tmp_path):
     for n_ranks in (2, 4):
         server.requests.clear()
         run_ranks(start_on_a_rank, n_ranks, urls, tmp_path)
-        assert server.requests == {"HEAD": 3}  # and nothing is embedded anew: they see the same versions
+        assert server.requests == {"HEAD": 3}  # and nothing is embedded again: they see the same versions
 
 
 def test_small_shards_are_indexed_by_one_request(serve):
@@ -356,7 +356,7 @@ class TestFaults:
                 "shorter": content[:60_000],
             }
             (own / "p.tar").write_bytes(changed[how])
-        named = "is not there, or vanished" if how == "gone" else "changed since it was indexed"
+        named = "does not exist" if how == "gone" else "changed since it was indexed"
         with pytest.raises(PoolError, match=rf"/p\.tar: {named}"):
             pool.read([20])
 

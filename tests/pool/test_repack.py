@@ -223,6 +223,7 @@ class TestFaults:
             (gzip.compress(archive([("README", b"1")])), "no sample"),
             (gzip.compress(archive([("a.jpg", b"1")])) + b"more", "cannot be read to its end"),
         ],
+        ids=["no bytes", "nothing", "text", "twice", "cut", "no sample", "more bytes"],
     )
     def test_other_content(self, content, message, tmp_path):
         path = tmp_path / "odd.tar.gz"

@@ -79,7 +79,7 @@ def test_labels(small_pool, write_tar):
     assert ShardPool(write_tar("plain.tar", [("a.jpg", b"")])).labels([0]).tolist() == [-1]
     bad = ShardPool(write_tar("bad.tar", [("a.cls", b" 7\n"), ("b.cls", b"cat")]))
     assert bad.labels([0]).tolist() == [7]
-    with pytest.raises(SampleError, match=r"bad\.tar: sample 'b': its \.cls is no integer: b'cat'"):
+    with pytest.raises(SampleError, match=r"bad\.tar: sample 'b': its \.cls is not an integer: b'cat'"):
         bad.labels([0, 1])
 
 

@@ -58,7 +58,7 @@ def test_a_curation_config_runs(tmp_path, fashion_train, fashion_test, monkeypat
     exported = np.load(tmp_path / "runs" / "curate" / "selected" / "ids.npy")
     assert sorted(exported) == sorted(ids)
     assert "</html>" in (tmp_path / "runs" / "curate" / "fashion.html").read_text()
-    assert curate.main([*arguments, "curation.target_size=201"]) == 0  # the selection alone is made anew
+    assert curate.main([*arguments, "curation.target_size=201"]) == 0  # the selection alone is made again
     assert len(list((tmp_path / "runs" / "cache" / "tree").glob("*/manifest.json"))) == 1
 
 

@@ -148,11 +148,11 @@ def test_jsonl_and_wordnet_give_the_same_documents(tmp_path):
         ("a.txt", "x", ["--label", "topic"], "has no label 'topic'"),
         ("a.tsv", "body\tkind\nx\ty\n", [], "no column 'text'; its first line names body, kind"),
         ("a.tsv", "text\tkind\nx\n", ["--label", "kind"], "line 2: 1 cells, the first line has 2"),
-        ("a.jsonl", '{"text": "x"}\n{"txt"', [], "line 2: is no JSON"),
+        ("a.jsonl", '{"text": "x"}\n{"txt"', [], "line 2: is not JSON"),
         ("a.jsonl", '{"body": "x"}', [], "line 1: no field 'text'; it has body"),
-        ("a.jsonl", '{"text": 3}', [], "field 'text' is no text but int"),
+        ("a.jsonl", '{"text": 3}', [], "field 'text' is not text but int"),
         ("a.jsonl", "[]", [], "line 1: expected an object, found list"),
-        ("a.txt", b"fine\n\xff\xfe", [], "is no UTF-8"),
+        ("a.txt", b"fine\n\xff\xfe", [], "is not UTF-8"),
         ("a.txt", "x", ["--embedder", "ngrams:0"], "the dimension must be a positive integer"),
         ("a.txt", "x", ["--embedder", "word2vec"], "embedder 'word2vec' is unknown"),
     ],
@@ -218,7 +218,7 @@ def grey(data: bytes) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
-    """400 scenes of four bands and any size: a spectrum for each of five covers, lit and textured anew."""
+    """400 scenes of four bands and any size: a spectrum for each of five covers, lit and textured again."""
     folder = tmp_path_factory.mktemp("scenes")
     rng = np.random.default_rng(0)
     spectra = rng.uniform(200, 3000, (5, 4, 1, 1))

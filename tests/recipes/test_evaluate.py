@@ -426,7 +426,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
             return (print, ("harm",))
 
     (tmp_path / "gnd_x.pkl").write_bytes(pickle.dumps({"gnd": Harm()}))
-    with pytest.raises(PoolError, match=r"names builtins\.print, which is no plain data"):
+    with pytest.raises(PoolError, match=r"names builtins\.print, which is not plain data"):
         LAYOUTS["revisited"](tmp_path, "queries")
 
 

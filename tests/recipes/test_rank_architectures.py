@@ -1,4 +1,4 @@
-"""The ranking recipe: miniature trainings on two real sets, going on where it stopped, known accuracies."""
+"""The ranking recipe: miniature trainings on two real sets, continuing where it stopped, known accuracies."""
 
 import csv
 import json

@@ -1,6 +1,6 @@
 """The forms in which a recipe is started, each as a user types it: python, torchrun, fabric run, and Slurm.
 
-Real images, two processes over gloo; slow, as every process imports everything anew.
+Real images, two processes over gloo; slow, as every process imports everything again.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Labels that a report cannot number from zero: hashes as ids, and `.cls` members that are no integers."""
+"""Labels that a report cannot number from zero: hashes as ids, and `.cls` members that are not integers."""
 
 import numpy as np
 
@@ -37,4 +37,4 @@ def test_cls_members_that_are_no_integers_give_no_class_figures(tmp_path, caplog
     assert data["classes"] is None
     assert data["map"]["label"] is None
     assert "no figures about classes: " in caplog.text
-    assert "its .cls is no integer: b'cat'" in caplog.text
+    assert "its .cls is not an integer: b'cat'" in caplog.text

@@ -67,6 +67,17 @@ def test_what_is_more_than_a_condition_is_refused(text, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_working_directory_that_is_gone_is_an_error(tmp_path, monkeypatch):
+    """DuckDB aborts the process there."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ConfigError) as caught:
+        Where("score > 1")
+    assert "working directory" in str(caught.value)
+
+
 def test_the_database_itself_is_locked(tmp_path):
     from curated_data.selection.filters import _connected
 

@@ -14,7 +14,8 @@ from scipy import stats
 from curated_data.clustering import Level, hierarchical_kmeans
 from curated_data.clustering.tree import ClusterTree
 from curated_data.selection import sampling
-from curated_data.selection.sampling import flat_sample, hierarchical_sample, water_fill
+from curated_data.selection.quotas import water_fill
+from curated_data.selection.sampling import flat_sample, hierarchical_sample
 from tests.oracles import recursive_sampling as oracle
 
 

@@ -64,7 +64,7 @@ def test_a_second_call_is_a_look_up_and_changes_redo_what_depends_on_them(write_
     assert np.unique(repeats.ids, return_counts=True)[1].max() == 2
 
 
-# What each setting determines: the first stage that is done anew where it changes.
+# What each setting determines: the first stage that is done again where it changes.
 REDONE = {
     "target_size": (25, "selection"),
     "preset": ("paper", None),  # with levels that are given
@@ -72,6 +72,11 @@ REDONE = {
     "strategy": ("closest", "selection"),
     "sampling": ("flat", "selection"),
     "max_repeats": (2, "selection"),
+    "nested_sizes": ([5], "selection"),
+    "quotas.temperature": (0.5, "selection"),
+    "quotas.cap": (9, "selection"),
+    "quotas.weights": ({2: 0.5}, "selection"),
+    "quotas.level": (2, "selection"),
     "resample": ("random", "tree"),
     "metric": ("cosine", "tree"),
     "init": ("random", "tree"),
@@ -98,9 +103,13 @@ STAGES = ("embeddings", "near_duplicates", "tree", "selection")
 
 
 def _all_settings():
-    from curated_data.config import EmbeddingConfig, NearDuplicateConfig
+    from curated_data.config import EmbeddingConfig, NearDuplicateConfig, QuotaConfig
 
-    sections = {"embedding": EmbeddingConfig, "near_duplicates": NearDuplicateConfig}
+    sections = {
+        "embedding": EmbeddingConfig,
+        "near_duplicates": NearDuplicateConfig,
+        "quotas": QuotaConfig,
+    }
     for item in dataclasses.fields(CurationConfig):
         inner = dataclasses.fields(sections[item.name]) if item.name in sections else ()
         yield from (f"{item.name}.{one.name}" for one in inner) if inner else (item.name,)
@@ -120,7 +129,8 @@ def test_each_setting_redoes_what_it_determines_and_nothing_else(write_pool, tmp
     for setting, (value, first) in REDONE.items():
         section, _, field = setting.rpartition(".")
         value = held_out if field == "held_out" else value
-        changed = {**base, section: {**base[section], field: value}} if section else {**base, field: value}
+        whole = {**base.get(section, {}), field: value} if section else value
+        changed = {**base, section or field: whole}
         after = stages(changed)
         redone = [name for name in STAGES if after.get(name) != before[name]]
         expected = list(STAGES[STAGES.index(first) :]) if first else []

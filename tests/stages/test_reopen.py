@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from curated_data import CurationConfig, Level, RecurationCallback, ShardPool, curate
-from curated_data.cache.artifacts import MANIFEST, sealed
+from curated_data.cache.artifacts import MANIFEST, with_checksum
 from curated_data.config import EmbeddingConfig, NearDuplicateConfig
 from curated_data.errors import CacheError
 from curated_data.pipeline.extend import extend
@@ -124,7 +124,7 @@ def test_a_selection_of_an_earlier_version_says_so(shards, tmp_path):
     path = made.folders["selection"] / MANIFEST
     content = json.loads(path.read_text())
     del content["report"], content["seal"]
-    path.write_text(json.dumps(sealed(content)))
+    path.write_text(json.dumps(with_checksum(content)))
     with pytest.raises(CacheError, match="run its curation again"):
         reopen(tmp_path / "c", made.folders["selection"].name)
 
@@ -138,7 +138,7 @@ def test_a_tree_that_is_its_own_base_is_damaged(shards, tmp_path):
     content = json.loads(path.read_text())
     del content["seal"]
     content["inputs"]["base"] = made.folders["tree"].name
-    path.write_text(json.dumps(sealed(content)))
+    path.write_text(json.dumps(with_checksum(content)))
     with pytest.raises(CacheError, match="its own base"):
         reopen(tmp_path / "c", made.folders["selection"].name)
 
@@ -165,7 +165,7 @@ def test_a_second_run_begins_with_the_first_selection(write_pool, tmp_path):
     assert plain[0] == whole[0]
     assert sorted(plain[1]) == sorted(whole[0])
     assert data.curation is data.base_curation
-    # While the Trainer that goes on streams what it has selected last.
+    # While the Trainer that continues streams what it has selected last.
     data = datamodule(data.pool.urls, tmp_path / "c")
     _, trainer = run(data, tmp_path / "5", [RecurationCallback(1, most=1)])
     trainer.fit_loop.max_epochs = 3

@@ -1,109 +1,118 @@
-"""A server that takes commits to data sets as the Hugging Face Hub does, for tests of uploads."""
+"""A server that answers what `huggingface_hub` asks of the Hub about data sets, from a folder."""
 
-import base64
-import hashlib
 import http.server
 import json
 import re
 import threading
-from typing import Any
+from collections import Counter
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Data sets in memory: `files` by (repository, revision, path). Large files go by LFS, as there.
+    """The data sets `OWNER/NAME` below a folder, as of one revision `main`.
 
     Attributes:
-        private: of each data set, by its name.
-        refuses: answer that the token may not write.
+        requests: how often each kind was asked for.
+        bytes_sent: of files.
+        fail_next: answer so many requests for files with an error of the server.
     """
 
-    def __init__(self) -> None:
-        self.files: dict[tuple[str, str, str], bytes] = {}
-        self.private: dict[str, bool] = {}
-        self.blobs: dict[str, bytes] = {}
-        self.messages: list[str] = []
-        self.refuses = False
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.requests: Counter[str] = Counter()
+        self.bytes_sent = self.largest = self.fail_next = 0
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def log_message(self, *args: Any) -> None:
+            def log_message(self, *args):
                 pass
 
-            def body(self) -> bytes:
-                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            def do_HEAD(self):
+                self.answer()
 
-            def answer(self, status: int, content: Any = None) -> None:
-                body = b"" if content is None else json.dumps(content).encode()
+            def do_GET(self):
+                self.answer()
+
+            def do_POST(self):
+                self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+            def answer(self, asked=None):
+                path = unquote(urlsplit(self.path).path)
+                api = re.fullmatch(
+                    r"/api/datasets/([^/]+/[^/]+)(?:/(tree|paths-info|revision)/([^/]+)(?:/(.*))?)?", path
+                )
+                file = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+                repo = outer.folder / (api or file)[1] if api or file else None
+                if (
+                    repo is None
+                    or not repo.is_dir()
+                    or (api or file)[2 if file else 3] not in (None, "main", SHA)
+                ):
+                    return self.send(
+                        404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"}
+                    )
+                if file:
+                    outer.requests["file"] += 1
+                    return self.send_file(repo / file[3])
+                outer.requests[api[2] or "info"] += 1
+                if api[2] in ("tree", "paths-info"):
+                    entries = (
+                        list(repo.rglob("*")) if api[2] == "tree" else [repo / one for one in asked["paths"]]
+                    )
+                    below = repo / (api[4] or "") if api[2] == "tree" else repo
+                    if "recursive=true" not in self.path.lower() and api[2] == "tree":
+                        entries = list(below.iterdir()) if below.is_dir() else []
+                    if api[2] == "tree" and not below.exists():
+                        return self.send(404, b'{"error": "no entry"}', {"X-Error-Code": "EntryNotFound"})
+                    found = [
+                        self.entry(one, repo)
+                        for one in sorted(entries)
+                        if one.exists() and below in (one, *one.parents)
+                    ]
+                    return self.send(200, json.dumps(found).encode())
+                return self.send(
+                    200, json.dumps({"id": api[1], "sha": SHA, "siblings": [], "tags": []}).encode()
+                )
+
+            def entry(self, path, repo):
+                kind = "directory" if path.is_dir() else "file"
+                size = {} if path.is_dir() else {"size": path.stat().st_size}
+                return {"type": kind, "oid": SHA, "path": str(path.relative_to(repo)), **size}
+
+            def send_file(self, path):
+                if outer.fail_next > 0:
+                    outer.fail_next -= 1
+                    return self.send(503, b"")
+                if not path.is_file():
+                    return self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
+                data = path.read_bytes()
+                headers = {"X-Repo-Commit": SHA, "ETag": f'"{len(data):x}"', "Accept-Ranges": "bytes"}
+                asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+                if not asked:
+                    return self.send(200, data, headers)
+                start, stop = int(asked[1]), min(int(asked[2] or len(data)) + 1, len(data))
+                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+                outer.bytes_sent += stop - start
+                outer.largest = max(outer.largest, stop - start)
+                return self.send(206, data[start:stop], headers)
+
+            def send(self, status, data, headers=None):
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                if status == 404:
-                    self.send_header("X-Error-Code", "EntryNotFound")
-                self.send_header("Content-Length", str(len(body)))
+                for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(body)
+                    self.wfile.write(data)
 
-            def do_HEAD(self) -> None:
-                found = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.*)", self.path)
-                self.answer(200 if found and found.groups() in outer.files else 404)
-
-            def do_PUT(self) -> None:
-                outer.blobs[self.path.rpartition("/")[2]] = self.body()
-                self.answer(200)
-
-            def do_POST(self) -> None:
-                body = self.body()
-                if outer.refuses:
-                    return self.answer(403, {"error": "this token may not write"})
-                if self.path == "/api/repos/create":
-                    asked = json.loads(body)
-                    name = f"{asked.get('organization')}/{asked['name']}"
-                    if name in outer.private:
-                        return self.answer(409, {"url": f"{outer.url}/datasets/{name}"})
-                    outer.private[name] = asked["private"]
-                    return self.answer(200, {"url": f"{outer.url}/datasets/{name}"})
-                if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/preupload/([^/?]+).*", self.path):
-                    modes = [
-                        {
-                            "path": file["path"],
-                            "uploadMode": "regular" if file["path"].endswith((".md", ".json")) else "lfs",
-                            "shouldIgnore": False,
-                        }
-                        for file in json.loads(body)["files"]
-                    ]
-                    return self.answer(200, {"files": modes})
-                if self.path.endswith(".git/info/lfs/objects/batch"):
-                    objects = json.loads(body)["objects"]
-                    for each in objects:
-                        upload = {"href": f"{outer.url}/lfs/{each['oid']}", "header": {}}
-                        each["actions"] = {"upload": upload}
-                    return self.answer(200, {"transfer": "basic", "objects": objects})
-                found = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/commit/([^/?]+).*", self.path)
-                if found is None:
-                    return self.answer(404, {"error": self.path})
-                return self.commit(*found.groups(), body)
-
-            def commit(self, repo: str, revision: str, body: bytes) -> None:
-                for line in map(json.loads, body.splitlines()):
-                    value = line["value"]
-                    if line["key"] == "header":
-                        outer.messages.append(value["summary"])
-                    elif line["key"] == "file":
-                        outer.files[repo, revision, value["path"]] = base64.b64decode(value["content"])
-                    elif line["key"] == "lfsFile":
-                        content = outer.blobs[value["oid"]]
-                        assert hashlib.sha256(content).hexdigest() == value["oid"]
-                        outer.files[repo, revision, value["path"]] = content
-                oid = hashlib.sha1(body).hexdigest()
-                self.answer(200, {"commitUrl": f"{outer.url}/datasets/{repo}/commit/{oid}", "commitOid": oid})
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        self._server.shutdown()
+        self._server.server_close()

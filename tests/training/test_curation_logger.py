@@ -51,7 +51,7 @@ def test_tensorboard_has_numbers_plots_and_the_table(write_pool, tmp_path):
     assert [int(row["step"]) for row in rows] == [0, 4, 8]
     assert float(rows[-1]["curation/level_1/covered"]) == pytest.approx(last.covered)
 
-    # A resumed run logs nothing again, and goes on with what is new.
+    # A resumed run logs nothing again, and continues with what is new.
     resumed = TensorBoardLogger(tmp_path / "tb2")
     middle = next((tmp_path / "checkpoints").glob("*step=8.ckpt"))
     callbacks = [CurationLogger(), RecurationCallback(1, share=0.5)]

@@ -1,4 +1,4 @@
-"""Wherever a run ends, its checkpoint goes on with the next sample; new selections between epochs."""
+"""Wherever a run ends, its checkpoint continues with the next sample; new selections between epochs."""
 
 import itertools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Runs that are ended from outside: their workers go too, Ctrl-C gives one line, and the next run goes on."""
+"""Runs that are ended from outside: their workers end too, Ctrl-C gives one line, the next run continues."""
 
 import multiprocessing
 import os
@@ -96,7 +96,7 @@ def test_a_command_that_is_stopped_says_so_and_the_next_goes_on(write_pool, tmp_
         process.terminate()
     _, said = process.communicate(timeout=30)
     assert process.returncode == code
-    assert said == ("curated-data curate: stopped; run it again to go on\n" if by == signal.SIGINT else "")
+    assert said == ("curated-data curate: stopped; run it again to continue\n" if by == signal.SIGINT else "")
     assert not list(cache.rglob(".tmp-*"))
     config = {"target_size": 10, "levels": [{"n_clusters": 6}], "embedding": {"batch_size": 4}}
     found = [

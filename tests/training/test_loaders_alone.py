@@ -173,7 +173,7 @@ def test_fabric_saves_and_loads_the_loader(folder, tmp_path, wrapped):
 
 
 def test_a_bare_loader_on_several_ranks_says_what_to_pass(folder):
-    """As Lightning makes a loader anew with a sampler for two ranks."""
+    """As Lightning makes a loader again with a sampler for two ranks."""
     loader = data(folder, 1).train_dataloader()
     # An error in a hook, as in other tests, leaves Lightning's wrapper around the class, which keeps these.
     for name in [name for name in vars(loader.batch_sampler) if "__pl_saved" in name]:

@@ -1,4 +1,4 @@
-"""A mixture in the data module: what is streamed, where it goes on, and what cannot be mixed."""
+"""A mixture in the data module: what is streamed, where it continues, and what cannot be mixed."""
 
 import doctest
 import itertools
@@ -292,7 +292,7 @@ def test_a_re_curation_replaces_one_component_and_leaves_the_other(write_pool, t
     assert len({tuple(sorted(ids)) for ids in selected}) == 3
     assert all(len(ids) == 16 for ids in selected)  # two passes over each
     assert selected[2] == set(loaded.component("curated").selection.tolist())
-    # The other component goes on where it was: as without any re-curation.
+    # The other component continues where it was: as without any re-curation.
     plain = CuratedDataModule(
         mixture=Mixture(
             [Component("curated", shards[0], 2), Component("whole", shards[1], 1)], epoch_size=48

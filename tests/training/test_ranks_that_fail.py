@@ -207,7 +207,7 @@ def test_a_rank_that_fails_alone_while_it_embeds_ends_the_others(how, which, cau
     assert (f"RankError: {cause}" in found[1 - which]) if cause else found == ["", ""]
     if how in ("fails", "is interrupted"):
         assert ("no memory" if how == "fails" else "KeyboardInterrupt") in found[which]
-    # The next run goes on as if nothing had happened; and ends as one process does.
+    # The next run continues as if nothing had happened; and ends as one process does.
     if cause:
         assert outcomes(_embed, tmp_path, shards, tmp_path, "", 0) == ["", ""]
     alone = curate(shards, CONFIG, embedder=_Pixels(), cache_dir=tmp_path / "alone").ids

@@ -10,7 +10,7 @@ from curated_data import ClusterTree, CurationConfig, Level, ShardPool, curate
 from curated_data.config import EmbeddingConfig, load_config
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError
-from curated_data.pipeline.recurate import draw_share, levels_of_share, recurate, spread
+from curated_data.pipeline.recurate import draw_share, extend_to_pool, levels_of_share, recurate
 from curated_data.pipeline.reopen import reopen
 from curated_data.selection.metrics import entropy
 from tests.support.processes import run_ranks
@@ -114,7 +114,7 @@ def test_the_rest_follows_its_old_cluster(seed):
     old = ClusterTree({1: rng.normal(size=(n_low, 2)), 2: place}, {1: low, 2: high})
     fresh = draw_share((low >= 0) & (high[low] != 1), 0.15, seed)  # the whole of a top cluster goes without
     goal, gap = rng.integers(-1, n_new, len(fresh)), rng.random(len(fresh)).astype(np.float32)
-    found = spread(ClusterTree({1: np.zeros((n_new, 3))}, {1: goal}, gap), fresh, old)
+    found = extend_to_pool(ClusterTree({1: np.zeros((n_new, 3))}, {1: goal}, gap), fresh, old)
     voters = [(int(i), int(c), float(g)) for i, c, g in zip(fresh, goal, gap) if c >= 0]
     have = {high[low[i]] for i, _, _ in voters}
     for sample in range(n):

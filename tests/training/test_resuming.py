@@ -176,7 +176,7 @@ def test_a_run_that_is_extended_makes_up_for_the_recuration_it_ended_with(write_
         callback = RecurationCallback(every_n_epochs=1)
         rest = fit(shards, cache, tmp_path / name, [callback], ckpt_path=str(path))
         assert rest == whole[n:]
-    # The same objects in a Trainer of their own begin anew, and owe nothing.
+    # The same objects in a Trainer of their own begin again, and owe nothing.
     again = fit(shards, cache, tmp_path / "again", [callback], max_epochs=1)
     assert again == whole[:n]
 

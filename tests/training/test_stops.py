@@ -1,4 +1,4 @@
-"""However often a run is stopped, and wherever it goes on from, it trains what one run trains."""
+"""However often a run is stopped, and wherever it continues from, it trains what one run trains."""
 
 import contextlib
 import random
@@ -60,7 +60,7 @@ class Stopping(lightning.Callback):
 
 
 def stopped_runs(rng: random.Random, folder: Path, fit, whole: list, steps_a_batch: int = 1) -> list[str]:
-    """Stop and resume until the end, at random; every run must go on as `whole`. Returns what was done."""
+    """Stop and resume until the end, at random; every run must continue as `whole`. Returns what was done."""
     done, path, history = 0, None, []
     for number in range(20):
         how = rng.choice(["max_steps", "error", "stop", "end", "end"] if number < 6 else ["end"])

@@ -26,7 +26,7 @@ from lightning_modules import MAE, SP2OT, DINOv2, SimCLR, TSimCNE
 from tests.support.worker_functions import corner, mean_colour, noisy
 
 ROOT = Path(__file__).parents[2]
-# A worker that is not forked imports torch anew, for seconds.
+# A worker that is not forked imports torch again, for seconds.
 METHODS = [pytest.param("spawn", 2, marks=pytest.mark.slow), ("forkserver", 1)]
 
 
@@ -71,7 +71,7 @@ def test_embeddings_are_the_same_however_workers_start(write_pool, tmp_path, met
         pool, embedder, tmp_path / "two", num_workers=1, batch_size=4,
         multiprocessing_context=config.embedding.multiprocessing_context,
     )  # fmt: skip
-    assert found.folder.name == expected.folder.name  # how workers start is no part of what is embedded
+    assert found.folder.name == expected.folder.name  # how workers start is not part of what is embedded
     np.testing.assert_array_equal(found.as_array(), expected.as_array())
     assert found.as_array().any(axis=1).all()
 

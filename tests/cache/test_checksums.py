@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from curated_data.cache import checksums as seals
+from curated_data.cache import checksums
 from curated_data.cache.artifacts import (
     MANIFEST,
     atomic_path,
@@ -22,10 +22,10 @@ from curated_data.cache.artifacts import (
     read_array,
     read_json,
     read_manifest,
-    sealed,
+    with_checksum,
     write_manifest,
 )
-from curated_data.cache.checksums import check_file, check_once, file_seal, load_npy, load_npz, reading
+from curated_data.cache.checksums import check_file, check_once, file_checksum, load_npy, load_npz, reading
 from curated_data.clustering.checkpoint import Checkpoint
 from curated_data.errors import CacheError
 
@@ -163,10 +163,10 @@ def test_what_the_system_or_the_memory_refuses_is_not_called_damage(tmp_path, mo
         def read(self, size=-1):
             raise MemoryError
 
-    seal = file_seal(tmp_path / "a")
-    monkeypatch.setattr(seals, "open_regular", lambda path: Small())
+    checksum = file_checksum(tmp_path / "a")
+    monkeypatch.setattr(checksums, "open_regular", lambda path: Small())
     with pytest.raises(CacheError, match="not enough memory") as caught:
-        check_file(tmp_path / "a", seal, "remove it")
+        check_file(tmp_path / "a", checksum, "remove it")
     assert "remove it" not in str(caught.value)
 
 
@@ -202,14 +202,14 @@ THINGS = {
 def test_what_is_no_file_never_blocks_a_reader(thing, tmp_path):
     path = tmp_path / "a.npy"
     THINGS[thing](path)
-    seal = {"bytes": 3, "crc32": 0}
+    checksum = {"bytes": 3, "crc32": 0}
     readers = [
         lambda: load_npy(path, ""),
         lambda: load_npy(path, "", map_mode="r"),
         lambda: load_npz(path, ["x"], ""),
         lambda: read_json(path),
-        lambda: check_file(path, seal, ""),
-        lambda: check_once(path, seal, ""),
+        lambda: check_file(path, checksum, ""),
+        lambda: check_once(path, checksum, ""),
     ]
     for read in readers:
         with pytest.raises(CacheError, match=r"a\.npy: "):
@@ -230,8 +230,8 @@ def test_a_mapped_file_is_read_whole_once_until_it_changes(tmp_path, monkeypatch
     write_manifest(folder, "x", {})
     manifest = read_manifest(folder, "x")
     read = []
-    original = seals.file_seal
-    monkeypatch.setattr(seals, "file_seal", lambda path: read.append(path) or original(path))
+    original = checksums.file_checksum
+    monkeypatch.setattr(checksums, "file_checksum", lambda path: read.append(path) or original(path))
     for _ in range(3):
         array = read_array(folder, "a", manifest, map_mode="r")
         assert isinstance(array, np.memmap)
@@ -269,7 +269,7 @@ def test_one_bit_of_a_checkpoint_never_passes(tmp_path, data):
 
 
 def test_what_a_killed_run_left_is_not_sealed(tmp_path):
-    """Two kills: one leaves a manifest under a temporary name, the next run seals what it finds."""
+    """Two kills: one leaves a manifest under a temporary name, the next run checksums what it finds."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / ".tmp-0123456789ab-manifest.json").write_text("{}")  # the first kill
@@ -278,10 +278,10 @@ def test_what_a_killed_run_left_is_not_sealed(tmp_path):
     saved.save("piece", {"x": np.arange(3)})
     np.testing.assert_array_equal(Checkpoint(folder, "run").load("piece")["x"], np.arange(3))
     assert read_manifest(folder, "clustering-checkpoint")["files"] == {}
-    # And what an earlier version has sealed is no more missed.
+    # And what an earlier version has with_checksum is no more missed.
     content = {"stage": "clustering-checkpoint", "format": 1, "run": "run"}
     files = {".tmp-0123456789ab-manifest.json": {"bytes": 2, "crc32": 0}}
-    atomic_write_json(folder / MANIFEST, sealed(content | {"files": files}))
+    atomic_write_json(folder / MANIFEST, with_checksum(content | {"files": files}))
     np.testing.assert_array_equal(Checkpoint(folder, "run").load("piece")["x"], np.arange(3))
 
 
@@ -319,7 +319,7 @@ def test_a_reader_of_a_pipe_returns_while_a_writer_waits(tmp_path):
     thread = threading.Thread(target=write)
     thread.start()
     try:
-        with pytest.raises(CacheError, match="no regular file"):
+        with pytest.raises(CacheError, match="regular file"):
             read_json(tmp_path / "a.json")
     finally:
         ended.set()
