@@ -1,4 +1,4 @@
-"""Uploads to data sets of the Hugging Face Hub, by `hf://datasets/OWNER/NAME` and the client of the extra `hub`.
+"""Uploads to data sets of the Hugging Face Hub, `hf://datasets/OWNER/NAME`, by the client of the extra `hub`.
 
 The server, and how it knows one, are the client's own: `HF_ENDPOINT`, and `HF_TOKEN` or `hf auth login`.
 """
