@@ -11,8 +11,8 @@ KEY = ("pool", "largest", "ratio", "share", "way", "steps", "seed")
 FIGURES = {
     "knn": "k-NN",
     "knn_rare": "k-NN, rarest third",
-    "own": "k-NN, the selection as bank",
-    "own_rare": "rarest third",
+    "own": "k-NN, selection as bank",
+    "own_rare": "selection as bank, rarest third",
     "linear": "linear",
     "linear_rare": "linear, rarest third",
 }

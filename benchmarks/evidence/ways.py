@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.evidence.pools import Evidence
 from curated_data import curate_embeddings, retrieve
-from curated_data.selection.sampling import water_fill
+from curated_data.selection.quotas import water_fill
 
 SEEDS_PER_CLASS = 5
 

@@ -31,7 +31,8 @@ from curated_data.pool.build import (
 from curated_data.pool.decode import IMAGE_EXTENSIONS, as_extensions
 from curated_data.pool.image import ImageSettings
 from curated_data.pool.imported import folder_of, imported_shards
-from curated_data.pool.index import PoolIndex, load_pool_index
+from curated_data.pool.index import PoolIndex
+from curated_data.pool.index_files import load_pool_index
 from curated_data.pool.notes import report_notes
 from curated_data.pool.reader import LocalReader, ReadCounters
 from curated_data.pool.remote import RemoteReader
@@ -311,7 +312,7 @@ class ShardPool:
 
         Raises:
             SampleError: a `.cls` that is not an integer in ASCII digits.
-            ConfigError: a column that there is not, or that holds neither integers nor names.
+            ConfigError: an unknown column, or one that holds neither integers nor names.
         """
         ids = self._checked(ids)
         if self.described is not None and self.described.numbers is not None:
@@ -346,7 +347,7 @@ class ShardPool:
                 `entropy`, `flat`) and of texts (`text_length`); and those of parquet files, joined by key.
 
         Raises:
-            ConfigError: a column that there is not; suggests the nearest name.
+            ConfigError: an unknown column; suggests the nearest name.
             PoolError: a parquet file cannot be read, or holds a key twice.
         """
         from curated_data.pool.columns import read_columns

@@ -150,4 +150,7 @@ def test_a_run_that_was_killed_goes_on(
     printed = capsys.readouterr().out
     assert printed.count('"seed": 1') == 1
     assert "| labels | 2 |" in printed
-    assert len(draw(again).axes) == 4
+    drawn = draw(again).axes
+    assert len(drawn) == 3
+    gain = np.mean([again[i + 1]["linear"] - again[i]["linear"] for i in (0, 2)])
+    assert any(np.allclose(line.get_ydata(), gain) for line in drawn[0].get_lines())
