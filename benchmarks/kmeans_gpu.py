@@ -1,17 +1,12 @@
-"""Assignments on an accelerator: what products to multiply in, and who is ahead.
+"""k-means on an accelerator, and who is ahead.
 
     python -m benchmarks.kmeans gpu
 
-Compared on the same rows: our tiles in float32, and in TF32 and bfloat16 (once, and in two halves) with
-close calls decided in float32, each by torch's products and by our fused kernel; faiss on the GPU, and
-flash-kmeans's fused kernel where it can be imported (`pip install flash-kmeans`). Then sizes of the fused
-kernel's tiles; seeding, against that by cells on the CPU; reading ahead: rows in host memory, read in blocks,
-against the transfers and the work one after the other; and a whole k-means with each kind of products, and a
-tree. `PRODUCTS` and `FUSED` in
-`curated_data.clustering.nearest` are to be chosen by this, `tile_sizes` in `curated_data.clustering.fused`
-by the sizes.
+Assignments on the same rows: ours; faiss on the GPU; and flash-kmeans's fused kernel where it can be imported
+(`pip install flash-kmeans`). Then seeding, against that by cells on the CPU; reading ahead: rows in host
+memory, read in blocks, against the transfers and the work one after the other; a whole k-means; and a tree.
 
-Without a device the program itself can be tried: TRITON_INTERPRET=1 and `gpu("cpu", shrink=500)`.
+Without a device the program itself can be tried: `gpu("cpu", shrink=500)`.
 """
 
 import functools
@@ -21,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from curated_data.clustering import Level, fused, hierarchical_kmeans, kmeans, nearest
+from curated_data.clustering import Level, hierarchical_kmeans, kmeans
 from curated_data.clustering.kmeans import full_precision, prepare
 from curated_data.clustering.nearest import Centroids
 from curated_data.clustering.rows import BLOCK, blocks
@@ -31,13 +26,7 @@ SHAPES = ((500_000, 10_000, 256), (200_000, 50_000, 768), (1_000_000, 1_000, 64)
 STREAMED = (4_000_000, 256, 4_000)
 WHOLE = (1_000_000, 256, 5_000)
 TREE = (100_000, 256, (5_000, 1_000), (10, 3))
-PRODUCTS = ("float32", "tf32", "bf16", "bf16x3")
-KINDS = [("float32", False), *((products, kernel) for products in PRODUCTS[1:] for kernel in (False, True))]
-TILES = [
-    (128, 128, 256, 8, 2), (128, 64, 256, 8, 3), (128, 64, 256, 4, 3), (64, 64, 256, 4, 2),
-    (256, 64, 256, 8, 2), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4),
-    (64, 256, 64, 8, 3), (256, 128, 64, 8, 3),
-]  # fmt: skip
+PRODUCTS = ("float32", "tf32", "bf16")  # in which peers multiply
 
 
 def gpu(device: str = "cuda", shrink: int = 1) -> None:
@@ -45,19 +34,17 @@ def gpu(device: str = "cuda", shrink: int = 1) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         print("gpu: skipped, no CUDA device here")
         return
-    peak = {products: product_rate(products, device, 8192 // min(shrink, 32)) for products in PRODUCTS[:3]}
-    peak["bf16x3"] = peak["bf16"] / 3
+    peak = {products: product_rate(products, device, 8192 // min(shrink, 32)) for products in PRODUCTS}
     print("one large product, TFLOP/s: " + ", ".join(f"{name} {rate:.1f}" for name, rate in peak.items()))
     for n, k, d in SHAPES:
         assignments(n // shrink, k // shrink, d, device, peak)
-    tiles(SHAPES[0][0] // shrink, SHAPES[0][1] // shrink, SHAPES[0][2], device, peak["bf16"])
     seeding(*(size // shrink for size in (WHOLE[0] // 10, WHOLE[2])), WHOLE[1], device)
     read_ahead(*(size // shrink for size in STREAMED[:1]), *STREAMED[1:], device)
     whole(shrink, device)
 
 
 def whole(shrink: int, device: str) -> None:
-    """A k-means and a tree with each kind of products."""
+    """A k-means and a tree."""
     n, d, k = WHOLE
     x, _ = clusters(n // shrink, k // shrink, d, "cpu")
     one = functools.partial(kmeans, x.numpy(), k // shrink, seed=0, device=device)
@@ -66,18 +53,11 @@ def whole(shrink: int, device: str) -> None:
     sizes = [Level(k // shrink or 1, 10, r) for k, r in zip(levels, sample_sizes, strict=True)]
     tree = functools.partial(hierarchical_kmeans, y.numpy(), sizes, seed=0, device=device)
     print(f"k-means of {len(x)} x {d}, k = {k // shrink}, and tree of {len(y)} x {d}, levels {levels}")
-    for products, kernel in KINDS:
-        nearest.PRODUCTS, nearest.FUSED = products, kernel
-        result, seconds = timed(one, device)
-        print(
-            f"  {named(products, kernel):34} {seconds:.2f} s, {result.n_iter} iterations, "
-            f"inertia {result.inertia:.6g}; tree {timed(tree, device)[1]:.2f} s"
-        )
-    nearest.PRODUCTS, nearest.FUSED = "float32", False
-
-
-def named(products: str, kernel: bool) -> str:
-    return f"{products}, fused" if kernel else products
+    result, seconds = timed(one, device)
+    print(
+        f"  {seconds:.2f} s, {result.n_iter} iterations, inertia {result.inertia:.6g}; "
+        f"tree {timed(tree, device)[1]:.2f} s"
+    )
 
 
 def clusters(n: int, k: int, d: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,12 +76,10 @@ def assignments(n: int, k: int, d: int, device: str, peak: dict[str, float]) -> 
     """One assignment by each, with its rate, share of the product's own peak, and agreement with float32."""
     x, centroids = clusters(n, k, d, device)
     print(f"assignment {n} x {d} to {k}")
-    expected = Centroids(centroids, products="float32").nearest(x)
-    peers: dict[str, tuple[Callable[[], np.ndarray], str]] = {}
-    for products, kernel in KINDS:
-        ready = Centroids(centroids, products=products, fused=kernel)
-        peers[f"ours, {named(products, kernel)}"] = (lambda ready=ready: ready.nearest(x), products)
-    peers |= fused_peers(x, centroids)
+    ready = Centroids(centroids)
+    expected = ready.nearest(x)
+    peers: dict[str, tuple[Callable[[], np.ndarray], str]] = {"ours": (lambda: ready.nearest(x), "float32")}
+    peers |= other_peers(x, centroids)
     for name, (run, products) in peers.items():
         try:
             found = run()
@@ -114,32 +92,9 @@ def assignments(n: int, k: int, d: int, device: str, peak: dict[str, float]) -> 
             f"  {name:34} {1e3 * seconds:8.1f} ms {rate:7.1f} TFLOP/s, "
             f"{rate / peak[products]:4.0%} of its peak, {(found == expected).mean():.4%} as float32"
         )
-    for products in PRODUCTS[1:]:
-        ready = Centroids(centroids, products=products)
-        ready.nearest(x)
-        print(f"  decided in float32 after {products}: {ready.n_rechecked / n:.1%} of the rows")
 
 
-@full_precision()
-def tiles(n: int, k: int, d: int, device: str, peak: float) -> None:
-    """The fused kernel alone, in bfloat16, by the sizes of its tiles."""
-    x, centroids = clusters(n, k, d, device)
-    rows, weight, norms = x.bfloat16(), (-2 * centroids).bfloat16(), centroids.square().sum(1)
-    rule = fused.tile_sizes(d, 2, fused.shared_memory(x.device))
-    print(f"fused kernel, {n} x {d} to {k}, by tiles (rows, centroids, columns, warps, in flight)")
-    for sizes in dict.fromkeys([rule, *TILES]):
-        try:
-            fused.search(rows, weight, norms, tiles=sizes)
-        except Exception as error:  # too large for the device
-            print(f"  {sizes!s:28} failed: {str(error).splitlines()[0]}")
-            continue
-        run = functools.partial(fused.search, rows, weight, norms, tiles=sizes)
-        seconds = float(np.median([timed(run, device)[1] for _ in range(5)]))
-        rate = 2 * n * k * d / seconds / 1e12
-        print(f"  {sizes!s:28} {1e3 * seconds:8.1f} ms {rate:7.1f} TFLOP/s, {rate / peak:4.0%} of the peak")
-
-
-def fused_peers(x: torch.Tensor, centroids: torch.Tensor) -> dict[str, tuple[Callable[[], np.ndarray], str]]:
+def other_peers(x: torch.Tensor, centroids: torch.Tensor) -> dict[str, tuple[Callable[[], np.ndarray], str]]:
     """The peers that are there."""
     peers: dict[str, tuple[Callable[[], np.ndarray], str]] = {}
     try:

@@ -32,7 +32,8 @@ from curated_data.embedding.shard_files import write_shard
 from curated_data.pipeline.extend import extend
 from curated_data.pipeline.plan import plan
 from curated_data.pipeline.recurate import draw_share, recurate
-from curated_data.pool.index import ShardIndex, save_shard_index
+from curated_data.pool.index import ShardIndex
+from curated_data.pool.index_files import save_shard_index
 from curated_data.pool.known import Facts
 from curated_data.report.explain import explain
 from curated_data.report.page import write_report

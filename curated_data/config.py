@@ -15,16 +15,25 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from curated_data.cache.checksums import open_regular
 from curated_data.cache.paths import local_path
+from curated_data.checks import check_choice
 from curated_data.errors import ConfigError, first_line
 from curated_data.levels import Level, choose_levels
 from curated_data.processes import check_context
-from curated_data.sections import EmbeddingConfig, NearDuplicateConfig, QuotaConfig, check_quotas
+from curated_data.sections import (
+    EmbeddingConfig,
+    NearDuplicateConfig,
+    QuotaConfig,
+    RetrievalConfig,
+    check_quotas,
+    check_retrieval,
+)
 
 __all__ = [
     "CurationConfig",
     "EmbeddingConfig",
     "NearDuplicateConfig",
     "QuotaConfig",
+    "RetrievalConfig",
     "levels_for",
     "load_config",
     "read_yaml",
@@ -56,6 +65,7 @@ class CurationConfig:
         nested_sizes: smaller targets, for which selections are drawn too, each inside the next larger one;
             they are in `Curation.nested`.
         quotas: see `QuotaConfig`.
+        retrieval: see `RetrievalConfig`.
         resample: which members of each cluster a resampling step takes: "closest" or "random".
         metric: "l2" or "cosine"; None takes cosine for "sparse" sampling, else l2. Neither is better
             everywhere: try both (`docs/how_it_works.md` has figures).
@@ -87,6 +97,7 @@ class CurationConfig:
     max_repeats: int = 1
     nested_sizes: list[int] = field(default_factory=list)
     quotas: QuotaConfig = field(default_factory=QuotaConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     resample: str = "closest"
     metric: str | None = None
     init: str = "k-means++"
@@ -120,6 +131,7 @@ _CHOICES = {
     "init": ("k-means++", "random"),
     "embedding.dtype": ("float16", "float32"),
     "embedding.precision": ("auto", "32", "bf16"),
+    "retrieval.method": ("nearest", "clusters", "weights"),
     "near_duplicates.prefer": ("connected", "largest"),
 }
 _LEAST = {
@@ -132,6 +144,10 @@ _LEAST = {
     "max_memory_gb": 1e-3,
     "embedding.batch_size": 1,
     "embedding.num_workers": 0,
+    "retrieval.n": 1,
+    "retrieval.level": 1,
+    "retrieval.least_seeds": 1,
+    "retrieval.per_cluster": 1,
     "near_duplicates.threshold": -1,
     "near_duplicates.n_neighbours": 1,
 }
@@ -218,6 +234,9 @@ def _check_containers(schema: type, content: Any, above: str = "") -> None:
             if not isinstance(value, Mapping | DictConfig):
                 raise ConfigError(f"{name}: expected fields and values, got {value!r}")
             _check_containers(item.default_factory, value, f"{name}.")
+        elif item.default_factory is dict:
+            if not isinstance(value, Mapping | DictConfig):
+                raise ConfigError(f"{name}: expected fields and values, got {value!r}")
         elif item.default_factory is list and isinstance(value, str):
             raise ConfigError(f"{name}: expected a list, got {value!r}; write [{value}]")
         elif "list" in str(item.type) and isinstance(value, bool | int | float):
@@ -231,11 +250,7 @@ def _check_containers(schema: type, content: Any, above: str = "") -> None:
 
 def _check(config: CurationConfig) -> None:
     for path, choices in _CHOICES.items():
-        value = _at(config, path)
-        if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{path}: expected one of {', '.join(choices)}, got {value!r}{hint}")
+        check_choice(path, _at(config, path), choices)
     if config.sampling == "sparse" and config.strategy != "random":
         raise ConfigError(
             f"strategy: {config.strategy!r} takes samples by their place in a cluster, and sampling 'sparse' "
@@ -250,6 +265,13 @@ def _check(config: CurationConfig) -> None:
             most = config.target_size
             raise ConfigError(f"nested_sizes: expected sizes of 1 to below target_size, {most}, got {size}")
     check_quotas(config.quotas)
+    check_retrieval(config.retrieval)
+    is_by_weights = config.retrieval.seeds and config.retrieval.method == "weights"
+    if is_by_weights and (config.sampling == "hierarchical" or config.quotas.weights is not None):
+        raise ConfigError(
+            "retrieval.method: 'weights' are quotas of one level; take sampling 'flat' or 'sparse', and no "
+            "quotas.weights"
+        )
     check_context(config.embedding.multiprocessing_context, "embedding.multiprocessing_context")
     if config.near_duplicates.threshold > 1:
         raise ConfigError(

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from curated_data.checks import whole_number
+
 
 class TooManyClusters(ValueError):
     """A level asks for more clusters than there are rows, or clusters below that hold one."""
@@ -42,8 +44,7 @@ class Level:
                 continue
             if value is None and name == "sample_size":
                 continue
-            if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-                raise ValueError(f"Level.{name} needs an integer of at least {least}, got {value!r}")
+            whole_number(f"Level.{name}", value, least)
         if self.n_splits != 1 and self.n_resamples:
             raise ValueError(
                 f"a level has splits or resampling, not both: n_splits={self.n_splits}, "

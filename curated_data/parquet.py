@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curated_data.cache.checksums import open_regular
+from curated_data.cache.paths import local_path
 from curated_data.errors import ConfigError, CuratedDataError, PoolError, printable
 
 KEYS = ("key", "__key__", "image_path")
@@ -274,6 +275,22 @@ def is_vector(kind: pa.DataType) -> bool:
     """Whether a column holds vectors."""
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     return bool(is_list and pa.types.is_floating(kind.value_type))
+
+
+def parquet_files(given: str | Path | Sequence[str | Path], name: str) -> list[Path]:
+    """The files that an argument names: files, or folders of them.
+
+    Raises:
+        PoolError: a folder holds none.
+    """
+    found: list[Path] = []
+    for one in [given] if isinstance(given, str | Path) else given:
+        path = local_path(one, name)
+        files = in_order(list(path.glob("*.parquet"))) if path.is_dir() else [path]
+        if not files:
+            raise PoolError(f"{name}: {path} holds no parquet file; give another folder, or files")
+        found += files
+    return found
 
 
 def in_order(paths: Sequence[Path]) -> list[Path]:

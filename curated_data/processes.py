@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from curated_data.checks import check_choice
 from curated_data.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,9 +31,8 @@ def check_context(method: str | None, name: str) -> None:
     Raises:
         ConfigError: this system does not have it.
     """
-    methods = multiprocessing.get_all_start_methods()
-    if method is not None and method not in methods:
-        raise ConfigError(f"{name}: expected one of {', '.join(methods)}, found {method!r}")
+    if method is not None:
+        check_choice(name, method, multiprocessing.get_all_start_methods())
 
 
 def start_method(loader: "DataLoader") -> str:

@@ -75,6 +75,66 @@ class QuotaConfig:
     level: int = 1
 
 
+@dataclass
+class RetrievalConfig:
+    """Samples like those of seed sets, which are selected first, and count in the quotas of their clusters.
+
+    Attributes:
+        seeds: by name, where each set lies: shards, which are embedded as the pool is, or a `.npy` file of
+            (m, d) embeddings. Without any, nothing is retrieved.
+        method: "nearest" takes the `n` samples nearest to each seed; "clusters" takes at most `per_cluster`
+            random samples of each cluster that at least `least_seeds` seeds of a set fall into; "weights"
+            takes none, but makes quotas of clusters proportional to the share of the seeds in them.
+        n: nearest samples of each seed.
+        least: the cosine that a nearest sample needs at least; None for no limit.
+        level: of the clusters, from 1, the lowest.
+        least_seeds: how many seeds of a set need to fall into a cluster.
+        per_cluster: the most samples that a cluster gives to all sets together.
+        limit: the most samples of each set: a number, or fields and values by set; None for no limit.
+        weights: of each set under "weights", by name; equal ones where none are given.
+        fill: draw what is left of the target as without retrieval. If not, only what is retrieved and
+            included is selected.
+    """
+
+    seeds: dict[str, Any] = field(default_factory=dict)
+    method: str = "nearest"
+    n: int = 4
+    least: float | None = None
+    level: int = 1
+    least_seeds: int = 1
+    per_cluster: int = 100
+    limit: Any = None
+    weights: dict[str, float] = field(default_factory=dict)
+    fill: bool = True
+
+
+def check_retrieval(retrieval: RetrievalConfig) -> None:
+    """Check the settings by themselves.
+
+    Raises:
+        ConfigError: a value out of range, or a set that is not named as a seed set.
+    """
+    for name, given in retrieval.seeds.items():
+        texts = given if isinstance(given, list) else [given]
+        if not texts or not all(isinstance(one, str) for one in texts):
+            raise ConfigError(f"retrieval.seeds.{name}: expected shards or a .npy file, got {given!r}")
+    if retrieval.least is not None and not -1 <= retrieval.least <= 1:
+        raise ConfigError(f"retrieval.least: expected a cosine, -1 to 1, got {retrieval.least!r}")
+    limits = retrieval.limit if isinstance(retrieval.limit, Mapping) else {"": retrieval.limit}
+    for where, values in (("limit", limits), ("weights", retrieval.weights)):
+        for name, value in values.items():
+            if name and name not in retrieval.seeds:
+                known = ", ".join(retrieval.seeds) or "none"
+                raise ConfigError(f"retrieval.{where}: no seed set is named {name!r}; there are: {known}")
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if value is None and where == "limit":
+                continue
+            if not is_number or not 0 <= value < math.inf or (where == "limit" and value != int(value)):
+                raise ConfigError(f"retrieval.{where}: expected a number of at least 0, got {value!r}")
+    if retrieval.weights and set(retrieval.weights) != set(retrieval.seeds):
+        raise ConfigError("retrieval.weights: expected one for each of the seed sets, or none at all")
+
+
 def check_quotas(quotas: QuotaConfig) -> None:
     """Check the settings by themselves; a tree may have fewer clusters than they name.
 

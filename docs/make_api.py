@@ -12,7 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from curated_data.config import CurationConfig, EmbeddingConfig, NearDuplicateConfig, QuotaConfig
+from curated_data.config import (
+    CurationConfig,
+    EmbeddingConfig,
+    NearDuplicateConfig,
+    QuotaConfig,
+    RetrievalConfig,
+)
 from curated_data.levels import Level
 
 PAGE = Path(__file__).parent / "api.md"
@@ -111,6 +117,7 @@ SETTINGS = {
     "levels[]": ("Each of `levels`", Level),
     "embedding": ("Below `embedding:`", EmbeddingConfig),
     "quotas": ("Below `quotas:`", QuotaConfig),
+    "retrieval": ("Below `retrieval:`", RetrievalConfig),
     "near_duplicates": ("Below `near_duplicates:`", NearDuplicateConfig),
 }
 

@@ -217,9 +217,7 @@ def isolated(coordinates: np.ndarray, *, share: float = 1e-3, n_neighbors: int =
         array([99])
     """
     points = np.ascontiguousarray(coordinates, np.float32)
-    index = faiss.IndexFlatL2(2)
-    index.add(points)
-    distance = index.search(points, min(n_neighbors + 1, len(points)))[0][:, -1]
+    distance = faiss.knn(points, points, min(n_neighbors + 1, len(points)))[0][:, -1]
     mask = np.zeros(len(points), bool)
     mask[np.argsort(distance)[len(points) - int(share * len(points)) :]] = True
     return mask
@@ -258,9 +256,7 @@ def _neighbor_graph(x: np.ndarray, k: int) -> np.ndarray:
     x = (
         x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12 if x.dtype == np.float32 else 1e-300)
     ).astype(np.float32)
-    index = faiss.IndexFlatIP(x.shape[1])
-    index.add(x)
-    found = index.search(x, k + 1)[1]
+    found = faiss.knn(x, x, k + 1, metric=faiss.METRIC_INNER_PRODUCT)[1]
     # A row finds itself first, unless copies of it come before: drop itself where it stands, else the last.
     itself = found == np.arange(len(x))[:, None]
     itself[~itself.any(1), -1] = True

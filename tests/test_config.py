@@ -82,6 +82,14 @@ def test_auto_levels():
         ({"quotas": {"weights": {3: -1}}}, "quotas.weights: expected numbers of at least 0, got -1"),
         ({"quotas": {"weights": [1, "b"]}}, "quotas.weights: .*got 'b'"),
         ({"quotas": {"weights": "weights.txt"}}, "quotas.weights: .*got 'weights.txt'"),
+        ({"retrieval": {"method": "nearst"}}, "retrieval.method.*did you mean 'nearest'"),
+        ({"retrieval": {"seeds": "a.tar"}}, r"retrieval\.seeds: expected fields and values, got 'a.tar'"),
+        ({"retrieval": {"seeds": {"a": 3}}}, r"retrieval\.seeds\.a: expected shards or a .npy file, got 3"),
+        ({"retrieval": {"seeds": {"a": "a.npy"}, "limit": {"b": 1}}}, "limit: no seed set is named 'b'"),
+        ({"retrieval": {"seeds": {"a": "a.npy"}, "limit": 1.5}}, "limit: expected a number .*got 1.5"),
+        ({"retrieval": {"least": 2}}, "retrieval.least: expected a cosine, -1 to 1, got 2"),
+        ({"retrieval": {"n": 0}}, "retrieval.n: expected at least 1, got 0"),
+        ({"retrieval": {"seeds": {"a": "a.npy"}, "method": "weights"}}, "retrieval.method: 'weights'"),
         ({"quotas": 3}, "quotas: expected fields and values, got 3"),
         ({"target_size": {"a": 1}}, "target_size: expected a plain value"),
     ],
@@ -129,6 +137,7 @@ def test_every_numeric_and_named_field_is_checked():
         (CurationConfig, ""),
         (module.EmbeddingConfig, "embedding."),
         (module.NearDuplicateConfig, "near_duplicates."),
+        (module.RetrievalConfig, "retrieval."),
     ):
         for item in dataclasses.fields(schema):
             if item.type in (int, float, str):

@@ -5,12 +5,13 @@ POOL = "pool"  # the joined indexes of a pool
 EMBEDDINGS = "embeddings"  # a folder per embedder, with two files per shard
 NEAR_DUPLICATES = "near_duplicates"
 TREE = "tree"
+RETRIEVAL = "retrieval"  # what is like seed sets
 SELECTION = "selection"
 
-STAGES = (INDEX, POOL, EMBEDDINGS, NEAR_DUPLICATES, TREE, SELECTION)
+STAGES = (INDEX, POOL, EMBEDDINGS, NEAR_DUPLICATES, TREE, RETRIEVAL, SELECTION)
 """In the order of the work."""
 
-REMOVABLE = (EMBEDDINGS, NEAR_DUPLICATES, SELECTION, TREE)
+REMOVABLE = (EMBEDDINGS, NEAR_DUPLICATES, RETRIEVAL, SELECTION, TREE)
 """Those that a program may remove by an artifact's name."""
 
 CHECKPOINTS = "checkpoints"  # of clusterings that are under way

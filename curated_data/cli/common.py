@@ -189,6 +189,15 @@ def pool_of(parsed: argparse.Namespace) -> Any:
     )
 
 
+def embeddings_of(parsed: argparse.Namespace, pool: Any) -> Any:
+    """The stage that embeds a pool, with the settings that `curate` has by default."""
+    from curated_data.cache.artifacts import open_cache
+    from curated_data.config import CurationConfig
+    from curated_data.stages.embeddings import Embeddings
+
+    return Embeddings.of(open_cache(parsed.cache_dir), pool, parsed.embedder, CurationConfig(target_size=1))
+
+
 def run_curation(parsed: argparse.Namespace) -> tuple[Any, Any]:
     """The pool, or the embeddings given, and its curation, from the cache if it is there."""
     config = config_of(parsed)  # before what takes seconds to import

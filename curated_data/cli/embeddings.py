@@ -5,7 +5,14 @@ from typing import Any
 
 from rich.table import Table
 
-from curated_data.cli.common import add_embedder, add_pool_command, check_output, pool_of, print_table
+from curated_data.cli.common import (
+    add_embedder,
+    add_pool_command,
+    check_output,
+    embeddings_of,
+    pool_of,
+    print_table,
+)
 from curated_data.errors import ConfigError
 
 
@@ -52,7 +59,8 @@ def _embed(parsed: argparse.Namespace) -> None:
 
     if parsed.out is not None:
         check_folder(parsed.out, parsed.format)
-    pool, store = _embedded(parsed)
+    pool = pool_of(parsed)
+    store = embeddings_of(parsed, pool).build(parsed.device)
     count = store.n_failures
     print(f"{len(store):,} embeddings of length {store.shape[1]}, {count:,} failed: {store.folder}")
     if parsed.out is not None:
@@ -66,7 +74,8 @@ def _duplicates(parsed: argparse.Namespace) -> None:
     if parsed.pairs < 1:
         raise ConfigError(f"--pairs {parsed.pairs}: give at least 1")
     check_output(parsed.examples, parsed)
-    pool, store = _embedded(parsed)
+    pool = pool_of(parsed)
+    store = embeddings_of(parsed, pool).build(parsed.device)
     bands = write_pairs(pool, store, parsed.examples, least=parsed.least, n_pairs=parsed.pairs)
     table = Table(title=f"{len(store) - store.n_failures:,} samples")
     for name in ("threshold", "pairs at or above it", "samples that would be left out"):
@@ -75,11 +84,3 @@ def _duplicates(parsed: argparse.Namespace) -> None:
         table.add_row(f"{band.least:g}", f"{band.n_pairs_above:,}", f"{band.n_left_out:,}")
     print_table(table)
     print(f"pairs to look at: {parsed.examples}")
-
-
-def _embedded(parsed: argparse.Namespace) -> tuple[Any, Any]:
-    from curated_data.cache.artifacts import open_cache
-    from curated_data.embedding import embed_pool, resolve_embedder
-
-    pool, embedder = pool_of(parsed), resolve_embedder(parsed.embedder)
-    return pool, embed_pool(pool, embedder, open_cache(parsed.cache_dir), device=parsed.device)

@@ -13,6 +13,7 @@ from curated_data.cli.common import (
     add_embedder,
     add_pool_command,
     check_output,
+    embeddings_of,
     load_array,
     pool_of,
     print_table,
@@ -51,8 +52,7 @@ def add(commands: Any) -> None:
 def _search(parsed: argparse.Namespace) -> None:
     import numpy as np  # here, as all that takes long to import
 
-    from curated_data.cache.artifacts import open_cache
-    from curated_data.embedding import embed_pool, resolve_embedder
+    from curated_data.embedding import Precomputed
     from curated_data.pipeline.search import contact_sheet, embed_queries, newest_curation, rows_of, search
     from curated_data.pool.encode import encode_member
     from curated_data.pool.out import write_file
@@ -63,11 +63,13 @@ def _search(parsed: argparse.Namespace) -> None:
     pool = pool_of(parsed)
     if not (parsed.text or parsed.image or vectors is not None):
         raise ConfigError("search: nothing to look for; give --text, --image FILE or --vectors FILE.npy")
-    embedder = resolve_embedder(parsed.embedder)
+    stage = embeddings_of(parsed, pool)
     queries = [] if vectors is None else [np.atleast_2d(vectors)]
     if parsed.image or parsed.text:
-        queries.insert(0, embed_queries(pool, embedder, parsed.image, parsed.text))
-    store = embed_pool(pool, embedder, open_cache(parsed.cache_dir), device=parsed.device)
+        if isinstance(stage.embedder, Precomputed):
+            raise ConfigError(f"search: {parsed.embedder} embeds no images or texts; give --vectors FILE.npy")
+        queries.insert(0, embed_queries(pool, stage.embedder, parsed.image, parsed.text))
+    store = stage.build(parsed.device)
     if vectors is not None and queries[-1].shape[1] != store.shape[1]:
         raise ConfigError(
             f"--vectors: have length {queries[-1].shape[1]}, the pool's embeddings {store.shape[1]}; give "

@@ -13,6 +13,7 @@ import torch
 
 from curated_data import parallel
 from curated_data.cache.artifacts import fingerprint
+from curated_data.checks import check_choice, whole_number
 from curated_data.clustering.checkpoint import Arrays, Checkpoint, Running
 from curated_data.clustering.kmeans import check_settings, fit_rows, full_precision, prepare
 from curated_data.clustering.lloyd import Fit
@@ -105,14 +106,10 @@ def hierarchical_kmeans(
         >>> tree.n_clusters
         {1: 100, 2: 10}
     """
-    if resample not in RESAMPLES:
-        raise ValueError(f"resample needs one of {RESAMPLES}, got {resample!r}")
-    if resample_n_iter is None:
-        resample_n_iter = n_iter
-    elif (
-        isinstance(resample_n_iter, bool) or not hasattr(resample_n_iter, "__index__") or resample_n_iter < 0
-    ):
-        raise ValueError(f"resample_n_iter needs an integer of at least 0 or None, got {resample_n_iter!r}")
+    check_choice("resample", resample, RESAMPLES)
+    resample_n_iter = (
+        n_iter if resample_n_iter is None else whole_number("resample_n_iter", resample_n_iter, 0)
+    )
     if isinstance(checkpoint_seconds, str) or not checkpoint_seconds >= 0:
         raise ValueError(f"checkpoint_seconds needs a number of at least 0, got {checkpoint_seconds!r}")
     check_settings(

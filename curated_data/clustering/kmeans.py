@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from curated_data import parallel
+from curated_data.checks import check_choice, whole_number
 from curated_data.clustering.checkpoint import Arrays, Running
 from curated_data.clustering.lloyd import Fit, Lloyd
 from curated_data.clustering.nearest import nearest, squared_distances
@@ -145,8 +146,7 @@ def kmeans(
         >>> sorted(np.bincount(result.assignment).tolist()), result.inertia
         ([10, 30], 0.0)
     """
-    if isinstance(n_clusters, bool) or not hasattr(n_clusters, "__index__") or n_clusters < 1:
-        raise ValueError(f"n_clusters needs an integer of at least 1, got {n_clusters!r}")
+    whole_number("n_clusters", n_clusters, 1)
     check_settings(
         init=init, metric=metric, n_iter=n_iter, tol=tol, n_init=n_init, seed=seed, seeding_rows=seeding_rows
     )
@@ -218,14 +218,12 @@ def check_settings(
     *, init: Any, metric: Any, n_iter: Any, tol: Any, n_init: Any, seed: Any, seeding_rows: Any
 ) -> None:
     """Raise a ValueError that names a setting if it is out of range."""
-    for name, value, allowed in (("init", init, INITS), ("metric", metric, METRICS)):
-        if value not in allowed:
-            raise ValueError(f"{name} needs one of {allowed}, got {value!r}")
+    check_choice("init", init, INITS)
+    check_choice("metric", metric, METRICS)
     for name, value, least in (("n_iter", n_iter, 0), ("n_init", n_init, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-            raise ValueError(f"{name} needs an integer of at least {least}, got {value!r}")
-    if seeding_rows is not None and (not hasattr(seeding_rows, "__index__") or seeding_rows < 1):
-        raise ValueError(f"seeding_rows needs an integer of at least 1 or None, got {seeding_rows!r}")
+        whole_number(name, value, least)
+    if seeding_rows is not None:
+        whole_number("seeding_rows", seeding_rows, 1)
     if isinstance(tol, str) or not tol >= 0:
         raise ValueError(f"tol needs a number of at least 0, got {tol!r}")
 

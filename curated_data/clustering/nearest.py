@@ -1,9 +1,6 @@
 """The exact nearest centroid of every row, without storing a rows x centroids matrix."""
 
-import math
-import threading
 from collections.abc import Callable, Iterator
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -14,8 +11,6 @@ from curated_data.clustering.rows import Rows, blocks, parallel_map, rows_at
 _ROWS, _COLUMNS = 1024, 1024  # a tile of scores, 4 MiB: stays in the cache from the product to the search
 TILE = 256  # rows whose nearest few centroids are searched at once
 _DEVICE_ROWS, _DEVICE_COLUMNS = 32768, 4096  # the same on an accelerator, 512 MiB
-PRODUCTS, FUSED = "float32", False  # on an accelerator; `python -m benchmarks.kmeans gpu` compares the others
-_precision_lock = threading.Lock()
 
 
 class Centroids:
@@ -26,50 +21,18 @@ class Centroids:
     Args:
         centroids: (k, d) float32.
         small: for some hundred rows and centroids, where oneDNN's conversions take longer than it saves.
-        products: the precision of products: "float32", or "tf32", "bf16" or "bf16x3" on an accelerator
-            (emulated by rounding elsewhere), with close calls decided in float32, see `_decide`. "bf16x3"
-            represents each number as a sum of two in bfloat16, for three times the products and few close
-            calls. None takes the default for the device.
-        fused: search in the kernel of `curated_data.clustering.fused`, which needs Triton and products in
-            reduced precision. None takes the default for the device.
     """
 
-    def __init__(
-        self,
-        centroids: torch.Tensor,
-        small: bool = False,
-        products: str | None = None,
-        fused: bool | None = None,
-    ) -> None:
+    def __init__(self, centroids: torch.Tensor, small: bool = False) -> None:
         self.centroids, self.k = centroids, len(centroids)
         self.on_cpu = centroids.device.type == "cpu"
         self.onednn = self.on_cpu and not small and onednn_is_faster()
-        self.products = products or ("float32" if self.on_cpu else PRODUCTS)
-        self.fused = self.products != "float32" and (not self.on_cpu and FUSED if fused is None else fused)
         self.norms = centroids.square().sum(1)
-        self._make_tiles()
-        self.n_rechecked = 0  # rows decided in float32
-
-    def _make_tiles(self) -> None:
-        weight = -2.0 * self.centroids
+        weight = -2.0 * centroids
         self.tiles: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-        self.reduced_tiles: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
         for start, stop in blocks(self.k, _COLUMNS if self.on_cpu else _DEVICE_COLUMNS):
             w, b = weight[start:stop].contiguous(), self.norms[start:stop].contiguous()
             self.tiles.append((start, w.to_mkldnn(), b.to_mkldnn()) if self.onednn else (start, w.T, b))
-            if self.fused:
-                continue
-            if self.products.startswith("bf16"):
-                self.reduced_tiles.append((start, _with_bias(self._factors(w, (0, 1, 0)), b), None))
-            elif self.products == "tf32":
-                self.reduced_tiles.append((start, w.T, b))
-        if self.fused:
-            self.fused_weight = _fused().padded(torch.cat(self._factors(weight, (0, 1, 0)), dim=1))
-        if self.products != "float32":
-            rest = self.centroids - _rounded(self.centroids, self.products)
-            self.largest = float(self.norms.max().sqrt())
-            self.largest_rest = float(rest.norm(dim=1).max())
-            self.largest_low = float(_halves(self.centroids)[1].float().norm(dim=1).max())
 
     def scores(self, rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """For each tile of centroids, its first index and (m, width) scores, which may be overwritten."""
@@ -80,23 +43,6 @@ class Centroids:
                 yield start, F.linear(rows, weight, bias).to_dense()
             else:
                 yield start, torch.addmm(bias, rows, weight)
-
-    def _factors(self, x: torch.Tensor, halves: tuple[int, int, int]) -> list[torch.Tensor]:
-        """`x` as it is multiplied; "bf16x3" takes the given halves, for rows and centroids side by side."""
-        if self.products == "tf32":
-            return [x]
-        both = _halves(x)
-        return [both[0]] if self.products == "bf16" else [both[half] for half in halves]
-
-    def reduced_scores(self, rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """The same, with products in reduced precision, summed in float32."""
-        if self.products.startswith("bf16"):
-            parts = self._factors(rows, (0, 0, 1))
-            n_ones = len(self.reduced_tiles[0][1]) - len(parts) * rows.shape[1]
-            ones = parts[0].new_ones(len(rows), n_ones)  # for the columns that `_with_bias` has added
-            rows = torch.cat([*parts, ones], dim=1)
-        for start, weight, bias in self.reduced_tiles:
-            yield start, _product(bias, rows, weight, self.products)
 
     def nearest(self, rows: torch.Tensor) -> np.ndarray:
         """The nearest centroid of each row, (m,) int64; the lowest on ties."""
@@ -117,14 +63,13 @@ class Centroids:
 
         Returns:
             (m,) int64 index (the lowest on ties; -1 if none is left), (m,) float32 score, (m,) float32 score
-            of the second; with products in reduced precision a lower bound on it.
+            of the second.
         """
         return self._in_blocks(rows, skip, True)
 
     def _in_blocks(self, rows: torch.Tensor, skip: np.ndarray | None, second: bool) -> tuple[np.ndarray, ...]:
-        size = _ROWS if self.on_cpu else _DEVICE_ROWS * (8 if self.fused else 1)
-        on_cpu = self.on_cpu and self.products == "float32"
-        search = self._search_on_cpu if on_cpu else self._search_on_device
+        size = _ROWS if self.on_cpu else _DEVICE_ROWS
+        search = self._search_on_cpu if self.on_cpu else self._search_on_device
         parts = [
             search(rows[a:b], None if skip is None else skip[a:b], second) for a, b in blocks(len(rows), size)
         ]
@@ -164,59 +109,8 @@ class Centroids:
         self, rows: torch.Tensor, skip: np.ndarray | None, need_second: bool
     ) -> tuple[np.ndarray, ...]:
         own = None if skip is None else torch.from_numpy(skip).to(rows.device)
-        if self.products == "float32":
-            found = _search(self.scores(rows), rows, own, need_second)
-        elif self.fused:
-            factors = _fused().padded(torch.cat(self._factors(rows, (0, 0, 1)), dim=1))
-            rough = _fused().search(factors, self.fused_weight, self.norms, own)
-            found = self._decide(rows, own, *rough)
-        else:
-            found = self._decide(rows, own, *_search(self.reduced_scores(rows), rows, own, True))
+        found = _search(self.scores(rows), rows, own, need_second)
         return tuple(part.cpu().numpy() for part in found)  # the host does not wait before this
-
-    def _decide(
-        self, rows: torch.Tensor, skip: torch.Tensor | None, index: torch.Tensor, *scores: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """The result in float32, from that in reduced precision.
-
-        With x = x' + e and c = c' + f, where x' and c' are rounded, a score is off by 2 (e.c + x'.f). The
-        score of the winner is computed again in float32, so its error is known. The error of any other is
-        taken to be at most twice that (correlated errors, as in rows that repeat one value, are similar for
-        near centroids), plus six standard deviations of 2 (e.c + x'.f) for e and f in random directions,
-        |e||c| / sqrt(d) and |x'||f| / sqrt(d), with the largest |c| and |f|. If that leaves the second in
-        doubt, the row is compared with all centroids in float32, as exact ties always are.
-        """
-        best, second = scores[:2]
-        exact = self._score(rows, index)
-        rest = (rows - _rounded(rows, self.products)).norm(dim=1)
-        rounding = rest * self.largest + rows.norm(dim=1) * self.largest_rest
-        if self.products == "bf16x3":  # the product of the lower halves is omitted
-            rounding += _halves(rows)[1].float().norm(dim=1) * self.largest_low
-        lower = second - 2 * (best - exact).abs() - 12 / math.sqrt(rows.shape[1]) * rounding
-        doubt = torch.nonzero(~(lower > exact) & (index >= 0))[:, 0]
-        self.n_rechecked += len(doubt)
-        found = [index, *(torch.where(index >= 0, score, torch.inf) for score in (exact, lower))]
-        if skip is not None:
-            skipped = scores[2]
-            found.append(torch.where(skipped.isnan(), skipped, self._score(rows, skip)))
-        if len(doubt):
-            again = _search(
-                self.scores(rows[doubt]), rows[doubt], None if skip is None else skip[doubt], True
-            )
-            for whole, part in zip(found, again, strict=True):
-                whole[doubt] = part
-        return tuple(found)
-
-    def _score(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """The score of each row and a centroid, in float32; undefined where `index` is -1."""
-        at = index.clamp(min=0)
-        return self.norms[at] - 2 * (rows * self.centroids[at]).sum(1)
-
-
-def _fused() -> ModuleType:
-    from curated_data.clustering import fused  # Triton comes with torch on Linux alone
-
-    return fused
 
 
 def _search(
@@ -247,55 +141,6 @@ def _search(
         index = torch.where(better, at + start, index)
         best = torch.where(better, low, best)
     return (index, best, second) if skip is None else (index, best, second, skipped)
-
-
-def _rounded(x: torch.Tensor, products: str) -> torch.Tensor:
-    """Float32 values as rounded by the products; TF32 truncates the fraction to ten bits."""
-    if products == "bf16":
-        return x.bfloat16().float()
-    if products == "bf16x3":
-        high, low = _halves(x)
-        return high.float() + low.float()
-    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
-
-
-def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each float32 number as two in bfloat16, whose sum has sixteen of its bits."""
-    high = x.bfloat16()
-    return high, (x - high.float()).bfloat16()
-
-
-def _with_bias(parts: list[torch.Tensor], bias: torch.Tensor) -> torch.Tensor:
-    """Weights in bfloat16 side by side, transposed, with the float32 bias as three columns that add up to it.
-
-    The product alone then writes the tile of scores. The width is padded with zeros to a multiple of eight.
-    """
-    columns, left = list(parts), bias
-    for _ in range(3):
-        columns.append(left.bfloat16()[:, None])
-        left = left - columns[-1][:, 0].float()
-    width = sum(column.shape[1] for column in columns)
-    columns.append(parts[0].new_zeros(len(bias), -width % 8))
-    return torch.cat(columns, dim=1).T
-
-
-def _product(
-    bias: torch.Tensor | None, rows: torch.Tensor, weight: torch.Tensor, products: str
-) -> torch.Tensor:
-    """bias + rows @ weight, multiplied in reduced precision and summed in float32."""
-    if rows.device.type != "cuda":  # emulated in float32: products of rounded values are exact
-        if bias is not None:
-            rows, weight = _rounded(rows, products), _rounded(weight.contiguous(), products)
-        scores = torch.mm(rows.float(), weight.float())
-        return scores if bias is None else scores.add_(bias)
-    if bias is None:
-        return torch.mm(rows, weight, out_dtype=torch.float32)
-    with _precision_lock:  # a setting of the whole process
-        torch.set_float32_matmul_precision("high")
-        try:
-            return torch.addmm(bias, rows, weight)
-        finally:
-            torch.set_float32_matmul_precision("highest")
 
 
 def onednn_is_faster() -> bool:

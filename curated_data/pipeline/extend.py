@@ -37,6 +37,7 @@ from curated_data.stages.near_duplicates import (
     embed_held_out,
     held_out_embeddings,
 )
+from curated_data.stages.retrieval import seed_sets
 from curated_data.stages.stage import Run
 from curated_data.stages.tree import BuiltTree, Tree
 
@@ -147,6 +148,7 @@ def _extend(
     filtered = filter_pool(pool, config)
     with run.timed("embed"):
         held_out = embed_held_out(held_out_stage, run)  # the smaller
+        seeds = seed_sets(config, embeddings, run)
         store = embeddings.of_kept(filtered).build(run.device)
     run.folders["embeddings"] = store.folder
     kept, known = _kept(pool, store.shard_fingerprints, old, base)
@@ -202,6 +204,7 @@ def _extend(
         tree,
         store,
         lambda ids: report_of(pool, store, valid, tree, ids, config) | counts_of_filters | found | counts,
+        seeds,
     )
     return dataclasses.replace(made, report=made.report | found)  # by the limit of this call
 

@@ -200,7 +200,9 @@ def planned_stages(
     n = n_samples if valid is None else int(valid.sum())
     config = dataclasses.replace(config, levels=levels_for(config, n))
     tree = Tree(root, config, inputs)
-    selection = Selection(root, config, {"tree": tree.name} if tree.is_cached else None)
+    # Seeds are not embedded by a plan, so what is retrieved has no name yet.
+    known = tree.is_cached and not config.retrieval.seeds
+    selection = Selection(root, config, {"tree": tree.name} if known else None)
     return PlannedStages(copies, tree, selection), valid
 
 

@@ -82,6 +82,10 @@ def recurate(
 def _recurate(
     pool: AnyPool, config: CurationConfig, run: Run, embeddings: Embeddings, base: Curation, share: float
 ) -> Curation:
+    if config.retrieval.seeds:
+        raise ConfigError(
+            "retrieval: a re-curation retrieves nothing, as its seeds have no new features; leave it out"
+        )
     if config.quotas.weights is not None:
         raise ConfigError("quotas.weights: are of the clusters of one tree, and a re-curation makes another")
     if base.tree.n_samples != len(pool):

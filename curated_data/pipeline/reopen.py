@@ -4,7 +4,7 @@ from pathlib import Path
 
 from curated_data.cache.artifacts import MANIFEST, absolute, named_folder, read_manifest
 from curated_data.cache.checksums import reading
-from curated_data.cache.layout import EMBEDDINGS, NEAR_DUPLICATES, SELECTION, TREE
+from curated_data.cache.layout import EMBEDDINGS, NEAR_DUPLICATES, RETRIEVAL, SELECTION, TREE
 from curated_data.cache.remedies import Remedy
 from curated_data.cache.removal import is_fingerprint, shown
 from curated_data.clustering.tree import EXCLUDED
@@ -47,6 +47,11 @@ def reopen(cache_dir: str | Path, selection: str) -> Curation:
     built = BuiltTree(tree_of(root, selection))
     folders[TREE] = built.folder
     folders |= _inputs(root, built)
+    content = read_manifest(folders[SELECTION], Selection.kind)
+    if RETRIEVAL in content.get("inputs", {}):
+        folders[RETRIEVAL] = named_folder(
+            root, RETRIEVAL, content, "inputs", RETRIEVAL, of=folders[SELECTION]
+        )
     tree = built.tree
     drawn = open_selection(folders[SELECTION], tree.n_samples)
     with reading(built.folder / MANIFEST, Remedy(built.folder / MANIFEST)):

@@ -14,15 +14,8 @@ from curated_data.cache.layout import INDEX, POOL
 from curated_data.cache.locks import locked
 from curated_data.errors import PoolError
 from curated_data.pool.each import each, workers_of
-from curated_data.pool.index import (
-    PoolIndex,
-    ShardIndex,
-    concatenate,
-    index_shard,
-    load_pool_index,
-    save_shard_index,
-    write_pool_index,
-)
+from curated_data.pool.index import PoolIndex, ShardIndex, concatenate, index_shard
+from curated_data.pool.index_files import load_pool_index, save_shard_index, write_pool_index
 from curated_data.pool.known import Facts
 from curated_data.pool.shard import ShardFile
 from curated_data.pool.storage import check_unchanged

@@ -26,18 +26,17 @@ import pyarrow.parquet as pq
 
 from curated_data.cache.artifacts import atomic_path, fingerprint
 from curated_data.cache.locks import locked
-from curated_data.cache.paths import local_path
 from curated_data.errors import ConfigError, PoolError
 from curated_data.parallel import rank, world_size
 from curated_data.parquet import (
     check_unique,
     column_names,
-    in_order,
     join,
     key_column,
     nearest_of,
     open_parquet,
     packed_keys,
+    parquet_files,
     read_keys,
     reading_parquet,
 )
@@ -418,14 +417,7 @@ def checked_tables(columns: str | Path | Sequence[str | Path] | None) -> list[Pa
     Raises:
         PoolError: one is missing.
     """
-    given = [] if columns is None else [columns] if isinstance(columns, str | Path) else list(columns)
-    found: list[Path] = []
-    for one in given:
-        path = local_path(one, "columns")
-        files = in_order(list(path.glob("*.parquet"))) if path.is_dir() else [path]
-        if not files:
-            raise PoolError(f"columns: {path} holds no parquet file")
-        found += files
+    found = [] if columns is None else parquet_files(columns, "columns")
     for path in found:
         open_parquet(path)
     return found

@@ -6,9 +6,8 @@ All arrays are flat (row i's part of an array is `array[start[i] : start[i + 1]]
 samples are a handful of memory maps instead of a Python object each.
 """
 
-import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,32 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from curated_data.cache.artifacts import (
-    MANIFEST,
-    atomic_path,
-    fingerprint,
-    new_array,
-    read_array,
-    read_arrays,
-    read_manifest,
-    verify_once,
-    write_manifest,
-)
-from curated_data.cache.checksums import reading
-from curated_data.cache.layout import INDEX, POOL
-from curated_data.cache.remedies import Remedy
-from curated_data.cache.removal import shown
-from curated_data.errors import CacheError, PoolError
+from curated_data.cache.artifacts import fingerprint
+from curated_data.errors import PoolError
 from curated_data.pool.grouping import group_members, text_of
-from curated_data.pool.grouping import split_name as split_name
-from curated_data.pool.notes import Notes, add_note, joined_notes, notes_from_json
+from curated_data.pool.notes import Notes, add_note, joined_notes
 from curated_data.pool.tar import Source, local_source
 
 CODE_VERSION = 2  # part of every shard's fingerprint; increase it when arrays or grouping change
 ARRAYS = ("key_start", "key_bytes", "member_start", "member_extension", "member_offset", "member_size")
 _BLOCK = 65_536  # samples whose keys are looked at at once
-_CHECKED = 1 << 22  # values of an array that are checked at once
-_FARTHEST = 1 << 62  # bytes into a shard
 
 
 @dataclass(frozen=True)
@@ -147,81 +129,6 @@ def index_shard(shard: str | Path | Source) -> ShardIndex:
         os.close(handle)
 
 
-def save_shard_index(folder: Path, index: ShardIndex, *, url: str) -> None:
-    """Publish a shard's index as an artifact folder."""
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        arrays = io.BytesIO()  # in memory first: on a full disk an open archive raises again when closed
-        np.savez(arrays, **{name: getattr(index, name) for name in ARRAYS})
-        (temporary / "arrays.npz").write_bytes(arrays.getbuffer())
-        write_manifest(
-            temporary,
-            INDEX,
-            {
-                "url": url,
-                "extensions": index.extensions,
-                "n_samples": len(index),
-                "n_members": len(index.member_size),
-                "n_key_bytes": len(index.key_bytes),
-                "n_bytes": int(index.member_size.sum()),
-                "notes": index.notes,
-            },
-        )
-
-
-def load_shard_index(folder: Path) -> ShardIndex:
-    """Read what `save_shard_index` wrote.
-
-    Raises:
-        CacheError: missing, damaged, or written by another version.
-    """
-    return _read_shard_index(folder, _read_shard_manifest(folder))
-
-
-def _read_shard_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a shard's index, whose fields are of the types that `save_shard_index` writes.
-
-    Raises:
-        CacheError: it is missing, damaged, or holds something else.
-    """
-    manifest = read_manifest(folder, INDEX)
-    with reading(folder / MANIFEST, Remedy(folder / MANIFEST)):
-        # Room for the pool's index is made by these: the arrays' own file says how many there can be.
-        size = (folder / "arrays.npz").stat().st_size
-        most = {"n_samples": size // 8, "n_members": size // 8, "n_key_bytes": size, "n_bytes": _FARTHEST}
-        for name, limit in most.items():
-            if type(manifest[name]) is not int or not 0 <= manifest[name] <= limit:
-                raise ValueError(f"{name} is {shown(manifest[name])}")
-        if not isinstance(manifest["url"], str):
-            raise ValueError(f"url is {shown(manifest['url'])}")
-        _check_extensions(manifest["extensions"])
-        notes_from_json(manifest["notes"])
-    return manifest
-
-
-def _check_extensions(names: object) -> None:
-    """Check that names of extensions are a list of different ones that members can have."""
-    if (
-        not isinstance(names, list)
-        or not all(isinstance(name, str) and _is_extension(name) for name in names)
-        or len(set(names)) != len(names)
-    ):
-        raise ValueError(f"extensions are {shown(names)}")
-
-
-def _is_extension(name: str) -> bool:
-    return split_name(b"x." + name.encode("utf-8", "surrogateescape")) == (b"x", name)
-
-
-def _read_shard_index(folder: Path, manifest: Mapping[str, Any]) -> ShardIndex:
-    path = folder / "arrays.npz"
-    arrays = read_arrays(folder, "arrays", ARRAYS, manifest)
-    with reading(path, Remedy(path)):
-        index = ShardIndex(manifest["extensions"], **arrays, notes=notes_from_json(manifest["notes"]))
-        _check(index, *(manifest[name] for name in ("n_samples", "n_members", "n_key_bytes")))
-    return index
-
-
 def concatenate(indexes: Sequence[ShardIndex], urls: Sequence[str] | None = None) -> PoolIndex:
     """A pool's index in memory, from the indexes of its shards in order.
 
@@ -229,102 +136,59 @@ def concatenate(indexes: Sequence[ShardIndex], urls: Sequence[str] | None = None
         urls: of the shards, for the notes; None numbers them.
     """
     urls = [f"shard {number}" for number in range(len(indexes))] if urls is None else urls
-    arrays = _empty_arrays(indexes)
-    extensions: dict[str, int] = {}
-    shard_start = np.zeros(len(indexes) + 1, np.int64)
-    at = _Cursor()
-    for number, index in enumerate(indexes):
-        _append(arrays, at, index, extensions)
-        shard_start[number + 1] = at.samples
-    n_duplicates, example = count_duplicate_keys(arrays["key_start"], arrays["key_bytes"])
-    notes = joined_notes((urls[number], index.notes) for number, index in enumerate(indexes))
-    if n_duplicates:
-        _note_scattered(arrays, list(extensions), notes)
-    return PoolIndex(
-        list(extensions),
-        **arrays,
-        notes=notes,
-        shard_start=shard_start,
-        n_duplicate_keys=n_duplicates,
-        duplicate_example=example,
-    )
+    sizes = ((len(index), len(index.member_size), len(index.key_bytes)) for index in indexes)
+    n_samples, n_members, n_key_bytes = np.sum([(0, 0, 0), *sizes], axis=0).tolist()
+    shapes = layout(n_samples, n_members, n_key_bytes)
+    arrays: dict[str, Any] = {name: np.zeros(shape, dtype) for name, (dtype, shape) in shapes.items()}
+    return PoolIndex(**arrays, **join(arrays, zip(urls, indexes, strict=True)))
 
 
-def write_pool_index(folder: Path, shard_folders: Sequence[Path]) -> None:
-    """Write a pool's index into `folder` as `.npy` files, one shard in memory at a time.
+def join(arrays: Mapping[str, np.ndarray], shards: Iterable[tuple[str, ShardIndex]]) -> dict[str, Any]:
+    """Fill the arrays of a pool's index from those of its shards, and find the other fields of `PoolIndex`.
 
     Args:
-        folder: an existing, empty folder (a temporary one, published as a whole).
-        shard_folders: the index artifacts of the shards, in the order of the pool.
+        arrays: as `layout` says.
+        shards: in order: where each is, for the notes, and its index. One is in memory at a time.
     """
-    manifests = [_read_shard_manifest(path) for path in shard_folders]
-    n_samples, n_members, n_key_bytes = (
-        sum(manifest[name] for manifest in manifests) for name in ("n_samples", "n_members", "n_key_bytes")
-    )
-    arrays = {
-        name: new_array(folder / f"{name}.npy", dtype, shape)
-        for name, (dtype, shape) in _layout(n_samples, n_members, n_key_bytes).items()
+    extensions: dict[str, int] = {}
+    noted, starts = [], [0]
+    members = key_bytes = 0
+    for url, index in shards:
+        n, m, b = len(index), len(index.member_size), len(index.key_bytes)
+        numbers = np.array([extensions.setdefault(e, len(extensions)) for e in index.extensions], np.int32)
+        arrays["key_start"][starts[-1] : starts[-1] + n + 1] = index.key_start + key_bytes
+        arrays["member_start"][starts[-1] : starts[-1] + n + 1] = index.member_start + members
+        arrays["key_bytes"][key_bytes : key_bytes + b] = index.key_bytes
+        if m:
+            arrays["member_extension"][members : members + m] = numbers[index.member_extension]
+        arrays["member_offset"][members : members + m] = index.member_offset
+        arrays["member_size"][members : members + m] = index.member_size
+        members, key_bytes = members + m, key_bytes + b
+        starts.append(starts[-1] + n)
+        noted.append((url, index.notes))
+    n_duplicates, example = count_duplicate_keys(arrays["key_start"], arrays["key_bytes"])
+    notes = joined_notes(noted)
+    if n_duplicates:
+        _note_scattered(arrays, list(extensions), notes)
+    return {
+        "extensions": list(extensions),
+        "notes": notes,
+        "shard_start": np.array(starts, np.int64),
+        "n_duplicate_keys": n_duplicates,
+        "duplicate_example": example,
     }
-    extensions: dict[str, int] = {}
-    shard_start = np.zeros(len(shard_folders) + 1, np.int64)
-    at = _Cursor()
-    for number, (path, manifest) in enumerate(zip(shard_folders, manifests, strict=True)):
-        _append(arrays, at, _read_shard_index(path, manifest), extensions)
-        shard_start[number + 1] = at.samples
-    np.save(folder / "shard_start.npy", shard_start)
-    n_duplicates, example = count_duplicate_keys(arrays["key_start"], arrays["key_bytes"])
-    notes = joined_notes((manifest["url"], notes_from_json(manifest["notes"])) for manifest in manifests)
-    if n_duplicates:
-        _note_scattered(arrays, list(extensions), notes)
-    for array in arrays.values():
-        if isinstance(array, np.memmap):
-            array.flush()
-    write_manifest(
-        folder,
-        POOL,
-        {
-            "extensions": list(extensions),
-            "shards": [manifest["url"] for manifest in manifests],
-            "n_samples": n_samples,
-            "n_bytes": sum(manifest["n_bytes"] for manifest in manifests),
-            "n_duplicate_keys": n_duplicates,
-            "duplicate_example": example,
-            "notes": notes,
-        },
-    )
 
 
-def load_pool_index(folder: Path, *, checked: bool = True) -> PoolIndex:
-    """Open what `write_pool_index` wrote, as memory maps.
-
-    Args:
-        checked: verify the checksums and the places of all samples; a process's workers need not.
-
-    Raises:
-        CacheError: missing, damaged, or written by another version.
-    """
-    manifest = read_manifest(folder, POOL)
-    if checked:
-        verify_once(folder, manifest)
-    with reading(folder / MANIFEST, Remedy(folder / MANIFEST)):
-        _check_extensions(manifest["extensions"])
-        arrays = {
-            # A plain view of the map: indexing an np.memmap costs microseconds per call.
-            name: np.asarray(read_array(folder, name, manifest, map_mode="r"))
-            for name in (*ARRAYS, "shard_start")
-        }
-        _check_layout(folder, arrays, len(manifest["shards"]), manifest["n_samples"])
-        index = PoolIndex(
-            manifest["extensions"],
-            **arrays,
-            notes=notes_from_json(manifest["notes"]),
-            n_duplicate_keys=manifest["n_duplicate_keys"],
-            duplicate_example=manifest["duplicate_example"],
-        )
-        if checked:
-            _check(index, len(index), len(index.member_size), len(index.key_bytes))
-            _check_starts("shard_start", index.shard_start, len(index))
-        return index
+def layout(n_samples: int, n_members: int, n_key_bytes: int) -> dict[str, tuple[type, tuple[int]]]:
+    """The type and shape of each array of an index."""
+    return {
+        "key_start": (np.int64, (n_samples + 1,)),
+        "key_bytes": (np.uint8, (n_key_bytes,)),
+        "member_start": (np.int64, (n_samples + 1,)),
+        "member_extension": (np.int32, (n_members,)),
+        "member_offset": (np.int64, (n_members,)),
+        "member_size": (np.int64, (n_members,)),
+    }
 
 
 def count_duplicate_keys(key_start: np.ndarray, key_bytes: np.ndarray) -> tuple[int, str | None]:
@@ -402,92 +266,3 @@ def _of_source(source: Source) -> ShardIndex:
         np.array(grouped.member_size, np.int64),
         grouped.notes,
     )
-
-
-def _layout(n_samples: int, n_members: int, n_key_bytes: int) -> dict[str, tuple[type, tuple[int]]]:
-    return {
-        "key_start": (np.int64, (n_samples + 1,)),
-        "key_bytes": (np.uint8, (n_key_bytes,)),
-        "member_start": (np.int64, (n_samples + 1,)),
-        "member_extension": (np.int32, (n_members,)),
-        "member_offset": (np.int64, (n_members,)),
-        "member_size": (np.int64, (n_members,)),
-    }
-
-
-def _check_layout(folder: Path, arrays: dict[str, np.ndarray], n_shards: int, n_samples: int) -> None:
-    """Check types and shapes of mapped arrays, of which only the file sizes were verified."""
-    layout = _layout(n_samples, arrays["member_size"].size, arrays["key_bytes"].size)
-    for name, (dtype, shape) in (layout | {"shard_start": (np.int64, (n_shards + 1,))}).items():
-        if arrays[name].dtype != dtype or arrays[name].shape != shape:
-            raise CacheError(
-                f"{folder / name}.npy: holds {arrays[name].dtype} {arrays[name].shape}, expected "
-                f"{np.dtype(dtype)} {shape}; remove {folder} to rebuild it from the shards' indexes"
-            )
-
-
-def _check(index: ShardIndex, n_samples: int, n_members: int, n_key_bytes: int) -> None:
-    """Check that the arrays of an index fit each other, so that none leads outside another.
-
-    Raises:
-        ValueError: one does not; names it.
-    """
-    for name, (dtype, shape) in _layout(n_samples, n_members, n_key_bytes).items():
-        array = getattr(index, name)
-        if array.dtype != dtype or array.shape != shape:
-            expected = f"{np.dtype(dtype)} {shape}"
-            raise ValueError(f"{name} holds {array.dtype} {array.shape}, expected {expected}")
-    _check_starts("key_start", index.key_start, n_key_bytes)
-    _check_starts("member_start", index.member_start, n_members)
-    for name, most in (
-        ("member_extension", len(index.extensions) - 1),
-        ("member_offset", _FARTHEST),
-        ("member_size", _FARTHEST),
-    ):
-        array = getattr(index, name)
-        for first in range(0, n_members, _CHECKED):
-            part = array[first : first + _CHECKED]
-            if part.min() < 0 or part.max() > most:
-                raise ValueError(f"{name} holds {part.min()} to {part.max()}, expected 0 to {most}")
-
-
-def _check_starts(name: str, starts: np.ndarray, stop: int) -> None:
-    """Check the starts of rows that follow each other up to `stop`."""
-    for first in range(0, len(starts), _CHECKED):
-        part = starts[first : first + _CHECKED + 1]
-        if (part[1:] < part[:-1]).any():
-            raise ValueError(f"{name} is not in ascending order")
-    if starts[0] != 0 or starts[-1] != stop:
-        raise ValueError(f"{name} runs from {starts[0]} to {starts[-1]}, expected 0 to {stop}")
-
-
-def _empty_arrays(indexes: Sequence[ShardIndex]) -> dict[str, np.ndarray]:
-    layout = _layout(
-        sum(map(len, indexes)),
-        sum(len(index.member_size) for index in indexes),
-        sum(len(index.key_bytes) for index in indexes),
-    )
-    return {name: np.zeros(shape, dtype) for name, (dtype, shape) in layout.items()}
-
-
-@dataclass
-class _Cursor:
-    samples: int = 0
-    members: int = 0
-    key_bytes: int = 0
-
-
-def _append(
-    arrays: dict[str, np.ndarray], at: _Cursor, index: ShardIndex, extensions: dict[str, int]
-) -> None:
-    """Append a shard's index, with its extensions renumbered to those of the pool."""
-    n, m, b = len(index), len(index.member_size), len(index.key_bytes)
-    numbers = np.array([extensions.setdefault(name, len(extensions)) for name in index.extensions], np.int32)
-    arrays["key_start"][at.samples : at.samples + n + 1] = index.key_start + at.key_bytes
-    arrays["member_start"][at.samples : at.samples + n + 1] = index.member_start + at.members
-    arrays["key_bytes"][at.key_bytes : at.key_bytes + b] = index.key_bytes
-    if m:
-        arrays["member_extension"][at.members : at.members + m] = numbers[index.member_extension]
-    arrays["member_offset"][at.members : at.members + m] = index.member_offset
-    arrays["member_size"][at.members : at.members + m] = index.member_size
-    at.samples, at.members, at.key_bytes = at.samples + n, at.members + m, at.key_bytes + b

@@ -31,7 +31,8 @@ from curated_data.pool.build import (
 from curated_data.pool.decode import IMAGE_EXTENSIONS, as_extensions
 from curated_data.pool.image import ImageSettings
 from curated_data.pool.imported import folder_of, imported_shards
-from curated_data.pool.index import PoolIndex, load_pool_index
+from curated_data.pool.index import PoolIndex
+from curated_data.pool.index_files import load_pool_index
 from curated_data.pool.notes import report_notes
 from curated_data.pool.reader import LocalReader, ReadCounters
 from curated_data.pool.remote import RemoteReader

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curated_data.cache.paths import local_path, spelled
+from curated_data.cache.paths import spelled
 from curated_data.errors import ConfigError, PoolError
-from curated_data.parquet import column_names, in_order, nearest_of, open_parquet, reading_parquet
+from curated_data.parquet import column_names, nearest_of, open_parquet, parquet_files, reading_parquet
 from curated_data.pool.decode import IMAGE_EXTENSIONS
 from curated_data.pool.hub import remote_table, remote_tables
 from curated_data.pool.urls import is_remote
@@ -72,14 +72,7 @@ def import_tables(
     given = [tables] if isinstance(tables, str | Path) else list(tables)
     places: list[Path | str] = []
     for one in map(spelled, given):
-        if is_remote(one):
-            places += remote_tables(one, storage_options)
-            continue
-        path = local_path(one, "tables")
-        found = in_order(list(path.glob("*.parquet"))) if path.is_dir() else [path]
-        if not found:
-            raise PoolError(f"{path}: holds no parquet file to import")
-        places += found
+        places += remote_tables(one, storage_options) if is_remote(one) else parquet_files(one, "tables")
     total: int | None = 0
     for place in places[:1] if isinstance(places[0], str) else places:  # of a store one is enough
         with _opened(place, storage_options) as file:

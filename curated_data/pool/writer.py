@@ -18,7 +18,7 @@ from curated_data.pool.claim import Claim, check_free, names_in
 from curated_data.pool.decode import IMAGE_EXTENSIONS, as_extensions
 from curated_data.pool.encode import encode_member
 from curated_data.pool.folders import ImageFolders, read_image
-from curated_data.pool.index import split_name
+from curated_data.pool.grouping import split_name
 from curated_data.pool.out import LocalFolder, RemoteFolder, open_out, writing
 from curated_data.progress import progress
 

@@ -2,11 +2,14 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from curated_data.config import CurationConfig
 from curated_data.selection.metrics import selected_sizes
 from curated_data.selection.quota_rules import quotas_of
 from curated_data.selection.quotas import Quotas
 from curated_data.selection.removed import Removed
+from curated_data.selection.retrieved import load_retrieved
 
 if TYPE_CHECKING:
     from curated_data.stages.curation import Curation
@@ -71,12 +74,30 @@ def explain(curation: "Curation", sample: int) -> list[str]:
     lines.append(f"Sample {sample} {outcome}: its cluster gave {share:,} of {held:,}, {how}.{place}")
     if sample in getattr(config, "include", ()):
         lines.append("It was to be included, and counts in the quota of its cluster.")
+    lines += _why_retrieved(curation, sample)
     nested = getattr(curation, "nested", {})
     if nested and times:
         inside = [f"{size:,}" for size, some in sorted(nested.items()) if sample in some]
         which = f"those of {', '.join(inside)}" if inside else "none"
         lines.append(f"Of the nested selections, it is in {which}.")
     return lines
+
+
+def _why_retrieved(curation: "Curation", sample: int) -> list[str]:
+    folder = curation.folders.get("retrieval")
+    if folder is None or curation.config.retrieval.method == "weights":
+        return []
+    found = load_retrieved(folder, curation.tree.n_samples)
+    place = int(np.searchsorted(found.ids, sample))
+    if place == len(found.ids) or found.ids[place] != sample:
+        return ["No seed set retrieved it."]
+    name, rank = found.names[int(found.seed_set[place])], int(found.rank[place]) + 1
+    if found.cluster[place] >= 0:
+        how = f"number {rank:,} that cluster {found.cluster[place]} gave"
+    else:
+        how = f"number {rank:,} by nearness to seed {found.seed[place]}, "
+        how += f"at a cosine of {found.cosine[place]:.4f}"
+    return [f"It was retrieved for the seed set {name!r}: {how}."]
 
 
 def _rule(rules: Quotas | None, level: int, cluster: int) -> str:

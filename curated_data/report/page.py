@@ -134,6 +134,7 @@ def write_report(
         "unique": len(np.unique(curation.ids)),
         "failed": curation.embeddings.n_failures,
         "filters": curation.report.get("filters"),
+        "retrieval": curation.report.get("retrieval"),
         "excluded": curation.report.get("excluded", 0),
         "equal": _equal(curation),
         "embedder": _embedder(curation),

@@ -32,6 +32,9 @@ def headline(report: Mapping[str, Any]) -> str:
         parts.append(f"{report['distinct']:,} different ones")
     left_out = {"failed": "failed", "near_duplicates": "near-duplicates", "excluded": "without a direction"}
     parts += [f"{report[name]:,} {text}" for name, text in left_out.items() if report.get(name)]
+    for name, found in report.get("retrieval", {}).items():
+        if "selected" in found:
+            parts.append(f"{found['selected']:,} retrieved for {name}")
     return ", ".join(parts)
 
 

@@ -22,6 +22,8 @@ from curated_data.progress import progress
 from curated_data.report.examples import thumbnails
 from curated_data.selection.metrics import read_labels
 from curated_data.selection.removed import Removed
+from curated_data.selection.retrieval import Retrieved
+from curated_data.selection.retrieved import load_retrieved
 
 if TYPE_CHECKING:
     from curated_data.embedding.existing import EmbeddedPool
@@ -58,6 +60,8 @@ class CurationTable:
     | `selected`, `times` | whether it was selected, and how often |
     | `reason` | one of `REASONS` |
     | `duplicate_of`, `held_out`, `cosine` | the sample, or that of the held-out pool, that it is a copy of |
+    | `seed_set`, `seed_rank` | the seed set that it was retrieved for, and its rank from 0 |
+    | `seed`, `seed_cosine` | the nearest seed of that set; null if a cluster gave it |
     | `failure` | why it could not be embedded |
     | `x`, `y` | on a map |
     | `image` | a JPEG thumbnail, as `{bytes, path}` |
@@ -103,6 +107,9 @@ class CurationTable:
         self._ids = np.unique(curation.ids) if selected else None
         folder = curation.folders.get("near_duplicates")
         self._removed = None if folder is None else Removed.load(folder)
+        folder = curation.folders.get("retrieval")
+        by_weights = folder is not None and curation.config.retrieval.method == "weights"
+        self._retrieved = None if folder is None or by_weights else load_retrieved(folder, n)
         self._labels = None if self._shards is None else read_labels(self._shards, self._ids)
 
     def __len__(self) -> int:
@@ -129,6 +136,9 @@ class CurationTable:
         fields |= {"selected": pa.bool_(), "times": pa.int32(), "reason": pa.string()}
         if self._removed is not None:
             fields |= {"duplicate_of": pa.int64(), "held_out": pa.int64(), "cosine": pa.float32()}
+        if self._retrieved is not None:
+            fields |= {"seed_set": pa.string(), "seed": pa.int64()}
+            fields |= {"seed_rank": pa.int64(), "seed_cosine": pa.float32()}
         fields["failure"] = pa.string()
         if self._coordinates is not None:
             fields |= {"x": pa.float32(), "y": pa.float32()}
@@ -243,6 +253,8 @@ class CurationTable:
             columns["duplicate_of"] = pa.array(near, mask=near < 0)
             columns["held_out"] = pa.array(held_out, mask=held_out < 0)
             columns["cosine"] = pa.array(cosine, mask=np.isnan(cosine) | ((near < 0) & (held_out < 0)))
+        if self._retrieved is not None:
+            columns |= _reasons(self._retrieved, ids)
         failures: list[str | None] = [None] * len(ids)
         if not took_part.all():
             for failure in self._curation.embeddings.iterate_failures(int(ids[0]), int(ids[-1]) + 1):
@@ -280,6 +292,23 @@ class CurationTable:
         if self._images is not None:
             columns["image"] = pa.array(_images(pool, ids, self._images), self.schema.field("image").type)
         return columns
+
+
+def _reasons(found: Retrieved, ids: np.ndarray) -> dict[str, Any]:
+    """Why samples were retrieved; null of those that were not."""
+    place = np.minimum(np.searchsorted(found.ids, ids), max(len(found.ids) - 1, 0))
+    if not len(found.ids):
+        return {name: pa.nulls(len(ids)) for name in ("seed_set", "seed", "seed_rank", "seed_cosine")}
+    missing = found.ids[place] != ids
+    names = pa.array(found.names, pa.string())
+    return {
+        "seed_set": names.take(pa.array(found.seed_set[place], mask=missing)),
+        "seed": pa.array(found.seed[place], mask=missing | (found.seed[place] < 0)),
+        "seed_rank": pa.array(found.rank[place], mask=missing),
+        "seed_cosine": pa.array(
+            found.cosine[place].astype(np.float32), mask=missing | np.isnan(found.cosine[place])
+        ),
+    }
 
 
 def _images(pool: ShardPool, ids: np.ndarray, side: int) -> Iterator[dict[str, Any] | None]:

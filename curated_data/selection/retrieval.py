@@ -9,11 +9,11 @@ import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from curated_data.clustering.kmeans import METRICS
+from curated_data.checks import check_choice, whole_number
+from curated_data.clustering.kmeans import METRICS, nearest_centroids
 from curated_data.clustering.tree import ClusterTree
 from curated_data.errors import ConfigError
 from curated_data.matrix import Matrix, read_rows
@@ -89,7 +89,7 @@ def retrieve(
     """
     size, dimension = _shape("embeddings", embeddings)
     for name, value in (("n", n), ("block", block)):
-        _check_count(name, value)
+        whole_number(name, value, 1)
     if least is not None and not (isinstance(least, numbers.Real) and -1 <= least <= 1):
         raise ConfigError(f"least: expected a cosine in -1..1, found {least!r}")
     allowed = _allowed(size, valid, exclude)
@@ -156,8 +156,8 @@ def retrieve_clusters(
         ConfigError: an argument of the wrong shape, or a number out of range.
     """
     for name, value in (("per_cluster", per_cluster), ("least_seeds", least_seeds)):
-        _check_count(name, value)
-    _check_count("seed", seed, 0)
+        whole_number(name, value, 1)
+    whole_number("seed", seed, 0)
     counts = _counts(tree, seeds, level, metric)
     limits = (
         dict(limit) if isinstance(limit, Mapping) else {} if limit is None else dict.fromkeys(seeds, limit)
@@ -165,7 +165,7 @@ def retrieve_clusters(
     for name, value in limits.items():
         if name not in seeds:
             raise ConfigError(f"limit: no seed set has the name {name!r}; there are {', '.join(seeds)}")
-        _check_count(f"limit of {name!r}", value, 0)
+        whole_number(f"limit of {name!r}", value, 0)
     allowed = _allowed(tree.n_samples, valid, exclude)
     draws: dict[int, np.ndarray] = {}
     n_given: dict[int, int] = {}
@@ -306,36 +306,20 @@ class _Nearest:
 
 def _counts(tree: ClusterTree, seeds: Mapping[str, Matrix], level: int, metric: str) -> np.ndarray:
     """(D, k) int64: how many seeds of each set fall into each cluster of a level."""
-    if metric not in METRICS:
-        raise ConfigError(f"metric: expected that of the tree, one of {', '.join(METRICS)}, found {metric!r}")
-    _check_count("level", level)
+    check_choice("metric", metric, METRICS)
+    whole_number("level", level, 1)
     if level not in tree.centroids:
         raise ConfigError(f"level: the tree has 1..{tree.n_levels}, found {level!r}")
     sets = _checked_seeds(seeds, tree.centroids[1].shape[1], directed=metric == "cosine")
     filled = np.flatnonzero(tree.sizes(1))  # others have no place in the levels above, and nothing to give
     if not len(filled):
         raise ConfigError("tree: it has no samples, so no seed falls into a cluster of it")
-    centroids = tree.centroids[1][filled].astype(np.float64)
     found = np.zeros((len(sets), len(tree.centroids[level])), np.int64)
     for counts, rows in zip(found, sets.values(), strict=True):
-        cluster = filled[_nearest_centroids(rows, centroids, metric)]
+        cluster = filled[nearest_centroids(rows, tree.centroids[1][filled], metric=metric, device="cpu")[0]]
         for above in range(2, level + 1):
             cluster = tree.parent[above][cluster]
         counts += np.bincount(cluster, minlength=len(counts))
-    return found
-
-
-def _nearest_centroids(rows: np.ndarray, centroids: np.ndarray, metric: str) -> np.ndarray:
-    """(m,) int64; the first on ties."""
-    middle = np.zeros(centroids.shape[1]) if metric == "cosine" else centroids.mean(axis=0)
-    centroids = centroids - middle
-    norms = np.square(centroids).sum(axis=1)
-    found = np.empty(len(rows), np.int64)
-    at_once = max(1, _TILE // len(centroids))
-    for start in range(0, len(rows), at_once):
-        part = rows[start : start + at_once]
-        part = unit(part, np.float64) if metric == "cosine" else part - middle
-        found[start : start + at_once] = (norms - 2 * part @ centroids.T).argmin(axis=1)
     return found
 
 
@@ -389,11 +373,6 @@ def _shape(name: str, matrix: Matrix) -> tuple[int, int]:
     if not any(kind in str(matrix.dtype) for kind in ("float", "int")):
         raise ConfigError(f"{name}: expected numbers, found {matrix.dtype}")
     return int(shape[0]), int(shape[1])
-
-
-def _check_count(name: str, value: Any, least: int = 1) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name}: expected an integer of at least {least}, found {value!r}")
 
 
 def _kind(value: object) -> str:

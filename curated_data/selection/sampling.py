@@ -6,10 +6,11 @@ cluster gives its quota. The cost is a few sorts of the pool for any number of c
 
 import logging
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
+from curated_data.checks import check_choice, whole_number
 from curated_data.clustering.tree import ClusterTree
 from curated_data.selection.quotas import Quotas, flat_quotas, tree_quotas
 
@@ -253,12 +254,7 @@ def _attainable(target_size: int, n_samples: int, max_repeats: int) -> int:
 
 
 def _check(target_size: int, strategy: str, max_repeats: int, seed: int) -> None:
-    for name, value, lowest in (
-        ("target_size", target_size, 0),
-        ("max_repeats", max_repeats, 1),
-        ("seed", seed, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < lowest:
-            raise ValueError(f"{name}={value!r}: give an integer of at least {lowest}")
-    if strategy not in ("random", "closest", "furthest"):
-        raise ValueError(f"strategy={strategy!r}: give 'random', 'closest' or 'furthest'")
+    whole_number("target_size", target_size, 0)
+    whole_number("max_repeats", max_repeats, 1)
+    whole_number("seed", seed, 0)
+    check_choice("strategy", strategy, get_args(Strategy))

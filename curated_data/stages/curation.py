@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from curated_data.config import CurationConfig
 from curated_data.embedding import EmbeddingStore
 from curated_data.selection.metrics import cluster_balance
 from curated_data.stages.index import AnyPool
+from curated_data.stages.retrieval import Retrieval, SeedSet
 from curated_data.stages.selection import Selection
 from curated_data.stages.stage import Run
 
@@ -104,10 +105,20 @@ def select(
     tree: ClusterTree,
     store: EmbeddingStore,
     figures: Callable[[np.ndarray], dict[str, Any]],
+    seeds: Mapping[str, SeedSet] | None = None,
 ) -> Curation:
-    """Draw the selection from a tree that the run has built; the arguments are those of `Selection.build`."""
-    stage = Selection(run.root, config, {"tree": run.folders["tree"].name})
-    drawn = stage.build(run, tree, store, figures)
+    """Draw the selection from a tree that the run has built.
+
+    Args:
+        tree, store, figures: as for `Selection.build`.
+        seeds: of the retrieval, see `seed_sets`.
+    """
+    inputs, retrieval = {"tree": run.folders["tree"].name}, None
+    if seeds:
+        retrieval = Retrieval.of(run.root, config, inputs["tree"], seeds)
+        retrieval.build(run, tree, store, seeds)
+        inputs[retrieval.place] = retrieval.name
+    drawn = Selection(run.root, config, inputs).build(run, tree, store, figures, retrieval)
     report = drawn.report | {"cached": run.cached, "seconds": run.seconds}
     log.info(
         "selection: %d of %d samples%s",

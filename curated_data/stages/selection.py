@@ -20,9 +20,12 @@ from curated_data.errors import CacheError, ConfigError
 from curated_data.selection.included import with_included
 from curated_data.selection.nested import nested_sample
 from curated_data.selection.quota_rules import are_set, quotas_of
+from curated_data.selection.quotas import Quotas
+from curated_data.selection.retrieved import first_retrieved
 from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_sample
 from curated_data.selection.sparse import BLOCK, CELL, find_neighbours, sparse_sample
 from curated_data.stages.cost import Cost
+from curated_data.stages.retrieval import Retrieval
 from curated_data.stages.stage import Run, Stage
 
 log = logging.getLogger(__name__)
@@ -57,6 +60,8 @@ class Selection(Stage):
         names = ("target_size", "strategy", "sampling", "max_repeats", "seed")
         config = self.config
         given: dict[str, Any] = {"include": config.include, "nested_sizes": sorted(set(config.nested_sizes))}
+        if config.retrieval.seeds and not config.retrieval.fill:
+            given["fill"] = "no"
         if are_set(config):
             given["quotas"] = dataclasses.asdict(config.quotas)
         return {name: getattr(config, name) for name in names} | {k: v for k, v in given.items() if v}
@@ -67,6 +72,7 @@ class Selection(Stage):
         tree: ClusterTree,
         store: EmbeddingStore,
         figures: Callable[[np.ndarray], dict[str, Any]],
+        retrieval: Retrieval | None = None,
     ) -> Drawn:
         """Draw the ids.
 
@@ -75,17 +81,21 @@ class Selection(Stage):
             store: embeddings of all of them, for their neighbours.
             figures: of the selected ids, the report of their curation: plain numbers and strings that depend
                 on nothing but the tree and the settings.
+            retrieval: a built one, whose name is among the inputs.
         """
 
         def build(folder: Path) -> None:
-            ids, *inner = self._draw(tree, store)
+            ids, *inner = self._draw(tree, store, retrieval)
             np.save(folder / "ids.npy", ids)
             for size, some in zip(self._nested_sizes, inner, strict=True):
                 np.save(folder / f"nested_{size}.npy", some)
             nested = {str(size): len(some) for size, some in zip(self._nested_sizes, inner, strict=True)}
             more = {"nested": nested} if nested else {}
             config = dataclasses.asdict(self.config)
-            self.write_manifest(folder, size=len(ids), report=figures(ids), config=config, **more)
+            report = figures(ids)
+            if retrieval is not None:
+                report["retrieval"] = retrieval.report(ids, tree.n_samples)
+            self.write_manifest(folder, size=len(ids), report=report, config=config, **more)
 
         return open_selection(run.once(self, build), tree.n_samples)
 
@@ -93,10 +103,30 @@ class Selection(Stage):
     def _nested_sizes(self) -> list[int]:
         return sorted(set(self.config.nested_sizes), reverse=True)
 
-    def _draw(self, tree: ClusterTree, store: EmbeddingStore) -> list[np.ndarray]:
+    def _draw(
+        self, tree: ClusterTree, store: EmbeddingStore, retrieval: Retrieval | None
+    ) -> list[np.ndarray]:
         """The ids, and those of each smaller selection, the largest first."""
         config = self.config
-        how: dict[str, Any] = {"seed": config.seed, "quotas": quotas_of(config, tree)}
+        first, quotas = self._first(store), quotas_of(config, tree)
+        if retrieval is not None:
+            found = retrieval.open(tree.n_samples)
+            if found is not None:
+                first = np.concatenate([first, found.ids[first_retrieved(found)]])
+                first = first[np.sort(np.unique(first, return_index=True)[1])]
+                if len(first) > config.target_size:
+                    log.warning(
+                        "retrieval: %d samples are more than target_size, %d; those of the lowest ranks stay",
+                        len(first), config.target_size,
+                    )  # fmt: skip
+            level = config.retrieval.level
+            weights = retrieval.weights(len(tree.centroids[level]))
+            if weights is not None:
+                given = quotas or Quotas()
+                quotas = Quotas(given.temperature or 0.0, given.cap, weights, level)
+            if found is not None and not config.retrieval.fill:
+                return [np.sort(first[:size]) for size in (config.target_size, *self._nested_sizes)]
+        how: dict[str, Any] = {"seed": config.seed, "quotas": quotas}
         if config.sampling == "sparse":
             near = find_neighbours(store, tree)
             how["max_repeats"] = config.max_repeats
@@ -104,21 +134,26 @@ class Selection(Stage):
         else:
             is_flat = config.sampling == "flat"
             how["strategy"] = cast(Strategy, config.strategy)  # one of them, by `load_config`
-            if is_flat and config.quotas.level > 1:  # the tree has no distances to these centroids
+            if (
+                is_flat and quotas is not None and quotas.level > 1
+            ):  # the tree has no distances to these centroids
                 how["embeddings"] = store
             sample = flat_sample if is_flat else hierarchical_sample
             ids = sample(tree, config.target_size, max_repeats=config.max_repeats, **how)
-        included = self._included(store)
-        drawn = [with_included(tree, ids, included, config.target_size, seed=config.seed)]
+
+        def holding(ids: np.ndarray, size: int) -> np.ndarray:
+            return with_included(tree, ids, np.sort(first[:size]), size, seed=config.seed)
+
+        drawn = [holding(ids, config.target_size)]
         for size in self._nested_sizes:
             if config.sampling == "sparse":
                 ids = sparse_sample(tree, near, size, within=drawn[-1], **how)
             else:
                 ids = nested_sample(tree, drawn[-1], size, flat=is_flat, **how)
-            drawn.append(with_included(tree, ids, included, size, seed=config.seed))
+            drawn.append(holding(ids, size))
         return drawn
 
-    def _included(self, store: EmbeddingStore) -> np.ndarray:
+    def _first(self, store: EmbeddingStore) -> np.ndarray:
         """(k,) int64, what is to be included and can be."""
         included = np.array(self.config.include, np.int64)  # by `opened`, ids alone
         usable = included[store.valid[included]]

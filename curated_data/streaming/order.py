@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from curated_data.cache.artifacts import fingerprint
+from curated_data.checks import check_choice, whole_number
 from curated_data.errors import ConfigError
 from curated_data.randomness import GOLDEN, mixed
 
@@ -250,12 +251,8 @@ def check_choices(shuffle: str, last_batch: str) -> None:
     Raises:
         ConfigError: it is none of them.
     """
-    for name, value, choices in (
-        ("shuffle", shuffle, get_args(Shuffle)),
-        ("last_batch", last_batch, get_args(LastBatch)),
-    ):
-        if value not in choices:
-            raise ConfigError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
+    check_choice("shuffle", shuffle, get_args(Shuffle))
+    check_choice("last_batch", last_batch, get_args(LastBatch))
 
 
 def _validate(
@@ -280,8 +277,7 @@ def _validate(
         raise ConfigError(f"selection: expected a one-dimensional array of integer ids, found {found}")
     if not n_samples:
         raise ConfigError("selection: holds no sample; check the curation's target_size and the pool")
-    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
-        raise ConfigError(f"batch_size: expected a positive integer, found {batch_size!r}")
+    whole_number("batch_size", batch_size, 1)
     check_choices(shuffle, last_batch)
     if last_batch == "drop" and n_samples < batch_size:
         raise ConfigError(
@@ -290,8 +286,7 @@ def _validate(
         )
     if shuffle == "block" and shard_starts is None:
         raise ConfigError('shuffle="block" needs shard_starts, the first id of each shard')
-    if shards_per_window < 1:
-        raise ConfigError(f"shards_per_window: expected a positive integer, found {shards_per_window!r}")
+    whole_number("shards_per_window", shards_per_window, 1)
     if strata is not None and shuffle != "full":
         raise ConfigError(f'stratified batches are shuffled: they take shuffle="full", found {shuffle!r}')
     if strata is not None and len(strata) != n_samples:

@@ -78,30 +78,18 @@ def load_labels(
     return SampleLabels(ids, labels)
 
 
-def check_alone(**arguments: object) -> None:
-    """Check that none of the arguments that a mixture replaces is given.
+def check_absent(why: str, **arguments: object) -> None:
+    """Check that none of some arguments is given.
+
+    Args:
+        why: they cannot be, for the error.
 
     Raises:
         ConfigError: names the first one that is.
     """
     for name, value in arguments.items():
         if value is not None:
-            raise ConfigError(
-                f"{name}: given together with mixture; its components have their own, drop either"
-            )
-
-
-def check_unused(**arguments: object) -> None:
-    """Check that none of the arguments about decoding in workers is given.
-
-    Raises:
-        ConfigError: names the first one that is.
-    """
-    for name, value in arguments.items():
-        if value is not None:
-            raise ConfigError(
-                f"{name}: for images that workers decode; with device.decode they do not, drop either"
-            )
+            raise ConfigError(f"{name}: {why}, drop either")
 
 
 def check_functions(**functions: object) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import math
-import numbers
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 
 from curated_data.cache.holds import remove_unheld
 from curated_data.cache.removal import artifact_folder
+from curated_data.checks import check_choice, whole_number
 from curated_data.clustering.tree import EXCLUDED
 from curated_data.config import CurationConfig
 from curated_data.embedding import Embedder, resolve_embedder
@@ -115,20 +115,10 @@ class RecurationCallback(pl.Callback):
             ("start_epoch", start_epoch, 0),
             ("most", most, 0),
         ):
-            if value is None:
-                continue
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-                raise ConfigError(f"RecurationCallback.{name}: expected a whole number, got {value!r}")
-            if value < least:
-                raise ConfigError(f"RecurationCallback.{name}: expected at least {least}, got {value}")
-        for name, choice, choices in (
-            ("mode", mode, ("min", "max")),
-            ("on_failure", on_failure, ("keep", "stop")),
-        ):
-            if choice not in choices:
-                raise ConfigError(
-                    f"RecurationCallback.{name}: expected one of {', '.join(choices)}, got {choice!r}"
-                )
+            if value is not None:
+                whole_number(f"RecurationCallback.{name}", value, least)
+        check_choice("RecurationCallback.mode", mode, ("min", "max"))
+        check_choice("RecurationCallback.on_failure", on_failure, ("keep", "stop"))
         if not (embedder is None or callable(embedder)):
             raise ConfigError(
                 "RecurationCallback.embedder: expected a function of the module in training that gives an "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from curated_data.cache.artifacts import absolute
+from curated_data.checks import whole_number
 from curated_data.config import CurationConfig
 from curated_data.errors import ConfigError
 from curated_data.parallel import together
@@ -28,9 +29,8 @@ from curated_data.streaming.statistics import StreamStatistics
 from curated_data.training.arguments import (
     Ids,
     Pool,
-    check_alone,
+    check_absent,
     check_functions,
-    check_unused,
     named_pools,
 )
 from curated_data.training.components import Source, open_sources
@@ -44,7 +44,6 @@ from curated_data.training.options import (
     Moved,
     OldArguments,
     grouped,
-    whole_number,
 )
 from curated_data.training.resuming import is_tuned
 from curated_data.training.selected import SelectedStream
@@ -178,10 +177,12 @@ class CuratedDataModule(pl.LightningDataModule):
         self.shuffle, self.last_batch = shuffle, last_batch
         self.mixture = None if mixture is None else as_mixture(mixture)
         if self.device.decode:
-            check_unused(views=views, **{"decoding.min_size": self.decoding.min_size})
+            why = "for images that workers decode; with device.decode they do not"
+            check_absent(why, views=views, **{"decoding.min_size": self.decoding.min_size})
         if self.mixture is not None:
-            check_alone(pool=pool, curation=curation, selection=selection, labels=labels)
-            check_alone(stratify_level=stratify_level)
+            why = "given together with mixture; its components have their own"
+            check_absent(why, pool=pool, curation=curation, selection=selection, labels=labels)
+            check_absent(why, stratify_level=stratify_level)
             if "source" in (self.decoding.decoders or {}):
                 raise ConfigError("decoders['source']: batches of a mixture have it; rename these members")
             components = self.mixture.components

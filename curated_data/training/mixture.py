@@ -1,14 +1,13 @@
 """What a stream mixes: components, each a selection of a pool with a weight."""
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
 from torch import Tensor
 
+from curated_data.checks import check_choice, whole_number
 from curated_data.config import CurationConfig, load_config
 from curated_data.errors import ConfigError
 from curated_data.streaming.mixture import Weights, checked_weights
@@ -63,11 +62,9 @@ class Component:
 
     def __post_init__(self) -> None:
         where = f"mixture, component {self.name!r}, " if self.name else ""  # or a data module's one selection
-        for field, choices in (("batches", get_args(Batches)), ("shuffle", (None, *get_args(Shuffle)))):
-            value = getattr(self, field)
-            if value not in choices:
-                expected = ", ".join(choice for choice in choices if choice is not None)
-                raise ConfigError(f"{where}{field}: expected one of {expected}, found {value!r}")
+        check_choice(f"{where}batches", self.batches, get_args(Batches))
+        if self.shuffle is not None:
+            check_choice(f"{where}shuffle", self.shuffle, get_args(Shuffle))
         if self.views is not None and not callable(self.views):
             raise ConfigError(f"{where}views: expected a function of an image, found {self.views!r}")
         if self.selection is not None and self.curation is not None:
@@ -131,9 +128,7 @@ class Mixture:
         for name in self.names:
             if not isinstance(name, str) or not name:
                 raise ConfigError(f"mixture: the name of a component is {name!r}, expected some text")
-        if epoch_size is not None and not _is_count(epoch_size):
-            raise ConfigError(f"mixture.epoch_size: expected a positive integer, found {epoch_size!r}")
-        self.epoch_size = None if epoch_size is None else int(epoch_size)
+        self.epoch_size = None if epoch_size is None else whole_number("mixture.epoch_size", epoch_size, 1)
         self.weights = self._weights(weights)
         self._checked = checked_weights(self.weights, self.names)
 
@@ -222,7 +217,3 @@ def _by_batch(weights: Weights) -> Weights:
         int(batch) if isinstance(batch, str) and batch.isdecimal() else batch: values
         for batch, values in weights.items()
     }
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool | np.bool_) and int(value) > 0

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, get_args
 
+from curated_data.checks import check_choice, whole_number
 from curated_data.errors import ConfigError
 from curated_data.pool.decode import Decoders, as_decoders
 from curated_data.processes import check_context
@@ -96,11 +97,7 @@ class DecodingOptions:
         as_decoders(self.decoders)
         if self.min_size is not None:
             whole_number("decoding.min_size", self.min_size, 1)
-        choices = get_args(OnError)
-        if self.on_error not in choices:
-            raise ConfigError(
-                f"decoding.on_error: expected one of {', '.join(choices)}, found {self.on_error!r}"
-            )
+        check_choice("decoding.on_error", self.on_error, get_args(OnError))
         if not 0 <= self.max_skipped <= 1:
             raise ConfigError(f"decoding.max_skipped: expected a share in 0..1, found {self.max_skipped!r}")
 
@@ -228,22 +225,6 @@ class Moved:
             stacklevel=3,
         )
         return getattr(data, self.group)
-
-
-def whole_number(name: str, value: object, least: int | None = None) -> int:
-    """An integer of any type, such as numpy's, as a plain one.
-
-    Raises:
-        ConfigError: it is none, or less than `least`.
-    """
-    if (
-        not isinstance(value, numbers.Integral)
-        or isinstance(value, bool)
-        or (least is not None and value < least)
-    ):
-        of_least = "" if least is None else f" of at least {least}"
-        raise ConfigError(f"{name}: expected an integer{of_least}, found {value!r}")
-    return int(value)
 
 
 def check_fields(value: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -102,6 +102,17 @@ def first_row(x: Tensor) -> int:
     return int(all_gather_rows(torch.tensor([len(x)], device=x.device))[: rank()].sum())
 
 
+def held_out_rows(y: Tensor, share: float, seed: int) -> Tensor:
+    """Which of this rank's rows are held out (n,) bool: a seeded draw of a share of the joined set, of two
+    rows or more.
+    """
+    n, first = n_joined(y), first_row(y)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[order[: min(max(1, round(share * n)), n - 1)]] = True
+    return mask[first : first + len(y)].to(y.device)
+
+
 def joined_max(x: Tensor) -> int:
     """The largest value of all ranks' shares; -1 where there is none."""
     own = x.max() if len(x) else x.new_tensor(-1)

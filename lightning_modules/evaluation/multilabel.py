@@ -12,8 +12,8 @@ from torch import Tensor
 
 from curated_data.parallel import together
 from lightning_modules.distributed import all_gather_rows, all_reduce
-from lightning_modules.evaluation.inputs import Array, as_tensor, checked_features, first_row, n_joined
-from lightning_modules.evaluation.linear import fit_logistic
+from lightning_modules.evaluation.inputs import Array, as_tensor, checked_features, held_out_rows, n_joined
+from lightning_modules.evaluation.logistic import fit_logistic
 from lightning_modules.evaluation.result import Result
 
 
@@ -85,13 +85,9 @@ def multilabel(
             raise ValueError("train and test have different numbers of dimensions or of classes")
     if not 0 < held_out < 1 or not inverse_penalties:
         raise ValueError(f"bad settings: {held_out=}, {inverse_penalties=}")
-    n, first = n_joined(y), first_row(y)
-    if n < 2:
+    if (n := n_joined(y)) < 2:
         raise ValueError(f"train needs two samples or more, one of them to choose C on; got {n}")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    mask = torch.zeros(n, dtype=torch.bool)
-    mask[order[: min(max(1, round(held_out * n)), n - 1)]] = True
-    out = mask[first : first + len(y)].to(y.device)
+    out = held_out_rows(y, held_out, seed)
     precisions, chosen = [], []
     for c in range(y.shape[1]):
         positives = all_reduce(torch.stack([(marks[:, c] == 1).sum() for marks in (y, truth)]))

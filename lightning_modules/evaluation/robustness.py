@@ -16,11 +16,11 @@ from lightning_modules.evaluation.inputs import (
     as_tensor,
     checked_features,
     checked_labels,
-    first_row,
+    held_out_rows,
     n_joined,
     occurring,
 )
-from lightning_modules.evaluation.linear import fit_logistic
+from lightning_modules.evaluation.logistic import fit_logistic
 from lightning_modules.evaluation.result import PER_SAMPLE, Result
 
 log = logging.getLogger(__name__)
@@ -129,10 +129,7 @@ def robustness(
             name: _prepared(name, data, x.shape[1], classes, device) for name, data in shifted.items()
         }
 
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    mask = torch.zeros(n, dtype=torch.bool)
-    mask[order[: min(max(1, round(held_out * n)), n - 1)]] = True
-    out = mask[first_row(y) :][: len(y)].to(y.device)
+    out = held_out_rows(y, held_out, seed)
     places = torch.searchsorted(classes, y)  # of the labels, among the columns of a head
     fitted, answers = x[~out], places[~out]
     scores, head = [], None

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from curated_data import CuratedDataModule, EmbeddedPool, LoaderOptions, ShardPool, curate, curate_embeddings
 from curated_data.cache.artifacts import open_cache
+from curated_data.cli import main
 from curated_data.embedding import Precomputed
 from curated_data.embedding.files import EmbeddingFiles
 from curated_data.errors import ConfigError, EmbedderError, PoolError
@@ -292,6 +293,22 @@ def test_a_pool_with_a_key_twice_is_refused(write_pool, rows, tmp_path):
     with pytest.raises(PoolError) as caught:
         Precomputed(path).places(pool)
     assert pool.index().duplicate_example in str(caught.value)
+
+
+def test_commands_take_rows_where_they_take_an_embedder(pool, rows, tmp_path, capsys):
+    write_table(tmp_path / "rows.parquet", all_keys(pool), rows)
+    np.save(tmp_path / "query.npy", rows[7])
+    given = [*pool.urls, "--embedder", f"precomputed:{tmp_path}/rows.parquet"]
+    given += ["--cache-dir", str(tmp_path / "cache")]
+    assert main(["embed", *given, "--out", str(tmp_path / "out")]) == 0
+    written = pq.read_table(tmp_path / "out").column("embedding").to_pylist()
+    np.testing.assert_array_equal(np.array(written, np.float32), rows)
+    assert main(["duplicates", *given, "--examples", str(tmp_path / "page.html")]) == 0
+    found = ["--vectors", str(tmp_path / "query.npy"), "-n", "1", "--ids", str(tmp_path / "ids.npy")]
+    assert main(["search", *given, *found]) == 0
+    assert np.load(tmp_path / "ids.npy").tolist() == [7]
+    assert main(["search", *given, "--image", "query.png"]) == 2
+    assert "give --vectors" in capsys.readouterr().err
 
 
 def _by_key(pool, rows, folder) -> str:

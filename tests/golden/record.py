@@ -33,7 +33,7 @@ from lightning_modules.evaluation.clustering import clustering
 from lightning_modules.evaluation.fairness import fairness
 from lightning_modules.evaluation.health import health
 from lightning_modules.evaluation.knn import knn
-from lightning_modules.evaluation.linear import fit_logistic
+from lightning_modules.evaluation.logistic import fit_logistic
 from lightning_modules.evaluation.ranking import ranking
 from lightning_modules.evaluation.retrieval import retrieval
 from tests.support.processes import run_ranks

@@ -55,7 +55,12 @@ def test_columns_replace_members(shard, tmp_path):
 def test_batches_have_them(shard, num_workers, tmp_path):
     pool = ShardPool(shard, cache_dir=tmp_path / "cache", labels="json.class", captions="title")
     data = CuratedDataModule(
-        pool, val_pool=pool, batch_size=8, num_workers=num_workers, image_size=8, cache_dir=tmp_path / "cache"
+        pool,
+        val_pool=pool,
+        batch_size=8,
+        loader={"num_workers": num_workers},
+        image_size=8,
+        cache_dir=tmp_path / "cache",
     )
     data.setup("fit")
     seen = []

@@ -13,11 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from curated_data.errors import PoolError
-from curated_data.pool.index import (
-    ShardIndex,
-    concatenate,
-    count_duplicate_keys,
-    index_shard,
+from curated_data.pool.index import ShardIndex, concatenate, count_duplicate_keys, index_shard
+from curated_data.pool.index_files import (
     load_pool_index,
     load_shard_index,
     save_shard_index,

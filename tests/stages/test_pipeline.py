@@ -77,6 +77,17 @@ REDONE = {
     "quotas.cap": (9, "selection"),
     "quotas.weights": ({2: 0.5}, "selection"),
     "quotas.level": (2, "selection"),
+    "retrieval.seeds": ({"mine": None}, "selection"),
+    # These change nothing where there are no seeds.
+    "retrieval.method": ("clusters", None),
+    "retrieval.n": (3, None),
+    "retrieval.least": (0.5, None),
+    "retrieval.level": (2, None),
+    "retrieval.least_seeds": (2, None),
+    "retrieval.per_cluster": (7, None),
+    "retrieval.limit": (5, None),
+    "retrieval.weights": ({}, None),
+    "retrieval.fill": (False, None),
     "resample": ("random", "tree"),
     "metric": ("cosine", "tree"),
     "init": ("random", "tree"),
@@ -103,12 +114,13 @@ STAGES = ("embeddings", "near_duplicates", "tree", "selection")
 
 
 def _all_settings():
-    from curated_data.config import EmbeddingConfig, NearDuplicateConfig, QuotaConfig
+    from curated_data.config import EmbeddingConfig, NearDuplicateConfig, QuotaConfig, RetrievalConfig
 
     sections = {
         "embedding": EmbeddingConfig,
         "near_duplicates": NearDuplicateConfig,
         "quotas": QuotaConfig,
+        "retrieval": RetrievalConfig,
     }
     for item in dataclasses.fields(CurationConfig):
         inner = dataclasses.fields(sections[item.name]) if item.name in sections else ()
@@ -128,7 +140,7 @@ def test_each_setting_redoes_what_it_determines_and_nothing_else(write_pool, tmp
     before = stages(base)
     for setting, (value, first) in REDONE.items():
         section, _, field = setting.rpartition(".")
-        value = held_out if field == "held_out" else value
+        value = {"held_out": held_out, "seeds": {"mine": held_out}}.get(field, value)
         whole = {**base.get(section, {}), field: value} if section else value
         changed = {**base, section or field: whole}
         after = stages(changed)

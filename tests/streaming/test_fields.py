@@ -13,6 +13,7 @@ from curated_data import CuratedDataModule, ShardPool
 from curated_data.errors import ConfigError, SampleError
 from curated_data.streaming import PoolDataset
 from curated_data.streaming.classes import ClassNumbers, class_names
+from tests.support.options import grouped
 
 
 def png(value: int) -> bytes:
@@ -30,7 +31,7 @@ def write(path, samples: list[dict]) -> str:
 
 def batches(pool, **arguments) -> list[dict]:
     settings = {"batch_size": 4, "num_workers": 0, "image_size": 8, "shuffle": "none"} | arguments
-    return list(CuratedDataModule(pool, **settings).train_dataloader())
+    return list(CuratedDataModule(pool, **grouped(settings)).train_dataloader())
 
 
 BROKEN = {"cls": b"\xff\xfe", "txt": b"\xff\xfe", "json": b"{"}
@@ -178,8 +179,8 @@ def test_a_curation_takes_no_sample_that_training_could_not_decode(tmp_path, ext
     whole = {"cls": b"cat", "txt": b"words", "json": b"{}"}
     samples = [whole | ({extension: BROKEN[extension]} if number % 4 == 1 else {}) for number in range(16)]
     pool = write(tmp_path / "a.tar", samples)
-    settings = {"embedder": "pixels:4", "cache_dir": tmp_path / "cache", "batch_size": 4, "num_workers": 0,
-                "image_size": 8}  # fmt: skip
+    settings = {"embedder": "pixels:4", "cache_dir": tmp_path / "cache", "batch_size": 4,
+                "loader": {"num_workers": 0}, "image_size": 8}  # fmt: skip
     loaded = CuratedDataModule(pool, CURATION, **settings)
     seen = torch.cat([batch["sample_id"] for batch in loaded.train_dataloader()])
     assert sorted(seen.tolist()) == [number for number in range(16) if number % 4 != 1]

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from curated_data import Component, CuratedDataModule, Mixture
+from tests.support.options import grouped
 from tests.support.trainer_runs import (
     GLOBAL_BATCH,
     SELECTION,
@@ -57,7 +58,7 @@ def data(folder: Path, ranks: int, **arguments: Any) -> CuratedDataModule:
         cache_dir=folder / "cache",
         batch_size=GLOBAL_BATCH // ranks,
         views=noisy_crop,
-        **{"num_workers": 0, **arguments},
+        **grouped({"num_workers": 0, **arguments}),
     )
 
 

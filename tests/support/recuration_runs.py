@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from curated_data import CuratedDataModule
+from tests.support.options import grouped
 
 SIZES = [30, 20, 14]
 
@@ -61,7 +62,7 @@ def datamodule(shards, cache, **changes):
         "levels": [{"n_clusters": 10}, {"n_clusters": 3}],
         "embedding": {"num_workers": 0, "dtype": "float32"},
     }
-    return CuratedDataModule(shards, curation, **(settings | changes))
+    return CuratedDataModule(shards, curation, **grouped(settings | changes))
 
 
 def fit(shards, cache, record, *, epochs, callbacks, ckpt_path=None, changes=None, **options):

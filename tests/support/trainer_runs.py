@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from curated_data.training.datamodule import CuratedDataModule
+from tests.support.options import grouped
 
 N_SAMPLES, N_VALIDATION = 53, 13
 SELECTION = np.sort(np.random.default_rng(0).choice(N_SAMPLES, 40, replace=False))
@@ -86,15 +87,17 @@ def scaled(image: torch.Tensor) -> torch.Tensor:
 def data(folder: Path, ranks: int, **arguments: Any) -> CuratedDataModule:
     return CuratedDataModule(
         str(folder / "pool-{0..2}.tar"),
-        **{
-            "selection": SELECTION,
-            "cache_dir": folder / "cache",
-            "batch_size": GLOBAL_BATCH // ranks,
-            "num_workers": 0,
-            "views": noisy_crop,
-            "eval_transform": scaled,
-            **arguments,
-        },
+        **grouped(
+            {
+                "selection": SELECTION,
+                "cache_dir": folder / "cache",
+                "batch_size": GLOBAL_BATCH // ranks,
+                "num_workers": 0,
+                "views": noisy_crop,
+                "eval_transform": scaled,
+                **arguments,
+            }
+        ),
     )
 
 

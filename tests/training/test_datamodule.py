@@ -284,7 +284,7 @@ data:
   val_pool: [{folder}/validation-0.tar]
   views: {{class_path: curated_data.training.datamodule.CenterCrop, init_args: {{size: 6}}}}
   batch_size: 8
-  num_workers: 0
+  loader: {{num_workers: 0}}
   cache_dir: {tmp_path}/cache
 trainer:
   accelerator: cpu

@@ -60,8 +60,8 @@ HALVED = PerSample(v2.ToDtype(torch.float16))
 )  # fmt: skip
 def test_hooks_run_after_the_views_are_made(folder, device_views, kind, module, by):
     loaded = kind(
-        str(folder / "pool-{0..2}.tar"), batch_size=8, num_workers=0, image_size=8, device_views=device_views,
-        val_pool=str(folder / "validation-0.tar"),
+        str(folder / "pool-{0..2}.tar"), batch_size=8, image_size=8,
+        loader={"num_workers": 0}, device={"views": device_views}, val_pool=str(folder / "validation-0.tar"),
     )  # fmt: skip
     module = module()
     trainer(folder, 1, max_epochs=1).fit(module, loaded)

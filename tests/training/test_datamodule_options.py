@@ -138,20 +138,24 @@ class TestDeviceViews:
 
     def test_what_is_no_view_is_one_clear_error(self, write_pool):
         paths = write_pool([4])
-        for name, match in (
-            ("device_views", r"device.views: gave a dict"),
-            ("views", r"views: gave a dict.* in "),
+
+        def no_view(*given: Tensor) -> dict[str, Tensor]:
+            return {"a": given[0]}
+
+        for arguments, match in (
+            ({"device": {"views": no_view}}, r"device.views: gave a dict"),
+            ({"views": no_view}, r"views: gave a dict.* in "),
         ):
             data = CuratedDataModule(
                 paths,
                 batch_size=2,
                 loader={"num_workers": 0},
                 image_size=8,
-                **{name: lambda *given: {"a": given[0]}},
+                **arguments,
             )
             with pytest.raises(ConfigError, match=f"^{match}"):
                 trained(data)
-        both = {"views": lambda image: [CenterCrop(8)(image)] * 2, "device_views": ResizedCrops(8)}
+        both = {"views": lambda image: [CenterCrop(8)(image)] * 2, "device": {"views": ResizedCrops(8)}}
         with pytest.raises(ConfigError, match=r"^views: with device.views they give one tensor"):
             trained(CuratedDataModule(paths, batch_size=2, loader={"num_workers": 0}, **both))
         validated = CuratedDataModule(
@@ -235,14 +239,14 @@ class TestLabels:
             ({"labels": np.ones(4), "selection": np.arange(4)}, "labels: expected 4 integers"),
             ({"labels": np.arange(4), "selection": np.array([1, 2, 3, 1])}, "sample 1 is selected twice"),
             ({"labels": "nowhere.npy"}, "labels: nowhere.npy"),
-            ({"device_views": "crops"}, "device.views: expected a function"),
-            ({"slow_after": -1}, "slow_after"),
+            ({"device": {"views": "crops"}}, "device.views: expected a function"),
+            ({"loader": {"slow_after": -1}}, "slow_after"),
         ],
     )
     def test_wrong_arguments(self, write_pool, arguments, named):
         with pytest.raises(ConfigError, match=named):
             CuratedDataModule(
-                write_pool([12]), batch_size=4, loader={"num_workers": 0}, **arguments
+                write_pool([12]), **{"batch_size": 4, "loader": {"num_workers": 0}, **arguments}
             ).train_dataloader()
 
     def test_a_new_selection_needs_labels_too(self, write_pool):
@@ -328,7 +332,7 @@ class TestValidationDataloader:
                 return torch.utils.data.DataLoader([{"sample_id": 7}])
 
         paths = write_pool([4])
-        settings = {"batch_size": 4, "num_workers": 0, "image_size": 8}
+        settings = {"batch_size": 4, "loader": {"num_workers": 0}, "image_size": 8}
         for data, expected in (
             (CuratedDataModule(paths, val_pool=paths, **settings), [0, 1, 2, 3]),
             (Own(paths, **settings), [7]),

@@ -59,8 +59,8 @@ class Wrapping(CuratedDataModule):
 
 def made(kind, folder, **more) -> CuratedDataModule:
     return kind(
-        str(folder / "pool-{0..2}.tar"), selection=SELECTION, batch_size=8, num_workers=0, image_size=8,
-        eval_transform=scaled, cache_dir=folder / "cache", **more,
+        str(folder / "pool-{0..2}.tar"), selection=SELECTION, batch_size=8, image_size=8,
+        loader={"num_workers": 0}, eval_transform=scaled, cache_dir=folder / "cache", **more,
     )  # fmt: skip
 
 

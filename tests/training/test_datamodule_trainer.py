@@ -165,7 +165,7 @@ def test_a_data_module_is_read_back_from_a_checkpoint(folder, tmp_path):
         pool=str(folder / "pool-{0..2}.tar"),
         selection=SELECTION,
         batch_size=8,
-        num_workers=0,
+        loader={"num_workers": 0},
         image_size=8,
     )
     ids = [batch["sample_id"].tolist() for batch in loaded.train_dataloader()]
@@ -195,7 +195,7 @@ def test_the_whole_checkpoint_loads_without_pickles(folder, tmp_path, callback):
         "embedder": "pixels:4",
         "cache_dir": str(tmp_path / "cache"),
         "batch_size": 8,
-        "num_workers": 0,
+        "loader": {"num_workers": 0},
         "image_size": 8,
     }
     kept = ModelCheckpoint(tmp_path, save_last=True)

@@ -15,6 +15,7 @@ from curated_data.pool.decode import decode_image
 from curated_data.streaming.device import PerSample, ResizedCrops
 from curated_data.streaming.encoded import is_whole_jpeg
 from curated_data.training.datamodule import CuratedDataModule
+from tests.support.options import grouped
 from tests.training.test_datamodule_options import JITTER, by_sample, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -76,7 +77,7 @@ def write(tmp_path):
 
 def module(pool: str, **arguments) -> CuratedDataModule:
     settings = {"device_views": ResizedCrops(8), "batch_size": 3, "num_workers": 0, "image_size": 12}
-    return CuratedDataModule(pool, **{**settings, **arguments})
+    return CuratedDataModule(pool, **grouped({**settings, **arguments}))
 
 
 def same(batches: list[dict], expected: list[dict], tolerance: float = 0.0) -> None:

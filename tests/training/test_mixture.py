@@ -21,6 +21,7 @@ from curated_data.streaming.mixture import MixtureOrder
 from curated_data.streaming.state import checked_state
 from curated_data.training.components import mixture_rows
 from tests.support.mixture_runs import EPOCH_BATCHES, data, left_corner, mixture
+from tests.support.options import grouped
 from tests.support.recuration_runs import TinyModule, to_float
 from tests.support.trainer_runs import (
     EPOCHS,
@@ -120,7 +121,7 @@ def batches(loaded: CuratedDataModule) -> list[dict]:
 )
 def test_one_component_is_bit_for_bit_the_stream_of_its_selection(folder, settings):
     pool = str(folder / "pool-{0..2}.tar")
-    settings = {"batch_size": 8, "num_workers": 0, "views": noisy_crop} | settings
+    settings = grouped({"batch_size": 8, "num_workers": 0, "views": noisy_crop} | settings)
     plain = CuratedDataModule(pool, selection=SELECTION, **settings)
     mixed = CuratedDataModule(mixture=Mixture([Component("a", pool, selection=SELECTION)]), **settings)
     for _ in range(2):
@@ -214,7 +215,7 @@ def test_the_log_and_the_statistics_say_how_often_each_component_was_seen(folder
 
 
 def test_an_epoch_is_rounded_up_with_pad_and_nothing_is_left_out(folder):
-    settings = {"batch_size": 8, "num_workers": 0, "views": noisy_crop}
+    settings = {"batch_size": 8, "loader": {"num_workers": 0}, "views": noisy_crop}
     dropped = CuratedDataModule(mixture=mixture(folder), **settings)
     padded = CuratedDataModule(mixture=mixture(folder), last_batch="pad", **settings)
     by_epoch = [batches(dropped), batches(dropped), batches(padded)]
@@ -409,7 +410,7 @@ def test_everything_bad_is_one_error_that_names_it_before_anything_is_embedded(f
         ({"curation": curation(16), "embedder": stop}, "curation"),
         ({"labels": [1]}, "labels"),
         ({"stratify_level": 1}, "stratify_level"),
-        ({"decoders": {"source": len}}, "source"),
+        ({"decoding": {"decoders": {"source": len}}}, "source"),
         ({"cache_dir": None}, "cache_dir"),
     ):
         with pytest.raises(ConfigError, match=told):

@@ -23,6 +23,7 @@ from curated_data.streaming import PoolDataset
 from curated_data.streaming.labels import SampleLabels
 from curated_data.training.datamodule import CuratedDataModule
 from lightning_modules import MAE, SP2OT, DINOv2, SimCLR, TSimCNE
+from tests.support.options import grouped
 from tests.support.worker_functions import corner, mean_colour, noisy
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +44,7 @@ def test_a_stream_is_the_same_however_workers_start(write_pool, tmp_path, method
             batch_size=4,
             decoding={"on_error": "skip", "max_skipped": 1},
             cache_dir=tmp_path / "cache",
-            **workers,
+            loader=workers,
         )
         loader = data.train_dataloader()
         epochs = [*loader, *loader]
@@ -123,7 +124,7 @@ def test_the_text_embedder_keeps_its_weights_from_workers():
 @pytest.mark.parametrize("argument", ["views", "decoders"])
 def test_what_cannot_be_sent_to_workers_is_named(write_pool, argument):
     given = {"views": lambda image: image, "decoders": {"png": lambda data: torch.zeros(3, 8, 8)}}
-    settings = {"batch_size": 2, "image_size": 8, argument: given[argument]}
+    settings = grouped({"batch_size": 2, "image_size": 8, argument: given[argument]})
     data = CuratedDataModule(
         write_pool([4]), loader={"num_workers": 1, "multiprocessing_context": "spawn"}, **settings
     )
@@ -201,7 +202,7 @@ if sys.argv[3:]:
 pool = ShardPool(sys.argv[1], cache_dir=sys.argv[2], num_workers=2)
 data = CuratedDataModule(
     pool, {"target_size": 6, "levels": [{"n_clusters": 3}], "embedding": {"num_workers": 0}},
-    embedder="pixels:4", cache_dir=sys.argv[2], batch_size=2, num_workers=1, image_size=8,
+    embedder="pixels:4", cache_dir=sys.argv[2], batch_size=2, loader={"num_workers": 1}, image_size=8,
 )
 for batch in data.train_dataloader():
     print(batch["sample_id"].tolist(), batch["image"].double().sum().item())
