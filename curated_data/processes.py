@@ -1,4 +1,4 @@
-"""Worker processes: the cores that there are for them, how they start, and ending them with their parent."""
+"""Worker processes: the cores available to them, how they start, and ending them with their parent."""
 
 import contextlib
 import multiprocessing

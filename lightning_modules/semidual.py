@@ -94,9 +94,8 @@ def _anderson(problem: "_Problem", kernel: "_Kernel", v: Tensor, tol: float) -> 
 class _Kernel:
     """Row softmax at a centre; the plan at other potentials follows from it by scaling."""
 
-    def __init__(self, problem: "_Problem", center: Tensor, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, problem: "_Problem", center: Tensor) -> None:
         self.problem = problem
-        self.dtype = dtype or problem.cost.dtype
         self._recenter(center)
 
     def columns(self, v: Tensor, precise: bool) -> Tensor:
@@ -130,7 +129,7 @@ class _Kernel:
     def _recenter(self, v: Tensor) -> None:
         self.center = v
         blocks = _row_blocks(self.problem.cost)
-        self.rows = torch.cat([_row_softmax(block, v, self.problem.epsilon, self.dtype) for block in blocks])
+        self.rows = torch.cat([_row_softmax(block, v, self.problem.epsilon) for block in blocks])
 
 
 @dataclass(frozen=True)
@@ -206,10 +205,10 @@ def _row_blocks(matrix: Tensor) -> list[Tensor]:
     return list(matrix.split(max(1, entries // matrix.shape[1])))
 
 
-def _row_softmax(cost: Tensor, v: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+def _row_softmax(cost: Tensor, v: Tensor, epsilon: float) -> Tensor:
     """softmax((v - [C, 0]) / ε), (n, K + 1)."""
     k = cost.shape[1]
-    scores = torch.empty(len(cost), k + 1, dtype=dtype, device=cost.device)
-    torch.sub((v[:k] / epsilon).to(dtype), cost.to(dtype), alpha=1 / epsilon, out=scores[:, :k])
-    scores[:, k] = (v[k] / epsilon).to(dtype)
+    scores = torch.empty(len(cost), k + 1, dtype=cost.dtype, device=cost.device)
+    torch.sub((v[:k] / epsilon).to(cost.dtype), cost, alpha=1 / epsilon, out=scores[:, :k])
+    scores[:, k] = (v[k] / epsilon).to(cost.dtype)
     return scores.softmax(1)

@@ -142,22 +142,6 @@ def writable(path: Path, *, makes_folder: bool = False, builds: bool = False) ->
         raise
 
 
-def check_writable(path: Path, *, is_folder: bool) -> None:
-    """Check, before long work and without creating anything, that a file or folder can be written at `path`.
-
-    Raises:
-        CacheError: it cannot, or the other of both is there.
-    """
-    if not is_folder and path.is_dir():
-        raise CacheError(f"{path}: is a folder; give the name of a file in it")
-    above = [path, *path.absolute().parents] if is_folder else path.absolute().parents
-    nearest = next(place for place in above if os.path.lexists(place))
-    if not nearest.is_dir():
-        raise CacheError(f"{nearest}: is not a folder, so nothing can be written in it; give another place")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise CacheError(f"{nearest}: cannot be written (permission denied); give another place")
-
-
 def _acquire(lock: Path, wait: bool) -> int | None:
     """A handle that holds the lock on the file `lock`; None if another has it and `wait` is False."""
     started, reminded = time.monotonic(), None

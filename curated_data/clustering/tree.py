@@ -187,7 +187,7 @@ class ClusterTree:
             device: of the computation.
 
         Raises:
-            ValueError: a level that there is not, or rows of another length.
+            ValueError: an unknown level, or rows of another length.
         """
         from curated_data.clustering.kmeans import nearest_centroids
 

@@ -249,7 +249,7 @@ def _stopped(error: Exception, sample: dict[str, Any]) -> CuratedDataError:
         return error
     return CuratedDataError(
         f"{place_of(sample)}: embedding stopped there at an error that does not come from its bytes "
-        f"({first_line(error, with_type=True)}); fix its cause and run again to continue. If an own "
+        f"({first_line(error, with_type=True)}); fix its cause and run again to continue. If a custom "
         "decoder or preprocess raised it because of the bytes, have it raise curated_data.errors.SampleError"
     )
 

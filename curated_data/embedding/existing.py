@@ -118,7 +118,7 @@ class EmbeddedPool:
         with n rows in the order of ids.
 
         Raises:
-            ConfigError: a column that there is not; suggests the nearest name.
+            ConfigError: an unknown column; suggests the nearest name.
             PoolError: a file cannot be read, or holds a key twice.
         """
         from curated_data.pool.columns import columns_of_rows, columns_of_tables

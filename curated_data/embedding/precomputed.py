@@ -62,7 +62,7 @@ class Precomputed:
         """What `precomputed:PATH?key=…&column=…&missing=…` says; None for the name of another embedder.
 
         Raises:
-            EmbedderError: no path, or an option that there is not.
+            EmbedderError: no path, or an unknown option.
         """
         if not text.startswith(_PREFIX):
             return None

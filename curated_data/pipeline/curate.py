@@ -47,7 +47,7 @@ def curate(
     decoders: Decoders | None = None,
     fields: Sequence[str] | None = None,
 ) -> Curation:
-    """Select a subset of a pool in which what is rare has more of a share, without labels.
+    """Select a subset of a pool in which rare concepts have a larger share, without labels.
 
     With `preset: paper` by hierarchical k-means with resampling (arXiv 2405.15613).
 

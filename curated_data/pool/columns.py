@@ -68,7 +68,7 @@ def read_columns(pool: "ShardPool", names: Sequence[str], tables: Sequence[Path]
         tables: parquet files with a column of keys, or with a row for every sample in the pool's order.
 
     Raises:
-        ConfigError: a column that there is not; suggests the nearest name.
+        ConfigError: an unknown column; suggests the nearest name.
         PoolError: a parquet file cannot be read, or holds a key twice.
     """
     beside = _Beside(pool, tables)
@@ -96,7 +96,7 @@ def columns_of_tables(n: int, names: Sequence[str], tables: Sequence[Path | None
     """Columns of n rows of embeddings, from the parquet files that have a row for each of them.
 
     Raises:
-        ConfigError: a column that there is not; suggests the nearest name.
+        ConfigError: an unknown column; suggests the nearest name.
         PoolError: a file cannot be read.
     """
     parts = []
@@ -121,7 +121,7 @@ def columns_of_rows(n: int, keys: pa.Array | None, names: Sequence[str], tables:
         keys: of the rows; None: they have none, and the files have a row for each, in their order.
 
     Raises:
-        ConfigError: a column that there is not; suggests the nearest name.
+        ConfigError: an unknown column; suggests the nearest name.
         PoolError: a file cannot be read, or holds a key twice.
     """
     found: dict[str, Any] = {}

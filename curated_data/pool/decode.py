@@ -70,7 +70,7 @@ def decode_sample(
 
     Args:
         sample: as returned by `ShardPool.read`: `__key__`, `__url__`, and bytes by extension.
-        decoders: own decoders by extension, which take precedence: `{"tif": read_bands}`, or `".TIF"`,
+        decoders: custom decoders by extension, which take precedence: `{"tif": read_bands}`, or `".TIF"`,
             decodes `tif` and `left.tif`. The result for an extension that is not known here is returned under
             that extension.
         image_extensions: the extensions of images, in order of preference; of several with the same
@@ -242,7 +242,7 @@ def check_has_image(
         sample, decoders, image_extensions: as for `decode_sample`.
 
     Raises:
-        SampleError: it has no image, nor an array or text with an own decoder, which may make one.
+        SampleError: it has no image, nor an array or text with a custom decoder, which may make one.
     """
     _check_image(sample, _parts(sample, decoders or {}, image_extensions))
 
@@ -310,7 +310,7 @@ def _decode(sample: Mapping[str, Any], part: _Part, default: Callable[[bytes], A
     try:
         with warnings.catch_warnings(record=True) as caught:
             value = (part.own or default)(sample[part.member])
-    except Exception as error:  # own decoders may raise anything; the error must name the sample
+    except Exception as error:  # custom decoders may raise anything; the error must name the sample
         if is_samples(error):
             raise undecodable(sample, part.member, error) from error
         if isinstance(error, SampleError):  # because of another error, which it must not hide

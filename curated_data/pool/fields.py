@@ -19,7 +19,7 @@ def checked_fields(
     """The fields that batches have beside the images, arrays or texts themselves.
 
     Args:
-        fields: of "label", "caption" and "metadata", and the extensions of own decoders for members that have
+        fields: of "label", "caption" and "metadata", and the extensions of custom decoders for members with
             no field; None: all.
         decoders: see `as_decoders`.
         image_extensions: of the pool.

@@ -312,7 +312,7 @@ class ShardPool:
 
         Raises:
             SampleError: a `.cls` that is not an integer in ASCII digits.
-            ConfigError: a column that there is not, or that holds neither integers nor names.
+            ConfigError: an unknown column, or one that holds neither integers nor names.
         """
         ids = self._checked(ids)
         if self.described is not None and self.described.numbers is not None:
@@ -347,7 +347,7 @@ class ShardPool:
                 `entropy`, `flat`) and of texts (`text_length`); and those of parquet files, joined by key.
 
         Raises:
-            ConfigError: a column that there is not; suggests the nearest name.
+            ConfigError: an unknown column; suggests the nearest name.
             PoolError: a parquet file cannot be read, or holds a key twice.
         """
         from curated_data.pool.columns import read_columns

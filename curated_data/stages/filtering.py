@@ -58,7 +58,7 @@ def filter_pool(pool: AnyPool, config: CurationConfig) -> Filtered | None:
         config: with ids alone in `exclude`, see `with_named_ids`.
 
     Raises:
-        ConfigError: a condition that is none, names a column that there is not, or cannot be evaluated.
+        ConfigError: not a condition, or one that names an unknown column, or cannot be evaluated.
         PoolError: nothing is left, or a column cannot be read.
     """
     if config.where is None and not config.exclude:

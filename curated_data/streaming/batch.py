@@ -18,7 +18,7 @@ from curated_data.streaming.statistics import BatchReport
 def collate(loaded: LoadedBatch) -> tuple[dict[str, Any], BatchReport]:
     """Collate samples to a batch: tensors and numbers to tensors; captions, metadata and members to lists.
 
-    Outputs of own decoders that are tensors, arrays or numbers become one tensor; of other types, or if a
+    Outputs of custom decoders that are tensors, arrays or numbers become one tensor; of other types, or if a
     sample of the batch lacks its own, they are a list, with None where one is missing.
 
     Args:

@@ -53,9 +53,10 @@ class PoolDataset(Dataset):
         seed: for the views.
         extensions: read only the members with these extensions; None reads all.
         decode: False returns the undecoded bytes of the members, under "members".
-        decoders, min_size: own decoders by extension, and decoding at a reduced size, see `decode_sample`.
+        decoders, min_size: custom decoders by extension, and decoding at a reduced size, see `decode_sample`.
         fields: what samples have besides their image, array or text: "label", "caption", "metadata", and the
-            extensions of own decoders whose outputs they have under that name. Other members are not decoded.
+            extensions of custom decoders whose outputs they have under that name. Other members are not
+            decoded.
             None: all.
         on_error: what to do about a sample that cannot be decoded: "raise", or "skip", which replaces it by
             one of the request's spares, or by padding if the request has none.
@@ -359,7 +360,7 @@ class PoolDataset(Dataset):
 
 
 def _check_label(label: Any, members: dict[str, Any]) -> None:
-    """Check what an own decoder made of a label, which is collated as an integer unless it is an array."""
+    """Check what a custom decoder made of a label, which is collated as an integer unless it is an array."""
     if isinstance(label, Tensor | np.ndarray):
         return
     try:

@@ -68,7 +68,7 @@ class DecodingOptions:
     """How samples are decoded; for `CuratedDataModule(decoding=...)`.
 
     Attributes:
-        decoders: own functions of bytes by extension, see `decode_sample`.
+        decoders: custom functions of bytes by extension, see `decode_sample`.
         fields: what batches have besides images: some of "label", "caption" and "metadata", and the
             extensions of `decoders` for members that are none of these. Members of other fields are not
             decoded, so what they hold does not matter; a curation takes no sample whose fields cannot be
@@ -166,7 +166,7 @@ MOVED = {
 
 
 def grouped(old: Mapping[str, Any], **given: Any) -> tuple[LoaderOptions, DecodingOptions, DeviceOptions]:
-    """The groups, from what was given for each and from arguments of before there were groups.
+    """The groups, from what was given for each and from arguments from before there were groups.
 
     Args:
         old: arguments by their old names, which count before what is given in a group, as on a command line
@@ -206,7 +206,7 @@ def grouped(old: Mapping[str, Any], **given: Any) -> tuple[LoaderOptions, Decodi
 
 
 class Moved:
-    """An attribute of before there were groups, which still reads and sets, with a warning."""
+    """An attribute from before there were groups, which still reads and sets, with a warning."""
 
     def __init__(self, name: str) -> None:
         self.name = name

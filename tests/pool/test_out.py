@@ -180,7 +180,7 @@ class TestStores:
             monkeypatch.setattr(MemoryFileSystem, "put_file", refuse)
             with pytest.raises(CacheError, match=r"shard-000000\.tar: cannot be written") as caught:
                 writer.publish()
-            with pytest.raises(PoolError, match="closed, or failed"):
+            with pytest.raises(PoolError, match="this writer is closed"):
                 writer.write(samples(1)[0])
         assert len(calls) == 3
         assert len(str(caught.value)) < 500

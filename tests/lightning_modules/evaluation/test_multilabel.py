@@ -75,7 +75,7 @@ def test_bad_input_is_named():
         multilabel(x, marks[:, 0], x, marks)
     with pytest.raises(ValueError, match="must be 1, 0 or -1"):
         multilabel(x, marks + 1, x, marks)
-    with pytest.raises(ValueError, match="no whole numbers"):
+    with pytest.raises(ValueError, match="not whole numbers"):
         multilabel(x, marks * 0.5, x, marks)
     with pytest.raises(ValueError, match=r"two samples or more.*got 1"):
         multilabel(x[:1], marks[:1], x, marks)
