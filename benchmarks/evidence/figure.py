@@ -47,6 +47,7 @@ def draw(lines: list[dict[str, Any]], against: str = "ratio") -> Figure:
                     place, found.mean(), half_interval(found), color=colour, fmt="o", capsize=3, markersize=5
                 )
             axes.axhline(0, color="grey", linewidth=0.8)
+            axes.set_xlim(-0.5, len(ticks) - 0.5)
             axes.set_xticks(range(len(ticks)), [f"{tick:g}" for tick in ticks])
             axes.set_title(f"{pool}: {FIGURES[measure]}", fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)

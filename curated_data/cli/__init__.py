@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from curated_data import __version__
-from curated_data.cli import curation, embeddings, inspect, recipe, results, search, shards
+from curated_data.cli import curation, embeddings, inspect, recipe, results, search, shards, tune
 from curated_data.progress import log_to_terminal
 
 _OVERVIEW = """Balanced subsets of long-tailed pools of WebDataset shards.
@@ -26,6 +26,7 @@ make shards
 select
   curate       index, embed, cluster, sample; with --dry-run what that would take
   extend       from a pool that has grown, with an existing tree
+  tune         compare a dozen settings by a few hundred labels
   duplicates   show pairs of near-duplicates, to choose their threshold by looking
 
 look at what was done
@@ -102,6 +103,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, prog="curated-data", metavar="COMMAND", help=argparse.SUPPRESS
     )
-    for part in (recipe, shards, curation, embeddings, results, search, inspect):
+    for part in (recipe, shards, curation, tune, embeddings, results, search, inspect):
         part.add(commands)
     return parser

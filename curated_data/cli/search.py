@@ -32,7 +32,11 @@ def add(commands: Any) -> None:
     )
     add_embedder(command)
     command.add_argument(
-        "--text", action="append", default=[], help="look for this; for pools of text, by the embedder minilm"
+        "--text",
+        action="append",
+        default=[],
+        help="look for this, by an embedder with a text tower: transformers:openai/clip-vit-base-patch32, or "
+        "minilm for pools of text",
     )
     command.add_argument("--image", action="append", default=[], metavar="FILE", help="look for this image")
     command.add_argument(
@@ -44,7 +48,9 @@ def add(commands: Any) -> None:
         "--same", type=float, default=0.98, metavar="COSINE",
         help="from which a sample counts as the same image (default: %(default)s)",
     )  # fmt: skip
-    command.add_argument("--out", metavar="SHEET.png", help="write a contact sheet of the images found")
+    command.add_argument(
+        "--out", metavar="SHEET.png|PAGE.html", help="write a contact sheet of what was found"
+    )
     command.add_argument("--ids", metavar="FILE.npy", help="write the ids, to include, exclude or start from")
     command.add_argument("--table", metavar="FILE.csv", help="write what is printed")
 
@@ -53,7 +59,14 @@ def _search(parsed: argparse.Namespace) -> None:
     import numpy as np  # here, as all that takes long to import
 
     from curated_data.embedding import Precomputed
-    from curated_data.pipeline.search import contact_sheet, embed_queries, newest_curation, rows_of, search
+    from curated_data.pipeline.search import (
+        contact_page,
+        contact_sheet,
+        embed_queries,
+        newest_curation,
+        rows_of,
+        search,
+    )
     from curated_data.pool.encode import encode_member
     from curated_data.pool.out import write_file
 
@@ -90,7 +103,10 @@ def _search(parsed: argparse.Namespace) -> None:
     for line in _same(found, [*parsed.image, *parsed.text], parsed.same):
         print(line)
     if parsed.out is not None:
-        print(f"images: {write_file(parsed.out, contact_sheet(found, pool), options)}")
+        is_page = parsed.out.lower().endswith((".html", ".htm"))
+        names_of = [*parsed.image, *parsed.text]
+        content = contact_page(found, pool, names_of) if is_page else contact_sheet(found, pool)
+        print(f"images: {write_file(parsed.out, content, options)}")
     if parsed.ids is not None:
         print(f"ids: {write_file(parsed.ids, encode_member(np.sort(found.ids)), options)}")
     if parsed.table is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from curated_data.cache.paths import spelled
 from curated_data.cli import common
+from curated_data.errors import ConfigError
 
 
 def add(commands: Any) -> None:
@@ -33,6 +34,14 @@ def add(commands: Any) -> None:
     _shard_options(command)
     command.add_argument(
         "--order", choices=("pool", "shuffled"), default="shuffled", help="(default: %(default)s)"
+    )
+    command.add_argument(
+        "--to",
+        metavar="hf://datasets/OWNER/NAME",
+        help="then upload the export as one commit to the Hugging Face Hub; a new data set is private",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="with --to: export, and only list what would be uploaded"
     )
 
     command = common.add_pool_command(
@@ -79,13 +88,33 @@ def _holds_parquet(source: str) -> bool:
 
 def _export(parsed: argparse.Namespace) -> None:
     common.config_of(parsed)
-    from curated_data.pipeline.export import check_export, export
+    from curated_data.cache.paths import is_url
+    from curated_data.pipeline.export import check_export, export, exported_files
+    from curated_data.pool.hub_upload import hub_client, hub_place, upload
 
+    place = None if parsed.to is None else hub_place(parsed.to)
+    if place is None and parsed.dry_run:
+        raise ConfigError("--dry-run: lists what --to would upload; give that, too")
+    if place is not None and is_url(parsed.out):
+        raise ConfigError(f"--to: uploads from a folder of this machine, and --out is {parsed.out}")
+    if place is not None and not parsed.dry_run:
+        hub_client()  # before anything takes long
     options = {"max_samples": parsed.max_samples, "overwrite": parsed.overwrite}
     check_export(common.pool_of(parsed), parsed.out, described=True, **options)
     pool, curation = common.run_curation(parsed)
     shards = export(pool, curation.ids, parsed.out, curation=curation, order=parsed.order, **options)
     print(f"{len(curation.ids):,} samples in {len(shards):,} shards in {parsed.out}")
+    if place is None:
+        return
+    folder = Path(spelled(parsed.out))
+    names = exported_files(folder)
+    for name in names:
+        print(f"{(folder / name).stat().st_size:>15,} bytes  {place.path(name)}")
+    if parsed.dry_run:
+        print(f"nothing was uploaded; without --dry-run: {len(names)} files to {place.url}")
+    else:
+        message = f"{len(curation.ids):,} of {len(pool):,} samples, selected by curated-data"
+        print(f"uploaded: {upload(folder, names, place, message=message)}")
 
 
 def _index(parsed: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@
 | `torchvision:resnet50` | a torchvision classifier without its last linear layer | its default |
 | `timm:vit_small_patch14_dinov2.lvd142m` | a timm model, pooled | pretrained |
 | `transformers:facebook/dinov2-small` | an image tower of transformers | pretrained, or a folder |
+| `transformers:google/siglip-base-patch16-224` | CLIP or SigLIP, comparable to texts | the same |
 | `hub:dinov2_vitl14` | an entry of `facebookresearch/dinov2`; or `hub:owner/repo:entry` | the entry's |
 | `checkpoint:runs/last.ckpt` | a pretraining module, from its Lightning checkpoint | in the file |
 | `efficientnet_lite0`, `efficientnet_lite0:64` | EfficientNet-Lite0 at 128 pixels, or the given size | `demo`
@@ -23,9 +24,9 @@ import contextlib
 import difflib
 import importlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, TypeGuard, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -289,9 +290,11 @@ def _timm(rest: str) -> Embedder:
 
 
 def _transformers(rest: str) -> Embedder:
-    """An image tower by `AutoModel`, with its own processor, from the Hub or a folder."""
+    """An image tower by `AutoModel`, with its own processor, from the Hub or a folder. One that was trained
+    with a text tower (CLIP, SigLIP) gives the features that both share.
+    """
     try:
-        from transformers import AutoImageProcessor, AutoModel
+        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
     except ImportError as error:
         raise EmbedderError(
             f"embedder 'transformers:{rest}' needs the package transformers: pip install 'curated-data[text]'"
@@ -303,13 +306,20 @@ def _transformers(rest: str) -> Embedder:
         f"transformers:{rest}",
         place,
     )
-    tower = getattr(network, "vision_model", network)  # of CLIP and SigLIP, which have one for texts too
     processor = with_hub_weights(
         lambda: AutoImageProcessor.from_pretrained(rest, use_fast=True, **options),
         f"transformers:{rest}",
         place,
     )
-    return ModuleEmbedder(_Pooled(tower), _Processed(processor), name=f"transformers:{rest}")
+    if hasattr(network, "get_text_features"):
+
+        def tokenizer() -> Any:  # read when it is needed: a folder for images alone may have none
+            return with_hub_weights(
+                lambda: AutoTokenizer.from_pretrained(rest, **options), f"transformers:{rest}", place
+            )
+
+        return TextImageEmbedder(network, _Processed(processor), tokenizer, name=f"transformers:{rest}")
+    return ModuleEmbedder(_Pooled(network), _Processed(processor), name=f"transformers:{rest}")
 
 
 class _Pooled(nn.Module):
@@ -324,6 +334,59 @@ class _Pooled(nn.Module):
         pooled = getattr(output, "pooler_output", None)
         found: Tensor = output.last_hidden_state[:, 0] if pooled is None else pooled
         return found
+
+
+class _Shared(nn.Module):
+    """The image features that a model of transformers shares with its texts."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _features(self.network.get_image_features(pixel_values=images))  # type: ignore[operator]
+
+
+def _features(output: Any) -> Tensor:
+    """Features as they are, or from what later versions of transformers return."""
+    found: Tensor = getattr(output, "pooler_output", output)
+    return found
+
+
+class TextImageEmbedder(ModuleEmbedder):
+    """An embedder of images and texts by a pair of towers of transformers, such as CLIP or SigLIP.
+
+    Args:
+        network: with `get_image_features` and `get_text_features`.
+        preprocess: of images.
+        tokenizer: makes the tokenizer of the texts.
+        name: for the log and the manifests in the cache.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        preprocess: Callable[[Any], Tensor],
+        tokenizer: Callable[[], Any],
+        *,
+        name: str,
+    ) -> None:
+        super().__init__(_Shared(network), preprocess, name=name)
+        self._tokenizer = tokenizer
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """(m, dimension) features of texts, longer ones cut, that compare by cosine with those of images."""
+        network: Any = cast(_Shared, self.network).network
+        longest = int(network.config.text_config.max_position_embeddings)
+        # SigLIP reads the last place, and was trained with padding up to there; CLIP takes it, too.
+        tokens = self._tokenizer()(
+            list(texts), padding="max_length", truncation=True, max_length=longest, return_tensors="pt"
+        )
+        device = next(network.parameters()).device
+        known = {name: tokens[name].to(device) for name in ("input_ids", "attention_mask") if name in tokens}
+        with evaluating(self):
+            return _features(network.get_text_features(**known)).float().cpu()
 
 
 class _Processed:

@@ -11,7 +11,7 @@ import numpy as np
 
 from curated_data.checks import check_choice
 from curated_data.clustering.tree import ClusterTree
-from curated_data.errors import PoolError
+from curated_data.errors import PoolError, printable
 from curated_data.pipeline.card import CARD, CROISSANT, PICTURE, TABLE, card, croissant, picture
 from curated_data.pool import ShardPool, ShardWriter
 from curated_data.pool.encode import encode_member
@@ -134,6 +134,25 @@ def export(
         writer.write_beside("manifest.json", text.encode())
     log.info("exported %d samples to %d shards in %s", len(ids), len(writer.shards), writer.out)
     return writer.shards
+
+
+def exported_files(folder: Path) -> list[str]:
+    """The names of the files of an export to a folder of this machine, the shards first.
+
+    Raises:
+        PoolError: it has no readable `manifest.json`, or a shard that it names is missing.
+    """
+    try:
+        shards = [
+            str(shard["name"]) for shard in json.loads((folder / "manifest.json").read_bytes())["shards"]
+        ]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise PoolError(f"{folder}: holds no export ({printable(error)}); export to it first") from error
+    there = set(LocalFolder(folder).names())
+    for name in shards:
+        if name not in there:
+            raise PoolError(f"{folder}: its shard {name!r} is missing; export again")
+    return [*shards, *(name for name in (*_BESIDE, *_DESCRIBED) if name in there)]
 
 
 def _earlier(out: LocalFolder | RemoteFolder, *, described: bool) -> tuple[bool, list[str]]:

@@ -3,6 +3,8 @@
 A search is exact and reads the embeddings once, from memory maps, see `curated_data.selection.retrieval`.
 """
 
+import base64
+import html
 import io
 import logging
 import tempfile
@@ -17,9 +19,11 @@ from PIL import Image, ImageDraw, ImageFont
 from curated_data.cache.artifacts import absolute
 from curated_data.cache.paths import local_path
 from curated_data.embedding import embed_pool
+from curated_data.embedding.embedders import TextImageEmbedder
 from curated_data.embedding.text import MiniLM
 from curated_data.errors import CacheError, ConfigError, PoolError, SampleError
 from curated_data.pool import ShardPool, ShardWriter
+from curated_data.pool.captions import read_captions
 from curated_data.pool.decode import TEXT_EXTENSIONS
 from curated_data.report.examples import thumbnails
 from curated_data.selection.removed import Removed
@@ -116,10 +120,16 @@ def embed_queries(
     """
     if not images and not texts:
         raise ConfigError("search: nothing to look for; give a text, an image, or vectors")
+    if isinstance(embedder, TextImageEmbedder) and texts:
+        if not all(text.strip() for text in texts):
+            raise SampleError("search: a text is empty")
+        rows = [embed_queries(pool, embedder, images)] if images else []
+        return np.concatenate([*rows, embedder.embed_texts(texts).numpy()])
     if texts and getattr(embedder, "name", "") != MiniLM.name:
         raise ConfigError(
-            f"search: the embedder {getattr(embedder, 'name', 'given')!r} takes no text; give --image, or "
-            "--vectors with embeddings of your texts by the network's text tower"
+            f"search: the embedder {getattr(embedder, 'name', 'given')!r} takes no text; give --image, an "
+            "embedder with a text tower (transformers: and the name of a CLIP or SigLIP; minilm for pools of "
+            "text), or --vectors with embeddings of your texts"
         )
     with tempfile.TemporaryDirectory(prefix="curated-data-") as folder:
         names = []
@@ -172,6 +182,49 @@ def rows_of(found: Found, pool: ShardPool) -> list[dict[str, Any]]:
             row["duplicate_of"] = None if found.duplicate_of[place] < 0 else int(found.duplicate_of[place])
         rows.append(row)
     return rows
+
+
+def contact_page(found: Found, pool: ShardPool, queries: Sequence[str] = ()) -> bytes:
+    """An HTML page, which needs nothing else, of the samples found, with their keys and captions, each below
+    the query that it is nearest to.
+
+    Args:
+        found: from `search`.
+        pool: that was searched.
+        queries: what was looked for, for the headings; more queries than these are numbered.
+    """
+    has_images = any(extension in pool.index().extensions for extension in pool.image_extensions)
+    tiles = thumbnails(pool, found.ids, _SIDE) if has_images else [None] * len(found)
+    captions = read_captions(pool, found.ids)
+    rows = rows_of(found, pool)
+    sections = []
+    for number in range(max(int(found.query.max(initial=-1)) + 1, len(queries))):
+        cells = []
+        for place in np.flatnonzero(found.query == number).tolist():
+            row, tile, caption = rows[place], tiles[place], captions[place]
+            state = {None: "", 0: "not selected", 1: "selected"}.get(
+                row.get("times"), f"selected {row.get('times')} times"
+            )
+            image = "" if tile is None else f'<img alt="" src="{_data_url(tile)}">'
+            words = [row["key"], caption or "", f"{Path(row['shard']).name}, {state}".rstrip(", ")]
+            if row.get("duplicate_of") is not None:
+                words.append(f"near-duplicate of {row['duplicate_of']}")
+            lines = "".join(f"<span>{html.escape(word)}</span>" for word in words if word)
+            marked = ' class="selected"' if row.get("times") else ""
+            cells.append(
+                f"<figure{marked}>{image}<figcaption><b>{row['id']}</b> {row['cosine']:.3f}{lines}"
+                "</figcaption></figure>"
+            )
+        name = html.escape(queries[number]) if number < len(queries) else f"query {number}"
+        sections.append(f"<h2>{name}</h2><div>{''.join(cells) or 'nothing found'}</div>")
+    template = Path(__file__).with_name("search.html").read_text(encoding="utf-8")
+    return (template + "".join(sections)).encode("utf-8", "surrogateescape")
+
+
+def _data_url(tile: np.ndarray) -> str:
+    file = io.BytesIO()
+    Image.fromarray(tile).save(file, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def contact_sheet(found: Found, pool: ShardPool) -> bytes:

@@ -3,10 +3,12 @@
 import csv
 import io
 import logging
+import re
 
 import faiss
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from curated_data import ShardPool, ShardWriter, curate, curate_embeddings
@@ -155,3 +157,76 @@ def test_text_finds_text(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         found = search(store, embed_queries(pool, embedder, texts=["kittens"]), n=4)
     assert found.ids[0] == 2
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A function that saves a CLIP or SigLIP of random weights with a tokenizer of a few words."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    def save(kind):
+        small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        words = ["<pad>", "<end>", "<unk>", "a", "red", "truck", "two", "cats", "asleep"]
+        text = small | {"vocab_size": len(words), "max_position_embeddings": 12, "eos_token_id": 1}
+        vision = small | {"image_size": 28, "patch_size": 14}
+        size = {"height": 28, "width": 28}
+        torch.manual_seed(0)
+        if kind == "clip":
+            config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=8)
+            network = transformers.CLIPModel(config)
+            processor = transformers.CLIPImageProcessorFast(size={"shortest_edge": 28}, crop_size=size)
+        else:
+            network = transformers.SiglipModel(
+                transformers.SiglipConfig(vision_config=vision, text_config=text)
+            )
+            processor = transformers.SiglipImageProcessorFast(size=size)
+        tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        names = ["input_ids", *(["attention_mask"] if kind == "clip" else [])]
+        wrapped = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unk>",
+            model_input_names=names,
+        )  # fmt: skip
+        folder = tmp_path / kind
+        for part in (network, processor, wrapped):
+            part.save_pretrained(folder)
+        return folder, network.eval(), processor, wrapped
+
+    return save
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_text_finds_images_as_the_networks_own_forward_does(kind, clip, write_pool, tmp_path, capsys):
+    folder, network, processor, tokenizer = clip(kind)
+    shards, texts = write_pool([9]), ["a red truck <end>", "two cats asleep <end>"]
+    pool, embedder = ShardPool(shards), resolve_embedder(f"transformers:{folder}")
+    store = embed_pool(pool, embedder, tmp_path / "cache", num_workers=0, dtype="float32")
+    images = [np.array(Image.open(io.BytesIO(sample["png"]))) for sample in pool.read(range(9), ["png"])]
+    given = processor(images=images, return_tensors="pt")
+    tokens = tokenizer(texts, padding="max_length", max_length=12, return_tensors="pt")
+    with torch.inference_mode():
+        output = network(**given, **tokens)
+    expected = (output.text_embeds @ output.image_embeds.T).numpy()
+    for text, cosine in zip(texts, expected, strict=True):
+        found = search(store, embed_queries(pool, embedder, texts=[text]), n=9)
+        np.testing.assert_allclose(found.cosine, np.sort(cosine)[::-1], atol=1e-4)
+        np.testing.assert_allclose(cosine[found.ids], found.cosine, atol=1e-4)
+    (tmp_path / "in.png").write_bytes(bytes(pool.read([4], ["png"])[0]["png"]))
+    both = embed_queries(pool, embedder, [tmp_path / "in.png"], texts)
+    np.testing.assert_allclose(both[0], store.as_array()[4], atol=1e-4)
+    with pytest.raises(SampleError, match="empty"):
+        embed_queries(pool, embedder, texts=[" "])
+
+    page = tmp_path / "page.html"
+    command = ["search", *shards, "--embedder", f"transformers:{folder}", "--cache-dir", str(tmp_path / "c")]
+    assert main([*command, "--text", texts[0], "--text", "<unk> & cats", "-n", "3", "--out", str(page)]) == 0
+    assert f"images: {page}" in capsys.readouterr().out
+    text = page.read_text()
+    headings = re.findall("<h2>(.*?)</h2>", text)
+    assert headings == ["a red truck &lt;end&gt;", "&lt;unk&gt; &amp; cats"]
+    assert text.count('src="data:image/jpeg;base64,') == text.count("<figure") >= 3
+    assert main([*command, "--text", texts[0], "-n", "3", "--out", str(page)]) == 0
+    text, best = page.read_text(), np.argsort(-expected[0])[:3]
+    assert [int(number) for number in re.findall(r"<b>(\d+)</b>", text)] == best.tolist()
+    assert all(key in text for key in pool.keys(best))

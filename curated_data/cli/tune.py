@@ -1,0 +1,65 @@
+"""The command `curated-data tune`: which settings balance a pool best, by a few hundred labels."""
+
+import argparse
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.table import Table
+
+from curated_data.cli import common
+from curated_data.errors import ConfigError
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    command = common.add_pool_command(
+        commands, "tune", "compare a dozen settings by a few hundred labels of random samples", _tune
+    )
+    common.add_curation(command)
+    common.add_rows(command)
+    command.add_argument(
+        "--labels",
+        metavar="FILE.npy",
+        help="(n,) class of every sample, -1 for none (default: the .cls members)",
+    )
+
+
+def _tune(parsed: argparse.Namespace) -> None:
+    config = common.config_of(parsed)
+    from curated_data.embedding.existing import EmbeddedPool
+    from curated_data.pipeline.curate import curate
+    from curated_data.pipeline.tune import tune, verdict
+    from curated_data.selection.metrics import read_labels
+
+    labels = common.load_array(parsed.labels, "labels")
+    pool = EmbeddedPool(parsed.pool) if parsed.embeddings else common.pool_of(parsed)
+    if labels is None:
+        labels = None if isinstance(pool, EmbeddedPool) else read_labels(pool)
+    if labels is None:
+        raise ConfigError("tune: the pool has no labels; give --labels FILE.npy")
+    if labels.shape != (len(pool),) or labels.dtype.kind not in "iu":
+        raise ConfigError(
+            f"--labels: {labels.dtype} of shape {labels.shape}, expected {len(pool)} integers, -1 for none"
+        )
+    embedder = None if parsed.embeddings else parsed.embedder
+    rows = tune(
+        lambda settings: curate(
+            pool, settings, embedder=embedder, cache_dir=parsed.cache_dir, device=parsed.device
+        ),
+        config,
+        labels,
+    )
+    table = Table(
+        title=f"{config.target_size:,} of {len(pool):,} samples, {int((labels >= 0).sum()):,} labels"
+    )
+    for name in ("settings", "entropy of classes", "more than the default", "interval (95 %, all at once)"):
+        table.add_column(name, justify="left" if name == "settings" else "right")
+    for row in rows:
+        table.add_row(
+            row.name, f"{row.entropy:.3f}", f"{row.gain:+.3f}", f"{row.low:+.3f} to {row.high:+.3f}"
+        )
+    common.print_table(table)
+    best, why = verdict(rows)
+    print(why)
+    if best.settings:
+        print(OmegaConf.to_yaml(OmegaConf.create(best.settings)), end="")
