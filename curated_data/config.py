@@ -84,7 +84,7 @@ class CurationConfig:
         embedding: see `EmbeddingConfig`.
         near_duplicates: see `NearDuplicateConfig`.
 
-    Example:
+    Examples:
         >>> from curated_data import CurationConfig
         >>> config = CurationConfig(target_size=100_000, preset="paper", seed=1)
     """

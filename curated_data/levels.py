@@ -25,7 +25,7 @@ class Level:
         n_splits: s > 1 clusters in two passes: k-means into `n_clusters` groups, then each group by itself
             into s clusters, at most k_l * s in total. A level has splits or resampling, not both.
 
-    Example:
+    Examples:
         >>> from curated_data import CurationConfig, Level
         >>> config = CurationConfig(target_size=10_000, levels=[Level(5000, n_resamples=10), Level(500)])
         >>> [level.n_clusters for level in config.levels]

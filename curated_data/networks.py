@@ -47,7 +47,7 @@ def load_weights(network: nn.Module, path: str | Path, name: str) -> None:
     Raises:
         EmbedderError: the file is missing or unreadable, holds no state dict, or one of another network.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> network, other = nn.Linear(2, 1), nn.Linear(2, 1)
         >>> with tempfile.NamedTemporaryFile(suffix=".pth") as file:
@@ -100,7 +100,7 @@ def drop_classifier(network: nn.Module, name: str) -> None:
     Raises:
         EmbedderError: the network has neither.
 
-    Example:
+    Examples:
         >>> network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
         >>> drop_classifier(network, "two layers")
         >>> network(torch.zeros(1, 4)).shape

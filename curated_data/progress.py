@@ -118,7 +118,7 @@ def _lines(description: str, total: int | None, unit: str) -> Iterator[Callable[
 def line(description: str, done: int, total: int | None, unit: str, seconds: float) -> str:
     """How far some work is, with the time left at its mean speed so far.
 
-    Example:
+    Examples:
         >>> line("embedding", 250, 1000, "images", 60)
         'embedding: 250 of 1,000 images (25 %), 3 min left'
     """

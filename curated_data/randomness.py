@@ -19,7 +19,7 @@ def mixed(x: Words) -> Words:
     Args:
         x: int64 of any shape; products wrap around.
 
-    Example:
+    Examples:
         >>> mixed(np.array([GOLDEN], np.int64)).view(np.uint64) == 0xE220A8397B1DCDAF
         array([ True])
     """
@@ -31,7 +31,7 @@ def mixed(x: Words) -> Words:
 def shifted(x: Words, by: int) -> Words:
     """Shifted right, as unsigned words.
 
-    Example:
+    Examples:
         >>> shifted(np.array([-1]), 60)
         array([15])
     """
@@ -42,7 +42,7 @@ def shifted(x: Words, by: int) -> Words:
 def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
     """Run a block with torch's generators (CPU and `device`) at a seed, and put them back.
 
-    Example:
+    Examples:
         >>> with seeded(0):
         ...     a = torch.rand(2)
         >>> with seeded(0):

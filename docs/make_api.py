@@ -142,7 +142,7 @@ def settings_page() -> str:
 
 def attributes(schema: type) -> dict[str, str]:
     """What a docstring's `Attributes:` say of each field."""
-    text = inspect.getdoc(schema).split("Attributes:\n")[1]
+    text = inspect.getdoc(schema).split("Attributes:\n")[1].split("\nExample")[0] + "\n"
     found = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", text, re.DOTALL | re.MULTILINE)
     return {name: " ".join(words.split()).replace("|", "\\|") for name, words in found}
 

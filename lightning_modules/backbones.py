@@ -49,7 +49,7 @@ def build_backbone(
         ValueError: unknown name, an image size that the network cannot take, a stem that cannot be replaced,
             weights that cannot be found or do not fit, or more frozen blocks than there are.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_modules.backbones import build_backbone
         >>> backbone = build_backbone("resnet10", image_size=32, small_images=True)

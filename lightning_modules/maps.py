@@ -52,7 +52,7 @@ def embed_2d(
     Raises:
         ValueError: fewer than three samples, or features that are not finite, with their rows.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> labels = np.repeat([0, 1, 2], 20)
@@ -140,7 +140,7 @@ def draw_map(
     Raises:
         ValueError: arrays of different lengths.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from lightning_modules.maps import draw_map
         >>> coordinates = np.random.default_rng(0).normal(size=(60, 2))
@@ -191,7 +191,7 @@ def save_coordinates(
 ) -> None:
     """Write the map as CSV: id, x, y, and the label where given.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from lightning_modules.maps import save_coordinates
         >>> coordinates = np.random.default_rng(0).normal(size=(60, 2))
@@ -209,7 +209,7 @@ def save_coordinates(
 def isolated(coordinates: np.ndarray, *, share: float = 1e-3, n_neighbors: int = 5) -> np.ndarray:
     """The (n,) mask of the `share` of points that are farthest from their n-th neighbour on the map.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from lightning_modules.maps import isolated
         >>> coordinates = np.append(np.random.default_rng(0).normal(size=(99, 2)), [[50.0, 50.0]], axis=0)

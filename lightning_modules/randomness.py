@@ -18,7 +18,7 @@ def sample_noise(sample_ids: Tensor, n: int, *, seed: int, draw: int) -> Tensor:
         n: numbers per sample.
         draw: which draw it is, for example a count of batches.
 
-    Example:
+    Examples:
         >>> noise = sample_noise(torch.tensor([3, 7]), 4, seed=0, draw=0)
         >>> torch.equal(noise[1:], sample_noise(torch.tensor([7]), 4, seed=0, draw=0))
         True
@@ -32,7 +32,7 @@ def sample_noise(sample_ids: Tensor, n: int, *, seed: int, draw: int) -> Tensor:
 def mix(*numbers: int) -> int:
     """One 63-bit seed of several numbers.
 
-    Example:
+    Examples:
         >>> mix(1, 2) == mix(2, 1)
         False
     """

@@ -28,7 +28,7 @@ def gaussian_similarity(
     Raises:
         ValueError: fewer than two samples, a wrong shape, NaN.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_modules.transport import gaussian_similarity
         >>> features = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))

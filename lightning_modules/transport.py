@@ -62,7 +62,7 @@ class TransportResult:
         objective: SP²OT: the full objective at every outer iteration (of the last problem of a batch); else
             empty.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_modules.transport import solve_p2ot
         >>> logits = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
@@ -94,7 +94,7 @@ def p2ot(
     Returns:
         (..., N, K) plan of total mass `rho`, every row at most 1/N.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_modules.transport import p2ot
         >>> logits = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
@@ -127,7 +127,7 @@ def sp2ot(
     Returns:
         (..., N, K) plan of total mass `rho`, every row at most 1/N.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_modules.transport import gaussian_similarity, sp2ot
         >>> logits = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
@@ -182,7 +182,7 @@ def solve_p2ot(
         TypeError: `cost` is not a floating-point tensor.
         ValueError: a shape, a value or a setting outside of the above.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_modules.transport import solve_p2ot
         >>> logits = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
@@ -252,7 +252,7 @@ def solve_sp2ot(
         TypeError: a tensor of a wrong kind.
         ValueError: a shape, a value or a setting outside of the above.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_modules.transport import gaussian_similarity, solve_sp2ot
         >>> logits = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))

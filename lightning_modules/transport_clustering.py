@@ -75,7 +75,7 @@ def cluster_embeddings(
         ValueError: an unknown method, K below 2 or above the number of samples, NaN (with the rows), a wrong
             shape.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> labels = np.repeat([0, 1, 2], 20)

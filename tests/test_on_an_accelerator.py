@@ -68,6 +68,7 @@ def mixing():
     return count
 
 
+@pytest.mark.long
 def test_the_accelerator_refuses_mixed_devices(worker):
     assert worker.run(mixing) == 4
 

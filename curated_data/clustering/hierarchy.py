@@ -98,7 +98,7 @@ def hierarchical_kmeans(
         TooManyClusters: (a ValueError) a level asks for more clusters than there are rows or clusters below.
         CacheError: (a ValueError) the checkpoint belongs to another run, or is damaged.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from curated_data import Level, hierarchical_kmeans
         >>> rows = np.random.default_rng(0).normal(size=(2000, 16))

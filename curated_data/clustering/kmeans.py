@@ -138,7 +138,7 @@ def kmeans(
             rows to seed on that must be held and exceed a third of `max_memory`: a few clusters of many
             `seeding_rows`, or any on an accelerator.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from curated_data import kmeans
         >>> rows = np.concatenate([np.zeros((30, 2)), np.full((10, 2), 8.0)])

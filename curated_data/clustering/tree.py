@@ -63,7 +63,7 @@ class ClusterTree:
         ValueError: levels other than 1..L in both, shapes or cluster ids that do not match, or another
             metric.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from curated_data import ClusterTree
         >>> centroids = {1: np.array([[0.0], [1.0], [9.0]]), 2: np.array([[0.5], [9.0]])}

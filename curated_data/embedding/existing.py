@@ -55,7 +55,7 @@ class EmbeddedPool:
         ConfigError: rows that are not a matrix of floating-point numbers, or differ in length, or a column
             that a file lacks.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from curated_data import EmbeddedPool
         >>> pool = EmbeddedPool(np.random.default_rng(0).normal(size=(1000, 8)))

@@ -42,7 +42,7 @@ class Precomputed:
         column: that of embeddings in a parquet file; None takes the only one, or `embedding`.
         missing: "exclude" samples without a row, or "refuse" to continue.
 
-    Example:
+    Examples:
         >>> from curated_data import curate
         >>> from curated_data.embedding import Precomputed
         >>> found = Precomputed("embeddings.parquet", key="uid", missing="refuse")

@@ -74,7 +74,7 @@ def curate(
         CacheError: the cache cannot be written, or another version of the package wrote it.
         RankError: another rank has failed or died.
 
-    Example:
+    Examples:
         >>> from curated_data import curate
         >>> curation = curate(
         ...     "pool-{000..001}.tar", {"target_size": 10}, embedder="pixels:8", cache_dir="cache"
@@ -156,7 +156,7 @@ def curate_embeddings(
     Raises:
         ConfigError, PoolError, CacheError, RankError: as for `curate`.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from curated_data import curate_embeddings
         >>> rows = np.random.default_rng(0).normal(size=(2000, 16))

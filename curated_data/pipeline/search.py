@@ -85,7 +85,7 @@ def search(
     Raises:
         ConfigError: arguments that do not fit each other.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from curated_data.pipeline.search import search
         >>> rows = np.random.default_rng(0).normal(size=(1000, 8))

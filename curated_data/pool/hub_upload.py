@@ -49,7 +49,7 @@ def hub_place(url: str) -> HubPlace:
     Raises:
         ConfigError: it is of another form.
 
-    Example:
+    Examples:
         >>> from curated_data.pool.hub_upload import hub_place
         >>> hub_place("hf://datasets/me/birds@v1/train")
         HubPlace(repo='me/birds', revision='v1', folder='train')

@@ -74,7 +74,7 @@ def import_archives(
             would be replaced; a command failed; or the package `zstandard` is missing.
         CacheError: the shards cannot be written.
 
-    Example:
+    Examples:
         >>> import_archives("old-{000..099}.tar.gz", "shards")  # doctest: +SKIP
     """
     urls = expand_urls(listed_urls(archives), storage_options, pipes=True)

@@ -83,7 +83,7 @@ class ShardPool:
             indexing, a shard that is not a tar, truncated, damaged or compressed, or a pool without samples.
         ConfigError: an extension that is empty, or a background that is not a colour.
 
-    Example:
+    Examples:
         >>> from curated_data import ShardPool
         >>> pool = ShardPool("pool-{000..001}.tar", cache_dir="cache")
         >>> len(pool)

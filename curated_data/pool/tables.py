@@ -66,7 +66,7 @@ def import_tables(
         ConfigError: there is no column of images, or several.
         CacheError: the shards cannot be written.
 
-    Example:
+    Examples:
         >>> import_tables("train-00000-of-00001.parquet", "shards")  # doctest: +SKIP
     """
     given = [tables] if isinstance(tables, str | Path) else list(tables)

@@ -60,7 +60,7 @@ class ShardWriter:
             read a sample back unchanged.
         CacheError: they cannot be written.
 
-    Example:
+    Examples:
         >>> from curated_data import ShardPool, ShardWriter
         >>> with ShardWriter("written-%06d.tar") as writer:
         ...     writer.write({"__key__": "cats/0001", "txt": "a cat", "cls": 3, "json": {"source": "web"}})

@@ -30,7 +30,7 @@ def nested_sample(
     Returns:
         int64 ids in ascending order, none more often than in `ids`.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from curated_data import Level, hierarchical_kmeans, hierarchical_sample
         >>> from curated_data.selection.nested import nested_sample

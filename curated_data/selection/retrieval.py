@@ -79,7 +79,7 @@ def retrieve(
     Raises:
         ConfigError: an argument of the wrong shape, or a number out of range.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from curated_data import retrieve
         >>> pool = np.random.default_rng(0).normal(size=(1000, 8))

@@ -53,7 +53,7 @@ def hierarchical_sample(
     Raises:
         ValueError: an argument is out of range, or distances are needed but not available.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from curated_data import Level, hierarchical_kmeans, hierarchical_sample
         >>> rows = np.concatenate([np.zeros((900, 2)), np.full((100, 2), 8.0)])
@@ -95,7 +95,7 @@ def flat_sample(
 
     The other arguments, the result and the errors are as for `hierarchical_sample`.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from curated_data import Level, hierarchical_kmeans, flat_sample
         >>> rows = np.concatenate([np.zeros((900, 2)), np.full((100, 2), 8.0)])

@@ -38,7 +38,7 @@ class Curation:
         folders: the folder of each stage's artifact in the cache.
         nested: by target of `nested_sizes`, the ids of that selection, which lies inside the next larger one.
 
-    Example:
+    Examples:
         >>> from curated_data import curate
         >>> curation = curate(
         ...     "pool-{000..001}.tar", {"target_size": 10}, embedder="pixels:8", cache_dir="cache"
@@ -87,7 +87,7 @@ class Curation:
             pool: that was curated; None leaves out what only it knows.
             options: of `CurationTable`, as `selected=True` or `images=64`.
 
-        Example:
+        Examples:
             >>> from curated_data import ShardPool, curate
             >>> pool = ShardPool("pool-{000..001}.tar")
             >>> curation = curate(pool, {"target_size": 10}, embedder="pixels:8", cache_dir="cache")

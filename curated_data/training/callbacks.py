@@ -82,7 +82,7 @@ class RecurationCallback(pl.Callback):
         ConfigError: no trigger or several, values out of range, or a Trainer without a `CuratedDataModule`
             that curates, or of a mixture whose component does not.
 
-    Example:
+    Examples:
         >>> from curated_data import RecurationCallback
         >>> from lightning import Trainer
         >>> trainer = Trainer(max_epochs=4, callbacks=[RecurationCallback(every_n_epochs=2)], logger=False)

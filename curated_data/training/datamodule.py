@@ -123,7 +123,7 @@ class CuratedDataModule(pl.LightningDataModule):
         ConfigError: arguments that contradict each other or are out of range.
         PoolError: no shard matches.
 
-    Example:
+    Examples:
         >>> from curated_data import CuratedDataModule
         >>> data = CuratedDataModule(
         ...     "pool-{000..001}.tar",

@@ -43,7 +43,7 @@ class CurationLogger(pl.Callback):
         ConfigError: a Trainer without a `CuratedDataModule` that curates, or labels of another length than
             the pool or that are not integers.
 
-    Example:
+    Examples:
         >>> from curated_data import CurationLogger
         >>> from lightning import Trainer
         >>> trainer = Trainer(callbacks=[CurationLogger()])

@@ -41,7 +41,7 @@ class Component:
     Raises:
         ConfigError: settings that contradict each other or are out of range.
 
-    Example:
+    Examples:
         >>> from curated_data import Component
         >>> Component("web", "pool-{000..001}.tar", 0.9).weight
         0.9
@@ -100,7 +100,7 @@ class Mixture:
         ConfigError: no component, two of the same name, a field that does not exist, or weights that are no
             positive numbers, are missing, or given twice.
 
-    Example:
+    Examples:
         >>> from curated_data import Component, Mixture
         >>> mixture = Mixture(
         ...     [

@@ -29,7 +29,7 @@ def open_mixture(
         ConfigError: a file cannot be read, or has no mixture, or fields that do not exist; or an embedder
             that is a class.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> from curated_data.training.mixture_file import open_mixture
         >>> parts = "{name: a, pool: pool-000000.tar, weight: 1}, {name: b, pool: pool-000001.tar, weight: 1}"

@@ -47,7 +47,7 @@ def write_mixture_report(
         ConfigError: no mixture, or one that is not set up.
         CacheError: a page cannot be written.
 
-    Example:
+    Examples:
         >>> from curated_data import Component, CuratedDataModule, Mixture
         >>> from curated_data.training.mixture_report import write_mixture_report
         >>> halves = [Component("a", "pool-000000.tar", 0.5), Component("b", "pool-000001.tar", 0.5)]

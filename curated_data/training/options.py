@@ -36,7 +36,7 @@ class LoaderOptions:
     Raises:
         ConfigError: a value of the wrong type or out of range.
 
-    Example:
+    Examples:
         >>> from curated_data import LoaderOptions
         >>> LoaderOptions(num_workers=4).slow_after
         60.0
@@ -81,7 +81,7 @@ class DecodingOptions:
     Raises:
         ConfigError: a value of the wrong type or out of range.
 
-    Example:
+    Examples:
         >>> from curated_data import DecodingOptions
         >>> DecodingOptions(on_error="skip", fields=["label"]).max_skipped
         0.01
@@ -117,7 +117,7 @@ class DeviceOptions:
     Raises:
         ConfigError: `views` is not a function, or is missing with `decode`.
 
-    Example:
+    Examples:
         >>> from curated_data import DeviceOptions
         >>> from curated_data.streaming import ResizedCrops
         >>> DeviceOptions(views=ResizedCrops(224), decode=True).views.n_views

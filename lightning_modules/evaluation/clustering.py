@@ -68,7 +68,7 @@ def clustering(assignment: Array, labels: Array, *, train_counts: Array | None =
         ValueError: shapes that do not match, negative values (excluded samples must be left out), or no
             samples.
 
-    Example:
+    Examples:
         >>> from lightning_modules.evaluation import clustering
         >>> result = clustering([2, 2, 2, 0, 0, 1], [0, 0, 0, 1, 1, 1])
         >>> round(result.accuracy, 3), result.matching

@@ -75,7 +75,7 @@ def comparison(
     Raises:
         ValueError: shapes that do not match, no sample with both values, bad settings.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> a = rng.random(400) < 0.6  # which test images the first model has right

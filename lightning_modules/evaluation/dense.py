@@ -26,7 +26,7 @@ class DenseSettings:
         warmup: steps.
         seed: of the batches and the first weights.
 
-    Example:
+    Examples:
         >>> from lightning_modules.evaluation import DenseSettings
         >>> DenseSettings(n_iter=1000, batch_size=16).learning_rate
         0.001

@@ -79,7 +79,7 @@ def depth(
     Raises:
         ValueError: shapes that do not match, a bad range, or no valid pixel in train or test.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from lightning_modules.evaluation import DenseSettings, depth
         >>> depths = np.full((8, 16, 16), 2.0)  # the right half of each image is farther away

@@ -70,7 +70,7 @@ def fairness(
         ValueError: lengths that do not match, values that are not finite, fewer than two groups, bad
             settings.
 
-    Example:
+    Examples:
         >>> from lightning_modules.evaluation import fairness
         >>> result = fairness([1, 1, 0, 1, 0, 0], ["north", "north", "north", "south", "south", "south"])
         >>> result.best, result.worst, round(result.gap, 3)

@@ -69,7 +69,7 @@ def health(
         ValueError: fewer than two samples, features that are not finite or all zero, shapes that do not
             match.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> labels = np.repeat([0, 1, 2], 20)

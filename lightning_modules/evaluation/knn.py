@@ -86,7 +86,7 @@ def knn(
         ValueError: shapes that do not match, non-finite features, negative labels, or k larger than the train
             set.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> labels = np.repeat([0, 1, 2], 20)

@@ -51,7 +51,7 @@ class LinearSettings:
         few_shot_inverse_penalty: C of the few-shot heads.
         seed: of the held-out part, the batches and the draws.
 
-    Example:
+    Examples:
         >>> from lightning_modules.evaluation import LinearSettings
         >>> settings = LinearSettings(protocols=("sgd", "few_shot"), n_iter=500, shots=(1, 5))
         >>> settings.batch_size
@@ -146,7 +146,7 @@ def linear(
         TypeError: labels that are not integers.
         ValueError: shapes that do not match, non-finite features, one class only, too few samples.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> labels = np.repeat([0, 1, 2], 20)

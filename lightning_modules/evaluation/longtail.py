@@ -47,7 +47,7 @@ def longtail(
     Raises:
         ValueError: shapes that do not match, labels without a train count, or no samples.
 
-    Example:
+    Examples:
         >>> from lightning_modules.evaluation import longtail
         >>> result = longtail([0, 0, 1, 2], [0, 0, 1, 1], train_counts=[900, 90, 9])
         >>> result.accuracy, result.class_accuracy

@@ -77,7 +77,7 @@ def map_quality(
             classes, a class that has fewer than five points where there are no test points, or k larger than
             what is learned from.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> labels = np.repeat([0, 1, 2], 20)

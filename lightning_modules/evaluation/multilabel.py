@@ -65,7 +65,7 @@ def multilabel(
         ValueError: shapes that do not match, other marks, fewer than two train samples, or no class with a
             positive in both sets.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> labels = np.repeat([0, 1, 2], 20)

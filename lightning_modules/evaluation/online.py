@@ -117,7 +117,7 @@ class OnlineKNN(_OnlineProbe):
         temperature: of the votes.
         batch_size, num_workers: of the embedding, where the sets are not loaders.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning import Trainer
         >>> from lightning_modules.evaluation import OnlineKNN
@@ -164,7 +164,7 @@ class OnlineLinear(_OnlineProbe):
         settings: of the head; its first protocol counts. The default is the grid of learning rates with 1,000
             steps.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning import Trainer
         >>> from lightning_modules.evaluation import OnlineLinear

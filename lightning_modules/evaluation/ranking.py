@@ -116,7 +116,7 @@ def ranking(
         ValueError: different models, fewer than three, accuracies outside 0..1, no seeds for a model, bad
             settings.
 
-    Example:
+    Examples:
         >>> from lightning_modules.evaluation import ranking
         >>> a = {"resnet18": 0.70, "resnet50": 0.76, "vit_s": 0.79}
         >>> b = {"resnet18": 0.51, "resnet50": 0.62, "vit_s": 0.60}

@@ -88,7 +88,7 @@ def retrieval(
         ValueError: neither or both kinds of truth, shapes that do not match, k below 1 or above the gallery,
             no query with anything right to find.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> labels = np.repeat([0, 1, 2], 20)

@@ -38,7 +38,7 @@ class ShiftedSet:
             None: its labels are base classes (others cannot be predicted, and are warned of). Predictions are
             limited to the base classes named here, as ImageNet-A, -R and ObjectNet are scored.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from lightning_modules.evaluation import ShiftedSet
         >>> sketches = ShiftedSet(np.zeros((2, 3)), labels=np.array([0, 1]), classes=[[4], [7, 9]])
@@ -101,7 +101,7 @@ def robustness(
         ValueError: no sets, shapes that do not match, labels outside a class map, class maps outside the base
             classes.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> labels = np.repeat([0, 1, 2], 20)

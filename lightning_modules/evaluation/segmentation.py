@@ -78,7 +78,7 @@ def segmentation(
         ValueError: shapes that do not match, labels outside of the classes, or only ignored pixels in train
             or test.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from lightning_modules.evaluation import DenseSettings, segmentation
         >>> masks = np.zeros((8, 16, 16), int)  # the right half of each image is of class 1

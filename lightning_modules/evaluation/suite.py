@@ -39,7 +39,7 @@ class Figure:
         is_share: whether it lies in 0..1.
         details: rows of a table with details.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from lightning_modules.evaluation import Figure
         >>> right = np.array([1.0, 0.0, 1.0, 1.0])
@@ -60,7 +60,7 @@ Figures = dict[str, Figure]
 class SuiteDataset(Protocol):
     """A dataset of a suite, embedded. Parts are "train" and "test"; features are read when asked for.
 
-    Example:
+    Examples:
         >>> from curated_data.datasets.embedded import EmbeddedDataset  # shards, folders, benchmarks
         >>> from lightning_modules.evaluation import SuiteDataset
         >>> {name for name in vars(SuiteDataset) if not name.startswith("_")} <= set(dir(EmbeddedDataset))
@@ -125,7 +125,7 @@ def suite(
     Returns:
         The figures of every dataset, and one line for each evaluation that its images or labels do not allow.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> labels = np.repeat([0, 1, 2], 20)

@@ -87,7 +87,7 @@ class DINOv2(PretrainingModule):
         augmentation: replaces fields of all views' augmentations.
         seed: of masks and of drop path.
 
-    Example:
+    Examples:
         >>> from curated_data import CuratedDataModule
         >>> from lightning import Trainer
         >>> from lightning_modules import DINOv2

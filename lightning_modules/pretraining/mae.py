@@ -33,7 +33,7 @@ class MAE(PretrainingModule):
         augmentation: replaces fields of the views: crop and flip alone in the paper.
         seed: of the masks.
 
-    Example:
+    Examples:
         >>> from curated_data import CuratedDataModule
         >>> from lightning import Trainer
         >>> from lightning_modules import MAE

@@ -37,7 +37,7 @@ class SimCLR(PretrainingModule):
         augmentation: replaces fields of the views (`lightning_modules.views.Augmentation`), for example
             {"jitter": [0.4, 0.4, 0, 0], "grey": 0} for grey images.
 
-    Example:
+    Examples:
         >>> from curated_data import CuratedDataModule
         >>> from lightning import Trainer
         >>> from lightning_modules import SimCLR

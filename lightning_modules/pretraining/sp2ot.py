@@ -66,7 +66,7 @@ class SP2OT(PretrainingModule):
         weight_decay, warmup_epochs: 0 in the paper.
         augmentation: replaces fields of `lightning_modules.views.Augmentation`, from random crop and flip.
 
-    Example:
+    Examples:
         >>> from curated_data import CuratedDataModule
         >>> from lightning import Trainer
         >>> from lightning_modules import SP2OT

@@ -37,7 +37,7 @@ class TSimCNE(PretrainingModule):
         weight_decay, momentum: of SGD.
         augmentation: replaces fields of the views.
 
-    Example:
+    Examples:
         >>> from curated_data import CuratedDataModule
         >>> from lightning import Trainer
         >>> from lightning_modules import TSimCNE

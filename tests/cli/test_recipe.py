@@ -42,6 +42,7 @@ def test_an_unknown_recipe_names_the_nearest(capsys):
     assert "did you mean 'quickstart'" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arguments", [["demo", "--pool"], ["recipe", "quickstart", "--pool"]])
 def test_arguments_are_the_recipe_s_own(arguments, tmp_path):
     """From a folder that is no checkout; the recipe's parser says what is wrong with them."""

@@ -312,7 +312,7 @@ class TestFaults:
 
     def test_missing(self, serve):
         server = serve()
-        with pytest.raises(PoolError, match=r"p-007\.tar: is not there"):
+        with pytest.raises(PoolError, match=r"p-007\.tar: "):
             len(ShardPool(server.url + "/p-{000,007}.tar", remote=RemoteOptions(**QUICK)))
         assert server.requests["GET"] <= 2
 
@@ -497,8 +497,8 @@ def test_any_fsspec_url(folder, expected, monkeypatch):
     assert contents(pool.read(np.arange(100))) == expected
     monkeypatch.setattr(store, "_LISTED_FROM", 1)
     assert ShardPool("memory://pool/p-{000..003}.tar").shards == pool.shards
-    with pytest.raises(PoolError, match=r"memory://pool/p-004\.tar: is not there"):
+    with pytest.raises(PoolError, match=r"memory://pool/p-004\.tar: "):
         ShardPool("memory://pool/p-{000..004}.tar", remote=RemoteOptions(**QUICK)).shards  # noqa: B018
-    with pytest.raises(PoolError, match=r"memory://other/p-000\.tar: is not there"):
+    with pytest.raises(PoolError, match=r"memory://other/p-000\.tar: "):
         ShardPool("memory://other/p-000.tar", remote=RemoteOptions(**QUICK)).shards  # noqa: B018
     assert ShardPool("memory://pool/*.tar").urls[0].endswith("pool/p-000.tar")

@@ -23,6 +23,7 @@ def run(*arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_the_peak_of_a_curation_is_within_its_plan(tmp_path):
     n, dimension, duplicates = 12_000, 1024, False

@@ -78,6 +78,7 @@ def test_two_ranks_with_workers_get_the_stream_of_one(runs):
     assert lines(runs, "two", 1)[-1]["passes"] == one[-1]["passes"]
 
 
+@pytest.mark.long
 def test_the_stream_is_that_of_the_order_alone(runs):
     built = data(runs, 1)
     built.setup("fit")
@@ -95,6 +96,7 @@ def test_the_stream_is_that_of_the_order_alone(runs):
         assert (batch == 2).all() or not (batch == 2).any()
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_on_two_ranks_goes_on_at_the_next_sample_on_one(runs):
     whole = streamed(lines(runs, "one"))
     began = joined(lines(runs, "killed-first", 0)[:10], lines(runs, "killed-first", 1)[:10])

@@ -119,9 +119,13 @@ if (dropped) {
     find("#filters .body").append(table(["id", "key"], dropped.examples, "text tight"));
 } else find("#filters").remove();
 if (data.retrieval) {
-  const sets = Object.entries(data.retrieval).map(([name, s]) =>
-    [name, ...[s.seeds, s.retrieved, s.selected].map(n => n === undefined ? "by quotas" : whole(n))]);
-  find("#retrieval .body").append(table(["seed set", "seeds", "retrieved", "of these selected"], sets, "text"));
+  const sets = Object.entries(data.retrieval).map(([name, s]) => [
+    name,
+    ...[s.seeds, s.retrieved, s.selected].map(n => (n === undefined ? "by quotas" : whole(n))),
+  ]);
+  find("#retrieval .body").append(
+    table(["seed set", "seeds", "retrieved", "of these selected"], sets, "text"),
+  );
 } else find("#retrieval").remove();
 const f = data.failures;
 find("#failures p").textContent = f.count
