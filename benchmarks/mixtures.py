@@ -7,7 +7,7 @@ batches, so that other load affects both alike; the median of the turns, and of 
 
 Shares: the largest distance, over all components, between the samples that a component has given among the
 first 10,000 and its share of them; and whether the order survives a resume in the middle and another number
-of workers, each tried.
+of workers, each tried. Samples are numbers there, so that their rate is the cost of mixing and reading them.
 
 Peers that are not installed are left out: litdata, mosaicml-streaming (see `streaming.py` for how to get
 them). Data are made once, in `--folder`. About two minutes on two idle cores, and two more the first time.
@@ -20,8 +20,10 @@ import os
 import random
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,10 +120,24 @@ class RandomMix:
 
     name = "webdataset.RandomMix"
 
+    def __init__(self, folder: Path) -> None:
+        self.pools = Ours(folder).pools
+
     def stream(self, workers: int, start: int = 0) -> Iterator[int]:
         random.seed(0)
-        parts = [_Endless(number) for number in range(len(WEIGHTS))]
-        yield from _loaded(webdataset.RandomMix(parts, WEIGHTS), workers)
+        parts = [
+            webdataset.WebDataset(pool, shardshuffle=False, nodesplitter=None, workersplitter=None)
+            .shuffle(1000, seed=0)
+            .decode()
+            .map(functools.partial(_numbered, number))
+            .repeat()
+            for number, pool in enumerate(self.pools)
+        ]
+        made = torch.utils.data.DataLoader(
+            webdataset.RandomMix(parts, WEIGHTS), batch_size=10, num_workers=workers
+        )
+        for batch in made:
+            yield from batch.tolist()
 
 
 class Combined:
@@ -201,17 +217,6 @@ class Proportions:
             yield from batch["x"].tolist()
 
 
-class _Endless(torch.utils.data.IterableDataset):
-    """The samples of a component in the order of a seed, again and again."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __iter__(self) -> Iterator[int]:
-        values = np.random.default_rng(self.number).permutation(SIZE) + self.number * SIZE
-        return itertools.cycle(values.tolist())
-
-
 def _tables(folder: Path, make: Callable[[range, Path], None]) -> list[str]:
     """A peer's table of each component: folders of the numbers that stand for its samples."""
     return [
@@ -224,16 +229,15 @@ def _itself(value: int) -> int:
     return value
 
 
-def _loaded(dataset: torch.utils.data.IterableDataset, workers: int) -> Iterator[int]:
-    for batch in torch.utils.data.DataLoader(dataset, batch_size=10, num_workers=workers):
-        yield from batch.tolist()
+def _numbered(component: int, sample: dict[str, Any]) -> int:
+    return component * SIZE + int(sample["npy"][0])
 
 
 def shares(folder: Path) -> None:
-    print(f"\n| mixture | deviation after {DRAWN:,} | resumes exactly | same with 2 workers as with 0 |")
-    print("|---|---|---|---|")
+    print(f"\n| mixture | per CPU second | deviation after {DRAWN:,} | resumes exactly | same by 2 workers |")
+    print("|---|---|---|---|---|")
     makers: list[Callable[[], object]] = [
-        functools.partial(Ours, folder), RandomMix,
+        functools.partial(Ours, folder), functools.partial(RandomMix, folder),
         functools.partial(Combined, folder), functools.partial(Proportions, folder),
     ]  # fmt: skip
     for make in makers:
@@ -242,7 +246,11 @@ def shares(folder: Path) -> None:
         except Exception as error:  # its own, or that of a package that it needs
             print(f"left out: {getattr(make, 'func', make).name} ({error})")
             continue
-        whole = list(itertools.islice(reader.stream(0), DRAWN))
+        stream = reader.stream(0)
+        whole = list(itertools.islice(stream, DRAWN // 10))  # with what opening costs
+        began = time.process_time()
+        whole += itertools.islice(stream, DRAWN - len(whole))
+        rate = (DRAWN - DRAWN // 10) / (time.process_time() - began)
         counts = np.bincount(np.array(whole) // SIZE, minlength=len(WEIGHTS))
         deviation = np.abs(counts - len(whole) * np.array(WEIGHTS) / sum(WEIGHTS)).max()
         try:
@@ -252,7 +260,7 @@ def shares(folder: Path) -> None:
             resumes = f"no ({type(error).__name__})"
         others = list(itertools.islice(reader.stream(2), 1000))
         same = "yes" if others == whole[:1000] else "no"
-        print(f"| {reader.name} | {deviation:.1f} | {resumes} | {same} |", flush=True)
+        print(f"| {reader.name} | {rate:,.0f} | {deviation:.1f} | {resumes} | {same} |", flush=True)
 
 
 def main() -> None:
