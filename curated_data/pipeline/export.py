@@ -167,7 +167,7 @@ def _earlier(out: LocalFolder | RemoteFolder, *, described: bool) -> tuple[bool,
     is_own = there is not None and hashlib.sha256(there).hexdigest() == digest
     beside = [TABLE, PICTURE, CROISSANT]
     stale = [] if digest is None else beside
-    if there is not None and not is_own:
+    if CARD in out.names() and not is_own:  # which may also be a folder, or a link that leads nowhere
         log.warning(
             "%s: is not as an earlier export wrote it, and stays; move it away to have a new card",
             out.place(CARD),

@@ -132,6 +132,19 @@ def test_a_folder_in_place_of_a_manifest_is_named(made, tmp_path):
     assert "manifest.json" in str(caught.value)
 
 
+@pytest.mark.parametrize("how", ["folder", "loop"])
+def test_a_card_that_is_not_a_file_stays_and_is_named(made, tmp_path, caplog, how):
+    pool, curation, _, _ = made
+    out = tmp_path / "out"
+    export(pool, curation.ids, out)
+    if how == "folder":
+        (out / "README.md").mkdir()
+    else:
+        (out / "README.md").symlink_to(out / "README.md")
+    export(pool, curation.ids[:5], out, overwrite=True)
+    assert "README.md" in caplog.text
+
+
 def test_an_export_is_the_same_twice(made, tmp_path):
     pool, curation, out, _ = made
     export(pool, curation.ids, tmp_path / "out", curation=curation, max_samples=12)
