@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from curated_data.cache.artifacts import fingerprint, read_array, read_manifest
-from curated_data.cache.checksums import load_npy
+from curated_data.cache.artifacts import MANIFEST, fingerprint, read_array, read_manifest
+from curated_data.cache.checksums import load_npy, reading
 from curated_data.cache.layout import RETRIEVAL
 from curated_data.cache.paths import local_path
+from curated_data.cache.remedies import Remedy
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig
 from curated_data.embedding import EmbeddingStore
@@ -126,14 +127,16 @@ class Retrieval(Stage):
 
     def report(self, ids: np.ndarray, n_samples: int) -> dict[str, Any]:
         """For each seed set, its seeds, what it retrieved, and how much of that is selected."""
-        sizes = read_manifest(self.folder, self.kind)["seeds"]
+        manifest = read_manifest(self.folder, self.kind)
+        with reading(self.folder / MANIFEST, Remedy(self.folder / MANIFEST)):
+            sizes = {str(name): int(size) for name, size in manifest["seeds"].items()}
         found = self.open(n_samples)
         if found is None:
             return {name: {"seeds": size} for name, size in sizes.items()}
         selected = np.isin(found.ids, ids)
         return {
             name: {
-                "seeds": int(sizes[name]),
+                "seeds": sizes.get(name, 0),
                 "retrieved": int((found.seed_set == number).sum()),
                 "selected": int(selected[found.seed_set == number].sum()),
             }

@@ -19,7 +19,6 @@ import torch
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from curated_data.cache.artifacts import open_cache
 from curated_data.embedding import ModuleEmbedder, embed_pool
@@ -29,27 +28,10 @@ from curated_data.pipeline.curate import curate
 from curated_data.pipeline.extend import extend
 from curated_data.pool import ShardPool, build, import_archives
 from curated_data.pool.known import Facts
+from tests.support.counting import Counting, as_float
 from tests.support.server import Server
 
 SETTINGS = {"batch_size": 4, "num_workers": 0, "dtype": "float32"}
-
-
-def as_float(image):
-    return image.float() / 255
-
-
-class Counting(nn.Module):
-    """Mean colours, and how many images were embedded."""
-
-    fingerprint = "mean colours"
-
-    def __init__(self):
-        super().__init__()
-        self.seen = 0
-
-    def forward(self, batch):
-        self.seen += len(batch)
-        return batch.mean((2, 3))
 
 
 class Pool:

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch import nn
 
 from curated_data import ShardPool, ShardWriter, curate
 from curated_data.cache.artifacts import open_cache
@@ -18,29 +17,12 @@ from curated_data.pipeline.extend import extend
 from curated_data.pipeline.inspect import inspect_cache, verify_cache
 from curated_data.pipeline.plan import plan
 from curated_data.pipeline.reopen import reopen
+from tests.support.counting import Counting, as_float
 from tests.support.ranks import on_two_ranks
 
 SHARDS = [7, 0, 5, 9]
 BAD = {(0, 2): b"?", (3, 1): b"?", (3, 8): b"?"}
 N = sum(SHARDS)
-
-
-def as_float(image):
-    return image.float() / 255
-
-
-class Counting(nn.Module):
-    """Mean colours, and how many images were embedded."""
-
-    fingerprint = "mean colours"
-
-    def __init__(self):
-        super().__init__()
-        self.seen = 0
-
-    def forward(self, batch):
-        self.seen += len(batch)
-        return batch.mean((2, 3))
 
 
 @pytest.fixture

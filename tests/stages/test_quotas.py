@@ -11,16 +11,14 @@ from curated_data.errors import ConfigError
 from curated_data.pipeline.reopen import reopen
 from curated_data.report.explain import explain
 from curated_data.stages.selection import Selection
+from tests.support.long_tailed import long_tailed_rows
 
 LEVELS = [{"n_clusters": 20}, {"n_clusters": 5}]
 
 
 @pytest.fixture(scope="module")
 def rows():
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=(8, 6)) * 4
-    which = rng.choice(8, 1500, p=np.arange(8, 0, -1) ** 2 / 204)
-    return (centres[which] + rng.normal(size=(1500, 6))).astype(np.float32)
+    return long_tailed_rows()
 
 
 def run(rows, tmp_path, **changes):

@@ -10,14 +10,12 @@ from curated_data.report.explain import explain
 from curated_data.selection.metrics import read_labels
 from curated_data.selection.retrieval import retrieve, target_weights
 from curated_data.selection.retrieved import load_retrieved
+from tests.support.long_tailed import long_tailed_rows
 
 
 @pytest.fixture(scope="module")
 def rows():
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=(8, 6)) * 4
-    which = rng.choice(8, 1500, p=np.arange(8, 0, -1) ** 2 / 204)
-    return (centres[which] + rng.normal(size=(1500, 6))).astype(np.float32)
+    return long_tailed_rows()
 
 
 @pytest.fixture
