@@ -7,7 +7,6 @@ and no others.
 import contextlib
 import errno
 import fcntl
-import itertools
 import os
 import re
 import socket
@@ -21,6 +20,9 @@ from curated_data.pool.out import LocalFolder, RemoteFolder, writing
 
 _HEADER = re.compile(r"(\S{1,255}) (\d{1,10}) ([0-9a-f]{32})")
 _alive: set[str] = set()  # the tokens of this process's writers in stores
+# How many seconds a lock may be in the way: of a process that only looks; of a child of a killed writer,
+# which shares its lock from the fork until it runs its command.
+_GLANCE, _ORPHAN = 0.5, 10.0
 
 
 class Claim:
@@ -121,8 +123,7 @@ def check_free(folder: LocalFolder | RemoteFolder, marker: str, *, overwrite: bo
         _check_holder(folder, content, overwrite)
         return names_in(content)
     with contextlib.suppress(FileNotFoundError), open(_open(folder, marker, os.O_RDONLY), "rb") as file:
-        if not _lock(file, fcntl.LOCK_SH):
-            raise _at_work(folder, content)
+        _wait_for(file, fcntl.LOCK_SH, folder)
         fcntl.flock(file, fcntl.LOCK_UN)
     return names_in(content)
 
@@ -145,21 +146,30 @@ def _open(folder: LocalFolder, marker: str, flags: int) -> int:
 
 def _locked_marker(folder: LocalFolder, marker: str) -> IO[bytes]:
     path = folder.path / marker
-    for attempt in itertools.count():
+    while True:
         handle = _open(folder, marker, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         file = open(handle, "r+b", buffering=0)  # noqa: SIM115 (kept open)
-        if not _lock(file, fcntl.LOCK_EX):
-            content = os.pread(handle, 4096, 0)
+        try:
+            _wait_for(file, fcntl.LOCK_EX, folder)
+        except BaseException:
             file.close()
-            if attempt >= 10:  # until then it may be one that only looks
-                raise _at_work(folder, content)
-            time.sleep(0.05)
-            continue
+            raise
         with contextlib.suppress(FileNotFoundError):  # its holder removed it as we opened it
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 return file
         file.close()
-    raise AssertionError("the loop ends by itself")
+
+
+def _wait_for(file: IO[bytes], kind: int, folder: LocalFolder) -> None:
+    """Lock a marker, or raise where a living writer holds it."""
+    start = time.monotonic()
+    while not _lock(file, kind):
+        content = os.pread(file.fileno(), 4096, 0)
+        host, process, _ = _holder(content)
+        is_dead = host == socket.gethostname() and not _is_running(process)
+        if time.monotonic() - start > (_ORPHAN if is_dead else _GLANCE):
+            raise _at_work(folder, content)
+        time.sleep(0.05)
 
 
 def _lock(file: IO[bytes], kind: int) -> bool:

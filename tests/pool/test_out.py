@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 import uuid
 import zipfile
 from pathlib import Path
@@ -364,6 +365,27 @@ class TestWriters:
         assert (tmp_path / "shard-000009.tar").read_bytes() == b"of somebody else"
         assert (tmp_path / "shard-000001.tar").exists()
         (tmp_path / "shard-000009.tar").unlink()
+        write(tmp_path, 1)
+        assert os.listdir(tmp_path) == ["shard-000000.tar"]
+
+    def test_a_child_that_outlives_a_killed_writer_is_waited_for(self, tmp_path):
+        """A command that a writer was starting shares its lock until it runs."""
+        marker_locked = multiprocessing.get_context("fork").Event()
+
+        def killed():
+            writer = ShardWriter(tmp_path)
+            if os.fork() == 0:
+                marker_locked.set()
+                time.sleep(2)
+                os._exit(0)
+            marker_locked.wait(60)
+            writer.write(samples(1)[0])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        process = multiprocessing.get_context("fork").Process(target=killed)
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         write(tmp_path, 1)
         assert os.listdir(tmp_path) == ["shard-000000.tar"]
 
