@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from curated_data.colours import far_apart, place_of
 from curated_data.matrix import Matrix, read_rows
 from curated_data.randomness import seeded
 from lightning_modules.heads import mlp
@@ -18,6 +19,8 @@ from lightning_modules.losses import cauchy_contrast
 from lightning_modules.schedules import warmup_cosine
 
 log = logging.getLogger(__name__)
+
+_NAMED = 40  # labels that are named on a map, the largest
 
 
 def embed_2d(
@@ -129,6 +132,9 @@ def draw_map(
 ) -> Figure:
     """The figure of a map: points coloured by label or cluster, thumbnails where there is room.
 
+    Colours are those that the colour-blind can tell apart. With more labels than these, far ones share a
+    colour; the forty largest are named at their place.
+
     Args:
         coordinates: (n, 2).
         labels: (n,) integers, for example classes or clusters; -1 is drawn grey.
@@ -152,33 +158,36 @@ def draw_map(
         if array is not None and len(array) != n:
             raise ValueError(f"{name}: {len(array)} values for {n} points")
     figure = Figure(figsize=(9, 8), dpi=120)
-    axes = figure.add_axes((0.02, 0.02, 0.8, 0.92))
+    axes = figure.add_axes((0.02, 0.02, 0.96, 0.92))
     size = float(np.clip(40_000 / n, 0.5, 14))
     chosen = np.ones(n, bool) if selected is None else np.asarray(selected, bool)
     labels = np.zeros(n, np.int64) if labels is None else np.asarray(labels)
-    import matplotlib
-
-    colors = matplotlib.colormaps["tab10" if labels.max() < 10 else "gist_ncar"]
     values = np.unique(labels)
-    for i, value in enumerate(values):
-        color = "lightgrey" if value < 0 else colors(int(value) if labels.max() < 10 else i / len(values))
-        name = names[value] if names is not None and value >= 0 else "none" if value < 0 else str(value)
+    places = np.array([place_of(coordinates[labels == value]) for value in values])
+    groups = dict(zip(values[values >= 0].tolist(), far_apart(places[values >= 0]), strict=True))
+    for value in values.tolist():
+        colour = groups.get(value, "lightgrey")
         for subset, factor, alpha in (
-            ((labels == value) & ~chosen, 0.4, 0.2),
+            ((labels == value) & ~chosen, 0.5, 0.35),
             ((labels == value) & chosen, 1, 0.8),
         ):
             x, y = coordinates[subset].T
-            axes.scatter(x, y, s=size * factor, color=color, alpha=alpha, linewidths=0)
-        if len(values) <= 30:
-            axes.scatter([], [], s=20, color=color, label=name)
+            axes.scatter(x, y, s=size * factor, color=colour, alpha=alpha, linewidths=0)
     marked = isolated(coordinates) if outliers is None else np.asarray(outliers, bool)
     x, y = coordinates[marked].T
     axes.scatter(x, y, s=30, marker="x", color="black", linewidths=0.7, label="outlier")
     if thumbnail is not None:
         _draw_thumbnails(axes, coordinates, thumbnail)
+    largest = sorted(groups, key=lambda value: -np.count_nonzero(labels == value))
+    for value in largest[:_NAMED] if len(groups) > 1 else []:
+        place = places[np.searchsorted(values, value)]
+        if np.isfinite(place).all():
+            box = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": groups[value], "alpha": 0.85}
+            name = str(value) if names is None else names[value]
+            axes.annotate(name, place, ha="center", va="center", fontsize=8, zorder=5, bbox=box)
     axes.set(xticks=[], yticks=[], title=title)
     axes.set_aspect("equal", adjustable="datalim")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+    axes.legend(loc="lower left", frameon=False, fontsize=8)
     return figure
 
 

@@ -4,7 +4,10 @@ import pytest
 
 from tests.house import circles, modules, rooms
 
-GROUND = {f"curated_data.{n}" for n in ("devices", "errors", "matrix", "networks", "parallel", "randomness")}
+GROUND = {
+    f"curated_data.{name}"
+    for name in ("colours", "devices", "errors", "matrix", "networks", "parallel", "randomness")
+}
 """What `lightning_modules` may take from `curated_data`."""
 
 

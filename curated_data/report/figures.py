@@ -8,12 +8,12 @@ from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from curated_data.clustering.tree import ClusterTree
+from curated_data.colours import far_apart, place_of
 from curated_data.report.examples import ClusterRow, random_subset, thumbnails
 from curated_data.selection.metrics import entropy, perplexity, selected_sizes
 
@@ -123,7 +123,7 @@ def selection_map(
         coordinates: (n, 2) of every sample; rows that are not finite are omitted.
         ids: (m,) selected samples.
         labels: (n,) class of each sample, -1 for none.
-        class_names: of the classes; the legend shows up to twenty.
+        class_names: of the classes, which stand at their places.
         most: points to draw of pool and selection, each; random subsets of larger ones.
     """
     coordinates = np.asarray(coordinates)
@@ -144,18 +144,18 @@ def selection_map(
     panels[0].scatter(*coordinates[chosen].T, s=size, color=SERIES[0], lw=0, label=f"selected, {len(ids):,}")
     if labels is not None:
         classes = np.unique(labels[labels >= 0])
-        palette = colormaps["tab10" if len(classes) <= 10 else "tab20"]
-        for place, c in enumerate(classes):
-            name = str(c) if class_names is None else class_names[c]
-            panels[1].scatter(
-                *coordinates[pool[labels[pool] == c]].T, s=size, lw=0, color=palette(place % 20),
-                label=name if place < 20 else None,
-            )  # fmt: skip
-    for axes in panels:
-        axes.legend(
-            frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4,
-            markerscale=5 / size**0.5, handletextpad=0.2, columnspacing=1,
-        )  # fmt: skip
+        places = np.array([place_of(coordinates[labels == c]) for c in classes])
+        for c, place, colour in zip(classes.tolist(), places, far_apart(places), strict=True):
+            panels[1].scatter(*coordinates[pool[labels[pool] == c]].T, s=size, lw=0, color=colour)
+            if np.isfinite(place).all():
+                panels[1].annotate(
+                    str(c) if class_names is None else class_names[c], place, ha="center", va="center",
+                    fontsize=7, bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": colour, "alpha": 0.8},
+                )  # fmt: skip
+    panels[0].legend(
+        frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4,
+        markerscale=5 / size**0.5, handletextpad=0.2, columnspacing=1,
+    )  # fmt: skip
     for axes in panels:
         axes.set_xticks([])
         axes.set_yticks([])

@@ -131,6 +131,33 @@ def comparison(
     )
 
 
+def interval(
+    values: Array,
+    *,
+    statistic: Statistic | None = None,
+    n_bootstrap: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The percentile interval of one model's figure over resamples of its test samples.
+
+    Args:
+        values, statistic, n_bootstrap, confidence, seed: as for `comparison`.
+
+    Returns:
+        Its ends, NaN if no sample has a value.
+    """
+    known = np.asarray(as_tensor(values)).astype(np.float64)
+    flat = known.reshape(len(known), -1)
+    flat = flat[np.isfinite(flat).all(1)]
+    if not len(flat):
+        return np.nan, np.nan
+    means = _resampled_means(flat, n_bootstrap, seed)
+    draws = means[:, 0] if statistic is None else statistic(means.reshape(-1, *known.shape[1:]))
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
+    return low, high
+
+
 def _resampled_means(values: np.ndarray, n_bootstrap: int, seed: int) -> np.ndarray:
     """Means (B, m) of resamples of values (n, m).
 

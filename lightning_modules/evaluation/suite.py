@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -37,6 +37,7 @@ class Figure:
         samples: the result of each test image, for comparisons; None if the figure is not made of them.
         statistic: computes the figure from the mean of `samples`; None if it is the mean.
         is_share: whether it lies in 0..1.
+        is_better: the "higher" or the "lower" one.
         details: rows of a table with details.
 
     Examples:
@@ -51,6 +52,7 @@ class Figure:
     samples: np.ndarray | None = None
     statistic: Callable[[np.ndarray], np.ndarray] | None = None
     is_share: bool = True
+    is_better: Literal["higher", "lower"] = "higher"
     details: Sequence[Mapping[str, str]] = ()
 
 
@@ -241,8 +243,10 @@ def _duplicates(dataset: SuiteDataset, device: Any) -> Figures:
     rows, n = dataset.duplicates(NEAR)
     kinds = [row["kind"] for row in rows]
     return {
-        "duplicates, test images also in train": Figure(kinds.count("same bytes") / n, details=rows),
-        f"duplicates, near a train image (cosine {NEAR})": Figure(len(kinds) / n),
+        "duplicates, test images also in train": Figure(
+            kinds.count("same bytes") / n, is_better="lower", details=rows
+        ),
+        f"duplicates, near a train image (cosine {NEAR})": Figure(len(kinds) / n, is_better="lower"),
     }
 
 
@@ -264,7 +268,7 @@ def _depth(dataset: SuiteDataset, device: Any) -> Figures:
     values = (result.rmse, result.absolute_relative, result.delta_1)
     names = ("depth, RMSE", "depth, AbsRel", "depth, delta < 1.25")
     return {
-        name: Figure(value, result.scores[:, i], is_share=i == 2)
+        name: Figure(value, result.scores[:, i], is_share=i == 2, is_better="higher" if i == 2 else "lower")
         for i, (name, value) in enumerate(zip(names, values))
     }
 
@@ -306,7 +310,7 @@ def _by_group(groups: Mapping[str, list[str]], ids: np.ndarray, hits: np.ndarray
             of_group = np.full(len(hits), np.nan)
             of_group[known] = np.where(np.array(own) == name, hits[known], np.nan)
             figures[f"fairness, {column} {name}"] = Figure(values["mean"], of_group)
-        figures[f"fairness, gap by {column}"] = Figure(result.gap)
+        figures[f"fairness, gap by {column}"] = Figure(result.gap, is_better="lower")
     return figures
 
 

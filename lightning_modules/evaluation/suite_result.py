@@ -1,16 +1,19 @@
 """The figures of several embedders on a suite: comparisons, tables, files and a chart."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import MaxNLocator
 
-from lightning_modules.evaluation.comparison import ComparisonResult, comparison
+from curated_data.colours import HUES
+from lightning_modules.evaluation.comparison import ComparisonResult, comparison, interval
 from lightning_modules.evaluation.result import Result, write_csv, write_json
-from lightning_modules.evaluation.suite import Figures
+from lightning_modules.evaluation.suite import Figure, Figures
 
 INTERVALS = "In brackets: 95 % intervals, by paired bootstrap over the test images; * excludes 0."
 
@@ -115,29 +118,69 @@ class SuiteResult(Result):
         write_csv(path, self.details())
 
     def plot(self, path: str | Path) -> None:
-        """A bar chart of all figures in 0..1, grouped by embedder, as PNG."""
-        rows = list(dict.fromkeys(
-            (dataset, title) for found in self.figures.values() for dataset, figures in found.items()
-            for title, figure in figures.items() if figure.is_share
-        ))  # fmt: skip
+        """Write `chart` as PNG."""
+        self.chart().savefig(path, dpi=150, format="png")
+
+    def chart(self) -> Drawing:
+        """Bars of the figures in 0..1 by embedder and, apart from them, of those where lower is better.
+
+        Lines at their ends are 95 % intervals over the test images, where the figure is made of theirs.
+        """
+        kinds = {
+            (dataset, title): figure
+            for found in self.figures.values()
+            for dataset, figures in found.items()
+            for title, figure in figures.items()
+        }
+        panels = {
+            "higher is better": [k for k, f in kinds.items() if f.is_share and f.is_better == "higher"],
+            "lower is better": [k for k, f in kinds.items() if f.is_better == "lower"],
+        }
+        panels = {title: rows for title, rows in panels.items() if rows}
         n = len(self.figures)
-        drawing = Drawing(figsize=(8, 0.9 + 0.22 * len(rows) * (n + 0.6)), layout="constrained")
-        axes = drawing.subplots()
-        height = 0.8 / n
-        for number, (name, found) in enumerate(self.figures.items()):
-            places = np.arange(len(rows)) + (number - (n - 1) / 2) * height
-            values = [found[d][title].value if title in found[d] else np.nan for d, title in rows]
-            bars = axes.barh(places, values, height, label=name)
-            axes.bar_label(bars, fmt="%.3f", padding=2, fontsize=7)
-        axes.set_yticks(np.arange(len(rows)), [f"{d}: {title}" for d, title in rows], fontsize=8)
-        axes.set_xlim(0, 1.08)
-        axes.margins(y=0.01)
-        axes.invert_yaxis()
-        axes.spines[["top", "right"]].set_visible(False)
+        lengths = [len(rows) + 1 for rows in panels.values()]
+        drawing = Drawing(figsize=(8, 0.9 + 0.22 * sum(lengths) * (n + 0.6)), layout="constrained")
+        grid = drawing.subplots(len(panels), squeeze=False, height_ratios=lengths)[:, 0]
+        for axes, (title, rows) in zip(grid, panels.items()):
+            self._bars(axes, rows)
+            axes.set_title(title, fontsize=9, loc="left")
+            if title == "higher is better":
+                axes.set_xlim(0, 1.12)
+            else:
+                axes.set_xlim(0, max(axes.get_xlim()[1], 0.1))  # a few copies are no long bar
         drawing.legend(
-            *axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False, fontsize=8
+            *grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False, fontsize=8
         )
-        drawing.savefig(path, dpi=150, format="png")
+        grid[-1].set_xlabel("lines: 95 % intervals over the test images", fontsize=8)
+        return drawing
+
+    def _bars(self, axes: Axes, rows: Sequence[tuple[str, str]]) -> None:
+        height = 0.8 / len(self.figures)
+        for number, (name, found) in enumerate(self.figures.items()):
+            places = np.arange(len(rows)) + (number - (len(self.figures) - 1) / 2) * height
+            shown = [found.get(dataset, {}).get(title) for dataset, title in rows]
+            values = np.array([np.nan if figure is None else figure.value for figure in shown])
+            ends = np.array([_ends(figure) for figure in shown])
+            errors = np.nan_to_num(np.abs(ends - values[:, None])).T  # no line of length 0 is seen
+            bars = axes.barh(
+                places, values, height, label=name, color=HUES[number % len(HUES)],
+                xerr=errors, error_kw={"elinewidth": 1, "ecolor": "#1f2937"},
+            )  # fmt: skip
+            axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=7)
+        axes.set_yticks(np.arange(len(rows)), [f"{d}: {title}" for d, title in rows], fontsize=8)
+        axes.margins(x=0.12, y=0.01)
+        axes.set_xlim(left=0)
+        axes.invert_yaxis()
+        axes.tick_params(axis="x", labelsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _ends(figure: Figure | None) -> tuple[float, float]:
+    """Of its interval; NaN without one."""
+    if figure is None or figure.samples is None:
+        return np.nan, np.nan
+    return interval(figure.samples, statistic=figure.statistic)
 
 
 def compared_with_first(figures: Mapping[str, Mapping[str, Figures]]) -> SuiteResult:

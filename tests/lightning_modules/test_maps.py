@@ -55,6 +55,7 @@ def test_figure_and_table(digits, tmp_path):
     drawn = sum(len(c.get_offsets()) for c in figure.axes[0].collections if isinstance(c, PathCollection))
     assert drawn == len(x) + isolated(coordinates).sum()
     assert len(figure.axes[0].artists) > 10
+    assert {text.get_text() for text in figure.axes[0].texts} == {f"digit {i}" for i in range(9)}
     figure.savefig(tmp_path / "map.png")
     save_coordinates(tmp_path / "map.csv", coordinates, ids=np.arange(len(x)) + 5, labels=labels)
     table = np.genfromtxt(tmp_path / "map.csv", delimiter=",", names=True)

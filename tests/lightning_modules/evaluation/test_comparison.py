@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_modules.evaluation.comparison import comparison
+from lightning_modules.evaluation.comparison import comparison, interval
 from lightning_modules.evaluation.segmentation import mean_iou
 from tests.support.ranks import on_two_ranks
 
@@ -84,3 +84,20 @@ def test_two_ranks_get_the_result_of_one():
 def test_bad_input_is_named(a, b, options, message):
     with pytest.raises(ValueError, match=message):
         comparison(a, b, **options)
+
+
+@pytest.mark.parametrize("kind", ["right or wrong", "numbers"])
+def test_an_interval_of_one_model_is_scipys(kind):
+    values = pairs(kind)[0].astype(float)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile",
+                             rng=np.random.default_rng(5))  # fmt: skip
+    near = 0.06 * theirs.standard_error + (1 / len(values) if kind == "right or wrong" else 0)
+    found = interval(np.append(values, np.nan), n_bootstrap=20_000)
+    assert found == pytest.approx(tuple(theirs.confidence_interval), abs=near)
+    assert np.isnan(interval(np.array([np.nan]))).all()
+
+
+def test_an_interval_of_a_statistic_of_sums():
+    counts = np.random.default_rng(0).integers(50, 100, (60, 3, 4))
+    low, high = interval(counts, statistic=mean_iou)
+    assert low < float(mean_iou(counts.mean(0)[None])[0]) < high
