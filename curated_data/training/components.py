@@ -197,8 +197,9 @@ def open_sources(components: Sequence[Component], data: "CuratedDataModule") -> 
     pools: dict[tuple[Any, ...], ShardPool] = {}
     found = []
     for component in components:
-        pool = open_pool(component.pool, data.cache_dir, data.loader.storage_options)
-        pool = pools.setdefault((*pool.urls, repr(pool.images), *pool.image_extensions), pool)
+        pool = open_pool(component.pool, data.cache_dir, data.loader.storage_options, component.labels)
+        columns = pool.label_column, pool.caption_column
+        pool = pools.setdefault((*pool.urls, repr(pool.images), *pool.image_extensions, columns), pool)
         found.append(Source(component, pool, data))
     for opened in found:
         _check(opened, data)
