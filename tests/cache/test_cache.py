@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from curated_data.cache.artifacts import (
     write_manifest,
 )
 from curated_data.errors import CacheError
+from tests.support.programs import run_python
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
@@ -64,8 +63,7 @@ def test_fingerprint_of_arrays_sees_values_shape_and_type():
 def test_fingerprint_does_not_depend_on_the_process(tmp_path):
     load = "from curated_data.cache.artifacts import fingerprint"
     code = f"{load}; print(fingerprint(a={{'x': 1, 'y': {{'z': [1.5, None]}}}}))"
-    seeds = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                            env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in "12"]  # fmt: skip
+    seeds = [run_python("-c", code, PYTHONHASHSEED=seed).stdout for seed in "12"]
     assert seeds[0] == seeds[1] == fingerprint(a={"y": {"z": [1.5, None]}, "x": 1}) + "\n"
 
 

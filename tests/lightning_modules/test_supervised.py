@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_modules.supervised import Supervised
+from tests.support.trainers import quiet_trainer
 
 SAMPLES = [{"image": torch.full((3, 4, 4), float(i % 2)), "label": i % 2} for i in range(24)]
 
@@ -29,11 +30,7 @@ def fit(data: Any, **options: Any) -> list[float]:
             rates.append(optimizer.param_groups[0]["lr"])
 
     module = Supervised(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), [0, 1], learning_rate=0.5)
-    trainer = L.Trainer(
-        accelerator="cpu", callbacks=[Record()], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, **options,
-    )  # fmt: skip
-    trainer.fit(module, DataLoader(data, batch_size=8))
+    quiet_trainer(callbacks=[Record()], **options).fit(module, DataLoader(data, batch_size=8))
     return rates
 
 

@@ -22,7 +22,7 @@ from curated_data.report.explain import explain
 from curated_data.selection.removed import Removed
 from curated_data.selection.sampling import hierarchical_sample
 from curated_data.selection.sparse import find_neighbours, sparse_sample
-from tests.support.processes import run_ranks
+from tests.support.ranks import on_ranks
 
 LEVELS = [{"n_clusters": 12, "n_resamples": 2, "sample_size": 3}, {"n_clusters": 4}]
 CONFIG = {
@@ -424,7 +424,7 @@ def _curate_on_ranks(rank, shards, folder):
 def test_two_ranks_find_what_one_process_finds(write_pool, tmp_path):
     shards = write_pool([40, 30, 20])
     alone = run(shards, tmp_path / "alone")
-    run_ranks(_curate_on_ranks, 2, shards, tmp_path)
+    on_ranks(2, _curate_on_ranks, shards, tmp_path)
     for rank in (0, 1):
         with np.load(tmp_path / f"rank-{rank}.npz") as saved:
             np.testing.assert_array_equal(saved["rows"], np.asarray(alone.embeddings))

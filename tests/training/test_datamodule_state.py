@@ -24,15 +24,9 @@ from tests.support.trainer_runs import (
     data,
     scaled,
     trainer,
-    write_pools,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_pools(tmp_path_factory.mktemp("pool"))
 
 
 @pytest.fixture(scope="module")

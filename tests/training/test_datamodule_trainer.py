@@ -2,11 +2,7 @@
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from curated_data import CuratedDataModule, CurationLogger, RecurationCallback
 from tests.support.listing import Listing, expected_stream
+from tests.support.programs import run_python
 from tests.support.trainer_runs import (
     N_SAMPLES,
     N_VALIDATION,
@@ -22,16 +19,9 @@ from tests.support.trainer_runs import (
     data,
     scaled,
     trainer,
-    write_pools,
 )
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_pools(tmp_path_factory.mktemp("pool"))
 
 
 class Lister(Listing):
@@ -235,14 +225,7 @@ def test_launchers_within_a_script_divide_the_stream(folder, tmp_path, strategy)
     """In a program, as a fork of this process would inherit its threads."""
     program = tmp_path / "program.py"
     program.write_text(LAUNCHED)
-    done = subprocess.run(
-        [sys.executable, str(program), str(folder), str(tmp_path), strategy],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python(program, folder, tmp_path, strategy)
     ranks = [
         [json.loads(line)["ids"] for line in (tmp_path / f"run-{rank}.jsonl").read_text().splitlines()]
         for rank in (0, 1)

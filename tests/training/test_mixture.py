@@ -4,8 +4,6 @@ import doctest
 import itertools
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning
@@ -22,6 +20,7 @@ from curated_data.streaming.state import checked_state
 from curated_data.training.components import mixture_rows
 from tests.support.mixture_runs import EPOCH_BATCHES, data, left_corner, mixture
 from tests.support.options import grouped
+from tests.support.programs import run_python
 from tests.support.recuration_runs import TinyModule, to_float
 from tests.support.trainer_runs import (
     EPOCHS,
@@ -31,25 +30,14 @@ from tests.support.trainer_runs import (
     SELECTION,
     noisy_crop,
     trainer,
-    write_pools,
 )
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Pools of 53 and 13 images of 8 x 8."""
-    return write_pools(tmp_path_factory.mktemp("mixture"))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """What `mixture_runs` wrote down."""
     folder = tmp_path_factory.mktemp("mixture-runs")
-    command = [sys.executable, "-m", "tests.support.mixture_runs", str(folder)]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert found.returncode == 0, found.stderr[-4000:]
+    run_python("-m", "tests.support.mixture_runs", folder)
     return folder
 
 
