@@ -8,7 +8,7 @@ from torch import Tensor
 
 from curated_data.parallel import rank, together, world_size
 from lightning_modules.distributed import all_gather_rows, all_reduce
-from lightning_modules.evaluation.inputs import Array, checked_features, n_joined
+from lightning_modules.evaluation.inputs import Array, checked_features, first_row, n_joined
 from lightning_modules.evaluation.nearest import scaled_rows
 from lightning_modules.evaluation.result import Result
 
@@ -115,10 +115,8 @@ def _effective_rank(gram: Tensor) -> float:
 
 def _evenly_taken(x: Tensor, n: int, limit: int) -> Tensor:
     """Every (n / limit)-th row of the joined set, on every rank; all rows if there are no more."""
-    counts = all_gather_rows(torch.tensor([len(x)], device=x.device))
-    first = int(counts[: rank()].sum())
     step = -(-n // limit)
-    return all_gather_rows(x[(-first) % step :: step].contiguous())
+    return all_gather_rows(x[-first_row(x) % step :: step].contiguous())
 
 
 def _uniformity(x: Tensor, block_size: int) -> float:

@@ -102,6 +102,17 @@ def first_row(x: Tensor) -> int:
     return int(all_gather_rows(torch.tensor([len(x)], device=x.device))[: rank()].sum())
 
 
+def longest_share(x: Tensor) -> int:
+    """Rows of the rank that has most: as many blocks on every rank, where each block is a collective."""
+    return int(all_gather_rows(torch.tensor([len(x)], device=x.device)).max())
+
+
+def gather_with_own(x: Tensor) -> tuple[Tensor, slice]:
+    """All ranks' rows joined, and which of these are this rank's."""
+    first = first_row(x)
+    return all_gather_rows(x), slice(first, first + len(x))
+
+
 def held_out_rows(y: Tensor, share: float, seed: int) -> Tensor:
     """Which of this rank's rows are held out (n,) bool: a seeded draw of a share of the joined set, of two
     rows or more.
