@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import lightning.pytorch as pl
 import numpy as np
+from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from curated_data.training.arguments import (
     named_pools,
 )
 from curated_data.training.components import Source, open_sources
+from curated_data.training.hyperparameters import KEY, hyperparameters
 from curated_data.training.loaders import evaluation_loader, training_loader
 from curated_data.training.mixture import Component, Mixture, as_mixture
 from curated_data.training.options import (
@@ -252,6 +254,18 @@ class CuratedDataModule(pl.LightningDataModule):
     def is_set_up(self) -> bool:
         return self._selected.is_set_up
 
+    @property
+    def hparams_initial(self) -> AttributeDict:
+        """What Lightning logs: what a subclass saves and, from `setup("fit")` on, under `curated_data` the
+        pool, the settings of the curation and the figures of its selection, or these of each component.
+
+        They are of the first curations. `CurationLogger` logs those of a `RecurationCallback`, too.
+        """
+        found = AttributeDict(super().hparams_initial)
+        if self.is_set_up:
+            found[KEY] = hyperparameters(self.mixture, self.sources)
+        return found
+
     def component(self, name: str) -> Source:
         """A component of the mixture, with its `pool`, `curation` and `selection`.
 
@@ -298,6 +312,9 @@ class CuratedDataModule(pl.LightningDataModule):
 
         Every rank takes part in the work, so it is not in `prepare_data`, where all ranks would wait for one.
         A second call does nothing.
+
+        For "fit" Lightning then logs `hparams_initial` to every logger, as it does for modules, unless a
+        subclass calls `save_hyperparameters(logger=False)`.
         """
         configs = [source.curation_config for source in self.sources]
         curates = stage in (None, "fit") and any(configs) and not self.is_set_up
@@ -305,6 +322,8 @@ class CuratedDataModule(pl.LightningDataModule):
             if stage in (None, "fit"):
                 self._selected.attach()
                 self._selected.set_up()
+                if not self.hparams:
+                    self.save_hyperparameters({})  # saves nothing, but makes Lightning log `hparams_initial`
             if stage in (None, "fit", "validate"):
                 for pool in self.val_pools.values():
                     pool.index()

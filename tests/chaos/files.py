@@ -17,6 +17,7 @@ from tests.chaos.cage import Ending
 from tests.chaos.damage import damage, forge, remove_stages
 from tests.chaos.inputs import input_kinds, row_kinds
 from tests.chaos.kinds import Kind
+from tests.chaos.seeds import seed_kinds
 from tests.chaos.states import state_kinds, training_kinds
 from tests.chaos.tables import archive_kinds, changed_kinds, table_kinds
 from tests.chaos.tally import GOOD, Tally
@@ -26,9 +27,10 @@ _LIMIT = 40.0
 _BATCH = 40  # cases in one attacked process
 _LATER = {
     "index": ("pool",),
-    "embeddings": ("near_duplicates", "tree", "selection"),
-    "near_duplicates": ("tree", "selection"),
-    "tree": ("selection",),
+    "embeddings": ("near_duplicates", "tree", "retrieval", "selection"),
+    "near_duplicates": ("tree", "retrieval", "selection"),
+    "tree": ("retrieval", "selection"),
+    "retrieval": ("selection",),
 }
 
 
@@ -37,6 +39,7 @@ def attack(world: World, tally: Tally, rng: random.Random, until: float, cases: 
     kinds = [
         *cache_kinds(world), *shard_kinds(world), *input_kinds(world), *row_kinds(world), *state_kinds(world),
         *training_kinds(world), *archive_kinds(world), *changed_kinds(world), *table_kinds(world),
+        *seed_kinds(world),
     ]  # fmt: skip
     expected: dict[str, dict[str, Any]] = {}
     for kind in kinds:

@@ -61,7 +61,7 @@ def attack(world: World, tally: Tally, rng: random.Random, until: float, cases: 
 
 def _scenes(world: World) -> list[Scene]:
     case, cache = world.cage.case, str(world.cage.case / "cache")
-    pages = {name: str(case / f"{name}.html") for name in ("report", "duplicates")}
+    pages = {name: str(case / f"{name}.html") for name in ("report", "duplicates", "search")}
     curated = world.start("curated", world.curation("curate"))
     exporting = world.curation("export", "--out", str(case / "out"), "--max-samples", "3")
     exported = world.start("exported", world.curation("curate"), exporting)
@@ -69,6 +69,9 @@ def _scenes(world: World) -> list[Scene]:
     shards = str(case / "shards")
     again = ("--out", str(case / "out"), "--max-samples", "4", "--overwrite", "--order", "pool")
     classes = str(world.home / "classes")
+    image = str(world.home / "classes" / "class0" / "000.png")
+    shard = str(world.home / "grown" / "more-000000.tar")
+    seeds = ("--set", f"retrieval={{seeds: {{more: {shard}}}, n: 2}}", "quotas={temperature: 0.5}")
     return [
         Scene("index", None, world.command("index", world.pool, "--cache-dir", cache)),
         Scene("embed", None, world.curation("embed")),
@@ -81,6 +84,10 @@ def _scenes(world: World) -> list[Scene]:
         Scene("duplicates", curated, world.curation("duplicates", "--examples", pages["duplicates"])),
         Scene("inspect", curated, world.command("inspect", cache, "--verify")),
         Scene("inspect a sample", curated, world.command("inspect", cache, "--sample", "3")),
+        Scene("curate with seeds", None, world.curation("curate", *seeds)),
+        Scene("tune", curated, world.curation("tune", grown=True)),
+        Scene("search", curated, world.curation("search", "--image", image, "--out", pages["search"])),
+        Scene("table", curated, world.curation("table", "--out", str(case / "table.parquet"))),
         Scene("training", None, lambda: train(world), result=trained),
     ]
 

@@ -71,6 +71,7 @@ class World:
                 ("report", "--out", str(case / "page.html")),
                 ("duplicates", "--examples", str(case / "page.html")),
                 ("export", "--out", str(case / "out")),
+                ("table", "--out", str(case / "table.parquet")),
             ):
                 self.curation(name, *options)()
         logging.getLogger("curated_data").handlers.clear()  # which print to what is silent
@@ -83,7 +84,7 @@ class World:
         """A command that curates, with the settings of all."""
         pool = self.grown if grown else [self.pool]
         options = ["--cache-dir", str(self.cage.case / "cache"), "--embedder", EMBEDDER, "--device", "cpu"]
-        if name not in ("embed", "duplicates"):
+        if name not in ("embed", "duplicates", "search"):
             options += ["--config", str(self.home / "config.yaml")]
         return self.command(name, *pool, *options, *arguments)
 
