@@ -204,11 +204,7 @@ def read_known(path: Path) -> Accuracies:
 
 
 def fill(
-    accuracies: Accuracies,
-    data: Mapping[str, Data],
-    budget: Budget,
-    options: argparse.Namespace,
-    cache: Path,
+    accuracies: Accuracies, data: Mapping[str, Data], budget: Budget, options: argparse.Namespace, cache: Path
 ) -> None:
     """Train wherever an accuracy is missing; finished trainings are read from the cache.
 

@@ -132,11 +132,7 @@ def test_repeats_and_zero_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"images": 0}, "images"),
-        ({"coordinates": np.zeros((3, 2))}, "coordinates"),
-    ],
+    ("options", "named"), [({"images": 0}, "images"), ({"coordinates": np.zeros((3, 2))}, "coordinates")]
 )
 def test_bad_options(made, options, named):
     pool, curation = made

@@ -24,10 +24,7 @@ from curated_data.errors import CacheError, CuratedDataError, first_line
 MapMode = Literal["r", "c"] | None
 
 _BLOCK = 1 << 22
-_HEADERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _verified: set[tuple[int, ...]] = set()  # states of files that this process has found to be as written
 
 

@@ -11,14 +11,7 @@ from curated_data.cache.artifacts import MANIFEST, build_once
 from curated_data.cache.locks import writable
 from curated_data.cache.removal import TEMPORARY, remove
 from curated_data.errors import CacheError
-from curated_data.parallel import (
-    all_gather,
-    broadcast,
-    check_same,
-    is_distributed,
-    rank,
-    together,
-)
+from curated_data.parallel import all_gather, broadcast, check_same, is_distributed, rank, together
 
 _VISIBLE_WITHIN = 30.0  # seconds within which a shared file system shows every rank what one has written
 

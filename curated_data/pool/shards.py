@@ -12,14 +12,7 @@ import numpy as np
 
 from curated_data.cache.artifacts import absolute, fingerprint, open_cache
 from curated_data.errors import ConfigError, PoolError, SampleError
-from curated_data.parallel import (
-    all_gather,
-    all_reduce,
-    check_same,
-    is_distributed,
-    rank,
-    world_size,
-)
+from curated_data.parallel import all_gather, all_reduce, check_same, is_distributed, rank, world_size
 from curated_data.pool.access import DOWNLOAD, RANGES, RemoteOptions, choose_access
 from curated_data.pool.build import (
     Indexer,

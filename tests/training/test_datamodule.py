@@ -22,14 +22,7 @@ from curated_data.pool import ShardPool
 from curated_data.training.datamodule import CenterCrop, CuratedDataModule
 from tests.support.listing import Listing, expected_stream
 from tests.support.programs import run_python
-from tests.support.trainer_runs import (
-    EPOCHS,
-    N_SAMPLES,
-    N_VALIDATION,
-    SELECTION,
-    data,
-    trainer,
-)
+from tests.support.trainer_runs import EPOCHS, N_SAMPLES, N_VALIDATION, SELECTION, data, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -315,10 +308,7 @@ CURATED = {"curation": {"target_size": 5}, "selection": None, "embedder": Pixels
         ),
         ({"curation": {"target_sise": 5}, "selection": None}, "target_size"),
         ({"stratify_level": 1}, "stratify_level"),
-        (
-            {**CURATED, "stratify_level": 1, "shuffle": "block"},
-            'stratify_level: takes shuffle="full"',
-        ),
+        ({**CURATED, "stratify_level": 1, "shuffle": "block"}, 'stratify_level: takes shuffle="full"'),
         (
             {**CURATED, "curation": {"target_size": 5, "levels": TREE}, "stratify_level": 2},
             "stratify_level: the tree has level 1, found 2",

@@ -147,11 +147,7 @@ class TestDeviceViews:
             ({"views": no_view}, r"views: gave a dict.* in "),
         ):
             data = CuratedDataModule(
-                paths,
-                batch_size=2,
-                loader={"num_workers": 0},
-                image_size=8,
-                **arguments,
+                paths, batch_size=2, loader={"num_workers": 0}, image_size=8, **arguments
             )
             with pytest.raises(ConfigError, match=f"^{match}"):
                 trained(data)

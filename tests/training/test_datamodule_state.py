@@ -17,14 +17,7 @@ from curated_data.errors import CacheError, ConfigError, CuratedDataError
 from curated_data.streaming.state import checked_state
 from tests.support.listing import Listing, Replacing, expected_stream
 from tests.support.recuration_runs import SIZES, TinyModule, datamodule
-from tests.support.trainer_runs import (
-    GLOBAL_BATCH,
-    N_SAMPLES,
-    SELECTION,
-    data,
-    scaled,
-    trainer,
-)
+from tests.support.trainer_runs import GLOBAL_BATCH, N_SAMPLES, SELECTION, data, scaled, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -12,14 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from curated_data import CuratedDataModule, CurationLogger, RecurationCallback
 from tests.support.listing import Listing, expected_stream
 from tests.support.programs import run_python
-from tests.support.trainer_runs import (
-    N_SAMPLES,
-    N_VALIDATION,
-    SELECTION,
-    data,
-    scaled,
-    trainer,
-)
+from tests.support.trainer_runs import N_SAMPLES, N_VALIDATION, SELECTION, data, scaled, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -115,10 +108,7 @@ def test_validate_and_predict_read_their_own_pools_and_select_nothing(folder, va
     assert module.trained == expected_stream(1)
 
 
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda loaded: pickle.loads(pickle.dumps(loaded)),
-}
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda loaded: pickle.loads(pickle.dumps(loaded))}
 
 
 @pytest.mark.parametrize("how", COPIES)
