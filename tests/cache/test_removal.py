@@ -260,7 +260,7 @@ def test_a_callback_refuses_what_no_re_curation_writes(field, value):
         return
     with pytest.raises(CacheError, match=field):
         callback.load_state_dict(STATE | {field: value})
-    assert callback._artifacts == []
+    assert callback.state.artifacts == []
     with pytest.raises(CacheError, match="RecurationCallback"):
         RecurationCallback(1).load_state_dict({name: STATE[name] for name in STATE if name != "artifacts"})
 
