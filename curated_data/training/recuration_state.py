@@ -64,9 +64,8 @@ def checked_state(state: object) -> RecurationState:
                 f"RecurationCallback: the checkpoint holds {name} = {shown(state.get(name))}, which no "
                 "re-curation writes; resume from another checkpoint"
             )
-    return RecurationState(
-        **{name: state[name] for name in is_right} | {"artifacts": list(state["artifacts"])}
-    )
+    known: dict[str, Any] = {name: state[name] for name in is_right}
+    return RecurationState(**known | {"artifacts": list(known["artifacts"])})
 
 
 def _is_count(value: object) -> bool:
