@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.machine import print_machine
 from curated_data import ClusterTree, Level, hierarchical_kmeans, hierarchical_sample
-from curated_data.cache.artifacts import atomic_write_json
+from curated_data.cache.publishing import atomic_write_json
 from curated_data.clustering import choose_levels
 from curated_data.config import ROWS_PER_CELL
 from curated_data.embedding import resolve_embedder

@@ -19,8 +19,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from curated_data.cache.artifacts import atomic_path, open_cache
+from curated_data.cache.artifacts import open_cache
 from curated_data.cache.paths import local_path
+from curated_data.cache.publishing import atomic_path
 from curated_data.cache.removal import remove
 from curated_data.datasets import EmbeddedDataset, Features, load_suite, open_suite
 from curated_data.devices import resolve_device

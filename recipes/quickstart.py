@@ -34,8 +34,9 @@ from rich.console import Console
 from rich.table import Table
 
 from curated_data import CuratedDataModule, CurationConfig, LoaderOptions, ShardPool, ShardWriter, curate
-from curated_data.cache.artifacts import atomic_path, fingerprint, open_cache
+from curated_data.cache.artifacts import fingerprint, open_cache
 from curated_data.cache.paths import local_path
+from curated_data.cache.publishing import atomic_path
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, CuratedDataError, PoolError
 from curated_data.progress import log_to_terminal

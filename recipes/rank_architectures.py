@@ -36,9 +36,10 @@ from rich.markdown import Markdown
 from torchvision.transforms import v2
 
 from curated_data import CuratedDataModule, LoaderOptions
-from curated_data.cache.artifacts import atomic_path, atomic_write_json, fingerprint, open_cache, read_json
+from curated_data.cache.artifacts import fingerprint, open_cache, read_json
 from curated_data.cache.locks import locked
 from curated_data.cache.paths import local_path
+from curated_data.cache.publishing import atomic_path, atomic_write_json
 from curated_data.datasets.ranking import SIDES, Data, open_data
 from curated_data.errors import ConfigError, CuratedDataError
 from curated_data.progress import log_to_terminal, progress

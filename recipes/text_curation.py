@@ -36,14 +36,9 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from torch import Tensor, nn
 
 from curated_data import ShardPool, ShardWriter
-from curated_data.cache.artifacts import (
-    atomic_write_json,
-    build_once,
-    fingerprint,
-    open_cache,
-    write_manifest,
-)
+from curated_data.cache.artifacts import build_once, fingerprint, open_cache, write_manifest
 from curated_data.cache.paths import local_path
+from curated_data.cache.publishing import atomic_write_json
 from curated_data.embedding import Embedder, resolve_embedder
 from curated_data.embedding.text import check_text
 from curated_data.errors import CuratedDataError, PoolError

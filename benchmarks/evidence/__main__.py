@@ -17,7 +17,7 @@ from benchmarks.evidence.gains import KEY, print_table
 from benchmarks.evidence.pools import POOLS, pool_of
 from benchmarks.evidence.ways import UNTRAINED, WAYS, Asked
 from benchmarks.machine import print_machine
-from curated_data.cache.artifacts import atomic_path
+from curated_data.cache.publishing import atomic_path
 
 
 def main() -> None:

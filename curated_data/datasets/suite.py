@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from curated_data.cache.artifacts import atomic_path, fingerprint
+from curated_data.cache.artifacts import fingerprint
 from curated_data.cache.locks import locked
+from curated_data.cache.publishing import atomic_path
 from curated_data.config import read_yaml, structured
 from curated_data.datasets.images import Images, image_files, to_shards
 from curated_data.datasets.layouts import LAYOUTS

@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass, field
+from typing import Any
 
 from curated_data.cache.layout import SELECTION
 from curated_data.cache.removal import artifact_name, is_fingerprint, shown

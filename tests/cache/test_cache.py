@@ -14,9 +14,6 @@ from hypothesis import strategies as st
 
 from curated_data.cache.artifacts import (
     FORMAT_VERSION,
-    atomic_path,
-    atomic_save,
-    atomic_write_json,
     build_once,
     fingerprint,
     locked,
@@ -26,6 +23,7 @@ from curated_data.cache.artifacts import (
     read_manifest,
     write_manifest,
 )
+from curated_data.cache.publishing import atomic_path, atomic_save, atomic_write_json
 from curated_data.errors import CacheError
 from tests.support.programs import run_python
 

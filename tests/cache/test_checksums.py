@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 from curated_data.cache import checksums
 from curated_data.cache.artifacts import (
     MANIFEST,
-    atomic_path,
-    atomic_write_json,
     open_cache,
     read_array,
     read_json,
@@ -26,6 +24,7 @@ from curated_data.cache.artifacts import (
     write_manifest,
 )
 from curated_data.cache.checksums import check_file, check_once, file_checksum, load_npy, load_npz, reading
+from curated_data.cache.publishing import atomic_path, atomic_write_json
 from curated_data.clustering.checkpoint import Checkpoint
 from curated_data.errors import CacheError
 

@@ -15,8 +15,9 @@ import pytest
 
 from curated_data import ShardPool
 from curated_data.cache import locks
-from curated_data.cache.artifacts import atomic_save, new_array, open_cache
+from curated_data.cache.artifacts import open_cache
 from curated_data.cache.locks import is_locked, locked
+from curated_data.cache.publishing import atomic_save, new_array
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import CacheError
 from curated_data.pool.known import turns

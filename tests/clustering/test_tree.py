@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curated_data.cache.artifacts import atomic_write_json, read_json, with_checksum
+from curated_data.cache.artifacts import read_json, with_checksum
+from curated_data.cache.publishing import atomic_write_json
 from curated_data.clustering.tree import ClusterTree, take_groups
 from curated_data.errors import CacheError
 

@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from curated_data import CuratedDataModule, RecurationCallback
-from curated_data.cache.artifacts import atomic_write_json
+from curated_data.cache.publishing import atomic_write_json
 from curated_data.clustering import hierarchy
 from curated_data.embedding.embedders import ModuleEmbedder
 from curated_data.parallel import rank
