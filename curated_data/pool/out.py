@@ -16,6 +16,7 @@ import fsspec
 
 from curated_data.cache.checksums import open_regular
 from curated_data.cache.paths import is_url, spelled
+from curated_data.cache.publishing import flush_entry
 from curated_data.cache.removal import TEMPORARY, remove
 from curated_data.errors import CacheError, CuratedDataError, PoolError, printable
 from curated_data.pool.urls import unreachable
@@ -67,11 +68,7 @@ class LocalFolder:
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(temporary, path)
-                folder = os.open(self.path, os.O_RDONLY)
-                try:
-                    os.fsync(folder)
-                finally:
-                    os.close(folder)
+                flush_entry(self.path)
 
     def remove(self, name: str) -> None:
         """Remove a file, or a link."""

@@ -31,7 +31,7 @@ from curated_data.embedding.store import EmbeddingStore
 from curated_data.errors import CacheError, CuratedDataError
 from curated_data.pipeline.inspect import inspect_cache, verify_cache
 from curated_data.pipeline.reopen import reopen, selections
-from curated_data.training.callbacks import _is_dropped
+from curated_data.training.recurating import drop_unheld
 
 NAME = "0123456789abcdef0123"
 HOSTILE = [
@@ -164,7 +164,7 @@ def test_only_a_stage_and_a_fingerprint_become_a_path(tmp_path, name):
         artifact_folder(tmp_path, name)
     assert len(str(caught.value)) < 400
     assert "\n" not in str(caught.value)
-    assert not _is_dropped(tmp_path, name)
+    assert not drop_unheld(tmp_path, name)
 
 
 def test_an_artifact_is_found_where_its_name_says(tmp_path):
@@ -285,8 +285,8 @@ def test_a_named_artifact_goes_and_nothing_else(place, monkeypatch):
     guard = Guard(cache, monkeypatch)
     (tree,) = (cache / "tree").glob("[!.]*")
     others = {path for path in cache.rglob("*") if tree not in (path, *path.parents)}
-    assert _is_dropped(cache, f"tree/{tree.name}")
-    assert _is_dropped(cache, f"tree/{tree.name}")  # it is gone
+    assert drop_unheld(cache, f"tree/{tree.name}")
+    assert drop_unheld(cache, f"tree/{tree.name}")  # it is gone
     assert {path for path in cache.rglob("*") if ".locks" not in path.parts} == {
         path for path in others if ".locks" not in path.parts
     }
