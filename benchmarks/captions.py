@@ -27,15 +27,14 @@ import numpy as np
 import torch
 
 from benchmarks.machine import print_machine
+from curated_data.programs import described_parser
 from curated_data.selection.captions import CaptionBlock, label_captions
 from curated_data.selection.names import CaptionClass, NameMatcher, read_wordnet
 from curated_data.selection.text import TextEmbedder, resolve_text_embedder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("speed", "senses"):
         command = commands.add_parser(name)

@@ -7,7 +7,6 @@ beforehand (their cost is shown apart), a numpy draw in every lowest cluster. Me
 of the same run.
 """
 
-import argparse
 import statistics
 import time
 import tracemalloc
@@ -17,12 +16,11 @@ import numpy as np
 
 from benchmarks.machine import print_machine
 from curated_data import ClusterTree, flat_sample, hierarchical_sample
+from curated_data.programs import described_parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--samples", type=int, default=10_000_000)
     parser.add_argument("--clusters", type=int, nargs="+", default=[100_000, 10_000, 1_000])
     parser.add_argument("--runs", type=int, default=3)

@@ -42,6 +42,7 @@ from curated_data.cache.paths import local_path
 from curated_data.cache.publishing import atomic_path, atomic_write_json
 from curated_data.datasets.ranking import SIDES, Data, open_data
 from curated_data.errors import ConfigError, CuratedDataError
+from curated_data.programs import described_parser
 from curated_data.progress import log_to_terminal, progress
 from lightning_modules.evaluation.ranking import RankingResult, ranking
 from lightning_modules.supervised import Supervised, build_classifier
@@ -84,9 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line, with the defaults of --small."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--a", help="folder of shards *train*.tar and *test*.tar (default: Fashion-MNIST)")
     parser.add_argument("--b", help="(default: the other half of A's classes, or A's other selection)")
     for side in SIDES:
