@@ -161,10 +161,10 @@ def test_bad_caches_are_named(tmp_path):
     root = open_cache(tmp_path / "cache")
     assert open_cache(root) == root
     (root / "cache.json").write_text(json.dumps({"format": 999}))
-    with pytest.raises(CacheError, match=r"cache format 999.*another cache_dir"):
+    with pytest.raises(CacheError, match=r"999.*cache_dir"):
         open_cache(root)
     (root / "cache.json").write_text("{")
-    with pytest.raises(CacheError, match=r"cache\.json: damaged .*give another cache_dir"):
+    with pytest.raises(CacheError, match=r"cache\.json: damaged .*cache_dir"):
         open_cache(root)
     (tmp_path / "file").touch()
     with pytest.raises(CacheError, match="cannot be written"):
@@ -172,7 +172,7 @@ def test_bad_caches_are_named(tmp_path):
     with pytest.raises(CacheError, match="cache_dir: is empty"):
         open_cache("")
     write_manifest(root, "tree", {})
-    with pytest.raises(CacheError, match="artifact of 'tree', expected 'index'"):
+    with pytest.raises(CacheError, match="'tree', expected 'index'"):
         read_manifest(root, "index")
 
 

@@ -242,7 +242,7 @@ def test_a_mapped_file_is_read_whole_once_until_it_changes(tmp_path, monkeypatch
     (folder / "a.npy").write_bytes(content)
     os.utime(folder / "a.npy", ns=(status.st_atime_ns, status.st_mtime_ns))  # what hides it from `make`
     for _ in range(2):
-        with pytest.raises(CacheError, match=r"a\.npy: damaged \(its checksum differs\)"):
+        with pytest.raises(CacheError, match=r"a\.npy: damaged .*checksum"):
             read_array(folder, "a", manifest, map_mode="r")
 
 

@@ -34,7 +34,7 @@ def test_a_loader_without_a_length_needs_the_batches_of_an_epoch():
     with pytest.raises(ValueError, match="limit_train_batches"):
         L.Trainer(**options).fit(module, DataLoader(Endless(module), batch_size=4))
     without_warmup = build("simclr", warmup_epochs=0)
-    with pytest.raises(ValueError, match="no length: give the Trainer max_steps"):
+    with pytest.raises(ValueError, match="max_steps"):
         L.Trainer(**options | {"max_steps": -1, "max_epochs": 1}).fit(
             without_warmup, DataLoader(Endless(module), batch_size=4)
         )

@@ -79,7 +79,7 @@ def test_metrics_without_labels(write_pool, tmp_path):
     assert all(np.isfinite(list(values.values())))
     with pytest.raises(ConfigError, match=r"labels: expected shape \(64,\), got \(3,\)"):
         fit(write_pool(SIZES), tmp_path / "c", None, epochs=1, callbacks=[CurationLogger(np.zeros(3))])
-    with pytest.raises(ConfigError, match=r"CurationLogger\.labels: labels need to be integers"):
+    with pytest.raises(ConfigError, match=r"^CurationLogger\.labels: .*integers"):
         fit(write_pool(SIZES), tmp_path / "c", None, epochs=1, callbacks=[CurationLogger(np.zeros(64))])
 
 

@@ -136,7 +136,7 @@ def test_a_stratified_run_resumes_from_before_a_re_curation_that_dropped_its_tre
         path.unlink()
     callbacks = [RecurationCallback(every_n_epochs=1)]
     path = tmp_path / "ckpt" / f"step={steps + 2}.ckpt"
-    with pytest.raises(CacheError, match="stratify_level: the clusters of the resumed selection are gone"):
+    with pytest.raises(CacheError, match=r"^stratify_level: "):
         fit(shards, tmp_path / "c", None, callbacks=callbacks, ckpt_path=path, **settings)
 
 
