@@ -3,7 +3,7 @@
     python -m benchmarks.captions speed --wordnet /usr/share/wordnet [--captions 10000000]
     python -m benchmarks.captions senses --wordnet /usr/share/wordnet [--classes 1000 --seed 0]
 
-speed: against regular expressions, captions a CPU second, and agreement. Captions are the glosses of
+speed: against regular expressions, captions per CPU second, and agreement. Captions are the glosses of
 WordNet's nouns, over and over; classes are the 1,000 nouns with the most captions. The regular expression is
 timed on a part of the captions, it is slow.
 

@@ -1,4 +1,4 @@
-"""Hierarchical sampling by whole levels against a call a cluster: time, memory, and balance.
+"""Hierarchical sampling by whole levels against one call per cluster: time, memory, and balance.
 
     python -m benchmarks.sampling [--samples 10000000] [--runs 3]
 
@@ -91,7 +91,7 @@ def member_lists(tree: ClusterTree) -> dict[int, list[np.ndarray]]:
 
 
 def recursive(tree: ClusterTree, children: dict[int, list[np.ndarray]], target: int, seed: int) -> np.ndarray:
-    """The plain form: a call a cluster."""
+    """The plain form: one call per cluster."""
     rng = np.random.default_rng(seed)
     sizes = {level: tree.sizes(level) for level in tree.centroids}
     parts: list[np.ndarray] = []

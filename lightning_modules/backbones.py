@@ -40,7 +40,7 @@ def build_backbone(
             32 pixels.
         pretrained: False; True for the library's own weights from its hub; or a file (.pth, .pt, .ckpt,
             .safetensors).
-        frozen_blocks: the stem and so many first blocks keep their weights and their normalisation
+        frozen_blocks: the stem and this many first blocks keep their weights and their normalisation
             statistics; -1 freezes everything.
         options: passed to the network's constructor: `width`, `patch_size`, `depth`, `reg_tokens`,
             `drop_path_rate`, ...

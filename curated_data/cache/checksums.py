@@ -200,5 +200,5 @@ def _header(file: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype
         raise ValueError("it holds Python objects")
     written = file.tell() + math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or written != size:
-        raise ValueError(f"{size} bytes, where its header tells of {written}")
+        raise ValueError(f"{size} bytes, but its header says {written}")
     return shape, is_fortran, dtype

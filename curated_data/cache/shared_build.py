@@ -21,8 +21,8 @@ def build_together(
 ) -> tuple[Path, bool]:
     """`build_once` for an artifact that all ranks build together, with collective calls.
 
-    Rank zero takes the lock, for which it may have to wait while an unrelated run holds it; the others wait
-    for what it says then.
+    Rank zero takes the lock, and may have to wait for an unrelated run that holds it; the others wait for
+    rank zero.
 
     Args:
         folder: the artifact's final path, on a file system that all ranks share.

@@ -44,7 +44,7 @@ class LocalFolder:
         return self.path / name
 
     def names(self) -> list[str]:
-        """What it holds, sorted; nothing if it is not there."""
+        """The names in it, sorted; none if it does not exist."""
         with writing(self.path), contextlib.suppress(FileNotFoundError):
             return sorted(os.listdir(self.path))
         return []
@@ -117,7 +117,7 @@ class RemoteFolder:
         return f"{self.url}/{name}"
 
     def names(self) -> list[str]:
-        """What it holds, sorted; nothing if it is not there."""
+        """The names in it, sorted; none if it does not exist."""
         with self._reaching(self.url), contextlib.suppress(FileNotFoundError):
             self._store.invalidate_cache()
             found = self._store.ls(self._path, detail=False)

@@ -76,7 +76,7 @@ class Source:
         self._data = data
 
     def named(self, text: str) -> str:
-        """A setting or a sentence for an error, with the component that it is of."""
+        """The name of a setting for an error, with its component."""
         return text if self._data.mixture is None else f"mixture, component {self.name!r}, {text}"
 
     def labels(self) -> SampleLabels | None:
@@ -268,7 +268,7 @@ def unpacked(array: np.ndarray | None, sources: Sequence[Source]) -> dict[int, n
         ids = array[place + 2 : place + 2 + max(n, 0)]
         if not 0 <= number < len(sources) or number in found or n < 1 or len(ids) != n:
             raise ConfigError(
-                "the checkpoint's selection: is none of this mixture; resume with the components of that run"
+                "the checkpoint's selection: is not one of this mixture's; resume with the components of that run"
             )
         name = sources[number].named("the checkpoint's selection")
         found[number] = checked_selection(ids, sources[number].pool, name)

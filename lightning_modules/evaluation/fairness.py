@@ -81,7 +81,7 @@ def fairness(
         own = np.asarray(as_tensor(values)).astype(np.float64)
         names = [_name(group) for group in (groups.tolist() if hasattr(groups, "tolist") else groups)]
         if own.ndim != 1 or len(names) != len(own):
-            raise ValueError(f"expected one value and one group a sample, got {own.shape} and {len(names)}")
+            raise ValueError(f"expected one value and one group per sample, got {own.shape} and {len(names)}")
         if not np.isfinite(own).all():
             raise ValueError(f"value {int(np.flatnonzero(~np.isfinite(own))[0])} is not finite")
         check_resampling(n_bootstrap, confidence)

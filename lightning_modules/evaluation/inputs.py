@@ -51,7 +51,7 @@ def checked_k(k: int | Iterable[int], largest: int, of: str) -> list[int]:
 
     Raises:
         TypeError: numbers that are not whole.
-        ValueError: none, or one outside of 1..`largest`; `of` says what has so many.
+        ValueError: an empty list, or a number outside of 1..`largest`, the size of what `of` names.
     """
     ks = sorted({operator.index(each) for each in (k if isinstance(k, Iterable) else [k])})
     if not ks or ks[0] < 1 or ks[-1] > largest:
