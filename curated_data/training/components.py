@@ -268,7 +268,7 @@ def unpacked(array: np.ndarray | None, sources: Sequence[Source]) -> dict[int, n
         ids = array[place + 2 : place + 2 + max(n, 0)]
         if not 0 <= number < len(sources) or number in found or n < 1 or len(ids) != n:
             raise ConfigError(
-                "the checkpoint's selection: is not one of this mixture's; resume with the components of that run"
+                "the checkpoint's selection: is not of this mixture; resume with the components of that run"
             )
         name = sources[number].named("the checkpoint's selection")
         found[number] = checked_selection(ids, sources[number].pool, name)

@@ -60,8 +60,8 @@ def health(
     Args:
         features: (n, d), finite.
         second_view: (n, d) features of other views of the same samples.
-        max_pairs_samples: uniformity compares all pairs among at most this many samples, taken evenly from the
-            set.
+        max_pairs_samples: uniformity compares all pairs among at most this many samples, taken evenly from
+            the set.
         block_size: samples compared at once.
         device: where to work.
 

@@ -179,8 +179,8 @@ class PretrainingModule(L.LightningModule):
     def schedule_step(self) -> int:
         """The optimiser step at which schedules are.
 
-        In a run limited by `max_epochs`, earlier epochs count as if they had the present one's length, so that
-        schedules end with the run even if a re-curation has changed that length. Where `max_steps` ends the run,
+        In a run limited by `max_epochs`, earlier epochs count as if they had the present one's length, so
+        that schedules end with the run even if a re-curation has changed it. Where `max_steps` ends the run,
         and as long as no length has changed, it is `global_step`.
         """
         return self.global_step + self._steps_ahead
