@@ -19,29 +19,37 @@ def add(commands: Any) -> None:
     common.add_rows(command)
     command.add_argument(
         "--labels",
-        metavar="FILE.npy",
-        help="(n,) class of every sample, -1 for none (default: the .cls members)",
+        metavar="FILE",
+        help=".npy: (n,) class of every sample, -1 for none; or .parquet, .csv, or text with tabs, with "
+        "columns key or id, and label (default: the .cls members)",
     )
+    command.add_argument("--out", metavar="PAGE.html", help="write a page: intervals, classes, YAML to copy")
 
 
 def _tune(parsed: argparse.Namespace) -> None:
     config = common.config_of(parsed)
     from curated_data.embedding.existing import EmbeddedPool
     from curated_data.pipeline.curate import curate
+    from curated_data.pipeline.labels import GivenLabels, read_label_file
     from curated_data.pipeline.tune import tune, verdict
+    from curated_data.pipeline.tune_page import tune_page
+    from curated_data.pool.out import write_file
+    from curated_data.report.page import class_names_beside
     from curated_data.selection.metrics import read_labels
 
-    labels = common.load_array(parsed.labels, "labels")
-    pool = EmbeddedPool(parsed.pool) if parsed.embeddings else common.pool_of(parsed)
-    if labels is None:
-        labels = None if isinstance(pool, EmbeddedPool) else read_labels(pool)
-    if labels is None:
-        raise ConfigError("tune: the pool has no labels; give --labels FILE.npy")
-    if labels.shape != (len(pool),) or labels.dtype.kind not in "iu":
-        raise ConfigError(
-            f"--labels: {labels.dtype} of shape {labels.shape}, expected {len(pool)} integers, -1 for none"
-        )
-    embedder = None if parsed.embeddings else parsed.embedder
+    if parsed.out is not None:
+        common.check_output(parsed.out, parsed)
+    pool = common.pool_of(parsed)
+    if parsed.labels is not None:
+        given = read_label_file(parsed.labels, pool)
+    else:
+        read = None if isinstance(pool, EmbeddedPool) else read_labels(pool)
+        if read is None:
+            raise ConfigError("tune: the pool has no labels; give --labels FILE")
+        beside = class_names_beside(pool)
+        given = GivenLabels(read, None if beside is None else tuple(beside))
+    labels = given.numbers
+    embedder = None if isinstance(pool, EmbeddedPool) else parsed.embedder
     rows = tune(
         lambda settings: curate(
             pool, settings, embedder=embedder, cache_dir=parsed.cache_dir, device=parsed.device
@@ -63,3 +71,6 @@ def _tune(parsed: argparse.Namespace) -> None:
     print(why)
     if best.settings:
         print(OmegaConf.to_yaml(OmegaConf.create(best.settings)), end="")
+    if parsed.out is not None:
+        page = tune_page(rows, labels, config.target_size, class_names=given.names)
+        print(f"page: {write_file(parsed.out, page.encode(), common.storage_of(parsed))}")

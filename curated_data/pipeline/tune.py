@@ -9,9 +9,9 @@ that is in the clustering.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,6 +56,7 @@ class Tried:
         entropy: of the classes of the selection, in nats, estimated.
         gain: of entropy over the default.
         low, high: the interval of the gain.
+        shares: (k,) of the classes that occur among the labels, in the selection, estimated.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Tried:
     gain: float
     low: float
     high: float
+    shares: np.ndarray = field(compare=False)
 
 
 def tune(
@@ -80,24 +82,52 @@ def tune(
     Raises:
         ConfigError: too few labels, or labels of another pool.
     """
+    _check_labels(labels)
+    return compare(chances(curate, config, len(labels)), labels, seed=seed)
+
+
+class Chances(NamedTuple):
+    """What one of `SETTINGS` selects.
+
+    Attributes:
+        settings: as they are written in YAML.
+        chance: (n,) float64, how often a draw selects each sample.
+    """
+
+    settings: dict[str, Any]
+    chance: np.ndarray
+
+
+def chances(
+    curate: Callable[[CurationConfig], Curation], config: CurationConfig, n: int
+) -> dict[str, Chances]:
+    """What each of `SETTINGS` selects of n samples, by name; arguments as for `tune`.
+
+    Raises:
+        ConfigError: the pool has another number of samples.
+    """
+    found = {}
+    for name, changes in SETTINGS.items():
+        settings = _spelled(changes, n)
+        curation = curate(_changed(config, settings))
+        if curation.tree.n_samples != n:
+            raise ConfigError(
+                f"labels: {n} of them, the pool has {curation.tree.n_samples} samples; give one each"
+            )
+        found[name] = Chances(settings, _chance_of(curation))
+    return found
+
+
+def compare(tried: Mapping[str, Chances], labels: np.ndarray, *, seed: int = 0) -> list[Tried]:
+    """`tune` by what `chances` has found.
+
+    Raises:
+        ConfigError: too few labels.
+    """
+    _check_labels(labels)
     known = np.flatnonzero(labels >= 0)
     classes, label = np.unique(labels[known], return_inverse=True)
-    if len(known) < _LEAST or len(classes) < 2:
-        raise ConfigError(
-            f"labels: {len(known)} samples of {len(classes)} classes; give at least {_LEAST} of at least 2"
-        )
-    n = len(labels)
-    chances, written = [], []
-    for changes in SETTINGS.values():
-        settings = _spelled(changes, n)
-        found = curate(_changed(config, settings))
-        if found.tree.n_samples != n:
-            raise ConfigError(
-                f"labels: {n} of them, the pool has {found.tree.n_samples} samples; give one each"
-            )
-        chances.append(_chances(found)[known])
-        written.append(settings)
-    weight = np.array(chances)  # (settings, labelled)
+    weight = np.array([one.chance[known] for one in tried.values()])  # (settings, labelled)
     own = _entropies(weight, label, len(classes), np.ones((1, len(known))))[:, 0]
     rng = np.random.default_rng(seed)
     times = rng.multinomial(len(known), np.full(len(known), 1 / len(known)), size=1000)
@@ -107,9 +137,12 @@ def tune(
     deviation = gains.std(axis=1)
     off = np.abs(gains - gain[:, None]) / np.where(deviation > 0, deviation, 1)[:, None]
     wide = np.quantile(off.max(axis=0), 0.95) * deviation  # holds for all at once
+    shares = weight @ np.eye(len(classes))[label]
+    shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1e-300)
+    figures = np.stack([own, gain, gain - wide, gain + wide], axis=1).tolist()
     rows = [
-        Tried(name, given, *(float(value) for value in figures))
-        for name, given, *figures in zip(SETTINGS, written, own, gain, gain - wide, gain + wide)
+        Tried(name, tried[name].settings, mine, more, low, high, of_classes)
+        for name, (mine, more, low, high), of_classes in zip(tried, figures, shares, strict=True)
     ]
     return [rows[0], *sorted(rows[1:], key=lambda row: -row.gain)]
 
@@ -123,6 +156,15 @@ def verdict(rows: list[Tried]) -> tuple[Tried, str]:
         best,
         f"{best.name!r} is better than the default: {best.gain:+.3f} ({best.low:+.3f} to {best.high:+.3f}).",
     )
+
+
+def _check_labels(labels: np.ndarray) -> None:
+    known = labels[labels >= 0]
+    n_classes = len(np.unique(known))
+    if len(known) < _LEAST or n_classes < 2:
+        raise ConfigError(
+            f"labels: {len(known)} samples of {n_classes} classes; give at least {_LEAST} of at least 2"
+        )
 
 
 def _spelled(changes: Mapping[str, Any], n: int) -> dict[str, Any]:
@@ -143,7 +185,7 @@ def _changed(config: CurationConfig, settings: Mapping[str, Any]) -> CurationCon
     return load_config(plain | dict(settings))
 
 
-def _chances(curation: Curation) -> np.ndarray:
+def _chance_of(curation: Curation) -> np.ndarray:
     """(n,) float64: how often a draw selects each sample."""
     config, tree = curation.config, curation.tree
     how: dict[str, Any] = {"max_repeats": config.max_repeats, "quotas": quotas_of(config, tree)}

@@ -36,7 +36,7 @@ class Described:
         self.numbers: np.ndarray | None = None
         self.names: tuple[str, ...] | None = None
         if labels is not None:
-            self.numbers, self.names = _numbered(table.column(labels), labels)
+            self.numbers, self.names = numbered_classes(table.column(labels), labels)
         self._captions = None if captions is None else _texts(table.column(captions), captions)
 
     def captions(self, ids: Sequence[int] | np.ndarray) -> list[str | None]:
@@ -64,17 +64,25 @@ def _replace(sample: dict[str, Any], members: Mapping[str, bytes | None]) -> Non
             sample[name] = content
 
 
-def _numbered(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, tuple[str, ...] | None]:
-    """Classes as integers, and their names if they have some."""
+def numbered_classes(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, tuple[str, ...] | None]:
+    """Classes as integers, -1 for none, and their names, in the order of code points, if they have some.
+
+    Args:
+        column: of integers, or of texts, which are names unless all are digits.
+        name: of the column, for errors.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
     kind = column.type
     if pa.types.is_dictionary(kind):
-        return _numbered(column.cast(kind.value_type), name)
+        return numbered_classes(column.cast(kind.value_type), name)
     if pa.types.is_null(kind):
         return np.full(len(column), -1, np.int64), None
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         unique = sorted(value for value in pc.unique(column).to_pylist() if value is not None)
         if all(value.isascii() and value.isdigit() for value in unique):
-            return _numbered(column.cast(pa.int64()), name)
+            return numbered_classes(column.cast(pa.int64()), name)
         places = pc.index_in(column, pa.array(unique, kind))
         return _filled(places), tuple(unique)
     try:

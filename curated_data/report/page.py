@@ -169,11 +169,16 @@ def write_report(
     return written
 
 
+def style() -> str:
+    """The style of the page, for others that look like it."""
+    return (_FOLDER / "page.css").read_text(encoding="utf-8")
+
+
 def _page(title: str, data: Mapping[str, Any]) -> str:
     """The page in one file, with its style, its script and its data."""
     parts = {
         "title": html.escape(title),
-        "style": (_FOLDER / "page.css").read_text(encoding="utf-8"),
+        "style": style(),
         "data": _json(data),
         "script": "".join((_FOLDER / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS),
     }

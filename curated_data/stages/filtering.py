@@ -1,7 +1,7 @@
 """The filters of a curation, over the columns of its pool."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from curated_data.errors import ConfigError
 from curated_data.parallel import check_same
 from curated_data.pool import ShardPool
 from curated_data.selection.filters import Filtered, named_ids, sample_filter
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 AnyPool = ShardPool | EmbeddedPool
 
@@ -27,14 +30,9 @@ def with_named_ids(config: CurationConfig, pool: AnyPool) -> CurationConfig:
         return config
 
     def of_keys(keys: list[str]) -> np.ndarray:
-        from curated_data.parquet import bytes_of_keys, join, packed_keys
+        from curated_data.parquet import bytes_of_keys
 
-        if isinstance(pool, ShardPool):
-            index = pool.index()
-            return join(bytes_of_keys(keys), packed_keys(index.key_start, index.key_bytes))
-        if pool.key_array is None:
-            return np.array([int(key) if key.isdigit() and int(key) < len(pool) else -1 for key in keys])
-        return join(bytes_of_keys(keys), pool.key_array)
+        return ids_of_keys(pool, bytes_of_keys(keys))
 
     named = {
         name: named_ids(getattr(config, name), name, len(pool), of_keys).tolist()
@@ -48,6 +46,21 @@ def with_named_ids(config: CurationConfig, pool: AnyPool) -> CurationConfig:
             "include fewer"
         )
     return dataclasses.replace(config, **named)
+
+
+def ids_of_keys(pool: AnyPool, keys: "pa.Array") -> np.ndarray:
+    """(m,) int64, the samples with these keys, as bytes; -1 for those that are not in the pool. Rows without
+    keys are named by their numbers.
+    """
+    from curated_data.parquet import join, packed_keys
+
+    if isinstance(pool, ShardPool):
+        index = pool.index()
+        return join(keys, packed_keys(index.key_start, index.key_bytes))
+    if pool.key_array is None:
+        rows = [int(key) if key.isdigit() and len(key) < 19 else -1 for key in keys.to_pylist()]
+        return np.array([row if row < len(pool) else -1 for row in rows], np.int64)
+    return join(keys, pool.key_array)
 
 
 def filter_pool(pool: AnyPool, config: CurationConfig) -> Filtered | None:

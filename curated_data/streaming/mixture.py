@@ -9,19 +9,19 @@ sample follows `shares`, so that after any number of samples each has given what
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
 from curated_data.cache.artifacts import fingerprint
 from curated_data.errors import ConfigError
+from curated_data.streaming.changing import Changing, divided
 from curated_data.streaming.order import EpochOrder, LastBatch
-from curated_data.streaming.shares import Pattern, pattern, pattern_of_counts, rounded
+from curated_data.streaming.shares import Pattern
 
 Weights = Sequence[float] | Mapping[int, Sequence[float]]
 
-_CHUNK = 16  # global batches between which changing weights are held
-_LEAST = Fraction(1, 100_000)  # of all weights: patterns resolve shares to 2^-18
+_LEAST = Fraction(1, 100_000)  # of all weights: a block of changing ones is as long as the least needs
 
 
 @dataclass(frozen=True)
@@ -39,39 +39,6 @@ class Part:
     order: EpochOrder
     own: bool = False
     first_id: int = 0
-
-
-_Given = tuple[np.ndarray, np.ndarray]  # batches of each component with own ones, and of the others; samples
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """Global batches between which the weights do not change."""
-
-    first: int  # global batch
-    given: np.ndarray  # (k,) samples of each component before it
-    # Of the components with own batches, and then of all the others together: shares, or numbers of batches.
-    batch_shares: list[Fraction] | list[int]
-    mixed_shares: list[Fraction] | list[int]  # of samples, in the batches of the others; may be empty
-
-    @property
-    def batches(self) -> Pattern:
-        return _pattern(self.batch_shares)
-
-    @property
-    def mixed(self) -> Pattern:
-        return _pattern(self.mixed_shares)
-
-
-def _pattern(shares: list[Fraction] | list[int]) -> Pattern:
-    """Kept for the latest ones, but not made before it is needed: a stream may open at any place."""
-    whole = all(isinstance(share, int) for share in shares)
-    return pattern_of_counts(shares) if whole else _kept(tuple(shares))  # type: ignore[arg-type]
-
-
-@lru_cache(maxsize=16)
-def _kept(shares: tuple[Fraction, ...]) -> Pattern:
-    return pattern(shares)
 
 
 class MixtureOrder:
@@ -106,9 +73,6 @@ class MixtureOrder:
         self.n_samples = self.n_batches * batch_size
         self._mixed = [number for number, part in enumerate(self.parts) if not part.own]
         self._own = [number for number, part in enumerate(self.parts) if part.own]
-        self._last_change = max(self.weights)
-        self._n_chunks = -(-self._last_change // _CHUNK)  # in which weights change
-        self._latest: _Segment | None = None
 
     @property
     def selection(self) -> np.ndarray:
@@ -130,7 +94,8 @@ class MixtureOrder:
                 str(batch): [str(weight) for weight in weights] for batch, weights in self.weights.items()
             },
             epoch_batches=self.n_batches,
-            changes=2 if self._last_change else None,  # the version of how they are followed
+            # The version of how weights are followed that do not repeat.
+            changes=3 if self._changes else None,
         )
 
     def batches(self, epoch: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
@@ -160,13 +125,11 @@ class MixtureOrder:
 
     def given(self, epoch: int, batch: int) -> np.ndarray:
         """(k,) samples of each component before a global batch of an epoch."""
-        at = epoch * self.n_batches + batch
-        segment = self._segment(at)
-        groups = segment.batches.before(at - segment.first)
-        given = segment.given.copy()
-        given[self._own] += groups[: len(self._own)] * self.batch_size
-        if self._mixed and groups[-1]:
-            given[self._mixed] += segment.mixed.before(int(groups[-1]) * self.batch_size)
+        batches = self._by_batch.before(epoch * self.n_batches + batch)
+        given = np.empty(len(self.parts), np.int64)
+        given[self._own] = batches[: len(self._own)] * self.batch_size
+        if self._mixed:
+            given[self._mixed] = self._by_sample.before(int(batches[-1]) * self.batch_size)
         return given
 
     def passes(self, epoch: int, batch: int) -> dict[str, float]:
@@ -179,19 +142,7 @@ class MixtureOrder:
 
     def _places(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """For batches counted over all epochs: each sample's component, and its place in its stream."""
-        component = np.empty((last - first) * self.batch_size, np.int64)
-        place = np.empty_like(component)
-        at = first
-        while at < last:
-            segment = self._segment(at)
-            end = min(last, segment.first + _CHUNK) if segment.first < self._last_change else last
-            here = slice((at - first) * self.batch_size, (end - first) * self.batch_size)
-            component[here], place[here] = self._within(segment, at - segment.first, end - segment.first)
-            at = end
-        return component, place
-
-    def _within(self, segment: _Segment, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        group, turn = segment.batches.at(first, last)
+        group, turn = self._by_batch.at(first, last)
         component = np.empty((last - first, self.batch_size), np.int64)
         place = turn[:, None] * self.batch_size + np.arange(self.batch_size)
         for number, part in enumerate(self._own):
@@ -199,79 +150,29 @@ class MixtureOrder:
         others = np.flatnonzero(group == len(self._own))
         if len(others):
             start = int(turn[others[0]]) * self.batch_size
-            stop = start + len(others) * self.batch_size
-            kind, place_of_kind = segment.mixed.at(start, stop)
+            kind, place_of_kind = self._by_sample.at(start, start + len(others) * self.batch_size)
             component[others] = np.asarray(self._mixed)[kind].reshape(-1, self.batch_size)
             place[others] = place_of_kind.reshape(-1, self.batch_size)
-        component = component.ravel()
-        return component, segment.given[component] + place.ravel()
+        return component.ravel(), place.ravel()
 
-    def _segment(self, at: int) -> _Segment:
-        """The segment that holds a global batch."""
-        number = min(at // _CHUNK, self._n_chunks)
-        first = number * _CHUNK
-        if self._latest is None or self._latest.first != first:
-            batches, given = self._before_chunk(number)
-            if number < self._n_chunks:
-                batches_then, given_then = self._before_chunk(number + 1)
-                in_batches = (batches_then - batches).tolist()
-                of_mixed = (given_then - given)[self._mixed].tolist() if in_batches[-1] else []
-                self._latest = _Segment(first, given, in_batches, of_mixed)
-            else:
-                weights = self.weights[self._last_change]
-                of_mixed = [weights[part] for part in self._mixed]
-                groups = [*(weights[part] for part in self._own), sum(of_mixed, Fraction(0))]
-                self._latest = _Segment(first, given, groups, of_mixed)
-        return self._latest
+    @property
+    def _changes(self) -> bool:
+        shares = [self._by_batch, *([self._by_sample] if self._mixed else [])]
+        return any(isinstance(share, Changing) for share in shares)
 
-    def _before_chunk(self, number: int) -> _Given:
-        """What is given before a chunk, in whole batches and samples.
+    @cached_property
+    def _by_batch(self) -> Pattern | Changing:
+        """The global batches, of every component with own ones and, last, of all others together."""
+        shares = {step: [weights[part] for part in self._own] for step, weights in self.weights.items()}
+        for step, weights in self.weights.items() if self._mixed else ():
+            shares[step].append(sum((weights[part] for part in self._mixed), Fraction(0)))
+        return divided(shares, 1)
 
-        The nearest to what is owed, but not less than before an earlier chunk nor more than before a later
-        one: of these, the ends and then always the middle are found first, so that a chunk is found by
-        itself, in a few steps, wherever it is.
-        """
-        low, high = 0, self._n_chunks
-        lower = np.zeros(len(self._own) + 1, np.int64), np.zeros(len(self.parts), np.int64)
-        upper = self._near_owed(high, lower, None)
-        while low < number < high:
-            middle = (low + high) // 2
-            between = self._near_owed(middle, lower, upper)
-            if number < middle:
-                high, upper = middle, between
-            else:
-                low, lower = middle, between
-        return lower if number == low else upper
-
-    def _near_owed(self, number: int, lower: _Given, upper: _Given | None) -> _Given:
-        owed, n_batches = self._owed(number * _CHUNK), number * _CHUNK
-        shares = owed[self._own] / self.batch_size
-        most = [n_batches] * len(shares) + [n_batches if self._mixed else 0] if upper is None else upper[0]
-        batches = rounded([*shares, n_batches - shares.sum()], n_batches, lower[0], most)
-        given = np.zeros(len(self.parts), np.int64)
-        given[self._own] = np.array(batches[:-1], np.int64) * self.batch_size
-        if self._mixed and number:
-            n_mixed, of_mixed = batches[-1] * self.batch_size, owed[self._mixed]
-            shares = of_mixed / of_mixed.sum() * n_mixed
-            ceiling = None if upper is None else upper[1][self._mixed]
-            given[self._mixed] = rounded(shares.tolist(), n_mixed, lower[1][self._mixed], ceiling)
-        return np.array(batches, np.int64), given
-
-    def _owed(self, at: int) -> np.ndarray:
-        """(k,) samples that the weights promise each component before a global batch: their integral."""
-        knots = sorted(self.weights)
-        total = np.zeros(len(self.parts))
-        for knot, following in zip(knots, [*knots[1:], None], strict=True):
-            if knot >= at:
-                break
-            end = at if following is None else min(at, following)
-            start_weights = np.array(self.weights[knot], float)
-            change = np.zeros_like(start_weights)
-            if following is not None:
-                change = (np.array(self.weights[following], float) - start_weights) / (following - knot)
-            length = end - knot
-            total += length * start_weights + change * length**2 / 2
-        return total * self.batch_size
+    @cached_property
+    def _by_sample(self) -> Pattern | Changing:
+        """The samples of the batches that the others share."""
+        shares = {step: [weights[part] for part in self._mixed] for step, weights in self.weights.items()}
+        return divided(shares, self.batch_size)
 
 
 AnyOrder = EpochOrder | MixtureOrder

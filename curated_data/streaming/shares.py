@@ -5,7 +5,7 @@ part i of k with weight w_i has had w_i t of them, within 1 - 1 / (2k - 2), the 
 are thrown, so shares do not wander off as they do when each item's part is drawn at random.
 
 Weights are ratios of whole numbers, so the sequence is periodic, and the part of any item and its place
-within that part are found by a look-up.
+within that part are found by a look-up. Where weights change, or the period is long, there is `changing`.
 """
 
 import math
@@ -17,7 +17,6 @@ from functools import lru_cache
 import numpy as np
 
 _LONGEST = 1 << 16
-_RESOLUTION = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -46,50 +45,14 @@ class Pattern:
         return period * self.count + np.bincount(self.part[:within], minlength=len(self.count))
 
 
-def pattern(weights: Sequence[Fraction]) -> Pattern:
+def pattern(weights: Sequence[Fraction]) -> Pattern | None:
     """The sequence for some weights, at least one of which is above zero; only their ratios count.
 
-    Where the weights need a period of more than 65,536 items they are rounded to multiples of 2^-18.
+    None where it repeats only after more than 65,536 items.
     """
     shares = [weight / sum(weights) for weight in weights]
     period = math.lcm(*(share.denominator for share in shares))
-    if period > _LONGEST:
-        period = _RESOLUTION
-        counts = rounded([float(share) * period for share in shares], period)
-    else:
-        counts = [int(share * period) for share in shares]
-    return _tijdeman(tuple(counts))
-
-
-def pattern_of_counts(counts: Sequence[int]) -> Pattern:
-    """The sequence that has each part so many times in a period."""
-    return _tijdeman(tuple(map(int, counts)))
-
-
-def rounded(
-    values: Sequence[float],
-    total: int,
-    least: Sequence[int] | np.ndarray | None = None,
-    most: Sequence[int] | np.ndarray | None = None,
-) -> list[int]:
-    """Whole numbers of 0 or more near `values`, with a given sum: the largest remainders are rounded up.
-
-    Args:
-        values: (k,) to round.
-        total: their sum, which the bounds must allow.
-        least, most: (k,) bounds of each.
-    """
-    least = [0] * len(values) if least is None else [int(bound) for bound in least]
-    most = [total] * len(values) if most is None else [int(bound) for bound in most]
-    found = [
-        min(max(math.floor(value), low), high) for value, low, high in zip(values, least, most, strict=True)
-    ]
-    step = 1 if sum(found) < total else -1
-    for _ in range(abs(total - sum(found))):
-        allowed = [i for i, n in enumerate(found) if least[i] <= n + step <= most[i]]
-        i = max(allowed, key=lambda i: (step * (values[i] - found[i]), -i))
-        found[i] += step
-    return found
+    return None if period > _LONGEST else _tijdeman(tuple(int(share * period) for share in shares))
 
 
 @lru_cache(maxsize=64)

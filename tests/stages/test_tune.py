@@ -1,13 +1,17 @@
 """Settings compared by labels."""
 
+import html
+import re
+
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from curated_data import curate_embeddings
 from curated_data.cli import main
 from curated_data.config import load_config
 from curated_data.errors import ConfigError
-from curated_data.pipeline.tune import SETTINGS, _entropies, tune, verdict
+from curated_data.pipeline.tune import SETTINGS, _entropies, chances, compare, tune, verdict
 
 
 def pool(informative: bool):
@@ -58,15 +62,39 @@ def test_too_few_labels(tmp_path):
         compared(rows, labels, tmp_path)
 
 
+def test_shares_are_those_of_what_is_drawn(tmp_path):
+    rows, labels = pool(True)
+    found = chances(
+        lambda c: curate_embeddings(rows, c, cache_dir=tmp_path / "c"),
+        load_config({"target_size": 200}),
+        1600,
+    )
+    for row in compare(found, labels):
+        assert found[row.name].chance.sum() == pytest.approx(200)
+        of_classes = [found[row.name].chance[labels == c].sum() for c in np.unique(labels[labels >= 0])]
+        assert row.shares == pytest.approx(np.array(of_classes) / np.sum(of_classes))
+
+
 def test_the_command(tmp_path, capsys):
     rows, labels = pool(True)
     np.save(tmp_path / "x.npy", rows)
     np.save(tmp_path / "y.npy", labels)
+    lines = [f"{i},<{c}>\n" for i, c in enumerate(labels) if c >= 0]
+    (tmp_path / "y.csv").write_text("id,label\n" + "".join(lines))
     given = ["tune", str(tmp_path / "x.npy"), "--embeddings", "--target-size", "200"]
     given += ["--cache-dir", str(tmp_path / "cache"), "--labels"]
     assert main(["-q", *given, str(tmp_path / "y.npy")]) == 0
     said = capsys.readouterr().out
     assert all(name.split(",")[0] in said for name in SETTINGS)
+    assert main(["-q", *given, str(tmp_path / "y.csv"), "--out", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out == said + f"page: {tmp_path / 'page.html'}\n"
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('class="change"') == len(SETTINGS)
+    assert "&lt;3&gt;" in page
+    assert "<3>" not in page
+    yaml = html.unescape(re.search("<pre[^>]*>(.*?)</pre>", page, re.S)[1])
+    assert yaml.removeprefix("target_size: 200\n") in said
+    load_config(OmegaConf.create(yaml))
     np.save(tmp_path / "y.npy", labels[:5])
     assert main(["-q", *given, str(tmp_path / "y.npy")]) == 2
     assert "expected 1600 integers" in capsys.readouterr().err

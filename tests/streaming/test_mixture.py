@@ -6,14 +6,15 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from curated_data.errors import ConfigError
+from curated_data.streaming.changing import Changing
 from curated_data.streaming.mixture import MixtureOrder, Part
 from curated_data.streaming.order import EpochOrder
 from curated_data.streaming.sampler import GlobalBatchSampler
-from curated_data.streaming.shares import pattern, pattern_of_counts, rounded
+from curated_data.streaming.shares import pattern
 from curated_data.streaming.training import StreamPosition
 
 quick = settings(max_examples=60, deadline=None)
@@ -54,27 +55,14 @@ def stream(order: MixtureOrder, batches: int) -> np.ndarray:
 @given(values=weights)
 def test_after_any_number_of_items_each_part_has_had_its_share(values):
     n, shares = 3000, np.array([float(weight / sum(values)) for weight in values])
-    part, place = pattern(values).at(0, n)
+    found = pattern(values)
+    assert found is not None, "a period of at most 2,800"
+    part, place = found.at(0, n)
     counts = np.cumsum(part[:, None] == np.arange(len(values)), axis=0)
     least = 1 - 1 / max(2 * len(values) - 2, 2)
-    assert np.abs(counts - np.arange(1, n + 1)[:, None] * shares).max() <= least + n * 2.0**-18
+    assert np.abs(counts - np.arange(1, n + 1)[:, None] * shares).max() <= least + 1e-9
     assert (place == counts[np.arange(n), part] - 1).all()
-    assert (pattern(values).before(1234) == counts[1233]).all()
-
-
-@quick
-@given(counts=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any))
-def test_a_pattern_of_counts_has_each_part_as_often(counts):
-    found = pattern_of_counts(counts)
-    assert np.bincount(found.part, minlength=len(counts)).tolist() == counts
-
-
-@quick
-@given(values=st.lists(st.floats(-3, 50), min_size=1, max_size=6), total=st.integers(0, 200))
-def test_rounded_numbers_have_the_sum(values, total):
-    found = rounded(values, total)
-    assert sum(found) == total
-    assert min(found) >= 0
+    assert (found.before(1234) == counts[1233]).all()
 
 
 @quick
@@ -128,27 +116,69 @@ def test_any_batch_is_computed_by_itself_and_components_run_through_their_epochs
         assert (mine == np.concatenate([*epochs, np.empty(0, np.int64)])[: len(mine)]).all()
 
 
-def owed(order: MixtureOrder, batches: np.ndarray) -> np.ndarray:
-    """The integral of the weights, in global batches, up to each of some batches; by the trapezoidal rule."""
-    knots = sorted(order.weights)
-    values = np.array([[float(weight) for weight in order.weights[knot]] for knot in knots])
-    at = np.arange(batches.max())[:, None] + [0, 1]
-    means = np.stack([np.interp(at, knots, column).mean(axis=1) for column in values.T], axis=1)
-    return np.concatenate([np.zeros((1, len(values.T))), np.cumsum(means, axis=0)])[batches]
+def means(order: MixtureOrder, parts: list[int]):
+    """The mean weights of some components in each step, exactly; linear between those that were given."""
+    knots, step = sorted(order.weights), 0
+    while True:
+        before = max(knot for knot in knots if knot <= step)
+        after = min((knot for knot in knots if knot > step), default=before + 1)
+        ends = order.weights[before], order.weights.get(after, order.weights[before])
+        way = (step + Fraction(1, 2) - before) / (after - before)
+        yield [ends[0][i] + (ends[1][i] - ends[0][i]) * way for i in parts]
+        step += 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(order=mixtures(changing=ALWAYS))
+def test_changing_weights_are_followed_within_one(order):
+    """Own batches after every batch, and of those that share batches the samples after every sample."""
+    sources = order.components(0, 0, 100).reshape(100, order.batch_size)
+    own = [number for number, part in enumerate(order.parts) if part.own]
+    mixed = [number for number, part in enumerate(order.parts) if not part.own]
+    owed, counts = [Fraction(0)] * len(own), np.zeros(len(order.parts), int)
+    for batch, weights in zip(sources[:, 0], means(order, own), strict=False):
+        owed = [before + weight for before, weight in zip(owed, weights, strict=True)]
+        counts[batch] += 1
+        assert all(abs(Fraction(int(counts[i])) - due) < 1 for i, due in zip(own, owed, strict=True))
+
+    # As long as a step's share of samples lasts, they are divided by its weights; then by those of the next.
+    samples = sources[~np.isin(sources[:, 0], own)].ravel()
+    steps, left = means(order, mixed), Fraction(0)
+    owed, counts = [Fraction(0)] * len(mixed), np.zeros(len(order.parts), int)
+    for source in samples:
+        needed = Fraction(1)
+        while needed:
+            if not left:
+                weights = next(steps)
+                left = sum(weights) * order.batch_size
+            taken = min(left, needed)
+            owed = [due + weight / sum(weights) * taken for due, weight in zip(owed, weights, strict=True)]
+            left, needed = left - taken, needed - taken
+        counts[source] += 1
+        assert all(abs(Fraction(int(counts[i])) - due) < 1 for i, due in zip(mixed, owed, strict=True))
 
 
 @quick
-@given(order=mixtures(changing=ALWAYS))
-def test_changing_weights_are_followed_by_samples_and_by_own_batches(order):
-    """At every 16th batch, within two: one while weights change, and one where they stay from then on."""
-    size, ends = order.batch_size, np.arange(16, 161, 16)
-    given = np.stack([order.given(*divmod(int(end), order.n_batches)) for end in ends])
-    wanted = owed(order, ends)
-    own = np.array([part.own for part in order.parts])
-    assert np.abs(given[:, own] / size - wanted[:, own]).max(initial=0) < 2 + 1e-6
-    rest = given[:, ~own].sum(axis=1, keepdims=True)
-    shares = wanted[:, ~own] / np.maximum(wanted[:, ~own].sum(axis=1, keepdims=True), 1e-9)
-    assert np.abs(given[:, ~own] - shares * rest).max(initial=0) < 2 + 1e-6
+@given(
+    values=st.lists(st.floats(0.01, 1), min_size=2, max_size=9),
+    at=st.integers(0, 10**12),
+    n=st.integers(1, 3000),
+)
+def test_weights_of_many_digits_are_followed_anywhere(values, at, n):
+    shares = [Fraction(value) / sum(map(Fraction, values)) for value in values]
+    assume(pattern(shares) is None)
+    found = Changing({0: shares}, items_per_step=64)
+    part, place = found.at(at, at + n)
+    before, after = found.before(at), Changing({0: shares}, items_per_step=9).before(at + n)
+    assert before.sum() == at
+    for i, share in enumerate(shares):
+        count = int(before[i])
+        for item, was_given in enumerate(part == i):
+            if was_given:
+                assert place[item] == count
+                count += 1
+            assert abs(count - share * (at + item + 1)) < 1
+        assert count == after[i]
 
 
 def test_weights_that_change_for_ever_open_anywhere():
@@ -157,14 +187,15 @@ def test_weights_that_change_for_ever_open_anywhere():
         Part(name, EpochOrder(1000, seed=0, batch_size=1), own=name == "own") for name in ("a", "b", "own")
     ]
     order = MixtureOrder(parts, {0: [0.8, 0.1, 0.1], last: [0.2, 0.6, 0.2]}, batch_size=64, epoch_size=6400)
-    for at in (last // 2, last - 1, last + 10_000):
-        given = order.given(*divmod(at // 16 * 16, order.n_batches))
-        assert given.sum() == at // 16 * 16 * 64
-        done = min(at // 16 * 16, last)
+    for at in (last // 2 + 7, last - 1, last, last + 10_000):
+        given = order.given(*divmod(at, order.n_batches))
+        assert given.sum() == at * 64
+        done = min(at, last)
         middle = done / last / 2  # of the way to the last weights, on average
         wanted = done * (np.array([0.8, 0.1, 0.1]) * (1 - middle) + np.array([0.2, 0.6, 0.2]) * middle)
-        wanted += (at // 16 * 16 - done) * np.array([0.2, 0.6, 0.2])
-        np.testing.assert_allclose(given / 64, wanted, atol=2)
+        wanted += (at - done) * np.array([0.2, 0.6, 0.2])
+        assert abs(given[2] / 64 - wanted[2]) < 1
+        np.testing.assert_allclose(given[:2] / 64, wanted[:2], atol=2)  # with the batch that is not "own"
 
 
 @quick
