@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import curated_data
-from curated_data import ClusterTree, CuratedDataModule, RecurationCallback, ShardPool, ShardWriter, curate
+from curated_data import ClusterTree, CuratedDataModule, RecurationCallback, ShardPool, curate
 from curated_data.cache.artifacts import MANIFEST, open_cache, read_manifest, with_checksum
 from curated_data.cache.checksums import load_npy
 from curated_data.cache.layout import REMOVABLE
@@ -32,6 +32,7 @@ from curated_data.errors import CacheError, CuratedDataError
 from curated_data.pipeline.inspect import inspect_cache, verify_cache
 from curated_data.pipeline.reopen import reopen, selections
 from curated_data.training.recurating import drop_unheld
+from tests.support.images import noise, write_samples
 
 NAME = "0123456789abcdef0123"
 HOSTILE = [
@@ -123,14 +124,8 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """A pool, and a cache with every kind of artifact."""
-    from tests.support.images import png
-
-    folder, rng = tmp_path_factory.mktemp("original"), np.random.default_rng(0)
-    with ShardWriter(folder / "pool-%06d.tar", max_samples=10) as writer:
-        for place in range(20):
-            image = png(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-            writer.write({"__key__": f"k{place:03d}", "png": image})
-    shards = sorted(map(str, folder.glob("pool-*.tar")))
+    folder = tmp_path_factory.mktemp("original")
+    shards = write_samples(folder / "pool-%06d.tar", ({"png": image} for image in noise(20)), max_samples=10)
     config = {
         "target_size": 6,
         "levels": [{"n_clusters": 4}, {"n_clusters": 2}],
