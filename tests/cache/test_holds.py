@@ -203,7 +203,7 @@ class Slower(RecurationCallback):
     def on_train_epoch_end(self, trainer, pl_module):
         super().on_train_epoch_end(trainer, pl_module)
         if self.n_recurations == 1 and self.opened is None:
-            self.opened = reopen(trainer.datamodule.cache_dir, self._selection)
+            self.opened = reopen(trainer.datamodule.cache_dir, self.state.selection)
 
 
 def test_a_faster_training_leaves_what_a_slower_one_reads(write_pool, tmp_path):
