@@ -36,6 +36,7 @@ from tests.support.trainer_runs import (
     SELECTION,
     noisy_crop,
     trainer,
+    write_pools,
 )
 
 
@@ -295,9 +296,7 @@ def test_a_re_curation_replaces_one_component_and_leaves_the_other(tmp_path):
 
 @pytest.mark.long
 def test_on_two_ranks_one_component_is_re_curated_too_and_the_run_resumes_afterwards(tmp_path):
-    command = [sys.executable, "-m", "tests.support.mixture_runs", str(tmp_path), "recurated"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert found.returncode == 0, found.stderr[-4000:]
+    run_python("-m", "tests.support.mixture_runs", tmp_path, "recurated")
     stream = reselections(tmp_path, "whole", ranks=2)
     check_that_only_one_was_reselected(tmp_path, stream)
     assert reselections(tmp_path, "stopped", ranks=2) == stream[:80]
