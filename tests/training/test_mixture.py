@@ -12,7 +12,7 @@ import torch
 
 import curated_data.training.mixture
 from curated_data import Component, CuratedDataModule, Mixture, RecurationCallback
-from curated_data.errors import CacheError, ConfigError, CuratedDataError
+from curated_data.errors import CacheError, ConfigError, CuratedDataError, PoolError
 from curated_data.streaming import EpochOrder
 from curated_data.streaming.mixture import MixtureOrder
 from curated_data.streaming.state import checked_state
@@ -362,6 +362,7 @@ def test_everything_bad_is_one_error_that_names_it_before_anything_is_embedded(f
         ({"components": [curated, b | {"name": "a"}]}, "'a'"),
         ({"components": [curated, b | {"name": ""}]}, "name"),
         ({"components": [curated, {"name": "b", "weight": 1}]}, "'b', pool"),
+        ({"components": [curated, b | {"pool": str(folder / "none-*.tar")}]}, "'b', .*none-"),
         ({"components": [curated, b | {"weight": 0}]}, "'b'"),
         ({"components": [curated, b | {"weight": -1}]}, "'b'"),
         ({"components": [curated, b | {"weight": None}]}, "'b'"),
@@ -385,7 +386,7 @@ def test_everything_bad_is_one_error_that_names_it_before_anything_is_embedded(f
         ({"components": [curated, b | {"weight": 0.01, "batches": "own"}], "epoch_size": 160}, "'b', weight"),
     ]
     for mapping, told in cases:
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises((ConfigError, PoolError), match=told):
             CuratedDataModule(
                 mixture=mapping, cache_dir=tmp_path, batch_size=8, loader={"num_workers": 0}, views=noisy_crop
             ).setup("fit")
