@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -366,7 +367,9 @@ def test_everything_bad_is_one_error_that_names_it_before_anything_is_embedded(f
 
     curated = {"name": "a", "pool": pool, "weight": 1, "curation": curation(16), "embedder": stop}
     b = {"name": "b", "pool": other, "weight": 1}
+    tarfile.open(tmp_path / "empty.tar", "w").close()
     cases = [
+        ({"components": [curated, b | {"pool": str(tmp_path / "empty.tar")}]}, "'b', the pool is empty"),
         ({"components": []}, "components"),
         ({"components": "web.tar"}, "components"),
         ({}, "components"),
