@@ -121,9 +121,13 @@ class Source:
         """Index the pool, and read the ids that were given.
 
         Raises:
-            ConfigError: no samples, or ids that are not in the pool.
+            PoolError: the pool cannot be read, or has no sample.
+            ConfigError: ids that are not in the pool.
         """
-        self.pool.index()
+        try:
+            self.pool.index()
+        except PoolError as error:
+            raise PoolError(self.named(str(error))) from error
         if not len(self.pool):
             raise ConfigError(self.named("pool: holds no sample; give another or leave the component out"))
         if self.given_selection is not None:

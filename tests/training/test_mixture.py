@@ -4,6 +4,7 @@ import doctest
 import itertools
 import json
 import logging
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -353,7 +354,9 @@ def test_everything_bad_is_one_error_that_names_it_before_anything_is_embedded(f
 
     curated = {"name": "a", "pool": pool, "weight": 1, "curation": curation(16), "embedder": stop}
     b = {"name": "b", "pool": other, "weight": 1}
+    tarfile.open(tmp_path / "empty.tar", "w").close()
     cases = [
+        ({"components": [curated, b | {"pool": str(tmp_path / "empty.tar")}]}, "'b', the pool is empty"),
         ({"components": []}, "components"),
         ({"components": "web.tar"}, "components"),
         ({}, "components"),
