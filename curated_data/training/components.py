@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from curated_data.config import CurationConfig
-from curated_data.errors import ConfigError
+from curated_data.errors import ConfigError, PoolError
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import as_decoders
 from curated_data.pool.fields import checked_fields
@@ -76,8 +76,8 @@ class Source:
         self._data = data
 
     def named(self, text: str) -> str:
-        """A setting or a sentence for an error, with the component that it is of."""
-        return text if self._data.mixture is None else f"mixture, component {self.name!r}, {text}"
+        """The name of a setting for an error, with its component."""
+        return _named(self.name, text, self._data)
 
     def labels(self) -> SampleLabels | None:
         """The labels that replace the pool's, if there are any.
@@ -121,9 +121,13 @@ class Source:
         """Index the pool, and read the ids that were given.
 
         Raises:
-            ConfigError: no samples, or ids that are not in the pool.
+            PoolError: the pool cannot be read, or has no sample.
+            ConfigError: ids that are not in the pool.
         """
-        self.pool.index()
+        try:
+            self.pool.index()
+        except PoolError as error:
+            raise PoolError(self.named(str(error))) from error
         if not len(self.pool):
             raise ConfigError(self.named("pool: holds no sample; give another or leave the component out"))
         if self.given_selection is not None:
@@ -197,12 +201,20 @@ def open_sources(components: Sequence[Component], data: "CuratedDataModule") -> 
     pools: dict[tuple[Any, ...], ShardPool] = {}
     found = []
     for component in components:
-        pool = open_pool(component.pool, data.cache_dir, data.loader.storage_options)
-        pool = pools.setdefault((*pool.urls, repr(pool.images), *pool.image_extensions), pool)
+        try:
+            pool = open_pool(component.pool, data.cache_dir, data.loader.storage_options, component.labels)
+        except (PoolError, ConfigError) as error:
+            raise type(error)(_named(component.name, str(error), data)) from error
+        columns = pool.label_column, pool.caption_column
+        pool = pools.setdefault((*pool.urls, repr(pool.images), *pool.image_extensions, columns), pool)
         found.append(Source(component, pool, data))
     for opened in found:
         _check(opened, data)
     return found
+
+
+def _named(name: str, text: str, data: "CuratedDataModule") -> str:
+    return text if data.mixture is None else f"mixture, component {name!r}, {text}"
 
 
 def _check(source: Source, data: "CuratedDataModule") -> None:
@@ -268,7 +280,7 @@ def unpacked(array: np.ndarray | None, sources: Sequence[Source]) -> dict[int, n
         ids = array[place + 2 : place + 2 + max(n, 0)]
         if not 0 <= number < len(sources) or number in found or n < 1 or len(ids) != n:
             raise ConfigError(
-                "the checkpoint's selection: is none of this mixture; resume with the components of that run"
+                "the checkpoint's selection: is not of this mixture; resume with the components of that run"
             )
         name = sources[number].named("the checkpoint's selection")
         found[number] = checked_selection(ids, sources[number].pool, name)
