@@ -53,7 +53,7 @@ class Selection(Stage):
     place = SELECTION
     kind = "selection"
     step = "sample"
-    version = 4
+    version = 5
 
     @property
     def settings(self) -> dict[str, Any]:
