@@ -33,8 +33,9 @@ def run(rows, tmp_path, **changes):
         {"sampling": "flat", "levels": LEVELS, "strategy": "closest", "quotas": {"level": 2}},
         {"quotas": {"temperature": 0.5, "cap": 40}},
         {"sampling": "hierarchical", "levels": LEVELS, "quotas": {"cap": 0.15, "weights": {0: 0, 3: 4}}},
+        {"sampling": "greedy"},
     ],
-    ids=["sparse", "hierarchical", "flat", "sparse by size", "caps and weights"],
+    ids=["sparse", "hierarchical", "flat", "sparse by size", "caps and weights", "greedy"],
 )
 def test_nested_selections_hold_each_other_and_what_is_included(rows, tmp_path, how):
     included = [5, 77, 1400]
@@ -56,7 +57,7 @@ def test_nested_selections_hold_each_other_and_what_is_included(rows, tmp_path, 
     assert np.array_equal(largest_alone.ids, curation.ids)
 
 
-@pytest.mark.parametrize("sampling", ["hierarchical", "flat"])
+@pytest.mark.parametrize("sampling", ["hierarchical", "flat", "greedy"])
 def test_curations_of_one_tree_contain_each_other(rows, tmp_path, sampling):
     how = {"sampling": sampling, "levels": LEVELS}
     large, small = (run(rows, tmp_path, target_size=size, **how) for size in (200, 90))
@@ -103,6 +104,9 @@ def test_included_samples_count_in_the_quota_of_their_cluster(rows, tmp_path):
         ({"quotas": {"weights": [1] * 9}}, "quotas.weights: level 1 has 5 clusters, got 9 numbers"),
         ({"quotas": {"weights": [0] * 5}}, "quotas.weights: all are 0"),
         ({"quotas": {"weights": "none.npy"}}, "quotas.weights: .*none.npy"),
+        ({"sampling": "greedy", "max_repeats": 2}, "max_repeats: sampling 'greedy'"),
+        ({"sampling": "greedy", "quotas": {"cap": 5}}, "quotas: sampling 'greedy'"),
+        ({"sampling": "greedy", "strategy": "closest"}, "strategy: 'closest'"),
         ({"nested_sizes": [2], "include": [1, 2, 3]}, "include: 3 samples are more than nested_sizes, 2"),
     ],
 )
