@@ -1,7 +1,7 @@
 """Greedy k-means++ by its definition: in every step, each candidate is compared with every row.
 
-The squared distance of a row to the nearest centre so far is its gap. A step draws some rows with
-probabilities proportional to their gaps, and keeps the one that lowers the sum of gaps most.
+The squared distance of a row to the nearest centre so far, times the row's weight, is its gap. A step draws
+some rows with probabilities proportional to their gaps, and keeps the one that lowers the sum of gaps most.
 """
 
 import numpy as np
@@ -16,28 +16,41 @@ _BLOCK = 256  # rows of such a table that are computed at once
 _TABLE_BYTES = 64 << 20  # of a table of all distances between few rows
 
 
-def plain_greedy(x: torch.Tensor, k: int, generator: np.random.Generator, trials: int) -> np.ndarray:
+def plain_greedy(
+    x: torch.Tensor,
+    k: int,
+    generator: np.random.Generator,
+    trials: int,
+    weight: np.ndarray | None = None,
+) -> np.ndarray:
     """Positions of k different rows, (k,) int64, with `trials` candidates in each step.
 
     Args:
         x: (n, d) float32, on any device.
+        weight: (n,) not negative; None: all the same.
     """
     n = len(x)
     norms = x.square().sum(1)
+    first = int(generator.integers(n) if weight is None else draw(weight.cumsum(), 1, generator)[0])
+    weights = None
+    if weight is not None:
+        weights = torch.from_numpy(weight / (weight.max() or 1)).float().to(x.device)
     if n * n * 4 <= _TABLE_BYTES and 4 * k * trials >= n:
-        return _greedy_by_table(_table(x, norms).cpu().numpy(), k, generator, trials)
+        table = _table(x, norms)
+        table = table if weights is None else table.mul_(weights)
+        return _greedy_by_table(table.cpu().numpy(), k, generator, trials, first)
     if x.device.type != "cpu":
-        return _greedy_on_device(x, norms, k, generator, trials)
+        return _greedy_on_device(x, norms, k, generator, trials, first, weights)
     chosen = np.empty(k, np.int64)
-    chosen[0] = generator.integers(n)
+    chosen[0] = first
     padded = torch.zeros(-(-n // _STRIP) * _STRIP)
     gap = padded[:n]
-    gap.copy_(_gaps(x, norms, torch.from_numpy(chosen[:1]))[0])
+    gap.copy_(_gaps(x, norms, torch.from_numpy(chosen[:1]), weights)[0])
     for i in range(1, k):
         candidates = _draw_by_strips(padded, trials, generator)
         if candidates is None:
             return complete_at_random(chosen, i, n, generator)
-        lower = torch.minimum(_gaps(x, norms, torch.from_numpy(candidates)), gap)
+        lower = torch.minimum(_gaps(x, norms, torch.from_numpy(candidates), weights), gap)
         best = int(lower.sum(1).argmin())
         chosen[i] = candidates[best]
         gap.copy_(lower[best])
@@ -45,7 +58,7 @@ def plain_greedy(x: torch.Tensor, k: int, generator: np.random.Generator, trials
 
 
 def _table(x: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """`_gaps` of all rows to all, (n, n), of which one half is copied from the other."""
+    """`_gaps` of all rows to all without weights, (n, n), of which one half is copied from the other."""
     n = len(x)
     table = new_matrix(n, n, device=x.device)
     every = torch.arange(n, device=x.device)
@@ -55,14 +68,16 @@ def _table(x: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     return table
 
 
-def _greedy_by_table(gaps: np.ndarray, k: int, generator: np.random.Generator, trials: int) -> np.ndarray:
-    """The same from all squared distances (n, n), for few rows, where that costs no more than the steps.
+def _greedy_by_table(
+    gaps: np.ndarray, k: int, generator: np.random.Generator, trials: int, first: int
+) -> np.ndarray:
+    """The same from the gaps (n, n) by every row, for few rows, where that costs no more than the steps.
 
     A step's few products are limited by memory: the same number of them takes four times as long there.
     """
     chosen = np.empty(k, np.int64)
-    chosen[0] = generator.integers(len(gaps))
-    gap = gaps[chosen[0]]
+    chosen[0] = first
+    gap = gaps[first]
     for i in range(1, k):
         cumulative = gap.cumsum(dtype=np.float64)
         if cumulative[-1] <= 0:
@@ -94,17 +109,23 @@ def _draw_by_strips(gap: torch.Tensor, m: int, generator: np.random.Generator) -
 
 
 def _greedy_on_device(
-    x: torch.Tensor, norms: torch.Tensor, k: int, generator: np.random.Generator, trials: int
+    x: torch.Tensor,
+    norms: torch.Tensor,
+    k: int,
+    generator: np.random.Generator,
+    trials: int,
+    first: int,
+    weights: torch.Tensor | None,
 ) -> np.ndarray:
     """The same choices, queued on the device without waiting for any: a step is short beside a wait."""
     n = len(x)
     chosen = torch.empty(k, dtype=torch.int64, device=x.device)
-    chosen[:1] = int(generator.integers(n))
+    chosen[:1] = first
     luck = torch.from_numpy(generator.random((k - 1, trials))).to(x.device)
     totals = torch.ones(k, dtype=torch.float64, device=x.device)
     padded = torch.zeros(-(-n // _STRIP) * _STRIP, device=x.device)
     gap = padded[:n]
-    gap.copy_(_gaps(x, norms, chosen[:1])[0])
+    gap.copy_(_gaps(x, norms, chosen[:1], weights)[0])
     strips = padded.view(-1, _STRIP)
     upper = torch.ones(_STRIP, _STRIP, dtype=torch.float64, device=x.device).triu_()
     numbers = torch.arange(len(strips), device=x.device)
@@ -119,7 +140,7 @@ def _greedy_on_device(
         aim = aim - (cumulative[at] - sums[at])
         last = (inside < inside[:, -1:]).sum(1)
         candidates = at * _STRIP + torch.minimum((inside <= aim[:, None]).sum(1), last)
-        lower = torch.minimum(_gaps(x, norms, candidates), gap)
+        lower = torch.minimum(_gaps(x, norms, candidates, weights), gap)
         best = lower.sum(1).argmin(0, keepdim=True)  # as an index of one: a number would be waited for
         chosen[i : i + 1] = candidates[best]
         gap.copy_(lower[best][0])
@@ -138,11 +159,16 @@ def _running_sums(values: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
     return (inside + before[:, None]).view(-1)[: len(values)]
 
 
-def _gaps(x: torch.Tensor, norms: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """Squared distances of some rows to all, (len(at), n); 0 from a row to itself and to its copies."""
+def _gaps(
+    x: torch.Tensor, norms: torch.Tensor, at: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Squared distances of some rows to all, times the weights of these, (len(at), n); 0 from a row to itself
+    and to its copies.
+    """
     gap = norms.index_select(0, at)[:, None] + norms
     gap.addmm_(x.index_select(0, at), x.T, alpha=-2)
-    return gap.masked_fill_(gap < TINY * norms, 0)
+    gap.masked_fill_(gap < TINY * norms, 0)
+    return gap if weights is None else gap.mul_(weights)
 
 
 def draw(cumulative: np.ndarray, m: int, generator: np.random.Generator) -> np.ndarray:

@@ -122,8 +122,8 @@ def kmeans(
         n_init: number of runs with different seedings; the one with the lowest inertia is kept.
         seeding_rows: seed on at most this many random rows; None takes 20 * k.
         valid: (n,) bool, rows to use; None for all.
-        sample_weight: (n,) how much each row counts in means and inertia, at least 0; None: all the same.
-            Seeding then draws the rows it looks at in proportion to their weight.
+        sample_weight: (n,) how much each row counts in seeding, means and inertia, at least 0, as if it were
+            there that often; None: all the same.
         nonfinite: what to do with NaN or infinite rows (and zero rows under cosine): "exclude" them with a
             warning, or "raise".
         max_memory: bytes for rows held as float32, of which there are up to three arrays; if one would take

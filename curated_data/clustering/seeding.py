@@ -11,6 +11,9 @@ every row, one step after the other. Two observations avoid most of this:
 * Once there are some dozens of centres, a candidate gains nothing for rows far from it. Rows are divided into
   cells, and a candidate is only compared with the cells nearest to it.
 
+Where rows have weights, D² is taken times the weight in draws and gains, as if each row were there that
+often.
+
 The first is exact. The second ignores gains that are too small to matter between candidates: inertia and
 balance of the trees equal those of the plain form (`benchmarks/RESULTS.md`).
 
@@ -58,40 +61,34 @@ def seed_rows(
         generator: for all draws; in the same state on every rank.
         max_rows: choose from this many random rows if there are more; not for "random".
         rank, world: of this process, among those that call this together.
-        weight: (n,) float64; then rows are chosen among those drawn in proportion to it.
+        weight: (n,) float64, how often each row counts; those to choose from are then drawn by it.
     """
     n = len(rows)
-    if weight is not None and init != "random":
-        return _seed_weighted(rows, n_clusters, generator, weight, max_rows, rank, world)
     if init == "random":
         return generator.choice(n, n_clusters, replace=False)
     if n_clusters == n:
         return np.arange(n)
     if n <= max_rows:
-        return greedy_kmeans_plus_plus(rows, n_clusters, generator, rank=rank, world=world)
-    sample = np.sort(generator.choice(n, max_rows, replace=False))
+        return greedy_kmeans_plus_plus(rows, n_clusters, generator, weight=weight, rank=rank, world=world)
+    if weight is None:
+        sample, times = np.sort(generator.choice(n, max_rows, replace=False)), None
+    else:
+        sample, times = _sample(weight, n_clusters, max_rows, generator)
     some = rows.subset(sample, hold=world == 1)  # several ranks each read only their share
-    return sample[greedy_kmeans_plus_plus(some, n_clusters, generator, rank=rank, world=world)]
+    return sample[greedy_kmeans_plus_plus(some, n_clusters, generator, weight=times, rank=rank, world=world)]
 
 
-def _seed_weighted(
-    rows: Rows,
-    k: int,
-    generator: np.random.Generator,
-    weight: np.ndarray,
-    max_rows: int,
-    rank: int,
-    world: int,
-) -> np.ndarray:
-    """Greedy seeding on draws in proportion to the weights, each row once; filled up with the heaviest."""
-    drawn = np.unique(generator.choice(len(rows), max_rows, p=weight / weight.sum()))
-    if len(drawn) < k:
-        others = np.setdiff1d(np.argsort(-weight, kind="stable"), drawn, assume_unique=True)
-        drawn = np.sort(np.concatenate([drawn, others[: k - len(drawn)]]))
-    if len(drawn) == k:
-        return drawn
-    some = rows.subset(drawn, hold=world == 1)
-    return drawn[greedy_kmeans_plus_plus(some, k, generator, rank=rank, world=world)]
+def _sample(
+    weight: np.ndarray, k: int, draws: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows drawn in proportion to their weight, ascending, and how often each was; at least k rows, for
+    which the heaviest of the others are added as if drawn once.
+    """
+    times = np.bincount(generator.choice(len(weight), draws, p=weight / weight.sum()), minlength=len(weight))
+    heaviest = np.lexsort((-weight, times > 0))  # first those that were not drawn
+    times[heaviest[: max(k - np.count_nonzero(times), 0)]] = 1
+    sample = np.flatnonzero(times)
+    return sample, times[sample].astype(np.float64)
 
 
 def greedy_kmeans_plus_plus(
@@ -101,24 +98,26 @@ def greedy_kmeans_plus_plus(
     *,
     cell: int | None = None,
     probes: int = PROBES,
+    weight: np.ndarray | None = None,
     rank: int = 0,
     world: int = 1,
 ) -> np.ndarray:
-    """Positions of k different rows, chosen by greedy k-means++."""
+    """Positions of k different rows, chosen by greedy k-means++, with weights (n,) float64 or without."""
     n = len(rows)
     trials = 2 + int(math.log(k))
     cell = cell or min(max(n // (6 * PROBES) // _WIDTH * _WIDTH, CELL // 4), CELL)
     n_first = n // (2 * cell)
     if n_first < 2 * probes or k <= 2 * n_first or rows.device.type != "cpu":
         _check_memory(rows, probes, cell)
-        return plain_greedy(rows.block(0, n), k, generator, trials)
+        return plain_greedy(rows.block(0, n), k, generator, trials, weight)
     # The first centres, one for every other cell, from a sample: with so few, it has many rows for each.
     sample = np.sort(generator.choice(n, min(n, 16 * n_first), replace=False))
+    own = None if weight is None else weight[sample]
     if n_first > _MANY_FIRST:
-        first = sample[greedy_kmeans_plus_plus(rows.subset(sample), n_first, generator)]
+        first = sample[greedy_kmeans_plus_plus(rows.subset(sample), n_first, generator, weight=own)]
     else:
-        first = sample[plain_greedy(rows.take(sample), n_first, generator, trials)]
-    return _Cells(rows, first, cell, probes, rank, world).choose(k, trials, generator)
+        first = sample[plain_greedy(rows.take(sample), n_first, generator, trials, own)]
+    return _Cells(rows, first, cell, probes, rank, world, weight).choose(k, trials, generator)
 
 
 class _Cells:
@@ -128,7 +127,16 @@ class _Cells:
     norms, but only the rows of its own cells, for which it computes the products.
     """
 
-    def __init__(self, rows: Rows, first: np.ndarray, cell: int, probes: int, rank: int, world: int) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        first: np.ndarray,
+        cell: int,
+        probes: int,
+        rank: int = 0,
+        world: int = 1,
+        weight: np.ndarray | None = None,
+    ) -> None:
         self.rows, self.chosen, self.probes = rows, first, probes
         self.rank, self.world = rank, world
         centres = rows.take(first)
@@ -146,6 +154,10 @@ class _Cells:
         self.score.reshape(-1)[slot] = score[order]
         self.norm = np.zeros(self.row.shape, np.float32)
         self.norm.reshape(-1)[slot] = self.norms[order]
+        self.weight = None  # of each row, as its score
+        if weight is not None:
+            self.weight = np.zeros(self.row.shape, np.float32)
+            self.weight.reshape(-1)[slot] = (weight / weight.max())[order]
         slot_of = np.empty(len(rows), np.int64)
         slot_of[order] = slot
         self.score.reshape(-1)[slot_of[first]] = -self.norms[first]
@@ -174,7 +186,8 @@ class _Cells:
             gap = self._gap()
             self.reach = (self.radius + np.sqrt(gap)).max(1)
             gap = gap.reshape(-1)
-            cumulative = gap.cumsum(dtype=np.float64)
+            weighted = gap if self.weight is None else gap * self.weight.reshape(-1)
+            cumulative = weighted.cumsum(dtype=np.float64)
             if cumulative[-1] <= 0:
                 return complete_at_random(chosen, done, len(self.rows), generator)
             steps = min(k - done, max(1, done // 2), most)
@@ -242,7 +255,10 @@ class _Cells:
         gains, known = np.zeros(cells.shape), places >= 0
         gain = self.score.take(cells[known], axis=0)
         gain -= scores.take(places[known], axis=0)
-        gains[known] = np.maximum(gain, 0, out=gain).sum(-1)
+        gain = np.maximum(gain, 0, out=gain)
+        if self.weight is not None:
+            gain *= self.weight.take(cells[known], axis=0)
+        gains[known] = gain.sum(-1)
         return gains
 
     def _make_room(self, capacity: int) -> None:

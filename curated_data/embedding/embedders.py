@@ -151,20 +151,31 @@ class ImagePreprocess:
         self.mean, self.std = list(mean), list(std)
         self.interpolation = interpolation
 
+    # It calls functions, not methods of its own: the names of those would be part of the fingerprint.
     def __call__(self, image: Tensor) -> Tensor:
-        if not isinstance(image, Tensor) or image.ndim != 3:
-            raise EmbedderError(
-                f"this embedder takes images as (3, H, W) tensors, the pool gave {_describe(image)}; "
-                "for text or arrays give an embedder with its own `preprocess`"
-            )
-        mode = tvf.InterpolationMode(self.interpolation)
-        image = tvf.resize(image, [round(self.size / self.crop_ratio)], interpolation=mode, antialias=True)
-        image = tvf.center_crop(image, [self.size, self.size])
-        return tvf.normalize(tvf.to_dtype(image, torch.float32, scale=True), self.mean, self.std)
+        cropped = resized(image, self.size, self.crop_ratio, self.interpolation)
+        return normalised(cropped, self.mean, self.std)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{key}={value!r}" for key, value in sorted(vars(self).items()))
         return f"ImagePreprocess({settings})"
+
+
+def resized(image: Tensor, size: int, crop_ratio: float, interpolation: str) -> Tensor:
+    """The first half of `ImagePreprocess`, image by image: (C, H, W) to (C, S, S) of the same type."""
+    if not isinstance(image, Tensor) or image.ndim != 3:
+        raise EmbedderError(
+            f"this embedder takes images as (3, H, W) tensors, the pool gave {_describe(image)}; "
+            "for text or arrays give an embedder with its own `preprocess`"
+        )
+    mode = tvf.InterpolationMode(interpolation)
+    image = tvf.resize(image, [round(size / crop_ratio)], interpolation=mode, antialias=True)
+    return tvf.center_crop(image, [size, size])
+
+
+def normalised(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    """The second half, of one image or a batch with the same values: (..., C, S, S) to float32."""
+    return tvf.normalize(tvf.to_dtype(images, torch.float32, scale=True), mean, std)
 
 
 def resolve_embedder(spec: "str | nn.Module | Callable[[Tensor], Tensor] | Embedder") -> Embedder:

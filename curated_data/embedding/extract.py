@@ -24,7 +24,7 @@ from curated_data.cache.holds import Hold
 from curated_data.cache.layout import EMBEDDINGS
 from curated_data.cache.locks import locked
 from curated_data.devices import resolve_device
-from curated_data.embedding.batches import Claim, InputLoader, is_of_worker, worker_ended
+from curated_data.embedding.batches import Claim, InputLoader, complete, is_of_worker, worker_ended
 from curated_data.embedding.contents import Contents, content_name
 from curated_data.embedding.embedders import Embedder, evaluating
 from curated_data.embedding.equal import equal_rows
@@ -426,7 +426,7 @@ def _forward(embedder: Embedder, inputs: Tensor, device: torch.device, use_bf16:
             torch.inference_mode(),
             torch.autocast(device.type, torch.bfloat16, enabled=use_bf16),
         ):
-            parts = [embedder(part.to(device, non_blocking=True)) for part in _parts(network, inputs, device)]
+            parts = [embedder(part) for part in _parts(embedder, inputs, device)]
             output = torch.cat(parts) if len(parts) > 1 else parts[0]
     except CuratedDataError:
         raise
@@ -448,17 +448,18 @@ def _forward(embedder: Embedder, inputs: Tensor, device: torch.device, use_bf16:
     return output
 
 
-def _parts(network: torch.nn.Module, inputs: Tensor, device: torch.device) -> Sequence[Tensor]:
-    """A batch of images in the pieces and the memory format that a network on the CPU is fastest with.
+def _parts(embedder: Embedder, inputs: Tensor, device: torch.device) -> Iterator[Tensor]:
+    """A batch in the pieces and the memory format that a network on the CPU is fastest with for images.
 
     Pieces of about `_PIXELS` keep the activations of a network in the processor's cache; `channels_last` is
     what its convolutions compute in. Both change rows by rounding alone. On one core, EfficientNet-Lite0
     embeds 4.4 times as many images of 64 pixels so as in batches of 256 (`benchmarks/embedding.py`).
     """
-    if device.type != "cpu" or inputs.ndim != 4 or isinstance(network, torch.nn.Identity):
-        return [inputs]
-    fit = max(_PIXELS / math.prod(inputs.shape[-2:]), 1)
-    return inputs.contiguous(memory_format=torch.channels_last).split(1 << math.ceil(math.log2(fit)))
+    is_cut = device.type == "cpu" and inputs.ndim == 4 and isinstance(embedder, torch.nn.Module)
+    fit = max(_PIXELS / math.prod(inputs.shape[-2:]), 1) if is_cut else len(inputs)
+    for part in inputs.split(1 << math.ceil(math.log2(fit))):
+        part = complete(part.to(device, non_blocking=True), embedder.preprocess)
+        yield part.contiguous(memory_format=torch.channels_last) if is_cut else part
 
 
 def _check_dimension(embedder: Embedder) -> None:

@@ -32,7 +32,7 @@ from curated_data.stages.near_duplicates import (
     embed_held_out,
     held_out_embeddings,
 )
-from curated_data.stages.retrieval import seed_sets
+from curated_data.stages.retrieval import embed_seeds, seed_sources
 from curated_data.stages.stage import Run
 from curated_data.stages.tree import Tree, check_levels
 
@@ -89,6 +89,7 @@ def curate(
 
 def _curate(pool: AnyPool, config: CurationConfig, run: Run, embeddings: Embeddings) -> Curation:
     held_out_stage = held_out_embeddings(config, embeddings)
+    sources = seed_sources(config, embeddings)
     check_same(curation=fingerprint(config=dataclasses.asdict(config)))
     n_samples = Index(pool).build(run)
     check_levels(config.levels, n_samples)
@@ -100,7 +101,7 @@ def _curate(pool: AnyPool, config: CurationConfig, run: Run, embeddings: Embeddi
 
     with run.timed("embed"):
         held_out = embed_held_out(held_out_stage, run)  # the smaller
-        seeds = seed_sets(config, embeddings, run)
+        seeds = embed_seeds(sources, run)
         store = embeddings.of_kept(filtered).build(run.device)
     run.folders["embeddings"] = store.folder
     check_any(store, f"the pool's {n_samples if filtered is None else int(filtered.keep.sum())} samples")

@@ -37,7 +37,7 @@ from curated_data.stages.near_duplicates import (
     embed_held_out,
     held_out_embeddings,
 )
-from curated_data.stages.retrieval import seed_sets
+from curated_data.stages.retrieval import embed_seeds, seed_sources
 from curated_data.stages.stage import Run
 from curated_data.stages.tree import BuiltTree, Tree
 
@@ -142,13 +142,14 @@ def _extend(
     old = base.tree
     of_tree = base.settings_in(config)
     held_out_stage = held_out_embeddings(config, embeddings)
+    sources = seed_sources(config, embeddings)
     check_preference(config, pool)
     if isinstance(pool, ShardPool):
         _check_shards(pool, base, run.root)
     filtered = filter_pool(pool, config)
     with run.timed("embed"):
         held_out = embed_held_out(held_out_stage, run)  # the smaller
-        seeds = seed_sets(config, embeddings, run)
+        seeds = embed_seeds(sources, run)
         store = embeddings.of_kept(filtered).build(run.device)
     run.folders["embeddings"] = store.folder
     kept, known = _kept(pool, store.shard_fingerprints, old, base)

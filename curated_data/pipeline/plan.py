@@ -8,7 +8,7 @@ is not measured, and not part of the total. `benchmarks/plans.py` compares plans
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,8 @@ from curated_data.stages.cost import Cost, Rates
 from curated_data.stages.embeddings import Embeddings, inputs_of
 from curated_data.stages.filtering import filter_pool, filter_rows, with_named_ids
 from curated_data.stages.index import ConfigSource, Index, PoolSource
-from curated_data.stages.near_duplicates import NearDuplicates, check_preference
+from curated_data.stages.near_duplicates import NearDuplicates, check_preference, held_out_embeddings
+from curated_data.stages.retrieval import Retrieval, SeedSet, seed_sources
 from curated_data.stages.selection import Selection
 from curated_data.stages.tree import Tree, check_levels, kmeans_work
 
@@ -111,12 +112,15 @@ def plan(
     n_samples = len(pool)
     check_levels(config.levels, n_samples)
     check_preference(config, pool)
+    held_out, sources = held_out_embeddings(config, embeddings), seed_sources(config, embeddings)
     config = with_named_ids(config, pool)
     filtered = filter_pool(pool, config)
     embeddings = embeddings.of_kept(filtered)
     store, n_missing = embeddings.open()
     n_kept = n_samples if filtered is None else int(filtered.keep.sum())
-    stages, valid = planned_stages(root, config, store, n_kept)
+    seeds = _planned_seeds(sources)
+    others, n_held_out = (None, 0) if held_out is None else held_out.open()
+    stages, valid = planned_stages(root, config, store, n_kept, seeds, others)
     n_valid = n_kept if valid is None else int(valid.sum())
     levels = stages.tree.config.levels or []
     check_levels(levels, n_valid, n_samples)
@@ -136,8 +140,9 @@ def plan(
         some = np.random.default_rng(0).choice(usable, min(_PROBE_ROWS, len(usable)), replace=False)
         rows, samples_per_second = store.rows(np.sort(some)), None
     rates = Rates(samples_per_second, _kmeans_rate(rows, config, device))
-    embed = embeddings.cost(n_missing, network.dimension, rates, world_size())
-    costs = stages.costs(n_valid, network.dimension, rates, world_size())
+    n_beside = n_held_out + sum(found.n_missing for found in seeds.values())
+    embed = embeddings.cost(n_missing, network.dimension, rates, world_size(), n_beside)
+    costs = stages.costs(n_valid, network.dimension, rates, world_size(), seeds)
     embedding_bytes = embeddings.disk_bytes(n_samples, network.dimension)
     tree_bytes = stages.tree.disk_bytes(n_samples, network.dimension)
     mapped = first.n_bytes + embedding_bytes + tree_bytes
@@ -166,21 +171,57 @@ def peak_memory(costs: Sequence[Cost], mapped: int, base: int) -> int:
     return base + mapped + _LIBRARIES + max(cost.memory for cost in costs)
 
 
+class PlannedSeeds(NamedTuple):
+    """Of a seed set: its rows, those still to be embedded, and its fingerprint if that is known yet."""
+
+    n: int
+    n_missing: int
+    fingerprint: str | None
+
+
+def _planned_seeds(sources: Mapping[str, SeedSet | Embeddings]) -> dict[str, PlannedSeeds]:
+    found = {}
+    for name, source in sources.items():
+        if isinstance(source, SeedSet):
+            found[name] = PlannedSeeds(len(source.rows), 0, source.fingerprint)
+        else:
+            store, n_missing = source.open()
+            found[name] = PlannedSeeds(
+                len(source.pool), n_missing, None if store is None else store.fingerprint
+            )
+    return found
+
+
 class PlannedStages(NamedTuple):
     """The stages after the embedding."""
 
     near_duplicates: NearDuplicates | None
     tree: Tree
+    retrieval: Retrieval | None
     selection: Selection
 
-    def costs(self, n: int, dimension: int, rates: Rates, ranks: int = 1) -> list[Cost]:
+    def costs(
+        self,
+        n: int,
+        dimension: int,
+        rates: Rates,
+        ranks: int = 1,
+        seeds: Mapping[str, PlannedSeeds] | None = None,
+    ) -> list[Cost]:
         """In order, for n samples that are clustered."""
+        n_seeds = {name: found.n for name, found in (seeds or {}).items()}
         first = [] if self.near_duplicates is None else [self.near_duplicates.cost(n, dimension)]
-        return [*first, self.tree.cost(n, dimension, rates, ranks), self.selection.cost(n, dimension)]
+        last = [] if self.retrieval is None else [self.retrieval.cost(n, dimension, n_seeds)]
+        return [*first, self.tree.cost(n, dimension, rates, ranks), *last, self.selection.cost(n, dimension)]
 
 
 def planned_stages(
-    root: Path, config: CurationConfig, store: EmbeddingStore | None, n_samples: int
+    root: Path,
+    config: CurationConfig,
+    store: EmbeddingStore | None,
+    n_samples: int,
+    seeds: Mapping[str, PlannedSeeds] | None = None,
+    held_out: EmbeddingStore | None = None,
 ) -> tuple[PlannedStages, np.ndarray | None]:
     """The stages after the embedding, and which samples they cluster, as far as is known.
 
@@ -189,9 +230,10 @@ def planned_stages(
     valid, inputs = (None, None) if store is None else (store.valid, inputs_of(store))
     copies = None
     if config.near_duplicates.enabled:
-        if config.near_duplicates.held_out:
-            inputs = None  # since the embeddings of the held-out pool are not looked at
-        copies = NearDuplicates(root, config, inputs)
+        beside = {} if held_out is None else {"held_out": held_out.fingerprint}
+        if config.near_duplicates.held_out and held_out is None:
+            inputs = None
+        copies = NearDuplicates(root, config, None if inputs is None else inputs | beside)
         if inputs is not None and valid is not None and copies.is_cached:
             valid &= copies.open(len(valid))
             inputs = inputs | {copies.place: copies.name}
@@ -200,10 +242,18 @@ def planned_stages(
     n = n_samples if valid is None else int(valid.sum())
     config = dataclasses.replace(config, levels=levels_for(config, n))
     tree = Tree(root, config, inputs)
-    # Seeds are not embedded by a plan, so what is retrieved has no name yet.
-    known = tree.is_cached and not config.retrieval.seeds
-    selection = Selection(root, config, {"tree": tree.name} if known else None)
-    return PlannedStages(copies, tree, selection), valid
+    made_from: dict[str, str] | None = {"tree": tree.name} if tree.is_cached else None
+    retrieval = None
+    if seeds:
+        known = {name: found.fingerprint for name, found in seeds.items() if found.fingerprint}
+        retrieval = Retrieval(root, config, None)
+        if made_from is not None and len(known) == len(seeds):
+            retrieval = Retrieval.of(root, config, made_from["tree"], known)
+            made_from = made_from | {retrieval.place: retrieval.name}
+        else:
+            made_from = None
+    selection = Selection(root, config, made_from)
+    return PlannedStages(copies, tree, retrieval, selection), valid
 
 
 def plan_tables(plan: Plan) -> list[Table]:

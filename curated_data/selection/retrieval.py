@@ -22,7 +22,8 @@ from curated_data.selection.links import cosines, unit
 log = logging.getLogger(__name__)
 
 _DIGITS = 12  # of a cosine: equal directions of other lengths differ in later ones
-_TILE = 1 << 22  # products looked at at once
+TILE = 1 << 22  # products looked at at once
+BLOCK = 8192  # rows of the pool read at once
 _MANY = 32  # candidates for each place, from which a product of float64 is worth its time
 
 
@@ -58,7 +59,7 @@ def retrieve(
     least: float | None = None,
     valid: np.ndarray | None = None,
     exclude: np.ndarray | None = None,
-    block: int = 8192,
+    block: int = BLOCK,
 ) -> Retrieved:
     """Retrieve the n samples of a pool that are nearest to each seed by cosine.
 
@@ -265,7 +266,7 @@ class _Nearest:
         if not len(rows):
             return
         units = unit(rows)
-        at_once = max(1, _TILE // len(rows))
+        at_once = max(1, TILE // len(rows))
         for first in range(0, len(self.seeds), at_once):
             seed, column = self._candidates(slice(first, first + at_once), rows, units)
             seed += first

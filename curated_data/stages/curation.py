@@ -111,11 +111,12 @@ def select(
 
     Args:
         tree, store, figures: as for `Selection.build`.
-        seeds: of the retrieval, see `seed_sets`.
+        seeds: of the retrieval, see `embed_seeds`.
     """
     inputs, retrieval = {"tree": run.folders["tree"].name}, None
     if seeds:
-        retrieval = Retrieval.of(run.root, config, inputs["tree"], seeds)
+        fingerprints = {name: found.fingerprint for name, found in seeds.items()}
+        retrieval = Retrieval.of(run.root, config, inputs["tree"], fingerprints)
         retrieval.build(run, tree, store, seeds)
         inputs[retrieval.place] = retrieval.name
     drawn = Selection(run.root, config, inputs).build(run, tree, store, figures, retrieval)

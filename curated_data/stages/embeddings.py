@@ -25,6 +25,7 @@ from curated_data.embedding.precomputed import Precomputed
 from curated_data.embedding.shard_files import ShardFiles
 from curated_data.embedding.store import EmbeddingStore
 from curated_data.errors import CacheError, ConfigError, PoolError
+from curated_data.pool import ShardPool
 from curated_data.pool.decode import Decoders
 from curated_data.selection.filters import Filtered
 from curated_data.stages.cost import Cost, Rates
@@ -91,6 +92,33 @@ class Embeddings:
         fields = self.fields if isinstance(pool, EmbeddedPool) else []
         return dataclasses.replace(self, pool=pool, fields=fields, keep=None)
 
+    def of_shards(self, shards: str | Sequence[str], where: str) -> "Embeddings":
+        """Of other shards, opened as the pool's own are, and indexed now.
+
+        Args:
+            where: the setting that names them, for errors, which would read as if they were of the pool.
+
+        Raises:
+            PoolError: no shard matches, one cannot be read, or they are empty.
+        """
+        assert not isinstance(self.pool, EmbeddedPool), "which has no shards"
+        try:
+            pool = ShardPool(shards, cache_dir=self.root, storage_options=self.pool.storage_options)
+            pool.images = self.pool.images
+            pool.index()
+        except PoolError as error:
+            raise PoolError(f"{where}: {error}") from error
+        return self.of_pool(pool)
+
+    @property
+    def dimension(self) -> int:
+        """Of the rows."""
+        if isinstance(self.pool, EmbeddedPool):
+            return self.pool.dimension
+        if isinstance(self.embedder, Precomputed):
+            return self.embedder.dimension
+        return self._embedder.dimension
+
     def of_kept(self, filtered: Filtered | None) -> "Embeddings":
         """Of what a filter keeps of the pool; its other samples are not embedded."""
         return self if filtered is None else dataclasses.replace(self, keep=filtered.keep)
@@ -153,15 +181,17 @@ class Embeddings:
         if missing:
             return None, int(sum(files.to_embed(number, contents[number]).sum() for number in missing))
         names = [name for name in contents if name is not None]
-        dimension, dtype = self._embedder.dimension, self.settings.dtype
-        found = files.names(contents)
-        store = EmbeddingStore(self.folder, names, dimension, dtype, urls=self.pool.urls, files=found)
+        dtype, found = self.settings.dtype, files.names(contents)
+        store = EmbeddingStore(self.folder, names, self.dimension, dtype, urls=self.pool.urls, files=found)
         return self._without_dropped(store), 0
 
-    def cost(self, n_missing: int, dimension: int, rates: Rates, ranks: int = 1) -> Cost:
-        """Of embedding the samples that are missing."""
-        seconds = n_missing / rates.samples / ranks if rates.samples else None
+    def cost(self, n_missing: int, dimension: int, rates: Rates, ranks: int = 1, beside: int = 0) -> Cost:
+        """Of embedding the samples that are missing, and those beside the pool: held-out ones, and seeds."""
+        seconds = (n_missing + beside) / rates.samples / ranks if rates.samples else None
         note = f"{n_missing:,} samples to embed, length {dimension}"
+        if beside:
+            note += f"; and {beside:,} held-out samples or seeds"
+            n_missing += beside
         return Cost("embed", not n_missing, seconds if n_missing else 0.0, note)
 
     def disk_bytes(self, n: int, dimension: int) -> int:

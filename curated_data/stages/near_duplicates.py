@@ -157,22 +157,19 @@ def held_out_embeddings(config: CurationConfig, of: Embeddings) -> Embeddings | 
     """
     if not (config.near_duplicates.enabled and config.near_duplicates.held_out):
         return None
-    held_out, like = config.near_duplicates.held_out, of.pool
+    held_out, like, where = config.near_duplicates.held_out, of.pool, "near_duplicates.held_out"
+    if not isinstance(like, EmbeddedPool):
+        return of.of_shards(held_out, where)
     try:
-        if isinstance(like, EmbeddedPool):
-            rows = EmbeddedPool(held_out)
-            if rows.name != like.name:
-                raise ConfigError(
-                    f"near_duplicates.held_out: its rows are {rows.dimension} x {rows.dtype}, those of the "
-                    f"pool {like.dimension} x {like.dtype}; give embeddings of the same network and type"
-                )
-            return of.of_pool(rows)
-        pool = ShardPool(held_out, cache_dir=of.root, storage_options=like.storage_options)
-        pool.images = like.images
-        pool.index()
+        rows = EmbeddedPool(held_out)
     except PoolError as error:  # which would read as if it were of the pool itself
-        raise PoolError(f"near_duplicates.held_out: {error}") from error
-    return of.of_pool(pool)
+        raise PoolError(f"{where}: {error}") from error
+    if rows.name != like.name:
+        raise ConfigError(
+            f"{where}: its rows are {rows.dimension} x {rows.dtype}, those of the pool {like.dimension} x "
+            f"{like.dtype}; give embeddings of the same network and type"
+        )
+    return of.of_pool(rows)
 
 
 def embed_held_out(stage: Embeddings | None, run: Run) -> EmbeddingStore | None:

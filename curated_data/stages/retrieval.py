@@ -20,9 +20,16 @@ from curated_data.embedding import EmbeddingStore
 from curated_data.embedding.existing import EmbeddedPool
 from curated_data.embedding.precomputed import Precomputed
 from curated_data.errors import ConfigError, PoolError
-from curated_data.pool import ShardPool
-from curated_data.selection.retrieval import Retrieved, retrieve, retrieve_clusters, target_weights
+from curated_data.selection.retrieval import (
+    BLOCK,
+    TILE,
+    Retrieved,
+    retrieve,
+    retrieve_clusters,
+    target_weights,
+)
 from curated_data.selection.retrieved import first_retrieved, load_retrieved, save_retrieved
+from curated_data.stages.cost import Cost
 from curated_data.stages.embeddings import Embeddings
 from curated_data.stages.stage import Run, Stage
 
@@ -61,9 +68,9 @@ class Retrieval(Stage):
     version = 1
 
     @classmethod
-    def of(cls, root: Path, config: CurationConfig, tree: str, seeds: Mapping[str, SeedSet]) -> "Retrieval":
-        """Of a tree's name and seed sets."""
-        return cls(root, config, {"tree": tree} | {f"seeds {n}": s.fingerprint for n, s in seeds.items()})
+    def of(cls, root: Path, config: CurationConfig, tree: str, seeds: Mapping[str, str]) -> "Retrieval":
+        """Of a tree's name and the fingerprints of seed sets."""
+        return cls(root, config, {"tree": tree} | {f"seeds {name}": found for name, found in seeds.items()})
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -125,6 +132,19 @@ class Retrieval(Stage):
         manifest = read_manifest(self.folder, self.kind)
         return read_array(self.folder, "weights", manifest, dtype=np.float64, shape=(k,))
 
+    def cost(self, n: int, dimension: int, seeds: Mapping[str, int]) -> Cost:
+        """Of n samples and the number of seeds of each set; the time is not measured."""
+        n_seeds = sum(seeds.values())
+        each = self.config.retrieval.n if self.config.retrieval.method == "nearest" else 1
+        return Cost(
+            name=self.step,
+            cached=self.is_cached,
+            seconds=0.0 if self.is_cached else None,
+            note=f"{n_seeds:,} seeds of {len(seeds)} sets, by {self.config.retrieval.method}",
+            # Seeds as they are, joined and of length one; what they found; and a block of the pool.
+            memory=n_seeds * (12 * dimension + 48 * each) + 9 * n + 16 * BLOCK * dimension + 64 * TILE,
+        )
+
     def report(self, ids: np.ndarray, n_samples: int) -> dict[str, Any]:
         """For each seed set, its seeds, what it retrieved, and how much of that is selected."""
         manifest = read_manifest(self.folder, self.kind)
@@ -144,14 +164,16 @@ class Retrieval(Stage):
         }
 
 
-def seed_sets(config: CurationConfig, like: Embeddings, run: Run) -> dict[str, SeedSet]:
-    """The seed sets of a configuration; those of shards are embedded as the pool is.
+def seed_sources(config: CurationConfig, like: Embeddings) -> dict[str, SeedSet | Embeddings]:
+    """The seed sets of a configuration: rows, or the stage that embeds a set's shards as the pool is.
+
+    Rows are read and shards indexed now, before anything takes long.
 
     Raises:
         ConfigError: a file that cannot be read or does not fit, or shards beside a pool of rows.
-        PoolError: no shard matches, or none of the samples can be embedded.
+        PoolError: no shard matches, or one cannot be read.
     """
-    found = {}
+    found: dict[str, SeedSet | Embeddings] = {}
     for name, given in config.retrieval.seeds.items():
         where = f"retrieval.seeds.{name}"
         if isinstance(given, str) and given.endswith(".npy"):
@@ -159,21 +181,33 @@ def seed_sets(config: CurationConfig, like: Embeddings, run: Run) -> dict[str, S
                 rows = load_npy(local_path(given, where), "give another")
             except ValueError as error:
                 raise ConfigError(f"{where}: {error}") from error
-            if rows.ndim != 2 or rows.dtype.kind != "f":
+            if rows.ndim != 2 or rows.dtype.kind != "f" or rows.shape[1] != like.dimension:
                 raise ConfigError(
-                    f"{where}: {given} holds {rows.dtype} {rows.shape}, expected (m, d) embeddings"
+                    f"{where}: {given} holds {rows.dtype} {rows.shape}, expected floats, (m, "
+                    f"{like.dimension}) as the pool's embeddings; embed both with the same embedder"
                 )
             found[name] = SeedSet(rows, fingerprint(rows=rows))
             continue
         pool = like.pool
         if isinstance(pool, EmbeddedPool) or isinstance(like.embedder, Precomputed):
             raise ConfigError(f"{where}: the pool's embeddings exist already; give a .npy file of such rows")
-        try:
-            shards = ShardPool(given, cache_dir=like.root, storage_options=pool.storage_options)
-            shards.images = pool.images
-            store = like.of_pool(shards).build(run.device)
-        except PoolError as error:  # which would read as if it were of the pool itself
-            raise PoolError(f"{where}: {error}") from error
+        found[name] = like.of_shards(given, where)
+    return found
+
+
+def embed_seeds(sources: Mapping[str, SeedSet | Embeddings], run: Run) -> dict[str, SeedSet]:
+    """The seed sets of `seed_sources`, with those of shards embedded.
+
+    Raises:
+        PoolError: none of a set's samples can be embedded.
+    """
+    found = {}
+    for name, source in sources.items():
+        if isinstance(source, SeedSet):
+            found[name] = source
+            continue
+        where = f"retrieval.seeds.{name}"
+        store = source.build(run.device)
         if not store.valid.any():
             raise PoolError(f"{where}: none of its {len(store)} samples could be embedded; give others")
         if store.n_failures:

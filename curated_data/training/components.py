@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from curated_data.config import CurationConfig
-from curated_data.errors import ConfigError
+from curated_data.errors import ConfigError, PoolError
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import as_decoders
 from curated_data.pool.fields import checked_fields
@@ -77,7 +77,7 @@ class Source:
 
     def named(self, text: str) -> str:
         """A setting or a sentence for an error, with the component that it is of."""
-        return text if self._data.mixture is None else f"mixture, component {self.name!r}, {text}"
+        return _named(self.name, text, self._data)
 
     def labels(self) -> SampleLabels | None:
         """The labels that replace the pool's, if there are any.
@@ -197,12 +197,19 @@ def open_sources(components: Sequence[Component], data: "CuratedDataModule") -> 
     pools: dict[tuple[Any, ...], ShardPool] = {}
     found = []
     for component in components:
-        pool = open_pool(component.pool, data.cache_dir, data.loader.storage_options)
+        try:
+            pool = open_pool(component.pool, data.cache_dir, data.loader.storage_options)
+        except PoolError as error:
+            raise PoolError(_named(component.name, str(error), data)) from error
         pool = pools.setdefault((*pool.urls, repr(pool.images), *pool.image_extensions), pool)
         found.append(Source(component, pool, data))
     for opened in found:
         _check(opened, data)
     return found
+
+
+def _named(name: str, text: str, data: "CuratedDataModule") -> str:
+    return text if data.mixture is None else f"mixture, component {name!r}, {text}"
 
 
 def _check(source: Source, data: "CuratedDataModule") -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from curated_data import CuratedDataModule, ShardPool
@@ -17,9 +20,11 @@ from curated_data.config import load_config, read_yaml
 from curated_data.embedding import resolve_embedder
 from curated_data.embedding.existing import EmbeddedPool
 from curated_data.networks import load_weights
+from curated_data.pipeline.labels import read_label_file
 from curated_data.report.page import check_arrays, class_names_beside
 from curated_data.selection.names import read_classes, read_wordnet
 from curated_data.streaming.strata import strata
+from curated_data.training.mixture_file import open_mixture
 from lightning_modules import SimCLR
 from tests.chaos.kinds import Kind, digest
 from tests.chaos.world import World
@@ -45,6 +50,15 @@ def input_kinds(world: World) -> list[Kind]:
         "target_size: 9\nstrategy: closest\nlevels:\n  - {n_clusters: 6, n_resamples: 2, sample_size: 3}\n"
         "  - {n_clusters: 2}\nembedding: {num_workers: 0, dtype: float32}\n"
         "near_duplicates:\n  threshold: 0.9\n"
+    )
+    few = {"key": [f"k{place:03d}" for place in range(24)], "label": ["a", "b", "c", "b"] * 6}
+    pq.write_table(pa.table(few), start / "few.parquet")
+    rows = zip(*few.values(), strict=True)
+    (start / "few.csv").write_text("key,label\n" + "".join(f"{key},{label}\n" for key, label in rows))
+    part = {"pool": world.pool, "weight": 1}
+    parts = [{"name": "all", **part}, {"name": "few", **part, "selection": [1, 5]}]
+    (start / "mixture.yaml").write_text(
+        yaml.safe_dump({"data": {"mixture": {"components": parts, "epoch_size": 24}, "batch_size": 4}})
     )
     np.save(start / "ids.npy", np.arange(2, 14))
     np.save(start / "labels.npy", np.arange(24) % 3)
@@ -83,6 +97,14 @@ def input_kinds(world: World) -> list[Kind]:
         check_arrays(24, coordinates=array, labels=None)
         return digest(array)
 
+    def classes(file: str) -> Any:
+        found = read_label_file(case / file, ShardPool(world.pool))
+        return [found.numbers.tolist(), found.names, found.n_unknown]
+
+    def mixed() -> Any:
+        data = open_mixture([case / "mixture.yaml"])
+        return [repr(data.mixture), data.batch_size]
+
     fields = (
         "--",
         "levels",
@@ -95,21 +117,23 @@ def input_kinds(world: World) -> list[Kind]:
     )
     fields += ("n_clusters", "n_resamples", "threshold", "CurationConfig")
     kinds = {
-        "weights": (("zip.pth", "legacy.pt", "flat.safetensors"), None, ()),
-        "checkpoints as embedders": (("simclr.ckpt",), module, ()),
-        "settings in YAML": (("config.yaml",), settings, fields),
-        "ids": (("ids.npy",), lambda: chosen(selection="ids.npy"), ("selection", "ids")),
-        "labels": (("labels.npy",), lambda: chosen(labels="labels.npy"), ("labels",)),
-        "coordinates": (("coordinates.npy",), placed, ("coordinates",)),
-        "names of classes": (("classes.json",), lambda: _class_names(str(case / "classes.json")), ()),
-        "names beside shards": (("classes.json",), beside, ()),
-        "classes of captions": (("entries.json",), lambda: repr(read_classes(case / "entries.json")), ()),
-        "WordNet": (("data.noun",), lambda: repr(read_wordnet(case / "data.noun")), ()),
+        "weights": (("zip.pth", "legacy.pt", "flat.safetensors"), weights, ()),
+        "checkpoints as embedders": (("simclr.ckpt",), lambda _: module(), ()),
+        "settings in YAML": (("config.yaml",), lambda _: settings(), fields),
+        "ids": (("ids.npy",), lambda _: chosen(selection="ids.npy"), ("selection", "ids")),
+        "labels": (("labels.npy",), lambda _: chosen(labels="labels.npy"), ("labels",)),
+        "coordinates": (("coordinates.npy",), lambda _: placed(), ("coordinates",)),
+        "names of classes": (("classes.json",), lambda _: _class_names(str(case / "classes.json")), ()),
+        "names beside shards": (("classes.json",), lambda _: beside(), ()),
+        "classes of few": (("few.csv", "few.parquet"), classes, ("--labels",)),
+        "mixtures in YAML": (("mixture.yaml",), lambda _: mixed(), ("mixture", "component", *fields)),
+        "classes of captions": (("entries.json",), lambda _: repr(read_classes(case / "entries.json")), ()),
+        "WordNet": (("data.noun",), lambda _: repr(read_wordnet(case / "data.noun")), ()),
     }
     found = []
     for label, (files, read, names) in kinds.items():
         for file in files:
-            reads = {"read": read or (lambda file=file: weights(file))}
+            reads = {"read": lambda file=file, read=read: read(file)}
             find = lambda folder, file=file: [folder / file]  # noqa: E731
             found.append(Kind(label, start, find, reads, lambda *_: "taken as it is", names))
     return found

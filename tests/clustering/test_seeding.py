@@ -5,7 +5,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare
+from scipy.stats import chi2_contingency, chisquare
+from sklearn.cluster import kmeans_plusplus
 
 from curated_data.clustering import Level, hierarchical_kmeans, seeding
 from curated_data.clustering.greedy import _draw_by_strips, _greedy_on_device, _running_sums, plain_greedy
@@ -57,8 +58,8 @@ def test_candidates_are_drawn_in_proportion_to_their_gaps():
 
 
 def on_device(x, k, seed, trials):
-    x = torch.from_numpy(x)
-    return _greedy_on_device(x, x.square().sum(1), k, np.random.default_rng(seed), trials)
+    x, rng = torch.from_numpy(x), np.random.default_rng(seed)
+    return _greedy_on_device(x, x.square().sum(1), k, rng, trials, int(rng.integers(len(x))), None)
 
 
 @pytest.mark.parametrize("n", [700, 3000])
@@ -100,6 +101,70 @@ def test_cells_choose_as_well_as_the_plain_form():
             assert len(np.unique(chosen)) == 600
             sums[name].append(squared_distances(x, x[chosen]).min(1).sum())
     assert np.mean(sums["cells"]) < 1.01 * np.mean(sums["plain"])
+
+
+def on_device_weighted(x, k, rng, trials, weight):
+    norms, first = x.square().sum(1), int(rng.choice(len(x), p=weight / weight.sum()))
+    return _greedy_on_device(x, norms, k, rng, trials, first, torch.from_numpy(weight).float())
+
+
+@pytest.mark.parametrize("form", [plain_greedy, on_device_weighted])
+@pytest.mark.parametrize("n", [12, 120])  # by all distances, which are computed first, and step by step
+def test_weighted_rows_are_chosen_as_by_scikit_learn_and_as_repeated_rows(form, n):
+    """How often each group of rows is chosen, first and in all, by a chi-squared test of homogeneity."""
+    rng, k, rounds = np.random.default_rng(3), 3, 600
+    x = (rng.normal(size=(n, 2)) * [3, 1]).astype(np.float32)
+    times = rng.integers(0, 3, n) * np.where(x[:, 0] < 0, 1, 6)
+    group = np.argsort(np.argsort(x[:, 0])) * 12 // n
+    trials, weight = 2 + int(np.log(k)), times.astype(np.float64)
+    repeated = np.repeat(np.arange(n), times)
+    found = {"ours": [], "scikit-learn": [], "repeated": []}
+    for number in range(rounds):
+        generator = np.random.default_rng(number)
+        found["ours"].append(form(torch.from_numpy(x), k, generator, trials, weight))
+        found["scikit-learn"].append(kmeans_plusplus(x, k, sample_weight=weight, random_state=number)[1])
+        found["repeated"].append(repeated[kmeans_plusplus(x[repeated], k, random_state=rounds + number)[1]])
+    assert (weight[np.stack(found["ours"])] > 0).all()
+    for of in (slice(0, 1), slice(0, k)):
+        counts = [np.bincount(group[np.stack(rows)[:, of]].ravel(), minlength=12) for rows in found.values()]
+        there = np.sum(counts, axis=0) > 0
+        assert chi2_contingency(np.array(counts)[:, there]).pvalue > 1e-3
+        of_rows = np.bincount(group[weight > 0], minlength=12)[there]  # as if all weights were the same
+        assert chisquare(counts[0][there], of_rows / of_rows.sum() * np.sum(counts[0])).pvalue < 1e-6
+
+
+@pytest.mark.long
+def test_weighted_cells_choose_as_well_as_the_plain_form():
+    """And better by weighted distance than without weights; also of rows that are drawn by weight."""
+    x = clouds(20_000, 24, 300, seed=0)
+    weight = np.random.default_rng(0).lognormal(0, 2, len(x))
+    sums = {"cells": [], "plain": [], "drawn": [], "unweighted": []}
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        for name, chosen in (
+            ("cells", greedy_kmeans_plus_plus(rows_of(x), 600, rng, weight=weight)),
+            ("plain", plain_greedy(torch.from_numpy(x), 600, rng, 8, weight)),
+            ("drawn", seed_rows(rows_of(x), 600, "k-means++", rng, max_rows=12_000, weight=weight)),
+            ("unweighted", greedy_kmeans_plus_plus(rows_of(x), 600, rng)),
+        ):
+            assert len(np.unique(chosen)) == 600
+            sums[name].append((squared_distances(x, x[chosen]).min(1) * weight).sum())
+    cells, plain, drawn, unweighted = (np.mean(values) for values in sums.values())
+    assert cells < 1.01 * plain
+    assert drawn < 1.05 * plain
+    assert plain < 0.95 * unweighted
+
+
+def test_seeds_are_different_rows_where_few_have_any_weight():
+    x = clouds(2_000, 4, 10, seed=0)
+    weight = np.zeros(len(x))
+    weight[[3, 1_000]] = 1e-300, 1e300
+    for max_rows in (100, len(x)):
+        chosen = seed_rows(
+            rows_of(x), 40, "k-means++", np.random.default_rng(0), max_rows=max_rows, weight=weight
+        )
+        assert len(np.unique(chosen)) == 40
+        assert 1_000 in chosen
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])

@@ -2,14 +2,24 @@
 
 import io
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from curated_data.cache.artifacts import open_cache
-from curated_data.embedding import EmbeddingStore, ModuleEmbedder, embed_pool, resolve_embedder
+from curated_data.embedding import (
+    EmbeddingStore,
+    ImagePreprocess,
+    ModuleEmbedder,
+    embed_pool,
+    resolve_embedder,
+)
 from curated_data.errors import ConfigError, EmbedderError
 from curated_data.pool import ShardPool
 from tests.support.images import png
@@ -27,7 +37,7 @@ def write(path, samples: list[dict]) -> str:
     """A shard of samples a, b, c, …"""
     with webdataset.TarWriter(str(path)) as writer:
         for number, sample in enumerate(samples):
-            writer.write({"__key__": "abcdefgh"[number], **sample})
+            writer.write({"__key__": "abcdefghijk"[number], **sample})
     return str(path)
 
 
@@ -139,3 +149,41 @@ def test_extensions_count_in_any_spelling_and_name_the_same_embeddings(tmp_path)
 def black(data: bytes) -> torch.Tensor:
     """An image, whatever it is decoded from."""
     return torch.zeros((3, 4, 4), dtype=torch.uint8)
+
+
+class Inverted(ImagePreprocess):
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        return -super().__call__(image)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    sides=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=8),
+    size=st.integers(1, 20),
+    crop=st.sampled_from([1.0, 0.875]),
+    mode=st.sampled_from(["bicubic", "bilinear"]),
+    kind=st.sampled_from([ImagePreprocess, Inverted]),
+    with_floats=st.booleans(),
+)
+def test_inputs_of_a_batch_are_those_of_its_images_one_by_one(sides, size, crop, mode, kind, with_floats):
+    """Whatever their sizes; also beside images of an own decoder in another type, or of one channel."""
+    preprocess = kind(size, crop_ratio=crop, interpolation=mode)
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in sides]
+    samples = [{"png": png(image)} for image in images]
+    values = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
+    if with_floats:
+        for channels in (3, 1):
+            values.append(torch.from_numpy(rng.random((channels, 9, 7), dtype=np.float32)))
+            samples.append({"npy": npy(values[-1].numpy())})
+        values.append(torch.from_numpy(rng.integers(0, 256, (1, 6, 6), dtype=np.uint8)))
+        samples.append({"npy": npy(values[-1].numpy())})
+    own = {"npy": lambda data: torch.from_numpy(np.load(io.BytesIO(data)))}
+    embedder = ModuleEmbedder(torch.nn.Flatten(), preprocess, dimension=3 * size * size)
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder) / "a.tar", [{**s, "cls": b"1"} for s in samples])
+        store = embed(path, embedder, Path(folder) / "c", decoders=own)
+        assert store.failures == []
+        found = np.asarray(store)
+    expected = torch.stack([preprocess(value) for value in values]).flatten(1).numpy()
+    assert np.array_equal(found, expected)

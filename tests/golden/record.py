@@ -23,7 +23,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from curated_data import CuratedDataModule, CurationConfig, Level, ShardPool, curate
+from curated_data import Component, CuratedDataModule, CurationConfig, Level, Mixture, ShardPool, curate
 from curated_data.config import EmbeddingConfig, NearDuplicateConfig
 from curated_data.pipeline.extend import extend
 from curated_data.pipeline.recurate import recurate
@@ -60,6 +60,7 @@ def figures(folder: Path) -> dict[str, Any]:
             )
         found[kind] = curated
     found["order"] = orders()
+    found["mixture"] = mixtures(folder / "images")
     found["losses"] = {name: losses(folder / "images", name) for name in MODULES}
     found["evaluations"] = evaluations()
     return found
@@ -104,6 +105,32 @@ def orders() -> dict[str, str]:
         order = EpochOrder(ids, seed=3, batch_size=16, **settings)
         epochs = [order.batches(epoch, 0, order.n_batches)[1] for epoch in (0, 5)]
         found[name] = digest(*epochs, order.spares(1, np.arange(20), 3))
+    return found
+
+
+def mixtures(folder: Path) -> dict[str, str]:
+    """A digest of three epochs of ids and components, of weights that stay and that change."""
+    shards = sorted(map(str, folder.glob("pool-*.tar")))
+    components = [
+        Component("some", shards, selection=np.arange(0, 41, 3), shuffle="block"),
+        Component("all", shards, batches="own"),
+        Component("few", shards[0], shuffle="none"),
+    ]
+    weights: dict[str, dict[int, list[float]]] = {
+        "stay": {0: [0.5, 0.2, 0.3]},
+        "change": {0: [0.5, 0.2, 0.3], 9: [0.1, 0.6, 0.3]},
+    }
+    found = {}
+    for name, shares in weights.items():
+        data = CuratedDataModule(
+            mixture=Mixture(components, weights=shares, epoch_size=90),
+            image_size=8, batch_size=8, seed=3, loader={"num_workers": 0},
+        )  # fmt: skip
+        data.setup("fit")
+        order = data.train_dataloader().batch_sampler.order
+        epochs = [order.batches(epoch, 0, order.n_batches)[1] for epoch in range(3)]
+        sources = [order.components(epoch, 0, order.n_batches) for epoch in range(3)]
+        found[name] = digest(*epochs, *sources, order.spares(1, np.arange(20), 3))
     return found
 
 

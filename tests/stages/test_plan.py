@@ -59,6 +59,25 @@ def test_before_and_after_a_curation(write_pool, tmp_path):
     assert titles == ["Plan", "Expected, by a probe on this machine"]
 
 
+def test_what_lies_beside_the_pool_is_embedded_too(write_pool, tmp_path):
+    """Held-out samples and seeds count in the plan of the embedding; retrieval is a stage of its own."""
+    pool, seeds, held_out = write_pool([40]), write_pool([9], name="seeds", seed=1), write_pool([7], name="h")
+    place = {"embedder": "pixels:4", "cache_dir": tmp_path / "c"}
+    settings = config()
+    settings.near_duplicates.enabled = True
+    settings.near_duplicates.held_out = held_out
+    settings.retrieval.seeds = {"mine": seeds}
+    before = plan(pool, settings, **place)
+    names = [stage.name for stage in before.stages]
+    assert names == ["embed", "near_duplicates", "cluster", "retrieve", "sample"]
+    assert "40 samples" in before.stages[0].note
+    assert "16 held-out samples or seeds" in before.stages[0].note
+    assert "9 seeds of 1 sets" in before.stages[3].note
+    curate(pool, settings, **place)
+    after = plan(pool, settings, **place)
+    assert [stage.name for stage in after.stages if not stage.cached] == []
+
+
 def expected(n, dimension, config, rates, ranks):
     """The costs of all stages of n samples, none of which is cached."""
     stages, _ = planned_stages(NOWHERE, config, None, n)

@@ -147,12 +147,17 @@ def test_bad_seeds_of_shards_are_named(write_pool, tmp_path):
     np.save(tmp_path / "short.npy", np.ones((2, 3), np.float32))
     for given, error, message in (
         (str(tmp_path / "no-*.tar"), PoolError, "retrieval.seeds.mine: .*no-"),
-        (str(tmp_path / "short.npy"), ConfigError, "seeds.'mine'.*rows of 3 numbers"),
+        (
+            str(tmp_path / "short.npy"),
+            ConfigError,
+            r"retrieval.seeds.mine: .*short.npy holds float32 \(2, 3\)",
+        ),
     ):
         with pytest.raises(error, match=message):
             curate(
                 shards,
-                config | {"retrieval": {"seeds": {"mine": given}}},
+                config | {"retrieval": {"seeds": {"good": shards, "mine": given}}},
                 embedder="pixels:4",
                 cache_dir=tmp_path / "cache",
             )
+        assert not list((tmp_path / "cache").glob("embeddings/*/*")), "nothing was embedded before"

@@ -8,19 +8,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lightning
 import numpy as np
 import pytest
 import torch
 
 import curated_data.training.mixture
 from curated_data import Component, CuratedDataModule, Mixture, RecurationCallback
-from curated_data.errors import CacheError, ConfigError, CuratedDataError
+from curated_data.errors import CacheError, ConfigError, CuratedDataError, PoolError
 from curated_data.streaming import EpochOrder
 from curated_data.streaming.mixture import MixtureOrder
 from curated_data.streaming.state import checked_state
 from curated_data.training.components import mixture_rows
-from tests.support.mixture_runs import EPOCH_BATCHES, data, left_corner, mixture
+from tests.support.mixture_runs import (
+    EPOCH_BATCHES,
+    data,
+    fit_recurated,
+    left_corner,
+    mixture,
+    reselected,
+)
 from tests.support.options import grouped
 from tests.support.recuration_runs import TinyModule, to_float
 from tests.support.trainer_runs import (
@@ -252,72 +258,62 @@ def curation(target: int, seed: int = 0) -> dict:
     }
 
 
-class Tiny(TinyModule):
-    def training_step(self, batch, index):
-        loss = super().training_step(batch, index)
-        self.log_dict(self.trainer.datamodule.component_passes())
-        with open(f"{self.record}.sources", "a") as file:
-            file.write(json.dumps([self.current_epoch, batch["source"].tolist()]) + "\n")
-        return loss
-
-
-def fit_recurated(folder, shards, name, *, epochs, ckpt_path=None, **options):
-    lightning.seed_everything(0, verbose=False)
-    components = [
-        Component("curated", shards[0], 2, curation=curation(16), stratify_level=1),
-        Component("whole", shards[1], 1),
+def reselections(folder: Path, run: str, ranks: int = 1) -> list[tuple[int, int, int]]:
+    """Every sample of a run in order: its epoch, id and component."""
+    by_rank = [
+        [
+            sample
+            for epoch, ids, sources in lines(folder, run, rank)
+            for sample in zip([epoch] * len(ids), ids, sources, strict=True)
+        ]
+        for rank in range(ranks)
     ]
-    loaded = CuratedDataModule(
-        mixture=Mixture(components, epoch_size=48), embedder="pixels:8", views=to_float, batch_size=8,
-        loader={"num_workers": 0}, cache_dir=folder / "cache",
-    )  # fmt: skip
-    callback = RecurationCallback(every_n_epochs=1, component="curated")
-    run = trainer(folder, 1, max_epochs=epochs, callbacks=[callback], **options)
-    run.fit(Tiny(str(folder / name)), loaded, ckpt_path=ckpt_path)
-    samples, sources = (
-        [json.loads(line) for line in (folder / f"{name}{end}").read_text().splitlines()]
-        for end in ("-0.jsonl", ".sources")
-    )
-    stream = [
-        (epoch, sample, source)
-        for (epoch, ids), (_, names) in zip(samples, sources, strict=True)
-        for sample, source in zip(ids, names, strict=True)
+    return list(itertools.chain(*zip(*by_rank, strict=True)))
+
+
+def check_that_only_one_was_reselected(folder: Path, stream: list[tuple[int, int, int]]) -> None:
+    assert len(stream) == EPOCHS * 48
+    selected = [
+        {sample for e, sample, source in stream if (e, source) == (epoch, 0)} for epoch in range(EPOCHS)
     ]
-    return run, loaded, stream
-
-
-def test_a_re_curation_replaces_one_component_and_leaves_the_other(write_pool, tmp_path):
-    shards = write_pool([40, 21])
-    run, loaded, stream = fit_recurated(tmp_path, shards, "whole", epochs=3)
-    assert len(stream) == 3 * 48
-    assert run.callback_metrics["mixture/whole"] > 2
-    selected = [{sample for e, sample, source in stream if (e, source) == (epoch, 0)} for epoch in range(3)]
-    assert len({tuple(sorted(ids)) for ids in selected}) == 3
+    assert len({tuple(sorted(ids)) for ids in selected}) == EPOCHS
     assert all(len(ids) == 16 for ids in selected)  # two passes over each
-    assert selected[2] == set(loaded.component("curated").selection.tolist())
-    # The other component continues where it was: as without any re-curation.
-    plain = CuratedDataModule(
-        mixture=Mixture(
-            [Component("curated", shards[0], 2), Component("whole", shards[1], 1)], epoch_size=48
-        ),
-        views=to_float, batch_size=8, loader={"num_workers": 0},
-    )  # fmt: skip
+    # The other component continues where it was: as without any curation.
+    plain = reselected(folder, 1, None)
     alone = [
-        sample
-        for _ in range(3)
+        (epoch, sample)
+        for epoch in range(EPOCHS)
         for batch in batches(plain)
         for sample, source in zip(batch["sample_id"].tolist(), batch["source"].tolist(), strict=True)
         if source == 1
     ]
-    assert [sample for _, sample, source in stream if source == 1] == alone
+    assert [(epoch, sample) for epoch, sample, source in stream if source == 1] == alone
+
+
+def test_a_re_curation_replaces_one_component_and_leaves_the_other(tmp_path):
+    folder = write_pools(tmp_path)
+    run = fit_recurated(folder, "whole")
+    stream = reselections(folder, "whole")
+    check_that_only_one_was_reselected(folder, stream)
+    assert run.callback_metrics["mixture/whole"] > 2
+    last = {sample for epoch, sample, source in stream if (epoch, source) == (2, 0)}
+    assert last == set(run.datamodule.component("curated").selection.tolist())
 
     # Stopped in the middle of the second epoch, and resumed there.
-    (tmp_path / "part").mkdir()
-    run, _, _ = fit_recurated(tmp_path, shards, "part/first", epochs=3, max_steps=9)
-    path = tmp_path / "part" / "nine.ckpt"
-    run.save_checkpoint(path)
-    _, _, resumed = fit_recurated(tmp_path, shards, "part/second", epochs=3, ckpt_path=str(path))
-    assert [item[1:] for item in resumed] == [item[1:] for item in stream[72:]]
+    fit_recurated(folder, "stopped", max_steps=9).save_checkpoint(folder / "nine.ckpt")
+    fit_recurated(folder, "resumed", ckpt_path=folder / "nine.ckpt")
+    assert reselections(folder, "resumed") == stream[72:]
+
+
+@pytest.mark.long
+def test_on_two_ranks_one_component_is_re_curated_too_and_the_run_resumes_afterwards(tmp_path):
+    command = [sys.executable, "-m", "tests.support.mixture_runs", str(tmp_path), "recurated"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert found.returncode == 0, found.stderr[-4000:]
+    stream = reselections(tmp_path, "whole", ranks=2)
+    check_that_only_one_was_reselected(tmp_path, stream)
+    assert reselections(tmp_path, "stopped", ranks=2) == stream[:80]
+    assert reselections(tmp_path, "resumed", ranks=2) == stream[72:]
 
 
 def test_a_re_curation_names_its_component(write_pool, tmp_path):
@@ -379,6 +375,7 @@ def test_everything_bad_is_one_error_that_names_it_before_anything_is_embedded(f
         ({"components": [curated, b | {"name": "a"}]}, "'a'"),
         ({"components": [curated, b | {"name": ""}]}, "name"),
         ({"components": [curated, {"name": "b", "weight": 1}]}, "'b', pool"),
+        ({"components": [curated, b | {"pool": str(folder / "none-*.tar")}]}, "'b', .*none-"),
         ({"components": [curated, b | {"weight": 0}]}, "'b'"),
         ({"components": [curated, b | {"weight": -1}]}, "'b'"),
         ({"components": [curated, b | {"weight": None}]}, "'b'"),
@@ -402,7 +399,7 @@ def test_everything_bad_is_one_error_that_names_it_before_anything_is_embedded(f
         ({"components": [curated, b | {"weight": 0.01, "batches": "own"}], "epoch_size": 160}, "'b', weight"),
     ]
     for mapping, told in cases:
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises((ConfigError, PoolError), match=told):
             CuratedDataModule(
                 mixture=mapping, cache_dir=tmp_path, batch_size=8, loader={"num_workers": 0}, views=noisy_crop
             ).setup("fit")
