@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,16 +40,15 @@ def decode_array(data: bytes) -> np.ndarray:
         SampleError: not a `.npy` file, truncated, or an object array.
     """
     try:
-        stream = io.BytesIO(data)
-        version = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else _read_header_2
-        shape, _, dtype = read_header(stream)
-        # Before numpy allocates what the header says.
+        length = 2 if data[6:7] == b"\x01" else 4  # of what says how long the header is
+        start = 8 + length + int.from_bytes(data[8 : 8 + length], "little")
+        shape, fortran_order, dtype = _array_header(data[:start])
         n_bytes = math.prod(shape) * dtype.itemsize
-        if min(shape, default=0) < 0 or (not dtype.hasobject and n_bytes > len(data) - stream.tell()):
+        if min(shape, default=0) < 0 or (not dtype.hasobject and n_bytes > len(data) - start):
             raise SampleError(f"not a readable .npy array: {shape} {dtype} in {len(data)} bytes; truncated?")
-        stream.seek(0)
-        return np.lib.format.read_array(stream, allow_pickle=False)
+        if dtype.hasobject or dtype.names is not None:  # which it refuses; names
+            return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        return np.ndarray(shape, dtype, data, start, order="F" if fortran_order else "C").copy("K")
     except SampleError:
         raise
     except Exception as error:  # numpy parses the header as Python, which raises many kinds
@@ -366,9 +366,16 @@ def _label(data: bytes) -> int:
     return label
 
 
-def _read_header_2(stream: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """The header of a `.npy` of version 2 or 3, which only differ in how they encode names of fields."""
-    return np.lib.format.read_array_header_2_0(stream)
+@lru_cache(maxsize=64)
+def _array_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran's order, and type; kept, because numpy compiles a header as Python.
+
+    Versions 2 and 3 only differ in how they encode names of fields.
+    """
+    stream = io.BytesIO(header)
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(stream)
 
 
 def _label_or_name(data: bytes) -> int | str:

@@ -233,7 +233,8 @@ def _note_scattered(arrays: Mapping[str, np.ndarray], extensions: Sequence[str],
     """
     hashes = _key_hashes(arrays["key_start"], arrays["key_bytes"])
     order = np.sort(hashes)
-    rows = np.flatnonzero(np.isin(hashes, order[1:][order[1:] == order[:-1]]))
+    # By sorting: by a table, NumPy 2.0.0 fails on values of 64 bits.
+    rows = np.flatnonzero(np.isin(hashes, order[1:][order[1:] == order[:-1]], kind="sort"))
     start = arrays["member_start"][rows]
     length = arrays["member_start"][rows + 1] - start
     member = (

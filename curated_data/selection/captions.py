@@ -19,6 +19,7 @@ import torch
 
 from curated_data.cache.artifacts import atomic_path, read_array, read_manifest, write_manifest
 from curated_data.errors import ConfigError, EmbedderError, PoolError, SampleError
+from curated_data.pool.captions import read_captions
 from curated_data.pool.decode import as_extensions
 from curated_data.pool.writer import ShardWriter
 from curated_data.progress import progress
@@ -183,7 +184,8 @@ def label_pool(
     """`label_captions` over the samples of a pool.
 
     Args:
-        caption: extension of the captions' members; samples without one have no caption.
+        caption: extension of the captions' members; samples without one have no caption. A pool's column of
+            captions takes the place of `txt`.
         metadata: extension of the JSON members for `filters` and `image_text`.
         block_size: captions in memory at a time.
         settings: of `label_captions`.
@@ -194,19 +196,25 @@ def label_pool(
     """
     caption, metadata = as_extensions([caption, metadata], "caption, metadata")
     present = pool.index().extensions
-    if caption not in present:
+    has_column = caption == "txt" and pool.caption_column is not None
+    if caption not in present and not has_column:
         raise PoolError(
             f"no sample of the pool has a .{caption} member, only {', '.join(present)}: give caption="
         )
-    wanted = [caption, metadata] if settings.get("filters") or settings.get("image_text") else [caption]
+    needs_metadata = bool(settings.get("filters") or settings.get("image_text"))
+    wanted = [*([] if has_column else [caption]), *([metadata] if needs_metadata else [])]
+    wanted = [extension for extension in wanted if extension in present]
 
     def blocks() -> Iterator[CaptionBlock]:
         with progress("matching captions", len(pool), "captions") as advance:
             for first in range(0, len(pool), block_size):
                 ids = np.arange(first, min(first + block_size, len(pool)))
-                samples = pool.read(ids, [e for e in wanted if e in present])
-                captions = [sample.get(caption, b"").decode("utf-8", "replace") for sample in samples]
-                content = [_metadata(sample, metadata) for sample in samples] if len(wanted) > 1 else None
+                samples = pool.read(ids, wanted) if wanted else [{}] * len(ids)
+                if has_column:
+                    captions = [text or "" for text in read_captions(pool, ids)]
+                else:
+                    captions = [sample.get(caption, b"").decode("utf-8", "replace") for sample in samples]
+                content = [_metadata(sample, metadata) for sample in samples] if needs_metadata else None
                 yield CaptionBlock(ids, captions, content)
                 advance(len(ids))
 

@@ -29,7 +29,7 @@ from curated_data.streaming.batch import as_views
 from curated_data.streaming.encoded import EncodedSample, is_whole_jpeg
 from curated_data.streaming.envelopes import BatchRequest, LoadedBatch, as_request
 from curated_data.streaming.fields import MODALITIES
-from curated_data.streaming.generators import generators_kept, seed_generators
+from curated_data.streaming.generators import Generators
 from curated_data.streaming.labels import SampleLabels
 from curated_data.streaming.order import view_seeds
 from curated_data.streaming.statistics import BatchReport, Skipped, StreamStatistics
@@ -105,7 +105,7 @@ class PoolDataset(Dataset):
         self.encoded = encoded
         self.n_streamed = n_streamed
         self.views_name = views_name
-        self._seeds_all = False  # all generators, or only torch's
+        self.generators = Generators()
         pool.described  # read once, before workers are forked  # noqa: B018
 
     def __len__(self) -> int:
@@ -122,6 +122,12 @@ class PoolDataset(Dataset):
             SampleError: a sample cannot be decoded.
         """
         request = as_request(request)
+        if not self.decode:
+            return self.loaded(request)
+        return self.generators.kept(lambda: self.loaded(request))
+
+    def loaded(self, request: BatchRequest) -> LoadedBatch:
+        """As `__getitems__`, but that the random generators are left as they are then."""
         skipped: list[Skipped] = []
         counters = self.pool.counters
         before = counters.bytes_read, counters.bytes_needed
@@ -176,14 +182,7 @@ class PoolDataset(Dataset):
     ) -> list[dict[str, Any]]:
         places = np.asarray(request.ids if request.positions is None else request.positions, np.int64)
         seeds = view_seeds(self.seed, request.epoch, places).tolist()
-        with generators_kept() as others_moved:
-            found = self._loaded_or_spare(request, members, seeds, skipped)
-            if not self._seeds_all and others_moved():
-                # The views draw from Python's or numpy's generator, which are seeded too from now on. That
-                # costs 12 µs per sample, so it is skipped for views that only use torch's, as most do.
-                self._seeds_all = True
-                skipped.clear()
-                found = self._loaded_or_spare(request, members, seeds, skipped)
+        found = self._loaded_or_spare(request, members, seeds, skipped)
         if all(sample is None for sample in found):
             found[0] = self._stand_in(request.ids[0], seeds[0], skipped) | {"padding": True}
         loaded = _filled(found)
@@ -297,7 +296,7 @@ class PoolDataset(Dataset):
         if self.views is None:
             sample[name] = content
             return
-        seed_generators(seed, self._seeds_all)
+        self.generators.seed(seed)
         try:
             views = as_views(self.views(content), self.views_name)
         except SampleError as error:  # raised by views to reject a sample

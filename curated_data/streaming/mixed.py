@@ -12,6 +12,7 @@ from curated_data.errors import ConfigError, SampleError
 from curated_data.streaming.dataset import PoolDataset
 from curated_data.streaming.envelopes import BatchRequest, LoadedBatch, as_request
 from curated_data.streaming.fields import MISSING, MODALITIES
+from curated_data.streaming.generators import Generators
 from curated_data.streaming.statistics import BatchReport, StreamStatistics
 
 _TRIED = 16  # samples among which one that can be decoded is searched
@@ -42,6 +43,9 @@ class MixtureDataset(Dataset):
         self.first_ids = np.array(first_ids, np.int64)
         self.statistics = statistics
         self.n_streamed = n_streamed
+        self.generators = Generators()  # put back once for all datasets, not after each
+        for part in self.parts:
+            part.generators = self.generators
         # Of each dataset, the first that gives the same samples: those of one batch are then read together.
         same = [next(i for i, other in enumerate(parts) if _reads_alike(other, part)) for part in parts]
         self._reader = np.array(same, np.int64)
@@ -63,6 +67,9 @@ class MixtureDataset(Dataset):
             PoolError, SampleError: see `PoolDataset`.
         """
         request = as_request(request)
+        return self.generators.kept(lambda: self._loaded(request))
+
+    def _loaded(self, request: BatchRequest) -> LoadedBatch:
         sources = request.sources
         if sources is None:
             starts, numbers = np.unique(self.first_ids, return_index=True)
@@ -72,7 +79,7 @@ class MixtureDataset(Dataset):
         readers = self._reader[sources]
         for number in np.unique(readers).tolist():
             places, first = np.flatnonzero(readers == number), int(self.first_ids[number])
-            loaded = self.parts[number].__getitems__(request.of_pool(places, first))
+            loaded = self.parts[number].loaded(request.of_pool(places, first))
             for place, sample in zip(places.tolist(), loaded.samples, strict=True):
                 sample["sample_id"] += first
                 sample["source"] = int(sources[place])

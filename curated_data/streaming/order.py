@@ -233,10 +233,13 @@ def _spread(strata: np.ndarray, sizes: np.ndarray, key: int) -> np.ndarray:
 
 
 def _key(*parts: int) -> int:
-    """A 64-bit key from a few integers."""
+    """A 64-bit key from a few integers: steps of SplitMix64, as `_mix`, which numpy takes 10 µs for."""
     state = 0
     for part in parts:
-        state = int(_mix(np.array([state ^ (part & _MASK)], np.uint64))[0])
+        state = (state ^ (part & _MASK)) + GOLDEN & _MASK
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
     return state
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -17,12 +17,33 @@ Ids = str | Path | np.ndarray
 
 
 def open_pool(
-    pool: Pool, cache_dir: str | Path | None, storage_options: Mapping[str, Any] | None = None
+    pool: Pool,
+    cache_dir: str | Path | None,
+    storage_options: Mapping[str, Any] | None = None,
+    labels: Ids | None = None,
 ) -> ShardPool:
-    """A `ShardPool` that keeps its index in `cache_dir`, unless it already has a cache of its own."""
+    """A `ShardPool` that keeps its index in `cache_dir`, unless it already has a cache of its own.
+
+    Args:
+        labels: as those of a data module; if they are a column, the pool has its classes from there.
+
+    Raises:
+        ConfigError: they are another column than the pool was opened with.
+    """
+    column = labels if is_column(labels) else None
     if not isinstance(pool, ShardPool):
-        return ShardPool(pool, cache_dir=cache_dir, storage_options=storage_options)
+        return ShardPool(pool, cache_dir=cache_dir, storage_options=storage_options, labels=column)
+    if column not in (None, pool.label_column):
+        raise ConfigError(
+            f"labels: the column {column!r} is given for a pool that was opened with "
+            f"labels={pool.label_column!r}; open it with ShardPool(…, labels={column!r})"
+        )
     return pool if cache_dir is None or pool.cache_dir is not None else pool.with_cache(cache_dir)
+
+
+def is_column(labels: Ids | None) -> TypeGuard[str]:
+    """Whether labels are the name of a column, not integers or a `.npy` file."""
+    return isinstance(labels, str) and not labels.endswith(".npy")
 
 
 def load_ids(selection: Ids, name: str = "selection") -> np.ndarray:
@@ -61,12 +82,12 @@ def checked_selection(ids: np.ndarray, pool: ShardPool, name: str) -> np.ndarray
 def load_labels(
     labels: Ids | None, selection: Ids | None, pool: ShardPool, name: str = "labels"
 ) -> SampleLabels | None:
-    """Labels for the samples of a selection, or for the whole pool.
+    """Labels for the samples of a selection, or for the whole pool; None if the pool's own count.
 
     Raises:
         ConfigError: the labels do not match the samples.
     """
-    if labels is None:
+    if labels is None or is_column(labels):
         return None
     ids = None if selection is None else load_ids(selection)
     labels = load_ids(labels, name)
@@ -108,8 +129,9 @@ def named_pools(
     cache_dir: str | Path | None,
     storage_options: Mapping[str, Any] | None,
     name: str,
+    labels: Ids | None = None,
 ) -> dict[str, ShardPool]:
-    """Pools by name, opened; one that has none is named "".
+    """Pools by name, opened; one that has none is named "". Those that are opened already keep their labels.
 
     Raises:
         ConfigError: a mapping without any, or whose names are not text.
@@ -118,7 +140,10 @@ def named_pools(
     if pools is None:
         return {}
     if not isinstance(pools, Mapping):
-        return {"": open_pool(pools, cache_dir, storage_options)}
-    if not pools or not all(isinstance(key, str) and key for key in pools):
+        pools = {"": pools}
+    elif not pools or not all(isinstance(key, str) and key for key in pools):
         raise ConfigError(f"{name}: expected pools by their names, found {dict(pools)!r}")
-    return {key: open_pool(pool, cache_dir, storage_options) for key, pool in pools.items()}
+    return {
+        key: open_pool(pool, cache_dir, storage_options, None if isinstance(pool, ShardPool) else labels)
+        for key, pool in pools.items()
+    }

@@ -198,10 +198,11 @@ def open_sources(components: Sequence[Component], data: "CuratedDataModule") -> 
     found = []
     for component in components:
         try:
-            pool = open_pool(component.pool, data.cache_dir, data.loader.storage_options)
-        except PoolError as error:
-            raise PoolError(_named(component.name, str(error), data)) from error
-        pool = pools.setdefault((*pool.urls, repr(pool.images), *pool.image_extensions), pool)
+            pool = open_pool(component.pool, data.cache_dir, data.loader.storage_options, component.labels)
+        except (PoolError, ConfigError) as error:
+            raise type(error)(_named(component.name, str(error), data)) from error
+        columns = pool.label_column, pool.caption_column
+        pool = pools.setdefault((*pool.urls, repr(pool.images), *pool.image_extensions, columns), pool)
         found.append(Source(component, pool, data))
     for opened in found:
         _check(opened, data)

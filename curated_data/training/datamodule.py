@@ -90,7 +90,8 @@ class CuratedDataModule(pl.LightningDataModule):
         selection: ids, or a `.npy` file of them, to stream instead of a curation's.
         labels: (n,) integers, or a `.npy` file of them, that replace the pool's labels in training: one for
             each id of `selection`, as in `CaptionLabels`, or without a `selection` one for each sample of the
-            pool.
+            pool. Or the name of a column of integers or names, as `json.class` (see `ShardPool`), from which
+            the pools of validation and test that are given as places have their labels, too.
         val_pool: labelled shards for validation; every sample is used exactly once. A mapping of names to
             pools gives several dataloaders, in its order and by its names.
         test_pool: like `val_pool`, for `Trainer.test`.
@@ -196,8 +197,8 @@ class CuratedDataModule(pl.LightningDataModule):
         self.sources: list[Source] = open_sources(components, self)
         self.pool = self.sources[0].pool
         options = self.loader.storage_options
-        self.val_pools = named_pools(val_pool, cache_dir, options, "val_pool")
-        self.test_pools = named_pools(test_pool, cache_dir, options, "test_pool")
+        self.val_pools = named_pools(val_pool, cache_dir, options, "val_pool", labels)
+        self.test_pools = named_pools(test_pool, cache_dir, options, "test_pool", labels)
         self.class_names: tuple[str, ...] | None = None
         self._class_names_known = False
         self.statistics = StreamStatistics(self.decoding.max_skipped)

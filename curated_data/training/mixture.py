@@ -12,7 +12,7 @@ from curated_data.config import CurationConfig, load_config
 from curated_data.errors import ConfigError
 from curated_data.streaming.mixture import Weights, checked_weights
 from curated_data.streaming.order import Shuffle
-from curated_data.training.arguments import Ids, Pool
+from curated_data.training.arguments import Ids, Pool, is_column
 from curated_data.training.options import check_fields
 
 Batches = Literal["mixed", "own"]
@@ -29,7 +29,7 @@ class Component:
             `weights` that change.
         selection: ids of the pool, or a `.npy` file of them; None: a curation's, or the whole pool.
         labels: replace the pool's labels: one for each id of `selection`, or without one for each sample of
-            the pool.
+            the pool; or the column that they are taken from, as for `CuratedDataModule`.
         curation: what to select, as for `CuratedDataModule`.
         embedder: for the curation; None takes the data module's.
         views: of its samples; None takes the data module's.
@@ -69,8 +69,10 @@ class Component:
             raise ConfigError(f"{where}views: expected a function of an image, found {self.views!r}")
         if self.selection is not None and self.curation is not None:
             raise ConfigError(f"{where}selection: given together with curation, which makes one")
-        if self.labels is not None and self.curation is not None:
-            raise ConfigError(f"{where}labels: given together with curation; give the `selection` they fit")
+        if self.labels is not None and self.curation is not None and not is_column(self.labels):
+            raise ConfigError(
+                f"{where}labels: given together with curation; give the `selection` they fit, or a column"
+            )
         if self.stratify_level is not None and self.curation is None:
             raise ConfigError(f"{where}stratify_level: needs a curation, whose tree has the clusters")
         if self.curation is not None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
 from curated_data.errors import ConfigError, SampleError
@@ -172,6 +173,22 @@ class TestSample:
             decode_sample({**self.place, "npy": npy(np.array([{}], object), allow_pickle=True)})
         with pytest.raises(SampleError, match=r"\.npy array"):
             decode_array(npy(bands)[:-1])
+
+    @settings(max_examples=100, deadline=None)
+    @given(
+        arrays(st.sampled_from(["f4", ">f8", "?", "U2", "S3", "M8[s]", "i2,f8"]), array_shapes(min_side=0)),
+        st.booleans(), st.sampled_from([(1, 0), (2, 0), (3, 0)]),
+    )  # fmt: skip
+    def test_arrays_are_those_that_numpy_reads(self, array, fortran_order, version):
+        stream = io.BytesIO()
+        array = np.asfortranarray(array) if fortran_order else array
+        np.lib.format.write_array(stream, array, version)
+        data, expected = stream.getvalue(), np.load(io.BytesIO(stream.getvalue()))
+        for _ in range(2):  # the header is parsed once
+            found = decode_array(data)
+            assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+            assert found.tobytes("A") == expected.tobytes("A")
+            assert found.flags.writeable
 
     def test_own_decoders_win(self):
         decoders = {"npy": lambda data: "bands", "flac": len, "txt": str.upper}

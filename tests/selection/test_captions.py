@@ -348,6 +348,26 @@ def test_a_pool_of_captions_to_labelled_shards_and_back(tmp_path):
     assert not (tmp_path / "classes.json").exists()
 
 
+def test_captions_from_a_column_are_those_of_members(tmp_path):
+    with (
+        ShardWriter(tmp_path / "texts-%06d.tar") as texts,
+        ShardWriter(tmp_path / "fields-%06d.tar") as fields,
+    ):
+        for i, caption in enumerate([*CAPTIONS, None]):
+            members = {"__key__": f"s{i}", "jpg": b"image %d" % i, "json": {"n": i}}
+            texts.write(members if caption is None else members | {"txt": caption})
+            fields.write(members | {"json": {"n": i, "title": caption}, "txt": "nothing of the kind"})
+    settings = {"embedder": embed, "threshold": 0.2, "block_size": 4}
+    ours = ShardPool(str(tmp_path / "fields-*.tar"), captions="json.title")
+    for filters in (None, {"n": range(8)}):
+        expected = label_pool(ShardPool(str(tmp_path / "texts-*.tar")), CLASSES, filters=filters, **settings)
+        found = label_pool(ours, CLASSES, filters=filters, **settings)
+        assert len(found.ids)
+        assert np.array_equal(found.ids, expected.ids)
+        assert np.array_equal(found.labels, expected.labels)
+        assert found.report == expected.report
+
+
 def test_pools_without_captions_or_with_broken_metadata(tmp_path):
     with ShardWriter(tmp_path / "a-%06d.tar") as writer:
         writer.write({"__key__": "s", "jpg": b"x"})

@@ -1,5 +1,6 @@
 """What the DataModule does besides ordering: views on a device, labels, slow workers, remote pools."""
 
+import json
 import logging
 import time
 import warnings
@@ -8,16 +9,20 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchvision.transforms import v2
 
 from curated_data.errors import ConfigError
 from curated_data.pool import RemoteOptions, ShardPool
+from curated_data.pool.writer import ShardWriter
 from curated_data.selection.captions import CaptionLabels
 from curated_data.streaming.device import PerSample, ResizedCrops, uniform
 from curated_data.streaming.order import _mix
 from curated_data.training.datamodule import CenterCrop, CuratedDataModule
+from curated_data.training.mixture import Component, Mixture
+from tests.support.images import png
 from tests.support.server import Server
 
 
@@ -198,6 +203,10 @@ def images(paths):
     return [decode_image(sample["png"]) for sample in pool.read(np.arange(len(pool)))]
 
 
+def of_batch(batch):
+    return zip(batch["sample_id"].tolist(), batch["label"].tolist(), strict=True)
+
+
 class TestLabels:
     def test_a_selection_labelled_by_captions_is_streamed(self, write_pool, tmp_path):
         found = CaptionLabels(np.array([1, 4, 9, 17]), np.array([2, 0, 2, 1]), np.ones(4, np.float32), [])
@@ -231,9 +240,42 @@ class TestLabels:
         for batch in data.train_dataloader():
             assert batch["label"].tolist() == labels[batch["sample_id"]].tolist()
 
+    @pytest.mark.parametrize("from_yaml", [False, True])
+    def test_a_column_gives_them_to_training_and_validation(self, tmp_path, from_yaml):
+        """By name, in code and in a configuration; two columns of one pool may be in a mixture."""
+        paths = []
+        for number, names in enumerate((["cat", "dog", "ant", "dog"], ["dog", "bee"])):
+            with ShardWriter(tmp_path / f"{number}-%06d.tar") as writer:
+                for key, name in enumerate(names):
+                    image = png(np.full((8, 8, 3), key, np.uint8))
+                    writer.write({"__key__": str(key), "png": image, "json": {"class": name, "id": key}})
+            paths.append(str(tmp_path / f"{number}-*.tar"))
+        settings = {
+            "pool": paths[0], "val_pool": paths[1], "labels": "json.class", "batch_size": 2,
+            "loader": {"num_workers": 0}, "image_size": 8,
+        }  # fmt: skip
+        if from_yaml:
+            (tmp_path / "data.yaml").write_text(json.dumps({"data": settings}))
+            parser = ArgumentParser()
+            parser.add_class_arguments(CuratedDataModule, "data")
+            data = parser.instantiate(parser.parse_path(tmp_path / "data.yaml")).data
+        else:
+            data = CuratedDataModule(**settings)
+        given = dict(pair for batch in data.train_dataloader() for pair in of_batch(batch))
+        assert given == {0: 2, 1: 3, 2: 0, 3: 3}
+        assert data.class_names == ("ant", "bee", "cat", "dog")
+        given = dict(pair for batch in data.val_dataloader() for pair in of_batch(batch))
+        assert given == {0: 3, 1: 1}
+        settings = {name: settings[name] for name in ("batch_size", "loader", "image_size")}
+        parts = [Component(name, paths[0], 1, labels=f"json.{name}") for name in ("class", "id")]
+        data = CuratedDataModule(mixture=Mixture(parts), **settings)
+        assert [source.pool.label_column for source in data.sources] == ["json.class", "json.id"]
+
     @pytest.mark.parametrize(
         ("arguments", "named"),
         [
+            ({"labels": "json.class"}, "json.class"),
+            ({"labels": "lable"}, "label"),
             ({"labels": np.arange(3)}, "labels: 3 of them for a pool of 12"),
             ({"labels": np.arange(3), "selection": np.arange(4)}, "labels: expected 4 integers"),
             ({"labels": np.ones(4), "selection": np.arange(4)}, "labels: expected 4 integers"),
