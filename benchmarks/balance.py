@@ -15,7 +15,6 @@ Figures of a selection, as mean ± deviation over seeds:
 Embeddings and every cell of the table are kept in FOLDER: a run that was killed continues.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from functools import cache
@@ -27,10 +26,11 @@ import torch
 from benchmarks.greedy import dpp, facility_location, k_center, reduced
 from benchmarks.machine import print_machine
 from curated_data import ClusterTree, Level, hierarchical_kmeans, hierarchical_sample
-from curated_data.cache.artifacts import atomic_write_json
+from curated_data.cache.publishing import atomic_write_json
 from curated_data.clustering import choose_levels
 from curated_data.config import ROWS_PER_CELL
 from curated_data.embedding import resolve_embedder
+from curated_data.programs import described_parser
 from curated_data.selection.greedy import greedy_order
 from curated_data.selection.quotas import Quotas, flat_quotas, water_fill
 from curated_data.selection.sparse import find_neighbours, sparse_sample
@@ -154,9 +154,7 @@ WAYS: dict[str, Way] = {
 
 def main() -> None:
     """Fill in the cells that are missing, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--pools", type=Path, required=True, help="made by benchmarks.pools")
     parser.add_argument("--only", nargs="+", help="pools (default: all that the embedder takes)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS)[:8])

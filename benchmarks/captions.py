@@ -3,7 +3,7 @@
     python -m benchmarks.captions speed --wordnet /usr/share/wordnet [--captions 10000000]
     python -m benchmarks.captions senses --wordnet /usr/share/wordnet [--classes 1000 --seed 0]
 
-speed: against regular expressions, captions a CPU second, and agreement. Captions are the glosses of
+speed: against regular expressions, captions per CPU second, and agreement. Captions are the glosses of
 WordNet's nouns, over and over; classes are the 1,000 nouns with the most captions. The regular expression is
 timed on a part of the captions, it is slow.
 
@@ -27,15 +27,14 @@ import numpy as np
 import torch
 
 from benchmarks.machine import print_machine
+from curated_data.programs import described_parser
 from curated_data.selection.captions import CaptionBlock, label_captions
 from curated_data.selection.names import CaptionClass, NameMatcher, read_wordnet
 from curated_data.selection.text import TextEmbedder, resolve_text_embedder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("speed", "senses"):
         command = commands.add_parser(name)

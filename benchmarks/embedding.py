@@ -8,7 +8,6 @@ and both memory formats; its best is the limit. What `embed_pool` does beside it
 check and store: its share of the limit counts that too.
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from curated_data import ShardPool
 from curated_data.cache.artifacts import open_cache
 from curated_data.embedding import resolve_embedder
 from curated_data.embedding.extract import embed_pool
+from curated_data.programs import described_parser
 
 DATA = Path(__file__).parents[1] / "recipes" / "data" / "fashion-lt50"
 
@@ -36,7 +36,7 @@ def rate(run: Callable[[], object], n: int, rounds: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = described_parser(__doc__)
     parser.add_argument("--embedder", default="efficientnet_lite0:64")
     parser.add_argument("--samples", type=int, default=1000, help="of the network alone")
     parser.add_argument("--rounds", type=int, default=3)

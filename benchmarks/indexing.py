@@ -26,8 +26,9 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from benchmarks.machine import print_machine
 from curated_data import CuratedDataModule
-from curated_data.cache.artifacts import atomic_path, fingerprint, open_cache, write_manifest
+from curated_data.cache.artifacts import fingerprint, open_cache, write_manifest
 from curated_data.cache.layout import POOL
+from curated_data.cache.publishing import atomic_path
 from curated_data.pool import PoolIndex, ShardPool, index_shard
 from curated_data.pool.build import pool_fingerprint
 from curated_data.pool.index import ARRAYS

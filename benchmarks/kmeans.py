@@ -14,7 +14,6 @@ summed over its threads: unlike wall time they mean something on a machine that 
 thread, the default, keeps spinning threads out of the sum.
 """
 
-import argparse
 import math
 import resource
 import tempfile
@@ -41,15 +40,14 @@ from curated_data.clustering import ClusterTree, Level, hierarchical_kmeans, kme
 from curated_data.clustering.kmeans import prepare
 from curated_data.clustering.nearest import Centroids, nearest
 from curated_data.clustering.rows import blocks
+from curated_data.programs import described_parser
 from curated_data.selection.sampling import hierarchical_sample
 
 SMALL_NOISE = 0.25 / 16  # 0.25 / sqrt(d)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("what", choices=list(PROGRAMS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=1, help="repeat with so many seeds; medians are printed")

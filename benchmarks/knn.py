@@ -15,7 +15,6 @@ found.
 ranks: the same bank searched by one process and by two gloo ranks, each with its share of the file.
 """
 
-import argparse
 import multiprocessing
 import os
 import shutil
@@ -34,6 +33,7 @@ import torch.nn.functional as F
 
 from benchmarks.machine import print_machine
 from benchmarks.process_memory import memory_added
+from curated_data.programs import described_parser
 from lightning_modules.evaluation.knn import KNNResult, knn
 from lightning_modules.evaluation.nearest import top_rows
 
@@ -42,9 +42,7 @@ N_CLASSES = 100
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     of_speed, of_disk, of_ranks = (commands.add_parser(name) for name in ("speed", "disk", "ranks"))
     for command, rows in ((of_disk, 10_000_000), (of_ranks, 200_000)):

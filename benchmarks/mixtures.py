@@ -13,7 +13,6 @@ Peers that are not installed are left out: litdata, mosaicml-streaming (see `str
 them). Data are made once, in `--folder`. About two minutes on two idle cores, and two more the first time.
 """
 
-import argparse
 import functools
 import itertools
 import os
@@ -34,6 +33,7 @@ from benchmarks.machine import made, print_machine
 from benchmarks.streaming_data import N_SAMPLES, make_shards
 from benchmarks.streaming_readers import BATCH, crop
 from curated_data import Component, CuratedDataModule, Mixture
+from curated_data.programs import described_parser
 from curated_data.streaming import StreamLoader
 
 WEIGHTS = [0.4, 0.25, 0.2, 0.1, 0.05]
@@ -264,9 +264,7 @@ def shares(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "curated-data-streaming")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--turns", type=int, default=25, help="of each in a run")

@@ -17,13 +17,12 @@ import numpy as np
 
 from benchmarks.machine import print_machine
 from benchmarks.process_memory import memory_added
+from curated_data.programs import described_parser
 from curated_data.selection.near_duplicates import near_duplicates
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--samples", type=int, default=100_000)
     parser.add_argument("--dimension", type=int, default=128)
     parser.add_argument("--threshold", type=float, default=0.95)

@@ -9,7 +9,6 @@ therefore takes no worker processes. Memory is the peak of a second process, whi
 in the cache, libraries and mapped files included.
 """
 
-import argparse
 import multiprocessing
 import tempfile
 import time
@@ -25,15 +24,14 @@ from curated_data import CurationConfig, ShardPool, curate
 from curated_data.pipeline import curate as pipeline
 from curated_data.pipeline import plan as planning
 from curated_data.pipeline.plan import plan
+from curated_data.programs import described_parser
 from recipes.quickstart import FASHION
 
 STAGES = ("embed", "cluster")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--pool", action="append", help="shards; may be given several times")
     parser.add_argument("--embedder", default="efficientnet_lite0:64", help="(default: %(default)s)")
     options = parser.parse_args()

@@ -8,7 +8,6 @@ as embeddings are kept; faiss needs all of them in memory as float32. The last c
 search adds to the process (Linux), with that copy.
 """
 
-import argparse
 import tempfile
 import time
 
@@ -18,14 +17,13 @@ import numpy as np
 from benchmarks.machine import print_machine
 from benchmarks.process_memory import memory_added
 from curated_data import retrieve
+from curated_data.programs import described_parser
 
 CHECKED = 200
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--samples", type=int, default=100_000)
     parser.add_argument("--seeds", type=int, default=5_000)
     parser.add_argument("--dimension", type=int, default=256)

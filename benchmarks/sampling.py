@@ -1,4 +1,4 @@
-"""Hierarchical sampling by whole levels against a call a cluster: time, memory, and balance.
+"""Hierarchical sampling by whole levels against one call per cluster: time, memory, and balance.
 
     python -m benchmarks.sampling [--samples 10000000] [--runs 3]
 
@@ -7,7 +7,6 @@ beforehand (their cost is shown apart), a numpy draw in every lowest cluster. Me
 of the same run.
 """
 
-import argparse
 import statistics
 import time
 import tracemalloc
@@ -17,12 +16,11 @@ import numpy as np
 
 from benchmarks.machine import print_machine
 from curated_data import ClusterTree, flat_sample, hierarchical_sample
+from curated_data.programs import described_parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--samples", type=int, default=10_000_000)
     parser.add_argument("--clusters", type=int, nargs="+", default=[100_000, 10_000, 1_000])
     parser.add_argument("--runs", type=int, default=3)
@@ -93,7 +91,7 @@ def member_lists(tree: ClusterTree) -> dict[int, list[np.ndarray]]:
 
 
 def recursive(tree: ClusterTree, children: dict[int, list[np.ndarray]], target: int, seed: int) -> np.ndarray:
-    """The plain form: a call a cluster."""
+    """The plain form: one call per cluster."""
     rng = np.random.default_rng(seed)
     sizes = {level: tree.sizes(level) for level in tree.centroids}
     parts: list[np.ndarray] = []

@@ -8,7 +8,6 @@ beside its images and its network: nothing here should grow faster than the pool
 sample. Memory is this process's own, without mapped files; bytes are per sample of the pool.
 """
 
-import argparse
 import logging
 import pickle
 import tempfile
@@ -35,6 +34,7 @@ from curated_data.pipeline.recurate import draw_share, recurate
 from curated_data.pool.index import ShardIndex
 from curated_data.pool.index_files import save_shard_index
 from curated_data.pool.known import Facts
+from curated_data.programs import described_parser
 from curated_data.report.explain import explain
 from curated_data.report.page import write_report
 
@@ -74,9 +74,7 @@ class Planted:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--samples", type=int, default=10_000_000)
     parser.add_argument("--clusters", type=int, nargs="+", default=[10_000, 1_000, 100])
     parser.add_argument("--folder", type=Path, help="for about 100 bytes per sample")

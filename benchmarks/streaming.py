@@ -15,7 +15,6 @@ PEERS ...`, then PYTHONPATH=PEERS). Data and the peers' own formats are made onc
 About six minutes on two idle cores, and two more the first time.
 """
 
-import argparse
 import functools
 import random
 import statistics
@@ -31,6 +30,7 @@ from benchmarks.process_memory import anonymous_bytes
 from benchmarks.streaming_data import N_SAMPLES, a_tenth, make_formats, make_shards
 from benchmarks.streaming_readers import BATCH, READERS, decode, keep, memory, ours
 from curated_data.pool import ShardPool
+from curated_data.programs import described_parser
 from curated_data.streaming import EpochOrder
 
 
@@ -111,9 +111,7 @@ def beginnings(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "curated-data-streaming")
     parser.add_argument("--readers", nargs="+", choices=READERS, help="curated_data comes first always")
     parser.add_argument("--modes", nargs="+", choices=("raw", "decoded"), default=["raw", "decoded"])

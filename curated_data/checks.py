@@ -1,11 +1,10 @@
 """Checks of single values, with one form of error."""
 
-import difflib
 import numbers
 from collections.abc import Sequence
 from typing import Any
 
-from curated_data.errors import ConfigError
+from curated_data.errors import ConfigError, nearest
 
 
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
@@ -28,6 +27,5 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         ConfigError: it is not; suggests the nearest.
     """
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = nearest(value, choices)
         raise ConfigError(f"{name}: expected one of {', '.join(choices)}, found {value!r}{hint}")

@@ -1,7 +1,6 @@
 """The settings of a curation, as a structured config that is validated once, before any long work starts."""
 
 import dataclasses
-import difflib
 import io
 import itertools
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from curated_data.cache.checksums import open_regular
 from curated_data.cache.paths import local_path
 from curated_data.checks import check_choice
-from curated_data.errors import ConfigError, first_line
+from curated_data.errors import ConfigError, first_line, nearest
 from curated_data.levels import Level, choose_levels
 from curated_data.processes import check_context
 from curated_data.sections import (
@@ -213,9 +212,8 @@ def structured(schema: type[T], content: dict[str, Any] | DictConfig) -> T:
     except ConfigKeyError as error:
         owner: Any = error.object_type or schema
         valid = [item.name for item in dataclasses.fields(owner)]
-        near = difflib.get_close_matches(str(error.key), valid, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"fields are {', '.join(valid)}"
-        raise ConfigError(f"{error.full_key}: {owner.__name__} has no such field; {hint}") from error
+        hint = nearest(error.key, valid) or f"; fields are {', '.join(valid)}"
+        raise ConfigError(f"{error.full_key}: {owner.__name__} has no such field{hint}") from error
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: missing; it has no default") from error
     except OmegaConfBaseException as error:

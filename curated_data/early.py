@@ -5,7 +5,6 @@ class that passes its options on, is left to the program's own parser, which che
 """
 
 import ast
-import difflib
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from curated_data.config import CurationConfig, read_yaml
-from curated_data.errors import ConfigError
+from curated_data.errors import ConfigError, nearest
 
 Homes = Mapping[str, str]
 
@@ -77,9 +76,7 @@ def _check(path: Path, place: str, content: Any, taken: Sequence[str]) -> None:
         return
     for key in content:
         if key not in taken:
-            near = difflib.get_close_matches(str(key), taken, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{path}: {place}{key}: there is no such setting{hint}")
+            raise ConfigError(f"{path}: {place}{key}: there is no such setting{nearest(key, taken)}")
 
 
 def _parameters(name: str, depth: int) -> tuple[str, ...] | None:

@@ -2,6 +2,9 @@
 catches them.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class CuratedDataError(ValueError):
     """Base of the package's errors. The message names the thing, its value, and what to do about it."""
@@ -37,6 +40,12 @@ def first_line(error: BaseException, *, with_type: bool = False) -> str:
     if not lines:
         return name
     return f"{name}: {lines[0]}"[:300] if with_type else lines[0][:300]
+
+
+def nearest(value: object, names: Iterable[str], n: int = 1) -> str:
+    """The end of an error about a value that is none of these names: which one may be meant; or nothing."""
+    close = difflib.get_close_matches(str(value), list(names), n, cutoff=0.5)
+    return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
 
 
 def printable(error: BaseException | str, longest: int = 200) -> str:

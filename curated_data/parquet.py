@@ -1,7 +1,6 @@
 """Parquet files: their columns, read a row group at a time, with one error for whatever is wrong."""
 
 import contextlib
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 
 from curated_data.cache.checksums import open_regular
 from curated_data.cache.paths import local_path
-from curated_data.errors import ConfigError, CuratedDataError, PoolError, printable
+from curated_data.errors import ConfigError, CuratedDataError, PoolError, nearest, printable
 
 KEYS = ("key", "__key__", "image_path")
 """Names by which a column of keys is known; the last is clip-retrieval's."""
@@ -88,9 +87,8 @@ def check_column(name: str, names: Sequence[str], path: Path | str, what: str) -
 
 def nearest_of(name: str, names: Sequence[str]) -> str:
     """The end of an error about a name that is none of these."""
-    near = difflib.get_close_matches(name, names, 1, cutoff=0.5)
     listed = ", ".join(map(repr, names[:20])) + (", …" if len(names) > 20 else "")
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {listed or 'none'}"
+    return nearest(name, names) or f"; there are {listed or 'none'}"
 
 
 def key_column(file: pq.ParquetFile, path: Path, given: str | None = None) -> str | None:

@@ -90,6 +90,13 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def described_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of options by their whole names, whose help has the lines of the description as they are."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
 def add_selection_options(parser: argparse.ArgumentParser, what: str) -> None:
     """Add the command line options of recipes that build their own pool and embedder."""
     parser.add_argument("--target-size", type=int, required=True, help=f"{what} to select")

@@ -1,4 +1,4 @@
-"""What is looked at by whoever waits for a file: registered from above, as looking may need torch."""
+"""Checks while a process waits for a lock; higher modules register them, as they may need torch."""
 
 from collections.abc import Callable
 

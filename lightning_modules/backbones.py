@@ -4,7 +4,6 @@
 (B, 3, S, S) in, features (B, dimension) out.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torchvision
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from curated_data.errors import nearest
 from curated_data.networks import drop_classifier, load_weights
 from lightning_modules.resnet import RESNETS, ResNet, use_small_stem
 from lightning_modules.vit import encode
@@ -40,7 +40,7 @@ def build_backbone(
             32 pixels.
         pretrained: False; True for the library's own weights from its hub; or a file (.pth, .pt, .ckpt,
             .safetensors).
-        frozen_blocks: the stem and so many first blocks keep their weights and their normalisation
+        frozen_blocks: the stem and this many first blocks keep their weights and their normalisation
             statistics; -1 freezes everything.
         options: passed to the network's constructor: `width`, `patch_size`, `depth`, `reg_tokens`,
             `drop_path_rate`, ...
@@ -210,7 +210,7 @@ class Backbone(nn.Module):
 def _build_timm(model: str, image_size: int | None, from_hub: bool, options: Mapping[str, Any]) -> nn.Module:
     base = model.split(".")[0]
     if not timm.is_model(base):
-        raise ValueError(f"timm has no model {model!r}{_nearest(base, timm.list_models())}")
+        raise ValueError(f"timm has no model {model!r}{nearest(base, timm.list_models(), n=3)}")
     options = dict(options)
     default = timm.get_pretrained_cfg(base)  # None for a user's own network
     if image_size is not None and default is not None and default.fixed_input_size:
@@ -231,7 +231,7 @@ def _build_torchvision(
 ) -> nn.Module:
     known = torchvision.models.list_models(module=torchvision.models)
     if model not in known:
-        raise ValueError(f"torchvision has no classification model {model!r}{_nearest(model, known)}")
+        raise ValueError(f"torchvision has no classification model {model!r}{nearest(model, known, n=3)}")
     options = dict(options)
     if image_size is not None and model.startswith("vit_"):
         options.setdefault("image_size", image_size)
@@ -309,8 +309,3 @@ def _hub_help(name: str, error: Exception, where: str | tuple[str, str] | None) 
         f"{name}: pretrained weights cannot be fetched ({type(error).__name__}: {error}). "
         f"On a machine with network, fetch {where or 'the weights'}, and give pretrained='/path/to/the/file'"
     )
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {', '.join(close)}?" if close else ""

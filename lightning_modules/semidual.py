@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 _ANDERSON_DEPTH = 10
-# Sums in a pass are in float64 below this error, and after so many passes.
+# Sums in a pass are in float64 below this error, and after this many passes.
 _SWITCH_TO_DOUBLE = 1e-4
 _MOST_IN_FLOAT = 100
 

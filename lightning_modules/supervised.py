@@ -1,6 +1,5 @@
 """Plain supervised training of a classifier: torchvision's networks at any image size, and their module."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torchvision
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from curated_data.errors import nearest
 from lightning_modules.backbones import build_backbone
 from lightning_modules.optim import build_optimizer, parameter_groups
 from lightning_modules.resnet import RESNETS
@@ -111,8 +111,7 @@ def build_classifier(name: str, n_classes: int, *, image_size: int) -> nn.Module
     model, _, width = name.partition(":")
     known = torchvision.models.list_models(module=torchvision.models)
     if model not in RESNETS and model not in known:
-        close = difflib.get_close_matches(model, {*known, *RESNETS}, n=3)
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        hint = nearest(model, sorted({*known, *RESNETS}), n=3)
         raise ValueError(f"architecture {name!r} is none of torchvision's classifiers{hint}")
     if width and not (model in RESNETS and width.isdecimal() and int(width) > 0):
         raise ValueError(

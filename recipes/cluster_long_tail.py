@@ -22,16 +22,14 @@ from curated_data import ShardPool, kmeans
 from curated_data.cache.artifacts import open_cache
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, PoolError
-from curated_data.programs import report_errors
+from curated_data.programs import described_parser, report_errors
 from lightning_modules.evaluation.clustering import clustering
 from lightning_modules.transport_clustering import cluster_embeddings
 
 
 def main() -> int:
     """Embed, cluster by each method, print; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("pool", nargs="+", help="shards with .cls labels")
     parser.add_argument(
         "--clusters", type=int, required=True, help="how many clusters, such as one per class"

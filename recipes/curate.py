@@ -19,7 +19,6 @@ Prints the balance of the pool, of a random selection and of the curated one, ov
 labels, over classes. The command line tool `curated-data` does the same stage by stage.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from curated_data import ShardPool
 from curated_data.config import load_config, read_yaml, structured
 from curated_data.errors import ConfigError, first_line
 from curated_data.parallel import rank
-from curated_data.programs import print_comparison, process_group, report_errors, walk
+from curated_data.programs import described_parser, print_comparison, process_group, report_errors, walk
 
 
 @dataclass
@@ -52,9 +51,7 @@ class Settings:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the settings, curate, print; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--config", action="append", default=[], metavar="YAML", help="may be given again")
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="as curation.target_size=5000")
     options = parser.parse_args(arguments)

@@ -19,23 +19,22 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from curated_data.cache.artifacts import atomic_path, open_cache
+from curated_data.cache.artifacts import open_cache
 from curated_data.cache.paths import local_path
+from curated_data.cache.publishing import atomic_path
 from curated_data.cache.removal import remove
 from curated_data.datasets import EmbeddedDataset, Features, load_suite, open_suite
 from curated_data.devices import resolve_device
 from curated_data.embedding import resolve_embedder
 from curated_data.errors import ConfigError
-from curated_data.programs import report_errors
+from curated_data.programs import described_parser, report_errors
 from lightning_modules.evaluation.suite import EVALUATIONS, suite
 from lightning_modules.evaluation.suite_result import SuiteResult, compared_with_first
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the suite; returns 0, 1 if something could not be evaluated, or 2 for bad input."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("embedders", nargs="+", help="names, such as checkpoint:FILE or timm:MODEL")
     parser.add_argument("--suite", help="(default: configs/suites/small.yaml with its data, as shipped)")
     parser.add_argument(

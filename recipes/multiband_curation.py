@@ -26,7 +26,13 @@ from curated_data import ShardPool, ShardWriter
 from curated_data.cache.artifacts import build_once, fingerprint, open_cache, write_manifest
 from curated_data.errors import EmbedderError, PoolError, SampleError
 from curated_data.pool.decode import decode_array
-from curated_data.programs import add_selection_options, print_comparison, report_errors, walk_by_options
+from curated_data.programs import (
+    add_selection_options,
+    described_parser,
+    print_comparison,
+    report_errors,
+    walk_by_options,
+)
 from curated_data.progress import progress
 from curated_data.report.comparison import Row
 
@@ -39,9 +45,7 @@ N_FITTED = 2000
 
 def main(arguments: list[str] | None = None) -> int:
     """Write shards if given a folder, curate, compare; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("source", nargs="+", help="a folder of .npy files, or shards")
     parser.add_argument("--grid", type=int, default=4, help="cells per side (default: %(default)s)")
     add_selection_options(parser, "arrays")

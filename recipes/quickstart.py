@@ -34,10 +34,12 @@ from rich.console import Console
 from rich.table import Table
 
 from curated_data import CuratedDataModule, CurationConfig, LoaderOptions, ShardPool, ShardWriter, curate
-from curated_data.cache.artifacts import atomic_path, fingerprint, open_cache
+from curated_data.cache.artifacts import fingerprint, open_cache
 from curated_data.cache.paths import local_path
+from curated_data.cache.publishing import atomic_path
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, CuratedDataError, PoolError
+from curated_data.programs import described_parser
 from curated_data.progress import log_to_terminal
 from curated_data.report import figures
 from curated_data.report.examples import ClusterRow, cluster_rows
@@ -141,9 +143,7 @@ def run(options: argparse.Namespace) -> None:
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--data", default="fashion", help="fashion, cifar10, or a folder of shards")
     parser.add_argument("--pool", nargs="+", help="shards of your own, instead of --data")
     parser.add_argument("--test", nargs="+", default=[], help="labelled shards to evaluate on, with --pool")

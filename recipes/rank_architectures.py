@@ -36,11 +36,13 @@ from rich.markdown import Markdown
 from torchvision.transforms import v2
 
 from curated_data import CuratedDataModule, LoaderOptions
-from curated_data.cache.artifacts import atomic_path, atomic_write_json, fingerprint, open_cache, read_json
+from curated_data.cache.artifacts import fingerprint, open_cache, read_json
 from curated_data.cache.locks import locked
 from curated_data.cache.paths import local_path
+from curated_data.cache.publishing import atomic_path, atomic_write_json
 from curated_data.datasets.ranking import SIDES, Data, open_data
 from curated_data.errors import ConfigError, CuratedDataError
+from curated_data.programs import described_parser
 from curated_data.progress import log_to_terminal, progress
 from lightning_modules.evaluation.ranking import RankingResult, ranking
 from lightning_modules.supervised import Supervised, build_classifier
@@ -83,9 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line, with the defaults of --small."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--a", help="folder of shards *train*.tar and *test*.tar (default: Fashion-MNIST)")
     parser.add_argument("--b", help="(default: the other half of A's classes, or A's other selection)")
     for side in SIDES:
@@ -204,11 +204,7 @@ def read_known(path: Path) -> Accuracies:
 
 
 def fill(
-    accuracies: Accuracies,
-    data: Mapping[str, Data],
-    budget: Budget,
-    options: argparse.Namespace,
-    cache: Path,
+    accuracies: Accuracies, data: Mapping[str, Data], budget: Budget, options: argparse.Namespace, cache: Path
 ) -> None:
     """Train wherever an accuracy is missing; finished trainings are read from the cache.
 

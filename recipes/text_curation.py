@@ -36,18 +36,19 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from torch import Tensor, nn
 
 from curated_data import ShardPool, ShardWriter
-from curated_data.cache.artifacts import (
-    atomic_write_json,
-    build_once,
-    fingerprint,
-    open_cache,
-    write_manifest,
-)
+from curated_data.cache.artifacts import build_once, fingerprint, open_cache, write_manifest
 from curated_data.cache.paths import local_path
+from curated_data.cache.publishing import atomic_write_json
 from curated_data.embedding import Embedder, resolve_embedder
 from curated_data.embedding.text import check_text
 from curated_data.errors import CuratedDataError, PoolError
-from curated_data.programs import add_selection_options, print_comparison, report_errors, walk_by_options
+from curated_data.programs import (
+    add_selection_options,
+    described_parser,
+    print_comparison,
+    report_errors,
+    walk_by_options,
+)
 from curated_data.progress import progress
 from curated_data.report.comparison import Row
 
@@ -67,9 +68,7 @@ class Source:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write shards (or find them), curate, compare; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("source", help=".txt, .jsonl, .tsv, or WordNet's folder")
     parser.add_argument("--text", default="text", help="field or column of the text (default: %(default)s)")
     parser.add_argument("--label", help="field or column of the label (default: there are no labels)")

@@ -24,7 +24,7 @@ from curated_data.cache.paths import local_path
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.embedding.embedders import ModuleEmbedder
 from curated_data.errors import ConfigError, EmbedderError
-from curated_data.programs import labels_of, report_errors
+from curated_data.programs import described_parser, labels_of, report_errors
 from curated_data.report.examples import thumbnails
 from curated_data.report.page import class_names_beside, write_report
 from lightning_modules import TSimCNE
@@ -34,9 +34,7 @@ from lightning_modules.maps import draw_map, embed_2d, save_coordinates
 
 def main(arguments: list[str] | None = None) -> int:
     """Curate (or read it from the cache), map, plot; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("pool", nargs="+", help="shards: 'pool-{000..099}.tar', globs, paths or URLs")
     parser.add_argument(
         "--embedder", default="efficientnet_lite0:64", help="network that embeds (default: %(default)s)"

@@ -3,9 +3,12 @@
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import hypothesis
 import numpy as np
 import pytest
@@ -59,6 +62,21 @@ def write_pool(tmp_path) -> Callable[..., list[str]]:
         return paths
 
     return write
+
+
+@pytest.fixture
+def s3() -> Iterator[tuple[dict[str, Any], str]]:
+    """moto's S3 server: the options for fsspec, and the URL of an empty bucket."""
+    pytest.importorskip("s3fs")
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = {"key": "k", "secret": "s3cr3t", "client_kwargs": {"endpoint_url": f"http://{host}:{port}"}}
+    name = f"bucket-{uuid.uuid4().hex[:8]}"
+    fsspec.filesystem("s3", **options).mkdir(name)
+    yield options, f"s3://{name}"
+    server.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -68,10 +68,7 @@ def test_auto_levels():
         ({"levels": {"n_clusters": 3}}, "levels: expected a list, got fields and values"),
         ({"near_duplicates": {"held_out": "a.tar"}}, r"held_out: expected a list.*write \[a\.tar\]"),
         ({"near_duplicates": {"held_out": {"a": 1}}}, r"near_duplicates\.held_out: expected a list"),
-        (
-            {"nested_sizes": [100]},
-            "nested_sizes: .* 1 to below target_size, 100, got 100",
-        ),
+        ({"nested_sizes": [100]}, "nested_sizes: .* 1 to below target_size, 100, got 100"),
         ({"nested_sizes": [0]}, "nested_sizes: .*got 0"),
         ({"quotas": {"temperature": -1}}, "quotas.temperature: .*got -1"),
         ({"quotas": {"temprature": 1}}, "temprature.*did you mean 'temperature'"),

@@ -1,14 +1,13 @@
 """What is said during long work: where no logging is configured, where it is, and where it is silenced."""
 
 import logging
-import subprocess
-import sys
 import time
 
 import pytest
 
 from curated_data import progress as module
 from curated_data.progress import line, progress
+from tests.support.programs import run_python
 
 CURATE = """
 import logging, os, sys
@@ -20,16 +19,7 @@ curate_embeddings(np.random.default_rng(0).normal(size=(300, 4)), {{"target_size
 
 
 def said(before: str = "", **environment: str) -> str:
-    import os
-
-    done = subprocess.run(
-        [sys.executable, "-c", CURATE.format(before=before)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-        env=os.environ | environment,
-    )
+    done = run_python("-c", CURATE.format(before=before), **environment)
     assert done.stdout == ""
     return done.stderr
 

@@ -17,7 +17,7 @@ from curated_data.errors import ConfigError
 from curated_data.report.explain import explain
 from curated_data.report.table import REASONS, CurationTable
 from curated_data.selection.removed import Removed
-from tests.support.images import png
+from tests.support.images import noise
 
 SETTINGS = {"target_size": 30, "levels": [{"n_clusters": 12}, {"n_clusters": 4}], "sampling": "hierarchical"}
 
@@ -25,9 +25,7 @@ SETTINGS = {"target_size": 30, "levels": [{"n_clusters": 12}, {"n_clusters": 4}]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """120 images with captions and labels; number 5 is broken, 100 to 109 are copies of number 9."""
-    folder = tmp_path_factory.mktemp("pool")
-    rng = np.random.default_rng(0)
-    images = [png(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(120)]
+    folder, images = tmp_path_factory.mktemp("pool"), noise(120)
     images[5] = b"?"
     images[100:110] = [images[9]] * 10
     with ShardWriter(folder / "pool-%06d.tar", max_samples=50) as writer:
@@ -132,11 +130,7 @@ def test_repeats_and_zero_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"images": 0}, "images"),
-        ({"coordinates": np.zeros((3, 2))}, "coordinates"),
-    ],
+    ("options", "named"), [({"images": 0}, "images"), ({"coordinates": np.zeros((3, 2))}, "coordinates")]
 )
 def test_bad_options(made, options, named):
     pool, curation = made

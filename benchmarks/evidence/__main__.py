@@ -17,7 +17,8 @@ from benchmarks.evidence.gains import KEY, print_table
 from benchmarks.evidence.pools import POOLS, pool_of
 from benchmarks.evidence.ways import UNTRAINED, WAYS, Asked
 from benchmarks.machine import print_machine
-from curated_data.cache.artifacts import atomic_path
+from curated_data.cache.publishing import atomic_path
+from curated_data.programs import described_parser
 
 
 def main() -> None:
@@ -45,9 +46,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="lines that a later run goes on from")
     parser.add_argument("--packages", type=Path, required=True, help="folder that pools are made in")
     parser.add_argument("--pools", nargs="+", choices=POOLS, default=list(POOLS))

@@ -48,8 +48,7 @@ def pretrain(images: np.ndarray, steps: int, seed: int, *, batch: int = BATCH) -
     optimizer = torch.optim.AdamW(parameters, lr=4e-3, weight_decay=1e-4)
     warm = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / max(1, steps))),
+        optimizer, lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / max(1, steps)))
     )
     source = torch.from_numpy(images).permute(0, 3, 1, 2)
     order = torch.empty(0, dtype=torch.int64)

@@ -1,6 +1,5 @@
 """Make the pools; see the package's docstring."""
 
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from benchmarks.machine import print_machine
 from benchmarks.pools import drawings, photos, signs, sounds, texts
+from curated_data.programs import described_parser
 
 MAKERS = {
     maker.__name__: maker
@@ -24,7 +24,7 @@ MAKERS |= {f"{maker.__name__}_{seed}": partial(maker, seed=seed) for seed in (1,
 
 def main() -> None:
     """One after the other; what is there already stays."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = described_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=MAKERS, default=list(MAKERS))
     options = parser.parse_args()

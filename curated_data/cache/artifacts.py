@@ -8,13 +8,12 @@ dies, so a killed run never blocks the next.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from curated_data.cache.holds import MARKER
 from curated_data.cache.layout import CHECKPOINTS, EMBEDDINGS
 from curated_data.cache.locks import locked, open_own, remove_if_free, writable
 from curated_data.cache.paths import local_path
+from curated_data.cache.publishing import atomic_path, atomic_write_json
 from curated_data.cache.remedies import MANIFEST as MANIFEST
 from curated_data.cache.remedies import Remedy
 from curated_data.cache.removal import TEMPORARY, is_fingerprint, remove, shown
@@ -62,50 +62,6 @@ def fingerprint(**parts: Any) -> str:
     digest = hashlib.sha256()
     _update(digest, parts)
     return digest.hexdigest()[:20]
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path` for a file or folder, which is renamed to `path` when the block ends.
-
-    The content is flushed to disk before the rename, and the directory entry after it; inside a temporary
-    folder neither is, because that folder is flushed as a whole. If the block raises, the temporary is
-    removed and nothing changes. An existing file is replaced. An existing folder is kept and ours is dropped:
-    a faster process has built it from the same inputs.
-    """
-    path = Path(path)
-    with writable(path.parent, makes_folder=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}"
-    try:
-        with writable(path.parent, builds=True):
-            yield temporary
-        is_inside = any(part.startswith(TEMPORARY) for part in path.parent.parts)
-        with writable(path):
-            if not is_inside:
-                _flush(temporary)
-            try:
-                os.replace(temporary, path)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-            if not is_inside:
-                _flush_entry(path.parent)
-    finally:
-        with contextlib.suppress(OSError, CacheError):  # the error of the block says more
-            remove(temporary, below=path.parent)
-
-
-def atomic_save(path: Path | str, array: np.ndarray) -> None:
-    """`np.save` without pickles, published by `atomic_path`."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array, allow_pickle=False)
-
-
-def atomic_write_json(path: Path | str, content: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Write a JSON object or array, indented and with sorted keys, published by `atomic_path`."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def read_json(path: Path | str, remedy: object = None) -> dict[str, Any]:
@@ -257,22 +213,6 @@ def check_artifact(folder: Path) -> None:
     _check_manifest_format(folder, manifest)
     for name, checksum in _checksums(folder, manifest).items():
         check_file(folder / name, checksum, Remedy(folder / name))
-
-
-def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A new .npy file of zeros, mapped for writing.
-
-    Its disk space is reserved first: writing to a map without disk space behind it ends the process with a
-    bus error.
-
-    Raises:
-        CacheError: the disk does not have enough space.
-    """
-    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):
-        with writable(path), open(path, "r+b") as file, _unless(errno.EOPNOTSUPP, errno.EINVAL):
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return array
 
 
 def is_complete(folder: Path) -> bool:
@@ -434,34 +374,8 @@ def _update(digest: Any, value: Any) -> None:
         raise TypeError(f"cannot take the fingerprint of a {type(value).__name__}")
 
 
-@contextlib.contextmanager
-def _unless(*codes: int) -> Iterator[None]:
-    """Suppress an `OSError` with one of these codes."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in codes:
-            raise
-
-
 def _checksum(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _flush(path: Path) -> None:
-    if path.is_dir():
-        for entry in sorted(path.rglob("*")):
-            if entry.is_file() or entry.is_dir():
-                _flush_entry(entry)
-    _flush_entry(path)
-
-
-def _flush_entry(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sweep(root: Path, now: float) -> None:

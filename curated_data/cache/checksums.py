@@ -24,10 +24,7 @@ from curated_data.errors import CacheError, CuratedDataError, first_line
 MapMode = Literal["r", "c"] | None
 
 _BLOCK = 1 << 22
-_HEADERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _verified: set[tuple[int, ...]] = set()  # states of files that this process has found to be as written
 
 
@@ -203,5 +200,5 @@ def _header(file: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype
         raise ValueError("it holds Python objects")
     written = file.tell() + math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or written != size:
-        raise ValueError(f"{size} bytes, where its header tells of {written}")
+        raise ValueError(f"{size} bytes, but its header says {written}")
     return shape, is_fortran, dtype

@@ -17,9 +17,9 @@ _ARTIFACT = re.compile(r"(tree-)?[0-9a-f]{20}", re.ASCII)  # the name of an arti
 class Remedy:
     """What to do about a damaged file: remove the whole artifact of a cache that it belongs to.
 
-    Found out only when an error shows it: it looks at every folder above the file, of which a cache may have
-    a hundred thousand, on a network. Only an artifact of a cache is said to be removed, or, for a file that
-    lies outside, its folder if that is an artifact and holds nothing else.
+    Worked out only when an error is shown, because it looks at every folder above the file. It only tells
+    users to remove an artifact of a cache, or, outside of one, the file's folder if that is an artifact and
+    holds nothing else.
     """
 
     def __init__(self, path: Path) -> None:

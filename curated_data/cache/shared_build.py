@@ -11,14 +11,7 @@ from curated_data.cache.artifacts import MANIFEST, build_once
 from curated_data.cache.locks import writable
 from curated_data.cache.removal import TEMPORARY, remove
 from curated_data.errors import CacheError
-from curated_data.parallel import (
-    all_gather,
-    broadcast,
-    check_same,
-    is_distributed,
-    rank,
-    together,
-)
+from curated_data.parallel import all_gather, broadcast, check_same, is_distributed, rank, together
 
 _VISIBLE_WITHIN = 30.0  # seconds within which a shared file system shows every rank what one has written
 
@@ -28,8 +21,8 @@ def build_together(
 ) -> tuple[Path, bool]:
     """`build_once` for an artifact that all ranks build together, with collective calls.
 
-    Rank zero takes the lock, for which it may have to wait while an unrelated run holds it; the others wait
-    for what it says then.
+    Rank zero takes the lock, and may have to wait for an unrelated run that holds it; the others wait for
+    rank zero.
 
     Args:
         folder: the artifact's final path, on a file system that all ranks share.

@@ -65,13 +65,7 @@ def _plan(parsed: argparse.Namespace) -> None:
 
     pool = common.pool_of(parsed)
     print(f"{len(pool):,} samples in {len(pool.urls):,} shards; would select {config.target_size:,}")
-    found = plan(
-        pool,
-        config,
-        embedder=parsed.embedder,
-        cache_dir=parsed.cache_dir,
-        device=parsed.device,
-    )
+    found = plan(pool, config, embedder=parsed.embedder, cache_dir=parsed.cache_dir, device=parsed.device)
     for table in plan_tables(found):
         common.print_table(table)
 

@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import difflib
 import os
 import shutil
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 
 from curated_data.cache.paths import local_path
 from curated_data.cli.common import add_command
-from curated_data.errors import ConfigError
+from curated_data.errors import ConfigError, nearest
 
 PARTS = ("recipes", "configs")
 
@@ -59,9 +58,8 @@ def run(name: str, arguments: list[str]) -> None:
     """Replace this process by the recipe's, so that signals, workers and launched ranks are its own."""
     found = recipes()
     if name not in found:
-        near = difflib.get_close_matches(name, found, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"recipe {name}: there is no such recipe{hint} (there are {', '.join(found)})")
+        known = f"(there are {', '.join(found)})"
+        raise ConfigError(f"recipe {name}: there is no such recipe{nearest(name, found)} {known}")
     paths = [str(home()), *filter(None, [os.environ.get("PYTHONPATH")])]  # recipes import from each other
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     sys.stdout.flush()

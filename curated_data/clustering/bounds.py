@@ -38,11 +38,7 @@ class Bounds:
         self.assignment[at] = ids[index]
 
     def compare_moved(
-        self,
-        at: slice | np.ndarray,
-        rows: torch.Tensor,
-        moved: np.ndarray,
-        some: Centroids,
+        self, at: slice | np.ndarray, rows: torch.Tensor, moved: np.ndarray, some: Centroids
     ) -> np.ndarray:
         """Compare some rows with the centroids that have moved since the last time.
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from curated_data import parallel
-from curated_data.cache.artifacts import MANIFEST, atomic_path, read_array, read_manifest, write_manifest
+from curated_data.cache.artifacts import MANIFEST, read_array, read_manifest, write_manifest
+from curated_data.cache.publishing import atomic_path
 from curated_data.cache.removal import TEMPORARY, shown, tidy
 from curated_data.errors import CacheError
 

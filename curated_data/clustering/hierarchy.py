@@ -77,7 +77,7 @@ def hierarchical_kmeans(
         resample: whether a resampling takes the "closest" members of a cluster or "random" ones.
         init, metric, n_iter, tol, n_init, device, valid, nonfinite, seeding_rows, max_memory: as in `kmeans`.
         resample_n_iter: Lloyd iterations of a resampling's k-means; None uses `n_iter`, as published. 0 uses
-            the seeding as centroids; `benchmarks/settings.py` shows what that changes.
+            the seeding as centroids; `benchmarks/history/settings.md` shows what that changes.
         seed: the same seed gives the same tree.
         checkpoint: a folder for this run only, to which each finished k-means is saved. A killed run
             continues from the last one and gives the same tree. The folder is kept; remove it once the tree

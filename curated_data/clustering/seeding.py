@@ -111,8 +111,11 @@ def greedy_kmeans_plus_plus(
         _check_memory(rows, probes, cell)
         return plain_greedy(rows.block(0, n), k, generator, trials, weight)
     # The first centres, one for every other cell, from a sample: with so few, it has many rows for each.
-    sample = np.sort(generator.choice(n, min(n, 16 * n_first), replace=False))
-    own = None if weight is None else weight[sample]
+    some = min(n, 16 * n_first)
+    if weight is None:
+        sample, own = np.sort(generator.choice(n, some, replace=False)), None
+    else:
+        sample, own = _sample(weight, n_first, some, generator)
     if n_first > _MANY_FIRST:
         first = sample[greedy_kmeans_plus_plus(rows.subset(sample), n_first, generator, weight=own)]
     else:

@@ -10,16 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import sparse
 
-from curated_data.cache.artifacts import (
-    MANIFEST,
-    atomic_path,
-    atomic_save,
-    read_array,
-    read_manifest,
-    verify_once,
-    write_manifest,
-)
+from curated_data.cache.artifacts import MANIFEST, read_array, read_manifest, verify_once, write_manifest
 from curated_data.cache.checksums import reading
+from curated_data.cache.publishing import atomic_path, atomic_save
 from curated_data.cache.remedies import Remedy
 from curated_data.cache.removal import TEMPORARY, remove, set_aside
 from curated_data.clustering.rows import METRICS

@@ -78,10 +78,7 @@ def to_shards(images: Images, out: Path) -> None:
     Raises:
         PoolError: a file that is to be cut cannot be read.
     """
-    with (
-        ShardWriter(out / "part-%05d.tar") as writer,
-        progress("import", len(images), "images") as advance,
-    ):
+    with ShardWriter(out / "part-%05d.tar") as writer, progress("import", len(images), "images") as advance:
         for i, file in enumerate(images.files):
             extension = file.suffix[1:].lower()
             if images.boxes is not None or images.border:

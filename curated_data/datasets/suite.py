@@ -1,6 +1,5 @@
 """Suites of evaluation datasets, described in YAML, and their parts as pools of shards in the cache."""
 
-import difflib
 import inspect
 import io
 import logging
@@ -12,12 +11,13 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from curated_data.cache.artifacts import atomic_path, fingerprint
+from curated_data.cache.artifacts import fingerprint
 from curated_data.cache.locks import locked
+from curated_data.cache.publishing import atomic_path
 from curated_data.config import read_yaml, structured
 from curated_data.datasets.images import Images, image_files, to_shards
 from curated_data.datasets.layouts import LAYOUTS
-from curated_data.errors import ConfigError, CuratedDataError, PoolError, first_line
+from curated_data.errors import ConfigError, CuratedDataError, PoolError, first_line, nearest
 from curated_data.pool import ShardPool, ShardWriter, import_folder
 from curated_data.report.page import class_names_beside
 
@@ -96,8 +96,7 @@ def load_suite(path: str | Path, evaluations: Mapping[str, str]) -> dict[str, Da
     layouts = ("shards", "folder", "torchvision", *LAYOUTS)
     for name, dataset in suite.items():
         if dataset.layout not in layouts:
-            near = difflib.get_close_matches(dataset.layout, layouts, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = nearest(dataset.layout, layouts)
             raise ConfigError(f"{name}.layout: expected {', '.join(layouts)}; got {dataset.layout!r}{hint}")
         unknown = set(dataset.evaluations) - set(evaluations)
         if unknown or not dataset.evaluations:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from curated_data.cache.artifacts import atomic_path
 from curated_data.cache.paths import local_path
+from curated_data.cache.publishing import atomic_path
 from curated_data.checks import check_choice
 from curated_data.embedding.store import EmbeddingStore
 from curated_data.errors import ConfigError

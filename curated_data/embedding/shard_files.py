@@ -8,15 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from curated_data.cache.artifacts import (
-    FORMAT_VERSION,
-    atomic_path,
-    atomic_write_json,
-    fingerprint,
-    read_json,
-    with_checksum,
-)
+from curated_data.cache.artifacts import FORMAT_VERSION, fingerprint, read_json, with_checksum
 from curated_data.cache.checksums import check_file, file_checksum, load_npy
+from curated_data.cache.publishing import atomic_path, atomic_write_json
 from curated_data.cache.removal import shown
 from curated_data.errors import CacheError
 

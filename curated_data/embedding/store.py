@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from curated_data.cache.artifacts import atomic_path, fingerprint
+from curated_data.cache.artifacts import fingerprint
 from curated_data.cache.checksums import check_once, load_npy, load_npz
 from curated_data.cache.holds import Hold
+from curated_data.cache.publishing import atomic_path
 from curated_data.cache.removal import remove
 from curated_data.embedding.shard_files import REMEDY, embedded_in, read_details
 from curated_data.errors import CacheError

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from curated_data.errors import ConfigError
+from curated_data.checks import check_choice
 
 Access = Literal["auto", "ranges", "shards"]
 
@@ -42,10 +42,7 @@ class RemoteOptions:
     recheck: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.access not in get_args(Access):
-            raise ConfigError(
-                f"RemoteOptions.access: {self.access!r} is unknown; give one of {', '.join(get_args(Access))}"
-            )
+        check_choice("RemoteOptions.access", self.access, get_args(Access))
 
 
 def choose_access(

@@ -119,7 +119,7 @@ def _is_indexed(root: Path, layout: str | None) -> bool:
 
 
 def _index_to_cache(shard: ShardFile, *, index_one: Indexer, root: Path, wait: bool = False) -> str | None:
-    """The layout of a shard, whose index is in the cache then; None if another process is at it."""
+    """The layout of a shard, whose index is then in the cache; None if another process is building it."""
     facts = Facts(root, "layouts")
     with locked(root / INDEX / shard.fingerprint, wait=wait) as held:
         if not held:

@@ -24,8 +24,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curated_data.cache.artifacts import atomic_path, fingerprint
+from curated_data.cache.artifacts import fingerprint
 from curated_data.cache.locks import locked
+from curated_data.cache.publishing import atomic_path
 from curated_data.errors import ConfigError, PoolError
 from curated_data.parallel import rank, world_size
 from curated_data.parquet import (

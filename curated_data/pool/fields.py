@@ -1,10 +1,9 @@
 """The fields of samples and batches, by what a user asked for, and which members they are decoded from."""
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from curated_data.errors import ConfigError
+from curated_data.errors import ConfigError, nearest
 from curated_data.pool.decode import TEXT_EXTENSIONS, Decoders, has_images
 
 MODALITIES = ("image", "array", "text")  # the first one that a sample has is augmented
@@ -38,8 +37,7 @@ def checked_fields(
         raise ConfigError(f"fields: expected a list of names, found {fields!r}")
     for name in fields:
         if name not in possible:
-            near = difflib.get_close_matches(str(name), possible, 1)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
+            meant = nearest(name, possible)
             raise ConfigError(f"fields: expected some of {', '.join(possible)}, found {name!r}{meant}")
     return frozenset(fields)
 

@@ -193,7 +193,7 @@ def _check_length(response: Any, expected: int) -> None:
 
 
 async def _body(response: Any, most: int, silence: float) -> AsyncIterator[bytes]:
-    """The body in pieces, at most so many bytes.
+    """The body in pieces, of at most `most` bytes in all.
 
     Raises:
         OSError: there are more, or they come too slowly.
@@ -211,5 +211,5 @@ async def _body(response: Any, most: int, silence: float) -> AsyncIterator[bytes
             raise OSError(f"sent only {len(piece)} bytes in {silence:g} s") from error
         got += len(piece)
         if got > most:
-            raise OSError(f"sends more than the {most} bytes that it was asked for")
+            raise OSError(f"sends more than the {most} bytes asked for")
         yield piece

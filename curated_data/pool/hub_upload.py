@@ -82,7 +82,7 @@ def hub_client() -> Any:
 def upload(folder: Path, names: Sequence[str], place: HubPlace, *, message: str) -> str:
     """Write files to a data set as one commit: all of them appear, or none.
 
-    A data set that does not exist yet is made, and is private. A card that it has stays as it is.
+    A data set that does not exist yet is created, as a private one. An existing card is kept.
 
     Args:
         folder: on this machine.

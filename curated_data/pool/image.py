@@ -168,7 +168,7 @@ def _decode_with_pillow(data: bytes, min_size: int | None, settings: ImageSettin
 
 
 def _claims_memory(error: Exception) -> bool:
-    """Whether a codec says that it lacks memory where there is some: the file's sizes are impossible.
+    """Whether a codec reports too little memory only because the file's sizes are impossible.
 
     Pillow's codecs report sizes that overflow so. Pixels are limited in number and were allocated before.
     """

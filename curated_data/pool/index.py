@@ -87,6 +87,16 @@ class ShardIndex:
 
 
 @dataclass(frozen=True)
+class Members:
+    """Members of a batch of samples: the row of their sample, the number of their extension, their place."""
+
+    owner: np.ndarray
+    extension: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+
+
+@dataclass(frozen=True)
 class PoolIndex(ShardIndex):
     """The places of the samples of a pool: the concatenated indexes of its shards.
 
@@ -103,6 +113,28 @@ class PoolIndex(ShardIndex):
     def shard_of(self, ids: np.ndarray) -> np.ndarray:
         """The shard of each id, (n,) int64."""
         return np.searchsorted(self.shard_start, ids, side="right") - 1
+
+    def members(self, ids: np.ndarray, extensions: Sequence[str] | None) -> Members:
+        """The members of samples, or only those with certain extensions, in lower case.
+
+        Raises:
+            PoolError: no sample of the pool has one of these.
+        """
+        start = self.member_start[ids]
+        count = self.member_start[ids + 1] - start
+        owner = np.repeat(np.arange(len(ids)), count)
+        rows = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count) + start[owner]
+        extension = self.member_extension[rows]
+        if extensions is not None:
+            is_wanted = np.array([name in extensions for name in self.extensions])
+            if not is_wanted.any():
+                raise PoolError(
+                    f"no sample of the pool has a member {' or '.join(map(repr, extensions))}; "
+                    f"there are {', '.join(map(repr, self.extensions[:20]))}"
+                )
+            keep = is_wanted[extension]
+            owner, rows, extension = owner[keep], rows[keep], extension[keep]
+        return Members(owner, extension, self.member_offset[rows], self.member_size[rows])
 
 
 def index_shard(shard: str | Path | Source) -> ShardIndex:

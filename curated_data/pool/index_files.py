@@ -9,8 +9,6 @@ import numpy as np
 
 from curated_data.cache.artifacts import (
     MANIFEST,
-    atomic_path,
-    new_array,
     read_array,
     read_arrays,
     read_manifest,
@@ -19,6 +17,7 @@ from curated_data.cache.artifacts import (
 )
 from curated_data.cache.checksums import reading
 from curated_data.cache.layout import INDEX, POOL
+from curated_data.cache.publishing import atomic_path, new_array
 from curated_data.cache.remedies import Remedy
 from curated_data.cache.removal import shown
 from curated_data.errors import CacheError

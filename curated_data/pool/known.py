@@ -12,6 +12,7 @@ from pathlib import Path
 
 from curated_data.cache.artifacts import fingerprint
 from curated_data.cache.locks import writable
+from curated_data.cache.publishing import flush_entry
 from curated_data.cache.removal import remove
 
 _FOLDER = ".shards"
@@ -53,11 +54,7 @@ class Facts:
             folder.mkdir(parents=True, exist_ok=True)
         with writable(path):
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o666))
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            flush_entry(folder)
 
     def _bucket(self, name: str) -> Iterator[Fact]:
         try:

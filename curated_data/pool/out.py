@@ -16,6 +16,7 @@ import fsspec
 
 from curated_data.cache.checksums import open_regular
 from curated_data.cache.paths import is_url, spelled
+from curated_data.cache.publishing import flush_entry
 from curated_data.cache.removal import TEMPORARY, remove
 from curated_data.errors import CacheError, CuratedDataError, PoolError, printable
 from curated_data.pool.urls import unreachable
@@ -43,7 +44,7 @@ class LocalFolder:
         return self.path / name
 
     def names(self) -> list[str]:
-        """What it holds, sorted; nothing if it is not there."""
+        """The names in it, sorted; none if it does not exist."""
         with writing(self.path), contextlib.suppress(FileNotFoundError):
             return sorted(os.listdir(self.path))
         return []
@@ -67,11 +68,7 @@ class LocalFolder:
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(temporary, path)
-                folder = os.open(self.path, os.O_RDONLY)
-                try:
-                    os.fsync(folder)
-                finally:
-                    os.close(folder)
+                flush_entry(self.path)
 
     def remove(self, name: str) -> None:
         """Remove a file, or a link."""
@@ -120,7 +117,7 @@ class RemoteFolder:
         return f"{self.url}/{name}"
 
     def names(self) -> list[str]:
-        """What it holds, sorted; nothing if it is not there."""
+        """The names in it, sorted; none if it does not exist."""
         with self._reaching(self.url), contextlib.suppress(FileNotFoundError):
             self._store.invalidate_cache()
             found = self._store.ls(self._path, detail=False)

@@ -76,7 +76,7 @@ def is_samples(error: BaseException) -> bool:
 
 
 def _is_machines(error: BaseException) -> bool:
-    """Whether an error says by itself that it has nothing to do with bytes."""
+    """Whether an error's type alone shows that it has nothing to do with the bytes."""
     if isinstance(error, MemoryError) or not isinstance(error, Exception):
         return True
     if isinstance(error, (*_FILE_FORMATS, CuratedDataError)):

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from curated_data.cache.artifacts import atomic_path
 from curated_data.cache.locks import locked
+from curated_data.cache.publishing import atomic_path
 from curated_data.cache.removal import remove
 from curated_data.errors import CacheError, PoolError
 from curated_data.pool.out import writing

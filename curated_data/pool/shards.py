@@ -1,9 +1,7 @@
 """A pool of tar shards as one long list of samples that can be read in any order."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -12,14 +10,7 @@ import numpy as np
 
 from curated_data.cache.artifacts import absolute, fingerprint, open_cache
 from curated_data.errors import ConfigError, PoolError, SampleError
-from curated_data.parallel import (
-    all_gather,
-    all_reduce,
-    check_same,
-    is_distributed,
-    rank,
-    world_size,
-)
+from curated_data.parallel import all_reduce, check_same, is_distributed
 from curated_data.pool.access import DOWNLOAD, RANGES, RemoteOptions, choose_access
 from curated_data.pool.build import (
     Indexer,
@@ -37,7 +28,7 @@ from curated_data.pool.notes import report_notes
 from curated_data.pool.reader import LocalReader, ReadCounters
 from curated_data.pool.remote import RemoteReader
 from curated_data.pool.shard import ShardFile
-from curated_data.pool.storage import stat_shards
+from curated_data.pool.storage import stat_on_ranks, stat_shards
 from curated_data.pool.urls import absolute_url, expand_urls, is_remote
 
 if TYPE_CHECKING:
@@ -119,7 +110,11 @@ class ShardPool:
         self.remote = remote or RemoteOptions()
         self.images = ImageSettings(_colour(background), bool(exif_orientation))
         self.strict = strict
-        self._tables = [] if columns is None else _tables(columns)
+        self._tables: list[Path] = []
+        if columns is not None:
+            from curated_data.pool.columns import checked_tables
+
+            self._tables = checked_tables(columns)
         self.label_column, self.caption_column = labels, captions
         self._access: np.ndarray | None = None
         self._index: PoolIndex | None = None
@@ -151,17 +146,8 @@ class ShardPool:
         check_same(pool=fingerprint(places=self._places))
         if not (is_distributed() and self._is_remote):
             return
-        if all_reduce(np.array(["shards" in self.__dict__], np.int64), "min")[0]:
-            return
-        own = stat_shards(self._places[rank() :: world_size()], self.storage_options, self.remote)
-        states = json.dumps([[shard.size, shard.version] for shard in own]).encode()
-        parts = [json.loads(part.tobytes()) for part in all_gather(np.frombuffer(states, np.uint8))]
-        looked = [parts[number % world_size()][number // world_size()] for number in range(len(self.urls))]
-        shards = [ShardFile(place, *state) for place, state in zip(self._places, looked, strict=True)]
-        local = [number for number, place in enumerate(self._places) if not is_remote(place)]
-        for number, shard in zip(local, stat_shards([self._places[n] for n in local]), strict=True):
-            shards[number] = shard
-        self.shards = shards
+        if not all_reduce(np.array(["shards" in self.__dict__], np.int64), "min")[0]:
+            self.shards = stat_on_ranks(self._places, self.storage_options, self.remote)
 
     @cached_property
     def state(self) -> str:
@@ -244,7 +230,8 @@ class ShardPool:
     def sizes(self, ids: Sequence[int] | np.ndarray, extensions: Sequence[str] | None = None) -> np.ndarray:
         """The size of each sample in bytes, (n,) int64: of all its members, or of those with an extension."""
         ids = self._checked(ids)
-        members = self._members(ids, extensions)
+        extensions = None if extensions is None else as_extensions(extensions, "extensions")
+        members = self.index().members(ids, extensions)
         return np.bincount(members.owner, members.size, minlength=len(ids)).astype(np.int64)
 
     def read(
@@ -272,7 +259,7 @@ class ShardPool:
         if (unique[1:] == unique[:-1]).any():
             unique, place = np.unique(ids, return_inverse=True)
         shard = index.shard_of(unique)
-        members = self._members(unique, extensions)
+        members = index.members(unique, extensions)
         data = self._reader.read(shard[members.owner], members.offset, members.size)
         urls, names = self.urls, index.extensions
         samples: list[dict[str, Any]] = [
@@ -322,7 +309,7 @@ class ShardPool:
             return labels
         for first in range(0, len(ids), _BLOCK):
             block, place = np.unique(ids[first : first + _BLOCK], return_inverse=True)
-            members = self._members(block, ["cls"])
+            members = self.index().members(block, ["cls"])
             shard = self.shard_of(block)
             data = self._reader.read(shard[members.owner], members.offset, members.size)
             found = np.full(len(block), -1, np.int64)
@@ -443,11 +430,8 @@ class ShardPool:
     def _take_index(self, other: "ShardPool") -> None:
         """Use the index of the same pool with a cache, unless this has its own, or shards have changed."""
         if self._index is None and self.__dict__.setdefault("shards", other.shards) == other.shards:
-            self._index, self._index_folder, self._layouts = (
-                other._index,
-                other._index_folder,
-                other._layouts,
-            )
+            self._index, self._index_folder = other._index, other._index_folder
+            self._layouts = other._layouts
 
     def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = np.asarray(ids)
@@ -460,26 +444,6 @@ class ShardPool:
             raise PoolError(f"id {outside[0]} is outside the pool: it has samples 0 to {n - 1}")
         return ids
 
-    def _members(self, ids: np.ndarray, extensions: Sequence[str] | None) -> "_Members":
-        """The members of samples, or only those with certain extensions."""
-        index = self.index()
-        start = index.member_start[ids]
-        count = index.member_start[ids + 1] - start
-        owner = np.repeat(np.arange(len(ids)), count)
-        rows = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count) + start[owner]
-        extension = index.member_extension[rows]
-        if extensions is not None:
-            extensions = as_extensions(extensions, "extensions")
-            is_wanted = np.array([name in extensions for name in index.extensions])
-            if not is_wanted.any():
-                raise PoolError(
-                    f"no sample of the pool has a member {' or '.join(map(repr, extensions))}; "
-                    f"there are {', '.join(map(repr, index.extensions[:20]))}"
-                )
-            keep = is_wanted[extension]
-            owner, rows, extension = owner[keep], rows[keep], extension[keep]
-        return _Members(owner, extension, index.member_offset[rows], index.member_size[rows])
-
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__ | {"_index": None if self._index_folder is not None else self._index}
         state["_without_cache"] = None
@@ -488,25 +452,9 @@ class ShardPool:
         return state
 
 
-def _tables(columns: str | Path | Sequence[str | Path]) -> list[Path]:
-    from curated_data.pool.columns import checked_tables
-
-    return checked_tables(columns)
-
-
 def _colour(given: int | Sequence[int]) -> tuple[int, int, int]:
     """A colour from a grey, or from red, green and blue."""
     values = list(given) if isinstance(given, Sequence) else [given] * 3
     if len(values) != 3 or not all(isinstance(v, int) and 0 <= v <= 255 for v in values):
         raise ConfigError(f"background: expected a grey or three values, each 0 to 255, found {given!r}")
     return values[0], values[1], values[2]
-
-
-@dataclass(frozen=True)
-class _Members:
-    """Members of a batch of samples: the row of their sample, the number of their extension, their place."""
-
-    owner: np.ndarray
-    extension: np.ndarray
-    offset: np.ndarray
-    size: np.ndarray

@@ -1,11 +1,15 @@
 """The place and state of a shard, by which changes to it are noticed."""
 
+import json
 import os
 import stat
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from curated_data.errors import PoolError
+from curated_data.parallel import all_gather, rank, world_size
 from curated_data.pool.access import RemoteOptions
 from curated_data.pool.shard import ShardFile
 from curated_data.pool.store import Store
@@ -34,6 +38,23 @@ def stat_shards(
         store = Store(storage_options, options or RemoteOptions())
         states |= zip(remote, store.stat_all(remote), strict=True)
     return [states[url] for url in urls]
+
+
+def stat_on_ranks(
+    urls: Sequence[str], storage_options: Mapping[str, Any], options: RemoteOptions
+) -> list[ShardFile]:
+    """`stat_shards` by all ranks together: one of them looks up each remote shard, all the local ones."""
+    own = stat_shards(urls[rank() :: world_size()], storage_options, options)
+    states = json.dumps([[shard.size, shard.version] for shard in own]).encode()
+    parts = [json.loads(part.tobytes()) for part in all_gather(np.frombuffer(states, np.uint8))]
+    shards = [
+        ShardFile(url, *parts[number % world_size()][number // world_size()])
+        for number, url in enumerate(urls)
+    ]
+    local = [number for number, url in enumerate(urls) if not is_remote(url)]
+    for number, shard in zip(local, stat_shards([urls[n] for n in local]), strict=True):
+        shards[number] = shard
+    return shards
 
 
 def check_unchanged(shard: ShardFile, status: os.stat_result, was_linked: bool = False) -> None:

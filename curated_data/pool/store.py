@@ -174,7 +174,7 @@ class Store:
 
     @contextlib.contextmanager
     def _told_by_size(self, shard: ShardFile) -> Iterator[None]:
-        """Look at a shard again whose server says that it has another size."""
+        """Stat a shard again whose server reports another size."""
         try:
             yield
         except http.OtherSizeError:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from curated_data.cache.artifacts import atomic_path
+from curated_data.cache.publishing import atomic_path
 from curated_data.errors import ConfigError
 from curated_data.report.examples import thumbnails
 from curated_data.selection.near_duplicates import similar_pairs, would_leave_out

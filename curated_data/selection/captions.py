@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 import torch
 
-from curated_data.cache.artifacts import atomic_path, read_array, read_manifest, write_manifest
+from curated_data.cache.artifacts import read_array, read_manifest, write_manifest
+from curated_data.cache.publishing import atomic_path
 from curated_data.errors import ConfigError, EmbedderError, PoolError, SampleError
 from curated_data.pool.captions import read_captions
 from curated_data.pool.decode import as_extensions

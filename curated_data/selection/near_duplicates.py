@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 THRESHOLD = 0.98
-"""The default cosine, chosen by measurement (`benchmarks/planted_copies.py`)."""
+"""The default cosine, chosen by measurement (`benchmarks/history/sampling.md`)."""
 _BLOCK = 16_384
 _NO_DIRECTION = np.uint64(0)
 

@@ -196,11 +196,7 @@ class PoolDataset(Dataset):
         return loaded
 
     def _loaded_or_spare(
-        self,
-        request: BatchRequest,
-        members: list[dict[str, Any]],
-        seeds: list[int],
-        skipped: list[Skipped],
+        self, request: BatchRequest, members: list[dict[str, Any]], seeds: list[int], skipped: list[Skipped]
     ) -> list[dict[str, Any] | None]:
         loaded = self._loaded(request.ids, members, seeds, skipped)
         if request.spares is not None:

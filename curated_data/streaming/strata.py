@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from curated_data.cache.artifacts import atomic_path, fingerprint
+from curated_data.cache.artifacts import fingerprint
 from curated_data.cache.checksums import load_npz
 from curated_data.cache.layout import STREAMING
+from curated_data.cache.publishing import atomic_path
 from curated_data.errors import CacheError, ConfigError
 
 

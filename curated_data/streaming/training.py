@@ -8,16 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curated_data.cache.artifacts import (
-    MANIFEST,
-    atomic_save,
-    fingerprint,
-    open_cache,
-    read_array,
-    read_manifest,
-)
+from curated_data.cache.artifacts import MANIFEST, fingerprint, open_cache, read_array, read_manifest
 from curated_data.cache.checksums import load_npy
 from curated_data.cache.layout import SELECTION, STREAMING
+from curated_data.cache.publishing import atomic_save
 from curated_data.errors import CacheError, ConfigError
 from curated_data.parallel import rank
 from curated_data.streaming.mixture import AnyOrder

@@ -1,1 +1,1 @@
-"""The data module, what it streams, and what hangs on a Trainer."""
+"""The data module, what it streams, and callbacks."""

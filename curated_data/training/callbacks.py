@@ -10,20 +10,16 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
-import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from curated_data.cache.holds import remove_unheld
-from curated_data.cache.removal import artifact_folder
 from curated_data.checks import check_choice, whole_number
 from curated_data.clustering.tree import EXCLUDED
 from curated_data.config import CurationConfig
 from curated_data.embedding import Embedder, resolve_embedder
 from curated_data.embedding.sharded import unsharded
 from curated_data.errors import CacheError, ConfigError
-from curated_data.parallel import barrier, broadcast, is_distributed, rank, together
+from curated_data.parallel import barrier, broadcast, rank, together
 from curated_data.pipeline.curate import curate
 from curated_data.pipeline.recurate import levels_of_share, recurate
 from curated_data.pipeline.reopen import reopen, tree_of
@@ -31,12 +27,11 @@ from curated_data.stages.curation import Curation
 from curated_data.stages.tree import check_levels
 from curated_data.training.components import Source
 from curated_data.training.datamodule import CuratedDataModule
-from curated_data.training.recuration_state import checked_state
+from curated_data.training.recurating import agree_on_buffers, compared, drop_unheld, replaced_artifacts
+from curated_data.training.recuration_state import RecurationState, checked_state
 from curated_data.training.trainer import is_between_epochs
 
 log = logging.getLogger(__name__)
-
-_REPLACED = ("embeddings", "fresh_embeddings", "near_duplicates", "tree")
 
 
 class RecurationCallback(pl.Callback):
@@ -134,21 +129,10 @@ class RecurationCallback(pl.Callback):
         self.on_failure = on_failure
         self.keep_artifacts = keep_artifacts
         self.component = component
-        self._begin_anew()
+        self.state = RecurationState()
         self._resuming: tuple[pl.Trainer, pl.LightningModule] | None = None
         self._is_loaded = False  # from a checkpoint, and not trained yet
         self._finished_epoch: int | None = None  # the epoch that was ended when the run resumed
-
-    def _begin_anew(self) -> None:
-        """Set what a run changes, and its checkpoints have, to what it is when one begins."""
-        self.n_recurations = 0
-        self._last_step = 0
-        self._best: float | None = None
-        self._epochs_without_gain = 0
-        # An epoch that is trained but has not ended, or whose re-curation is left to the resumed run.
-        self._unfinished: dict[str, int] | None = None
-        self._artifacts: list[str] = []  # of the last re-curation, relative to the cache
-        self._selection: str | None = None  # the name of its selection in the cache
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -178,49 +162,43 @@ class RecurationCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         resumes, self._is_loaded = self._is_loaded, False
         if not resumes and trainer.global_step == 0:
-            self._begin_anew()
-        if self._unfinished is not None and not resumes and trainer.global_step != self._unfinished["step"]:
-            self._unfinished = None  # of another Trainer's run
+            self.state = RecurationState()
+        if (
+            self.state.unfinished is not None
+            and not resumes
+            and trainer.global_step != self.state.unfinished["step"]
+        ):
+            self.state.unfinished = None  # of another Trainer's run
         self._finish_interrupted_epoch(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._unfinished = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+            self.state.unfinished = {"epoch": trainer.current_epoch, "step": trainer.global_step}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         made_up, self._finished_epoch = self._finished_epoch, None
         if not is_between_epochs(trainer):  # cut short by a limit or a signal: a resumed run will end it
             return
         if made_up == trainer.current_epoch:
-            self._unfinished = None
+            self.state.unfinished = None
             return
         figures = self._end_epoch(trainer, pl_module, trainer.current_epoch, trainer.global_step)
         if figures:
             # Equal on all ranks but for the minutes; every rank has them, for callbacks that monitor one.
             pl_module.log_dict(figures, sync_dist=True)
 
+    @property
+    def n_recurations(self) -> int:
+        """Re-curations so far, of this run and those that it resumed."""
+        return self.state.n_recurations
+
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "n_recurations": self.n_recurations,
-            "last_step": self._last_step,
-            "best": self._best,
-            "epochs_without_gain": self._epochs_without_gain,
-            "unfinished": self._unfinished,
-            "artifacts": self._artifacts,
-            "selection": self._selection,
-        }
+        return dataclasses.asdict(self.state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state = checked_state(state_dict)
-        self.n_recurations = state["n_recurations"]
-        self._last_step = state["last_step"]
-        self._best = state["best"]
-        self._epochs_without_gain = state["epochs_without_gain"]
-        self._unfinished = state["unfinished"]
-        self._artifacts = list(state["artifacts"])
-        self._selection = state["selection"]
+        self.state = checked_state(state_dict)
         self._is_loaded = True
         if self._resuming is not None:
             (trainer, pl_module), self._resuming = self._resuming, None
@@ -251,8 +229,8 @@ class RecurationCallback(pl.Callback):
         Lightning itself only ends such an epoch if it was saved after a validation; then it must not be ended
         twice.
         """
-        if self._unfinished is not None:
-            epoch, step = self._unfinished["epoch"], self._unfinished["step"]
+        if self.state.unfinished is not None:
+            epoch, step = self.state.unfinished["epoch"], self.state.unfinished["step"]
             self._finished_epoch = epoch
             figures = self._end_epoch(trainer, pl_module, epoch, step)
             for logger in trainer.loggers if figures else ():
@@ -262,11 +240,11 @@ class RecurationCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, step: int
     ) -> dict[str, float]:
         """Re-curate if it is due; returns the figures to log, none if nothing was done."""
-        self._unfinished = None
+        self.state.unfinished = None
         if not self._is_due(trainer, epoch, step):
             return {}
         if _has_ended(trainer, epoch, step):  # nothing will be trained on it, unless the run is extended
-            self._unfinished = {"epoch": epoch, "step": step}
+            self.state.unfinished = {"epoch": epoch, "step": step}
             return {}
         started = time.monotonic()
         data = self._data(trainer)
@@ -276,14 +254,14 @@ class RecurationCallback(pl.Callback):
         if curation is None:
             return {}
         data.curation, data.lost_tree = curation, None
-        self._selection = curation.folders["selection"].name
+        self.state.selection = curation.folders["selection"].name
         data.stream_curation(curation)
         if not self.keep_artifacts:
             self._drop_earlier(data)
-        self.n_recurations += 1
-        self._last_step = step
-        self._epochs_without_gain = 0
-        figures = _compare(old, curation) | {"minutes": (time.monotonic() - started) / 60}
+        self.state.n_recurations += 1
+        self.state.last_step = step
+        self.state.epochs_without_gain = 0
+        figures = compared(old, curation) | {"minutes": (time.monotonic() - started) / 60}
         log.info(
             "re-curation %d after epoch %d: %d samples, Jaccard %.3f with the last, %.1f %% new, %.1f min",
             self.n_recurations,
@@ -307,17 +285,17 @@ class RecurationCallback(pl.Callback):
         """In a resumed run, make the data module's `curation` the one that it streams, not the first one."""
         current = data.curation.folders["selection"].name if data.curation is not None else None
         data.lost_tree = None
-        if self._selection is None:
+        if self.state.selection is None:
             data.curation = data.base_curation
-        if self._selection is None or self._selection == current:
+        if self.state.selection is None or self.state.selection == current:
             return
         assert data.cache_dir is not None, "a curation comes with one"
         try:
-            data.curation = reopen(data.cache_dir, self._selection)
+            data.curation = reopen(data.cache_dir, self.state.selection)
         except CacheError as error:
             # A later re-curation removed its tree; what is streamed is kept elsewhere.
             data.curation = data.base_curation
-            data.lost_tree = tree_of(data.cache_dir, self._selection).name
+            data.lost_tree = tree_of(data.cache_dir, self.state.selection).name
             log.warning(
                 "the tree of the resumed selection is gone, figures show the first curation: %s", error
             )
@@ -329,7 +307,7 @@ class RecurationCallback(pl.Callback):
         if self.every_n_epochs is not None:
             return (epoch + 1) % self.every_n_epochs == 0
         if self.every_n_steps is not None:
-            return step - self._last_step >= self.every_n_steps
+            return step - self.state.last_step >= self.every_n_steps
         return stalled
 
     def _has_stalled(self, trainer: pl.Trainer) -> bool:
@@ -340,18 +318,19 @@ class RecurationCallback(pl.Callback):
         # Decided by rank zero: ranks may log different values, or none, but must not diverge.
         any_logged, found, value = broadcast(told).tolist()
         if not any_logged:  # resuming, nothing is logged yet
-            return self._epochs_without_gain >= self.patience
+            return self.state.epochs_without_gain >= self.patience
         if not found:
             known = ", ".join(sorted(logged)) or "none"
             raise ConfigError(f"RecurationCallback.monitor: nothing logs {self.monitor!r}; logged: {known}")
         better = not math.isnan(value) and (
-            self._best is None or (value < self._best if self.mode == "min" else value > self._best)
+            self.state.best is None
+            or (value < self.state.best if self.mode == "min" else value > self.state.best)
         )
         if better:
-            self._best, self._epochs_without_gain = value, 0
+            self.state.best, self.state.epochs_without_gain = value, 0
         else:
-            self._epochs_without_gain += 1
-        return self._epochs_without_gain >= self.patience
+            self.state.epochs_without_gain += 1
+        return self.state.epochs_without_gain >= self.patience
 
     def _recurate(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, data: Source, epoch: int
@@ -387,7 +366,7 @@ class RecurationCallback(pl.Callback):
         cache_dir: Path,
     ) -> Curation:
         """A curation with the module's features."""
-        _agree_on_buffers(pl_module)
+        agree_on_buffers(pl_module)
         module = unsharded(pl_module, trainer.model)
         settings: dict[str, Any] = {
             "embedder": resolve_embedder(self.embedder(module) if self.embedder else module),
@@ -409,28 +388,13 @@ class RecurationCallback(pl.Callback):
         assert data.cache_dir is not None, "a curation comes with one"
         assert data.curation is not None, "made just now"
         assert data.base_curation is not None, "made before the first epoch"
-        first = _artifacts(data.base_curation)  # later re-curations build on it
-        new = [name for name in _artifacts(data.curation) if name not in first]
-        earlier = [name for name in dict.fromkeys(self._artifacts) if name not in {*new, *first}]
+        first = replaced_artifacts(data.base_curation)  # later re-curations build on it
+        new = [name for name in replaced_artifacts(data.curation) if name not in first]
+        earlier = [name for name in dict.fromkeys(self.state.artifacts) if name not in {*new, *first}]
         barrier()  # from here on no rank holds the last curation
         # Rank zero's list is the one that checkpoints hold.
-        left = [name for name in earlier if not _is_dropped(data.cache_dir, name)] if rank() == 0 else []
-        self._artifacts = new + left
-
-
-def _is_dropped(root: Path, name: str) -> bool:
-    """Remove an artifact that nobody uses; whether it is gone."""
-    try:
-        return remove_unheld(artifact_folder(root, name), below=root)
-    except (OSError, CacheError) as error:
-        log.warning("%s: an earlier re-curation's, is not needed any more, but stays: %s", name, error)
-        return False
-
-
-def _artifacts(curation: Curation) -> list[str]:
-    """The artifacts of a curation that a later one may remove, by their names in the cache."""
-    folders = (curation.folders[name] for name in _REPLACED if name in curation.folders)
-    return [f"{folder.parent.name}/{folder.name}" for folder in folders]
+        left = [name for name in earlier if not drop_unheld(data.cache_dir, name)] if rank() == 0 else []
+        self.state.artifacts = new + left
 
 
 def _datamodule(trainer: pl.Trainer) -> CuratedDataModule:
@@ -447,30 +411,3 @@ def _has_ended(trainer: pl.Trainer, epoch: int, step: int) -> bool:
     """Whether a limit of the Trainer ends the run with this epoch."""
     epochs, steps = trainer.max_epochs, trainer.max_steps
     return (epochs is not None and 0 <= epochs <= epoch + 1) or 0 <= steps <= step
-
-
-def _agree_on_buffers(module: nn.Module) -> None:
-    """Give every rank the buffers of rank zero, as DDP does before its next forward pass anyway.
-
-    Normalisation statistics differ between ranks after a step; embeddings, and the fingerprint of the
-    weights, must not.
-    """
-    if not is_distributed():
-        return
-    with torch.no_grad():
-        for buffer in module.buffers():
-            dist.broadcast(buffer, 0)
-
-
-def _compare(old: np.ndarray, curation: Curation) -> dict[str, float]:
-    new = np.unique(curation.ids)
-    before = np.unique(old)
-    shared = len(np.intersect1d(before, new, assume_unique=True))
-    lowest = curation.report["levels"][0]
-    return {
-        "jaccard": shared / max(len(before) + len(new) - shared, 1),
-        "new": 1 - shared / max(len(new), 1),
-        "perplexity": lowest["perplexity"],
-        "selected_perplexity": lowest["selected_perplexity"],
-        "size": len(curation.ids),
-    }

@@ -76,7 +76,7 @@ class Source:
         self._data = data
 
     def named(self, text: str) -> str:
-        """A setting or a sentence for an error, with the component that it is of."""
+        """The name of a setting for an error, with its component."""
         return _named(self.name, text, self._data)
 
     def labels(self) -> SampleLabels | None:
@@ -121,9 +121,13 @@ class Source:
         """Index the pool, and read the ids that were given.
 
         Raises:
-            ConfigError: no samples, or ids that are not in the pool.
+            PoolError: the pool cannot be read, or has no sample.
+            ConfigError: ids that are not in the pool.
         """
-        self.pool.index()
+        try:
+            self.pool.index()
+        except PoolError as error:
+            raise PoolError(self.named(str(error))) from error
         if not len(self.pool):
             raise ConfigError(self.named("pool: holds no sample; give another or leave the component out"))
         if self.given_selection is not None:
@@ -276,7 +280,7 @@ def unpacked(array: np.ndarray | None, sources: Sequence[Source]) -> dict[int, n
         ids = array[place + 2 : place + 2 + max(n, 0)]
         if not 0 <= number < len(sources) or number in found or n < 1 or len(ids) != n:
             raise ConfigError(
-                "the checkpoint's selection: is none of this mixture; resume with the components of that run"
+                "the checkpoint's selection: is not of this mixture; resume with the components of that run"
             )
         name = sources[number].named("the checkpoint's selection")
         found[number] = checked_selection(ids, sources[number].pool, name)

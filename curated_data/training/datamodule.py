@@ -27,13 +27,7 @@ from curated_data.streaming.encoded import DeviceDecoder
 from curated_data.streaming.loader import StreamLoader
 from curated_data.streaming.order import LastBatch, Shuffle, check_choices
 from curated_data.streaming.statistics import StreamStatistics
-from curated_data.training.arguments import (
-    Ids,
-    Pool,
-    check_absent,
-    check_functions,
-    named_pools,
-)
+from curated_data.training.arguments import Ids, Pool, check_absent, check_functions, named_pools
 from curated_data.training.components import Source, open_sources
 from curated_data.training.hyperparameters import KEY, hyperparameters
 from curated_data.training.loaders import evaluation_loader, training_loader

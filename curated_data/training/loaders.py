@@ -163,13 +163,7 @@ def _loader(
 ) -> StreamLoader:
     number, n_ranks = ranks(data.trainer)
     sampler = GlobalBatchSampler(
-        None,
-        batch_size,
-        order.last_batch == "drop",
-        order=order,
-        rank=number,
-        world_size=n_ranks,
-        **sampling,
+        None, batch_size, order.last_batch == "drop", order=order, rank=number, world_size=n_ranks, **sampling
     )
     options = data.loader
     n_workers = options.num_workers

@@ -1,7 +1,6 @@
 """How a data module loads, decodes and makes views, in groups of settings that check themselves."""
 
 import dataclasses
-import difflib
 import numbers
 import warnings
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, get_args
 
 from curated_data.checks import check_choice, whole_number
-from curated_data.errors import ConfigError
+from curated_data.errors import ConfigError, nearest
 from curated_data.pool.decode import Decoders, as_decoders
 from curated_data.processes import check_context
 from curated_data.streaming.dataset import OnError
@@ -181,8 +180,7 @@ def grouped(old: Mapping[str, Any], **given: Any) -> tuple[LoaderOptions, Decodi
     moved: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for name, value in old.items():
         if name not in MOVED:
-            near = difflib.get_close_matches(name, MOVED, n=1)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
+            meant = nearest(name, MOVED)
             raise TypeError(f"CuratedDataModule got an unexpected keyword argument {name!r}{meant}")
         group, field = MOVED[name]
         warnings.warn(
@@ -235,6 +233,5 @@ def check_fields(value: Mapping[str, Any], known: Sequence[str], where: str) -> 
     """
     for field in value:
         if field not in known:
-            near = difflib.get_close_matches(str(field), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"fields are {', '.join(known)}"
-            raise ConfigError(f"{where}, {field}: no such field; {hint}")
+            hint = nearest(field, known) or f"; fields are {', '.join(known)}"
+            raise ConfigError(f"{where}, {field}: no such field{hint}")

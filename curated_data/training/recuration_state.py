@@ -1,6 +1,7 @@
 """What a checkpoint holds of re-curations, checked before any of it is used."""
 
 import contextlib
+from dataclasses import dataclass, field
 from typing import Any
 
 from curated_data.cache.layout import SELECTION
@@ -10,7 +11,31 @@ from curated_data.errors import CacheError
 _COUNTS = ("n_recurations", "last_step", "epochs_without_gain")
 
 
-def checked_state(state: object) -> dict[str, Any]:
+@dataclass
+class RecurationState:
+    """What a run with a `RecurationCallback` changes, and its checkpoints have.
+
+    Attributes:
+        n_recurations: so far.
+        last_step: at which the last one was.
+        best: value of the monitored metric.
+        epochs_without_gain: since that value.
+        unfinished: the epoch and step of an epoch that is trained but has not ended, or whose re-curation is
+            left to the resumed run.
+        artifacts: of the last re-curation, relative to the cache.
+        selection: the name of its selection in the cache.
+    """
+
+    n_recurations: int = 0
+    last_step: int = 0
+    best: float | None = None
+    epochs_without_gain: int = 0
+    unfinished: dict[str, int] | None = None
+    artifacts: list[str] = field(default_factory=list)
+    selection: str | None = None
+
+
+def checked_state(state: object) -> RecurationState:
     """The callback's state as a checkpoint holds it.
 
     Raises:
@@ -40,7 +65,8 @@ def checked_state(state: object) -> dict[str, Any]:
                 f"RecurationCallback: the checkpoint holds {name} = {shown(state.get(name))}, which no "
                 "re-curation writes; resume from another checkpoint"
             )
-    return state
+    known: dict[str, Any] = {name: state[name] for name in is_right}
+    return RecurationState(**known | {"artifacts": list(known["artifacts"])})
 
 
 def _is_count(value: object) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from curated_data.parallel import together
 from lightning_modules.distributed import all_gather_rows
+from lightning_modules.evaluation.bootstrap import check_resampling, resampled_means
 from lightning_modules.evaluation.inputs import Array, as_tensor
 from lightning_modules.evaluation.result import Result
 
@@ -95,8 +96,7 @@ def comparison(
             raise ValueError(
                 f"values of shape {values[0].shape} need a statistic that makes a figure of their mean"
             )
-        if not 0 < confidence < 1 or n_bootstrap < 1:
-            raise ValueError(f"bad settings: {confidence=}, {n_bootstrap=}")
+        check_resampling(n_bootstrap, confidence)
     values = [all_gather_rows(torch.from_numpy(x)).numpy() for x in values]
     shape = values[0].shape[1:]
     both = np.concatenate([x.reshape(len(x), -1) for x in values], 1)
@@ -114,7 +114,7 @@ def comparison(
         return np.stack([statistic(side.reshape(-1, *shape)) for side in sides], 1)
 
     own = figures(pair.mean(0, keepdims=True))[0]
-    draws = figures(_resampled_means(pair, n_bootstrap, seed))
+    draws = figures(resampled_means(pair, n_bootstrap, np.random.default_rng(seed)))
     differences = draws[:, 1] - draws[:, 0]
     low, high = np.quantile(differences, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
     beyond = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
@@ -129,21 +129,3 @@ def comparison(
         n_without=len(both) - n,
         confidence=confidence,
     )
-
-
-def _resampled_means(values: np.ndarray, n_bootstrap: int, seed: int) -> np.ndarray:
-    """Means (B, m) of resamples of values (n, m).
-
-    Equal rows, of which right and wrong make only four kinds, are drawn as counts of their kind.
-    """
-    generator = np.random.default_rng(seed)
-    n = len(values)
-    if values.shape[1] <= 4:
-        kinds, counts = np.unique(values, axis=0, return_counts=True)
-        if len(kinds) <= 1000:
-            return generator.multinomial(n, counts / n, size=n_bootstrap) @ kinds / n
-    means = np.empty((n_bootstrap, values.shape[1]))
-    for i in range(n_bootstrap):
-        weights = np.bincount(generator.integers(0, n, n), minlength=n)
-        means[i] = weights @ values / n
-    return means

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from curated_data.parallel import together, world_size
 from lightning_modules.distributed import all_gather_rows
+from lightning_modules.evaluation.bootstrap import check_resampling, resampled_means
 from lightning_modules.evaluation.inputs import Array, as_tensor
 from lightning_modules.evaluation.result import Result
 
@@ -80,11 +81,12 @@ def fairness(
         own = np.asarray(as_tensor(values)).astype(np.float64)
         names = [_name(group) for group in (groups.tolist() if hasattr(groups, "tolist") else groups)]
         if own.ndim != 1 or len(names) != len(own):
-            raise ValueError(f"expected one value and one group a sample, got {own.shape} and {len(names)}")
+            raise ValueError(f"expected one value and one group per sample, got {own.shape} and {len(names)}")
         if not np.isfinite(own).all():
             raise ValueError(f"value {int(np.flatnonzero(~np.isfinite(own))[0])} is not finite")
-        if not 0 < confidence < 1 or n_bootstrap < 1 or min_size < 1:
-            raise ValueError(f"bad settings: {confidence=}, {n_bootstrap=}, {min_size=}")
+        check_resampling(n_bootstrap, confidence)
+        if min_size < 1:
+            raise ValueError(f"min_size must be 1 or more, got {min_size}")
     known = _union({name for name in names if name is not None})
     code_of = {name: i for i, name in enumerate(known)}
     codes = np.array([-1 if name is None else code_of[name] for name in names], np.int64)
@@ -102,20 +104,15 @@ def fairness(
     for i in kept:
         group = joined[codes == i]
         means.append(float(group.mean()))
-        resampled.append(_bootstrap_means(group, n_bootstrap, generator))
+        resampled.append(resampled_means(group[:, None], n_bootstrap, generator)[:, 0])
     draws = np.stack(resampled)
     gap_low, gap_high = np.quantile(draws.max(0) - draws.min(0), tails).tolist()
     best, worst = int(np.argmax(means)), int(np.argmin(means))
     return FairnessResult(
         overall=float(joined[codes >= 0].mean()),
         groups={
-            known[i]: dict(
-                zip(
-                    ("mean", "low", "high", "n"),
-                    (means[j], *np.quantile(draws[j], tails).tolist(), int(sizes[i])),
-                )
-            )
-            for j, i in enumerate(kept)
+            known[i]: {"mean": mean, "low": low, "high": high, "n": int(sizes[i])}
+            for i, mean, (low, high) in zip(kept, means, np.quantile(draws, tails, axis=1).T.tolist())
         },
         best=known[kept[best]],
         worst=known[kept[worst]],
@@ -126,18 +123,6 @@ def fairness(
         too_small={known[i]: int(sizes[i]) for i in range(len(known)) if sizes[i] < min_size},
         confidence=confidence,
     )
-
-
-def _bootstrap_means(values: np.ndarray, n_bootstrap: int, generator: np.random.Generator) -> np.ndarray:
-    """Means of resamples, drawn as counts of the distinct values where these are few."""
-    distinct, counts = np.unique(values, return_counts=True)
-    if len(distinct) <= 100:
-        return (
-            generator.multinomial(len(values), counts / len(values), size=n_bootstrap)
-            @ distinct
-            / len(values)
-        )
-    return np.array([generator.choice(values, len(values)).mean() for _ in range(n_bootstrap)])
 
 
 def _name(group: Any) -> str | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from curated_data.parallel import rank, together, world_size
 from lightning_modules.distributed import all_gather_rows, all_reduce
-from lightning_modules.evaluation.inputs import Array, checked_features, n_joined
+from lightning_modules.evaluation.inputs import Array, checked_features, first_row, n_joined
 from lightning_modules.evaluation.nearest import scaled_rows
 from lightning_modules.evaluation.result import Result
 
@@ -60,8 +60,8 @@ def health(
     Args:
         features: (n, d), finite.
         second_view: (n, d) features of other views of the same samples.
-        max_pairs_samples: uniformity compares all pairs among so many samples at most, taken evenly from the
-            set.
+        max_pairs_samples: uniformity compares all pairs among at most this many samples, taken evenly from
+            the set.
         block_size: samples compared at once.
         device: where to work.
 
@@ -115,10 +115,8 @@ def _effective_rank(gram: Tensor) -> float:
 
 def _evenly_taken(x: Tensor, n: int, limit: int) -> Tensor:
     """Every (n / limit)-th row of the joined set, on every rank; all rows if there are no more."""
-    counts = all_gather_rows(torch.tensor([len(x)], device=x.device))
-    first = int(counts[: rank()].sum())
     step = -(-n // limit)
-    return all_gather_rows(x[(-first) % step :: step].contiguous())
+    return all_gather_rows(x[-first_row(x) % step :: step].contiguous())
 
 
 def _uniformity(x: Tensor, block_size: int) -> float:

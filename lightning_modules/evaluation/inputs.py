@@ -51,7 +51,7 @@ def checked_k(k: int | Iterable[int], largest: int, of: str) -> list[int]:
 
     Raises:
         TypeError: numbers that are not whole.
-        ValueError: none, or one outside of 1..`largest`; `of` says what has so many.
+        ValueError: an empty list, or a number outside of 1..`largest`, the size of what `of` names.
     """
     ks = sorted({operator.index(each) for each in (k if isinstance(k, Iterable) else [k])})
     if not ks or ks[0] < 1 or ks[-1] > largest:
@@ -100,6 +100,17 @@ def n_joined(x: Tensor) -> int:
 def first_row(x: Tensor) -> int:
     """Where this rank's share begins in the joined set."""
     return int(all_gather_rows(torch.tensor([len(x)], device=x.device))[: rank()].sum())
+
+
+def longest_share(x: Tensor) -> int:
+    """Rows of the rank that has most: as many blocks on every rank, where each block is a collective."""
+    return int(all_gather_rows(torch.tensor([len(x)], device=x.device)).max())
+
+
+def gather_with_own(x: Tensor) -> tuple[Tensor, slice]:
+    """All ranks' rows joined, and which of these are this rank's."""
+    first = first_row(x)
+    return all_gather_rows(x), slice(first, first + len(x))
 
 
 def held_out_rows(y: Tensor, share: float, seed: int) -> Tensor:

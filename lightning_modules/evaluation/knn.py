@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curated_data.parallel import rank, together, world_size
+from curated_data.parallel import together, world_size
 from lightning_modules.distributed import all_gather_rows, all_reduce
 from lightning_modules.evaluation.inputs import (
     Array,
@@ -16,6 +16,8 @@ from lightning_modules.evaluation.inputs import (
     checked_features,
     checked_k,
     checked_labels,
+    gather_with_own,
+    longest_share,
     occurring,
 )
 from lightning_modules.evaluation.nearest import RowSource, scaled_rows, top_rows
@@ -122,8 +124,7 @@ def knn(
     bank_places, query_places = (torch.searchsorted(classes, own) for own in (bank_labels, query_labels))
     hits: dict[int, list[Tensor]] = {n: [] for n in ks}
     right = torch.zeros(len(ks), len(classes), dtype=torch.int64, device=device)
-    longest = int(all_gather_rows(torch.tensor([len(queries)], device=device)).max())
-    for start in range(0, longest, block_size):  # as many on every rank: each block is a collective
+    for start in range(0, longest_share(queries), block_size):
         block = queries[start : start + block_size]
         similarity, voters = _nearest(block, bank, bank_places, ks[-1], metric)
         # Less the nearest's, whose weight is then 1, so that weights neither overflow nor all vanish: votes
@@ -163,12 +164,11 @@ def _nearest(
     block: Tensor, bank: RowSource, bank_labels: Tensor, k: int, metric: str
 ) -> tuple[Tensor, Tensor]:
     """Similarities and labels (b, k) of this rank's block's nearest in all ranks' banks, nearest first."""
-    values, rows = top_rows(all_gather_rows(block), bank, k, metric=metric, name="train")
+    asked, own = gather_with_own(block)
+    values, rows = top_rows(asked, bank, k, metric=metric, name="train")
     labels = bank_labels[rows]
     if world_size() == 1:
         return values, labels
-    lengths = all_gather_rows(torch.tensor([len(block)], device=block.device)).tolist()
-    own = slice(sum(lengths[: rank()]), sum(lengths[: rank() + 1]))
     # Shards may hold fewer than k rows, so candidates travel as columns, of which each rank may have its own
     # number.
     values = all_gather_rows(values.T.contiguous()).T[own]

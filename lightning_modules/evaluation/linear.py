@@ -321,10 +321,7 @@ def _test_scores(hit: Tensor, truth: Tensor, train_counts: Array | None) -> dict
     present = occurring(truth)
     pairs = count_pairs(torch.searchsorted(present, truth), hit.long(), len(present), 2).numpy()
     accuracy = per_class(pairs[:, 1], pairs.sum(1))
-    scores = {
-        "accuracy": float(pairs[:, 1].sum() / pairs.sum()),
-        "class_average": float(accuracy.mean()),
-    }
+    scores = {"accuracy": float(pairs[:, 1].sum() / pairs.sum()), "class_average": float(accuracy.mean())}
     if train_counts is not None:
         groups = frequency_groups(train_counts)
         labels = present.cpu().numpy()

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _BLOCK = 2**25  # scores, or features, of a block: 256 MB
 _FLAT, _GAP = 1e-7, 1e-6  # derivative of the mean loss, and share of the objective, at which a search ends
-_WARN_GAP = 5e-5  # of which a search that has not ended is told of
+_WARN_GAP = 5e-5  # above which a search that has not converged warns
 _COPY = 2**30  # bytes of features up to which they are copied as float64
 
 

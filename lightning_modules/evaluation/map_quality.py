@@ -67,7 +67,7 @@ def map_quality(
         test_coordinates, test_labels: of images that the map was not trained on.
         k: neighbours, one vote each.
         min_cluster_size: of HDBSCAN; None takes a hundredth of the points that are clustered, at least 5.
-        max_samples: at most so many points, drawn at random, are clustered and have their silhouettes
+        max_samples: at most this many points, drawn at random, are clustered and have their silhouettes
             computed: both compare all pairs.
         seed: of the folds and the draw.
 

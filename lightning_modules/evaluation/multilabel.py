@@ -1,4 +1,4 @@
-"""Linear classification of images that show several classes: one logistic regression a class, mean average
+"""Linear classification of images that show several classes: one logistic regression per class, mean average
 precision.
 """
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curated_data.parallel import rank, together, world_size
+from curated_data.parallel import together, world_size
 from lightning_modules.distributed import all_gather_rows, all_reduce
 from lightning_modules.evaluation.inputs import (
     Array,
@@ -17,6 +17,8 @@ from lightning_modules.evaluation.inputs import (
     checked_k,
     checked_labels,
     first_row,
+    gather_with_own,
+    longest_share,
     n_joined,
     occurring,
 )
@@ -142,8 +144,7 @@ def _by_label(
     ranks = torch.arange(1, ks[-1] + 1, device=queries.device, dtype=torch.float64)
     sums = torch.zeros(len(ks), 3, dtype=torch.float64, device=queries.device)
     each = torch.full((len(ks), len(queries)), torch.nan, dtype=torch.float64, device=queries.device)
-    longest = int(all_gather_rows(torch.tensor([len(queries)], device=queries.device)).max())
-    for start in range(0, longest, block_size):  # as many on every rank: each block is a collective
+    for start in range(0, longest_share(queries), block_size):
         block = slice(start, start + block_size)
         skipped = torch.arange(len(own), device=own.device)[block] + first if leave_one_out else None
         found = _nearest_labels(queries[block], gallery, theirs, ks[-1], skipped)
@@ -174,8 +175,7 @@ def _nearest_labels(
     block: Tensor, gallery: RowSource, labels: Tensor, k: int, skipped: Tensor | None
 ) -> Tensor:
     """Labels (b, k) of the k most similar over all ranks; `skipped`: for each query a place to pass over."""
-    sizes = all_gather_rows(torch.tensor([len(block)], device=block.device)).tolist()
-    asked, first = all_gather_rows(block), first_row(labels)
+    (asked, own), first = gather_with_own(block), first_row(labels)
     passed = None if skipped is None else all_gather_rows(skipped) - first
     values, found = asked.new_empty(len(asked), 0), labels.new_empty(len(asked), 0)
     with together():
@@ -191,7 +191,6 @@ def _nearest_labels(
             values, found = values[:, :k], found.gather(1, order[:, :k])
     if world_size() == 1:
         return found
-    own = slice(sum(sizes[: rank()]), sum(sizes[: rank() + 1]))
     # Candidates travel as columns, of which each rank may have its own number; rank order keeps ties in place
     # order.
     values = all_gather_rows(values.T.contiguous()).T[own]
@@ -229,9 +228,8 @@ def _by_ground_truth(
         ]
     sums = torch.zeros(len(DIFFICULTIES), 2 + len(ks), dtype=torch.float64)  # queries, AP, precisions
     each = np.full((len(DIFFICULTIES), len(queries)), np.nan)
-    longest = int(all_gather_rows(torch.tensor([len(queries)], device=queries.device)).max())
     block_size = max(1, min(block_size, SCORES // (n_gallery * world_size())))
-    for start in range(0, longest, block_size):  # as many on every rank: each block is a collective
+    for start in range(0, longest_share(queries), block_size):
         similarity = _similarities(queries[start : start + block_size], gallery)
         order = similarity.sort(dim=1, descending=True, stable=True).indices
         for place, ranking in enumerate(order.cpu().numpy(), start):
@@ -263,12 +261,11 @@ def _by_ground_truth(
 
 def _similarities(block: Tensor, gallery: RowSource) -> Tensor:
     """Cosines (b, n) of this rank's queries and the joined gallery, of which no rank sees another's share."""
-    sizes = all_gather_rows(torch.tensor([len(block)], device=block.device)).tolist()
-    asked = all_gather_rows(block)
+    asked, own = gather_with_own(block)
     with together():
         parts = [tile @ asked.T for _, tile in _tiles(gallery, asked)]
     joined = all_gather_rows(torch.cat(parts) if parts else asked.new_empty(0, len(asked)))
-    return joined[:, sum(sizes[: rank()]) : sum(sizes[: rank() + 1])].T
+    return joined[:, own].T
 
 
 def _tiles(gallery: RowSource, asked: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -91,7 +91,7 @@ def robustness(
         shifted: the sets by name.
         inverse_penalties: values of C to choose from.
         held_out: share of the base set for that choice, and for the "base" row.
-        top: a sample is right if a right class is among so many best ones (5 for DollarStreet).
+        top: a sample is right if a right class is among this many highest scores (5 for DollarStreet).
         max_iter: of L-BFGS.
         seed: of the held-out part.
         device: where to train.

@@ -179,8 +179,8 @@ class PretrainingModule(L.LightningModule):
     def schedule_step(self) -> int:
         """The optimiser step at which schedules are.
 
-        In a run of so many epochs, former ones count as long as the present one is, so that schedules end
-        with the run even if a re-curation has changed the length of an epoch. Where `max_steps` ends the run,
+        In a run limited by `max_epochs`, earlier epochs count as if they had the present one's length, so
+        that schedules end with the run even if a re-curation has changed it. Where `max_steps` ends the run,
         and as long as no length has changed, it is `global_step`.
         """
         return self.global_step + self._steps_ahead
@@ -205,10 +205,10 @@ class PretrainingModule(L.LightningModule):
         return self._n_steps
 
     def epochs_to_steps(self, epochs: float) -> int:
-        """Optimiser steps in so many epochs.
+        """Optimiser steps in a number of epochs.
 
         Raises:
-            ValueError: the loader has no length, so nobody knows what an epoch is.
+            ValueError: the loader has no length, so the length of an epoch is unknown.
         """
         batches = self.trainer.num_training_batches
         if epochs == 0:

@@ -427,10 +427,7 @@ def layer_groups(
             layer = int(name.split(".")[2]) + 1
         elif name.startswith(
             ("backbone.patch_embed", "backbone.pos_embed", "backbone.mask_token")
-        ) or name in (
-            "backbone.cls_token",
-            "backbone.reg_token",
-        ):
+        ) or name in ("backbone.cls_token", "backbone.reg_token"):
             layer = 0
         scale = decay ** (n_blocks + 1 - layer) * (patch_embed_rate if "patch_embed" in name else 1.0)
         decays = parameter.ndim > 1 and "token" not in name and "pos_embed" not in name

@@ -42,9 +42,7 @@ def pool(classes: list[np.ndarray]) -> Evidence:
     return cut(classes, ratio=20, largest=80, bank=10, test=20)
 
 
-def test_a_cut_has_an_exponential_tail_and_an_evaluation_of_its_own(
-    classes: list[np.ndarray],
-) -> None:
+def test_a_cut_has_an_exponential_tail_and_an_evaluation_of_its_own(classes: list[np.ndarray]) -> None:
     pool = cut(classes, ratio=20, largest=80, bank=10, test=20)
     counts = np.bincount(pool.labels)
     assert counts[0] == 80

@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,9 +14,6 @@ from hypothesis import strategies as st
 
 from curated_data.cache.artifacts import (
     FORMAT_VERSION,
-    atomic_path,
-    atomic_save,
-    atomic_write_json,
     build_once,
     fingerprint,
     locked,
@@ -28,7 +23,9 @@ from curated_data.cache.artifacts import (
     read_manifest,
     write_manifest,
 )
+from curated_data.cache.publishing import atomic_path, atomic_save, atomic_write_json
 from curated_data.errors import CacheError
+from tests.support.programs import run_python
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
@@ -64,8 +61,7 @@ def test_fingerprint_of_arrays_sees_values_shape_and_type():
 def test_fingerprint_does_not_depend_on_the_process(tmp_path):
     load = "from curated_data.cache.artifacts import fingerprint"
     code = f"{load}; print(fingerprint(a={{'x': 1, 'y': {{'z': [1.5, None]}}}}))"
-    seeds = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                            env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in "12"]  # fmt: skip
+    seeds = [run_python("-c", code, PYTHONHASHSEED=seed).stdout for seed in "12"]
     assert seeds[0] == seeds[1] == fingerprint(a={"y": {"z": [1.5, None]}, "x": 1}) + "\n"
 
 
@@ -165,10 +161,10 @@ def test_bad_caches_are_named(tmp_path):
     root = open_cache(tmp_path / "cache")
     assert open_cache(root) == root
     (root / "cache.json").write_text(json.dumps({"format": 999}))
-    with pytest.raises(CacheError, match=r"cache format 999.*another cache_dir"):
+    with pytest.raises(CacheError, match=r"999.*cache_dir"):
         open_cache(root)
     (root / "cache.json").write_text("{")
-    with pytest.raises(CacheError, match=r"cache\.json: damaged .*give another cache_dir"):
+    with pytest.raises(CacheError, match=r"cache\.json: damaged .*cache_dir"):
         open_cache(root)
     (tmp_path / "file").touch()
     with pytest.raises(CacheError, match="cannot be written"):
@@ -176,7 +172,7 @@ def test_bad_caches_are_named(tmp_path):
     with pytest.raises(CacheError, match="cache_dir: is empty"):
         open_cache("")
     write_manifest(root, "tree", {})
-    with pytest.raises(CacheError, match="artifact of 'tree', expected 'index'"):
+    with pytest.raises(CacheError, match="'tree', expected 'index'"):
         read_manifest(root, "index")
 
 

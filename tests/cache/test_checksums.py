@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 from curated_data.cache import checksums
 from curated_data.cache.artifacts import (
     MANIFEST,
-    atomic_path,
-    atomic_write_json,
     open_cache,
     read_array,
     read_json,
@@ -26,6 +24,7 @@ from curated_data.cache.artifacts import (
     write_manifest,
 )
 from curated_data.cache.checksums import check_file, check_once, file_checksum, load_npy, load_npz, reading
+from curated_data.cache.publishing import atomic_path, atomic_write_json
 from curated_data.clustering.checkpoint import Checkpoint
 from curated_data.errors import CacheError
 
@@ -243,7 +242,7 @@ def test_a_mapped_file_is_read_whole_once_until_it_changes(tmp_path, monkeypatch
     (folder / "a.npy").write_bytes(content)
     os.utime(folder / "a.npy", ns=(status.st_atime_ns, status.st_mtime_ns))  # what hides it from `make`
     for _ in range(2):
-        with pytest.raises(CacheError, match=r"a\.npy: damaged \(its checksum differs\)"):
+        with pytest.raises(CacheError, match=r"a\.npy: damaged .*checksum"):
             read_array(folder, "a", manifest, map_mode="r")
 
 

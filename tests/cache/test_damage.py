@@ -20,6 +20,7 @@ from curated_data.pipeline.export import export
 from curated_data.pipeline.extend import extend
 from curated_data.pipeline.inspect import verify_cache
 from curated_data.pipeline.recurate import recurate
+from tests.support.images import noise, write_samples
 
 CONFIG = {
     "target_size": 12,
@@ -103,17 +104,9 @@ FILES = {
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A pool with a bad sample, its cache, and the ids selected."""
-    from tests.support.images import png
-
-    folder = tmp_path_factory.mktemp("whole")
-    rng = np.random.default_rng(0)
-    from curated_data import ShardWriter
-
-    with ShardWriter(folder / "pool-%06d.tar", max_samples=15) as writer:
-        for place in range(30):
-            image = png(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) if place != 20 else b"?"
-            writer.write({"__key__": f"k{place:03d}", "png": image})
-    shards = sorted(map(str, folder.glob("pool-*.tar")))
+    folder, images = tmp_path_factory.mktemp("whole"), noise(30)
+    images[20] = b"?"
+    shards = write_samples(folder / "pool-%06d.tar", ({"png": image} for image in images), max_samples=15)
     found = curate(shards, CONFIG, embedder="pixels:4", cache_dir=folder / "cache")
     return shards, folder / "cache", found.ids
 

@@ -203,7 +203,7 @@ class Slower(RecurationCallback):
     def on_train_epoch_end(self, trainer, pl_module):
         super().on_train_epoch_end(trainer, pl_module)
         if self.n_recurations == 1 and self.opened is None:
-            self.opened = reopen(trainer.datamodule.cache_dir, self._selection)
+            self.opened = reopen(trainer.datamodule.cache_dir, self.state.selection)
 
 
 def test_a_faster_training_leaves_what_a_slower_one_reads(write_pool, tmp_path):
@@ -215,7 +215,7 @@ def test_a_faster_training_leaves_what_a_slower_one_reads(write_pool, tmp_path):
     assert rows.shape == (sum(SIZES), 6)
     assert np.isfinite(rows).all()
     mine = f"embeddings/{slower.embeddings.folder.name}"
-    assert mine in callback._artifacts  # to be looked at again after the next re-curation
+    assert mine in callback.state.artifacts  # to be looked at again after the next re-curation
     kept = {path.name for path in (tmp_path / "c" / "embeddings").iterdir()}
     assert len(kept) == 3  # the first curation's, the slower run's, the last one's
     del slower

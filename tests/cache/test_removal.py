@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import curated_data
-from curated_data import ClusterTree, CuratedDataModule, RecurationCallback, ShardPool, ShardWriter, curate
+from curated_data import ClusterTree, CuratedDataModule, RecurationCallback, ShardPool, curate
 from curated_data.cache.artifacts import MANIFEST, open_cache, read_manifest, with_checksum
 from curated_data.cache.checksums import load_npy
 from curated_data.cache.layout import REMOVABLE
@@ -31,7 +31,8 @@ from curated_data.embedding.store import EmbeddingStore
 from curated_data.errors import CacheError, CuratedDataError
 from curated_data.pipeline.inspect import inspect_cache, verify_cache
 from curated_data.pipeline.reopen import reopen, selections
-from curated_data.training.callbacks import _is_dropped
+from curated_data.training.recurating import drop_unheld
+from tests.support.images import noise, write_samples
 
 NAME = "0123456789abcdef0123"
 HOSTILE = [
@@ -123,14 +124,8 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """A pool, and a cache with every kind of artifact."""
-    from tests.support.images import png
-
-    folder, rng = tmp_path_factory.mktemp("original"), np.random.default_rng(0)
-    with ShardWriter(folder / "pool-%06d.tar", max_samples=10) as writer:
-        for place in range(20):
-            image = png(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-            writer.write({"__key__": f"k{place:03d}", "png": image})
-    shards = sorted(map(str, folder.glob("pool-*.tar")))
+    folder = tmp_path_factory.mktemp("original")
+    shards = write_samples(folder / "pool-%06d.tar", ({"png": image} for image in noise(20)), max_samples=10)
     config = {
         "target_size": 6,
         "levels": [{"n_clusters": 4}, {"n_clusters": 2}],
@@ -164,7 +159,7 @@ def test_only_a_stage_and_a_fingerprint_become_a_path(tmp_path, name):
         artifact_folder(tmp_path, name)
     assert len(str(caught.value)) < 400
     assert "\n" not in str(caught.value)
-    assert not _is_dropped(tmp_path, name)
+    assert not drop_unheld(tmp_path, name)
 
 
 def test_an_artifact_is_found_where_its_name_says(tmp_path):
@@ -260,7 +255,7 @@ def test_a_callback_refuses_what_no_re_curation_writes(field, value):
         return
     with pytest.raises(CacheError, match=field):
         callback.load_state_dict(STATE | {field: value})
-    assert callback._artifacts == []
+    assert callback.state.artifacts == []
     with pytest.raises(CacheError, match="RecurationCallback"):
         RecurationCallback(1).load_state_dict({name: STATE[name] for name in STATE if name != "artifacts"})
 
@@ -285,8 +280,8 @@ def test_a_named_artifact_goes_and_nothing_else(place, monkeypatch):
     guard = Guard(cache, monkeypatch)
     (tree,) = (cache / "tree").glob("[!.]*")
     others = {path for path in cache.rglob("*") if tree not in (path, *path.parents)}
-    assert _is_dropped(cache, f"tree/{tree.name}")
-    assert _is_dropped(cache, f"tree/{tree.name}")  # it is gone
+    assert drop_unheld(cache, f"tree/{tree.name}")
+    assert drop_unheld(cache, f"tree/{tree.name}")  # it is gone
     assert {path for path in cache.rglob("*") if ".locks" not in path.parts} == {
         path for path in others if ".locks" not in path.parts
     }
@@ -498,7 +493,7 @@ def test_remedies_of_any_path_name_no_folder_outside_a_cache(parts):
 
 # What may call what, besides `removal` itself. A replacement is not a removal: it publishes what was written.
 ALLOWED = {
-    "cache/artifacts.py": {"replace"},
+    "cache/publishing.py": {"replace"},
     "clustering/tree.py": {"replace"},
     "embedding/precomputed.py": {"truncate"},  # a file of its own without a name
     "cache/locks.py": {"ftruncate"},

@@ -3,10 +3,8 @@
 import json
 import re
 import signal
-import subprocess
-import sys
-import uuid
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,6 +12,7 @@ from PIL import Image
 from curated_data import ShardPool
 from curated_data.cache.artifacts import open_cache
 from curated_data.cli import main
+from tests.support.programs import run_python
 
 CURATION = [
     "--embedder",
@@ -175,8 +174,7 @@ try:
 finally:
     assert "torch" not in sys.modules
 """
-    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+    run_python("-c", code, tmp_path)
 
 
 def test_help_of_every_command(capsys):
@@ -311,33 +309,24 @@ class TestRepeatedOptions:
 
 class TestStorageOptions:
     @pytest.fixture
-    def s3(self, write_pool):
-        """Shards in moto's S3 server, which cannot be reached without options."""
-        s3fs = pytest.importorskip("s3fs")
-        server_module = pytest.importorskip("moto.server")
-        server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        endpoint = f"http://{host}:{port}"
-        bucket = s3fs.S3FileSystem(key="k", secret="s3cr3t", client_kwargs={"endpoint_url": endpoint})
-        name = f"options-{uuid.uuid4().hex[:8]}"
-        bucket.mkdir(name)
-        bucket.put(write_pool([12])[0], f"{name}/p-0.tar")
-        yield endpoint, f"s3://{name}"
-        server.stop()
+    def shards(self, s3, write_pool):
+        """In a store that cannot be reached without options."""
+        options, url = s3
+        fsspec.filesystem("s3", **options).put(write_pool([12])[0], f"{url}/p-0.tar")
+        return s3
 
-    def test_by_keys_json_and_yaml(self, s3, tmp_path, capsys):
-        cache = tmp_path / "cache"
-        options = {"key": "k", "secret": "s3cr3t", "client_kwargs": {"endpoint_url": s3[0]}}
+    def test_by_keys_json_and_yaml(self, shards, tmp_path, capsys):
+        cache, (options, url) = tmp_path / "cache", shards
+        endpoint = options["client_kwargs"]["endpoint_url"]
         (tmp_path / "c.yaml").write_text(json.dumps({"target_size": 3, "storage_options": options}))
-        keys = ["key=k", "secret=s3cr3t", f"client_kwargs.endpoint_url={s3[0]}"]
-        pool = [f"{s3[1]}/p-*.tar", "--cache-dir", str(cache)]
+        keys = ["key=k", "secret=s3cr3t", f"client_kwargs.endpoint_url={endpoint}"]
+        pool = [f"{url}/p-*.tar", "--cache-dir", str(cache)]
         assert main(["-q", "index", *pool, "--storage-options", *keys]) == 0
         assert main(["-q", "index", "--storage-options", json.dumps(options), *pool]) == 0
         assert capsys.readouterr().out.count("12 samples in 1 shards") == 2
         run = ["--config", str(tmp_path / "c.yaml"), "--embedder", "pixels:4"]
         assert main(["-q", "curate", *pool, *run]) == 0
-        assert main(["-q", "export", *pool, *run, "--out", f"{s3[1]}/out"]) == 0
+        assert main(["-q", "export", *pool, *run, "--out", f"{url}/out"]) == 0
         assert main(["-q", "report", *pool, *run, "--out", str(tmp_path / "report.html")]) == 0
         mixed = ["--storage-options", "secret=s3cr3t", "--config", str(tmp_path / "c.yaml")]
         assert main(["-q", "curate", *pool, "--embedder", "pixels:4", *mixed]) == 0
@@ -349,23 +338,15 @@ class TestStorageOptions:
         assert main(["index", *write_pool([3]), "--storage-options", value]) == 2
         assert "--storage-options" in capsys.readouterr().err
 
-    def test_the_recipe_and_the_data_module_take_them(self, s3, tmp_path):
+    def test_the_recipe_and_the_data_module_take_them(self, shards, tmp_path):
         from curated_data import CuratedDataModule
         from recipes.curate import read_settings, run
 
-        options = {"key": "k", "secret": "s3cr3t", "client_kwargs": {"endpoint_url": s3[0]}}
-        (tmp_path / "c.yaml").write_text(
-            json.dumps(
-                {
-                    "pool": f"{s3[1]}/p-*.tar",
-                    "embedder": "pixels:4",
-                    "curation": {"target_size": 3},
-                    "cache_dir": str(tmp_path / "cache"),
-                    "storage_options": options,
-                }
-            )
-        )
+        options, pool = shards[0], f"{shards[1]}/p-*.tar"
+        settings = {"pool": pool, "embedder": "pixels:4", "curation": {"target_size": 3}}
+        settings |= {"cache_dir": str(tmp_path / "cache"), "storage_options": options}
+        (tmp_path / "c.yaml").write_text(json.dumps(settings))
         run(read_settings([str(tmp_path / "c.yaml")]))
         assert (tmp_path / "cache" / "selection").is_dir()
-        data = CuratedDataModule(f"{s3[1]}/p-*.tar", loader={"storage_options": options})
+        data = CuratedDataModule(pool, loader={"storage_options": options})
         assert len(data.pool) == 12

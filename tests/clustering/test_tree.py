@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curated_data.cache.artifacts import atomic_write_json, read_json, with_checksum
+from curated_data.cache.artifacts import read_json, with_checksum
+from curated_data.cache.publishing import atomic_write_json
 from curated_data.clustering.tree import ClusterTree, take_groups
 from curated_data.errors import CacheError
 
@@ -156,5 +157,5 @@ def test_a_tree_on_disk_is_no_copy_and_stays_as_it_was_saved(tmp_path):
     np.testing.assert_array_equal(tree.parent[1], random_tree(np.random.default_rng(1)).parent[1])
     parent = np.load(tmp_path / "tree" / "parent_1.npy")
     np.save(tmp_path / "tree" / "parent_1.npy", parent[::-1].copy())
-    with pytest.raises(CacheError, match=r"parent_1\.npy: damaged \(its checksum differs\)"):
+    with pytest.raises(CacheError, match=r"parent_1\.npy: damaged .*checksum"):
         ClusterTree.load(tmp_path / "tree", memory_map=True)

@@ -7,7 +7,7 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import make_blobs
 
 from curated_data import ClusterTree, Level, hierarchical_kmeans, kmeans
-from tests.support.processes import run_ranks
+from tests.support.ranks import on_ranks
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def _on_rank(rank, blobs, folder):
 
 
 def test_two_ranks_find_what_one_does(blobs, tmp_path):
-    run_ranks(_on_rank, 2, blobs, tmp_path)
+    on_ranks(2, _on_rank, blobs, tmp_path)
     alone = kmeans(blobs, 12, sample_weight=weights(len(blobs)), seed=3).assignment
     for rank in range(2):
         np.testing.assert_array_equal(np.load(tmp_path / f"{rank}.npy"), alone)

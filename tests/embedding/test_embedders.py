@@ -1,8 +1,5 @@
 """Embedders by name: what they compute, where their weights come from, and what tells one from another."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +10,7 @@ from curated_data.embedding import ImagePreprocess, ModuleEmbedder, resolve_embe
 from curated_data.embedding.identity import module_fingerprint
 from curated_data.errors import EmbedderError
 from lightning_modules import SimCLR
+from tests.support.programs import run_python
 
 
 @pytest.fixture
@@ -278,5 +276,5 @@ def test_fingerprints_are_equal_in_another_process():
     )
     here: dict = {"__name__": "somewhere"}
     exec(code, here)
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    there = run_python("-c", code).stdout
     assert there.strip() == here["found"]

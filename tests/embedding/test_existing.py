@@ -13,7 +13,7 @@ from curated_data.embedding import existing
 from curated_data.errors import CacheError, ConfigError, PoolError
 from curated_data.pipeline.extend import extend
 from curated_data.pipeline.reopen import reopen
-from tests.support.processes import run_ranks
+from tests.support.ranks import on_ranks
 
 CONFIG = {"target_size": 60, "levels": [{"n_clusters": 20}, {"n_clusters": 5}]}
 
@@ -128,7 +128,7 @@ def _on_rank(rank, rows, folder):
 
 
 def test_two_ranks_select_what_one_process_does(rows, tmp_path):
-    run_ranks(_on_rank, 2, rows, tmp_path)
+    on_ranks(2, _on_rank, rows, tmp_path)
     alone = curate_embeddings([rows[:250], rows[250:]], CONFIG, cache_dir=tmp_path / "alone")
     for rank in range(2):
         np.testing.assert_array_equal(np.load(tmp_path / f"ids-{rank}.npy"), alone.ids)

@@ -36,7 +36,8 @@ from lightning_modules.evaluation.knn import knn
 from lightning_modules.evaluation.logistic import fit_logistic
 from lightning_modules.evaluation.ranking import ranking
 from lightning_modules.evaluation.retrieval import retrieval
-from tests.support.processes import run_ranks
+from tests.support.ranks import on_ranks
+from tests.support.trainers import quiet_trainer
 
 GOLDEN = Path(__file__).with_name("golden.json")
 N_CLASSES = 6
@@ -53,7 +54,7 @@ def figures(folder: Path) -> dict[str, Any]:
         where.mkdir()
         write_pool(where, kind)
         curated = curations(where, kind, where / "cache")
-        run_ranks(_record_rank, 2, where, kind)
+        on_ranks(2, _record_rank, where, kind)
         for rank in range(2):
             assert json.loads((where / f"rank-{rank}.json").read_text()) == curated, (
                 "ranks and one process differ"
@@ -153,17 +154,7 @@ def losses(folder: Path, name: str) -> list[float]:
         loader={"num_workers": 0},
         cache_dir=folder / "stream",
     )
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=STEPS,
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Recorder()],
-    )
-    trainer.fit(module, data)
+    quiet_trainer(max_steps=STEPS, max_epochs=-1, callbacks=[Recorder()]).fit(module, data)
     return seen
 
 

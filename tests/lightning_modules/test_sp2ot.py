@@ -296,7 +296,7 @@ class Nameless(Patches):
 
 
 def test_neighbours_need_sample_ids(tmp_path):
-    with pytest.raises(ValueError, match="'sample_id', or take method='p2ot'"):
+    with pytest.raises(ValueError, match="'sample_id'"):
         trainer(tmp_path).fit(module(), DataLoader(Nameless(), 16))
     trainer(tmp_path, 1).fit(module(method="p2ot"), DataLoader(Nameless(), 16))
 

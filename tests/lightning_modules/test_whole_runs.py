@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_modules import SP2OT, DINOv2
 from tests.lightning_modules.test_pretraining import BUILD, SMALL_VIT, VIT, Images, build
 from tests.support.ranks import on_two_ranks
+from tests.support.trainers import quiet_trainer
 
 NAMES = {
     "simclr": {},
@@ -51,10 +52,9 @@ def whole_run(
     order = torch.randperm(16, generator=torch.Generator().manual_seed(5)).tolist()
     rows = [order[i + rank * share : i + (rank + 1) * share] for i in (0, 8, 4, 0)]
     loader = DataLoader(Images(module), batch_sampler=[(r * share)[:share] for r in rows])
-    trainer = L.Trainer(
-        accelerator="cpu", devices=world, strategy=strategy if world > 1 else "auto", max_epochs=4,
-        accumulate_grad_batches=2, callbacks=[losses], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+    trainer = quiet_trainer(
+        devices=world, strategy=strategy if world > 1 else "auto", max_epochs=4,
+        accumulate_grad_batches=2, callbacks=[losses], use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(module, loader)
     if path is not None:

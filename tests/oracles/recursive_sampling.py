@@ -1,4 +1,4 @@
-"""Hierarchical sampling by plain recursion, one call a cluster, and a check of any selection, node by node.
+"""Hierarchical sampling by plain recursion, one call per cluster, and a check of any selection, node by node.
 
 Written from the method's description alone: no array code is shared with the package.
 """

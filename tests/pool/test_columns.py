@@ -208,7 +208,7 @@ def test_a_killed_process_is_said_to_be_one(measured, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(columns, "measure_image", die)
-    with pytest.raises(PoolError, match="columns: a worker process was killed"):
+    with pytest.raises(PoolError, match=r"^columns: .*killed"):
         ShardPool(paths, cache_dir=tmp_path / "cache", num_workers=2).columns(["sharpness"])
 
 

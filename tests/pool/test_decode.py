@@ -167,9 +167,7 @@ class TestSample:
         sample = decode_sample({**self.place, "npy": npy(bands), "txt": b"a field"})
         assert np.array_equal(sample.pop("array"), bands)
         assert sample == {"caption": "a field"}
-        with pytest.raises(
-            SampleError, match=r"pool-7\.tar: sample 'dir/a', member 'npy': not a readable \.npy"
-        ):
+        with pytest.raises(SampleError, match=r"pool-7\.tar: sample 'dir/a', member 'npy': "):
             decode_sample({**self.place, "npy": npy(np.array([{}], object), allow_pickle=True)})
         with pytest.raises(SampleError, match=r"\.npy array"):
             decode_array(npy(bands)[:-1])
@@ -213,9 +211,7 @@ class TestSample:
         ):
             with pytest.raises(ConfigError, match=message):
                 decode_sample(sample, decoders=wrong)
-        with pytest.raises(
-            ConfigError, match="image_extensions: expected extensions such as 'jpg', found ''"
-        ):
+        with pytest.raises(ConfigError, match=r"^image_extensions: .*found ''"):
             decode_sample(sample, image_extensions=[""])
 
     @pytest.mark.parametrize(

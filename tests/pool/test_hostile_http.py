@@ -16,9 +16,10 @@ import pytest
 pytest.importorskip("aiohttp")
 
 from curated_data.errors import CacheError, CuratedDataError, PoolError
-from curated_data.pool import RemoteOptions, ShardPool, ShardWriter
+from curated_data.pool import RemoteOptions, ShardPool
 from curated_data.pool.shard import ShardFile
 from curated_data.pool.shard_cache import ShardCache
+from tests.support.images import write_samples
 
 QUICK = {"attempts": 2, "backoff": 0.01, "silence": 0.5}
 MOST = 64 << 20  # bytes that a server sends at most, so that a test that fails ends
@@ -131,11 +132,8 @@ def silent(first):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hostile")
-    rng = np.random.default_rng(0)
-    with ShardWriter(folder / "p-%d.tar") as writer:
-        for number in range(40):
-            writer.write({"__key__": f"{number:03d}", "bin": rng.bytes(4000)})
+    folder, rng = tmp_path_factory.mktemp("hostile"), np.random.default_rng(0)
+    write_samples(folder / "p-%d.tar", ({"bin": rng.bytes(4000)} for _ in range(40)))
     return folder
 
 
@@ -450,7 +448,7 @@ def test_an_endless_listing_ends(serve, monkeypatch):
 
 
 def test_a_folder_is_named_as_such(serve):
-    with pytest.raises(PoolError, match=r"is a folder; give its shards.*\*\.tar"):
+    with pytest.raises(PoolError, match=r"folder.*\*\.tar"):
         ShardPool("http://127.0.0.1:1/pool/")
     with pytest.raises(PoolError, match=r"s3://bucket/pool/' is a folder.*\*\.tar"):
         ShardPool("s3://bucket/pool/")
@@ -572,7 +570,7 @@ class TestShardCache:
         begun.wait(30)
         try:
             wanted = ShardFile("http://x/b", 1000, "b")
-            with pytest.raises(PoolError, match=r"http://x/b: no room in the shard cache .*cache_bytes"):
+            with pytest.raises(PoolError, match=r"http://x/b: .*cache_bytes"):
                 cache.open(wanted, download)
             assert "waiting for 1 other download" in caplog.text
         finally:

@@ -40,21 +40,6 @@ def bucket():
         fsspec.filesystem("memory").rm(name.removeprefix("memory:/"), recursive=True)
 
 
-@pytest.fixture
-def s3(monkeypatch):
-    """moto's S3 server: the options for fsspec, and the URL of a bucket."""
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = {"key": "k", "secret": "s", "client_kwargs": {"endpoint_url": f"http://{host}:{port}"}}
-    name = f"bucket-{uuid.uuid4().hex[:8]}"
-    fsspec.filesystem("s3", **options).mkdir(name)
-    yield options, f"s3://{name}"
-    server.stop()
-
-
 def samples(count, first=0):
     return [{"__key__": f"{i:03d}", "txt": f"text {i}", "cls": i % 3} for i in range(first, first + count)]
 

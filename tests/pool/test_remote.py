@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,7 @@ from curated_data.pool.access import choose_access
 from curated_data.pool.shard import ShardFile
 from curated_data.pool.shard_cache import ShardCache
 from curated_data.pool.store import Store
-from tests.support.processes import run_ranks
+from tests.support.ranks import on_ranks
 from tests.support.server import Server
 
 STAT = Store.stat
@@ -149,7 +150,7 @@ def test_ranks_look_at_each_shard_once_together(serve, folder, tmp_path):
     start(urls, tmp_path)
     for n_ranks in (2, 4):
         server.requests.clear()
-        run_ranks(start_on_a_rank, n_ranks, urls, tmp_path)
+        on_ranks(n_ranks, start_on_a_rank, urls, tmp_path)
         assert server.requests == {"HEAD": 3}  # and nothing is embedded again: they see the same versions
 
 
@@ -192,7 +193,7 @@ def test_without_ranges_shards_are_kept_in_the_cache(serve, expected, tmp_path, 
 
 def test_without_ranges_and_cache_the_error_says_what_to_do(serve):
     pool = ShardPool(serve(ranges=False).url + PATTERN, remote=RemoteOptions(**QUICK))
-    with pytest.raises(PoolError, match=r"p-00\d\.tar: has to be downloaded whole.*give the pool one"):
+    with pytest.raises(PoolError, match=r"p-00\d\.tar: .*whole"):
         len(pool)
 
 
@@ -446,50 +447,37 @@ def test_local_and_remote_shards_mix(serve, expected, folder, tmp_path):
     assert plain.shard_fingerprints[0] == pool.shard_fingerprints[0]
 
 
-def test_s3(expected, folder, monkeypatch):
+def test_s3(s3, expected, folder, monkeypatch):
     """Against moto's S3 server: listings by a glob and for many shards, ranges, a change told by the ETag."""
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        options = {"key": "k", "secret": "s", "client_kwargs": {"endpoint_url": f"http://{host}:{port}"}}
-        import s3fs
-
-        bucket = s3fs.S3FileSystem(**options)
-        bucket.mkdir("bucket")
-        for path in folder.glob("*.tar"):
-            bucket.pipe(f"bucket/pool/{path.name}", path.read_bytes())
-        remote = RemoteOptions(recheck=0, **QUICK)
-        pool = ShardPool("s3://bucket/pool/p-*.tar", storage_options=options, remote=remote)
-        ids = np.random.default_rng(0).permutation(100)
-        assert contents(pool.read(ids)) == [expected[i] for i in ids]
-        assert pool.urls == [f"s3://bucket/pool/p-00{i}.tar" for i in range(4)]
-        looked_at = []
-        monkeypatch.setattr(Store, "stat", lambda self, url: looked_at.append(url) or STAT(self, url))
-        pool.read(ids)
-        assert not looked_at  # answers tell of which version they are
-        monkeypatch.setattr(store, "_LISTED_FROM", 4)
-        listed = ShardPool("s3://bucket/pool/p-{000..003}.tar", storage_options=options)
-        assert listed.shards == pool.shards
-        assert looked_at == listed.urls[:1]  # to see that it says what the listing says
-        with pytest.raises(PoolError, match=r"no shard matches 's3://bucket/pool/q-\*\.tar'"):
-            ShardPool("s3://bucket/pool/q-*.tar", storage_options=options)
-        bucket.pipe("bucket/pool/p-000.tar", (folder / "p-001.tar").read_bytes())
-        with pytest.raises(PoolError, match=r"p-000\.tar: changed since it was indexed"):
-            pool.read([0])
-        again = ShardPool("s3://bucket/pool/p-*.tar", storage_options=options)
-        same = [a == b for a, b in zip(pool.shard_fingerprints, again.shard_fingerprints)]
-        assert same == [False, True, True, True]
-    finally:
-        server.stop()
+    options, url = s3
+    bucket = fsspec.filesystem("s3", **options)
+    for path in folder.glob("*.tar"):
+        bucket.pipe(f"{url}/pool/{path.name}", path.read_bytes())
+    remote = RemoteOptions(recheck=0, **QUICK)
+    pool = ShardPool(f"{url}/pool/p-*.tar", storage_options=options, remote=remote)
+    ids = np.random.default_rng(0).permutation(100)
+    assert contents(pool.read(ids)) == [expected[i] for i in ids]
+    assert pool.urls == [f"{url}/pool/p-00{i}.tar" for i in range(4)]
+    looked_at = []
+    monkeypatch.setattr(Store, "stat", lambda self, url: looked_at.append(url) or STAT(self, url))
+    pool.read(ids)
+    assert not looked_at  # answers tell of which version they are
+    monkeypatch.setattr(store, "_LISTED_FROM", 4)
+    listed = ShardPool(f"{url}/pool/p-{{000..003}}.tar", storage_options=options)
+    assert listed.shards == pool.shards
+    assert looked_at == listed.urls[:1]  # to see that it says what the listing says
+    with pytest.raises(PoolError, match=r"no shard matches .*q-\*\.tar"):
+        ShardPool(f"{url}/pool/q-*.tar", storage_options=options)
+    bucket.pipe(f"{url}/pool/p-000.tar", (folder / "p-001.tar").read_bytes())
+    with pytest.raises(PoolError, match=r"p-000\.tar: changed since it was indexed"):
+        pool.read([0])
+    again = ShardPool(f"{url}/pool/p-*.tar", storage_options=options)
+    same = [a == b for a, b in zip(pool.shard_fingerprints, again.shard_fingerprints)]
+    assert same == [False, True, True, True]
 
 
 def test_any_fsspec_url(folder, expected, monkeypatch):
     """fsspec's memory file system stands for the protocols that are not HTTP or S3."""
-    import fsspec
-
     memory = fsspec.filesystem("memory")
     for path in folder.glob("*.tar"):
         memory.pipe(f"/pool/{path.name}", path.read_bytes())

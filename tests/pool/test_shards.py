@@ -79,13 +79,13 @@ def test_labels(small_pool, write_tar):
     assert ShardPool(write_tar("plain.tar", [("a.jpg", b"")])).labels([0]).tolist() == [-1]
     bad = ShardPool(write_tar("bad.tar", [("a.cls", b" 7\n"), ("b.cls", b"cat")]))
     assert bad.labels([0]).tolist() == [7]
-    with pytest.raises(SampleError, match=r"bad\.tar: sample 'b': its \.cls is not an integer: b'cat'"):
+    with pytest.raises(SampleError, match=r"bad\.tar: sample 'b': .*\.cls .*b'cat'"):
         bad.labels([0, 1])
 
 
 @pytest.mark.parametrize("ids", [[9], [-1], [0, 100]])
 def test_ids_outside_the_pool_are_refused(small_pool, ids):
-    with pytest.raises(PoolError, match=rf"id {ids[-1]} is outside the pool: it has samples 0 to 8"):
+    with pytest.raises(PoolError, match=rf"id {ids[-1]} .* 0 to 8"):
         ShardPool(small_pool).read(ids)
 
 
@@ -155,7 +155,7 @@ class TestUrls:
 def test_a_pool_without_samples_is_refused(write_tar, tmp_path):
     pool = ShardPool(write_tar("none.tar", [("README", b"text")]), cache_dir=tmp_path / "cache")
     for _ in range(2):
-        with pytest.raises(PoolError, match=r"the pool is empty: no sample in 1 shard\(s\) \(.*none\.tar\)"):
+        with pytest.raises(PoolError, match=r"empty: .*none\.tar"):
             len(pool)
 
 

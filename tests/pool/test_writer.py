@@ -135,9 +135,7 @@ def test_finished_shards_are_not_replaced_unasked(tmp_path):
 
     write(5)
     before = shards_in(tmp_path / "out")
-    with pytest.raises(
-        PoolError, match=r"shard-000000\.tar: 3 shard\(s\) .* are there already.*overwrite=True"
-    ):
+    with pytest.raises(PoolError, match=r"shard-000000\.tar: 3 .*overwrite=True"):
         write(2)
     assert shards_in(tmp_path / "out") == before
     write(2, overwrite=True)  # the surplus of the longer run goes
@@ -255,7 +253,7 @@ class TestImport:
     def test_what_cannot_be_read_is_named_and_nothing_left_out(self, tmp_path, photo, monkeypatch):
         self.make(tmp_path / "in", ["a/x.jpg"], photo)
         (tmp_path / "in" / "a" / "y.jpg").symlink_to("y.jpg")  # a loop, which no rights open
-        with pytest.raises(PoolError, match=r"in/a/y\.jpg: cannot be read \(.*\); make it readable, or move"):
+        with pytest.raises(PoolError, match=r"in/a/y\.jpg: cannot be read"):
             import_folder(tmp_path / "in", tmp_path / "out")
         (tmp_path / "in" / "a" / "y.jpg").unlink()
         listed = os.scandir

@@ -141,7 +141,7 @@ def test_commands_that_cannot_work_are_refused(monkeypatch, tmp_path, write_pool
     monkeypatch.chdir(tmp_path)
     config = str(ROOT / "configs" / "pretrain" / "simclr_fashion.yaml")
     arguments = [*BASE, "--config", config, "--data.pool", str(tmp_path / "pool-*.tar")]
-    with pytest.raises(ConfigError, match="validate: SimCLR has no validation_step; evaluate its checkpoint"):
+    with pytest.raises(ConfigError, match=r"^validate: SimCLR .*validation_step"):
         pretrain.main(["validate", *arguments, "--trainer.accelerator", "cpu"])
     with pytest.raises(SystemExit, match="2"):
         pretrain.main(["test", *arguments])

@@ -139,7 +139,7 @@ def test_recuration_prints_what_it_changed(tmp_path, fashion_train, monkeypatch)
 def test_recuration_settings_are_checked(monkeypatch):
     monkeypatch.chdir(ROOT)
     configs = ["--config", "configs/base.yaml", "--config", "configs/pretrain/simclr_fashion.yaml"]
-    with pytest.raises(CuratedDataError, match=r"every_n_epochs: expected an integer of at least 1, found 0"):
+    with pytest.raises(CuratedDataError, match=r"every_n_epochs: .*found 0"):
         recurate.main(["fit", *configs, "--recuration.every_n_epochs", "0"])
     twice = [
         *configs,

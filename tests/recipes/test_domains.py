@@ -181,7 +181,7 @@ def test_ngrams_keep_the_cosines_of_the_counts():
     assert NgramEmbedder().fingerprint == embedder.fingerprint != NgramEmbedder(64).fingerprint
     with pytest.raises(SampleError, match="empty"):
         embedder.preprocess(" \n")
-    with pytest.raises(EmbedderError, match="takes text, the pool gave a Tensor"):
+    with pytest.raises(EmbedderError, match=r"text.* Tensor"):
         embedder.preprocess(torch.zeros(3, 4, 4))
 
 
@@ -302,5 +302,5 @@ def test_wrong_array_input_is_named(tmp_path, capsys, write_pool):
     ):
         assert multiband_curation.main([source, *more]) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(PoolError, match="no array to take the scale of bands from"):
+    with pytest.raises(PoolError, match="no array"):
         multiband_curation.BandEmbedder.fit(ShardPool(shard))

@@ -8,21 +8,17 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import DatasetCard
 
-from curated_data import ShardPool, ShardWriter, curate
+from curated_data import ShardPool, curate
 from curated_data.errors import PoolError
 from curated_data.pipeline.export import export
-from tests.support.images import png
+from tests.support.images import noise, write_samples
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pool")
-    rng = np.random.default_rng(0)
-    with ShardWriter(folder / "pool-%06d.tar", max_samples=50) as writer:
-        for i in range(90):
-            image = png(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-            writer.write({"__key__": f"{i:03d}", "png": image, "cls": i % 3, "txt": f"number {i}"})
-    pool = ShardPool(str(folder / "pool-*.tar"))
+    samples = ({"png": png, "cls": i % 3, "txt": f"number {i}"} for i, png in enumerate(noise(90)))
+    pool = ShardPool(write_samples(folder / "pool-%06d.tar", samples, max_samples=50))
     curation = curate(pool, {"target_size": 30}, embedder="pixels:8", cache_dir=folder / "cache")
     shards = export(pool, curation.ids, folder / "out", curation=curation, max_samples=12)
     return pool, curation, folder / "out", shards

@@ -22,7 +22,7 @@ from curated_data.report.explain import explain
 from curated_data.selection.removed import Removed
 from curated_data.selection.sampling import hierarchical_sample
 from curated_data.selection.sparse import find_neighbours, sparse_sample
-from tests.support.processes import run_ranks
+from tests.support.ranks import on_ranks
 
 LEVELS = [{"n_clusters": 12, "n_resamples": 2, "sample_size": 3}, {"n_clusters": 4}]
 CONFIG = {
@@ -282,7 +282,7 @@ def as_float(image):
 def test_a_pool_of_copies_and_broken_samples_is_said_to_be_so(write_pool, tmp_path):
     shards, held_out = write_pool([20], bad={(0, 3): b"broken"}), write_pool([20], name="held-out", seed=0)
     settings = {"enabled": True, "threshold": 0.999, "held_out": held_out}
-    with pytest.raises(PoolError, match="all of the pool's 19 samples that could be embedded are copies of"):
+    with pytest.raises(PoolError, match=r"^near-duplicates: .* 19 samples"):
         run(shards, tmp_path / "cache", near_duplicates=settings)
 
 
@@ -336,9 +336,7 @@ def test_what_cannot_be_curated(write_pool, tmp_path):
     with pytest.raises(PoolError, match="nothing-"):
         run(str(tmp_path / "nothing-*.tar"), cache)
     broken = write_pool([3], name="broken", bad={(0, place): b"?" for place in range(3)})
-    with pytest.raises(
-        PoolError, match=r"none of the pool's 3 samples could be embedded; the first: .*broken"
-    ):
+    with pytest.raises(PoolError, match=r"3 samples .*broken"):
         run(broken, cache, levels=[{"n_clusters": 1}])
     few = write_pool([14], name="few", bad={(0, place): b"?" for place in range(4)})
     with pytest.raises(ConfigError, match=r"12 clusters of 10 samples"):
@@ -424,7 +422,7 @@ def _curate_on_ranks(rank, shards, folder):
 def test_two_ranks_find_what_one_process_finds(write_pool, tmp_path):
     shards = write_pool([40, 30, 20])
     alone = run(shards, tmp_path / "alone")
-    run_ranks(_curate_on_ranks, 2, shards, tmp_path)
+    on_ranks(2, _curate_on_ranks, shards, tmp_path)
     for rank in (0, 1):
         with np.load(tmp_path / f"rank-{rank}.npz") as saved:
             np.testing.assert_array_equal(saved["rows"], np.asarray(alone.embeddings))

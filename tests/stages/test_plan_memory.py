@@ -1,26 +1,16 @@
 """A plan's memory is that of the whole process: never below what a curation then takes."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.support.memory_runs import write_pool, write_rows
-
-ROOT = Path(__file__).parents[2]
+from tests.support.programs import run_python
 
 
 def run(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.memory_runs", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_python("-m", "tests.support.memory_runs", *arguments).stdout.splitlines()[-1])
 
 
 @pytest.mark.long

@@ -17,6 +17,7 @@ from curated_data.pipeline.recurate import recurate
 from curated_data.pipeline.reopen import reopen
 from tests.support.images import png
 from tests.support.recuration_runs import SIZES, TinyModule, by_epoch, datamodule, fit, seen
+from tests.support.trainers import quiet_trainer
 
 
 def check_reopened(cache, made) -> None:
@@ -145,10 +146,7 @@ def test_a_tree_that_is_its_own_base_is_damaged(shards, tmp_path):
 
 def run(data, record, callbacks, epochs=2, trainer=None, **options):
     lightning.seed_everything(0, verbose=False)
-    trainer = trainer or lightning.Trainer(
-        max_epochs=epochs, callbacks=callbacks, logger=False, accelerator="cpu", enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, **options,
-    )  # fmt: skip
+    trainer = trainer or quiet_trainer(max_epochs=epochs, callbacks=callbacks, **options)
     trainer.fit(TinyModule(str(record)), data)
     return by_epoch(seen(record)), trainer
 
@@ -195,9 +193,6 @@ def test_a_resumed_run_streams_what_its_checkpoint_says(write_pool, tmp_path):
     data = datamodule(shards, tmp_path / "c")
     run(data, tmp_path / "other", [RecurationCallback(1)])
     lightning.seed_everything(0, verbose=False)
-    trainer = lightning.Trainer(
-        max_epochs=3, callbacks=[RecurationCallback(1)], logger=False, accelerator="cpu",
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(max_epochs=3, callbacks=[RecurationCallback(1)])
     trainer.fit(TinyModule(str(tmp_path / "r")), data, ckpt_path=path)
     assert seen(tmp_path / "r") == whole[6:]

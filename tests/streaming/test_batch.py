@@ -17,7 +17,7 @@ def test_views_of_different_shapes_are_one_clear_error(write_pool):
     with pytest.raises(ConfigError, match="image: cannot be stacked"):
         collate(dataset.__getitems__([0, 1, 2, 3]))
     dataset.views = lambda image: (image, torch.zeros(int(torch.randint(2, 50, (1,)))))
-    with pytest.raises(ConfigError, match=r"views\[1\]: cannot be stacked to a batch, shapes differ: \[\("):
+    with pytest.raises(ConfigError, match=r"^views\[1\]: .*\[\("):
         collate(dataset.__getitems__([0, 1, 2, 3]))
 
 
@@ -64,7 +64,7 @@ def test_samples_with_other_numbers_of_views_are_one_clear_error(write_pool):
         collate(samples)
 
     view = torch.zeros(1)
-    with pytest.raises(ConfigError, match="views: gave 2 for sample 2 and 1 for sample 1 of the same batch"):
+    with pytest.raises(ConfigError, match=r"^views: .*sample 2 .*sample 1"):
         collated([view] * 2, [view] * 2, [view])
-    with pytest.raises(ConfigError, match="views: sample 2 has it and sample 0 of the same batch has image;"):
+    with pytest.raises(ConfigError, match=r"^views: sample 2 .*sample 0"):
         collated([view], view, [view])

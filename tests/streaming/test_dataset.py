@@ -195,7 +195,7 @@ def test_text_and_arrays_stream_as_images_do(tmp_path):
 def test_default_views_of_what_is_no_image_say_what_to_give(tmp_path):
     with ShardWriter(tmp_path / "text-%d.tar") as writer:
         writer.write({"__key__": "a", "txt": "a text"})
-    with pytest.raises(ConfigError, match="the pool gave a str; for texts and arrays pass your own `views`"):
+    with pytest.raises(ConfigError, match=r"^views: .*str"):
         PoolDataset(ShardPool(str(tmp_path / "text-0.tar")), CenterCrop(8))[0]
 
 
@@ -211,7 +211,7 @@ def test_a_sample_without_an_image_in_a_pool_of_images_is_one_that_cannot_be_dec
                 del members["png"]
             writer.write({"__key__": f"{number}", **members})
     pool = ShardPool(path)
-    with pytest.raises(SampleError, match=r"p\.tar: sample '3': no image member; it has: json, txt$"):
+    with pytest.raises(SampleError, match=r"p\.tar: sample '3': .*json, txt$"):
         PoolDataset(pool, views)[3]
     dataset = PoolDataset(pool, views, on_error="skip")
     batch, report = collate(dataset.__getitems__([2, 3]))
@@ -226,9 +226,7 @@ def test_a_sample_without_an_image_in_a_pool_of_images_is_one_that_cannot_be_dec
 def test_a_decoder_that_makes_no_label_is_named(write_pool, label):
     paths = write_pool([3])
     dataset = PoolDataset(ShardPool(paths), decoders={"cls": lambda data: label}, on_error="skip")
-    with pytest.raises(
-        ConfigError, match=r"^label: a decoder gave .*000\.tar: sample '000/0002', expected an int"
-    ):
+    with pytest.raises(ConfigError, match=r"^label: .*000\.tar: sample '000/0002'"):
         dataset.__getitems__([2])
 
 
@@ -257,7 +255,7 @@ def test_views_may_refuse_a_sample(write_pool):
         raise SampleError("is smaller than 100 pixels")
 
     paths = write_pool([3])
-    with pytest.raises(SampleError, match=r"000/0002.*is smaller than 100 pixels"):
+    with pytest.raises(SampleError, match=r"000/0002.*100 pixels"):
         PoolDataset(ShardPool(paths), at_least_100_pixels).__getitems__([2])
 
 
@@ -319,9 +317,7 @@ def test_too_many_skipped_are_an_error(write_pool):
     pool = ShardPool(write_pool([60], bad=bad))
     list(loader_of(PoolDataset(pool, noisy, on_error="skip", max_skipped=0.1)))
     refusing = loader_of(PoolDataset(pool, noisy, on_error="skip", max_skipped=0.01))
-    with pytest.raises(
-        SampleError, match=r"more than max_skipped=0\.01 allows; most of them .* in .*pool-000"
-    ):
+    with pytest.raises(SampleError, match=r"max_skipped=0\.01 .*pool-000"):
         list(refusing)
 
 

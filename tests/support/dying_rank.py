@@ -15,6 +15,7 @@ import torch
 
 from curated_data import CuratedDataModule
 from curated_data.parallel import rank
+from tests.support.trainers import quiet_trainer
 
 
 class DyingEmbedder:
@@ -59,17 +60,7 @@ def main(folder: Path, dies: int) -> None:
         loader={"num_workers": 0},
         image_size=8,
     )
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=str(folder),
-    )
+    trainer = quiet_trainer(devices=2, strategy="ddp", max_epochs=1, default_root_dir=str(folder))
     trainer.fit(Nothing(), data)
 
 

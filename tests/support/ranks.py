@@ -1,4 +1,4 @@
-"""Run a function on two processes joined by gloo."""
+"""Run a function on several processes joined by gloo."""
 
 import multiprocessing
 import os
@@ -10,30 +10,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+SECONDS = 120
 
-def on_two_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(rank, *arguments)` on two forked processes; their results in rank order.
+
+def on_ranks(n: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(rank, *arguments)` on n forked processes; their results in rank order.
 
     Forked, because importing torch and lightning again costs seconds. One thread each: OpenMP does not
     survive a fork.
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
-        ends = [context.Pipe(duplex=False) for _ in range(2)]
+        ends = [context.Pipe(duplex=False) for _ in range(n)]
         processes = [
-            context.Process(
-                target=_work, args=(rank, folder, ends[rank][1], function, arguments), daemon=True
-            )
-            for rank in range(2)
+            context.Process(target=_work, args=(rank, n, folder, ends[rank][1], function, arguments))
+            for rank in range(n)
         ]
         for process in processes:
             process.start()
         results = []
-        for (receive, _), process in zip(ends, processes):
-            if not receive.poll(120):
-                process.kill()
-                raise TimeoutError("a rank gave no result in 120 s")
-            results.append(receive.recv())
+        for rank, (receive, send) in enumerate(ends):
+            send.close()  # so that the end of a rank that died ends the wait for it
+            if not receive.poll(SECONDS):
+                for process in processes:
+                    process.kill()
+                raise TimeoutError(f"rank {rank} gave no result in {SECONDS} s")
+            try:
+                results.append(receive.recv())
+            except EOFError:
+                results.append(f"Traceback: rank {rank} died")
         for process in processes:
             process.join(10)
     for result in results:
@@ -42,10 +47,17 @@ def on_two_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
     return results
 
 
-def _work(rank: int, folder: str, end: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def on_two_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`on_ranks` with two of them."""
+    return on_ranks(2, function, *arguments)
+
+
+def _work(
+    rank: int, n: int, folder: str, end: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n)
         result = function(rank, *arguments)
         dist.barrier()
     except Exception:

@@ -24,13 +24,14 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from curated_data import CuratedDataModule, RecurationCallback
-from curated_data.cache.artifacts import atomic_write_json
+from curated_data.cache.publishing import atomic_write_json
 from curated_data.clustering import hierarchy
 from curated_data.embedding.embedders import ModuleEmbedder
 from curated_data.parallel import rank
 from curated_data.pipeline import curate as pipeline
 from curated_data.training import callbacks
 from lightning_modules import SimCLR
+from tests.support.trainers import quiet_trainer
 
 EPOCHS, WHICH = 3, 2  # the second re-curation is the one that is killed
 MOMENTS = {
@@ -74,10 +75,10 @@ def train(folder: Path, run: str, cache: str, ranks: int, share: float, resume: 
         warmup_epochs=0,
     )  # fmt: skip
     saving = ModelCheckpoint(folder / f"{run}-checkpoints", every_n_train_steps=2, save_top_k=-1)
-    trainer = lightning.Trainer(
-        max_epochs=EPOCHS, accelerator="cpu", devices=ranks, strategy="ddp_fork" if ranks > 1 else "auto",
-        callbacks=[RecurationCallback(1, share=share), saving, Recorder(folder / run)], logger=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+    trainer = quiet_trainer(
+        max_epochs=EPOCHS, devices=ranks, strategy="ddp_fork" if ranks > 1 else "auto",
+        callbacks=[RecurationCallback(1, share=share), saving, Recorder(folder / run)],
+        enable_checkpointing=True, default_root_dir=folder,
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=resume)
 

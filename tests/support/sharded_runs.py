@@ -22,6 +22,7 @@ from curated_data import RecurationCallback, ShardPool
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.embedding.sharded import unsharded
 from tests.support.recuration_runs import TinyModule, datamodule, to_float
+from tests.support.trainers import quiet_trainer
 
 
 class Network(nn.Module):
@@ -98,11 +99,9 @@ def train(
 ) -> None:
     lightning.seed_everything(0, verbose=False)
     callback = RecurationCallback(every_n_epochs=1)
-    trainer = lightning.Trainer(
-        max_epochs=3, callbacks=[callback], accelerator=accelerator, strategy=strategy, logger=False,
-        devices=2 if accelerator == "cpu" else "auto",
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        default_root_dir=folder,
+    trainer = quiet_trainer(
+        max_epochs=3, callbacks=[callback], accelerator=accelerator, strategy=strategy,
+        devices=2 if accelerator == "cpu" else "auto", default_root_dir=folder,
     )  # fmt: skip
     data = datamodule(shards, folder / f"cache-{run}", batch_size=8 // trainer.world_size)
     trainer.fit(module(str(folder / run)), data)

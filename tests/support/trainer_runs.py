@@ -5,7 +5,6 @@
 trains on a small pool in FOLDER, where <run>-<rank>.jsonl then has a line for every batch a rank was given.
 """
 
-import io
 import json
 import os
 import signal
@@ -18,10 +17,11 @@ import numpy as np
 import torch
 import webdataset
 from lightning.pytorch.callbacks import ModelCheckpoint
-from PIL import Image
 
 from curated_data.training.datamodule import CuratedDataModule
+from tests.support.images import png
 from tests.support.options import grouped
+from tests.support.trainers import quiet_trainer
 
 N_SAMPLES, N_VALIDATION = 53, 13
 SELECTION = np.sort(np.random.default_rng(0).choice(N_SAMPLES, 40, replace=False))
@@ -102,21 +102,15 @@ def data(folder: Path, ranks: int, **arguments: Any) -> CuratedDataModule:
 
 
 def trainer(folder: Path, ranks: int, **arguments: Any) -> pl.Trainer:
-    return pl.Trainer(
-        **{
-            "accelerator": "cpu",
-            "devices": ranks,
-            "strategy": "ddp_fork" if ranks > 1 else "auto",
-            "max_epochs": EPOCHS,
-            "logger": False,
-            "enable_checkpointing": bool(arguments.get("callbacks")),
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": str(folder),
-            "num_sanity_val_steps": 0,
-            **arguments,
-        }
-    )
+    options = {
+        "devices": ranks,
+        "strategy": "ddp_fork" if ranks > 1 else "auto",
+        "max_epochs": EPOCHS,
+        "enable_checkpointing": bool(arguments.get("callbacks")),
+        "default_root_dir": str(folder),
+        "num_sanity_val_steps": 0,
+    }
+    return quiet_trainer(**(options | arguments))
 
 
 def in_a_process(function) -> int:
@@ -180,11 +174,8 @@ def write_pool(folder: Path, name: str, sizes: list[int]) -> None:
     for number, size in enumerate(sizes):
         with webdataset.TarWriter(str(folder / f"{name}-{number}.tar")) as writer:
             for place in range(size):
-                buffer = io.BytesIO()
-                Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
-                writer.write(
-                    {"__key__": f"{number}-{place:04d}", "png": buffer.getvalue(), "cls": str(place % 3)}
-                )
+                image = png(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+                writer.write({"__key__": f"{number}-{place:04d}", "png": image, "cls": str(place % 3)})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from curated_data import CurationLogger, RecurationCallback
 from curated_data.errors import ConfigError
 from curated_data.selection.metrics import cluster_balance, entropy
 from curated_data.training.logging_callback import curation_metrics
+from tests.support.images import noise, write_samples
 from tests.support.recuration_runs import SIZES, fit
 
 
@@ -79,23 +80,16 @@ def test_metrics_without_labels(write_pool, tmp_path):
     assert all(np.isfinite(list(values.values())))
     with pytest.raises(ConfigError, match=r"labels: expected shape \(64,\), got \(3,\)"):
         fit(write_pool(SIZES), tmp_path / "c", None, epochs=1, callbacks=[CurationLogger(np.zeros(3))])
-    with pytest.raises(ConfigError, match=r"CurationLogger\.labels: labels need to be integers"):
+    with pytest.raises(ConfigError, match=r"^CurationLogger\.labels: .*integers"):
         fit(write_pool(SIZES), tmp_path / "c", None, epochs=1, callbacks=[CurationLogger(np.zeros(64))])
 
 
 def test_labels_that_only_a_decoder_understands_are_told_once(tmp_path, caplog):
-    from curated_data import ShardWriter
-    from tests.support.images import png
-
-    rng = np.random.default_rng(0)
-    with ShardWriter(tmp_path / "pool-%d.tar") as writer:
-        for number in range(64):
-            image = png(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-            writer.write({"__key__": str(number), "png": image, "cls": "cat"})
+    shards = write_samples(tmp_path / "pool-%d.tar", ({"png": png, "cls": "cat"} for png in noise(64)))
     logger = CSVLogger(tmp_path / "csv", flush_logs_every_n_steps=1)
     callbacks = [CurationLogger(), RecurationCallback(1)]
     changes = {"decoders": {"cls": len}}
-    fit(writer.shards, tmp_path / "c", None, epochs=2, callbacks=callbacks, logger=logger, changes=changes)
+    fit(shards, tmp_path / "c", None, epochs=2, callbacks=callbacks, logger=logger, changes=changes)
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["curation/selected"]]
     assert len(rows) == 2

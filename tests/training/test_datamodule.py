@@ -4,8 +4,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,9 @@ from curated_data.errors import ConfigError, PoolError
 from curated_data.pool import ShardPool
 from curated_data.training.datamodule import CenterCrop, CuratedDataModule
 from tests.support.listing import Listing, expected_stream
-from tests.support.trainer_runs import (
-    EPOCHS,
-    N_SAMPLES,
-    N_VALIDATION,
-    SELECTION,
-    data,
-    trainer,
-    write_pools,
-)
+from tests.support.programs import run_python
+from tests.support.trainer_runs import EPOCHS, N_SAMPLES, N_VALIDATION, SELECTION, data, trainer
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -71,22 +61,8 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
     folder = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, "-m", "tests.support.trainer_runs", str(folder)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_python("-m", "tests.support.trainer_runs", folder)
     return Runs(folder)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_pools(tmp_path_factory.mktemp("pool"))
 
 
 @pytest.mark.long
@@ -332,10 +308,7 @@ CURATED = {"curation": {"target_size": 5}, "selection": None, "embedder": Pixels
         ),
         ({"curation": {"target_sise": 5}, "selection": None}, "target_size"),
         ({"stratify_level": 1}, "stratify_level"),
-        (
-            {**CURATED, "stratify_level": 1, "shuffle": "block"},
-            'stratify_level: takes shuffle="full"',
-        ),
+        ({**CURATED, "stratify_level": 1, "shuffle": "block"}, 'stratify_level: takes shuffle="full"'),
         (
             {**CURATED, "curation": {"target_size": 5, "levels": TREE}, "stratify_level": 2},
             "stratify_level: the tree has level 1, found 2",

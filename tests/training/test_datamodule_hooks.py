@@ -15,14 +15,9 @@ from torchvision.transforms import v2
 from curated_data import CuratedDataModule
 from curated_data.streaming import PerSample
 from tests.support.listing import Listing
-from tests.support.trainer_runs import N_SAMPLES, SELECTION, data, trainer, write_pools
+from tests.support.trainer_runs import N_SAMPLES, SELECTION, data, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_pools(tmp_path_factory.mktemp("pool"))
 
 
 class Hooked(CuratedDataModule):

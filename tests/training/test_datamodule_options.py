@@ -152,16 +152,12 @@ class TestDeviceViews:
             ({"views": no_view}, r"views: gave a dict.* in "),
         ):
             data = CuratedDataModule(
-                paths,
-                batch_size=2,
-                loader={"num_workers": 0},
-                image_size=8,
-                **arguments,
+                paths, batch_size=2, loader={"num_workers": 0}, image_size=8, **arguments
             )
             with pytest.raises(ConfigError, match=f"^{match}"):
                 trained(data)
         both = {"views": lambda image: [CenterCrop(8)(image)] * 2, "device": {"views": ResizedCrops(8)}}
-        with pytest.raises(ConfigError, match=r"^views: with device.views they give one tensor"):
+        with pytest.raises(ConfigError, match=r"^views: .*device\.views"):
             trained(CuratedDataModule(paths, batch_size=2, loader={"num_workers": 0}, **both))
         validated = CuratedDataModule(
             paths, val_pool=paths, batch_size=2, loader={"num_workers": 0}, eval_transform=lambda image: None

@@ -1,7 +1,6 @@
 """Wherever a run ends, its checkpoint continues with the next sample; new selections between epochs."""
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,14 +9,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from curated_data.streaming import EpochOrder
 from tests.support.listing import Interrupted, Listing, Replacing, expected_stream
-from tests.support.trainer_runs import EPOCHS, GLOBAL_BATCH, N_SAMPLES, data, trainer, write_pools
+from tests.support.trainer_runs import EPOCHS, GLOBAL_BATCH, N_SAMPLES, data, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_pools(tmp_path_factory.mktemp("pool"))
 
 
 STEPS = {"max_steps": 15, "max_epochs": -1}

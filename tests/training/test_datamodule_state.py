@@ -17,22 +17,9 @@ from curated_data.errors import CacheError, ConfigError, CuratedDataError
 from curated_data.streaming.state import checked_state
 from tests.support.listing import Listing, Replacing, expected_stream
 from tests.support.recuration_runs import SIZES, TinyModule, datamodule
-from tests.support.trainer_runs import (
-    GLOBAL_BATCH,
-    N_SAMPLES,
-    SELECTION,
-    data,
-    scaled,
-    trainer,
-    write_pools,
-)
+from tests.support.trainer_runs import GLOBAL_BATCH, N_SAMPLES, SELECTION, data, scaled, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_pools(tmp_path_factory.mktemp("pool"))
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,7 @@
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,23 +11,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from curated_data import CuratedDataModule, CurationLogger, RecurationCallback
 from tests.support.listing import Listing, expected_stream
-from tests.support.trainer_runs import (
-    N_SAMPLES,
-    N_VALIDATION,
-    SELECTION,
-    data,
-    scaled,
-    trainer,
-    write_pools,
-)
+from tests.support.programs import run_python
+from tests.support.trainer_runs import N_SAMPLES, N_VALIDATION, SELECTION, data, scaled, trainer
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_pools(tmp_path_factory.mktemp("pool"))
 
 
 class Lister(Listing):
@@ -125,10 +108,7 @@ def test_validate_and_predict_read_their_own_pools_and_select_nothing(folder, va
     assert module.trained == expected_stream(1)
 
 
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda loaded: pickle.loads(pickle.dumps(loaded)),
-}
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda loaded: pickle.loads(pickle.dumps(loaded))}
 
 
 @pytest.mark.parametrize("how", COPIES)
@@ -235,14 +215,7 @@ def test_launchers_within_a_script_divide_the_stream(folder, tmp_path, strategy)
     """In a program, as a fork of this process would inherit its threads."""
     program = tmp_path / "program.py"
     program.write_text(LAUNCHED)
-    done = subprocess.run(
-        [sys.executable, str(program), str(folder), str(tmp_path), strategy],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python(program, folder, tmp_path, strategy)
     ranks = [
         [json.loads(line)["ids"] for line in (tmp_path / f"run-{rank}.jsonl").read_text().splitlines()]
         for rank in (0, 1)

@@ -2,10 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from lightning.fabric import Fabric
@@ -15,15 +11,10 @@ from torch.utils.data import DistributedSampler
 
 from curated_data.errors import CacheError, ConfigError
 from tests.support.listing import Listing, expected_stream
-from tests.support.trainer_runs import data, trainer, write_pools
+from tests.support.programs import run_python
+from tests.support.trainer_runs import data, trainer
 
-ROOT = Path(__file__).parents[2]
 EPOCH = 5  # batches
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_pools(tmp_path_factory.mktemp("pool"))
 
 
 def ids(batches) -> list[list[int]]:
@@ -213,14 +204,7 @@ if __name__ == "__main__":
 def test_ranks_of_fabric_stay_in_step_and_their_state_resumes_on_one(folder, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(FABRIC)
-    # Lightning leaves the address of an earlier test's group in the environment.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
-    done = subprocess.run(
-        [sys.executable, str(program), str(folder), str(tmp_path)],
-        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python(program, folder, tmp_path)
     (first, state), (second, other) = (
         json.loads((tmp_path / f"fabric-{rank}.json").read_text()) for rank in (0, 1)
     )

@@ -4,8 +4,7 @@ import doctest
 import itertools
 import json
 import logging
-import subprocess
-import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from tests.support.mixture_runs import (
     reselected,
 )
 from tests.support.options import grouped
+from tests.support.programs import run_python
 from tests.support.recuration_runs import TinyModule, to_float
 from tests.support.trainer_runs import (
     EPOCHS,
@@ -40,22 +40,12 @@ from tests.support.trainer_runs import (
     write_pools,
 )
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Pools of 53 and 13 images of 8 x 8."""
-    return write_pools(tmp_path_factory.mktemp("mixture"))
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """What `mixture_runs` wrote down."""
     folder = tmp_path_factory.mktemp("mixture-runs")
-    command = [sys.executable, "-m", "tests.support.mixture_runs", str(folder)]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert found.returncode == 0, found.stderr[-4000:]
+    run_python("-m", "tests.support.mixture_runs", folder)
     return folder
 
 
@@ -307,9 +297,7 @@ def test_a_re_curation_replaces_one_component_and_leaves_the_other(tmp_path):
 
 @pytest.mark.long
 def test_on_two_ranks_one_component_is_re_curated_too_and_the_run_resumes_afterwards(tmp_path):
-    command = [sys.executable, "-m", "tests.support.mixture_runs", str(tmp_path), "recurated"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert found.returncode == 0, found.stderr[-4000:]
+    run_python("-m", "tests.support.mixture_runs", tmp_path, "recurated")
     stream = reselections(tmp_path, "whole", ranks=2)
     check_that_only_one_was_reselected(tmp_path, stream)
     assert reselections(tmp_path, "stopped", ranks=2) == stream[:80]
@@ -366,7 +354,9 @@ def test_everything_bad_is_one_error_that_names_it_before_anything_is_embedded(f
 
     curated = {"name": "a", "pool": pool, "weight": 1, "curation": curation(16), "embedder": stop}
     b = {"name": "b", "pool": other, "weight": 1}
+    tarfile.open(tmp_path / "empty.tar", "w").close()
     cases = [
+        ({"components": [curated, b | {"pool": str(tmp_path / "empty.tar")}]}, "'b', the pool is empty"),
         ({"components": []}, "components"),
         ({"components": "web.tar"}, "components"),
         ({}, "components"),

@@ -24,6 +24,7 @@ from tests.support.recuration_runs import (
     seen,
     to_float,
 )
+from tests.support.trainers import quiet_trainer
 
 
 def test_each_epoch_streams_the_latest_selection(write_pool, tmp_path, caplog):
@@ -77,11 +78,8 @@ def test_steps_and_bars_follow_a_selection_of_another_size(write_pool, tmp_path,
     data.curation_config.near_duplicates.enabled = True
     data.curation_config.near_duplicates.threshold = 0.9
     data.curation_config.target_size = 64
-    trainer = lightning.Trainer(
-        max_epochs=3 if max_steps < 0 else -1, max_steps=max_steps, accelerator="cpu", logger=False,
-        callbacks=[RecurationCallback(1, most=1), bars], enable_model_summary=False,
-        enable_checkpointing=False,
-    )  # fmt: skip
+    options = {"max_epochs": 3 if max_steps < 0 else -1, "max_steps": max_steps, "enable_progress_bar": True}
+    trainer = quiet_trainer(**options, callbacks=[RecurationCallback(1, most=1), bars])
     trainer.fit(module, data)
     epochs = by_epoch(seen(tmp_path / "a"))
     lengths = [len(ids) // 8 for ids in epochs.values()]
@@ -138,7 +136,7 @@ def test_a_stratified_run_resumes_from_before_a_re_curation_that_dropped_its_tre
         path.unlink()
     callbacks = [RecurationCallback(every_n_epochs=1)]
     path = tmp_path / "ckpt" / f"step={steps + 2}.ckpt"
-    with pytest.raises(CacheError, match="stratify_level: the clusters of the resumed selection are gone"):
+    with pytest.raises(CacheError, match=r"^stratify_level: "):
         fit(shards, tmp_path / "c", None, callbacks=callbacks, ckpt_path=path, **settings)
 
 

@@ -3,21 +3,16 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
+from tests.support.programs import run_python
 from tests.support.recuration_kills import MOMENTS, share_of
 
 
 def check(folder, ranks, moments):
-    command = [sys.executable, "-m", "tests.support.recuration_kills", str(folder), str(ranks), *moments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python("-m", "tests.support.recuration_kills", folder, ranks, *moments)
     statuses = json.loads((folder / "statuses.json").read_text())
     for moment in moments:
         whole = f"whole-{share_of(moment)}"

@@ -13,7 +13,7 @@ from curated_data.errors import ConfigError
 from curated_data.pipeline.recurate import draw_share, extend_to_pool, levels_of_share, recurate
 from curated_data.pipeline.reopen import reopen
 from curated_data.selection.metrics import entropy
-from tests.support.processes import run_ranks
+from tests.support.ranks import on_ranks
 
 FLAT = {"num_workers": 0, "dtype": "float32"}
 
@@ -96,7 +96,7 @@ def test_two_ranks_find_what_one_does(write_pool, tmp_path):
     shards = write_pool([40, 30])
     for n_ranks in (1, 2):
         (tmp_path / str(n_ranks)).mkdir()
-        run_ranks(on_a_rank, n_ranks, tmp_path / str(n_ranks), shards)
+        on_ranks(n_ranks, on_a_rank, tmp_path / str(n_ranks), shards)
     for name in ("ids", "parent"):
         one, *two = (
             np.load(tmp_path / f"{place}.npy") for place in (f"1/{name}-0", f"2/{name}-0", f"2/{name}-1")

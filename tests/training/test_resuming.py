@@ -3,7 +3,6 @@
 import copy
 import itertools
 import pickle
-from pathlib import Path
 
 import lightning
 import numpy as np
@@ -17,16 +16,10 @@ from curated_data import RecurationCallback
 from curated_data.streaming import EpochOrder
 from tests.support.listing import Listing, Replacing, expected_stream
 from tests.support.recuration_runs import SIZES, OneCycle, TinyModule, datamodule, seen
-from tests.support.trainer_runs import GLOBAL_BATCH, N_SAMPLES, data, trainer, write_pool
+from tests.support.trainer_runs import GLOBAL_BATCH, N_SAMPLES, data, trainer
+from tests.support.trainers import quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pool")
-    write_pool(folder, "pool", [20, 1, 32])
-    return folder
 
 
 class LateStrategy(SingleDeviceStrategy):
@@ -186,10 +179,7 @@ def test_the_same_trainer_makes_up_for_it_too(write_pool, tmp_path):
     whole = fit(shards, cache, tmp_path / "whole", [RecurationCallback(every_n_epochs=1)], max_epochs=2)
     lightning.seed_everything(0, verbose=False)
     module, loaded = TinyModule(str(tmp_path / "twice")), datamodule(shards, cache)
-    run = lightning.Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[RecurationCallback(1)],
-    )  # fmt: skip
+    run = quiet_trainer(max_epochs=1, callbacks=[RecurationCallback(1)])
     run.fit(module, loaded)
     run.fit_loop.max_epochs = 2
     run.fit(module, loaded)

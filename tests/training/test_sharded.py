@@ -2,28 +2,24 @@
 another.
 """
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from curated_data.embedding.sharded import is_sharded, unsharded
-from tests.support.processes import run_ranks
+from tests.support.programs import run_python
+from tests.support.ranks import on_ranks
 from tests.support.recuration_runs import SIZES, by_epoch, seen
 from tests.support.sharded_runs import embed_sharded
 
 
 def run(folder, accelerator, shards):
-    command = [sys.executable, "-m", "tests.support.sharded_runs", str(folder), accelerator, *shards]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python("-m", "tests.support.sharded_runs", folder, accelerator, *shards)
 
 
 def test_two_ranks_embed_unlike_numbers_of_batches(write_pool, tmp_path):
-    run_ranks(embed_sharded, 2, tmp_path, write_pool(SIZES))
+    on_ranks(2, embed_sharded, tmp_path, write_pool(SIZES))
     plain = np.load(tmp_path / "plain.npy")
     assert np.abs(plain).max(axis=0).min() > 0
     for kind in ("fsdp", "fsdp-flat", "fully_shard"):

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from curated_data import RecurationCallback
 from tests.support.listing import Interrupted, Listing, expected_stream
 from tests.support.recuration_runs import SIZES, TinyModule, datamodule
-from tests.support.trainer_runs import data, trainer, write_pools
+from tests.support.trainer_runs import data, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -87,11 +87,6 @@ def stopped_runs(rng: random.Random, folder: Path, fit, whole: list, steps_a_bat
 def n_trained(path: Path) -> int:
     loops = torch.load(path, weights_only=True)["loops"]["fit_loop"]
     return loops["epoch_loop.batch_progress"]["total"]["processed"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_pools(tmp_path_factory.mktemp("pool"))
 
 
 OPTIONS = {

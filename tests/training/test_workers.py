@@ -4,12 +4,8 @@ Python 3.14 on Linux starts them by "forkserver", macOS by "spawn".
 """
 
 import pickle
-import subprocess
-import sys
 from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -24,9 +20,10 @@ from curated_data.streaming.labels import SampleLabels
 from curated_data.training.datamodule import CuratedDataModule
 from lightning_modules import MAE, SP2OT, DINOv2, SimCLR, TSimCNE
 from tests.support.options import grouped
+from tests.support.programs import run_python
+from tests.support.trainers import quiet_trainer
 from tests.support.worker_functions import corner, mean_colour, noisy
 
-ROOT = Path(__file__).parents[2]
 # A worker that is not forked imports torch again, for seconds.
 METHODS = [pytest.param("spawn", 2, marks=pytest.mark.slow), ("forkserver", 1)]
 
@@ -155,13 +152,11 @@ default = start_method(DataLoader([1]))
 multiprocessing.set_start_method("spawn")
 print(default == multiprocessing.get_all_start_methods()[0], start_method(DataLoader([1])))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.split() == ["True", "spawn"], done.stderr
+    assert run_python("-c", code).stdout.split() == ["True", "spawn"]
 
 
 def fit(data: CuratedDataModule) -> None:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    pl.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet).fit(BoringModel(), data)
+    quiet_trainer(max_epochs=1).fit(BoringModel(), data)
 
 
 def test_a_preprocessing_that_cannot_be_sent_is_named(write_pool, tmp_path):
@@ -185,8 +180,7 @@ def test_a_start_method_that_there_is_not_is_named(write_pool):
 
 def test_windows_is_told_so_at_once():
     program = "import os; os.name = 'nt'; import curated_data"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
+    done = run_python("-c", program, status=1)
     assert "ImportError: curated_data runs on Linux and macOS" in done.stderr
 
 
@@ -216,10 +210,6 @@ def test_calls_that_macos_lacks_are_not_needed(write_pool, tmp_path):
     shown = []
     for missing in ((), MISSING_ON_MACOS):
         arguments = [str(tmp_path / "pool-*.tar"), str(tmp_path / f"cache-{len(missing)}"), *missing]
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        shown.append(done.stdout)
+        shown.append(run_python("-c", PROGRAM, *arguments).stdout)
     assert shown[0].count("\n") == 3
     assert shown[1] == shown[0]

@@ -78,7 +78,7 @@ def test_two_ranks_get_the_result_of_one():
 @pytest.mark.parametrize(
     ("values", "groups", "options", "message"),
     [
-        ([1.0, 0.0], ["a"], {}, "one group a sample"),
+        ([1.0, 0.0], ["a"], {}, "one group per sample"),
         ([1.0, np.nan], ["a", "b"], {}, "value 1 is not finite"),
         ([1.0, 0.0], ["a", "a"], {}, "two groups"),
         ([1.0, 0.0], ["", None], {}, "two groups"),

@@ -88,7 +88,7 @@ CASES = {
     "clustering": (lambda: clustering(Y, Y), lambda: clustering(Y, Y - 5), ">= 0"),
     "longtail": (lambda: longtail(Y, Y, [3, 2, 1]), lambda: longtail(Y, Y[1:], [3, 2, 1]), "expected 12"),
     "health": (lambda: health(X), lambda: health(NOT_FINITE), "not finite"),
-    "fairness": (lambda: fairness(X[:, 0], Y), lambda: fairness(X[:, 0], Y[1:]), "one group a sample"),
+    "fairness": (lambda: fairness(X[:, 0], Y), lambda: fairness(X[:, 0], Y[1:]), "one group per sample"),
     "comparison": (
         lambda: comparison(X[:, 0], X[:, 1]),
         lambda: comparison(X[:, 0], X[1:, 1]),
