@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.greedy import dpp, facility_location, k_center, reduced
 from benchmarks.machine import print_machine
 from curated_data import ClusterTree, Level, hierarchical_kmeans, hierarchical_sample
 from curated_data.cache.publishing import atomic_write_json
@@ -30,7 +31,8 @@ from curated_data.clustering import choose_levels
 from curated_data.config import ROWS_PER_CELL
 from curated_data.embedding import resolve_embedder
 from curated_data.programs import described_parser
-from curated_data.selection.quotas import water_fill
+from curated_data.selection.greedy import greedy_order
+from curated_data.selection.quotas import Quotas, flat_quotas, water_fill
 from curated_data.selection.sparse import find_neighbours, sparse_sample
 
 FIGURES = ("gap", "k-NN", "k-NN, rarest third", "classes")
@@ -106,6 +108,33 @@ def sparse(pool: Pool, size: int, seed: int) -> np.ndarray:
     return sparse_sample(tree, find_neighbours(pool.rows, tree), size, seed=seed)
 
 
+def greedy(choose: Callable[[np.ndarray, int, int], np.ndarray], part: float = 0.9) -> Way:
+    """One of `benchmarks.greedy`, of a random part of the pool, so that seeds differ."""
+
+    def way(pool: Pool, size: int, seed: int) -> np.ndarray:
+        n = len(pool.labels)
+        some = np.random.default_rng(seed).choice(n, round(part * n), replace=False)
+        return some[choose(reduced(pool.rows)[some], size, seed)]
+
+    return way
+
+
+def greedy_in_cells(pool: Pool, size: int, seed: int) -> np.ndarray:
+    """k-center within the default's cells, which give by the root of their size."""
+    tree, rows = pool.tree("cells", "cosine", seed), reduced(pool.rows)
+    quota = flat_quotas(tree.sizes(1), size, tree.sizes(1), np.random.default_rng(seed), Quotas(0.5))
+    chosen = []
+    for cell in np.flatnonzero(quota):
+        members = np.flatnonzero(tree.parent[1] == cell)
+        chosen.append(members[k_center(rows[members], int(quota[cell]), seed)])
+    return np.concatenate(chosen)
+
+
+def facility_in_cells(pool: Pool, size: int, seed: int) -> np.ndarray:
+    """`sampling: greedy` of `curate`."""
+    return greedy_order(pool.rows, pool.tree("cells", "cosine", seed), size)
+
+
 WAYS: dict[str, Way] = {
     "random": drawn,
     "sparse": sparse,
@@ -115,6 +144,11 @@ WAYS: dict[str, Way] = {
     "levels-cosine": of_tree("levels", "cosine"),
     "paper": of_tree("paper", "l2"),
     "paper-cosine": of_tree("paper", "cosine"),
+    "k-center": greedy(k_center),
+    "k-center-in-cells": greedy_in_cells,
+    "facility": greedy(facility_location),
+    "dpp": greedy(dpp),
+    "facility-in-cells": facility_in_cells,
 }
 
 
@@ -123,7 +157,7 @@ def main() -> None:
     parser = described_parser(__doc__)
     parser.add_argument("--pools", type=Path, required=True, help="made by benchmarks.pools")
     parser.add_argument("--only", nargs="+", help="pools (default: all that the embedder takes)")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS)[:8])
     parser.add_argument("--shares", nargs="+", type=float, default=[0.1, 0.2], help="(default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--embedder", default="efficientnet_lite0:64", help="(default: %(default)s)")

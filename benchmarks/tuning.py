@@ -22,7 +22,7 @@ from benchmarks.machine import print_machine
 from curated_data import curate_embeddings
 from curated_data.cache.artifacts import atomic_write_json
 from curated_data.config import load_config
-from curated_data.pipeline.tune import Chances, chances, compare, verdict
+from curated_data.pipeline.tune import SETTINGS, Chances, chances, compare, verdict
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def selected(name: str, options: argparse.Namespace, x: np.ndarray, seed: int) -
             tried = chances(lambda settings: curate_embeddings(x, settings, cache_dir=cache), config, len(x))
         atomic_write_json(kept, {one: [way.settings, way.chance.tolist()] for one, way in tried.items()})
     content = json.loads(kept.read_text())
-    return {one: Chances(settings, np.array(chance)) for one, (settings, chance) in content.items()}
+    return {one: Chances(content[one][0], np.array(content[one][1])) for one in SETTINGS}
 
 
 if __name__ == "__main__":

@@ -59,15 +59,16 @@ class CurationConfig:
         strategy: which samples to take from a lowest cluster: "random", "closest" to its centroid, or
             "furthest".
         sampling: "hierarchical" divides the target from the top of the tree down, "flat" only among the
-            lowest clusters, "sparse" draws by how alone a sample lies; None takes what the preset says.
+            lowest clusters, "sparse" draws by how alone a sample lies, "greedy" takes samples so that
+            every other has one near it; None takes what the preset says.
         max_repeats: how often one sample may be selected.
         nested_sizes: smaller targets, for which selections are drawn too, each inside the next larger one;
             they are in `Curation.nested`.
         quotas: see `QuotaConfig`.
         retrieval: see `RetrievalConfig`.
         resample: which members of each cluster a resampling step takes: "closest" or "random".
-        metric: "l2" or "cosine"; None takes cosine for "sparse" sampling, else l2. Neither is better
-            everywhere: try both (`docs/how_it_works.md` has figures).
+        metric: "l2" or "cosine"; None takes cosine for "sparse" and "greedy" sampling, else l2. Neither is
+            better everywhere: try both (`docs/how_it_works.md` has figures).
         init: how k-means is seeded: "k-means++" (greedy), or "random", with which the paper's method fails.
         n_init: k-means runs per level; the best one is kept.
         n_iter: maximum number of Lloyd iterations of a k-means.
@@ -118,13 +119,15 @@ class CurationConfig:
             self.levels = None
 
 
+IN_CELLS = ("sparse", "greedy")
+"""Ways to sample that compare samples with each other in cells, not with centroids."""
 ROWS_PER_CELL = 300
-"""Samples per cluster where "sparse" sampling derives them."""
+"""Samples per cluster where these derive them."""
 
 _CHOICES = {
     "preset": ("default", "paper"),
     "strategy": ("random", "closest", "furthest"),
-    "sampling": ("hierarchical", "flat", "sparse"),
+    "sampling": ("hierarchical", "flat", "sparse", "greedy"),
     "resample": ("closest", "random"),
     "metric": ("l2", "cosine"),
     "init": ("k-means++", "random"),
@@ -182,7 +185,7 @@ def _with_preset(config: CurationConfig) -> CurationConfig:
     """With what the preset says where nothing is given; levels are derived later, from the pool's size."""
     is_sparse = config.preset == "default" and config.levels is None and config.strategy == "random"
     sampling = config.sampling or ("sparse" if is_sparse else "hierarchical")
-    metric = config.metric or ("cosine" if sampling == "sparse" else "l2")
+    metric = config.metric or ("cosine" if sampling in IN_CELLS else "l2")
     return dataclasses.replace(config, sampling=sampling, metric=metric)
 
 
@@ -190,7 +193,7 @@ def levels_for(config: CurationConfig, n_samples: int) -> list[Level]:
     """The levels of a configuration that `load_config` gave, derived for so many samples if it has none."""
     if config.levels:
         return config.levels
-    if config.sampling == "sparse":
+    if config.sampling in IN_CELLS:
         k = max(1, n_samples // ROWS_PER_CELL)
         return [Level(k // 100, n_splits=100) if k > 1_000_000 else Level(k)]
     return choose_levels(n_samples)
@@ -249,10 +252,16 @@ def _check_containers(schema: type, content: Any, above: str = "") -> None:
 def _check(config: CurationConfig) -> None:
     for path, choices in _CHOICES.items():
         check_choice(path, _at(config, path), choices)
-    if config.sampling == "sparse" and config.strategy != "random":
+    if config.sampling in IN_CELLS and config.strategy != "random":
         raise ConfigError(
-            f"strategy: {config.strategy!r} takes samples by their place in a cluster, and sampling 'sparse' "
-            "by their neighbours; leave one of them out"
+            f"strategy: {config.strategy!r} takes samples by their place in a cluster, and sampling "
+            f"{config.sampling!r} by their neighbours; leave one of them out"
+        )
+    if config.sampling == "greedy" and (config.max_repeats > 1 or config.quotas != QuotaConfig()):
+        given = "max_repeats" if config.max_repeats > 1 else "quotas"
+        raise ConfigError(
+            f"{given}: sampling 'greedy' takes a sample once, by what it adds, whatever its cluster gives; "
+            "leave it out, or take sampling 'sparse'"
         )
     for path, least in _LEAST.items():
         value = _at(config, path)
@@ -265,7 +274,7 @@ def _check(config: CurationConfig) -> None:
     check_quotas(config.quotas)
     check_retrieval(config.retrieval)
     is_by_weights = config.retrieval.seeds and config.retrieval.method == "weights"
-    if is_by_weights and (config.sampling == "hierarchical" or config.quotas.weights is not None):
+    if is_by_weights and (config.sampling in ("hierarchical", "greedy") or config.quotas.weights is not None):
         raise ConfigError(
             "retrieval.method: 'weights' are quotas of one level; take sampling 'flat' or 'sparse', and no "
             "quotas.weights"

@@ -39,6 +39,7 @@ SECTIONS: dict[str, dict[str, list[str] | None]] = {
         "curated_data.selection.near_duplicates": ["near_duplicates", "match_held_out"],
         "curated_data.selection.quotas": ["Quotas", "water_fill"],
         "curated_data.selection.nested": ["nested_sample"],
+        "curated_data.selection.greedy": ["greedy_order"],
         "curated_data.selection.retrieval": ["Retrieved", "retrieve_clusters", "target_weights"],
         "curated_data.selection.captions": ["label_captions", "label_pool", "export_labelled"],
         "curated_data.streaming": None,
@@ -103,7 +104,8 @@ What is left out means, by what is given:
 | | `sampling` | `metric` | `levels` |
 |---|---|---|---|
 | nothing else | `sparse` | `cosine` | one, of n / 300 clusters, no resampling |
-| `sampling`, or a `strategy` | that, or `hierarchical` | `l2` | n / 20, a tenth of that, …, resampled |
+| `sampling: greedy` | `greedy` | `cosine` | as by nothing else |
+| other `sampling`, or a `strategy` | that, or `hierarchical` | `l2` | n / 20, a tenth of that, …, resampled |
 | `levels` | `hierarchical` | `l2` | as given |
 | `preset: paper` | `hierarchical` | `l2` | n / 20, a tenth of that, …, resampled ten times each |
 
@@ -111,6 +113,11 @@ What is left out means, by what is given:
 distance, counted twice), the fewer others have it among their 16 nearest, and the fewer of its own 16
 nearest return that. Each is in standard deviations of the pool; weights lie between 1/20 and 55 times the
 median. Clusters bound the neighbourhoods: those that lie together, up to 2,048 samples.
+
+`greedy` has the metric and the levels of `sparse`. It takes, one after the other, the sample that adds most
+to the sum over all samples of the cosine to the nearest selected one of their cell (facility location). Only
+the clusters are random in it. It is for choosing what to label or to search in, not for balance
+([figures](how_it_works.md#choosing-settings)).
 """
 SETTINGS = {
     "": ("CurationConfig", CurationConfig),

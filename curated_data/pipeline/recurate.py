@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
-from curated_data.config import CurationConfig, levels_for
+from curated_data.config import IN_CELLS, CurationConfig, levels_for
 from curated_data.embedding import Embedder
 from curated_data.errors import ConfigError, PoolError
 from curated_data.levels import Level, choose_levels
@@ -152,7 +152,7 @@ def levels_of_share(config: CurationConfig, base: Curation, share: float) -> lis
     levels = config.levels
     if levels is None:
         n = int((base.tree.parent[1] != EXCLUDED).sum())
-        if config.sampling == "sparse":
+        if config.sampling in IN_CELLS:
             return levels_for(config, math.ceil(share * n))
         # A lowest cluster per twenty samples of the pool, as usual, unless too few of them would be fresh.
         levels = choose_levels(min(n, math.ceil(share * n) * 20 // _ROWS_PER_CLUSTER))

@@ -119,7 +119,7 @@ def chances(
 
 
 def compare(tried: Mapping[str, Chances], labels: np.ndarray, *, seed: int = 0) -> list[Tried]:
-    """`tune` by what `chances` has found.
+    """`tune` by what `chances` has found, of which the first is the default.
 
     Raises:
         ConfigError: too few labels.

@@ -64,6 +64,8 @@ def explain(curation: "Curation", sample: int) -> list[str]:
     how = "drawn at random" if strategy == "random" else f"the {strategy}"
     if getattr(config, "sampling", None) == "sparse":
         how = "drawn by how alone they lie among their neighbours"
+    elif getattr(config, "sampling", None) == "greedy":
+        how = "taken one after the other by how much nearer they bring the selection to all samples"
     if share >= held:
         how = "all of them"
     place = ""

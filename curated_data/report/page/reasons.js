@@ -14,6 +14,11 @@ if (setting.sampling === "sparse") {
     "This selection draws more of the samples that lie alone, not evenly over clusters, " +
     "so it need not be flatter: compact clusters give less, scattered ones more.";
 }
+if (setting.sampling === "greedy") {
+  find("#flatness").textContent =
+    "This selection takes samples that every other has one of near it, not evenly over clusters, " +
+    "so it need not be flatter.";
+}
 const REASONS = {
   selected: "selected",
   drawn: "not drawn",
