@@ -137,6 +137,10 @@ class SuiteResult(Result):
             "lower is better": [k for k, f in kinds.items() if f.is_better == "lower"],
         }
         panels = {title: rows for title, rows in panels.items() if rows}
+        if not panels:  # as where all that was asked for is a count
+            empty = Drawing(figsize=(8, 1))
+            empty.text(0.5, 0.5, "no figure that can be drawn; see the tables", ha="center", va="center")
+            return empty
         n = len(self.figures)
         lengths = [len(rows) + 1 for rows in panels.values()]
         drawing = Drawing(figsize=(8, 0.9 + 0.22 * sum(lengths) * (n + 0.6)), layout="constrained")
