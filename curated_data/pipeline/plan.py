@@ -280,7 +280,8 @@ def plan_tables(plan: Plan) -> list[Table]:
         expected = "not measured" if stage.seconds is None else duration(stage.seconds)
         stages.add_row(stage.name, "cached" if stage.cached else expected, stage.note)
     n_left_out = sum(stage.seconds is None for stage in plan.stages)
-    left_out = f"without the {n_left_out} stages that were not measured" if n_left_out else ""
+    those = "the stage that was" if n_left_out == 1 else f"the {n_left_out} stages that were"
+    left_out = f"without {those} not measured" if n_left_out else ""
     stages.add_row("in all", duration(plan.seconds), left_out)
     return [sizes, stages]
 

@@ -113,11 +113,9 @@ class Embeddings:
     @property
     def dimension(self) -> int:
         """Of the rows."""
-        if isinstance(self.pool, EmbeddedPool):
-            return self.pool.dimension
-        if isinstance(self.embedder, Precomputed):
-            return self.embedder.dimension
-        return self._embedder.dimension
+        source = self.pool if isinstance(self.pool, EmbeddedPool) else self.embedder
+        assert source is not None, "checked when the stage was made"
+        return source.dimension
 
     def of_kept(self, filtered: Filtered | None) -> "Embeddings":
         """Of what a filter keeps of the pool; its other samples are not embedded."""

@@ -138,9 +138,8 @@ class Selection(Stage):
         else:
             is_flat = config.sampling == "flat"
             how["strategy"] = cast(Strategy, config.strategy)  # one of them, by `load_config`
-            if (
-                is_flat and quotas is not None and quotas.level > 1
-            ):  # the tree has no distances to these centroids
+            # The tree has no distances to these centroids.
+            if is_flat and quotas is not None and quotas.level > 1:
                 how["embeddings"] = store
             sample = flat_sample if is_flat else hierarchical_sample
             ids = sample(tree, config.target_size, max_repeats=config.max_repeats, **how)
