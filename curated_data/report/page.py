@@ -8,7 +8,6 @@ import dataclasses
 import html
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from curated_data.report.claim import opening
 from curated_data.report.clusters import catch_all_clusters, cluster_names
 from curated_data.report.examples import random_subset
 from curated_data.report.map import cluster_tables, sample_map, samples_shown
+from curated_data.report.plain import filled, style
 from curated_data.report.tiles import (
     COLUMNS,
     TILE,
@@ -169,21 +169,12 @@ def write_report(
     return written
 
 
-def style() -> str:
-    """The style of the page, for others that look like it."""
-    return (_FOLDER / "page.css").read_text(encoding="utf-8")
-
-
 def _page(title: str, data: Mapping[str, Any]) -> str:
     """The page in one file, with its style, its script and its data."""
-    parts = {
-        "title": html.escape(title),
-        "style": style(),
-        "data": _json(data),
-        "script": "".join((_FOLDER / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS),
-    }
-    template = (_FOLDER / "page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+    script = "".join((_FOLDER / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
+    return filled(
+        _FOLDER / "page.html", title=html.escape(title), style=style(), data=_json(data), script=script
+    )
 
 
 def _equal(curation: "Curation") -> dict[str, int] | None:
