@@ -211,7 +211,7 @@ def contact_page(found: Found, pool: ShardPool, queries: Sequence[str] = ()) -> 
                 row.get("times"), f"selected {row.get('times')} times"
             )
             image = "" if tile is None else f'<img alt="" src="{_data_url(tile)}">'
-            words = [row["key"], caption or "", f"{Path(row['shard']).name}, {state}".rstrip(", ")]
+            words = [row["key"], caption or "", Path(row["shard"]).name, state]
             if row.get("duplicate_of") is not None:
                 words.append(f"near-duplicate of {row['duplicate_of']}")
             lines = "".join(f"<span>{html.escape(word)}</span>" for word in words if word)

@@ -34,7 +34,7 @@ def tune_page(
         (f"{target_size:,}", "to select"),
         (f"{counts.sum():,}", f"labels of {len(classes):,} classes"),
         (f"{rows[0].entropy:.3f}", f"entropy by the default, of {np.log(len(classes)):.3f} nats"),
-        (f"{best.entropy:.3f}", f"entropy by “{html.escape(best.name)}”"),
+        *([] if best is rows[0] else [(f"{best.entropy:.3f}", f"entropy by “{html.escape(best.name)}”")]),
     )
     body = filled(
         _TEMPLATE,

@@ -50,6 +50,7 @@ _SCRIPTS = ("figures", "samples", "reasons", "viewer", "browse", "map")
 """In order: together they are one module."""
 
 _CAPTION = 200  # characters
+_MOST_IMAGES = 40_000  # thumbnails: a JPEG has at most 65,535 rows of pixels
 _LARGE = 300  # examples that are on the page in a larger size, too
 
 
@@ -84,7 +85,7 @@ def write_report(
         title: of the page.
         n_map_points: number of samples on the map, for which the page can also explain why they were chosen.
             From a larger pool, a random subset of which half is selected, and all samples shown elsewhere.
-        n_map_images: how many of these have a thumbnail.
+        n_map_images: how many of these have a thumbnail, at most 40,000. Each takes 0.5 to 2.2 kB of the page.
         n_coverage: number of samples whose distance to the nearest selected one is measured.
         seed: for the subsets.
         storage_options: for fsspec, to write to a store; None takes those of the pool.
@@ -93,13 +94,15 @@ def write_report(
         The path, or the URL.
 
     Raises:
-        ValueError: an array of another length than the pool, or labels that are not integers.
+        ValueError: an array of another length than the pool, labels that are not integers, or too many images.
         CacheError: the path cannot be written.
     """
     n = len(pool)
     check_arrays(n, coordinates=coordinates, labels=labels)
     if curation.tree.n_samples != n:
         raise ValueError(f"the curation is of {curation.tree.n_samples} samples, the pool has {n}")
+    if n_map_images > _MOST_IMAGES:
+        raise ValueError(f"n_map_images: {n_map_images} are more than a page can hold, {_MOST_IMAGES:,}")
     if labels is not None:
         labels = metrics.checked_labels(labels)
     elif not isinstance(pool, EmbeddedPool):

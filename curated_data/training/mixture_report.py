@@ -84,7 +84,7 @@ def _overview(data: "CuratedDataModule", pages: Mapping[str, str]) -> str:
     an_epoch = data.mixture.epoch_size or sum(row.size for row in rows)
     passes = list(data.component_passes().values())
     begun = any(passes)
-    head = ["component", "pool", "samples", "share of the stream", "", "batches", "passes per epoch"]
+    head = ["component", "pool", "samples", "share of the stream", "batches", "passes per epoch"]
     head += ["in others too", *(["passes so far"] if begun else [])]
     lines = []
     for source, row, times in zip(data.sources, rows, passes, strict=True):
@@ -97,12 +97,12 @@ def _overview(data: "CuratedDataModule", pages: Mapping[str, str]) -> str:
         )
         bar = f'<span class="share"><i style="width:{100 * row.share:.1f}%"></i></span>'
         shared = f"{row.shared:,} ({row.shared / row.distinct:.1%})"
-        cells = [name, pool, f"{row.size:,}", f"{row.share:.2%}", bar, source.batches]
+        cells = [name, pool, f"{row.size:,}", f"{row.share:.2%}{bar}", source.batches]
         cells += [f"{row.share * an_epoch / row.size:.2f}", shared, *([f"{times:.2f}"] if begun else [])]
         lines.append(cells)
     return (
         f"<p>{len(rows)} components; an epoch has {an_epoch:,} samples. Shares and samples are those at the "
-        f"beginning of training.</p><section>{table(head, lines)}</section>"
+        f"beginning of training.</p><section>{table(head, lines, 'wraps')}</section>"
     )
 
 
@@ -116,7 +116,7 @@ def _weights(mixture: Mixture) -> str:
     head = ["from global batch", *map(html.escape, mixture.names)]
     return (
         "<section><h2>Shares that change</h2><p>In between they change linearly; after the last they stay."
-        f"</p>{table(head, lines)}</section>"
+        f"</p>{table(head, lines, 'wraps')}</section>"
     )
 
 
@@ -132,5 +132,5 @@ def _overlap(sources: list[Source]) -> str:
     ]
     return (
         "<section><h2>Samples in common</h2><p>Different samples that the components of row and column both "
-        f"hold; on the diagonal, that a component holds.</p>{table(head, lines)}</section>"
+        f"hold; on the diagonal, that a component holds.</p>{table(head, lines, 'wraps')}</section>"
     )
