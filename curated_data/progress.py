@@ -143,8 +143,8 @@ def _duration(seconds: float) -> str:
 
 
 def show_log() -> None:
-    """Let the package's log lines be seen on standard error, or in a notebook's cell, if nobody has configured
-    logging.
+    """Let the package's log lines be seen on standard error, or in a notebook's cell, if nobody has
+    configured logging.
 
     Does nothing if the root logger or the package's has a handler or the package's has a level. With
     `CURATED_DATA_QUIET` set, only warnings are shown, and no progress.

@@ -85,7 +85,7 @@ def write_report(
         title: of the page.
         n_map_points: number of samples on the map, for which the page can also explain why they were chosen.
             From a larger pool, a random subset of which half is selected, and all samples shown elsewhere.
-        n_map_images: how many of these have a thumbnail, at most 40,000. Each takes 0.5 to 2.2 kB of the page.
+        n_map_images: how many of these have a thumbnail, at most 40,000. One takes 0.5 to 2.2 kB of the page.
         n_coverage: number of samples whose distance to the nearest selected one is measured.
         seed: for the subsets.
         storage_options: for fsspec, to write to a store; None takes those of the pool.
@@ -94,7 +94,7 @@ def write_report(
         The path, or the URL.
 
     Raises:
-        ValueError: an array of another length than the pool, labels that are not integers, or too many images.
+        ValueError: an array of another length than the pool, labels that are not integers, too many images.
         CacheError: the path cannot be written.
     """
     n = len(pool)
