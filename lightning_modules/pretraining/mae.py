@@ -207,13 +207,6 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return patches.permute(0, 2, 4, 3, 5, 1).reshape(b, h * w, patch_size * patch_size * c)
 
 
-def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify`."""
-    h, w = grid
-    images = patches.reshape(len(patches), h, w, patch_size, patch_size, -1)
-    return images.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, h * patch_size, w * patch_size)
-
-
 def sine_cosine_positions(height: int, width: int, dimension: int) -> Tensor:
     """Fixed position embeddings (h * w, dimension): sines and cosines of the row and of the column."""
     if dimension % 4:
