@@ -1,4 +1,4 @@
-"""MAE: a light decoder reconstructs what of an image the encoder did not see (arXiv 2111.06377)."""
+"""MAE: a light decoder reconstructs the patches that the encoder did not see (arXiv 2111.06377)."""
 
 from collections.abc import Mapping
 from typing import Any
