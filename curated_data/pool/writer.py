@@ -398,7 +398,7 @@ def import_folder(
             f"{beside[0].path}: lies beside the class folders ({classes[0]!r}, ...), so it has no "
             "class; move it into one, or import a folder without class folders"
         )
-    if first.left_out:  # said first: one may want to stop
+    if first.left_out:  # reported first, so that one can stop
         counts = ", ".join(f"{count:,} {what}" for what, count in sorted(first.left_out.items()))
         log.warning("%s: left out %d files: %s", folder, first.left_out.total(), counts)
     if not beside and not classes:
