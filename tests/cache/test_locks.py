@@ -79,10 +79,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with (
-        pytest.raises(CacheError, match=r"file locks .*cache_dir"),
-        locked(tmp_path / "a"),
-    ):
+    with pytest.raises(CacheError, match=r"file locks .*cache_dir"), locked(tmp_path / "a"):
         pass
 
 

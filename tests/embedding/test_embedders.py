@@ -260,12 +260,6 @@ def _uses_a_global(batch):
     return NETWORK(batch)  # noqa: F821
 
 
-def test_what_has_no_identity_asks_for_a_fingerprint():
-    handle = iter(())
-    with pytest.raises(EmbedderError, match=r"tuple_iterator.*`fingerprint`"):
-        module_fingerprint(lambda x: (x, handle))
-
-
 @pytest.mark.long
 def test_fingerprints_are_equal_in_another_process():
     code = (

@@ -3,11 +3,9 @@ stops.
 """
 
 import io
-import multiprocessing
 import os
 import pickle
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -173,46 +171,6 @@ def test_second_call_and_new_shards_embed_only_what_is_missing(write_pool, tmp_p
     assert seen == [5, 6, 7]
     np.testing.assert_array_equal(np.asarray(grown)[:11], np.asarray(first))
     assert grown.fingerprint != first.fingerprint
-
-
-def _slow(batch):
-    time.sleep(0.1)  # a busy machine must not let the first process end before it is killed
-    return batch.mean((2, 3))
-
-
-def _embed(shards, root, log):
-    store = embed_pool(
-        ShardPool(shards),
-        ModuleEmbedder(_slow, as_float, dimension=3),
-        open_cache(root),
-        batch_size=4,
-        num_workers=0,
-    )
-    np.save(log, np.asarray(store))
-
-
-def test_killed_and_shared_work_ends_in_the_same_rows(write_pool, tmp_path):
-    """Two processes share the shards, one is killed midway, a third comes late: all read the same rows."""
-    shards = write_pool([12] * 6)
-    embedder = ModuleEmbedder(mean_colours, as_float, dimension=3)
-    alone = embed_pool(ShardPool(shards), embedder, open_cache(tmp_path / "a"), batch_size=4, num_workers=0)
-    context = multiprocessing.get_context("fork")
-    root = tmp_path / "b"
-    torch.set_num_threads(1)
-    processes = [
-        context.Process(target=_embed, args=(shards, root, tmp_path / f"{number}.npy")) for number in range(3)
-    ]
-    processes[0].start()
-    processes[1].start()
-    while not list(root.glob("embeddings/*/*.json")):
-        time.sleep(0.005)
-    os.kill(processes[0].pid, signal.SIGKILL)
-    processes[2].start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [-signal.SIGKILL, 0, 0]
-    for number in (1, 2):
-        np.testing.assert_array_equal(np.load(tmp_path / f"{number}.npy"), np.asarray(alone))
 
 
 def test_wrong_embedders_stop_at_once(write_pool, tmp_path):

@@ -188,8 +188,7 @@ class TestPillow:
             assert np.array_equal(np.asarray(read), np.asarray(image))
 
     @pytest.mark.parametrize(
-        ("name", "mode", "message"),
-        [("jpg", "RGB", "'jpg'.*'png'"), ("png", "CMYK", "CMYK")],
+        ("name", "mode", "message"), [("jpg", "RGB", "'jpg'.*'png'"), ("png", "CMYK", "CMYK")]
     )
     def test_what_png_cannot_hold_is_named(self, tmp_path, name, mode, message):
         with ShardWriter(tmp_path) as writer, pytest.raises(PoolError, match=f"'a'.*{message}"):

@@ -235,12 +235,7 @@ class TestImport:
         assert len(one_kind) == len(names) - 1
 
     @pytest.mark.parametrize(
-        ("names", "message"),
-        [
-            ([], "/in'"),
-            (["a/x.txt"], "/in'"),
-            (["a/x.jpg", "y.jpg"], r"y\.jpg: .*'a'"),
-        ],
+        ("names", "message"), [([], "/in'"), (["a/x.txt"], "/in'"), (["a/x.jpg", "y.jpg"], r"y\.jpg: .*'a'")]
     )
     def test_bad_folders(self, tmp_path, photo, names, message):
         (tmp_path / "in").mkdir()
