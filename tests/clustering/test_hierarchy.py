@@ -15,7 +15,8 @@ from curated_data.clustering.hierarchy import _balanced_sample
 from curated_data.clustering.kmeans import prepare
 from curated_data.clustering.neighbourhoods import loses_little, nearest_nearby, sampled_loss
 from curated_data.levels import TooManyClusters
-from tests.oracles.clustering import clouds, kl_to_uniform, squared_distances, two_dimensional
+from curated_data.selection.metrics import kl_to_uniform
+from tests.oracles.clustering import clouds, squared_distances, two_dimensional
 
 
 def check(x, tree, valid=None):
@@ -40,12 +41,12 @@ def check(x, tree, valid=None):
 @pytest.mark.parametrize("seed", range(5))
 def test_levels_flatten_the_density_as_in_the_paper(seed):
     x = two_dimensional(seed)
-    one = kl_to_uniform(kmeans(x, 300, seed=seed).centroids)
+    one = kl_to_uniform(kmeans(x, 300, seed=seed).centroids, -3, 3)
     two = hierarchical_kmeans(x, [Level(1500), Level(300)], seed=seed)
     three = hierarchical_kmeans(x, [Level(3000), Level(1000), Level(300)], seed=seed)
     assert 0.30 < one < 0.42
-    assert 0.10 < kl_to_uniform(two.centroids[2]) < 0.17
-    assert kl_to_uniform(three.centroids[3]) < 0.12
+    assert 0.10 < kl_to_uniform(two.centroids[2], -3, 3) < 0.17
+    assert kl_to_uniform(three.centroids[3], -3, 3) < 0.12
 
 
 @pytest.mark.long
@@ -54,8 +55,8 @@ def test_resampling_flattens_further(seed):
     x = two_dimensional(seed)
     plain = hierarchical_kmeans(x, [Level(3000), Level(1000), Level(300)], seed=seed)
     resampled = hierarchical_kmeans(x, [Level(k, 10, 2) for k in (3000, 1000, 300)], seed=seed)
-    assert kl_to_uniform(resampled.centroids[3]) < 0.06
-    assert kl_to_uniform(resampled.centroids[3]) < kl_to_uniform(plain.centroids[3])
+    assert kl_to_uniform(resampled.centroids[3], -3, 3) < 0.06
+    assert kl_to_uniform(resampled.centroids[3], -3, 3) < kl_to_uniform(plain.centroids[3], -3, 3)
 
 
 @pytest.mark.parametrize("resample", ["closest", "random"])

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
-from curated_data.embedding.embedders import resolve_embedder
 from curated_data.embedding.identity import module_fingerprint
+from curated_data.embedding.resolve import resolve_embedder
 from curated_data.errors import EmbedderError
 from tests.support.users_network import NETWORK, load
 

@@ -14,8 +14,9 @@ import torch
 from torchvision.transforms import v2
 
 from curated_data.embedding import identity
-from curated_data.embedding.embedders import ImagePreprocess, ModuleEmbedder, resolve_embedder
+from curated_data.embedding.embedders import ImagePreprocess, ModuleEmbedder
 from curated_data.embedding.identity import module_fingerprint
+from curated_data.embedding.resolve import resolve_embedder
 from tests.embedding import fixed_network
 from tests.support.users_network import NETWORK
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from curated_data.embedding.embedders import resolve_embedder
+from curated_data.embedding.resolve import resolve_embedder
 from curated_data.errors import EmbedderError
 from curated_data.networks import load_weights, read_weights
 from lightning_modules import SimCLR

@@ -11,6 +11,7 @@ from sklearn.neighbors import KernelDensity
 
 from curated_data.clustering.tree import ClusterTree
 from curated_data.selection import metrics
+from tests.oracles.clustering import two_dimensional
 
 COUNTS = st.lists(st.integers(0, 1000), min_size=1, max_size=30).map(np.array)
 
@@ -138,15 +139,7 @@ def test_kl_against_a_kernel_density_of_scikit_learn(dimension):
 
 
 def test_kl_on_the_published_data():
-    rng = np.random.default_rng(0)
-    x = np.concatenate(
-        [
-            rng.normal((-1, -1), 0.5, (7000, 2)),
-            rng.normal((1, -1), 0.5, (1000, 2)),
-            rng.normal((0, 1), 0.5, (500, 2)),
-            rng.uniform(-3, 3, (500, 2)),
-        ]
-    )
+    rng, x = np.random.default_rng(0), two_dimensional(0)
     raw = metrics.kl_to_uniform(x, -3, 3)
     assert 0.94 < raw < 0.96
     assert metrics.kl_to_uniform(x, -3, 3, step=0.02) == pytest.approx(raw, abs=1e-3)
