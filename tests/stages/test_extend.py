@@ -138,7 +138,7 @@ def test_what_needs_no_embedding_is_checked_first(write_pool, tmp_path, monkeypa
             member = tarfile.TarInfo(f"{number}.npy")
             member.size = 9
             archive.addfile(member, io.BytesIO(b"any bytes"))
-    monkeypatch.setattr(extract, "_forward", None)  # nothing is embedded
+    monkeypatch.setattr(extract, "_embed_shards", None)  # nothing is embedded
     largest = CONFIG | {"near_duplicates": {"enabled": True, "prefer": "largest"}}
     held_out = CONFIG | {"near_duplicates": {"enabled": True, "held_out": ["nowhere.tar"]}}
     pool = ShardPool(shards[:2])
