@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import numpy as np
 
-from curated_data.cache.checksums import load_npy, read_bytes
+from curated_data.cache.checksums import load_given, read_bytes
 from curated_data.cache.paths import local_path
 from curated_data.errors import ConfigError, PoolError, first_line
 
@@ -251,10 +251,7 @@ def named_ids(
 
 
 def _ids_in(path: str | Path, name: str) -> np.ndarray:
-    try:
-        ids = load_npy(local_path(path, name), "give another")
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from error
+    ids = load_given(path, name)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ConfigError(f"{name}: {path} holds {ids.dtype} {ids.shape}, expected a list of integer ids")
     return ids

@@ -59,10 +59,13 @@ def test_a_lock_is_refused_and_broken_by_hand(tmp_path, monkeypatch, caplog):
 
         waiting = multiprocessing.dummy.Process(target=wait)
         waiting.start()
-        time.sleep(1)
+        limit = time.monotonic() + 60
+        while "if it is gone for good" not in caplog.text:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
         assert waiting.is_alive()
         lock.unlink()  # as the log says to do where the holder's host is gone for good
-        waiting.join(5)
+        waiting.join(60)
         assert not waiting.is_alive()
     assert f"pid {os.getpid()}, which builds a" in caplog.text
     assert f"if it is gone for good, remove {lock}" in caplog.text
@@ -74,21 +77,18 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with (
-        pytest.raises(CacheError, match=r"file locks .*cache_dir"),
-        locked(tmp_path / "a"),
-    ):
+    with pytest.raises(CacheError, match=r"file locks .*cache_dir"), locked(tmp_path / "a"):
         pass
 
 
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (errno.ENOSPC, "no space left .*free some"),
-        (errno.EFBIG, "no space left"),
-        (errno.EMFILE, "too many open files .*ulimit -n"),
-        (errno.EIO, "cannot be written"),
-        (errno.EROFS, "cannot be written .*give another place"),
+        (errno.ENOSPC, "free some"),
+        (errno.EFBIG, "no space"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.EIO, os.strerror(errno.EIO)),
+        (errno.EROFS, "another place"),
     ],
 )
 def test_what_the_system_refuses_is_one_error(code, message, tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_what_the_system_refuses_is_one_error(code, message, tmp_path, monkeypat
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(CacheError, match=message):
+    with pytest.raises(CacheError, match=rf"a\.npy: .*{message}"):
         atomic_save(tmp_path / "a.npy", np.zeros(3))
     assert list(tmp_path.iterdir()) == []
 
@@ -113,7 +113,7 @@ def test_a_mapped_array_reserves_its_space(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    with pytest.raises(CacheError, match=r"b\.npy: no space left"):
+    with pytest.raises(CacheError, match=r"b\.npy: .*no space"):
         new_array(tmp_path / "b.npy", np.int64, (1000,))
 
 
@@ -140,7 +140,7 @@ def test_runs_that_wait_for_several_shards_never_wait_for_each_other(write_pool,
         start.set()
         time.sleep(2)  # both have passed by and wait now
     for process in processes:
-        process.join(30)
+        process.join(120)
         alive = process.is_alive()
         process.kill()
         assert not alive, "the runs wait for each other"
@@ -161,14 +161,14 @@ def test_a_planted_link_is_not_followed(tmp_path):
         assert victim.read_text() == "years of work"
         lock.unlink()
     lock.symlink_to(tmp_path / "made")
-    with pytest.raises(CacheError, match="is a link"), locked(tmp_path / "cache" / "a"):
+    with pytest.raises(CacheError, match=r"a\.lock: .*link"), locked(tmp_path / "cache" / "a"):
         pass
     assert not (tmp_path / "made").exists()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a.lock").write_text("years of work")
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / ".locks").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CacheError, match=r"\.locks: is a link"), locked(tmp_path / "linked" / "a"):
+    with pytest.raises(CacheError, match=r"\.locks: .*link"), locked(tmp_path / "linked" / "a"):
         pass
     assert (tmp_path / "elsewhere" / "a.lock").read_text() == "years of work"
 
@@ -217,7 +217,7 @@ def test_a_full_disk_is_one_error_or_none(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, name, refuse)
     if name == "open":
-        with pytest.raises(CacheError, match="no space left"), locked(tmp_path / "a"):
+        with pytest.raises(CacheError, match=r"a\.lock: .*no space"), locked(tmp_path / "a"):
             pass
     else:
         with locked(tmp_path / "a") as held:

@@ -59,7 +59,7 @@ def test_cluster_balance_of_a_tree_counted_by_hand():
     assert low.selected_perplexity == pytest.approx(np.exp(stats.entropy([1, 3])))
     assert (high.n_clusters, high.covered) == (2, 1)
     assert metrics.selected_sizes(tree, np.array([0, 4, 4, 5]))[2].tolist() == [1, 3]
-    with pytest.raises(ValueError, match=r"0\.\.7, found 0\.\.8"):
+    with pytest.raises(ValueError, match=r"0\.\.7.*0\.\.8"):
         metrics.cluster_balance(tree, np.array([0, 8]))
 
 
@@ -83,12 +83,12 @@ def test_class_balance_of_ids_far_apart():
     assert balance.places(far).tolist() == [0, 0, 0, 1, 1, 2, -1]
     assert balance.names(None) == ["7", "100000000000", "100000000003"]
     assert balance.entropy_before == pytest.approx(metrics.entropy([3, 2, 1]))
-    with pytest.raises(ValueError, match="2 class_names, but the labels go up to 100000000003"):
+    with pytest.raises(ValueError, match=r"2 class_names.*100000000003"):
         balance.names(["a", "b"])
     assert expected.classes.tolist() == [0, 1, 2]  # ordinary ones stay the places of their counts
     assert expected.names(["a", "b", "c", "d"]) == ["a", "b", "c"]
     for labels in (dense.astype(float), dense.astype(str)):
-        with pytest.raises(ValueError, match="labels need to be integers, -1 for none, got"):
+        with pytest.raises(ValueError, match=f"labels .*{labels.dtype}"):
             metrics.class_balance(labels, ids)
 
 
