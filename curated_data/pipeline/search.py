@@ -24,7 +24,6 @@ from curated_data.embedding.text import MiniLM
 from curated_data.errors import CacheError, ConfigError, PoolError, SampleError
 from curated_data.pool import ShardPool, ShardWriter
 from curated_data.pool.captions import read_captions
-from curated_data.pool.decode import TEXT_EXTENSIONS
 from curated_data.report.examples import thumbnails
 from curated_data.report.plain import plain_page
 from curated_data.selection.removed import Removed
@@ -85,7 +84,7 @@ def search(
         n: how many samples each query finds.
         least: the cosine that a sample needs at least.
         valid: (n,) bool, False for samples to leave out, such as those that failed.
-        curation: of the pool, which tells what was selected of what is found.
+        curation: of the pool, which says what of it was selected.
 
     Raises:
         ConfigError: arguments that do not fit each other.
@@ -125,17 +124,24 @@ def embed_queries(
     """
     if not images and not texts:
         raise ConfigError("search: nothing to look for; give a text, an image, or vectors")
-    if isinstance(embedder, TextImageEmbedder) and texts:
+    rows = []
+    if texts:
+        if not isinstance(embedder, TextImageEmbedder | MiniLM):
+            raise ConfigError(
+                f"search: the embedder {getattr(embedder, 'name', 'given')!r} takes no text; give --image, "
+                "an embedder with a text tower (transformers: and the name of a CLIP or SigLIP; minilm for "
+                "pools of text), or --vectors with embeddings of your texts"
+            )
         if not all(text.strip() for text in texts):
             raise SampleError("search: a text is empty")
-        rows = [embed_queries(pool, embedder, images)] if images else []
-        return np.concatenate([*rows, embedder.embed_texts(texts).numpy()])
-    if texts and getattr(embedder, "name", "") != MiniLM.name:
-        raise ConfigError(
-            f"search: the embedder {getattr(embedder, 'name', 'given')!r} takes no text; give --image, an "
-            "embedder with a text tower (transformers: and the name of a CLIP or SigLIP; minilm for pools of "
-            "text), or --vectors with embeddings of your texts"
-        )
+        rows.append(embedder.embed_texts(texts).numpy())
+    if images:
+        rows.insert(0, _embed_images(pool, embedder, images))
+    return np.concatenate(rows)
+
+
+def _embed_images(pool: ShardPool, embedder: "Embedder", images: Sequence[str | Path]) -> np.ndarray:
+    """(m, d), through a pool of their own, so that they are decoded and embedded as any other."""
     with tempfile.TemporaryDirectory(prefix="curated-data-") as folder:
         names = []
         with ShardWriter(Path(folder) / "queries-%06d.tar") as writer:
@@ -149,9 +155,6 @@ def embed_queries(
                     raise PoolError(f"{path}: no image by its name; expected one of {known}")
                 writer.write({"__key__": f"{number:06d}", extension: path.read_bytes()})
                 names.append(str(path))
-            for number, text in enumerate(texts, len(images)):
-                writer.write({"__key__": f"{number:06d}", TEXT_EXTENSIONS[0]: text})
-                names.append(f"text {text!r}")
         queries = ShardPool(str(Path(folder) / "queries-*.tar"), image_extensions=pool.image_extensions)
         queries.images = pool.images
         store = embed_pool(queries, embedder, Path(folder), num_workers=0, dtype="float32", fields=[])

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from curated_data.cache.checksums import load_npy
-from curated_data.cache.paths import local_path
+from curated_data.cache.checksums import load_given
 from curated_data.clustering.tree import ClusterTree
 from curated_data.config import CurationConfig, QuotaConfig
 from curated_data.errors import ConfigError
@@ -22,10 +21,7 @@ def with_weights(config: CurationConfig) -> CurationConfig:
     path = config.quotas.weights
     if not isinstance(path, str):
         return config
-    try:
-        weights = load_npy(local_path(path, "quotas.weights"), "give another")
-    except ValueError as error:
-        raise ConfigError(f"quotas.weights: {error}") from error
+    weights = load_given(path, "quotas.weights")
     if weights.ndim != 1 or weights.dtype.kind not in "iuf":
         raise ConfigError(
             f"quotas.weights: {path} holds {weights.dtype} {weights.shape}, expected a number per cluster"
@@ -57,18 +53,26 @@ def check_clusters(config: CurationConfig) -> None:
         _weights(config, level.n_clusters * level.n_splits, at_most=True)
 
 
-def quotas_of(config: CurationConfig, tree: ClusterTree) -> Quotas | None:
-    """The quotas for a tree; None if the settings say nothing of them.
+def quotas_of(
+    config: CurationConfig, tree: ClusterTree, retrieved: np.ndarray | None = None
+) -> Quotas | None:
+    """The quotas for a tree; None if neither the settings nor a retrieval say anything of them.
+
+    Args:
+        retrieved: (k,) weights of the clusters of the retrieval's level; the settings then give none.
 
     Raises:
         ConfigError: a level or a cluster that the tree does not have.
     """
-    if not are_set(config):
-        return None
-    _check_level(config, tree.n_levels)
-    given = config.quotas
-    weights = _weights(config, len(tree.centroids[given.level]))
-    return Quotas(given.temperature, given.cap, weights, given.level)
+    given, quotas = config.quotas, None
+    if are_set(config):
+        _check_level(config, tree.n_levels)
+        weights = _weights(config, len(tree.centroids[given.level]))
+        quotas = Quotas(given.temperature, given.cap, weights, given.level)
+    if retrieved is None:
+        return quotas
+    quotas = quotas or Quotas()
+    return Quotas(quotas.temperature or 0.0, quotas.cap, retrieved, config.retrieval.level)
 
 
 def _check_level(config: CurationConfig, n_levels: int) -> None:

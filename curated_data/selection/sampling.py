@@ -12,6 +12,7 @@ import numpy as np
 
 from curated_data.checks import check_choice, whole_number
 from curated_data.clustering.tree import ClusterTree
+from curated_data.matrix import unit
 from curated_data.selection.quotas import Quotas, flat_quotas, tree_quotas
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def hierarchical_sample(
     """
     _check(target_size, strategy, max_repeats, seed)
     sizes = tree.sizes(1)
-    target_size = _attainable(target_size, int(tree.sizes(tree.n_levels).sum()), max_repeats)
+    target_size = attainable(target_size, int(tree.sizes(tree.n_levels).sum()), max_repeats)
     # More repeats are of no use, and the products below must fit int64.
     max_repeats = max(min(max_repeats, target_size), 1)
     rng = np.random.default_rng(seed)
@@ -110,7 +111,7 @@ def flat_sample(
     if level not in tree.centroids:
         raise ValueError(f"level={level!r}: the tree has levels 1 to {tree.n_levels}")
     sizes = tree.sizes(level)
-    target_size = _attainable(target_size, int(sizes.sum()), max_repeats)
+    target_size = attainable(target_size, int(sizes.sum()), max_repeats)
     max_repeats = max(min(max_repeats, target_size), 1)
     rng = np.random.default_rng(seed)
 
@@ -226,8 +227,7 @@ def distances(
         held = cluster[part] >= 0
         rows = np.asarray(embeddings[part])[held].astype(np.float32)
         if is_cosine:
-            norms = np.linalg.norm(rows, axis=1, keepdims=True)
-            rows = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+            rows = unit(rows)
         rows -= centroids[cluster[part][held]]
         distance[part][held] = np.einsum("nd,nd->n", rows, rows)
     return distance
@@ -243,7 +243,8 @@ def warn_of_limits(quota: np.ndarray, target_size: int) -> None:
         )  # fmt: skip
 
 
-def _attainable(target_size: int, n_samples: int, max_repeats: int) -> int:
+def attainable(target_size: int, n_samples: int, max_repeats: int) -> int:
+    """The target, or what so many samples give if that is less, with a warning."""
     capacity = n_samples * max_repeats
     if target_size > capacity:
         log.warning(

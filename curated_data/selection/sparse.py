@@ -6,18 +6,15 @@ concept as well as its size; the two counts compare a sample with its surroundin
 Clusters only bound the neighbourhoods and spread the draw.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from curated_data.clustering.tree import ClusterTree
-from curated_data.matrix import Matrix, read_rows
+from curated_data.matrix import Matrix, read_rows, unit
 from curated_data.selection.quotas import Quotas, flat_quotas
-from curated_data.selection.sampling import warn_of_limits
-
-log = logging.getLogger(__name__)
+from curated_data.selection.sampling import attainable, warn_of_limits
 
 NEIGHBOURS = 16
 """How many nearest rows a row lists."""
@@ -94,12 +91,6 @@ def mean_direction(x: Matrix, tree: ClusterTree) -> np.ndarray:
     return (total / max(1, len(ids))).astype(np.float32)
 
 
-def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows of norm 1; of zeros where they are."""
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
-
-
 def sparse_weights(neighbours: Neighbours, tree: ClusterTree) -> np.ndarray:
     """(n,) float64 weights of the samples; 0 for those that the tree excludes.
 
@@ -151,13 +142,9 @@ def sparse_sample(
     """
     weight = sparse_weights(neighbours, tree)
     ids = np.flatnonzero(weight > 0)
-    capacity = len(ids) * max_repeats
-    if target_size > capacity:
-        log.warning(
-            "target_size=%d is more than the tree gives: %d samples, each at most %d times; selecting all %d",
-            target_size, len(ids), max_repeats, capacity,
-        )  # fmt: skip
-    target_size = min(target_size, capacity if within is None else len(within))
+    target_size = attainable(target_size, len(ids), max_repeats)
+    if within is not None:
+        target_size = min(target_size, len(within))
     if not target_size:
         return np.empty(0, np.int64)
     rng = np.random.default_rng(seed)

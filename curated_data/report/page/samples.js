@@ -116,7 +116,10 @@ if (dropped) {
   if (conditions.length)
     find("#filters .body").append(table(["condition", "drops alone", "of these NULL"], conditions, "text"));
   if (dropped.examples.length)
-    find("#filters .body").append(table(["id", "key"], dropped.examples, "text tight"));
+    find("#filters .body").append(
+      make("h3", {}, "Some of those that were dropped"),
+      table(["id", "key"], dropped.examples, "text tight"),
+    );
 } else find("#filters").remove();
 if (data.retrieval) {
   const sets = Object.entries(data.retrieval).map(([name, s]) => [
