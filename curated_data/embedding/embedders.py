@@ -82,6 +82,8 @@ class ModuleEmbedder(nn.Module):
         preprocess: maps a decoded sample to an input of the network.
         dimension: d; None embeds a blank 64 x 64 image to find it.
         name: for the log and the manifests in the cache.
+        thread_safe: the network and the preprocessing may be called by several threads at once, as they keep
+            nothing of a call. A CPU of several cores then embeds up to half as many again.
     """
 
     def __init__(
@@ -91,11 +93,13 @@ class ModuleEmbedder(nn.Module):
         *,
         dimension: int | None = None,
         name: str = "custom",
+        thread_safe: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
         self.preprocess = preprocess
         self.name = name
+        self.thread_safe = thread_safe
         self.dimension = _probe_dimension(self, name) if dimension is None else dimension
 
     @property
@@ -262,7 +266,7 @@ def _torchvision(rest: str) -> Embedder:
     drop_classifier(network, f"torchvision:{name}")
     if source not in ("", "random"):
         load_weights(network, source, f"torchvision:{name}")
-    return ModuleEmbedder(network, preprocess, name=f"torchvision:{rest}")
+    return ModuleEmbedder(network, preprocess, name=f"torchvision:{rest}", thread_safe=True)
 
 
 def _timm(rest: str) -> Embedder:
@@ -297,7 +301,7 @@ def _timm(rest: str) -> Embedder:
         std=settings["std"],
         interpolation=settings["interpolation"],
     )
-    return ModuleEmbedder(network, preprocess, name=f"timm:{rest}")
+    return ModuleEmbedder(network, preprocess, name=f"timm:{rest}", thread_safe=True)
 
 
 def _transformers(rest: str) -> Embedder:
@@ -500,7 +504,8 @@ def _efficientnet_lite0(rest: str) -> Embedder:
     network._fc = nn.Identity()
     scale = 128 / 255
     preprocess = ImagePreprocess(size, mean=(127 / 255,) * 3, std=(scale,) * 3)
-    return ModuleEmbedder(network, preprocess, dimension=1280, name=f"efficientnet_lite0:{size}")
+    name = f"efficientnet_lite0:{size}"
+    return ModuleEmbedder(network, preprocess, dimension=1280, name=name, thread_safe=True)
 
 
 def _minilm(rest: str) -> Embedder:

@@ -37,6 +37,7 @@ from curated_data.pool import ShardPool
 from curated_data.pool.decode import IMAGE_EXTENSIONS, Decoders, as_decoders
 from curated_data.pool.fields import checked_fields
 from curated_data.progress import progress
+from curated_data.threads import parallel_map
 
 log = logging.getLogger(__name__)
 
@@ -420,13 +421,19 @@ def _why_lost(row: np.ndarray, dtype: str) -> str:
 def _forward(embedder: Embedder, inputs: Tensor, device: torch.device, use_bf16: bool) -> Tensor:
     """Embed one batch in evaluation mode; errors are attributed to the embedder."""
     network = embedder if isinstance(embedder, torch.nn.Module) else torch.nn.Identity()
-    try:
-        with (
-            evaluating(network),
+    is_parallel = device.type == "cpu" and getattr(embedder, "thread_safe", False)
+
+    def embed(piece: Tensor, is_of_images: bool) -> Tensor:
+        with (  # of a thread
             torch.inference_mode(),
             torch.autocast(device.type, torch.bfloat16, enabled=use_bf16),
         ):
-            parts = [embedder(part) for part in _parts(embedder, inputs, device)]
+            piece = complete(piece.to(device, non_blocking=True), embedder.preprocess)
+            return embedder(piece.contiguous(memory_format=torch.channels_last) if is_of_images else piece)
+
+    try:
+        with evaluating(network), torch.inference_mode():
+            parts = parallel_map(embed, _pieces(embedder, inputs, device), None if is_parallel else 1)
             output = torch.cat(parts) if len(parts) > 1 else parts[0]
     except CuratedDataError:
         raise
@@ -448,18 +455,19 @@ def _forward(embedder: Embedder, inputs: Tensor, device: torch.device, use_bf16:
     return output
 
 
-def _parts(embedder: Embedder, inputs: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """A batch in the pieces and the memory format that a network on the CPU is fastest with for images.
+def _pieces(embedder: Embedder, inputs: Tensor, device: torch.device) -> list[tuple[Tensor, bool]]:
+    """A batch in the pieces that a network on the CPU is fastest with, and whether they are of images.
 
     Pieces of about `_PIXELS` keep the activations of a network in the processor's cache; `channels_last` is
-    what its convolutions compute in. Both change rows by rounding alone. On one core, EfficientNet-Lite0
-    embeds 4.4 times as many images of 64 pixels so as in batches of 256 (`benchmarks/embedding.py`).
+    what its convolutions compute in. Both change rows by rounding alone, and neither depends on the number of
+    cores. On one core, EfficientNet-Lite0 embeds twice as many images of 64 pixels so as in batches of 256;
+    on two, each with its own piece, 1.1 to 1.5 times as many as if both shared every operation
+    (`benchmarks/embedding.py`).
     """
-    is_cut = device.type == "cpu" and inputs.ndim == 4 and isinstance(embedder, torch.nn.Module)
-    fit = max(_PIXELS / math.prod(inputs.shape[-2:]), 1) if is_cut else len(inputs)
-    for part in inputs.split(1 << math.ceil(math.log2(fit))):
-        part = complete(part.to(device, non_blocking=True), embedder.preprocess)
-        yield part.contiguous(memory_format=torch.channels_last) if is_cut else part
+    if device.type != "cpu" or inputs.ndim != 4 or not isinstance(embedder, torch.nn.Module):
+        return [(inputs, False)]
+    fit = max(_PIXELS / math.prod(inputs.shape[-2:]), 1)
+    return [(part, True) for part in inputs.split(1 << math.ceil(math.log2(fit)))]
 
 
 def _check_dimension(embedder: Embedder) -> None:
