@@ -106,7 +106,7 @@ def beginnings(folder: Path) -> None:
     per_sample = (time.monotonic() - started - began) / (200 * 4096)
     print(
         f"order of 1e8 samples: first batch, in the middle of an epoch, after {1e3 * began:.1f} ms, "
-        f"{1e9 * per_sample:.0f} ns a sample, {(anonymous_bytes() - before) / 1e6:.0f} MB"
+        f"{1e9 * per_sample:.0f} ns per sample, {(anonymous_bytes() - before) / 1e6:.0f} MB"
     )
 
 

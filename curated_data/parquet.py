@@ -50,10 +50,19 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     with reading_parquet(path):
         open_regular(path).close()
         file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-        n_rows, groups = file.metadata.num_rows, row_groups(file)
-        if min(groups, default=0) < 0 or sum(groups) != n_rows:
-            raise ValueError(f"row groups of {groups[:10]} rows, of {n_rows} in all")
+        check_row_groups(file)
         return file
+
+
+def check_row_groups(file: pq.ParquetFile) -> None:
+    """Check that the rows of a file's groups are all of its rows.
+
+    Raises:
+        ValueError: they are not.
+    """
+    n_rows, groups = file.metadata.num_rows, row_groups(file)
+    if min(groups, default=0) < 0 or sum(groups) != n_rows:
+        raise ValueError(f"row groups of {groups[:10]} rows, of {n_rows} in all")
 
 
 def row_groups(file: pq.ParquetFile) -> list[int]:
@@ -264,8 +273,11 @@ class ParquetRows:
             return usual[0]
         there = ", ".join(map(repr, names or self.file.schema_arrow.names))
         raise ConfigError(
-            f"{self.path}: {'several columns hold' if names else 'no column holds'} lists of floating-point "
-            f"numbers: {there}; name the column of embeddings"
+            f"{self.path}: several columns hold lists of floating-point numbers: {there}; name that of the "
+            "embeddings: column=NAME, or '?column=NAME' after the path"
+            if names
+            else f"{self.path}: no column holds lists of floating-point numbers (its columns: {there}); give "
+            "the file with the embeddings"
         )
 
 

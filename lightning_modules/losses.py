@@ -13,7 +13,7 @@ from lightning_modules.distributed import all_reduce, gather
 def nt_xent(a: Tensor, b: Tensor, *, temperature: float = 0.5) -> Tensor:
     """Normalised temperature-scaled cross-entropy, SimCLR's loss (arXiv 2002.05709, equation 1).
 
-    Each of this rank's 2B views is told from the other 2 * world * B - 1 by the cosine to its partner.
+    Each of this rank's 2B views has to find its partner among the other 2 * world * B - 1, by cosine.
 
     Args:
         a: (B, d) projections of the first views; any scale, they are normalised here.

@@ -18,7 +18,7 @@ def gaussian_similarity(
 
     Args:
         features: (N, d) float, not normalised, on any device; the work is done there in blocks of rows.
-        n_neighbors: entries kept a row; N - 1 where the set is smaller.
+        n_neighbors: entries kept per row; N - 1 where the set is smaller.
         bandwidth: of the kernel, in units of sqrt(d).
         block_size: rows compared with all others at once.
 

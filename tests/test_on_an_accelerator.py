@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader
 
 from curated_data import CuratedDataModule, RecurationCallback
 from curated_data.clustering import Level, hierarchical_kmeans, kmeans
-from curated_data.embedding.embedders import resolve_embedder
 from curated_data.embedding.extract import embed_pool
+from curated_data.embedding.resolve import resolve_embedder
 from curated_data.pool import ShardPool
 from lightning_modules.evaluation.dense import DenseSettings
 from lightning_modules.evaluation.depth import depth

@@ -57,18 +57,6 @@ def locked(path: Path | str, *, wait: bool = True) -> Iterator[bool]:
         os.close(handle)
 
 
-def is_locked(path: Path | str) -> bool:
-    """Whether any process holds the lock of `path`."""
-    try:
-        handle = open_own(lock_file(path), os.O_RDWR)
-    except (OSError, CacheError):
-        return False
-    try:
-        return not try_lock(handle)
-    finally:
-        os.close(handle)
-
-
 def remove_if_free(lock: Path, older_than: float) -> None:
     """Remove a lock file older than a time (in seconds since 1970), if no process holds the lock."""
     with contextlib.suppress(OSError, CacheError):

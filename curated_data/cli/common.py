@@ -97,7 +97,7 @@ def add_rows(command: argparse.ArgumentParser) -> None:
         "--embeddings",
         action="store_true",
         help="what is given are embeddings, not shards: .npy or parquet files, folders of them, or one that "
-        "clip-retrieval wrote; ids are rows",
+        "clip-retrieval wrote; ids are rows; '?key=NAME&column=NAME' after the path names columns of parquet",
     )
 
 
@@ -171,8 +171,12 @@ def pool_of(parsed: argparse.Namespace) -> Any:
     """The pool of shards, or with `--embeddings` the embeddings given."""
     if getattr(parsed, "embeddings", False):
         from curated_data.embedding.existing import EmbeddedPool
+        from curated_data.embedding.precomputed import with_options
 
-        return EmbeddedPool(parsed.pool, columns=parsed.columns)
+        if len(parsed.pool) > 1:
+            return EmbeddedPool(parsed.pool, columns=parsed.columns)
+        path, options = with_options(parsed.pool[0], ("key", "column"))
+        return EmbeddedPool(path, columns=parsed.columns, **options)
     from curated_data.cache.artifacts import open_cache
     from curated_data.pool import ShardPool
 

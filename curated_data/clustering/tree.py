@@ -171,8 +171,8 @@ class ClusterTree:
     def assign(self, rows: Matrix, level: int = 1, *, device: str = "auto") -> np.ndarray:
         """The cluster of other rows at a level, (m,) int64; -1 for rows that cannot be placed.
 
-        A row goes to its nearest centroid of level 1, and from there up the tree, as those of a pool that has
-        grown.
+        A row belongs to the cluster of its nearest centroid of level 1, and to those above it. So do the new
+        samples of a pool that has grown.
 
         Args:
             rows: (m, d) array, memory map or tensor, any float dtype.

@@ -130,7 +130,7 @@ def folder_split(
 
 
 def _pairs(path: Path, what: str) -> dict[str, str]:
-    """A file of two words a line: the second by the first."""
+    """A file with two words per line, as a mapping of the first to the second."""
     lines = [line.split() for line in read_lines(path, what)]
     for number, words in enumerate(lines, 1):
         if len(words) != 2:

@@ -164,6 +164,7 @@ class Block(NamedTuple):
         key: the name of a row by its place in the block.
         missing: (m,) bool, rows that do not exist, and why; None if there are none.
         identity: what counts in the name of the file beside the rows.
+        not_finite: what is said of a row that is not finite.
     """
 
     source: str
@@ -171,6 +172,7 @@ class Block(NamedTuple):
     key: Callable[[int], str]
     missing: tuple[np.ndarray, str] | None = None
     identity: str | None = None
+    not_finite: str = "is not finite (NaN or infinite)"
 
 
 def rows_name(dimension: int, dtype: str) -> str:
@@ -212,7 +214,7 @@ def _kept(folder: Path, block: Block) -> str:
     """Write a block to the cache, unless it is there; returns its name."""
     rows = block.rows
     reasons: dict[int, str] = dict.fromkeys(
-        np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist(), "is not finite"
+        np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist(), block.not_finite
     )
     more: dict[str, Any] = {}
     if block.missing is not None and block.missing[0].any():

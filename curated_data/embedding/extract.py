@@ -6,7 +6,6 @@ same way, so that a shard's embeddings do not depend on which process computes t
 
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -17,32 +16,29 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from curated_data.cache.artifacts import fingerprint
 from curated_data.cache.holds import Hold
 from curated_data.cache.layout import EMBEDDINGS
 from curated_data.cache.locks import locked
-from curated_data.devices import resolve_device
-from curated_data.embedding.batches import Claim, InputLoader, complete, is_of_worker, worker_ended
+from curated_data.embedding.batches import Claim, InputLoader
 from curated_data.embedding.contents import Contents, content_name
-from curated_data.embedding.embedders import Embedder, evaluating
+from curated_data.embedding.embedders import Embedder
 from curated_data.embedding.equal import equal_rows
+from curated_data.embedding.forward import Forward
 from curated_data.embedding.identity import module_fingerprint
 from curated_data.embedding.shard_files import ShardFiles
 from curated_data.embedding.store import VERSION, EmbeddingStore, forget_table, store_fingerprint
-from curated_data.errors import ConfigError, CuratedDataError, EmbedderError, first_line
+from curated_data.errors import ConfigError, EmbedderError
 from curated_data.parallel import check_ranks, rank, world_size
 from curated_data.pool import ShardPool
 from curated_data.pool.decode import IMAGE_EXTENSIONS, Decoders, as_decoders
 from curated_data.pool.fields import checked_fields
 from curated_data.progress import progress
-from curated_data.threads import parallel_map
 
 log = logging.getLogger(__name__)
 
 _PILLOWS_LIMIT = 89_478_485  # pixels, its default
-_PIXELS = 32 * 64 * 64  # of the images that a CPU embeds at once
 
 
 def embed_pool(
@@ -90,9 +86,7 @@ def embed_pool(
         EmbedderError: the embedder fails on good input or returns another shape than (B, dimension).
         PoolError: a shard cannot be read.
     """
-    device = resolve_device(device)
-    _check_dimension(embedder)
-    use_bf16 = _uses_bf16(precision, device)
+    forward = Forward(embedder, dtype=dtype, device=device, precision=precision)
     name = embeddings_name(
         pool, embedder, dtype=dtype, precision=precision, decoders=decoders, fields=fields, ids=ids
     )
@@ -108,34 +102,34 @@ def embed_pool(
         log.info("embedding: %d of %d samples, the others are filtered out", int(keep.sum()), len(keep))
     if missing:
         _forget_table(files, contents, dtype)
-        _move(embedder, device)
+        forward.move()
         samples = int(sum(files.to_embed(number, contents.names[number]).sum() for number in missing))
         started = time.monotonic()
-        with progress(f"embedding ({device.type})", samples, "images") as advance:
+        with progress(f"embedding ({forward.device.type})", samples, "images") as advance:
             loader = InputLoader(
                 pool,
                 embedder,
                 batch_size,
                 num_workers,
                 decoders,
-                device,
+                forward.device,
                 multiprocessing_context,
                 ranges,
                 ids,
                 checked_fields(fields, as_decoders(decoders), pool.image_extensions),
             )
             done = 0
-            # Ranks start at different shards, so as not to queue for the same locks. A second pass, which
-            # waits for locks, takes the shards that another process gave up.
+            # Ranks start at different shards, so that they do not queue for the same locks. A second pass,
+            # which waits for locks, takes the shards that another process gave up.
             first = rank() * len(missing) // world_size()
             turned = missing[first:] + missing[:first]
             # It may wait for a shard while holding others, so all processes go in the same order.
             in_one_order = sorted(missing, key=contents.locks.__getitem__)
             for wait, numbers in ((False, turned), (True, in_one_order)):
-                done += _embed_shards(numbers, files, loader, contents, wait, dtype, use_bf16, advance)
+                done += _embed_shards(numbers, files, loader, contents, wait, forward, advance)
         seconds = time.monotonic() - started
         if done:
-            log.info("embedded %d samples at %.0f samples/s with %s", done, done / seconds, _name(embedder))
+            log.info("embedded %d samples at %.0f samples/s with %s", done, done / seconds, forward.name)
         files.refresh()
         _forget_table(files, contents, dtype)
     names = [name for name in contents.names if name is not None]
@@ -191,18 +185,24 @@ def embed_samples(
     Returns:
         (m, d) rows, zeros for samples that failed, and (m,) bool, False for these.
     """
-    device = resolve_device(device)
-    _check_dimension(embedder)
-    use_bf16 = _uses_bf16(precision, device)
+    forward = Forward(embedder, dtype=dtype, device=device, precision=precision)
     ranges = np.searchsorted(ids, pool.shard_ranges())
-    _move(embedder, device)
+    forward.move()
     loader = InputLoader(
-        pool, embedder, batch_size, num_workers, decoders, device, multiprocessing_context, ranges, ids
+        pool,
+        embedder,
+        batch_size,
+        num_workers,
+        decoders,
+        forward.device,
+        multiprocessing_context,
+        ranges,
+        ids,
     )
     rows = np.zeros((len(ids), embedder.dimension), dtype)
     valid = np.zeros(len(ids), bool)
     for batch in loader.batches(map(Claim, np.flatnonzero(np.diff(ranges)).tolist())):
-        rows[batch.rows], reasons = _embed(loader, batch.inputs, batch.reasons, dtype, use_bf16)
+        rows[batch.rows], reasons = forward(batch.inputs, batch.reasons)
         valid[batch.rows] = [not reason for reason in reasons]
     return rows, valid
 
@@ -276,8 +276,7 @@ def _embed_shards(
     loader: InputLoader,
     contents: Contents,
     wait: bool,
-    dtype: str,
-    use_bf16: bool,
+    forward: Forward,
     advance: Callable[..., None],
 ) -> int:
     """Embed those of the shards that are missing and can be claimed; returns their number of samples."""
@@ -288,7 +287,7 @@ def _embed_shards(
 
     def finish(number: int) -> None:
         shard = begun.pop(number)
-        origin: dict[str, Any] = {"url": pool.urls[number], "embedder": _name(loader.embedder)}
+        origin: dict[str, Any] = {"url": pool.urls[number], "embedder": forward.name}
         origin |= {"transparent": shard.transparent}
         name = contents.names[number]
         if shard.is_read:  # it may have changed though its state did not
@@ -317,7 +316,7 @@ def _embed_shards(
             wanted = files.to_embed(number, name)
             # All of it is read where that is needed to learn its content, or costs no more.
             is_read = loader.ids is None and (name is None or bool(wanted.all()))
-            begun[number] = _Shard(wanted, is_read, loader.embedder.dimension, dtype)
+            begun[number] = _Shard(wanted, is_read, loader.embedder.dimension, forward.dtype)
             if wanted.any() or (is_read and len(wanted)):
                 yield Claim(number, None if wanted.all() else wanted, is_read)
             else:  # which gives no batch
@@ -329,7 +328,7 @@ def _embed_shards(
             check_ranks()
             shard = begun[batch.shard]
             place = batch.rows - ranges[batch.shard]
-            shard.rows[place], reasons = _embed(loader, batch.inputs, batch.reasons, dtype, use_bf16)
+            shard.rows[place], reasons = forward(batch.inputs, batch.reasons)
             failed = [position for position, reason in enumerate(reasons) if reason]
             for position, key in zip(failed, pool.keys(loader.samples(batch.rows[failed])), strict=True):
                 shard.failures.append(
@@ -377,115 +376,3 @@ class _Shard:
     def rows(self) -> np.ndarray:
         """What is embedded so far; claims are made ahead of the work, so it is allocated when that begins."""
         return np.zeros(self.shape, self.dtype)
-
-
-def _embed(
-    loader: InputLoader, inputs: Tensor | None, reasons: list[str], dtype: str, use_bf16: bool
-) -> tuple[np.ndarray, list[str]]:
-    """(B, d) rows, zeros for failed samples, and the reasons, with those of non-finite embeddings added."""
-    values = np.zeros((len(reasons), loader.embedder.dimension), dtype)
-    if inputs is None:
-        return values, reasons
-    good = np.array([not reason for reason in reasons])
-    device = loader.device
-    output = _forward(loader.embedder, inputs, device, use_bf16)
-    expected = (int(good.sum()), loader.embedder.dimension)
-    if tuple(output.shape) != expected:
-        raise EmbedderError(
-            f"{_name(loader.embedder)}: gave shape {tuple(output.shape)}, expected {expected}"
-        )
-    wide = output.float().cpu().numpy()
-    with np.errstate(over="ignore"):  # values too large for float16 become inf, and are reported below
-        rows = wide.astype(dtype)
-    lost = ~np.isfinite(rows).all(axis=1) | (wide.any(axis=1) & ~rows.any(axis=1))
-    rows[lost] = 0
-    values[good] = rows
-    reasons = list(reasons)
-    for place, row in zip(np.flatnonzero(good)[lost].tolist(), wide[lost], strict=True):
-        reasons[place] = _why_lost(row, dtype)
-    return values, reasons
-
-
-def _why_lost(row: np.ndarray, dtype: str) -> str:
-    """Why an embedding cannot be stored: it is not finite, or overflows or vanishes in the stored dtype.
-
-    Equal reasons have equal words, so that they are counted together.
-    """
-    if not np.isfinite(row).all():
-        return "its embedding is not finite"
-    limits = np.finfo(dtype)
-    what = f"exceeds {limits.max:g}" if np.abs(row).max() > 1 else f"is below {limits.smallest_subnormal:.0e}"
-    return f"its embedding {what}, beyond what {dtype} can hold; set embedding.dtype to float32"
-
-
-def _forward(embedder: Embedder, inputs: Tensor, device: torch.device, use_bf16: bool) -> Tensor:
-    """Embed one batch in evaluation mode; errors are attributed to the embedder."""
-    network = embedder if isinstance(embedder, torch.nn.Module) else torch.nn.Identity()
-    is_parallel = device.type == "cpu" and getattr(embedder, "thread_safe", False)
-
-    def embed(piece: Tensor, is_of_images: bool) -> Tensor:
-        with (  # of a thread
-            torch.inference_mode(),
-            torch.autocast(device.type, torch.bfloat16, enabled=use_bf16),
-        ):
-            piece = complete(piece.to(device, non_blocking=True), embedder.preprocess)
-            return embedder(piece.contiguous(memory_format=torch.channels_last) if is_of_images else piece)
-
-    try:
-        with evaluating(network), torch.inference_mode():
-            parts = parallel_map(embed, _pieces(embedder, inputs, device), None if is_parallel else 1)
-            output = torch.cat(parts) if len(parts) > 1 else parts[0]
-    except CuratedDataError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise EmbedderError(
-            f"{_name(embedder)}: out of memory on {device} with {len(inputs)} samples at once; lower "
-            "embedding.batch_size"
-        ) from error
-    except Exception as error:  # the user's network may raise anything
-        if is_of_worker(error):
-            raise worker_ended(error) from error
-        raise EmbedderError(
-            f"{_name(embedder)}: fails on a batch of shape {tuple(inputs.shape)} on {device} "
-            f"({first_line(error, with_type=True)}); is its `preprocess` the right one?"
-        ) from error
-    if not isinstance(output, Tensor) or output.is_complex():
-        kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
-        raise EmbedderError(f"{_name(embedder)}: gave {kind}, expected a tensor of real numbers (B, d)")
-    return output
-
-
-def _pieces(embedder: Embedder, inputs: Tensor, device: torch.device) -> list[tuple[Tensor, bool]]:
-    """A batch in the pieces that a network on the CPU is fastest with, and whether they are of images.
-
-    Pieces of about `_PIXELS` keep the activations of a network in the processor's cache; `channels_last` is
-    what its convolutions compute in. Both change rows by rounding alone, and neither depends on the number of
-    cores. On one core, EfficientNet-Lite0 embeds twice as many images of 64 pixels so as in batches of 256;
-    on two, each with its own piece, 1.1 to 1.5 times as many as if both shared every operation
-    (`benchmarks/embedding.py`).
-    """
-    if device.type != "cpu" or inputs.ndim != 4 or not isinstance(embedder, torch.nn.Module):
-        return [(inputs, False)]
-    fit = max(_PIXELS / math.prod(inputs.shape[-2:]), 1)
-    return [(part, True) for part in inputs.split(1 << math.ceil(math.log2(fit)))]
-
-
-def _check_dimension(embedder: Embedder) -> None:
-    if not isinstance(embedder.dimension, int) or embedder.dimension < 1:
-        raise EmbedderError(
-            f"{_name(embedder)}: its dimension is {embedder.dimension!r}, expected a positive integer"
-        )
-
-
-def _uses_bf16(precision: str, device: torch.device) -> bool:
-    automatic = precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return precision == "bf16" or automatic
-
-
-def _move(embedder: Embedder, device: torch.device) -> None:
-    if isinstance(embedder, torch.nn.Module):
-        embedder.to(device)
-
-
-def _name(embedder: Embedder) -> str:
-    return str(getattr(embedder, "name", type(embedder).__qualname__))

@@ -193,6 +193,8 @@ def _part(file: Path, column: str | None) -> Part:
         return Part(str(file), _checked(str(file), rows) if len(rows) else rows, file)
     if not file.is_file():
         raise PoolError(f"{file}: no such file; give a .npy or parquet file, or a folder of them")
+    if file.suffix.lower() != ".npy":
+        raise PoolError(f"{file}: holds no embeddings; give a .npy or parquet file, or a folder of them")
     try:
         matrix = load_npy(file, "write it again by numpy.save", map_mode="r")
     except ValueError as error:

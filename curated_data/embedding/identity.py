@@ -6,7 +6,7 @@ They are equal in every version of Python, and wherever this package is installe
   name from the entry point, that is methods, the globals and closures that they name, and the attributes of
   their objects. Code without a source, typed at a prompt or made by `exec`, counts by its bytecode, which
   holds for this version of Python only; a warning says so.
-- Code of this package counts by its name and by `CODE_VERSIONS`.
+- Code of this package counts by its name and by `CODE_VERSIONS` (`curated_data.embedding.origin`).
 - Code of other installed packages counts by its name, so that an upgrade does not cause a whole pool to be
   embedded again.
 - Weights, buffers and settings count by their values.
@@ -20,7 +20,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -28,17 +28,22 @@ import torch
 from torch import nn
 
 from curated_data.cache.artifacts import fingerprint
+from curated_data.embedding.origin import (
+    class_name,
+    code_version,
+    is_data,
+    is_library,
+    is_ours,
+    is_untold,
+    is_users,
+    overrides,
+    own_attributes,
+)
 from curated_data.embedding.source import class_source, source_of
 from curated_data.errors import EmbedderError
 
 log = logging.getLogger(__name__)
 
-CODE_VERSIONS = {"curated_data": 1, "lightning_modules": 1}
-"""Increase one when code of that package gives other embeddings by the same weights and settings."""
-
-# The repr of these libraries' networks contains their settings.
-_PRINTED_WHOLE = ("torch", "torchvision", "timm")
-_OWN_NAMES = frozenset(vars(nn.Module()))
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -81,7 +86,7 @@ class _Walk:
         if isinstance(value, dict):
             return {_printed(key): self.identity(item) for key, item in value.items()}
         if isinstance(value, enum.Enum):
-            return ["enum", _class_name(type(value)), value.name, self._leniently(value.value)]
+            return ["enum", class_name(type(value)), value.name, self._leniently(value.value)]
         if isinstance(value, PurePath):
             return ["path", str(value)]
         if isinstance(value, re.Pattern):
@@ -105,10 +110,10 @@ class _Walk:
         if isinstance(value, types.FunctionType):
             return ["function", *self._function(value)]
         if isinstance(value, type):
-            return ["class", _class_name(value), *self._class(value)]
+            return ["class", class_name(value), *self._class(value)]
         if isinstance(value, functools._lru_cache_wrapper):
             return ["cached", self.identity(value.__wrapped__)]
-        if isinstance(value, types.BuiltinMethodType) and _is_data(value.__self__):
+        if isinstance(value, types.BuiltinMethodType) and is_data(value.__self__):
             return ["bound", value.__name__, self.identity(value.__self__)]
         if hasattr(value, "__qualname__") or isinstance(value, np.ufunc):  # of C code
             return ["named", str(getattr(value, "__module__", "")), value.__name__]
@@ -127,7 +132,7 @@ class _Walk:
             for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
         ]
         return [
-            *("module", _class_name(type(module)), _printed(module), _weights_digest(module), hooks),
+            *("module", class_name(type(module)), _printed(module), _weights_digest(module), hooks),
             # A scripted or traced network has its own code, not that of its class.
             [[name, str(part.code)] for name, part in parts.items() if _has_own_code(part)],
             self._reached(parts, {"forward", *getattr(type(module), "_entries", ())}),
@@ -138,7 +143,7 @@ class _Walk:
             return [self.identity(value), self._reached(dict(value.named_modules()), entries)]
         kept = vars(value) if hasattr(value, "__dict__") else {}
         return [
-            *("object", _class_name(type(value)), self._reached({"": value}, entries)),
+            *("object", class_name(type(value)), self._reached({"": value}, entries)),
             {name: self.identity(item) for name, item in kept.items()},
         ]
 
@@ -151,11 +156,11 @@ class _Walk:
                 kind
                 for part in parts.values()
                 for kind in type(part).__mro__
-                if not _is_library(kind.__module__)
+                if not is_library(kind.__module__)
             )
         )
         names = set(entries)
-        names |= {name for kind in kinds for name in vars(kind) if _overrides(kind, name)}
+        names |= {name for kind in kinds for name in vars(kind) if overrides(kind, name)}
         done: dict[tuple[int, str], Any] = {}
         todo = True
         while todo:
@@ -169,20 +174,21 @@ class _Walk:
                             names |= _reads(function)
                         done[number, name] = self._attribute(kind, attribute, functions)
                         todo = True
-        code = [[_class_name(kinds[number]), name, done[number, name]] for number, name in sorted(done)]
+        code = [[class_name(kinds[number]), name, done[number, name]] for number, name in sorted(done)]
         attributes = {
             f"{path}.{name}": self.identity(value)
             for path, part in parts.items()
             if isinstance(part, nn.Module)
-            for name, value in _own_attributes(part)
-            if _is_untold(part, value) or (_plain_name(part, name, names) and not _is_library(_of(part)))
+            for name, value in own_attributes(part)
+            if is_untold(part, value)
+            or (_plain_name(part, name, names) and not is_library(type(part).__module__))
         }
         return [code, attributes]
 
     def _attribute(self, kind: type, attribute: Any, functions: list[types.FunctionType]) -> Any:
         """What a class has under a name: a method, a property, or a value."""
-        if _is_ours(kind.__module__):
-            return _version(kind.__module__)
+        if is_ours(kind.__module__):
+            return code_version(kind.__module__)
         if functions:
             return [self._function(function) for function in functions]
         return self._leniently(attribute)
@@ -193,13 +199,13 @@ class _Walk:
         cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
         # The class of a method is known already.
         closure = {name: _content(cell) for name, cell in cells if name != "__class__"}
-        if _is_library(module) or _is_ours(module):
+        if is_library(module) or is_ours(module):
             held = {
                 name: self.identity(value)
                 for name, value in closure.items()
-                if _is_data(value) or isinstance(value, types.FunctionType) or _is_users(value)
+                if is_data(value) or isinstance(value, types.FunctionType) or is_users(value)
             }
-            return [module, code.co_qualname, _version(module), held]
+            return [module, code.co_qualname, code_version(module), held]
         source = source_of(function)
         if source is None:
             log.warning(
@@ -228,7 +234,7 @@ class _Walk:
         }
 
     def _module(self, module: types.ModuleType, attributes: set[str]) -> list[Any]:
-        if _is_library(module.__name__) or _is_ours(module.__name__) or id(module) in self.met:
+        if is_library(module.__name__) or is_ours(module.__name__) or id(module) in self.met:
             return ["python module", module.__name__]
         self.met[id(module)] = len(self.met), module
         held = {
@@ -242,8 +248,8 @@ class _Walk:
 
     def _class(self, kind: type) -> list[Any]:
         """The code of a class that is the user's, with what it names as far as that can be determined."""
-        if _is_library(kind.__module__) or _is_ours(kind.__module__):
-            return [_version(kind.__module__)]
+        if is_library(kind.__module__) or is_ours(kind.__module__):
+            return [code_version(kind.__module__)]
         bases = [self.identity(base) for base in kind.__bases__]
         source = class_source(kind)
         if source is None:
@@ -254,7 +260,7 @@ class _Walk:
             }
             values = {name: value for name, value in vars(kind).items() if name[:2] != "__"}
             values |= {name: member.value for name, member in getattr(kind, "__members__", {}).items()}
-            return [bases, members, {n: self.identity(v) for n, v in sorted(values.items()) if _is_data(v)}]
+            return [bases, members, {n: self.identity(v) for n, v in sorted(values.items()) if is_data(v)}]
         globals_ = vars(sys.modules.get(kind.__module__, types.ModuleType("")))
         named = {
             name: self._leniently(globals_[name])
@@ -268,16 +274,12 @@ class _Walk:
         try:
             return self.identity(value)
         except EmbedderError:
-            return ["of type", _class_name(type(value))]
-
-
-def _of(part: Any) -> str:
-    return type(part).__module__
+            return ["of type", class_name(type(value))]
 
 
 def _reads(function: types.FunctionType) -> set[str]:
     """The names of attributes that a function reads, unless it is a library's."""
-    if _is_library(str(function.__globals__.get("__name__", ""))):
+    if is_library(str(function.__globals__.get("__name__", ""))):
         return set()
     source = source_of(function)
     return set(_names(function.__code__) if source is None else source.attributes)
@@ -298,94 +300,6 @@ def _plain_name(part: Any, name: str, names: set[str]) -> bool:
     return name in names or any(
         name.startswith(prefix) and f"__{name.removeprefix(prefix)}" in names for prefix in prefixes
     )
-
-
-def _root(module: str) -> str:
-    return module.partition(".")[0]
-
-
-def _is_ours(module: str | None) -> bool:
-    """Whether a module is of this package, wherever that is installed."""
-    return _root(module or "") in CODE_VERSIONS
-
-
-def _version(module: str) -> int | None:
-    return CODE_VERSIONS.get(_root(module))
-
-
-@functools.cache
-def _is_library(module: str) -> bool:
-    """Whether a module is of Python itself or of an installed package, but not of this one."""
-    if _root(module) == "__main__" or _is_ours(module):
-        return False
-    if _root(module) in sys.stdlib_module_names:
-        return True
-    file = getattr(sys.modules.get(module), "__file__", None) or ""
-    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
-
-
-def _overrides(kind: type, name: str) -> bool:
-    """Whether a class overrides a library's method, which other methods of the library may call."""
-    return not name.startswith("__") and any(name in vars(base) for base in _library_bases(kind))
-
-
-def _library_bases(kind: type) -> list[type]:
-    """A class's base classes from libraries, except those that play no part in embedding."""
-    return [
-        base
-        for base in kind.__mro__
-        if base not in (object, nn.Module)
-        and _is_library(base.__module__)
-        and _root(base.__module__) not in ("lightning", "pytorch_lightning")
-    ]
-
-
-def _own_attributes(part: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in sorted(vars(part).items()) if name not in _OWN_NAMES]
-
-
-def _is_untold(part: nn.Module, value: Any) -> bool:
-    """Whether code of a library may read an attribute that the module's repr does not show."""
-    if not _library_bases(type(part)):
-        return False
-    kind = type(part).__module__
-    return _is_users(value) or (_is_library(kind) and _root(kind) not in _PRINTED_WHOLE and _is_plain(value))
-
-
-def _is_users(value: Any) -> bool:
-    """Whether a value is, or contains, the user's code."""
-    if isinstance(value, list | tuple):
-        return any(map(_is_users, value))
-    if isinstance(value, dict):
-        return any(map(_is_users, value.values()))
-    if isinstance(value, nn.Module):
-        return any(
-            not (_is_library(type(part).__module__) or _is_ours(type(part).__module__))
-            or any(_is_users(item) for _, item in _own_attributes(part))
-            for part in value.modules()
-        )
-    if isinstance(value, functools.partial):
-        return any(map(_is_users, (value.func, value.args, value.keywords)))
-    if not isinstance(value, types.FunctionType | types.MethodType | type):
-        value = type(value)
-    return not _is_library(value.__module__ or "") and not _is_ours(value.__module__)
-
-
-def _is_data(value: Any) -> bool:
-    """Whether a value is plain, or made of plain ones, arrays and tensors."""
-    if isinstance(value, dict):
-        return all(map(_is_data, value.values()))
-    if isinstance(value, list | tuple | set | frozenset):
-        return all(map(_is_data, value))
-    return value is None or isinstance(
-        value, bool | int | float | complex | str | bytes | np.ndarray | torch.Tensor
-    )
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _has_own_code(part: nn.Module) -> bool:
@@ -466,10 +380,3 @@ def _tensor_bytes(tensor: torch.Tensor) -> bytes | memoryview:
 def _printed(value: Any) -> str:
     """The repr without memory addresses, which differ in every process."""
     return _ADDRESS.sub("", repr(value))
-
-
-def _class_name(kind: type) -> str:
-    """A class's name; that of a user's class without its module, which is `__main__` in a script."""
-    if _is_library(kind.__module__) or _is_ours(kind.__module__):
-        return f"{kind.__module__}.{kind.__qualname__}"
-    return kind.__qualname__

@@ -3,7 +3,7 @@
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,16 +66,7 @@ class Precomputed:
         """
         if not text.startswith(_PREFIX):
             return None
-        path, mark, rest = text.removeprefix(_PREFIX).partition("?")
-        if mark and Path(text.removeprefix(_PREFIX)).expanduser().exists():
-            path, rest = text.removeprefix(_PREFIX), ""
-        options = dict(parse_qsl(rest, keep_blank_values=True))
-        unknown = sorted(options.keys() - {"key", "column", "missing"})
-        if not path or unknown or (mark and rest and not options):
-            raise EmbedderError(
-                f"embedder {text!r}: expected {_PREFIX}PATH, and after a question mark any of key=COLUMN, "
-                f"column=COLUMN, missing=exclude or refuse"
-            )
+        path, options = with_options(text, ("key", "column", "missing"))
         return cls(path, **options)
 
     @cached_property
@@ -167,6 +158,7 @@ class Precomputed:
                 lambda place: pool.keys([first + place])[0],
                 (missing, f"{self.path} has no row of its key"),
                 fingerprint(layout=layouts[number]),
+                f"its row of {self.path} is not finite (NaN or infinite)",
             )
 
         return keep_rows(root, pool.urls, self.dimension, self.embeddings.dtype, block)
@@ -191,6 +183,26 @@ class Precomputed:
             to = target[start : start + len(rows)]
             sorted_rows[to[to >= 0]] = rows[to >= 0]
         return lambda rows: sorted_rows[target[rows]]
+
+
+def with_options(text: str, names: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """The path in `PATH?key=…&column=…`, also after `precomputed:`, and what follows the question mark. The
+    name of a file that is there may have one.
+
+    Raises:
+        EmbedderError: no path, or an option that is none of these names.
+    """
+    given = text.removeprefix(_PREFIX)
+    path, mark, rest = given.partition("?")
+    if mark and Path(given).expanduser().exists():
+        return given, {}
+    options = dict(parse_qsl(rest, keep_blank_values=True))
+    if not path or options.keys() - {*names} or (mark and rest and not options):
+        raise EmbedderError(
+            f"embeddings {text!r}: expected a path, and after a question mark at most {', '.join(names)}, as "
+            "in 'rows.parquet?key=uid'"
+        )
+    return path, options
 
 
 def _reserve(handle: int, size: int) -> None:

@@ -1,4 +1,9 @@
-"""What a cache folder holds: each artifact with its size, its age and the inputs that determined it."""
+"""What a cache folder holds: each artifact with its size, its age and the inputs that determined it.
+
+This reads manifests and takes nothing from `curated_data.stages`. A stage object needs the settings and the
+inputs of a run, and a cache may hold artifacts of runs whose settings nobody knows any more, of earlier
+versions, or of runs that were killed. It would also import torch, which takes longer than listing a cache.
+"""
 
 import contextlib
 import os

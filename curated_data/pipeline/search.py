@@ -80,7 +80,7 @@ def search(
         n: how many samples each query finds.
         least: the cosine that a sample needs at least.
         valid: (n,) bool, False for samples to leave out, such as those that failed.
-        curation: of the pool, which tells what was selected of what is found.
+        curation: of the pool, which says what of it was selected.
 
     Raises:
         ConfigError: arguments that do not fit each other.

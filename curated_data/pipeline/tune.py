@@ -22,7 +22,7 @@ from curated_data.selection.sampling import flat_sample, hierarchical_sample
 from curated_data.selection.sparse import find_neighbours, sparse_sample
 from curated_data.stages.curation import Curation
 
-_LEAST = 30  # labelled samples, and two classes, below which nothing is told
+_LEAST = 30  # labelled samples, and two classes, below which nothing can be said
 _DRAWS = 20
 
 SETTINGS: Mapping[str, dict[str, Any]] = {

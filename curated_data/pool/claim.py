@@ -1,7 +1,7 @@
 """The marker of a writer at work, by which a living one is known from a dead one.
 
-It lists the files that its run has written or is to replace. The next run of the same pattern removes these,
-and no others.
+It lists the files that its run has written or is to replace, and says how far it came. The next run of the
+same pattern goes on from there if it would write the same, or else removes these files, and no others.
 """
 
 import contextlib
@@ -13,16 +13,33 @@ import socket
 import time
 import uuid
 from collections.abc import Iterable
-from typing import IO
+from typing import IO, NamedTuple
 
 from curated_data.errors import CacheError, PoolError
 from curated_data.pool.out import LocalFolder, RemoteFolder, writing
 
 _HEADER = re.compile(r"(\S{1,255}) (\d{1,10}) ([0-9a-f]{32})")
+_PROGRESS = re.compile(r"/([0-9a-f]{20}|-) (\d{1,9}) (\d{1,15}) (\d{1,15})")  # no file is called like this
 _alive: set[str] = set()  # the tokens of this process's writers in stores
 # How many seconds a lock may be in the way: of a process that only looks; of a child of a killed writer,
 # which shares its lock from the fork until it runs its command.
 _GLANCE, _ORPHAN = 0.5, 10.0
+
+
+class Progress(NamedTuple):
+    """How far a run came.
+
+    Attributes:
+        run: a fingerprint of all that determines what it writes; "-" for one that cannot be continued.
+        shards: how many it has published.
+        samples: how many are in these.
+        place: how far its source was read for these, as the run counts.
+    """
+
+    run: str
+    shards: int = 0
+    samples: int = 0
+    place: int = 0
 
 
 class Claim:
@@ -36,6 +53,10 @@ class Claim:
         folder: where the shards go.
         marker: the name of the marker in it.
         overwrite: take over the marker of a writer on another host.
+
+    Attributes:
+        listed: the files that the marker lists.
+        progress: that of the run which is at work, or of a dead one before; None if it had none.
 
     Raises:
         PoolError: another writer is at work.
@@ -51,12 +72,14 @@ class Claim:
             with writing(folder.path):
                 folder.path.mkdir(parents=True, exist_ok=True)
             self._file = _locked_marker(folder, marker)
-            self.listed = names_in(folder.read(marker))
-            self._append(["", _header(self.token)])  # after a line that a killed run may have torn
+            content = folder.read(marker)
         else:
             content = folder.read(marker)
             _check_holder(folder, content, overwrite)
-            self.listed = names_in(content)
+        self.listed, self.progress = names_in(content), _progress_in(content)
+        if self._file is not None:
+            self._append(["", _header(self.token)])  # after a line that a killed run may have torn
+        else:
             self._put()
             self._check_ours()
             _alive.add(self.token)
@@ -72,6 +95,15 @@ class Claim:
         if self._file is not None:
             self._append(new)
         else:
+            self._put()
+
+    def note(self, progress: Progress) -> None:
+        """Say how far the run is."""
+        self.progress = progress
+        if self._file is not None:
+            self._append([_line(progress)])
+        else:
+            self._check_ours()
             self._put()
 
     def release(self, *, is_done: bool) -> None:
@@ -98,6 +130,8 @@ class Claim:
 
     def _put(self) -> None:
         lines = [_header(self.token), *sorted(self.listed)]
+        if self.progress is not None:
+            lines.append(_line(self.progress))
         with self.folder.create(self.marker) as file:
             file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
 
@@ -132,6 +166,17 @@ def names_in(content: bytes | None) -> set[str]:
     """The names that a marker lists. They are compared with what is there, and never taken for paths."""
     lines = (content or b"").decode("utf-8", "surrogateescape").split("\n")[:-1]
     return {line for line in lines if line and "/" not in line and not _HEADER.fullmatch(line)}
+
+
+def _progress_in(content: bytes | None) -> Progress | None:
+    """The last progress that a marker notes."""
+    lines = (content or b"").decode("utf-8", "replace").split("\n")[:-1]  # the last may be torn
+    found = next(filter(None, map(_PROGRESS.fullmatch, reversed(lines))), None)
+    return None if found is None else Progress(found[1], *map(int, found.groups()[1:]))
+
+
+def _line(progress: Progress) -> str:
+    return "/" + " ".join(map(str, progress))
 
 
 def _open(folder: LocalFolder, marker: str, flags: int) -> int:

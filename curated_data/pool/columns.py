@@ -40,6 +40,7 @@ from curated_data.parquet import (
     parquet_files,
     read_keys,
     reading_parquet,
+    text_of_key,
 )
 from curated_data.pool.decode import TEXT_EXTENSIONS
 from curated_data.pool.each import each, workers_of
@@ -105,7 +106,11 @@ def columns_of_tables(n: int, names: Sequence[str], tables: Sequence[Path | None
         there = [] if path is None else column_names(open_parquet(path), path)
         for name in names:
             if name not in (*there, "id"):
-                raise ConfigError(f"column {name!r}: {path or 'rows'} has none{nearest_of(name, there)}")
+                if path is None:
+                    where = "no file says more about the rows; give one as columns (--columns PATH)"
+                else:
+                    where = f"{path} has none{nearest_of(name, there)}"
+                raise ConfigError(f"column {name!r}: {where}")
         if path is not None:
             with reading_parquet(path):
                 parts.append(open_parquet(path).read([name for name in names if name in there]))
@@ -126,6 +131,8 @@ def columns_of_rows(n: int, keys: pa.Array | None, names: Sequence[str], tables:
         PoolError: a file cannot be read, or holds a key twice.
     """
     found: dict[str, Any] = {}
+    if keys is None and any(key_column(open_parquet(path), path) is not None for path in tables):
+        log.warning("%s: has keys, and the rows have none, so that its rows are taken in order", tables[0])
     for name in dict.fromkeys(names):
         found[name] = pa.array(np.arange(n)) if name == "id" else _joined(tables, name, keys, n)
     return pa.table(found)
@@ -134,7 +141,7 @@ def columns_of_rows(n: int, keys: pa.Array | None, names: Sequence[str], tables:
 def _unknown(name: str, known: Sequence[str], pool: "ShardPool") -> ConfigError:
     if name.startswith(_JSON) and "json" not in pool.index().extensions:
         return ConfigError(f"column {name!r}: the pool's samples have no .json member")
-    return ConfigError(f"column {name!r}: the pool has none{nearest_of(name, list(known))}")
+    return ConfigError(f"column {name!r}: the pool has none{nearest_of(name, list(dict.fromkeys(known)))}")
 
 
 def _own(pool: "ShardPool", name: str) -> Any:
@@ -221,9 +228,10 @@ def _joined(paths: Sequence[Path], name: str, wanted: "pa.Array | None", n: int,
     places = join(wanted, every)
     if len(places) and (places < 0).all():
         raise PoolError(
-            f"{paths[0]}: has no key of the pool (one of its keys is {every[0].as_py()!r}, one of the "
-            f"pool's {wanted[0].as_py()!r}); give the table of this pool" if len(every) else
-            f"{paths[0]}: has no rows"
+            f"{paths[0]}: has no key of the pool (one of its keys is {text_of_key(every[0].as_py())!r}, one "
+            f"of the pool's {text_of_key(wanted[0].as_py())!r}); give the table of this pool, or name its "
+            f"keys as the pool does, in a column key" if len(every) else
+            f"{paths[0]}: has no rows; give a table with a row for each sample"
         )  # fmt: skip
     found = table.take(pa.array(places, mask=places < 0))
     return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found

@@ -146,7 +146,7 @@ def text_of(name: bytes) -> str:
 
 
 class _MacOSFiles:
-    """Tells files that macOS adds to archives: `.DS_Store`, and `._x` beside `x`, or with its first bytes."""
+    """Recognises what macOS adds to archives: `.DS_Store`, and `._x` beside `x` or with its first bytes."""
 
     def __init__(self, source: Source, names: list[bytes]) -> None:
         self.source, self.names = source, names

@@ -11,7 +11,7 @@ import fsspec
 import pyarrow.parquet as pq
 
 from curated_data.errors import ConfigError, PoolError, printable
-from curated_data.parquet import reading_parquet
+from curated_data.parquet import check_row_groups, reading_parquet
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ _PART = re.compile(r"-\d+-of-\d+|\d+")  # what names of the files of one split d
 _SHOWN = 6
 
 
-def remote_tables(url: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
+def remote_tables(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[str, str]:
     """The parquet files that a URL names: a file, a glob, or a folder or data set with those of one split.
 
     Args:
@@ -30,7 +30,7 @@ def remote_tables(url: str, storage_options: Mapping[str, Any] | None = None) ->
         storage_options: for fsspec, as `token`.
 
     Returns:
-        Their URLs, in the order of their names.
+        Their URLs, in the order of their names, each with what the store says of its state.
 
     Raises:
         ConfigError: a package that reads such URLs is not installed, or there are files of several splits.
@@ -39,11 +39,11 @@ def remote_tables(url: str, storage_options: Mapping[str, Any] | None = None) ->
     system, path = _opened(url, storage_options)
     with _reaching(url):
         if any(letter in path for letter in "*?["):
-            found = system.glob(path)
+            found = system.glob(path, detail=True)
         elif path.endswith(".parquet"):
-            found = [path] if system.exists(path) else []
+            found = {path: system.info(path)} if system.exists(path) else {}
         else:
-            found = system.find(path)
+            found = system.find(path, detail=True)
     tables = sorted(str(name) for name in found if str(name).endswith(".parquet"))
     if not tables:
         ends = sorted({posixpath.splitext(str(name))[1] or str(name) for name in found})[:_SHOWN]
@@ -58,7 +58,7 @@ def remote_tables(url: str, storage_options: Mapping[str, Any] | None = None) ->
         listed = ", ".join(f"{root}{name.removeprefix(path.rstrip('/'))}" for name in sorted(splits)[:_SHOWN])
         raise ConfigError(f"{url}: holds several splits; give the one to import: {listed}")
     log.info("%s: %d parquet files", url, len(tables))
-    return [system.unstrip_protocol(name) for name in tables]
+    return {system.unstrip_protocol(name): str(found[name]) for name in tables}
 
 
 @contextmanager
@@ -74,6 +74,7 @@ def remote_table(url: str, storage_options: Mapping[str, Any] | None = None) -> 
     with source:
         with reading_parquet(url):
             file = pq.ParquetFile(source, buffer_size=_BUFFER, page_checksum_verification=True)
+            check_row_groups(file)
         yield file
 
 

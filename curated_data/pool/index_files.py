@@ -51,15 +51,6 @@ def save_shard_index(folder: Path, index: ShardIndex, *, url: str) -> None:
         )
 
 
-def load_shard_index(folder: Path) -> ShardIndex:
-    """Read what `save_shard_index` wrote.
-
-    Raises:
-        CacheError: missing, damaged, or written by another version.
-    """
-    return _read_shard_index(folder, _read_shard_manifest(folder))
-
-
 def write_pool_index(folder: Path, shard_folders: Sequence[Path]) -> None:
     """Write a pool's index into `folder` as `.npy` files, one shard in memory at a time.
 

@@ -1,4 +1,4 @@
-"""What is odd about shards: counted when they are indexed, and said whenever their pool is opened."""
+"""What is odd about shards: counted when they are indexed, and reported whenever their pool is opened."""
 
 import logging
 from collections.abc import Iterable, Mapping

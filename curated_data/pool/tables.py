@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curated_data.cache.artifacts import fingerprint
 from curated_data.cache.paths import spelled
 from curated_data.errors import ConfigError, PoolError
-from curated_data.parquet import column_names, nearest_of, open_parquet, parquet_files, reading_parquet
+from curated_data.parquet import (
+    column_names,
+    nearest_of,
+    open_parquet,
+    parquet_files,
+    reading_parquet,
+    row_groups,
+)
 from curated_data.pool.decode import IMAGE_EXTENSIONS
 from curated_data.pool.hub import remote_table, remote_tables
 from curated_data.pool.urls import is_remote
@@ -20,6 +29,7 @@ from curated_data.progress import progress
 
 log = logging.getLogger(__name__)
 
+VERSION = 1
 _LABELS = ("label", "labels", "cls")
 _TEXTS = ("text", "caption", "txt")
 _BATCH = 64  # rows in memory at once
@@ -47,7 +57,9 @@ def import_tables(
 
     A row becomes a sample whose key is its number. The image's bytes are written as they are; an integer
     `label` becomes `.cls`, a text in `text` or `caption` `.txt`, and all other plain values, with the path of
-    the image, `.json`. Rows without an image are left out and counted.
+    the image, `.json`. Rows without an image are left out and counted. An import that was stopped goes on
+    after the shards that it had written when it is run again, if neither the files nor the settings have
+    changed; with `overwrite` it starts over.
 
     Args:
         tables: files, or folders of them, in the order of their names; or URLs, as
@@ -71,8 +83,16 @@ def import_tables(
     """
     given = [tables] if isinstance(tables, str | Path) else list(tables)
     places: list[Path | str] = []
+    states: list[str] = []
     for one in map(spelled, given):
-        places += remote_tables(one, storage_options) if is_remote(one) else parquet_files(one, "tables")
+        if is_remote(one):
+            remote = remote_tables(one, storage_options)
+            places += remote
+            states += remote.values()
+        else:
+            local = parquet_files(one, "tables")
+            places += local
+            states += map(_state, local)
     total: int | None = 0
     for place in places[:1] if isinstance(places[0], str) else places:  # of a store one is enough
         with _opened(place, storage_options) as file:
@@ -84,23 +104,30 @@ def import_tables(
         "overwrite": overwrite,
         "storage_options": storage_options,
     }
-    row = left_out = 0
-    with ShardWriter(out, **options) as writer, progress("import", total, "rows") as advance:
+    resume = fingerprint(stage="tables", files=places, states=states, image=image, version=VERSION)
+    n = 0  # rows of the files so far
+    with (
+        ShardWriter(out, **options, resume=resume) as writer,
+        progress("import", total, "rows") as advance,
+    ):
         for place in places:
             with _opened(place, storage_options) as file:
                 name = _image_column(file, place, image)
-                for values in _rows(file, place):
+                first = min(max(writer.place - n, 0), file.metadata.num_rows)  # later than 0 of a stopped run
+                advance(first)
+                for row, values in enumerate(_rows(file, place, first), n + first):
                     sample = _sample(values, name)
-                    if sample is None:
-                        left_out += 1
-                    else:
+                    if sample is not None:
                         writer.write({"__key__": f"{row:09d}"} | sample)
-                    row += 1
+                    writer.place = row + 1
                     advance()
+                n += file.metadata.num_rows
         if not writer.n_samples:
-            raise PoolError(f"{places[0]}: none of {row} rows has the bytes of an image in {name!r}")
-    if left_out:
-        log.warning("left out %d of %d rows that have no bytes of an image", left_out, row)
+            raise PoolError(f"{places[0]}: none of {n} rows has the bytes of an image in {name!r}")
+        if writer.place != n:
+            raise PoolError(f"{writer.out}: the marker of the stopped import is damaged; pass overwrite=True")
+    if n > writer.n_samples:
+        log.warning("left out %d of %d rows that have no bytes of an image", n - writer.n_samples, n)
     log.info("imported %d images of %d files to %d shards", writer.n_samples, len(places), len(writer.shards))
     return writer.shards
 
@@ -114,8 +141,18 @@ def _opened(place: Path | str, storage_options: Mapping[str, Any] | None) -> Ite
         yield file
 
 
-def _rows(file: pq.ParquetFile, path: Path | str) -> Iterator[dict[str, Any]]:
-    for group in range(file.num_row_groups):  # of several at once, more than one would be read ahead
+def _state(path: Path) -> str:
+    """By which a changed file is known."""
+    status = os.stat(path)
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _rows(file: pq.ParquetFile, path: Path | str, first: int) -> Iterator[dict[str, Any]]:
+    """The rows of a file from the given one on; row groups before it are not read."""
+    for group, size in enumerate(row_groups(file)):  # of several at once, more than one would be read ahead
+        if first >= size:
+            first -= size
+            continue
         with reading_parquet(path):
             batches = file.iter_batches(_BATCH, row_groups=[group])
         while True:
@@ -123,7 +160,8 @@ def _rows(file: pq.ParquetFile, path: Path | str) -> Iterator[dict[str, Any]]:
                 batch = next(batches, None)
                 if batch is None:
                     break
-                rows = batch.to_pylist()
+                rows = batch.slice(min(first, len(batch))).to_pylist()
+                first -= len(batch) - len(rows)
             yield from rows
 
 

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self, cast
 
+from curated_data.cache.artifacts import fingerprint
 from curated_data.cache.paths import local_path, spelled
 from curated_data.cache.removal import TEMPORARY
 from curated_data.errors import PoolError
-from curated_data.pool.claim import Claim, check_free, names_in
+from curated_data.pool.claim import Claim, Progress, check_free, names_in
 from curated_data.pool.decode import IMAGE_EXTENSIONS, as_extensions
 from curated_data.pool.encode import encode_member
 from curated_data.pool.folders import ImageFolders, read_image
@@ -39,7 +40,8 @@ class ShardWriter:
 
     Equal samples give equal bytes: headers contain no times or owners. A shard gets its name when it is
     complete. A killed run leaves a marker beside its shards, and the next writer of the same pattern removes
-    what that run wrote and starts over. Two writers of a pattern at once are an error.
+    what that run wrote and starts over, unless `resume` says that it would write the same. Two writers of a
+    pattern at once are an error.
 
     Args:
         pattern: a file name with one number (`out/train-%06d.tar`), or a folder, for `shard-%06d.tar` in it;
@@ -49,11 +51,14 @@ class ShardWriter:
         overwrite: replace shards of the same pattern from a finished run.
         storage_options: for fsspec, to write to a store.
         digest: also take the SHA-256 of each shard.
+        resume: a fingerprint of the samples and their order: shards that a killed run published under the
+            same are kept, and `place` says where they end; not with `overwrite` or `digest`.
 
     Attributes:
         shards: those written, as paths, or as URLs in a store.
         digests: the SHA-256 of each published shard by its name, if asked for.
         n_samples: how many were written.
+        place: how far the source of the samples was read, as the caller counts, who sets it after each.
 
     Raises:
         PoolError: shards of that pattern exist, another writer is at work on them, or webdataset would not
@@ -77,6 +82,7 @@ class ShardWriter:
         overwrite: bool = False,
         storage_options: Mapping[str, Any] | None = None,
         digest: bool = False,
+        resume: str | None = None,
     ) -> None:
         self.out, self.name = check_out(
             pattern,
@@ -89,30 +95,52 @@ class ShardWriter:
         self.shards: list[Any] = []
         self.digests: dict[str, str] = {}
         self._digest = digest
-        self.n_samples = 0
+        self.n_samples = self.place = 0
         self._shard: contextlib.ExitStack | None = None
         self._file: IO[bytes] | None = None
         self._samples = self._bytes = 0
         self._last_key: str | None = None
         self._claim = Claim(self.out, _marker(self.name), overwrite=overwrite)
         try:
-            self._start_over(overwrite)
+            self._begin(overwrite, resume if not (overwrite or digest) else None)
         except BaseException:
             self._claim.release(is_done=False)
             raise
 
-    def _start_over(self, overwrite: bool) -> None:
-        """Remove what a killed run of this pattern left, and finished shards if that was asked."""
+    def _begin(self, overwrite: bool, resume: str | None) -> None:
+        """Remove what a killed run of this pattern left, but for shards of the same run, and finished shards
+        if that was asked.
+        """
         existing = _check_ours(self.out, self.name, self._claim.listed, overwrite)
         markers = [name for name in self.out.names() if name.endswith(_UNFINISHED)] if existing else []
         for marker in markers:  # another pattern may have such names, too
             if marker != _marker(self.name) and names_in(self.out.read(marker)) & set(existing):
                 check_free(self.out, marker, overwrite=overwrite)
         self._claim.add(existing)  # so that a kill within the next lines leaves none that nobody owns
+        kept = self._kept(existing, resume)
+        self._claim.note(Progress(self._run, len(kept), self.n_samples, self.place))
         beside = [name for name in BESIDE if name in self._claim.listed]
         unfinished = re.compile(rf"\.tmp-\w{{12}}-({'|'.join(map(re.escape, beside))})")
         for name in existing + [name for name in self.out.names() if unfinished.fullmatch(name)] + beside:
-            self.out.remove(name)
+            if name not in kept:
+                self.out.remove(name)
+
+    def _kept(self, existing: list[str], resume: str | None) -> list[str]:
+        """The shards that a killed run has published, if it was the same."""
+        self._run, before = "-", self._claim.progress
+        if resume is None:
+            return []
+        self._run = fingerprint(resume=resume, max_samples=self.max_samples, max_bytes=self.max_bytes)
+        if before is None or before.run != self._run or before.shards > len(existing):
+            return []
+        kept = [self.name % number for number in range(before.shards)]
+        if not set(kept) <= set(existing):
+            return []
+        self.shards = list(map(self.out.place, kept))
+        self.n_samples, self.place = before.samples, before.place
+        if kept:
+            log.info("%s: goes on after %d shards of a run that was stopped", self.out, len(kept))
+        return kept
 
     def write(self, sample: Mapping[str, Any]) -> None:
         """Append a sample.
@@ -192,6 +220,8 @@ class ShardWriter:
         self._file = self._shard = None
         self._samples = self._bytes = 0
         self._last_key = None
+        if self._run != "-":
+            self._claim.note(Progress(self._run, len(self.shards), self.n_samples, self.place))
 
     def close(self) -> None:
         """Publish the last shard and mark the run as finished. Without samples there are no shards."""
@@ -368,7 +398,7 @@ def import_folder(
             f"{beside[0].path}: lies beside the class folders ({classes[0]!r}, ...), so it has no "
             "class; move it into one, or import a folder without class folders"
         )
-    if first.left_out:  # said first: one may want to stop
+    if first.left_out:  # reported first, so that one can stop
         counts = ", ".join(f"{count:,} {what}" for what, count in sorted(first.left_out.items()))
         log.warning("%s: left out %d files: %s", folder, first.left_out.total(), counts)
     if not beside and not classes:

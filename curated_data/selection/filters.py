@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -99,10 +100,13 @@ class Where:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        with _connected() as connection:
+        with _connected() as connection, _evaluating(text):
             found = json.loads(_one(connection, "json_serialize_sql", _statement(text)))
             if found.get("error"):
-                raise ConfigError(f"where: {text!r} is not a condition in SQL ({found.get('error_message')})")
+                raise ConfigError(
+                    f"where: {text!r} is not a condition in SQL ({found.get('error_message')}); give one "
+                    "as 'similarity > 0.28 AND NOT json.nsfw'"
+                )
             self._tree = found
             expression = _expression(found, text)
             nodes = list(_nodes(expression))
@@ -125,7 +129,7 @@ class Where:
         with _connected() as connection:
             connection.register("samples", _nested(table, self.columns))
             asked = ", ".join(f"({part}) AS c{number}" for number, part in enumerate(self.parts))
-            try:
+            with _evaluating(self.text):
                 relation = connection.sql(f"SELECT {asked} FROM samples")
                 for part, kind in zip(self.parts, relation.types, strict=True):
                     if str(kind) not in ("BOOLEAN", '"NULL"', "NULL"):
@@ -133,10 +137,6 @@ class Where:
                             f"where: {part!r} is a {str(kind).lower()}, expected a comparison, as {part} > 0"
                         )
                 found = relation.fetchnumpy()
-            except duckdb.Error as error:
-                raise ConfigError(
-                    f"where: {self.text!r} cannot be evaluated ({first_line(error)})"
-                ) from error
         keep, is_false = np.ones(n, bool), np.zeros(n, bool)
         conditions = []
         for number, part in enumerate(self.parts):
@@ -199,7 +199,9 @@ def sample_filter(
     log.info("filters: %d of %d samples stay", int(keep.sum()), n)
     if not keep.any():
         told = "; ".join(f"{part.text} alone drops {part.drops}" for part in found.conditions)
-        raise PoolError(f"where, exclude: none of the {n} samples is left ({told or 'all are excluded'})")
+        raise PoolError(
+            f"where, exclude: none of the {n} samples is left ({told or 'all are excluded'}); drop fewer"
+        )
     return found
 
 
@@ -284,6 +286,15 @@ def _connected() -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect(":memory:", config=_LOCKED)
     connection.execute("SET lock_configuration = true")
     return connection
+
+
+@contextmanager
+def _evaluating(text: str) -> Iterator[None]:
+    """Turn DuckDB's errors about a condition into one that names it."""
+    try:
+        yield
+    except duckdb.Error as error:
+        raise ConfigError(f"where: {text!r} cannot be evaluated ({first_line(error)}); correct it") from error
 
 
 def _one(connection: duckdb.DuckDBPyConnection, function: str, argument: str) -> str:

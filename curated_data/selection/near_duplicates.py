@@ -77,8 +77,8 @@ def near_duplicates(
 ) -> NearDuplicates:
     """Find near-duplicates, and choose which samples to keep: a cover of all by kept ones, found greedily.
 
-    A cosine is that of the stored rows in float64, and may lack 1e-12 to the threshold. Rows that are equal
-    to the byte are one row to the search. Zero rows have no direction: they are near nothing and kept.
+    Cosines are of the stored rows, in float64; one that is 1e-12 below the threshold still reaches it. Rows
+    whose bytes are equal are searched as one. Zero rows have no direction: they are near nothing and kept.
 
     For up to 16,384 different rows the search is exact. For more, rows are compared within the cells of
     random pivots, and a link across cells is missed if more than `n_probes` other cells are possible from

@@ -57,18 +57,26 @@ def check_clusters(config: CurationConfig) -> None:
         _weights(config, level.n_clusters * level.n_splits, at_most=True)
 
 
-def quotas_of(config: CurationConfig, tree: ClusterTree) -> Quotas | None:
-    """The quotas for a tree; None if the settings say nothing of them.
+def quotas_of(
+    config: CurationConfig, tree: ClusterTree, retrieved: np.ndarray | None = None
+) -> Quotas | None:
+    """The quotas for a tree; None if neither the settings nor a retrieval say anything of them.
+
+    Args:
+        retrieved: (k,) weights of the clusters of the retrieval's level; the settings then give none.
 
     Raises:
         ConfigError: a level or a cluster that the tree does not have.
     """
-    if not are_set(config):
-        return None
-    _check_level(config, tree.n_levels)
-    given = config.quotas
-    weights = _weights(config, len(tree.centroids[given.level]))
-    return Quotas(given.temperature, given.cap, weights, given.level)
+    given, quotas = config.quotas, None
+    if are_set(config):
+        _check_level(config, tree.n_levels)
+        weights = _weights(config, len(tree.centroids[given.level]))
+        quotas = Quotas(given.temperature, given.cap, weights, given.level)
+    if retrieved is None:
+        return quotas
+    quotas = quotas or Quotas()
+    return Quotas(quotas.temperature or 0.0, quotas.cap, retrieved, config.retrieval.level)
 
 
 def _check_level(config: CurationConfig, n_levels: int) -> None:

@@ -65,7 +65,7 @@ def hierarchical_sample(
     """
     _check(target_size, strategy, max_repeats, seed)
     sizes = tree.sizes(1)
-    target_size = _attainable(target_size, int(tree.sizes(tree.n_levels).sum()), max_repeats)
+    target_size = attainable(target_size, int(tree.sizes(tree.n_levels).sum()), max_repeats)
     # More repeats are of no use, and the products below must fit int64.
     max_repeats = max(min(max_repeats, target_size), 1)
     rng = np.random.default_rng(seed)
@@ -110,7 +110,7 @@ def flat_sample(
     if level not in tree.centroids:
         raise ValueError(f"level={level!r}: the tree has levels 1 to {tree.n_levels}")
     sizes = tree.sizes(level)
-    target_size = _attainable(target_size, int(sizes.sum()), max_repeats)
+    target_size = attainable(target_size, int(sizes.sum()), max_repeats)
     max_repeats = max(min(max_repeats, target_size), 1)
     rng = np.random.default_rng(seed)
 
@@ -243,7 +243,8 @@ def warn_of_limits(quota: np.ndarray, target_size: int) -> None:
         )  # fmt: skip
 
 
-def _attainable(target_size: int, n_samples: int, max_repeats: int) -> int:
+def attainable(target_size: int, n_samples: int, max_repeats: int) -> int:
+    """The target, or what so many samples give if that is less, with a warning."""
     capacity = n_samples * max_repeats
     if target_size > capacity:
         log.warning(

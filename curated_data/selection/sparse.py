@@ -6,7 +6,6 @@ concept as well as its size; the two counts compare a sample with its surroundin
 Clusters only bound the neighbourhoods and spread the draw.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,9 +14,7 @@ import numpy as np
 from curated_data.clustering.tree import ClusterTree
 from curated_data.matrix import Matrix, read_rows
 from curated_data.selection.quotas import Quotas, flat_quotas
-from curated_data.selection.sampling import warn_of_limits
-
-log = logging.getLogger(__name__)
+from curated_data.selection.sampling import attainable, warn_of_limits
 
 NEIGHBOURS = 16
 """How many nearest rows a row lists."""
@@ -151,13 +148,9 @@ def sparse_sample(
     """
     weight = sparse_weights(neighbours, tree)
     ids = np.flatnonzero(weight > 0)
-    capacity = len(ids) * max_repeats
-    if target_size > capacity:
-        log.warning(
-            "target_size=%d is more than the tree gives: %d samples, each at most %d times; selecting all %d",
-            target_size, len(ids), max_repeats, capacity,
-        )  # fmt: skip
-    target_size = min(target_size, capacity if within is None else len(within))
+    target_size = attainable(target_size, len(ids), max_repeats)
+    if within is not None:
+        target_size = min(target_size, len(within))
     if not target_size:
         return np.empty(0, np.int64)
     rng = np.random.default_rng(seed)

@@ -79,7 +79,7 @@ class Curation:
         show(self, pool)
 
     def table(self, pool: AnyPool | None = None, **options: Any) -> "pa.Table":
-        """All that is known of each sample, as a table in memory; `CurationTable` tells its columns.
+        """All that is known of each sample, as a table in memory; `CurationTable` lists its columns.
 
         For what does not fit into memory, `CurationTable(curation, pool).write("curation.parquet")`.
 

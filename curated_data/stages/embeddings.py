@@ -18,10 +18,11 @@ from curated_data.cache.layout import EMBEDDINGS
 from curated_data.cache.removal import is_fingerprint
 from curated_data.config import CurationConfig, EmbeddingConfig
 from curated_data.embedding.contents import Contents
-from curated_data.embedding.embedders import Embedder, resolve_embedder
+from curated_data.embedding.embedders import Embedder
 from curated_data.embedding.existing import EmbeddedPool
 from curated_data.embedding.extract import embed_pool, embeddings_name
 from curated_data.embedding.precomputed import Precomputed
+from curated_data.embedding.resolve import resolve_embedder
 from curated_data.embedding.shard_files import ShardFiles
 from curated_data.embedding.store import EmbeddingStore
 from curated_data.errors import CacheError, ConfigError, PoolError

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Grown:
-    """What a pool of n samples, which has grown, has of an earlier tree.
+    """Which of the n samples of a pool that has grown an earlier tree was built over.
 
     Samples that were in the tree stay, whatever they are copies of. All others are looked at again, also
     those that were removed before the tree was built: what they were copies of may have left the pool since.
@@ -127,7 +127,7 @@ def check_preference(config: CurationConfig, pool: AnyPool) -> None:
     """Check, before anything is embedded, that near-duplicates can be told apart as asked.
 
     Raises:
-        ConfigError: the largest copies shall stay, and the pool has no images.
+        ConfigError: the largest copies are to be kept, and the pool has no images.
     """
     asked = config.near_duplicates.enabled and config.near_duplicates.prefer == "largest"
     if isinstance(pool, EmbeddedPool):

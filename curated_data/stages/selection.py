@@ -1,11 +1,10 @@
 """The last stage: which samples to train on, drawn from the tree."""
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,19 +16,12 @@ from curated_data.clustering.tree import ClusterTree
 from curated_data.config import IN_CELLS, CurationConfig, load_config
 from curated_data.embedding import EmbeddingStore
 from curated_data.errors import CacheError, ConfigError
-from curated_data.selection.greedy import greedy_order
-from curated_data.selection.included import with_included
-from curated_data.selection.nested import nested_sample
+from curated_data.selection.draw import draw_all, first_of, sizes_of
 from curated_data.selection.quota_rules import are_set, quotas_of
-from curated_data.selection.quotas import Quotas
-from curated_data.selection.retrieved import first_retrieved
-from curated_data.selection.sampling import Strategy, flat_sample, hierarchical_sample
-from curated_data.selection.sparse import BLOCK, CELL, find_neighbours, sparse_sample
+from curated_data.selection.sparse import BLOCK, CELL
 from curated_data.stages.cost import Cost
 from curated_data.stages.retrieval import Retrieval
 from curated_data.stages.stage import Run, Stage
-
-log = logging.getLogger(__name__)
 
 
 class Drawn(NamedTuple):
@@ -88,9 +80,10 @@ class Selection(Stage):
         def build(folder: Path) -> None:
             ids, *inner = self._draw(tree, store, retrieval)
             np.save(folder / "ids.npy", ids)
-            for size, some in zip(self._nested_sizes, inner, strict=True):
+            nested = {}
+            for size, some in zip(sizes_of(self.config)[1:], inner, strict=True):
                 np.save(folder / f"nested_{size}.npy", some)
-            nested = {str(size): len(some) for size, some in zip(self._nested_sizes, inner, strict=True)}
+                nested[str(size)] = len(some)
             more = {"nested": nested} if nested else {}
             config = dataclasses.asdict(self.config)
             report = figures(ids)
@@ -100,73 +93,19 @@ class Selection(Stage):
 
         return open_selection(run.once(self, build), tree.n_samples)
 
-    @property
-    def _nested_sizes(self) -> list[int]:
-        return sorted(set(self.config.nested_sizes), reverse=True)
-
     def _draw(
         self, tree: ClusterTree, store: EmbeddingStore, retrieval: Retrieval | None
     ) -> list[np.ndarray]:
         """The ids, and those of each smaller selection, the largest first."""
         config = self.config
-        first, quotas = self._first(store), quotas_of(config, tree)
+        found = weights = None
         if retrieval is not None:
             found = retrieval.open(tree.n_samples)
-            if found is not None:
-                first = np.concatenate([first, found.ids[first_retrieved(found)]])
-                first = first[np.sort(np.unique(first, return_index=True)[1])]
-                if len(first) > config.target_size:
-                    log.warning(
-                        "retrieval: %d samples are more than target_size, %d; those of the lowest ranks stay",
-                        len(first), config.target_size,
-                    )  # fmt: skip
-            level = config.retrieval.level
-            weights = retrieval.weights(len(tree.centroids[level]))
-            if weights is not None:
-                given = quotas or Quotas()
-                quotas = Quotas(given.temperature or 0.0, given.cap, weights, level)
-            if found is not None and not config.retrieval.fill:
-                return [np.sort(first[:size]) for size in (config.target_size, *self._nested_sizes)]
-        how: dict[str, Any] = {"seed": config.seed, "quotas": quotas}
-        if config.sampling == "sparse":
-            near = find_neighbours(store, tree)
-            how["max_repeats"] = config.max_repeats
-            ids = sparse_sample(tree, near, config.target_size, **how)
-        elif config.sampling == "greedy":
-            order = greedy_order(store, tree, config.target_size)
-            ids = np.sort(order)
-        else:
-            is_flat = config.sampling == "flat"
-            how["strategy"] = cast(Strategy, config.strategy)  # one of them, by `load_config`
-            # The tree has no distances to these centroids.
-            if is_flat and quotas is not None and quotas.level > 1:
-                how["embeddings"] = store
-            sample = flat_sample if is_flat else hierarchical_sample
-            ids = sample(tree, config.target_size, max_repeats=config.max_repeats, **how)
-
-        def holding(ids: np.ndarray, size: int) -> np.ndarray:
-            return with_included(tree, ids, np.sort(first[:size]), size, seed=config.seed)
-
-        drawn = [holding(ids, config.target_size)]
-        for size in self._nested_sizes:
-            if config.sampling == "sparse":
-                ids = sparse_sample(tree, near, size, within=drawn[-1], **how)
-            elif config.sampling == "greedy":
-                first_of = np.concatenate([order[np.isin(order, drawn[-1])], np.setdiff1d(drawn[-1], order)])
-                ids = np.sort(first_of[:size])
-            else:
-                ids = nested_sample(tree, drawn[-1], size, flat=is_flat, **how)
-            drawn.append(holding(ids, size))
-        return drawn
-
-    def _first(self, store: EmbeddingStore) -> np.ndarray:
-        """(k,) int64, what is to be included and can be."""
-        included = np.array(self.config.include, np.int64)  # by `opened`, ids alone
-        usable = included[store.valid[included]]
-        if len(usable) < len(included):
-            n_lost = len(included) - len(usable)
-            log.warning("include: %d samples are not selected, since they could not be embedded", n_lost)
-        return usable
+            weights = retrieval.weights(len(tree.centroids[config.retrieval.level]))
+        first = first_of(config, store.valid, found)
+        if found is not None and not config.retrieval.fill:
+            return [np.sort(first[:size]) for size in sizes_of(config)]
+        return draw_all(tree, store, config, first, quotas_of(config, tree, weights))
 
     def cost(self, n: int, dimension: int) -> Cost:
         """Of drawing from n samples; the time is not measured."""

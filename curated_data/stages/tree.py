@@ -67,7 +67,7 @@ class Tree(Stage):
 
         Args:
             derived: the levels are not the user's, so they shrink where rows repeat.
-            complete: makes a tree over the pool of that over the store's rows, if these are not the same.
+            complete: makes a tree over the pool from the tree over the store's rows, if these differ.
 
         Raises:
             ConfigError: the user's levels ask for more clusters than the distinct rows fill.
@@ -114,13 +114,13 @@ class Tree(Stage):
         complete: Callable[[ClusterTree], ClusterTree] | None = None,
         find: Callable[[ClusterTree], dict[str, Any]] | None = None,
     ) -> ClusterTree:
-        """Build the artifact from a tree: with it the shards that it covers, by which a pool that has grown
-        finds its old samples.
+        """Build the artifact: a tree, and the shards that it covers, by which a pool that has grown finds its
+        old samples.
 
         Args:
             make: the tree; called on every rank.
             complete: what to keep of it, see `cluster`; called on rank zero.
-            find: more about it for the manifest; called on rank zero.
+            find: what else to record in the manifest; called on rank zero.
         """
 
         def build(folder: Path | None) -> None:

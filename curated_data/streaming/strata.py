@@ -41,7 +41,7 @@ def strata(
         level: of the tree.
         find: the clusters of ids in the tree; None if it has been removed: then those that were kept count.
         tree: the name of its folder.
-        cache_dir: where they are kept, 8 bytes an id.
+        cache_dir: where they are kept, 8 bytes per id.
         keep: keep them now; one rank is enough.
 
     Raises:

@@ -296,7 +296,7 @@ class TrainingStream:
         place = f"the checkpoint was written after batch {loaded['batch']} of epoch {loaded['epoch']}"
         if loaded["global_batch_size"] != order.batch_size:
             raise ConfigError(
-                f"batch_size: {place} with {loaded['global_batch_size']} samples a global batch "
+                f"batch_size: {place} with {loaded['global_batch_size']} samples per global batch "
                 f"(batch_size x ranks), now there are {order.batch_size}; keep it, or resume from the end "
                 "of an epoch"
             )

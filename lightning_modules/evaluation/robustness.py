@@ -32,7 +32,7 @@ class ShiftedSet:
 
     Attributes:
         features: (n, d).
-        labels: (n,) its own labels; or (n, m) several right answers a sample, -1 where there are fewer
+        labels: (n,) its own labels; or (n, m) several right answers per sample, -1 where there are fewer
             (ImageNet-ReaL). Samples without a right answer are left out.
         classes: for each of its own labels the base classes that it stands for, one or several (ObjectNet);
             None: its labels are base classes (others cannot be predicted, and are warned of). Predictions are

@@ -177,7 +177,7 @@ class PretrainingModule(L.LightningModule):
 
     @property
     def schedule_step(self) -> int:
-        """The optimiser step at which schedules are.
+        """The optimiser step that schedules are evaluated at.
 
         In a run limited by `max_epochs`, earlier epochs count as if they had the present one's length, so
         that schedules end with the run even if a re-curation has changed it. Where `max_steps` ends the run,

@@ -24,7 +24,7 @@ from lightning_modules.schedules import cosine, linear
 from lightning_modules.views import Augmentation, Views
 
 # For one machine and images of about 32 pixels: no more prototypes than a batch has global views, since
-# Sinkhorn-Knopp gives every prototype an equal share of them; crops in which something is left to see; a fast
+# Sinkhorn-Knopp gives every prototype an equal share of them; crops that still show something; a fast
 # teacher, a short warm-up of its temperature, no rising weight decay. With the settings for large runs the
 # loss of a small one stays at log(n_prototypes) for epochs. To a narrow network also give
 # `backbone_options={"weight_init": "jax"}`: timm's default deviation of 0.02 is for wide ones.
@@ -51,7 +51,7 @@ FSDP_UNITS = (Block, Backbone, PrototypeHead)
 
 
 class DINOv2(PretrainingModule):
-    """DINOv2's training method. `backbone` is the teacher, the moving average: what one uses afterwards.
+    """DINOv2's training method. `backbone` is the teacher, a moving average, and the one to use afterwards.
 
     The student sees two global views, with blocks of patches masked, and several local ones; its class tokens
     match the teacher's on the other global views (DINO), its masked patches the teacher's patches (iBOT), and
@@ -226,7 +226,7 @@ class DINOv2(PretrainingModule):
         self._check_sizes(views)
         n, hparams = len(views[0]), self.hparams
         images = torch.cat(views[:2])
-        # Two masks a sample, one for each global view.
+        # Two masks per sample, one for each global view.
         ids = self.sample_ids(batch)
         mask = block_mask(
             torch.cat([2 * ids, 2 * ids + 1]),

@@ -1,4 +1,4 @@
-"""MAE: a light decoder reconstructs what of an image the encoder did not see (arXiv 2111.06377)."""
+"""MAE: a light decoder reconstructs the patches that the encoder did not see (arXiv 2111.06377)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -205,13 +205,6 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     h, w = height // patch_size, width // patch_size
     patches = images.reshape(b, c, h, patch_size, w, patch_size)
     return patches.permute(0, 2, 4, 3, 5, 1).reshape(b, h * w, patch_size * patch_size * c)
-
-
-def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify`."""
-    h, w = grid
-    images = patches.reshape(len(patches), h, w, patch_size, patch_size, -1)
-    return images.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, h * patch_size, w * patch_size)
 
 
 def sine_cosine_positions(height: int, width: int, dimension: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""SimCLR: two views of an image are told from all other images' views (arXiv 2002.05709)."""
+"""SimCLR: two views of an image are told apart from the views of all other images (arXiv 2002.05709)."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,9 +1,9 @@
 """P²OT and SP²OT: deep clustering of long-tailed data with pseudo-labels by partial optimal transport.
 
-P²OT (arXiv 2401.09266) labels the most confident share ρ of the samples, clusters of any size, and lets ρ
-grow. SP²OT (arXiv 2404.03446) also pulls samples that were near in the initial features to the same cluster.
-The solvers are in `lightning_modules.transport`; `cluster_embeddings` clusters fixed embeddings with them,
-without training.
+P²OT (arXiv 2401.09266) labels the most confident share ρ of the samples, with clusters of any size, and lets
+ρ grow. SP²OT (arXiv 2404.03446) also pulls samples that were near in the initial features to the same
+cluster. The solvers are in `lightning_modules.transport`; `cluster_embeddings` clusters fixed embeddings with
+them, without training.
 """
 
 import copy
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class SP2OT(PretrainingModule):
-    """Clusters images: a backbone with cosine classifiers, trained on each other view's transport labels.
+    """A backbone with cosine classifiers: each view is trained on the transport labels of the other.
 
     Every step, the logits of both views of the global batch enter a FIFO buffer; the labels of a view are the
     rows of the transport plan of all that is in the buffer. A buffer in use from epoch

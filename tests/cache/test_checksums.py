@@ -109,13 +109,13 @@ def test_a_header_that_promises_more_than_the_file_has_is_damaged(tmp_path):
             magic = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little")
             (tmp_path / "a.npy").write_bytes(magic + text + bytes(8))
             for mode in (None, "r"):
-                with pytest.raises(CacheError, match=r"a\.npy: damaged"):
+                with pytest.raises(CacheError, match=r"a\.npy: "):
                     load_npy(tmp_path / "a.npy", "", map_mode=mode)
 
 
 def test_an_archive_cannot_unpack_to_more_than_it_holds(tmp_path):
     np.savez_compressed(tmp_path / "a.npz", x=np.zeros(10**7))
-    with pytest.raises(CacheError, match=r"a\.npz: damaged .*compressed"):
+    with pytest.raises(CacheError, match=r"a\.npz: .*'x'.*compressed"):
         load_npz(tmp_path / "a.npz", ["x"], "")
 
 
@@ -142,11 +142,14 @@ def test_whatever_a_reader_raises_names_the_file(tmp_path, kind):
 
 def test_what_the_system_or_the_memory_refuses_is_not_called_damage(tmp_path, monkeypatch):
     for code, words in (
-        (errno.EIO, "cannot be read"),
-        (errno.EACCES, "permissions"),
+        (errno.EIO, os.strerror(errno.EIO)),
+        (errno.EACCES, os.strerror(errno.EACCES)),
         (errno.EMFILE, "ulimit"),
     ):
-        with pytest.raises(CacheError, match=words) as caught, reading(tmp_path / "a", "remove it"):
+        with (
+            pytest.raises(CacheError, match=f"/a: .*{words}") as caught,
+            reading(tmp_path / "a", "remove it"),
+        ):
             raise OSError(code, os.strerror(code))
         assert "remove it" not in str(caught.value)
         assert "written" not in str(caught.value)
@@ -164,7 +167,7 @@ def test_what_the_system_or_the_memory_refuses_is_not_called_damage(tmp_path, mo
 
     checksum = file_checksum(tmp_path / "a")
     monkeypatch.setattr(checksums, "open_regular", lambda path: Small())
-    with pytest.raises(CacheError, match="not enough memory") as caught:
+    with pytest.raises(CacheError, match=r"/a: .*memory") as caught:
         check_file(tmp_path / "a", checksum, "remove it")
     assert "remove it" not in str(caught.value)
 
@@ -242,7 +245,7 @@ def test_a_mapped_file_is_read_whole_once_until_it_changes(tmp_path, monkeypatch
     (folder / "a.npy").write_bytes(content)
     os.utime(folder / "a.npy", ns=(status.st_atime_ns, status.st_mtime_ns))  # what hides it from `make`
     for _ in range(2):
-        with pytest.raises(CacheError, match=r"a\.npy: damaged .*checksum"):
+        with pytest.raises(CacheError, match=r"a\.npy: .*checksum"):
             read_array(folder, "a", manifest, map_mode="r")
 
 
@@ -297,9 +300,9 @@ def test_a_manifest_seals_files_but_no_leftovers(tmp_path, names):
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
 def test_an_error_of_the_disk_while_something_is_built_is_not_called_one_of_writing(code, tmp_path):
-    with pytest.raises(CacheError, match=r"artifact|tmp") as caught, atomic_path(tmp_path / "artifact"):
+    named = pytest.raises(CacheError, match=f"^{tmp_path}: .*{os.strerror(code)}")
+    with named as caught, atomic_path(tmp_path / "artifact"):
         raise OSError(code, os.strerror(code))
-    assert os.strerror(code) in str(caught.value)
     assert "cannot be written" not in str(caught.value)
     with pytest.raises(PermissionError), atomic_path(tmp_path / "artifact"):
         raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/pool.tar")
@@ -318,7 +321,7 @@ def test_a_reader_of_a_pipe_returns_while_a_writer_waits(tmp_path):
     thread = threading.Thread(target=write)
     thread.start()
     try:
-        with pytest.raises(CacheError, match="regular file"):
+        with pytest.raises(CacheError, match=r"a\.json: .*regular file"):
             read_json(tmp_path / "a.json")
     finally:
         ended.set()
@@ -332,5 +335,5 @@ def test_a_member_is_checked_to_its_end(tmp_path):
     content = (tmp_path / "a.npz").read_bytes()
     assert content.count(b"(8,)") == 1
     (tmp_path / "a.npz").write_bytes(content.replace(b"(8,)", b"(7,)"))
-    with pytest.raises(CacheError, match="damaged"):
+    with pytest.raises(CacheError, match=r"a\.npz: .*'x\.npy'"):
         load_npz(tmp_path / "a.npz", ["x"], "")

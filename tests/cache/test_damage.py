@@ -249,7 +249,7 @@ def test_a_damaged_index_gives_no_sample_at_all(whole, tmp_path):
         content = path.read_bytes()
         for place in {8, len(content) // 2, len(content) - 1}:
             path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-            with pytest.raises(CacheError, match=f"{path.name}: damaged"):
+            with pytest.raises(CacheError, match=f"^{path}: "):
                 export(ShardPool(shards, cache_dir=tmp_path / "cache"), [0, 29], tmp_path / "out")
         path.write_bytes(content)
     export(ShardPool(shards, cache_dir=tmp_path / "cache"), [0, 29], tmp_path / "out")

@@ -16,7 +16,7 @@ import pytest
 from curated_data import ShardPool
 from curated_data.cache import locks
 from curated_data.cache.artifacts import open_cache
-from curated_data.cache.locks import is_locked, locked
+from curated_data.cache.locks import locked
 from curated_data.cache.publishing import atomic_save, new_array
 from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.errors import CacheError
@@ -46,11 +46,9 @@ def test_no_two_hold_a_lock_whose_file_comes_and_goes(tmp_path, monkeypatch):
     assert list((tmp_path / ".locks").iterdir()) == []
 
 
-def test_a_lock_is_seen_refused_and_broken_by_hand(tmp_path, monkeypatch, caplog):
+def test_a_lock_is_refused_and_broken_by_hand(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(locks, "_REMIND", 0.3)
-    assert not is_locked(tmp_path / "a")
     with locked(tmp_path / "a"):
-        assert is_locked(tmp_path / "a")
         with locked(tmp_path / "a", wait=False) as held:
             assert not held
         (lock,) = (tmp_path / ".locks").iterdir()
@@ -61,10 +59,13 @@ def test_a_lock_is_seen_refused_and_broken_by_hand(tmp_path, monkeypatch, caplog
 
         waiting = multiprocessing.dummy.Process(target=wait)
         waiting.start()
-        time.sleep(1)
+        limit = time.monotonic() + 60
+        while "if it is gone for good" not in caplog.text:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
         assert waiting.is_alive()
         lock.unlink()  # as the log says to do where the holder's host is gone for good
-        waiting.join(5)
+        waiting.join(60)
         assert not waiting.is_alive()
     assert f"pid {os.getpid()}, which builds a" in caplog.text
     assert f"if it is gone for good, remove {lock}" in caplog.text
@@ -76,21 +77,18 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with (
-        pytest.raises(CacheError, match=r"file locks .*cache_dir"),
-        locked(tmp_path / "a"),
-    ):
+    with pytest.raises(CacheError, match=r"file locks .*cache_dir"), locked(tmp_path / "a"):
         pass
 
 
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (errno.ENOSPC, "no space left .*free some"),
-        (errno.EFBIG, "no space left"),
-        (errno.EMFILE, "too many open files .*ulimit -n"),
-        (errno.EIO, "cannot be written"),
-        (errno.EROFS, "cannot be written .*give another place"),
+        (errno.ENOSPC, "free some"),
+        (errno.EFBIG, "no space"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.EIO, os.strerror(errno.EIO)),
+        (errno.EROFS, "another place"),
     ],
 )
 def test_what_the_system_refuses_is_one_error(code, message, tmp_path, monkeypatch):
@@ -98,7 +96,7 @@ def test_what_the_system_refuses_is_one_error(code, message, tmp_path, monkeypat
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(CacheError, match=message):
+    with pytest.raises(CacheError, match=rf"a\.npy: .*{message}"):
         atomic_save(tmp_path / "a.npy", np.zeros(3))
     assert list(tmp_path.iterdir()) == []
 
@@ -115,7 +113,7 @@ def test_a_mapped_array_reserves_its_space(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    with pytest.raises(CacheError, match=r"b\.npy: no space left"):
+    with pytest.raises(CacheError, match=r"b\.npy: .*no space"):
         new_array(tmp_path / "b.npy", np.int64, (1000,))
 
 
@@ -142,7 +140,7 @@ def test_runs_that_wait_for_several_shards_never_wait_for_each_other(write_pool,
         start.set()
         time.sleep(2)  # both have passed by and wait now
     for process in processes:
-        process.join(30)
+        process.join(120)
         alive = process.is_alive()
         process.kill()
         assert not alive, "the runs wait for each other"
@@ -159,19 +157,18 @@ def test_a_planted_link_is_not_followed(tmp_path):
         plant()
         with pytest.raises(CacheError, match=r"a\.lock: "), locked(tmp_path / "cache" / "a"):
             pass
-        assert not is_locked(tmp_path / "cache" / "a")
         locks.remove_if_free(lock, older_than=time.time() + 10)
         assert victim.read_text() == "years of work"
         lock.unlink()
     lock.symlink_to(tmp_path / "made")
-    with pytest.raises(CacheError, match="is a link"), locked(tmp_path / "cache" / "a"):
+    with pytest.raises(CacheError, match=r"a\.lock: .*link"), locked(tmp_path / "cache" / "a"):
         pass
     assert not (tmp_path / "made").exists()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a.lock").write_text("years of work")
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / ".locks").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CacheError, match=r"\.locks: is a link"), locked(tmp_path / "linked" / "a"):
+    with pytest.raises(CacheError, match=r"\.locks: .*link"), locked(tmp_path / "linked" / "a"):
         pass
     assert (tmp_path / "elsewhere" / "a.lock").read_text() == "years of work"
 
@@ -183,7 +180,6 @@ def test_what_is_no_lock_file_neither_blocks_nor_is_written(kind, tmp_path):
     {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/full")}[kind](lock)
     with pytest.raises(CacheError, match=r"a\.lock: "), locked(tmp_path / "a"):
         pass
-    assert not is_locked(tmp_path / "a")
 
 
 def test_a_sweep_follows_no_link(tmp_path):
@@ -221,7 +217,7 @@ def test_a_full_disk_is_one_error_or_none(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, name, refuse)
     if name == "open":
-        with pytest.raises(CacheError, match="no space left"), locked(tmp_path / "a"):
+        with pytest.raises(CacheError, match=r"a\.lock: .*no space"), locked(tmp_path / "a"):
             pass
     else:
         with locked(tmp_path / "a") as held:

@@ -20,7 +20,7 @@ from curated_data.embedding import embed_pool, resolve_embedder
 from curated_data.pool import RemoteOptions
 from tests.chaos.tally import Tally
 from tests.chaos.world import EMBEDDER, World
-from tests.pool.test_hostile_http import RANGES, Hostile, head, honest, silent, whole
+from tests.support.hostile_http import RANGES, Hostile, head, honest, silent, whole
 
 _LIMIT = 90.0
 _QUICK: dict[str, Any] = {"attempts": 2, "backoff": 0.01, "silence": 0.4}

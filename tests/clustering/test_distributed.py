@@ -61,7 +61,7 @@ def worker(rank, folder):
     for name, tree in trees.items():
         tree.save(folder / f"{name}-{rank}")
     np.save(folder / f"seeds-{rank}.npy", seeds(folder, rank, 2))
-    with pytest.raises(ValueError, match="another run"):  # on every rank, and none hangs
+    with pytest.raises(ValueError, match=r"another run"):  # on every rank, and none hangs
         hierarchical_kmeans(
             np.zeros((50, 3), np.float32), [Level(1)], seed=9, checkpoint=folder / "checkpoint-2"
         )

@@ -15,7 +15,8 @@ from curated_data.clustering.hierarchy import _balanced_sample
 from curated_data.clustering.kmeans import prepare
 from curated_data.clustering.neighbourhoods import loses_little, nearest_nearby, sampled_loss
 from curated_data.levels import TooManyClusters
-from tests.oracles.clustering import clouds, kl_to_uniform, squared_distances, two_dimensional
+from curated_data.selection.metrics import kl_to_uniform
+from tests.oracles.clustering import clouds, squared_distances, two_dimensional
 
 
 def check(x, tree, valid=None):
@@ -40,12 +41,12 @@ def check(x, tree, valid=None):
 @pytest.mark.parametrize("seed", range(5))
 def test_levels_flatten_the_density_as_in_the_paper(seed):
     x = two_dimensional(seed)
-    one = kl_to_uniform(kmeans(x, 300, seed=seed).centroids)
+    one = kl_to_uniform(kmeans(x, 300, seed=seed).centroids, -3, 3)
     two = hierarchical_kmeans(x, [Level(1500), Level(300)], seed=seed)
     three = hierarchical_kmeans(x, [Level(3000), Level(1000), Level(300)], seed=seed)
     assert 0.30 < one < 0.42
-    assert 0.10 < kl_to_uniform(two.centroids[2]) < 0.17
-    assert kl_to_uniform(three.centroids[3]) < 0.12
+    assert 0.10 < kl_to_uniform(two.centroids[2], -3, 3) < 0.17
+    assert kl_to_uniform(three.centroids[3], -3, 3) < 0.12
 
 
 @pytest.mark.long
@@ -54,8 +55,8 @@ def test_resampling_flattens_further(seed):
     x = two_dimensional(seed)
     plain = hierarchical_kmeans(x, [Level(3000), Level(1000), Level(300)], seed=seed)
     resampled = hierarchical_kmeans(x, [Level(k, 10, 2) for k in (3000, 1000, 300)], seed=seed)
-    assert kl_to_uniform(resampled.centroids[3]) < 0.06
-    assert kl_to_uniform(resampled.centroids[3]) < kl_to_uniform(plain.centroids[3])
+    assert kl_to_uniform(resampled.centroids[3], -3, 3) < 0.06
+    assert kl_to_uniform(resampled.centroids[3], -3, 3) < kl_to_uniform(plain.centroids[3], -3, 3)
 
 
 @pytest.mark.parametrize("resample", ["closest", "random"])
@@ -114,7 +115,7 @@ def test_excluded_rows_have_no_parent():
     assert np.flatnonzero(tree.parent[1] < 0).tolist() == [0, 1, 2, 5, 600]
     valid[[5, 600]] = False
     check(x, tree, valid)
-    with pytest.raises(ValueError, match="non-finite rows: 5, 600"):
+    with pytest.raises(ValueError, match="5, 600"):
         hierarchical_kmeans(x, [Level(50)], nonfinite="raise")
 
 
@@ -209,20 +210,20 @@ def test_sample_size_of_one_means_no_resampling():
     ("levels", "arguments", "message"),
     [
         ([], {}, "at least one Level"),
-        ([5], {}, "needs Level objects, got int at level 1"),
-        ("best", {}, 'sequence of Level or "auto"'),
-        ([Level(500)], {}, "level 1 asks for 500 clusters of 200 usable rows"),
-        ([Level(10), Level(11)], {}, "level 2 asks for 11 clusters of 10 clusters of level 1"),
-        ([Level(10)], {"resample": "far"}, "resample: expected one of"),
-        ([Level(10)], {"init": "x"}, "init: expected one of"),
-        ([Level(10)], {"metric": "x"}, "metric: expected one of"),
+        ([5], {}, "int at level 1"),
+        ("best", {}, "'best'"),
+        ([Level(500)], {}, "level 1 .*500 .*200"),
+        ([Level(10), Level(11)], {}, "level 2 .*11 .*10 "),
+        ([Level(10)], {"resample": "far"}, "^resample: .*'far'"),
+        ([Level(10)], {"init": "x"}, "^init: .*'x'"),
+        ([Level(10)], {"metric": "x"}, "^metric: .*'x'"),
         ([Level(10)], {"n_iter": -1}, "n_iter: "),
         ([Level(10)], {"n_init": 0}, "n_init: "),
-        ([Level(10)], {"tol": -0.1}, "tol needs"),
+        ([Level(10)], {"tol": -0.1}, "tol .*-0.1"),
         ([Level(10)], {"seed": "one"}, "seed: "),
         ([Level(10)], {"resample_n_iter": 1.5}, "resample_n_iter: "),
-        ([Level(10)], {"checkpoint_seconds": -1}, "checkpoint_seconds needs"),
-        ([Level(10)], {"checkpoint_seconds": "5m"}, "checkpoint_seconds needs"),
+        ([Level(10)], {"checkpoint_seconds": -1}, "checkpoint_seconds .*-1"),
+        ([Level(10)], {"checkpoint_seconds": "5m"}, "checkpoint_seconds .*'5m'"),
     ],
 )
 def test_wrong_settings_get_one_clear_error(levels, arguments, message):
@@ -237,7 +238,7 @@ def test_wrong_settings_get_one_clear_error(levels, arguments, message):
         ({"n_clusters": 5, "n_resamples": -1}, "Level.n_resamples"),
         ({"n_clusters": 5, "sample_size": 0}, "Level.sample_size"),
         ({"n_clusters": 5, "n_splits": 0}, "Level.n_splits"),
-        ({"n_clusters": 5, "n_splits": 2, "n_resamples": 1}, "not both"),
+        ({"n_clusters": 5, "n_splits": 2, "n_resamples": 1}, "n_splits.*n_resamples|n_resamples.*n_splits"),
     ],
 )
 def test_wrong_levels_get_one_clear_error(arguments, message):

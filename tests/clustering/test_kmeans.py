@@ -162,7 +162,7 @@ def test_nonfinite_rows_are_excluded_and_named(nonfinite, caplog):
     assert np.isnan(result.distance[[3, 77]]).all()
     np.testing.assert_array_equal(np.delete(result.assignment, [3, 77]), clean.assignment)
     np.testing.assert_array_equal(result.centroids, clean.centroids)
-    with pytest.raises(ValueError, match="2 non-finite rows: 3, 77"):
+    with pytest.raises(ValueError, match="3, 77"):
         kmeans(x, 6, nonfinite="raise")
 
 
@@ -224,27 +224,27 @@ def test_emptied_clusters_are_filled_again():
     [
         ({"n_clusters": 0}, "n_clusters"),
         ({"n_clusters": 2.5}, "n_clusters"),
-        ({"n_clusters": 101}, "101 clusters need at least as many usable rows, got 100"),
+        ({"n_clusters": 101}, "101 .*100"),
         ({"n_init": 0}, "n_init"),
         ({"n_iter": -1}, "n_iter"),
-        ({"metric": "l1"}, "metric: expected one of"),
-        ({"init": "warm"}, "init: expected one of"),
-        ({"nonfinite": "ignore"}, "nonfinite needs"),
+        ({"metric": "l1"}, "^metric: .*'l1'"),
+        ({"init": "warm"}, "^init: .*'warm'"),
+        ({"nonfinite": "ignore"}, "nonfinite .*'ignore'"),
         ({"max_memory": 0}, "max_memory"),
-        ({"max_memory": "1GB"}, "max_memory needs a positive number of bytes, got '1GB'"),
-        ({"tol": -1.0}, "tol needs"),
-        ({"tol": float("nan")}, "tol needs"),
-        ({"tol": "small"}, "tol needs"),
-        ({"seed": -1}, "seed: expected an integer of at least 0, found -1"),
+        ({"max_memory": "1GB"}, "max_memory .*'1GB'"),
+        ({"tol": -1.0}, "tol .*-1.0"),
+        ({"tol": float("nan")}, "tol .*nan"),
+        ({"tol": "small"}, "tol .*'small'"),
+        ({"seed": -1}, "^seed: .*-1"),
         ({"seed": 1.5}, "seed: "),
         ({"seeding_rows": 0}, "seeding_rows: "),
-        ({"device": "nonsense"}, "device 'nonsense': cannot be used here"),
-        ({"device": "cuda:99"}, "device 'cuda:99': cannot be used here"),
+        ({"device": "nonsense"}, "device 'nonsense'"),
+        ({"device": "cuda:99"}, "device 'cuda:99'"),
         ({"valid": np.zeros(100, bool)}, "no usable row"),
-        ({"valid": np.ones(3, bool)}, r"valid needs shape \(100,\)"),
-        ({"x": np.zeros(5)}, "x needs shape"),
-        ({"x": np.zeros((0, 5))}, "x needs shape"),
-        ({"x": [[1.0]]}, "x needs shape"),
+        ({"valid": np.ones(3, bool)}, r"valid .*\(100,\)"),
+        ({"x": np.zeros(5)}, r"^x .*\(5,\)"),
+        ({"x": np.zeros((0, 5))}, r"^x .*\(0, 5\)"),
+        ({"x": [[1.0]]}, "^x .*list"),
         ({"x": np.zeros((5, 2), int)}, "floating-point"),
     ],
 )

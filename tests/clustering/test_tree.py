@@ -62,18 +62,18 @@ def test_keeps_contract_types():
 @pytest.mark.parametrize(
     ("centroids", "parent", "message"),
     [
-        ({}, {}, "levels 1..L"),
-        ({2: np.zeros((2, 3))}, {2: np.zeros(4, int)}, "levels 1..L"),
-        ({1: np.zeros((2, 3))}, {1: np.zeros(4, int), 2: np.zeros(2, int)}, "levels 1..L"),
+        ({}, {}, r"\[\] and \[\]"),
+        ({2: np.zeros((2, 3))}, {2: np.zeros(4, int)}, r"\[2\] and \[2\]"),
+        ({1: np.zeros((2, 3))}, {1: np.zeros(4, int), 2: np.zeros(2, int)}, r"\[1\] and \[1, 2\]"),
         ({1: np.zeros(3)}, {1: np.zeros(4, int)}, r"centroids\[1\]"),
-        ({1: np.full((2, 3), np.nan)}, {1: np.zeros(4, int)}, "non-finite"),
-        ({1: np.zeros((2, 3))}, {1: np.array([0, 2])}, r"parent\[1\] needs cluster ids in -1..1"),
-        ({1: np.zeros((2, 3))}, {1: np.array([0, -2])}, r"found -2..0"),
-        ({1: np.zeros((2, 3))}, {1: np.array([0.0, 1.0])}, r"parent\[1\] needs one dimension of integers"),
+        ({1: np.full((2, 3), np.nan)}, {1: np.zeros(4, int)}, r"centroids\[1\] has non-finite"),
+        ({1: np.zeros((2, 3))}, {1: np.array([0, 2])}, r"parent\[1\] .*0\.\.2"),
+        ({1: np.zeros((2, 3))}, {1: np.array([0, -2])}, r"parent\[1\] .*-2\.\.0"),
+        ({1: np.zeros((2, 3))}, {1: np.array([0.0, 1.0])}, r"parent\[1\] .*float64"),
         (
             {1: np.zeros((2, 3)), 2: np.zeros((1, 3))},
             {1: np.zeros(4, int), 2: np.zeros(3, int)},
-            "2 clusters of",
+            r"parent\[2\] .* 2 .* 3$",
         ),
         ({1: np.zeros((2, 3)), 2: np.zeros((1, 4))}, {1: np.zeros(4, int), 2: np.zeros(2, int)}, "dimension"),
     ],
@@ -85,11 +85,11 @@ def test_refuses_arrays_that_do_not_fit(centroids, parent, message):
 
 def test_refuses_distance_levels_and_clusters_out_of_range():
     tree = random_tree(np.random.default_rng(0))
-    with pytest.raises(ValueError, match="distance needs shape"):
+    with pytest.raises(ValueError, match=r"distance .*\(3,\)"):
         ClusterTree(tree.centroids, tree.parent, np.zeros(3))
-    with pytest.raises(ValueError, match=r"levels 1\.\.3, got 4"):
+    with pytest.raises(ValueError, match=r"1\.\.3.* 4"):
         tree.sizes(4)
-    with pytest.raises(ValueError, match=r"clusters 0\.\.8, got 9"):
+    with pytest.raises(ValueError, match=r"level 2 .*0\.\.8.* 9"):
         tree.members(2, 9)
 
 
@@ -113,7 +113,7 @@ def test_save_replaces_a_tree_and_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["tree"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(CacheError, match="no cluster tree"):
+    with pytest.raises(CacheError, match=r"mine: .*'notes\.txt'"):
         first.save(tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
     (tmp_path / "empty").mkdir()
@@ -128,11 +128,11 @@ def test_load_refuses_what_is_damaged_or_foreign(tmp_path):
     tree.save(tmp_path / "torn")
     data = (tmp_path / "torn" / "parent_1.npy").read_bytes()
     (tmp_path / "torn" / "parent_1.npy").write_bytes(data[: len(data) // 2])
-    with pytest.raises(CacheError, match=r"parent_1\.npy: damaged .*remove .*torn"):
+    with pytest.raises(CacheError, match=r"torn/parent_1\.npy: .*remove .*torn"):
         ClusterTree.load(tmp_path / "torn")
     tree.save(tmp_path / "pickled")
     np.save(tmp_path / "pickled" / "parent_1.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(CacheError, match=r"parent_1\.npy"):
+    with pytest.raises(CacheError, match=r"pickled/parent_1\.npy: "):
         ClusterTree.load(tmp_path / "pickled")
     tree.save(tmp_path / "other")
     manifest = read_json(tmp_path / "other" / "manifest.json")
@@ -140,10 +140,10 @@ def test_load_refuses_what_is_damaged_or_foreign(tmp_path):
     with pytest.raises(CacheError, match=r"999"):
         ClusterTree.load(tmp_path / "other")
     atomic_write_json(tmp_path / "other" / "manifest.json", with_checksum(manifest) | {"n_samples": 7})
-    with pytest.raises(CacheError, match=r"its checksum differs"):
+    with pytest.raises(CacheError, match=r"other/manifest.json: .*checksum"):
         ClusterTree.load(tmp_path / "other")
     atomic_write_json(tmp_path / "other" / "manifest.json", with_checksum(manifest | {"n_samples": 7}))
-    with pytest.raises(CacheError, match=r"do not match"):
+    with pytest.raises(CacheError, match=r"/other: .*arrays"):
         ClusterTree.load(tmp_path / "other")
 
 
@@ -157,5 +157,5 @@ def test_a_tree_on_disk_is_no_copy_and_stays_as_it_was_saved(tmp_path):
     np.testing.assert_array_equal(tree.parent[1], random_tree(np.random.default_rng(1)).parent[1])
     parent = np.load(tmp_path / "tree" / "parent_1.npy")
     np.save(tmp_path / "tree" / "parent_1.npy", parent[::-1].copy())
-    with pytest.raises(CacheError, match=r"parent_1\.npy: damaged .*checksum"):
+    with pytest.raises(CacheError, match=r"parent_1\.npy: .*checksum"):
         ClusterTree.load(tmp_path / "tree", memory_map=True)

@@ -1,4 +1,4 @@
-"""A network of a user's with fixed weights: `test_identity.py` knows its fingerprint."""
+"""A network of a user's with fixed weights: `test_known_fingerprints.py` knows its fingerprint."""
 
 import torch
 from torch import nn

@@ -120,9 +120,7 @@ def test_an_own_decoder_may_make_the_image(tmp_path):
 
 def test_an_embedder_of_images_stops_at_a_pool_without_any(tmp_path):
     shard = write(tmp_path / "a.tar", [{"txt": b"red"}, {"txt": b"blue"}])
-    with pytest.raises(
-        EmbedderError, match=r"takes images .* gave str; .* \(first met in .*a.tar: sample 'a'\)$"
-    ):
+    with pytest.raises(EmbedderError, match=r" str\b.*a\.tar: sample 'a'\)$"):
         embed(shard, resolve_embedder("pixels:2"), tmp_path / "c")
     shard = write(tmp_path / "b.tar", [{"png": IMAGE}, {"txt": b"red"}])
     texts = ShardPool(shard, image_extensions=["jpg"])  # its png are no images, so it is a pool of texts
@@ -142,7 +140,7 @@ def test_extensions_count_in_any_spelling_and_name_the_same_embeddings(tmp_path)
         assert float(np.asarray(store)[0, 0]) == pytest.approx(-1, abs=1e-3)
     assert len(names) == 1
     assert ShardPool(shard, image_extensions=".png").image_extensions == ("png",)
-    with pytest.raises(ConfigError, match=r"image_extensions: expected extensions such as 'jpg', found '\.'"):
+    with pytest.raises(ConfigError, match=r"^image_extensions: .*'\.'"):
         ShardPool(shard, image_extensions=["."])
 
 

@@ -4,6 +4,7 @@ to its bytes is noticed.
 
 import gzip
 import io
+import itertools
 import logging
 import multiprocessing
 import os
@@ -272,16 +273,18 @@ def test_remote_shards_are_known_by_what_they_contain(write_pool, tmp_path, cach
         server.close()
 
 
-def _slow(batch):
-    time.sleep(0.1)
-    return batch.mean((2, 3))
+def _embed(shards, root, stuck=None):
+    """Embed; or tell by a file of the third batch, and hang in it."""
+    batches = itertools.count(1)
 
+    def network(batch):
+        if stuck and next(batches) == 3:
+            stuck.touch()
+            time.sleep(600)
+        return batch.mean((2, 3))
 
-_slow.fingerprint = "mean colours"
-
-
-def _embed(shards, root):
-    embedder = ModuleEmbedder(_slow, as_float, dimension=3, name="mean colours")
+    network.fingerprint = "mean colours"
+    embedder = ModuleEmbedder(network, as_float, dimension=3, name="mean colours")
     embed_pool(ShardPool(shards, cache_dir=root), embedder, open_cache(root), **SETTINGS)
 
 
@@ -292,11 +295,14 @@ def test_runs_at_once_and_a_killed_one_end_in_the_same(write_pool, tmp_path):
     _, expected = alone.embed(shards)
     context = multiprocessing.get_context("fork")
     runs = [
-        context.Process(target=_embed, args=(place, shared.root)) for place in (shards, elsewhere, shards)
+        context.Process(target=_embed, args=(place, shared.root, stuck))
+        for place, stuck in ((shards, tmp_path / "stuck"), (elsewhere, None), (shards, None))
     ]
-    for run in runs:
+    runs[0].start()
+    while not (tmp_path / "stuck").exists():
+        time.sleep(0.01)
+    for run in runs[1:]:
         run.start()
-    time.sleep(0.5)
     os.kill(runs[0].pid, signal.SIGKILL)
     for run in runs:
         run.join()

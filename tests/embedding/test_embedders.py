@@ -116,19 +116,19 @@ def test_random_weights_repeat_and_leave_the_generator_alone():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("resnet50", "'resnet50' is unknown; names begin with checkpoint"),
-        ("torchvision:", "say which"),
-        ("torchvision:resnet1", "no classification model 'resnet1'"),
-        ("timm:resnet1000", "timm has no model 'resnet1000'; near it: .*resnet10t"),
-        ("timm:vit_base_patch16_dinov3.lvd142m", "no weights 'lvd142m' of vit_base_patch16_dinov3.*lvd1689m"),
-        ("timm:vit_base_patch16_dinov4", "near it: .*vit_base_patch16_dinov3"),
-        ("timm:vit_base_patch16_siglip_224.v3@random", "no weights 'v3'.*v2_webli"),
-        ("timm:vit_tiny_patch16_dinov3", "timm has no model"),
-        ("torchvision:resnet18@/nowhere/w.pth", "no file /nowhere/w.pth"),
-        ("checkpoint:/nowhere/last.ckpt", "no file /nowhere/last.ckpt"),
-        ("efficientnet_lite0:big", "must be a positive integer"),
-        (3, "got int"),
-        (nn.Flatten, "got the class Flatten"),
+        ("resnet50", "'resnet50'.*checkpoint"),
+        ("torchvision:", "torchvision:NAME"),
+        ("torchvision:resnet1", "'resnet1'"),
+        ("timm:resnet1000", "'resnet1000'.*resnet10t"),
+        ("timm:vit_base_patch16_dinov3.lvd142m", "'lvd142m'.*vit_base_patch16_dinov3.*lvd1689m"),
+        ("timm:vit_base_patch16_dinov4", "'vit_base_patch16_dinov4'.*vit_base_patch16_dinov3"),
+        ("timm:vit_base_patch16_siglip_224.v3@random", "'v3'.*v2_webli"),
+        ("timm:vit_tiny_patch16_dinov3", "'vit_tiny_patch16_dinov3'"),
+        ("torchvision:resnet18@/nowhere/w.pth", r"/nowhere/w\.pth"),
+        ("checkpoint:/nowhere/last.ckpt", r"/nowhere/last\.ckpt"),
+        ("efficientnet_lite0:big", "efficientnet_lite0:big"),
+        (3, "int"),
+        (nn.Flatten, "Flatten"),
     ],
 )
 def test_bad_names_say_what_to_do(spec, message):
@@ -163,16 +163,16 @@ def test_an_unreachable_hub_names_the_repository_and_the_folder(monkeypatch, tmp
 
 def test_files_of_code_or_of_another_network_are_refused(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "pickle.pth")
-    with pytest.raises(EmbedderError, match="code in it is never run"):
+    with pytest.raises(EmbedderError, match=r"pickle\.pth: .*code"):
         resolve_embedder(f"torchvision:resnet18@{tmp_path / 'pickle.pth'}")
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
-    with pytest.raises(EmbedderError, match="does not fit torchvision:resnet18"):
+    with pytest.raises(EmbedderError, match=r"other\.pth: .*torchvision:resnet18"):
         resolve_embedder(f"torchvision:resnet18@{tmp_path / 'other.pth'}")
     torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
-    with pytest.raises(EmbedderError, match="no 'module_class'"):
+    with pytest.raises(EmbedderError, match=r"plain\.ckpt: .*'module_class'"):
         resolve_embedder(f"checkpoint:{tmp_path / 'plain.ckpt'}")
     torch.save({"state_dict": {}, "module_class": "os.path.join"}, tmp_path / "evil.ckpt")
-    with pytest.raises(EmbedderError, match="must not choose what is imported"):
+    with pytest.raises(EmbedderError, match=r"evil\.ckpt: .*'os\.path\.join'"):
         resolve_embedder(f"checkpoint:{tmp_path / 'evil.ckpt'}")
 
 
@@ -196,9 +196,9 @@ def test_modules_and_functions_given_in_code(image):
             return lambda image: image / 255
 
     assert resolve_embedder(Module()).dimension == 3  # found by a probe: the module does not say it
-    with pytest.raises(EmbedderError, match="fails on a blank image"):
+    with pytest.raises(EmbedderError, match=r"Linear.*blank image"):
         resolve_embedder(nn.Linear(5, 5))
-    with pytest.raises(EmbedderError, match=r"as .3, H, W. tensors, the pool gave str"):
+    with pytest.raises(EmbedderError, match=r"\(3, H, W\).* str\b"):
         embedder.preprocess("a text")
 
 
@@ -258,12 +258,6 @@ def test_fingerprints_see_networks_that_a_function_names(monkeypatch):
 
 def _uses_a_global(batch):
     return NETWORK(batch)  # noqa: F821
-
-
-def test_what_has_no_identity_asks_for_a_fingerprint():
-    handle = iter(())
-    with pytest.raises(EmbedderError, match="give the embedder an attribute `fingerprint`"):
-        module_fingerprint(lambda x: (x, handle))
 
 
 @pytest.mark.long

@@ -3,12 +3,10 @@ stops.
 """
 
 import io
-import multiprocessing
 import os
 import pickle
 import signal
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -17,9 +15,10 @@ import webdataset
 from PIL import Image
 
 from curated_data.cache.artifacts import open_cache
-from curated_data.embedding import EmbeddingStore, ModuleEmbedder, embed_pool, resolve_embedder
+from curated_data.embedding import EmbeddingStore, ModuleEmbedder, embed_pool, forward, resolve_embedder
 from curated_data.embedding import extract as extract_module
 from curated_data.embedding import store as store_module
+from curated_data.embedding.embedders import ImagePreprocess
 from curated_data.embedding.extract import embed_samples
 from curated_data.errors import CacheError, ConfigError, CuratedDataError, EmbedderError
 from curated_data.pool import ShardPool
@@ -91,7 +90,7 @@ class Convolution(torch.nn.Module):
 
 
 def test_threads_give_the_same_rows_and_are_for_networks_that_allow_it(write_pool, tmp_path, monkeypatch):
-    monkeypatch.setattr(extract_module, "_PIXELS", 4 * 16 * 16)
+    monkeypatch.setattr(forward, "_PIXELS", 4 * 16 * 16)
     pool = ShardPool(write_pool([16, 16]), num_workers=0)
     small = lambda image: torch.nn.functional.interpolate(image[None] / 255.0, (16, 16))[0]  # noqa: E731
     torch.manual_seed(0)
@@ -125,6 +124,40 @@ def test_threads_give_the_same_rows_and_are_for_networks_that_allow_it(write_poo
     bf16 = [embed(f"bf16-{n}", n, 1, True, "bf16")[0] for n in (1, 2)]
     np.testing.assert_array_equal(*bf16)
     assert (bf16[0] != alone).any(), "autocast reaches the threads"
+
+
+class Layout(torch.nn.Module):
+    """A network that notes whether its inputs come in `channels_last`."""
+
+    fingerprint = "layout"
+
+    def __init__(self, **convolution):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(256, 256, **convolution)
+        self.found = set()
+
+    def forward(self, batch):
+        self.found.add(batch.is_contiguous(memory_format=torch.channels_last))
+        return batch.mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("convolution", "size", "in_channels_last"),
+    [
+        ({"kernel_size": 3}, 64, False),  # as in ResNets
+        ({"kernel_size": 3}, 224, True),
+        ({"kernel_size": 3, "groups": 256}, 64, True),
+        ({"kernel_size": 1}, 64, True),
+    ],
+)
+def test_images_come_in_the_memory_format_that_is_faster(
+    write_pool, tmp_path, convolution, size, in_channels_last
+):
+    network = Layout(**convolution)
+    embedder = ModuleEmbedder(network, ImagePreprocess(size), dimension=3)
+    pool = ShardPool(write_pool([3]), num_workers=0)
+    embed_pool(pool, embedder, open_cache(tmp_path / "cache"), num_workers=0, device="cpu")
+    assert network.found == {in_channels_last}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -231,49 +264,9 @@ def test_second_call_and_new_shards_embed_only_what_is_missing(write_pool, tmp_p
     assert grown.fingerprint != first.fingerprint
 
 
-def _slow(batch):
-    time.sleep(0.1)  # a busy machine must not let the first process end before it is killed
-    return batch.mean((2, 3))
-
-
-def _embed(shards, root, log):
-    store = embed_pool(
-        ShardPool(shards),
-        ModuleEmbedder(_slow, as_float, dimension=3),
-        open_cache(root),
-        batch_size=4,
-        num_workers=0,
-    )
-    np.save(log, np.asarray(store))
-
-
-def test_killed_and_shared_work_ends_in_the_same_rows(write_pool, tmp_path):
-    """Two processes share the shards, one is killed midway, a third comes late: all read the same rows."""
-    shards = write_pool([12] * 6)
-    embedder = ModuleEmbedder(mean_colours, as_float, dimension=3)
-    alone = embed_pool(ShardPool(shards), embedder, open_cache(tmp_path / "a"), batch_size=4, num_workers=0)
-    context = multiprocessing.get_context("fork")
-    root = tmp_path / "b"
-    torch.set_num_threads(1)
-    processes = [
-        context.Process(target=_embed, args=(shards, root, tmp_path / f"{number}.npy")) for number in range(3)
-    ]
-    processes[0].start()
-    processes[1].start()
-    while not list(root.glob("embeddings/*/*.json")):
-        time.sleep(0.005)
-    os.kill(processes[0].pid, signal.SIGKILL)
-    processes[2].start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [-signal.SIGKILL, 0, 0]
-    for number in (1, 2):
-        np.testing.assert_array_equal(np.load(tmp_path / f"{number}.npy"), np.asarray(alone))
-
-
 def test_wrong_embedders_stop_at_once(write_pool, tmp_path):
     pool, root = ShardPool(write_pool([4])), open_cache(tmp_path / "c")
-    with pytest.raises(EmbedderError, match=r"gave shape \(4, 3\), expected \(4, 5\)"):
+    with pytest.raises(EmbedderError, match=r"\(4, 3\).*\(4, 5\)"):
         embed_pool(pool, ModuleEmbedder(mean_colours, as_float, dimension=5), root, num_workers=0)
     crop = iter(range(100))
 
@@ -281,7 +274,7 @@ def test_wrong_embedders_stop_at_once(write_pool, tmp_path):
         return image.float()[:, : 1 + next(crop) % 2]
 
     uneven.fingerprint = "uneven"
-    with pytest.raises(EmbedderError, match="must fix the size"):
+    with pytest.raises(EmbedderError, match=r"preprocess .*3, 1, 8.*3, 2, 8"):
         embed_pool(pool, ModuleEmbedder(mean_colours, uneven, dimension=3), root, num_workers=0)
 
 
@@ -309,12 +302,12 @@ def _fails(batch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"output": _fails}, r"odd: fails on a batch of shape \(4, 3, 8, 8\) on cpu \(RuntimeError: boom\)"),
-        ({"output": lambda batch: {"x": batch}}, "odd: gave dict, expected a tensor of real numbers"),
-        ({"output": lambda batch: batch.mean((2, 3)) * 1j}, "odd: gave torch.complex64"),
-        ({"dimension": 0}, "odd: its dimension is 0, expected a positive integer"),
-        ({"dimension": "3"}, "odd: its dimension is '3'"),
-        ({"preprocess": lambda image: image.numpy()}, "preprocess returned a ndarray, expected a tensor"),
+        ({"output": _fails}, r"odd: .*\(4, 3, 8, 8\) on cpu .*RuntimeError: boom"),
+        ({"output": lambda batch: {"x": batch}}, "odd: .* dict"),
+        ({"output": lambda batch: batch.mean((2, 3)) * 1j}, r"odd: .*torch\.complex64"),
+        ({"dimension": 0}, "odd: .*dimension.* 0"),
+        ({"dimension": "3"}, "odd: .*dimension.*'3'"),
+        ({"preprocess": lambda image: image.numpy()}, "preprocess .*ndarray"),
     ],
 )
 def test_embedders_that_are_wrong_in_one_way_are_named(changes, message, write_pool, tmp_path):
@@ -326,7 +319,7 @@ def test_embedders_that_are_wrong_in_one_way_are_named(changes, message, write_p
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
 def test_a_device_that_is_not_there_is_named(device, write_pool, tmp_path):
     pool, root = ShardPool(write_pool([4])), open_cache(tmp_path / "c")
-    with pytest.raises(ConfigError, match=f"device '{device}': cannot be used"):
+    with pytest.raises(ConfigError, match=f"device '{device}'"):
         embed_pool(pool, resolve_embedder("pixels:2"), root, num_workers=0, device=device)
 
 
@@ -385,7 +378,7 @@ def test_another_decoder_embeds_anew(write_pool, tmp_path):
     ]
     assert found[0].folder == found[2].folder != found[1].folder
     assert not np.array_equal(np.asarray(found[0]), np.asarray(found[1]))
-    with open("/dev/null") as held, pytest.raises(ConfigError, match=r"decoders\['png'\]: its identity"):
+    with open("/dev/null") as held, pytest.raises(ConfigError, match=r"decoders\['png'\]: .*fingerprint"):
         embed_pool(pool, resolve_embedder("pixels:2"), root, decoders={"png": lambda data: (held, data)})
 
 
@@ -393,14 +386,14 @@ def test_another_decoder_embeds_anew(write_pool, tmp_path):
 def test_errors_of_workers_are_one_line(write_pool, tmp_path, num_workers):
     pool, root = ShardPool(write_pool([4])), open_cache(tmp_path / "c")
     decoders = {"png": lambda data: 1}
-    with pytest.raises(EmbedderError, match=r"^this embedder takes images .* the pool gave int; [^\n]*$"):
+    with pytest.raises(EmbedderError, match=r"^[^\n]* int;[^\n]*sample '000/0000'[^\n]*$"):
         embed_pool(pool, resolve_embedder("pixels:2"), root, num_workers=num_workers, decoders=decoders)
 
 
 def test_a_killed_worker_is_said_to_be_one(write_pool, tmp_path):
     pool, root = ShardPool(write_pool([4])), open_cache(tmp_path / "c")
     deadly = Odd("deadly", preprocess=lambda image: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(CuratedDataError, match=r"worker process that decodes .* was killed.*lower embedding"):
+    with pytest.raises(CuratedDataError, match=r"killed.*embedding\.num_workers"):
         embed_pool(pool, deadly, root, num_workers=1)
 
 
@@ -412,7 +405,7 @@ def test_full_shared_memory_is_said_and_not_waited_for(write_pool, tmp_path, mon
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
     pool, root = ShardPool(write_pool([4])), open_cache(tmp_path / "c")
-    with pytest.raises(CuratedDataError, match=r"no shared memory for a batch .*make /dev/shm larger"):
+    with pytest.raises(CuratedDataError, match=r"shared memory.*/dev/shm"):
         embed_pool(pool, resolve_embedder("pixels:2"), root, num_workers=1)
 
 
@@ -447,7 +440,7 @@ def test_damaged_files_of_the_store_are_named(write_pool, tmp_path, embedder):
     array = store.folder / f"{store.shard_fingerprints[0]}.npy"
     array.write_bytes(array.read_bytes()[:40])
     again = EmbeddingStore(store.folder, store.shard_fingerprints, 3, "float16")
-    with pytest.raises(CacheError, match=r"remove the shard's .npy and .json there"):
+    with pytest.raises(CacheError, match=f"^{array}: "):
         again.rows([0])
 
 

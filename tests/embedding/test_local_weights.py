@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from curated_data.embedding.embedders import resolve_embedder
+from curated_data.embedding.resolve import resolve_embedder
 from curated_data.errors import EmbedderError
 
 

@@ -7,8 +7,8 @@ import pytest
 from curated_data import EmbeddedPool, ShardPool, curate
 from curated_data.cli import main
 from curated_data.embedding import out
-from curated_data.embedding.embedders import resolve_embedder
 from curated_data.embedding.extract import embed_pool
+from curated_data.embedding.resolve import resolve_embedder
 
 
 @pytest.mark.parametrize("form", out.FORMATS)

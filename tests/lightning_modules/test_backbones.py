@@ -51,7 +51,7 @@ def test_small_stem_keeps_the_resolution():
     backbone = build_backbone("resnet10", image_size=28, small_images=True, width=8)
     assert backbone.net.conv1.stride == (1, 1)
     assert backbone.net.layer1(backbone.net.conv1(torch.zeros(1, 3, 28, 28))).shape[-1] == 28
-    with pytest.raises(ValueError, match="no ResNet stem"):
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224"):
         build_backbone("timm:vit_tiny_patch16_224", image_size=32, small_images=True)
 
 
@@ -83,7 +83,7 @@ def test_freezing_everything():
     backbone = build_backbone("resnet10", image_size=32, width=8, frozen_blocks=-1).train()
     assert not any(p.requires_grad for p in backbone.parameters())
     assert not any(m.training for m in backbone.net.modules())
-    with pytest.raises(ValueError, match="has 4 blocks"):
+    with pytest.raises(ValueError, match="4 blocks"):
         build_backbone("resnet10", image_size=32, width=8, frozen_blocks=5)
 
 
@@ -116,7 +116,7 @@ def test_weights_from_files(tmp_path):
     old = {k: v for k, v in source.net.state_dict().items() if not k.endswith("num_batches_tracked")}
     torch.save(old, tmp_path / "old.pth")
     build_backbone("resnet10", image_size=32, width=8, pretrained=tmp_path / "old.pth")
-    with pytest.raises(ValueError, match=r"another shape.*conv1"):
+    with pytest.raises(ValueError, match="conv1"):
         build_backbone("resnet10", image_size=32, width=16, pretrained=path)
     with pytest.raises(ValueError, match="missing"):
         build_backbone("resnet18", image_size=32, width=8, pretrained=path)
@@ -133,15 +133,15 @@ def test_transformer_weights_fit_another_image_size(tmp_path):
 
 
 def test_bad_names_sizes_and_files(tmp_path):
-    with pytest.raises(ValueError, match=r"did you mean.*resnet18"):
+    with pytest.raises(ValueError, match=r"resnet81.*resnet18"):
         build_backbone("torchvision:resnet81")
-    with pytest.raises(ValueError, match="timm has no model"):
+    with pytest.raises(ValueError, match="resnet_eighteen"):
         build_backbone("resnet_eighteen")
-    with pytest.raises(ValueError, match="unknown source"):
+    with pytest.raises(ValueError, match="keras"):
         build_backbone("keras:resnet18")
     with pytest.raises(ValueError, match=r"28 .* 16"):
         build_backbone("timm:vit_tiny_patch16_224", image_size=28, depth=1)
-    with pytest.raises(ValueError, match=r"does not fit|cannot be built"):
+    with pytest.raises(ValueError, match="torchvision:resnet18"):
         build_backbone("torchvision:resnet18", depth=3)
     with pytest.raises(ValueError, match=r"no\.pth"):
         build_backbone("resnet10", width=8, pretrained=tmp_path / "no.pth")

@@ -140,7 +140,7 @@ def test_result_files(features, tmp_path):
     [
         ({"k": 231}, r"1\.\.230"),
         ({"k": 0}, r"1\.\.230"),
-        ({"test_features": np.zeros((100, 3), np.float32)}, "8 dimensions, test features 3"),
+        ({"test_features": np.zeros((100, 3), np.float32)}, "8 .*3"),
         ({"train_features": np.full((230, 8), np.nan)}, "not finite"),
         ({"test_labels": np.full(100, -1)}, ">= 0"),
         ({"train_labels": np.zeros(3, int)}, "230 labels"),
@@ -358,5 +358,5 @@ def test_sets_of_pairs_and_unlabelled_samples():
         embed_share(module, iter([]))
     with pytest.raises(TypeError, match="'image' and 'label'"):
         embed_share(module, TwoViews(4))
-    with pytest.raises(TypeError, match=r"embed\(images\).*LightningModule has none"):
+    with pytest.raises(TypeError, match=r"embed\(images\).*LightningModule"):
         embed_share(L.LightningModule(), Labelled(4))

@@ -77,7 +77,7 @@ def test_bad_input():
         embed_2d(np.full((10, 4), np.nan))
     with pytest.raises(ValueError, match="epochs"):
         embed_2d(np.zeros((10, 4)), epochs=0)
-    with pytest.raises(ValueError, match="labels: 3 values for 10 points"):
+    with pytest.raises(ValueError, match=r"^labels: 3 .*10 "):
         draw_map(np.zeros((10, 2)), labels=np.zeros(3))
 
 

@@ -21,6 +21,7 @@ from tests.support.ranks import on_two_ranks
 from tests.support.trainers import quiet_trainer
 
 VIT = {"backbone": "timm:vit_tiny_patch16_224", "image_size": 16}
+STEM = "timm:vit_tiny_r_s16_p8_224"
 SMALL_VIT = {"patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 2}
 
 BUILD = {
@@ -220,7 +221,7 @@ def test_bad_batches_are_refused(name):
     if name != "mae":
         with pytest.raises(ValueError, match="1 sample"):
             module.training_step({"views": [v[:1] for v in batch["views"]]}, 0)
-    with pytest.raises(ValueError, match="learning_rate must be positive"):
+    with pytest.raises(ValueError, match="learning_rate"):
         build(name, learning_rate=0.0)
 
 
@@ -238,7 +239,7 @@ def test_a_nan_stops_the_run_with_the_sample_ids(name):
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=4, logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
-    with pytest.raises(RuntimeError, match=r"sample ids: \[1009, 1010\]"):
+    with pytest.raises(RuntimeError, match=r"\[1009, 1010\]"):
         trainer.fit(module, DataLoader(Broken(module), batch_size=4))
     assert all(torch.isfinite(p).all() for p in module.parameters())
 
@@ -382,9 +383,9 @@ def test_maps_are_exact_under_autocast():
 
 
 def test_tsimcne_epochs_must_fit_the_trainer():
-    with pytest.raises(ValueError, match=r"2 \+ 1 \+ 1 = 4 epochs.*max_epochs is 9"):
+    with pytest.raises(ValueError, match=r"2 \+ 1 \+ 1 = 4 .*max_epochs.* 9"):
         fit(build("tsimcne"), max_epochs=9)
-    with pytest.raises(ValueError, match="three counts"):
+    with pytest.raises(ValueError, match=r"epochs .*\[2, 1\]"):
         build("tsimcne", epochs=(2, 1))
 
 
@@ -392,16 +393,13 @@ def test_tsimcne_epochs_must_fit_the_trainer():
     ("options", "message"),
     [
         (lambda: SimCLR("resnet10", temperature=0.0), "temperature"),
-        (lambda: SimCLR("timm:vit_tiny_patch16_224", image_size=28), "multiple of its patch size"),
+        (lambda: SimCLR("timm:vit_tiny_patch16_224", image_size=28), "28 .* 16"),
         (lambda: MAE("resnet10", image_size=32), "vision transformer"),
-        (
-            lambda: MAE("timm:vit_tiny_r_s16_p8_224", image_size=32, backbone_options={"depth": 1}),
-            "convolutional stem",
-        ),
+        (lambda: MAE(STEM, image_size=32, backbone_options={"depth": 1}), "convolutional stem"),
         (lambda: build("mae", mask_ratio=1.0), "mask_ratio"),
         (lambda: build("dinov2", centering="none"), "centering"),
         (lambda: build("dinov2", n_prototypes=1), "2 prototypes"),
-        (lambda: DINOv2(**VIT, local_image_size=10, backbone_options=SMALL_VIT), "local_image_size 10"),
+        (lambda: DINOv2(**VIT, local_image_size=10, backbone_options=SMALL_VIT), "local_image_size.* 10"),
         (lambda: build("simclr", warmup_epochs=-1), "warmup_epochs"),
         (lambda: build("simclr", learning_rate_scaling="cubic"), "cubic"),
     ],

@@ -267,11 +267,11 @@ def test_one_cluster_is_an_error():
 
 
 def test_bad_batches_are_named(tmp_path):
-    with pytest.raises(ValueError, match="cannot be shared out to n_clusters"):
+    with pytest.raises(ValueError, match="n_clusters"):
         trainer(tmp_path).fit(module(method="p2ot", buffer_size=0), loader(batch_size=2))
-    with pytest.raises(RuntimeError, match="buffer holds 64 of buffer_size=100"):
+    with pytest.raises(RuntimeError, match=r"64 .*buffer_size=100"):
         trainer(tmp_path).fit(module(buffer_size=100), loader())
-    with pytest.raises(RuntimeError, match="buffer holds 80 of buffer_size=100"):
+    with pytest.raises(RuntimeError, match=r"80 .*buffer_size=100"):
         trainer(tmp_path).fit(module(method="p2ot", buffer_size=100), loader())
     broken = loader()
     broken.dataset.images[20] = math.nan
@@ -336,7 +336,7 @@ def test_embeddings_of_any_size_go_by_a_sample():
         ({"n_clusters": 1}, "n_clusters"),
         ({"n_clusters": 601}, "600"),
         ({"method": "x"}, "method"),
-        ({"n_iter": 0}, "n"),
+        ({"n_iter": 0}, "n_iter"),
     ],
 )
 def test_bad_embeddings_are_named(options, message):

@@ -16,15 +16,6 @@ def two_dimensional(seed):
     )
 
 
-def kl_to_uniform(points, bandwidth=0.5, step=0.1):
-    """KL of a Gaussian kernel density estimate from the uniform density on [-3, 3]^2, summed over a grid."""
-    grid = np.arange(-3 + step / 2, 3, step)
-    x, y = (np.exp(-0.5 * ((grid[:, None] - points[:, axis]) / bandwidth) ** 2) for axis in (0, 1))
-    density = x @ y.T
-    density /= density.sum()
-    return float((density * np.log(density * density.size)).sum())
-
-
 def clouds(n, d, k, seed, spread=0.3, dtype=np.float32):
     """n rows around k centres of weights 1/rank."""
     rng = np.random.default_rng(seed)

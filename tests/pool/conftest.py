@@ -1,10 +1,13 @@
 """Archives to test on, and webdataset's own reading of them as the oracle."""
 
+import contextlib
 import io
 import tarfile
-from collections.abc import Callable, Iterable
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -72,3 +75,12 @@ def small_pool(write_tar: Callable[..., Path]) -> list[Path]:
         write_tar(f"pool-{number:06d}.tar", members(first, count))
         for number, (first, count) in enumerate([(0, 5), (5, 0), (5, 4)])
     ]
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """A folder of fsspec's memory file system, which this process alone sees."""
+    name = f"memory://test-{uuid.uuid4().hex}"
+    yield name
+    with contextlib.suppress(FileNotFoundError):
+        fsspec.filesystem("memory").rm(name.removeprefix("memory:/"), recursive=True)

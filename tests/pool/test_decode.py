@@ -112,11 +112,11 @@ def test_damaged_bytes_raise_or_decode_but_never_crash(seed, data):
 
 def test_what_is_no_image():
     for data in (b"", b"hello", b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"<svg></svg>", bytes(100)):
-        with pytest.raises(SampleError, match=r"is empty|cannot be decoded"):
+        with pytest.raises(SampleError):
             decode_image(data)
     with pytest.raises(SampleError, match="floating-point"):
         decode_image(encoded(Image.new("F", (4, 4)), "TIFF"))
-    with pytest.raises(SampleError, match="32-bit values"):
+    with pytest.raises(SampleError, match="1048576"):
         decode_image(encoded(Image.fromarray(np.full((4, 4), 1 << 20, np.int32)), "TIFF"))
 
 
@@ -128,7 +128,7 @@ def test_pixel_bombs_are_refused():
     at = jpeg.index(b"\xff\xc0") + 5
     jpeg[at : at + 4] = (50_000).to_bytes(2, "big") * 2
     for data in (png, jpeg):
-        with pytest.raises(SampleError, match=r"too large|50000 x 50000 pixels large, more than the limit"):
+        with pytest.raises(SampleError, match=r"2500000000|50000 x 50000"):
             decode_image(bytes(data))
 
 
@@ -169,7 +169,7 @@ class TestSample:
         assert sample == {"caption": "a field"}
         with pytest.raises(SampleError, match=r"pool-7\.tar: sample 'dir/a', member 'npy': "):
             decode_sample({**self.place, "npy": npy(np.array([{}], object), allow_pickle=True)})
-        with pytest.raises(SampleError, match=r"\.npy array"):
+        with pytest.raises(SampleError, match=r"\(2, 3, 4\) uint16"):
             decode_array(npy(bands)[:-1])
 
     @settings(max_examples=100, deadline=None)
@@ -203,28 +203,28 @@ class TestSample:
             found = decode_sample(sample, decoders={spelling: len}, image_extensions=[spelling])
             assert found == {"image": 3}
         for wrong, message in (
-            ({"": len}, "decoders: expected extensions such as 'jpg', found ''"),
-            ({".": len}, "found '.'"),
-            ({3: len}, "found 3"),
-            ({"jpg": len, ".JPG": len}, "decoders: two are for 'jpg', as '.JPG' is the same"),
-            ({"jpg": 3}, "decoders.'jpg'.: expected a function of bytes, found 3"),
+            ({"": len}, "^decoders: .*''"),
+            ({".": len}, r"^decoders: .*'\.'"),
+            ({3: len}, "^decoders: .*3"),
+            ({"jpg": len, ".JPG": len}, r"^decoders: .*'jpg'.*'\.JPG'"),
+            ({"jpg": 3}, r"^decoders\['jpg'\]: .*3"),
         ):
             with pytest.raises(ConfigError, match=message):
                 decode_sample(sample, decoders=wrong)
-        with pytest.raises(ConfigError, match=r"^image_extensions: .*found ''"):
+        with pytest.raises(ConfigError, match=r"^image_extensions: .*''"):
             decode_sample(sample, image_extensions=[""])
 
     @pytest.mark.parametrize(
         ("members", "message"),
         [
-            ({}, r"pool-7\.tar: sample 'dir/a': no image member \(jpg/.*it has: nothing"),
-            ({"cls": b"1", "mp4": b""}, r"no image member .*it has: cls, mp4"),
-            ({"__members__": ["mp4", "srt"]}, r"no image member .*it has: mp4, srt"),
-            ({"json": b'{"a": 1}'}, "no image member .*it has: json"),
-            ({"jpg": b"no"}, r"pool-7\.tar: sample 'dir/a', member 'jpg': cannot be decoded"),
-            ({"jpg": b""}, r"sample 'dir/a', member 'jpg': is empty"),
-            ({"txt": b"t", "cls": b"cat"}, r"member 'cls': is not an integer: b'cat'"),
-            ({"txt": b"t", "cls": b"9" * 20}, r"member 'cls': does not fit into a 64-bit integer: b'9999"),
+            ({}, r"pool-7\.tar: sample 'dir/a': .*nothing"),
+            ({"cls": b"1", "mp4": b""}, "'dir/a': .*cls, mp4"),
+            ({"__members__": ["mp4", "srt"]}, "'dir/a': .*mp4, srt"),
+            ({"json": b'{"a": 1}'}, "'dir/a': .*json"),
+            ({"jpg": b"no"}, r"pool-7\.tar: sample 'dir/a', member 'jpg': .*b'no'"),
+            ({"jpg": b""}, "sample 'dir/a', member 'jpg': .*empty"),
+            ({"txt": b"t", "cls": b"cat"}, "member 'cls': .*b'cat'"),
+            ({"txt": b"t", "cls": b"9" * 20}, "member 'cls': .*b'9999"),
             ({"txt": b"t", "json": b"{"}, r"member 'json': JSONDecodeError"),
             ({"txt": b"\xff"}, r"member 'txt': UnicodeDecodeError"),
         ],
@@ -241,5 +241,5 @@ class TestSample:
         )
         pool = ShardPool(path)
         assert decode_sample(pool.read([0])[0])["metadata"] == {"k": 1}
-        with pytest.raises(SampleError, match=r"p\.tar: sample 'b': no image.*it has: mp4"):
+        with pytest.raises(SampleError, match=r"p\.tar: sample 'b': .*mp4"):
             decode_sample(pool.read([1], pool.image_extensions)[0])

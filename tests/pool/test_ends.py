@@ -80,9 +80,9 @@ def test_a_shard_cut_by_a_zeroed_page_is_named_and_counted_at_every_opening(tmp_
     caplog.clear()
     assert len(pickle.loads(pickle.dumps(pool)).index()) == 16  # as in a worker
     assert not caplog.records
-    with pytest.raises(PoolError, match=r"zeroed\.tar: zeros from offset"):
+    with pytest.raises(PoolError, match=rf"zeroed\.tar: .*{start}"):
         len(ShardPool(path, cache_dir=tmp_path / "cache", strict=True))
-    with pytest.raises(PoolError, match=r"zeroed\.tar: zeros from offset"):
+    with pytest.raises(PoolError, match=rf"zeroed\.tar: .*{start}"):
         len(ShardPool(path, strict=True))
 
 
@@ -140,5 +140,5 @@ def test_damaged_arrays_of_an_index_are_noticed_when_it_is_opened(tmp_path, name
     assert len(ShardPool(str(tmp_path / "*.tar"), cache_dir=cache)) == 15
     (path,) = cache.glob(f"pool/*/{name}.npy")
     np.save(path, damage_of(name, np.load(path)))
-    with pytest.raises(CacheError, match=rf"{path.parent.name}.*(damaged|{name})"):
+    with pytest.raises(CacheError, match=rf"{path.parent.name}.*{name}"):
         len(ShardPool(str(tmp_path / "*.tar"), cache_dir=cache))

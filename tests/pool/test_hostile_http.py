@@ -2,132 +2,22 @@
 after bounded bytes and time.
 """
 
-import gzip
 import os
-import re
-import socket
 import threading
 import time
-from collections import Counter
 
 import numpy as np
 import pytest
 
 pytest.importorskip("aiohttp")
 
-from curated_data.errors import CacheError, CuratedDataError, PoolError
+from curated_data.errors import CuratedDataError, PoolError
 from curated_data.pool import RemoteOptions, ShardPool
-from curated_data.pool.shard import ShardFile
-from curated_data.pool.shard_cache import ShardCache
+from tests.support.hostile_http import LOOKS, RANGES, WHOLE, Hostile, endless, head, honest, span, whole
 from tests.support.images import write_samples
 
 QUICK = {"attempts": 2, "backoff": 0.01, "silence": 0.5}
-MOST = 64 << 20  # bytes that a server sends at most, so that a test that fails ends
-
-
-class Hostile:
-    """A server on this machine whose answers to GET are made by a function of (data, start, stop).
-
-    It returns the raw answer as an iterator of pieces, after which the connection is closed. HEAD is answered
-    honestly, and GET too while `honest` is set.
-    """
-
-    def __init__(self, data, answer=None, port=0):
-        self.data, self.answer, self.honest = data, answer, answer is None
-        self.requests, self.sent = Counter(), 0
-        self.headers, self.more, self.look = [], {}, None
-        self.listener = socket.create_server(("127.0.0.1", port))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/p.tar"
-        threading.Thread(target=self.serve, daemon=True).start()
-
-    def serve(self):
-        while True:
-            try:
-                connection, _ = self.listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self.handle, args=(connection,), daemon=True).start()
-
-    def handle(self, connection):
-        with connection:
-            connection.settimeout(10)
-            request = b""
-            while b"\r\n\r\n" not in request:
-                piece = connection.recv(65536)
-                if not piece:
-                    return
-                request += piece
-            text = request.decode("latin-1")
-            self.headers.append(text)
-            method = text.split(" ")[0]
-            self.requests[method] += 1
-            asked = re.search(r"range: bytes=(\d+)-(\d+)", text, re.IGNORECASE)
-            start, stop = (int(asked[1]), int(asked[2]) + 1) if asked else (0, len(self.data))
-            if method == "HEAD":
-                known = [head(200, len(self.data), **self.more)]
-                pieces = self.look() if self.look else known
-            elif self.honest:
-                pieces = honest(self.data, start, stop) if asked else whole(self.data, start, stop)
-            else:
-                pieces = self.answer(self.data, start, stop)
-            sent = 0
-            try:
-                for piece in pieces:
-                    connection.sendall(piece)
-                    sent += len(piece)
-                    self.sent += len(piece)
-                    if sent > MOST:
-                        return
-            except OSError:
-                return  # who asked has seen enough
-
-    def close(self):
-        self.listener.close()
-
-
-def head(status, length=None, **headers):
-    lines = [f"HTTP/1.1 {status} X", 'ETag: "v1"', "Connection: close"]
-    if length is not None:
-        lines.append(f"Content-Length: {length}")
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-
-
-def span(start, stop, total):
-    return f"bytes {start}-{stop - 1}/{total}"
-
-
-def honest(data, start, stop):
-    stop = min(stop, len(data))
-    return [head(206, stop - start, Content_Range=span(start, stop, len(data))), data[start:stop]]
-
-
-def whole(data, start, stop):
-    return [head(200, len(data)), data]
-
-
-def endless(first):
-    yield first
-    while True:
-        yield bytes(1 << 16)
-
-
-def chunks(first):
-    yield first
-    while True:
-        yield b"10000\r\n" + bytes(1 << 16) + b"\r\n"
-
-
-def trickle(first, step=0.1):
-    yield first
-    for _ in range(200):
-        time.sleep(step)
-        yield b"x"
-
-
-def silent(first):
-    yield first
-    time.sleep(20)
+PATIENT = QUICK | {"silence": 60.0}  # where nothing is silent
 
 
 @pytest.fixture(scope="module")
@@ -158,75 +48,6 @@ def serve():
     yield start
     for server in servers:
         server.close()
-
-
-def shifted(data, start, stop):
-    return [head(206, stop - start, Content_Range=span(start + 512, stop + 512, len(data))), data[start:stop]]
-
-
-RANGES = {
-    "another range": shifted,
-    "no Content-Range": lambda data, start, stop: [head(206, stop - start), data[start:stop]],
-    "an unreadable Content-Range": lambda data, start, stop: [
-        head(206, stop - start, Content_Range="bytes all/everything"),
-        data[start:stop],
-    ],
-    "another unit": lambda data, start, stop: [
-        head(206, stop - start, Content_Range=f"items {start}-{stop - 1}/{len(data)}"),
-        data[start:stop],
-    ],
-    "another total": lambda data, start, stop: [
-        head(206, stop - start, Content_Range=span(start, stop, len(data) + 1)),
-        data[start:stop],
-    ],
-    "too long by its header": lambda data, start, stop: [
-        head(206, 1 << 40, Content_Range=span(start, stop, len(data))),
-        data,
-    ],
-    "endless": lambda data, start, stop: endless(head(206, Content_Range=span(start, stop, len(data)))),
-    "endless chunks": lambda data, start, stop: chunks(
-        head(206, Transfer_Encoding="chunked", Content_Range=span(start, stop, len(data)))
-    ),
-    "cut short": lambda data, start, stop: [
-        head(206, stop - start, Content_Range=span(start, stop, len(data))),
-        data[start : stop - 1],
-    ],
-    "short without a length": lambda data, start, stop: [
-        head(206, Content_Range=span(start, stop, len(data))),
-        data[start : stop - 1],
-    ],
-    "packed": lambda data, start, stop: [
-        head(206, Content_Encoding="gzip", Content_Range=span(start, stop, len(data))),
-        gzip.compress(bytes(MOST)),
-    ],
-    "packed by a bomb of the right size": lambda data, start, stop: [
-        head(206, stop - start, Content_Encoding="gzip", Content_Range=span(start, stop, len(data))),
-        gzip.compress(bytes(MOST))[: stop - start].ljust(stop - start, b"\0"),
-    ],
-    "one byte at a time": lambda data, start, stop: trickle(
-        head(206, stop - start, Content_Range=span(start, stop, len(data)))
-    ),
-    "headers one byte at a time": lambda data, start, stop: trickle(b"HTTP/1.1 206 X\r\nX-Long: "),
-    "silence after the headers": lambda data, start, stop: silent(
-        head(206, stop - start, Content_Range=span(start, stop, len(data)))
-    ),
-    "silence": lambda data, start, stop: silent(b""),
-    "a page of HTML": lambda data, start, stop: [
-        head(200, len(data), Content_Type="text/html"),
-        b"<html>" + bytes(len(data) - 6),
-    ],
-    "416": lambda data, start, stop: [head(416, 0)],
-    "503": lambda data, start, stop: [head(503, 0)],
-    "403": lambda data, start, stop: [head(403, 0)],
-    "204": lambda data, start, stop: [head(204)],
-    "a loop of redirects": lambda data, start, stop: [head(302, 0, Location="/p.tar")],
-    "a redirect to nowhere": lambda data, start, stop: [head(302, 0, Location="http://127.0.0.1:1/p.tar")],
-    "no HTTP": lambda data, start, stop: [bytes(range(256)) * 5000],
-    "nothing": lambda data, start, stop: [],
-    "binary in the reason": lambda data, start, stop: [
-        b"HTTP/1.1 500 \xff\xfe" + b"\x80" * 7000 + b"\r\n\r\n"
-    ],
-}
 
 
 def check(caught, server, data):
@@ -263,21 +84,6 @@ def test_a_pool_that_cannot_be_indexed_is_one_error(serve, data, name, tmp_path)
         len(pool)
     check(caught, server, data)
     assert not list((tmp_path / "shards").glob("*.tar"))
-
-
-WHOLE = {
-    "endless": lambda data, start, stop: endless(head(200)),
-    "endless chunks": lambda data, start, stop: chunks(head(200, Transfer_Encoding="chunked")),
-    "longer": lambda data, start, stop: [head(200, len(data) + 512), data + bytes(512)],
-    "longer without a length": lambda data, start, stop: [head(200), data + bytes(512)],
-    "shorter": lambda data, start, stop: [head(200, len(data) - 512), data[:-512]],
-    "cut": lambda data, start, stop: [head(200, len(data)), data[:-512]],
-    "cut without a length": lambda data, start, stop: [head(200), data[:-512]],
-    "packed": lambda data, start, stop: [head(200, Content_Encoding="gzip"), gzip.compress(bytes(MOST))],
-    "a range": lambda data, start, stop: honest(data, 0, len(data)),
-    "silence": lambda data, start, stop: silent(head(200, len(data))),
-    "one byte at a time": lambda data, start, stop: trickle(head(200, len(data))),
-}
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -317,7 +123,7 @@ class TestHonest:
     def test_the_whole_file_for_a_range(self, serve, data, expected):
         server = serve(data, whole)
         server.honest = True
-        pool = ShardPool(server.url, remote=RemoteOptions(**QUICK))
+        pool = ShardPool(server.url, remote=RemoteOptions(**PATIENT))
         len(pool)
         server.honest = False
         assert [sample["bin"] for sample in pool.read([0, 39])] == [expected[0], expected[39]]
@@ -326,7 +132,7 @@ class TestHonest:
         def answer(data, start, stop):
             return [head(206, Content_Range=span(start, stop, "*")), data[start:stop]]
 
-        pool = ShardPool(serve(data, answer).url, remote=RemoteOptions(**QUICK))
+        pool = ShardPool(serve(data, answer).url, remote=RemoteOptions(**PATIENT))
         assert pool.read([7])[0]["bin"] == expected[7]
 
     def test_a_slow_download_that_goes_on(self, serve, data, expected, tmp_path):
@@ -338,7 +144,7 @@ class TestHonest:
                 time.sleep(0.1)
                 yield data[first : first + len(data) // 20]
 
-        options = RemoteOptions(access="shards", **QUICK)
+        options = RemoteOptions(access="shards", **QUICK | {"silence": 1.0})
         pool = ShardPool(serve(data, slow).url, cache_dir=tmp_path, remote=options)
         assert pool.read([7])[0]["bin"] == expected[7]
 
@@ -349,12 +155,12 @@ class TestHonest:
             return whole(data, 0, 0) if stop == 1 else honest(data, start, stop)
 
         server = serve(data, answer)
-        pool = ShardPool(server.url, remote=RemoteOptions(**QUICK))  # and without a cache
+        pool = ShardPool(server.url, remote=RemoteOptions(**PATIENT))  # and without a cache
         assert pool.read([7])[0]["bin"] == expected[7]
 
     def test_nothing_is_to_be_packed(self, serve, data):
         server = serve(data)
-        ShardPool(server.url, remote=RemoteOptions(**QUICK)).read([3])
+        ShardPool(server.url, remote=RemoteOptions(**PATIENT)).read([3])
         asked = [text.lower() for text in server.headers]
         assert all("accept-encoding: identity" in text for text in asked)
 
@@ -369,7 +175,7 @@ class TestHonest:
 
         server = serve(data, answer)
         server.honest = True
-        options = RemoteOptions(attempts=5, backoff=0.001, silence=5.0, n_threads=1)
+        options = RemoteOptions(attempts=5, backoff=0.001, silence=60.0, n_threads=1)
         pool = ShardPool(server.url, remote=options)
         len(pool)
         server.honest = False
@@ -384,26 +190,11 @@ class TestHonest:
 
         server = serve(data, answer)
         server.honest = True
-        pool = ShardPool(server.url, remote=RemoteOptions(**QUICK))
+        pool = ShardPool(server.url, remote=RemoteOptions(**PATIENT))
         assert pool.read([1])[0]["bin"] == expected[1]
         server.honest, server.data = False, data + bytes(512)  # HEAD tells of the new size
-        with pytest.raises(PoolError, match="changed since it was indexed"):
+        with pytest.raises(PoolError, match=rf"p\.tar: .*{len(data)}.*{len(data) + 512}"):
             pool.read([2])
-
-
-LOOKS = {
-    "silence": lambda: silent(b""),
-    "one byte at a time": lambda: trickle(b"HTTP/1.1 200 X\r\nX-Long: "),
-    "no length": lambda: [head(200)],
-    "a negative length": lambda: [head(200, -5)],
-    "no number": lambda: [head(200, "many")],
-    "packed": lambda: [head(200, 100, Content_Encoding="gzip")],
-    "503": lambda: [head(503, 0)],
-    "a loop of redirects": lambda: [head(302, 0, Location="/p.tar")],
-    "no HTTP": lambda: [bytes(range(256)) * 5000],
-    "endless headers": lambda: endless(b"HTTP/1.1 200 X\r\nX-Long: "),
-    "nothing": lambda: [],
-}
 
 
 @pytest.mark.parametrize("name", LOOKS)
@@ -424,7 +215,7 @@ def test_a_pattern_takes_the_files_of_the_folders_page(serve, data):
     server = serve(PAGE)
     base = server.url.removesuffix("/p.tar")
     assert ShardPool(f"{base}/p-*.tar").urls == [f"{base}/p-{name}.tar" for name in ("&5", "0", "1", "2")]
-    with pytest.raises(PoolError, match=r"no shard matches .*/x-\*\.tar"):
+    with pytest.raises(PoolError, match=r"/x-\*\.tar"):
         ShardPool(f"{base}/x-*.tar")
 
 
@@ -442,15 +233,15 @@ def test_a_listing_ends(serve, name, monkeypatch):
 def test_an_endless_listing_ends(serve, monkeypatch):
     monkeypatch.setattr("curated_data.pool.http._PAGE", 1 << 20)
     server = serve(b"", lambda data, start, stop: endless(head(200, Content_Type="text/html")))
-    with pytest.raises(PoolError, match="sends more than"):
+    with pytest.raises(PoolError, match=r"p-\*\.tar.*1048576"):
         ShardPool(server.url.replace("p.tar", "p-*.tar"))
     assert server.sent < 12 << 20
 
 
 def test_a_folder_is_named_as_such(serve):
-    with pytest.raises(PoolError, match=r"folder.*\*\.tar"):
+    with pytest.raises(PoolError, match=r"'http://127\.0\.0\.1:1/pool/\*\.tar'"):
         ShardPool("http://127.0.0.1:1/pool/")
-    with pytest.raises(PoolError, match=r"s3://bucket/pool/' is a folder.*\*\.tar"):
+    with pytest.raises(PoolError, match=r"'s3://bucket/pool/\*\.tar'"):
         ShardPool("s3://bucket/pool/")
 
 
@@ -459,7 +250,7 @@ def test_a_folder_of_a_store_is_named_as_such(folder):
 
     memory = fsspec.filesystem("memory")
     memory.pipe("/a-folder/p.tar", b"x")
-    with pytest.raises(PoolError, match=r"memory://a-folder' is a folder.*\*\.tar"):
+    with pytest.raises(PoolError, match=r"'memory://a-folder/\*\.tar'"):
         len(ShardPool("memory://a-folder", remote=RemoteOptions(**QUICK)))
 
 
@@ -467,113 +258,23 @@ def test_a_page_of_html_is_no_shard(serve):
     page = b"<!DOCTYPE html><title>Index of /pool</title>" + bytes(2000)
     server = serve(page, lambda data, start, stop: [head(200, len(data), Content_Type="text/html"), data])
     server.more["Content_Type"] = "text/html"
-    with pytest.raises(PoolError, match=r"web page.*\*\.tar"):
+    with pytest.raises(PoolError, match=f"{server.url}: .*web page"):
         len(ShardPool(server.url, remote=RemoteOptions(**QUICK)))
 
 
 def test_a_shard_that_is_called_a_page_is_a_shard(serve, data, expected):
     server = serve(data)
     server.more["Content_Type"] = "text/html"
-    assert ShardPool(server.url, remote=RemoteOptions(**QUICK)).read([7])[0]["bin"] == expected[7]
+    assert ShardPool(server.url, remote=RemoteOptions(**PATIENT)).read([7])[0]["bin"] == expected[7]
 
 
-class TestShardCache:
-    SHARD = ShardFile("http://x/a", 1000, "a")
-
-    def cache(self, tmp_path, limit=1500):
-        calls = []
-
-        def download(shard, path):
-            calls.append(shard.url)
-            with open(path, "r+b") as file:
-                file.write(b"x" * shard.size)
-
-        return ShardCache(tmp_path / "shards", limit), download, calls
-
-    def content(self, cache, download, shard=SHARD):
-        handle = cache.open(shard, download)
-        with open(handle, "rb") as file:
-            return file.read()
-
-    @pytest.mark.parametrize("damage", ["cut", "empty", "longer", "link", "dangling", "pipe"])
-    def test_what_is_not_the_shard_is_repaired(self, tmp_path, damage, caplog):
-        cache, download, calls = self.cache(tmp_path)
-        self.content(cache, download)
-        (path,) = (tmp_path / "shards").glob("*.tar")
-        victim = tmp_path / "victim"
-        victim.write_bytes(b"v" * 1000)
-        if damage in ("cut", "empty", "longer"):
-            os.truncate(path, {"cut": 500, "empty": 0, "longer": 2000}[damage])
-        else:
-            path.unlink()
-            if damage == "pipe":
-                os.mkfifo(path)
-            else:
-                path.symlink_to(victim if damage == "link" else tmp_path / "nowhere")
-        before = victim.stat()
-        assert self.content(cache, download) == b"x" * 1000
-        assert len(calls) == 2
-        assert victim.read_bytes() == b"v" * 1000
-        assert victim.stat().st_mtime_ns == before.st_mtime_ns
-        assert not (tmp_path / "nowhere").exists()
-        assert path.name in caplog.text
-
-    def test_a_folder_in_its_place_is_an_error(self, tmp_path):
-        cache, download, _ = self.cache(tmp_path)
-        path = tmp_path / "shards" / f"{self.SHARD.fingerprint}.tar"
-        path.mkdir(parents=True)
-        (path / "x").touch()
-        with pytest.raises(CacheError, match="is a folder"):
-            cache.open(self.SHARD, download)
-        assert (path / "x").exists()
-
-    def test_a_pool_reads_on_when_its_file_is_cut(self, serve, data, expected, tmp_path):
-        options = RemoteOptions(access="shards", **QUICK)
-        pool = ShardPool(serve(data).url, cache_dir=tmp_path, remote=options)
-        assert pool.read([3])[0]["bin"] == expected[3]
-        (path,) = (tmp_path / "shards").glob("*.tar")
-        os.truncate(path, 100)
-        assert [sample["bin"] for sample in pool.read([3, 39])] == [expected[3], expected[39]]
-        again = ShardPool(pool.urls, cache_dir=tmp_path, remote=options)
-        os.truncate(path, 5000)
-        assert again.read([39])[0]["bin"] == expected[39]
-
-    def test_links_are_evicted_and_not_what_they_point_to(self, tmp_path):
-        cache, download, _ = self.cache(tmp_path)
-        (tmp_path / "shards").mkdir()
-        victim = tmp_path / "victim"
-        victim.write_bytes(bytes(10**6))
-        names = [f"{'0' * 20}.tar", f".tmp-{'0' * 12}-{'1' * 20}.tar"]
-        for name in names:
-            (tmp_path / "shards" / name).symlink_to(victim)
-        for name in ("mine.tar", ".tmp-x.tar", ".tmp-y-..-z.tar"):  # of others: neither counted nor removed
-            (tmp_path / "shards" / name).write_bytes(bytes(5000))
-        assert self.content(cache, download) == b"x" * 1000
-        assert self.content(cache, download, ShardFile("http://x/b", 1000, "b")) == b"x" * 1000
-        assert victim.stat().st_size == 10**6
-        for name in ("mine.tar", ".tmp-x.tar", ".tmp-y-..-z.tar"):
-            assert (tmp_path / "shards" / name).stat().st_size == 5000
-
-    def test_waiting_for_room_says_for_what_and_ends(self, tmp_path, monkeypatch, caplog):
-        cache, download, _ = self.cache(tmp_path)
-        monkeypatch.setattr(cache, "patience", 0.3)
-        caplog.set_level("INFO")
-        begun, end = threading.Event(), threading.Event()
-
-        def hang(shard, path):
-            begun.set()
-            end.wait(30)
-            download(shard, path)
-
-        other = threading.Thread(target=lambda: os.close(cache.open(self.SHARD, hang)))
-        other.start()
-        begun.wait(30)
-        try:
-            wanted = ShardFile("http://x/b", 1000, "b")
-            with pytest.raises(PoolError, match=r"http://x/b: .*cache_bytes"):
-                cache.open(wanted, download)
-            assert "waiting for 1 other download" in caplog.text
-        finally:
-            end.set()
-            other.join()
-        assert self.content(cache, download, wanted) == b"x" * 1000
+def test_a_pool_reads_on_when_its_file_is_cut(serve, data, expected, tmp_path):
+    options = RemoteOptions(access="shards", **PATIENT)
+    pool = ShardPool(serve(data).url, cache_dir=tmp_path, remote=options)
+    assert pool.read([3])[0]["bin"] == expected[3]
+    (path,) = (tmp_path / "shards").glob("*.tar")
+    os.truncate(path, 100)
+    assert [sample["bin"] for sample in pool.read([3, 39])] == [expected[3], expected[39]]
+    again = ShardPool(pool.urls, cache_dir=tmp_path, remote=options)
+    os.truncate(path, 5000)
+    assert again.read([39])[0]["bin"] == expected[39]

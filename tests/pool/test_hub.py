@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from PIL import Image
 from curated_data.errors import ConfigError, PoolError
 from curated_data.pool.hub import remote_tables
 from curated_data.pool.tables import import_tables
+from curated_data.pool.writer import ShardWriter
 from tests.support.hub import Hub
 
 
@@ -75,7 +77,7 @@ def test_a_data_set_becomes_shards(hub, tmp_path):
 )
 def test_a_part_of_a_data_set_is_named(hub, path, names):
     found = remote_tables(f"hf://datasets/them/{path}", options(hub))
-    assert found == [f"hf://datasets/them/{name}" for name in names]
+    assert list(found) == [f"hf://datasets/them/{name}" for name in names]
 
 
 @pytest.mark.parametrize(
@@ -114,6 +116,43 @@ def test_a_few_rows_are_in_memory_at_a_time(hub, tmp_path):
     assert hub.bytes_sent < 2 * path.stat().st_size
 
 
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_stopped_import_does_not_fetch_again_what_it_has(hub, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    folder = hub.folder / "them" / "large" / "data"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        image = [{"bytes": b"\xff\xd8\xff" + rng.bytes(1 << 17), "path": None} for _ in range(100)]
+        pq.write_table(pa.table({"image": image}), folder / f"train-{number}.parquet", row_group_size=10)
+    how = {"storage_options": options(hub), "max_samples": 40}
+    import_tables("hf://datasets/them/large", tmp_path / "whole", **how)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 250)
+        with pytest.raises(KeyboardInterrupt):
+            import_tables("hf://datasets/them/large", tmp_path / "out", **how)
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 6
+    hub.bytes_sent = 0
+    import_tables("hf://datasets/them/large", tmp_path / "out", **how)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert hub.bytes_sent < 100 << 17  # the last 60 rows, what is read ahead, and footers
+
+
+def stop_at(patch, n: int) -> None:
+    """Stop a writer at its nth sample."""
+    write, seen = ShardWriter.write, [0]
+
+    def stopping(self, sample):
+        seen[0] += 1
+        if seen[0] > n:
+            raise KeyboardInterrupt
+        write(self, sample)
+
+    patch.setattr(ShardWriter, "write", stopping)
+
+
 def test_what_reads_the_hub_may_be_missing(hub, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "hf", raising=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -131,3 +170,35 @@ def test_from_the_shell(hub, tmp_path):
     samples = list(webdataset.WebDataset(str(shard), shardshuffle=False))
     assert json.loads(samples[3]["json"]) == {"path": "a.png"}
     assert len(samples) == 17
+
+
+KILLED = """
+import os, signal, sys
+from curated_data.cli import main
+from curated_data.pool.writer import ShardWriter
+write, left = ShardWriter.write, [int(sys.argv[1])]
+def killing(self, sample):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, sample)
+ShardWriter.write = killing
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.long
+def test_a_killed_import_goes_on(hub, tmp_path):
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+
+    def run(out, samples):
+        what = ["import", "hf://datasets/them/pets", str(tmp_path / out), "--max-samples", "3"]
+        command = [sys.executable, "-c", KILLED, str(samples), *what]
+        return subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True)
+
+    assert run("whole", 100).returncode == 0
+    for samples in (4, 5, 7):  # of each the samples of whole shards are kept
+        assert run("out", samples).returncode == -signal.SIGKILL
+    last = run("out", 100)
+    assert "goes on after 4 shards" in last.stderr
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -204,7 +204,7 @@ class TestLimit:
         for format in ("JPEG", "PNG"):
             data = encoded(Image.new("RGB", (100, 100)), format)
             monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4_000)
-            with pytest.raises(SampleError, match=r"too large|pixels large"):
+            with pytest.raises(SampleError, match=r"100 x 100|10000"):
                 decode_image(data)
             monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6_000)
             with pytest.warns(Image.DecompressionBombWarning):

@@ -144,7 +144,7 @@ class TestLeftOut:
 
     def test_a_folder_of_nothing_but_unsupported_images(self, make, tmp_path, caplog):
         folder = make("a/p.heic", content=b"x")
-        with pytest.raises(PoolError, match="has no image"):
+        with pytest.raises(PoolError, match=str(folder)):
             import_folder(folder, tmp_path / "out")
         assert "1 .heic (unsupported" in caplog.text
         assert not (tmp_path / "out").exists()
@@ -168,7 +168,7 @@ class TestLeftOut:
         import_folder(folder, tmp_path / "out" / "again-%d.tar")  # of the same classes
         before = sorted(os.listdir(tmp_path / "out"))
         make("c/3.jpg")
-        with pytest.raises(PoolError, match=r"classes\.json: exists already"):
+        with pytest.raises(PoolError, match=r"classes\.json"):
             import_folder(folder, tmp_path / "out" / "val-%d.tar")
         assert classes_in(tmp_path / "out") == ["a", "b"]
         assert sorted(os.listdir(tmp_path / "out")) == before
@@ -188,8 +188,7 @@ class TestPillow:
             assert np.array_equal(np.asarray(read), np.asarray(image))
 
     @pytest.mark.parametrize(
-        ("name", "mode", "message"),
-        [("jpg", "RGB", "named 'png'|name the member 'png'"), ("png", "CMYK", "CMYK")],
+        ("name", "mode", "message"), [("jpg", "RGB", "'jpg'.*'png'"), ("png", "CMYK", "CMYK")]
     )
     def test_what_png_cannot_hold_is_named(self, tmp_path, name, mode, message):
         with ShardWriter(tmp_path) as writer, pytest.raises(PoolError, match=f"'a'.*{message}"):

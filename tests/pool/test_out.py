@@ -1,64 +1,25 @@
-"""Where shards and exports go: folders, stores, `~`; one writer at a time; nothing of others is removed."""
+"""Where shards and exports go: folders, stores, `~`, and full disks."""
 
-import contextlib
 import errno
 import io
 import itertools
 import multiprocessing
 import os
 import signal
-import socket
-import time
-import uuid
-import zipfile
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
-import webdataset
 
 from curated_data import CuratedDataModule, curate
 from curated_data.cache.artifacts import open_cache
 from curated_data.cli import main
 from curated_data.errors import CacheError, ConfigError, CuratedDataError, PoolError
 from curated_data.pipeline.export import export
-from curated_data.pool import RemoteOptions, ShardPool, ShardWriter, import_folder, out
-from curated_data.pool import claim as claims
-from curated_data.pool.urls import expand_urls
+from curated_data.pool import ShardPool, ShardWriter, import_folder, out
 from curated_data.report.page import write_report
-
-QUICK = RemoteOptions(attempts=2, backoff=0.01)
-
-
-@pytest.fixture
-def bucket():
-    """A folder of fsspec's memory file system, which this process alone sees."""
-    name = f"memory://test-{uuid.uuid4().hex}"
-    yield name
-    with contextlib.suppress(FileNotFoundError):
-        fsspec.filesystem("memory").rm(name.removeprefix("memory:/"), recursive=True)
-
-
-def samples(count, first=0):
-    return [{"__key__": f"{i:03d}", "txt": f"text {i}", "cls": i % 3} for i in range(first, first + count)]
-
-
-def write(place, count=5, first=0, **options):
-    with ShardWriter(place, max_samples=2, **options) as writer:
-        for sample in samples(count, first):
-            writer.write(sample)
-    return writer.shards
-
-
-def names_in(url, **options):
-    filesystem, path = fsspec.core.url_to_fs(url, **options)
-    filesystem.invalidate_cache()
-    return sorted(name.rpartition("/")[2] for name in filesystem.ls(path, detail=False))
-
-
-def contents(samples):
-    return [{name: value for name, value in sample.items() if name != "__url__"} for sample in samples]
+from tests.support.small_shards import contents, names_in, samples, write
 
 
 class TestStores:
@@ -84,7 +45,7 @@ class TestStores:
         exported = export(pool, [3, 1], f"{url}/selected")  # with the options of the pool
         assert names_in(f"{url}/selected", **options) == ["ids.npy", "manifest.json", "shard-000000.tar"]
         assert len(ShardPool(exported, storage_options=options)) == 2
-        with pytest.raises(PoolError, match=r"shard-000000\.tar: 3 shard\(s\).*already"):
+        with pytest.raises(PoolError, match=r"shard-000000\.tar: 3 "):
             write(f"{url}/pool", 1, storage_options=options)
         write(f"{url}/pool", 1, storage_options=options, overwrite=True)
         assert names_in(f"{url}/pool", **options) == ["shard-000000.tar"]
@@ -164,9 +125,9 @@ class TestStores:
         with ShardWriter(bucket) as writer:
             writer.write(samples(1)[0])
             monkeypatch.setattr(MemoryFileSystem, "put_file", refuse)
-            with pytest.raises(CacheError, match=r"shard-000000\.tar: cannot be written") as caught:
+            with pytest.raises(CacheError, match=r"shard-000000\.tar: .*503") as caught:
                 writer.publish()
-            with pytest.raises(PoolError, match="this writer is closed"):
+            with pytest.raises(PoolError, match=f"{bucket}: .*closed"):
                 writer.write(samples(1)[0])
         assert len(calls) == 3
         assert len(str(caught.value)) < 500
@@ -203,16 +164,16 @@ class TestLocalOnly:
                 lambda url: curate(shards, {"target_size": 2}, embedder="pixels:4", cache_dir=url),
                 lambda url: CuratedDataModule(shards, cache_dir=url),
             ):
-                with pytest.raises(CacheError, match=r"cache_dir: .*is a URL"):
+                with pytest.raises(CacheError, match=r"^cache_dir: .*(s3|memory):/"):
                     use(url)
         assert main(["index", *shards, "--cache-dir", "s3://bucket/cache"]) == 2
         assert main(["inspect", "s3://bucket/cache"]) == 2
         assert os.listdir(tmp_path) == before
 
     def test_a_url_for_a_file_that_is_read(self, write_pool, tmp_path):
-        with pytest.raises(ConfigError, match=r"selection: 's3://b/ids\.npy' is a URL"):
+        with pytest.raises(ConfigError, match=r"^selection: 's3://b/ids\.npy'"):
             CuratedDataModule(write_pool([6]), selection="s3://b/ids.npy").setup("fit")
-        with pytest.raises(ConfigError, match="folder: 's3://b/images' is a URL"):
+        with pytest.raises(ConfigError, match=r"^folder: 's3://b/images'"):
             import_folder("s3://b/images", tmp_path / "out")
 
     def test_home_is_home_everywhere(self, write_pool, tmp_path, monkeypatch):
@@ -243,235 +204,12 @@ class TestLocalOnly:
         assert not os.listdir(elsewhere)
 
 
-class TestJoined:
-    @pytest.mark.parametrize(
-        ("pattern", "expected"),
-        [
-            ("{0}/a-0.tar::{0}/b-0.tar", ["a-0", "b-0"]),
-            ("{0}/a-{{0..1}}.tar::{0}/b-*.tar", ["a-0", "a-1", "b-0", "b-1"]),
-            ("{0}/b-?.tar::file://{0}/a-1.tar::{0}/c.tar", ["b-0", "b-1", "a-1", "c"]),
-        ],
-    )
-    def test_pools_are_joined_in_their_order(self, tmp_path, pattern, expected):
-        for name in ("a-0", "a-1", "b-0", "b-1", "c"):
-            with webdataset.TarWriter(str(tmp_path / f"{name}.tar")) as writer:
-                writer.write({"__key__": name, "txt": "x"})
-        pattern = pattern.format(tmp_path)
-        found = expand_urls(pattern)
-        assert [Path(path).stem for path in found] == expected
-        assert ShardPool(pattern).keys(range(len(expected))) == expected
-        if "*" not in pattern and "?" not in pattern:
-            assert found == webdataset.shardlists.expand_urls(pattern)
-
-    def test_pipes_are_joined(self):
-        found = expand_urls("pipe:cat a.tar::pipe:cat b-{0..1}.tar", pipes=True)
-        assert found == ["pipe:cat a.tar", "pipe:cat b-0.tar", "pipe:cat b-1.tar"]
-
-    def test_urls_are_joined(self, bucket, tmp_path):
-        local, stored = write(tmp_path / "l", 2), write(bucket, 4, first=50)
-        pool = ShardPool(f"{local[0]}::{bucket}/shard-*.tar")
-        assert pool.keys(range(6)) == ["000", "001", "050", "051", "052", "053"]
-        assert ShardPool(f"{stored[0]}::{stored[1]}::{local[0]}").keys([0, 2, 4]) == ["050", "052", "000"]
-
-    def test_a_chain_is_one_shard(self, bucket, tmp_path):
-        stored, local = write(bucket, 4), write(tmp_path / "l", 2, first=9)
-        for chain in ("simplecache::", "filecache::"):
-            pool = ShardPool(chain + stored[1], remote=QUICK)
-            assert pool.urls == [chain + stored[1]]
-            assert pool.keys([0, 1]) == ["002", "003"]
-        joined = ShardPool(f"simplecache::{stored[1]}::{local[0]}", remote=QUICK)
-        assert joined.urls == [f"simplecache::{stored[1]}", str(local[0])]
-        assert joined.keys(range(4)) == ["002", "003", "009", "010"]
-        with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
-            archive.write(local[0], "in.tar")
-        inside = ShardPool(f"zip://in.tar::{tmp_path}/z.zip::{stored[0]}", remote=QUICK)
-        assert inside.keys(range(4)) == ["009", "010", "000", "001"]
-
-    def test_a_file_of_such_a_name_is_itself(self, tmp_path):
-        shard = write(tmp_path / "l", 2)[0].rename(tmp_path / "a::b.tar")
-        assert ShardPool(shard).keys([1]) == ["001"]
-
-    @pytest.mark.parametrize("pattern", ["A.tar::", "::A.tar", "A.tar::::B.tar"])
-    def test_nothing_before_or_after(self, pattern):
-        with pytest.raises(PoolError, match="names nothing"):
-            ShardPool(pattern)
-
-    def test_a_missing_part_is_named(self, tmp_path):
-        write(tmp_path, 2)
-        with pytest.raises(PoolError, match=r"B\.tar"):
-            ShardPool(f"{tmp_path}/shard-000000.tar::{tmp_path}/B.tar")
-
-
-def stopped_writer(place, begun, end, count=5):
-    with ShardWriter(place, max_samples=2) as writer:
-        for sample in samples(count):
-            writer.write(sample)
-        begun.set()
-        end.wait(60)
-        if end.is_set() and count == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-class TestWriters:
-    def run(self, place, count=5):
-        processes = multiprocessing.get_context("fork")
-        begun, end = processes.Event(), processes.Event()
-        process = processes.Process(target=stopped_writer, args=(place, begun, end, count))
-        process.start()
-        assert begun.wait(60)
-        return process, end
-
-    @pytest.mark.parametrize("overwrite", [False, True])
-    def test_a_living_writer_is_left_alone(self, tmp_path, overwrite):
-        process, end = self.run(tmp_path, count=4)
-        try:
-            before = {path.name: path.read_bytes() for path in tmp_path.glob("s*.tar")}
-            assert before
-            for place in (tmp_path, tmp_path / "shard-%03d.tar", f"file://{tmp_path}"):
-                with pytest.raises(PoolError, match=r"another writer .* is at work \(.* process \d+\)"):
-                    write(place, overwrite=overwrite)
-            assert {path.name: path.read_bytes() for path in tmp_path.glob("s*.tar")} == before
-            assert write(tmp_path / "other-%d.tar")  # another pattern is another's business
-        finally:
-            end.set()
-            process.join()
-        assert process.exitcode == 0
-        assert len(ShardPool(f"{tmp_path}/shard-*.tar")) == 4
-
-    def test_after_a_dead_writer_its_files_go_and_no_others(self, tmp_path):
-        process, end = self.run(tmp_path)
-        end.set()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        assert (tmp_path / "shard-000001.tar").exists()
-        (tmp_path / "shard-000009.tar").write_bytes(b"of somebody else")
-        with pytest.raises(PoolError, match=r"shard-000009\.tar: 1 shard\(s\)"):
-            write(tmp_path, 1)
-        assert (tmp_path / "shard-000009.tar").read_bytes() == b"of somebody else"
-        assert (tmp_path / "shard-000001.tar").exists()
-        (tmp_path / "shard-000009.tar").unlink()
-        write(tmp_path, 1)
-        assert os.listdir(tmp_path) == ["shard-000000.tar"]
-
-    def test_a_child_that_outlives_a_killed_writer_is_waited_for(self, tmp_path):
-        """A command that a writer was starting shares its lock until it runs."""
-        marker_locked = multiprocessing.get_context("fork").Event()
-
-        def killed():
-            writer = ShardWriter(tmp_path)
-            if os.fork() == 0:
-                marker_locked.set()
-                time.sleep(2)
-                os._exit(0)
-            marker_locked.wait(60)
-            writer.write(samples(1)[0])
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        process = multiprocessing.get_context("fork").Process(target=killed)
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        write(tmp_path, 1)
-        assert os.listdir(tmp_path) == ["shard-000000.tar"]
-
-    def test_two_writers_in_one_process(self, tmp_path, bucket):
-        for place in (tmp_path, bucket):
-            with ShardWriter(place) as first:
-                first.write(samples(1)[0])
-                for overwrite in (False, True):
-                    with pytest.raises(PoolError, match="is at work"):
-                        ShardWriter(place, overwrite=overwrite)
-            assert len(ShardPool(first.shards)) == 1
-
-    def test_a_living_writer_of_an_overlapping_pattern(self, tmp_path):
-        with ShardWriter(tmp_path / "x-1%d.tar") as first:
-            first.write(samples(1)[0])
-            first.publish()
-            with pytest.raises(PoolError, match="is at work"):
-                ShardWriter(tmp_path / "x-%d.tar", overwrite=True)
-            assert (tmp_path / "x-10.tar").exists()
-        assert len(ShardPool(first.shards)) == 1
-        write(tmp_path / "x-%d.tar", 1, overwrite=True)
-        assert os.listdir(tmp_path) == ["x-0.tar"]
-
-    def test_a_writer_that_was_dropped_is_dead(self, tmp_path):
-        writer = ShardWriter(tmp_path, max_samples=1)
-        for sample in samples(2):
-            writer.write(sample)
-        del writer
-        write(tmp_path, 1)
-        assert os.listdir(tmp_path) == ["shard-000000.tar"]
-
-    @pytest.mark.parametrize("line", ["../victim", "/etc/passwd", "", "shard-000000.tar/../../victim", "\0"])
-    def test_names_in_a_marker_are_not_trusted(self, tmp_path, line):
-        out = tmp_path / "out"
-        out.mkdir()
-        (tmp_path / "victim").write_text("mine")
-        (out / "notes.txt").write_text("mine")
-        (out / ".shard-#.tar.unfinished").write_text(f"host 1 {'0' * 32}\nnotes.txt\n{line}\n")
-        write(out, 1)
-        assert (tmp_path / "victim").read_text() == "mine"
-        assert sorted(os.listdir(out)) == ["notes.txt", "shard-000000.tar"]
-
-    @pytest.mark.parametrize("kind", ["link", "pipe"])
-    def test_a_planted_marker_is_not_followed(self, tmp_path, kind):
-        victim, marker = tmp_path / "victim", tmp_path / "out" / ".shard-#.tar.unfinished"
-        victim.write_text("mine")
-        marker.parent.mkdir()
-        marker.symlink_to(victim) if kind == "link" else os.mkfifo(marker)
-        with pytest.raises(CacheError, match="unfinished"):
-            write(tmp_path / "out", 1)
-        assert victim.read_text() == "mine"
-
-    def test_a_writer_of_another_host(self, bucket):
-        memory = fsspec.filesystem("memory")
-        write(bucket, 1)
-        memory.pipe(
-            f"{bucket}/.shard-#.tar.unfinished", f"elsewhere 7 {'0' * 32}\nshard-000000.tar\n".encode()
-        )
-        with pytest.raises(PoolError, match=r"elsewhere process 7.*overwrite=True"):
-            write(bucket, 1)
-        assert names_in(bucket) == [".shard-#.tar.unfinished", "shard-000000.tar"]
-        write(bucket, 3, overwrite=True)
-        assert names_in(bucket) == ["shard-000000.tar", "shard-000001.tar"]
-
-    def test_a_dead_writer_in_a_store(self, bucket):
-        """Of this host and a process that has ended: it is started over unasked."""
-        process = multiprocessing.get_context("fork").Process(target=int)
-        process.start()
-        process.join()
-        header = f"{socket.gethostname()} {process.pid} {'0' * 32}"
-        write(bucket, 4)
-        fsspec.filesystem("memory").pipe(
-            f"{bucket}/.shard-#.tar.unfinished", f"{header}\nshard-000000.tar\nshard-000001.tar\n".encode()
-        )
-        write(bucket, 1)
-        assert names_in(bucket) == ["shard-000000.tar"]
-
-    def test_who_was_taken_over_stops(self, bucket, monkeypatch):
-        writer = ShardWriter(bucket, max_samples=1)
-        writer.write(samples(1)[0])
-        monkeypatch.setattr(claims.socket, "gethostname", lambda: "elsewhere")
-        with ShardWriter(bucket, overwrite=True, max_samples=1) as other:
-            other.write(samples(1)[0])
-        with pytest.raises(PoolError, match="has taken over"):
-            writer.write(samples(2)[1])
-        assert names_in(bucket) == ["shard-000000.tar"]
-
-    def test_a_folder_of_that_name_is_not_removed(self, tmp_path):
-        (tmp_path / "shard-000000.tar").mkdir()
-        (tmp_path / "shard-000000.tar" / "x").touch()
-        with pytest.raises(PoolError, match="is a folder"):
-            write(tmp_path, overwrite=True)
-        assert (tmp_path / "shard-000000.tar" / "x").exists()
-
-
 class TestExports:
     def test_what_an_earlier_export_wrote_beside_is_kept(self, tmp_path):
         pool = ShardPool(write(tmp_path / "pool", 6))
         export(pool, [0, 1], tmp_path / "out" / "train-%d.tar")
         before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-        with pytest.raises(PoolError, match=r"manifest\.json: exists already"):
+        with pytest.raises(PoolError, match=r"manifest\.json"):
             export(pool, [2], tmp_path / "out" / "val-%d.tar")
         assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
@@ -568,7 +306,7 @@ class TestFullDisks:
 
         monkeypatch.setattr("builtins.open", full)
         writer = ShardWriter(tmp_path)
-        with pytest.raises(CacheError, match=r"shard-000000\.tar: no space left"):
+        with pytest.raises(CacheError, match=rf"shard-000000\.tar: .*{os.strerror(errno.ENOSPC)}"):
             writer.write({"__key__": "a", "bin": bytes(1 << 20)})
         monkeypatch.undo()
         assert os.listdir(tmp_path) == [".shard-#.tar.unfinished"]

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import struct
 import tarfile
 import zipfile
@@ -184,7 +185,7 @@ def test_arrays_that_say_they_are_huge_are_the_samples(shape, dtype):
         elif size <= 64:
             assert decode_array(stream.getvalue()).shape == tuple(shape)
         else:
-            with pytest.raises(SampleError, match="readable"):
+            with pytest.raises(SampleError, match=re.escape(f"{tuple(shape)}")):
                 decode_array(stream.getvalue())
 
 

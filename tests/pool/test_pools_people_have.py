@@ -1,20 +1,26 @@
 """Pools in the forms that people have them: parquet of the Hub, lists of archives, bare folders."""
 
+import contextlib
 import io
 import json
 import shutil
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from curated_data import ShardPool, curate
 from curated_data.cli import main
 from curated_data.errors import ConfigError, PoolError
 from curated_data.pool.tables import import_tables
+from curated_data.pool.writer import ShardWriter
 
 
 def encoded(rng, kind) -> bytes:
@@ -49,6 +55,91 @@ def test_parquet_of_the_hub_becomes_shards(tables, tmp_path):
         assert sample["cls"] == str(i % 3).encode()
         assert sample["txt"] == f"no. {i}".encode()
         assert json.loads(sample["json"]) == {"score": i / 2, "path": f"{i}.x"}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    has_image=st.lists(st.booleans(), min_size=2, max_size=30).filter(any),
+    cut=st.integers(0, 30),
+    group=st.integers(1, 9),
+    max_samples=st.integers(1, 8),
+    stops=st.lists(st.integers(0, 12), max_size=3),
+    store=st.booleans(),
+)
+def test_a_stopped_import_of_tables_ends_as_if_alone(
+    has_image, cut, group, max_samples, stops, store, tmp_path_factory
+):
+    folder = tmp_path_factory.mktemp("stopped")
+    kind = pa.schema([("image", pa.struct([("bytes", pa.binary())])), ("label", pa.int64())])
+    images = [{"bytes": b"\x89PNG%d" % i if has else None} for i, has in enumerate(has_image)]
+    (folder / "in").mkdir()
+    for number, part in enumerate((slice(cut), slice(cut, None))):
+        table = pa.table({"image": images[part], "label": list(range(len(images)))[part]}, kind)
+        pq.write_table(table, folder / "in" / f"{number}.parquet", row_group_size=group)
+    out = f"memory://{folder.name}" if store else str(folder / "out")
+    write = ShardWriter.write
+    for stop in stops:
+        left = [stop]
+
+        def stopping(self, sample, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            write(self, sample)
+
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt, PoolError):
+            patch.setattr(ShardWriter, "write", stopping)
+            import_tables(folder / "in", out, max_samples=max_samples)
+    with contextlib.suppress(PoolError):  # it is there already, where no stop came in between
+        import_tables(folder / "in", out, max_samples=max_samples)
+    import_tables(folder / "in", folder / "whole", max_samples=max_samples)
+    system, place = fsspec.core.url_to_fs(out)
+    found = {Path(name).name: system.cat_file(name) for name in system.ls(place, detail=False)}
+    assert found == {path.name: path.read_bytes() for path in (folder / "whole").iterdir()}
+
+
+def stopped_writer(out):
+    with ShardWriter(out, max_samples=3) as writer:
+        for number in range(8):
+            writer.write({"__key__": f"{number}", "txt": "other"})
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("change", ["rows", "settings", "overwrite", "another writer", "shard gone"])
+def test_a_stopped_import_starts_over_if_something_has_changed(change, tables, tmp_path, monkeypatch, caplog):
+    folder, _ = tables
+    out, write = tmp_path / "out", ShardWriter.write
+
+    def stopping(self, sample):
+        if self.n_samples == 8:
+            raise KeyboardInterrupt
+        write(self, sample)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            import_tables(folder, out, max_samples=3)
+    how = {"max_samples": 3}
+    if change == "rows":
+        path = next(Path(folder).iterdir())
+        pq.write_table(pq.read_table(path).slice(1), path)
+    elif change == "settings":
+        how = {"max_samples": 2}
+    elif change == "overwrite":
+        how |= {"overwrite": True}
+    elif change == "another writer":  # stopped too
+        with pytest.raises(KeyboardInterrupt):
+            stopped_writer(out)
+    else:
+        (out / "shard-000000.tar").unlink()
+    with caplog.at_level("INFO"):
+        import_tables(folder, out, **how)
+    assert "goes on" not in caplog.text
+    import_tables(folder, tmp_path / "whole", **how)
+    found, whole = (
+        {path.name: path.read_bytes() for path in place.iterdir()} for place in (out, tmp_path / "whole")
+    )
+    assert found == whole
 
 
 def test_tables_without_images_are_one_error(tmp_path):

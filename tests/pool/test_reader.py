@@ -93,6 +93,6 @@ def test_mapped_or_not_the_bytes_are_the_same(tmp_path, maps, cached):
         assert found == [contents[s][o : o + z] for s, o, z in zip(shard[rows], offset[rows], size[rows])]
         assert all(type(data) is bytes for data in found)
     os.truncate(tmp_path / "1", 100)
-    with pytest.raises(PoolError, match=f"{tmp_path / '1'}: changed since it was indexed"):
+    with pytest.raises(PoolError, match=f"{tmp_path / '1'}: .*300000.* 100 "):
         reader.read(shard[distinct], offset[distinct], size[distinct])
     reader.close()

@@ -1,31 +1,24 @@
 """Remote shards, read from real servers on this machine."""
 
-import contextlib
 import multiprocessing
-import os
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 pytest.importorskip("aiohttp")
 
 from curated_data import CuratedDataModule
-from curated_data.errors import ConfigError, PoolError
+from curated_data.errors import PoolError
 from curated_data.pool import RemoteOptions, ShardPool, ShardWriter, store
-from curated_data.pool.access import choose_access
-from curated_data.pool.shard import ShardFile
-from curated_data.pool.shard_cache import ShardCache
 from curated_data.pool.store import Store
+from tests.pool.test_shard_cache import sizes_in
 from tests.support.ranks import on_ranks
 from tests.support.server import Server
+from tests.support.small_shards import contents
 
 STAT = Store.stat
 QUICK = {"attempts": 4, "backoff": 0.01}
@@ -55,10 +48,6 @@ def serve(folder):
     yield start
     for server in servers:
         server.close()
-
-
-def contents(samples):
-    return [{name: value for name, value in sample.items() if name != "__url__"} for sample in samples]
 
 
 @pytest.fixture
@@ -167,12 +156,10 @@ def test_requests_run_at_once(serve, expected):
     len(pool)
     server.most_at_once = 0
     ids = np.arange(0, 100, 2)
-    started = time.monotonic()
     assert contents(pool.read(ids, ["bin"])) == [
         {k: v for k, v in expected[i].items() if k != "cls"} for i in ids
     ]
     assert server.most_at_once > 8
-    assert time.monotonic() - started < 50 * 0.05
 
 
 @pytest.mark.parametrize("access", ["auto", "shards"])
@@ -193,17 +180,8 @@ def test_without_ranges_shards_are_kept_in_the_cache(serve, expected, tmp_path, 
 
 def test_without_ranges_and_cache_the_error_says_what_to_do(serve):
     pool = ShardPool(serve(ranges=False).url + PATTERN, remote=RemoteOptions(**QUICK))
-    with pytest.raises(PoolError, match=r"p-00\d\.tar: .*whole"):
+    with pytest.raises(PoolError, match=r"p-00\d\.tar: .*cache_dir"):
         len(pool)
-
-
-def sizes_in(folder: Path) -> set[tuple[int, int]]:
-    """Inode and size of each file."""
-    found = set()
-    for path in folder.glob("*.tar"):
-        with contextlib.suppress(FileNotFoundError):
-            found.add((path.stat().st_ino, path.stat().st_size))
-    return found
 
 
 def test_the_cache_is_bounded_and_shared(serve, expected, tmp_path, folder):
@@ -241,47 +219,8 @@ def test_the_cache_is_bounded_and_shared(serve, expected, tmp_path, folder):
     )
     for path in (tmp_path / "cache" / "shards").glob("*.tar"):
         path.unlink()
-    with pytest.raises(PoolError, match="shard cache holds 1000 in all"):
+    with pytest.raises(PoolError, match=r"p-00\d\.tar: .* 1000 .*cache_bytes"):
         small.read([0])
-
-
-def test_what_killed_downloads_left_is_cleared(tmp_path):
-    def shard(name, size):
-        return ShardFile(f"http://x/{name}", size, name)
-
-    def download(shard, path):
-        path.write_bytes(b"x" * shard.size)
-
-    cache = ShardCache(tmp_path / "shards", 1000)
-    (tmp_path / "shards").mkdir()
-    left = tmp_path / "shards" / f".tmp-0123456789ab-{shard('a', 900).fingerprint}.tar"
-    left.write_bytes(bytes(900))
-    for name, size in [("b", 400), ("c", 400), ("d", 400)]:
-        os.close(cache.open(shard(name, size), download))
-        os.utime(tmp_path / "shards" / f"{shard(name, size).fingerprint}.tar", ns=(1, ord(name)))
-    assert not left.exists()
-    kept = {path.name for path in (tmp_path / "shards").glob("*.tar")}
-    assert kept == {f"{shard(name, 400).fingerprint}.tar" for name in "cd"}
-
-
-def test_parallel_downloads_stay_within_the_limit(tmp_path):
-    """Eight downloads at once, room for two: the others wait until one is complete and can be evicted."""
-    folder = tmp_path / "shards"
-    cache = ShardCache(folder, 1000)
-    most = []
-
-    def download(shard, path):
-        time.sleep(0.02)
-        path.write_bytes(b"x" * shard.size)
-        most.append(sum(size for _, size in sizes_in(folder)))
-
-    shards = [ShardFile(f"http://x/{name}", 400, name) for name in "abcdefgh"]
-    with ThreadPoolExecutor(8) as threads:
-        for handle in threads.map(lambda shard: cache.open(shard, download), shards):
-            assert os.fstat(handle).st_size == 400
-            os.close(handle)
-    assert len(most) == 8
-    assert max(most) == 800
 
 
 class TestFaults:
@@ -299,16 +238,14 @@ class TestFaults:
         pool = ShardPool(server.url + PATTERN, remote=RemoteOptions(**QUICK))
         pool.read([0])
         server.fail_next = 1000
-        with pytest.raises(
-            PoolError, match=r"p-000\.tar: cannot be read: 4 attempts failed over .* s \(.*503"
-        ):
+        with pytest.raises(PoolError, match=r"p-000\.tar: .*4 attempts.*503"):
             pool.read([1])
 
     def test_nothing_listens(self):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             url = f"http://127.0.0.1:{free.getsockname()[1]}/p.tar"
-            with pytest.raises(PoolError, match=r"p\.tar: cannot be read: 4 attempts"):
+            with pytest.raises(PoolError, match=f"{url}: .*4 attempts"):
                 len(ShardPool(url, remote=RemoteOptions(**QUICK)))
 
     def test_missing(self, serve):
@@ -318,7 +255,7 @@ class TestFaults:
         assert server.requests["GET"] <= 2
 
     def test_unknown_protocol(self):
-        with pytest.raises(PoolError, match=r"gopher.*Protocol not known"):
+        with pytest.raises(PoolError, match=r"gopher://x/p\.tar"):
             len(ShardPool("gopher://x/p.tar", remote=RemoteOptions(**QUICK)))
 
     def test_changed_since_it_was_indexed(self, serve, tmp_path, folder):
@@ -332,7 +269,7 @@ class TestFaults:
         (own / "p.tar").write_bytes((folder / "p-001.tar").read_bytes())
         with (
             multiprocessing.get_context("fork").Pool(1) as workers,
-            pytest.raises(PoolError, match="changed since"),
+            pytest.raises(PoolError, match=r"/p\.tar: changed"),
         ):
             workers.apply(pool.read, ([0],))
         again = ShardPool(server.url + "/p.tar", cache_dir=tmp_path / "cache")
@@ -357,7 +294,7 @@ class TestFaults:
                 "shorter": content[:60_000],
             }
             (own / "p.tar").write_bytes(changed[how])
-        named = "does not exist" if how == "gone" else "changed since it was indexed"
+        named = "does not exist" if how == "gone" else "changed"
         with pytest.raises(PoolError, match=rf"/p\.tar: {named}"):
             pool.read([20])
 
@@ -371,72 +308,38 @@ def test_workers_after_a_fork(serve, expected, tmp_path):
             assert contents(samples) == [expected[i], expected[99 - i]]
 
 
-class TestPlan:
-    def test_the_rule(self):
-        """A shard is kept whole if all epochs read as many samples as it holds, or more."""
-        size, held, read = np.full(6, 25e6), np.full(6, 1000), np.array([0, 1, 99, 100, 1000, 999])
-
-        def chosen(epochs, cache_bytes=10**9):
-            return np.flatnonzero(
-                choose_access(size, held, read, epochs=epochs, cache_bytes=cache_bytes)
-            ).tolist()
-
-        assert chosen(1) == [4]
-        assert chosen(2) == [4, 5]
-        assert chosen(10) == [3, 4, 5]
-        assert chosen(1000) == [1, 2, 3, 4, 5]
-        assert chosen(1000, int(6e7)) == [4, 5]  # room for two: those of which most is read
-        assert chosen(1000, int(2e7)) == []
-
-    @settings(deadline=None)
-    @given(
-        st.lists(st.tuples(st.integers(0, 99), st.integers(0, 20), st.integers(0, 20)), max_size=8),
-        st.integers(1, 50),
-        st.integers(0, 400),
+@pytest.mark.parametrize("access", ["auto", "ranges", "shards"])
+def test_the_plan_is_kept_to(serve, expected, tmp_path, folder, access):
+    server = serve()
+    cache = tmp_path / "cache"
+    pool = ShardPool(server.url + PATTERN, cache_dir=cache, remote=RemoteOptions(access=access))
+    ids = np.concatenate([np.arange(25), [30, 60]])
+    plan = pool.plan_access(ids)
+    assert (
+        plan.tolist()
+        == {
+            "auto": [True, False, False, False],
+            "ranges": [False, False, False, False],
+            "shards": [True, True, True, True],
+        }[access]
     )
-    def test_any_choice_fits_and_transfers_no_more_than_ranges(self, shards_, epochs, cache_bytes):
-        size, held, read = np.array([(s, max(h, r), r) for s, h, r in shards_]).reshape(-1, 3).T
-        chosen = choose_access(size, held, read, epochs=epochs, cache_bytes=cache_bytes)
-        assert size[chosen].sum() <= cache_bytes
-        assert (read[chosen] * epochs >= held[chosen]).all()
-        assert (read[chosen] > 0).all()
-        roomy = choose_access(size, held, read, epochs=epochs, cache_bytes=10**9)
-        assert not (chosen & ~roomy).any()
+    with multiprocessing.get_context("fork").Pool(1) as workers:
+        assert contents(workers.apply(pool.read, (ids,))) == [expected[i] for i in ids]
+    if access == "auto":
+        assert {path.stem for path in (cache / "shards").glob("*.tar")} == {
+            pool.shards[number].fingerprint for number in np.flatnonzero(plan)
+        }
 
-    def test_an_unknown_access_is_named(self):
-        with pytest.raises(ConfigError, match=r"RemoteOptions\.access.*'download'"):
-            RemoteOptions(access="download")
 
-    @pytest.mark.parametrize("access", ["auto", "ranges", "shards"])
-    def test_the_plan_is_kept_to(self, serve, expected, tmp_path, folder, access):
-        server = serve()
-        cache = tmp_path / "cache"
-        pool = ShardPool(server.url + PATTERN, cache_dir=cache, remote=RemoteOptions(access=access))
-        ids = np.concatenate([np.arange(25), [30, 60]])
-        plan = pool.plan_access(ids)
-        assert (
-            plan.tolist()
-            == {
-                "auto": [True, False, False, False],
-                "ranges": [False, False, False, False],
-                "shards": [True, True, True, True],
-            }[access]
-        )
-        with multiprocessing.get_context("fork").Pool(1) as workers:
-            assert contents(workers.apply(pool.read, (ids,))) == [expected[i] for i in ids]
-        if access == "auto":
-            assert {path.stem for path in (cache / "shards").glob("*.tar")} == {
-                pool.shards[number].fingerprint for number in np.flatnonzero(plan)
-            }
+def test_the_whole_pool(serve, tmp_path):
+    pool = ShardPool(serve().url + PATTERN, cache_dir=tmp_path)
+    for ids in (None, np.random.default_rng(0).permutation(100)):
+        assert pool.plan_access(ids).tolist() == [True] * 4
+    assert not ShardPool(serve().url + PATTERN).plan_access(None).any()  # no cache to keep them in
 
-    def test_the_whole_pool(self, serve, tmp_path):
-        pool = ShardPool(serve().url + PATTERN, cache_dir=tmp_path)
-        for ids in (None, np.random.default_rng(0).permutation(100)):
-            assert pool.plan_access(ids).tolist() == [True] * 4
-        assert not ShardPool(serve().url + PATTERN).plan_access(None).any()  # no cache to keep them in
 
-    def test_local_pools_have_nothing_to_plan(self, folder):
-        assert not ShardPool(folder / "*.tar").plan_access([0, 1]).any()
+def test_local_pools_have_nothing_to_plan(folder):
+    assert not ShardPool(folder / "*.tar").plan_access([0, 1]).any()
 
 
 def test_local_and_remote_shards_mix(serve, expected, folder, tmp_path):
@@ -466,10 +369,10 @@ def test_s3(s3, expected, folder, monkeypatch):
     listed = ShardPool(f"{url}/pool/p-{{000..003}}.tar", storage_options=options)
     assert listed.shards == pool.shards
     assert looked_at == listed.urls[:1]  # to see that it says what the listing says
-    with pytest.raises(PoolError, match=r"no shard matches .*q-\*\.tar"):
+    with pytest.raises(PoolError, match=r"/q-\*\.tar"):
         ShardPool(f"{url}/pool/q-*.tar", storage_options=options)
     bucket.pipe(f"{url}/pool/p-000.tar", (folder / "p-001.tar").read_bytes())
-    with pytest.raises(PoolError, match=r"p-000\.tar: changed since it was indexed"):
+    with pytest.raises(PoolError, match=r"p-000\.tar: changed"):
         pool.read([0])
     again = ShardPool(f"{url}/pool/p-*.tar", storage_options=options)
     same = [a == b for a, b in zip(pool.shard_fingerprints, again.shard_fingerprints)]

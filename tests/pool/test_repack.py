@@ -9,6 +9,7 @@ import logging
 import lzma
 import multiprocessing
 import os
+import re
 import shlex
 import tarfile
 import tempfile
@@ -217,11 +218,11 @@ class TestFaults:
         [
             (b"", "empty"),
             (gzip.compress(b""), "empty"),
-            (gzip.compress(b"hello" * 300), "not a tar"),
-            (gzip.compress(gzip.compress(archive([("a.jpg", b"1")]))), "compressed"),
-            (gzip.compress(archive([("a.jpg", b"1" * 3000)])[:2000]), "truncated"),
+            (gzip.compress(b"hello" * 300), "b'hello"),
+            (gzip.compress(gzip.compress(archive([("a.jpg", b"1")]))), "gzip"),
+            (gzip.compress(archive([("a.jpg", b"1" * 3000)])[:2000]), r"'a\.jpg'.*3512.*2000"),
             (gzip.compress(archive([("README", b"1")])), "no sample"),
-            (gzip.compress(archive([("a.jpg", b"1")])) + b"more", "cannot be read to its end"),
+            (gzip.compress(archive([("a.jpg", b"1")])) + b"more", "to its end"),
         ],
         ids=["no bytes", "nothing", "text", "twice", "cut", "no sample", "more bytes"],
     )
@@ -237,7 +238,7 @@ class TestFaults:
     def test_a_command_that_fails(self, command, tmp_path):
         (tmp_path / "whole.tar").write_bytes(archive([("a.jpg", b"1")]))
         url = "pipe:" + command.format(shlex.quote(str(tmp_path / "whole.tar")))
-        with pytest.raises(PoolError, match="exit status"):
+        with pytest.raises(PoolError, match=f"^{re.escape(url)}: .*exit status"):
             import_archives(url, tmp_path / "new")
         assert not list(tmp_path.glob("new/*.tar"))
 
@@ -250,7 +251,7 @@ class TestFaults:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: Full())
-        with pytest.raises(CacheError, match="no space left"):
+        with pytest.raises(CacheError, match=os.strerror(errno.ENOSPC)):
             import_archives(path, tmp_path / "new")
 
     def test_the_originals_are_never_replaced(self, tmp_path):

@@ -28,7 +28,7 @@ def test_a_folder_of_many_shards(tmp_path):
     assert pool.urls == list(map(str, paths))
     assert [shard.size for shard in pool.shards] == list(range(1000))
     paths[700].unlink()
-    with pytest.raises(PoolError, match=r"p-0700\.tar.*1 of the 1000 shards"):
+    with pytest.raises(PoolError, match=r"p-0700\.tar.*1 of the 1000"):
         ShardPool(tmp_path / "p-{0000..0999}.tar")
 
 
@@ -68,7 +68,7 @@ def test_reads_only_the_extensions_asked_for(small_pool):
     assert pool.read([0], "cls") == [first]
     assert pool.sizes([0, 8, 1]).tolist() == [8, 63, 15]
     assert pool.sizes([8, 1], ["cls"]).tolist() == [0, 1]
-    with pytest.raises(PoolError, match="'jpg' or 'jpeg'; there are 'txt', 'cls'"):
+    with pytest.raises(PoolError, match=r"'jpg' or 'jpeg'.*'txt', 'cls'"):
         pool.read([0], ["jpg", "jpeg"])
 
 
@@ -79,7 +79,7 @@ def test_labels(small_pool, write_tar):
     assert ShardPool(write_tar("plain.tar", [("a.jpg", b"")])).labels([0]).tolist() == [-1]
     bad = ShardPool(write_tar("bad.tar", [("a.cls", b" 7\n"), ("b.cls", b"cat")]))
     assert bad.labels([0]).tolist() == [7]
-    with pytest.raises(SampleError, match=r"bad\.tar: sample 'b': .*\.cls .*b'cat'"):
+    with pytest.raises(SampleError, match=r"bad\.tar: sample 'b': .*cls.*b'cat'"):
         bad.labels([0, 1])
 
 
@@ -91,7 +91,7 @@ def test_ids_outside_the_pool_are_refused(small_pool, ids):
 
 @pytest.mark.parametrize("ids", [[0.5], [[1, 2]], ["a"]])
 def test_ids_that_are_no_list_of_integers_are_refused(small_pool, ids):
-    with pytest.raises(PoolError, match="list of integers"):
+    with pytest.raises(PoolError, match=f"^ids .*{np.asarray(ids).dtype}"):
         ShardPool(small_pool).read(ids)
 
 
@@ -130,20 +130,14 @@ class TestUrls:
     @pytest.mark.parametrize(
         ("urls", "message"),
         [
-            ([], "the pool is empty: the list of shards has no entry"),
-            (
-                "pol-*.tar",
-                r"no shard matches '.*pol-\*\.tar'; the nearest of the 3 entries of '.*' is 'pool-0",
-            ),
-            ("pool-{000001..000003}.tar", r"'pool-000003\.tar' \(1 of the 3 shards of .* are missing\)"),
-            ("nowhere/pool-*.tar", r"folder '.*' has no 'nowhere'"),
-            (".", r"is a folder; give its shards, for example '.*\*\.tar'"),
-            (["pool-000000.tar", "pool-{000000..000001}.tar"], r"pool-000000\.tar: is given twice in"),
-            (
-                "pipe:cat pool-000000.tar",
-                "a pipe has no offsets.*`curated-data import 'pipe:cat pool-000000.tar' NEW`",
-            ),
-            ([3], r"not by 3 \(int\)"),
+            ([], "the pool is empty"),
+            ("pol-*.tar", r"pol-\*\.tar'.*'pool-0"),
+            ("pool-{000001..000003}.tar", r"'pool-000003\.tar'.*1 of the 3 "),
+            ("nowhere/pool-*.tar", "'nowhere'"),
+            (".", r"'\./\*\.tar'"),
+            (["pool-000000.tar", "pool-{000000..000001}.tar"], r"^pool-000000\.tar: .*twice"),
+            ("pipe:cat pool-000000.tar", "`curated-data import 'pipe:cat pool-000000.tar' NEW`"),
+            ([3], r"3 \(int\)"),
         ],
     )
     def test_bad_urls(self, small_pool, monkeypatch, urls, message):
@@ -155,7 +149,7 @@ class TestUrls:
 def test_a_pool_without_samples_is_refused(write_tar, tmp_path):
     pool = ShardPool(write_tar("none.tar", [("README", b"text")]), cache_dir=tmp_path / "cache")
     for _ in range(2):
-        with pytest.raises(PoolError, match=r"empty: .*none\.tar"):
+        with pytest.raises(PoolError, match=r"none\.tar"):
             len(pool)
 
 
@@ -176,37 +170,37 @@ class TestFaults:
 
     @pytest.mark.parametrize("was_read", [False, True])
     @pytest.mark.parametrize(
-        ("spoil", "message"),
+        "spoil",
         [
-            (lambda path: path.unlink(), "vanished|removed or replaced"),
-            (lambda path: path.write_bytes(path.read_bytes()[:4096]), "changed since it was indexed"),
-            (lambda path: path.write_bytes(path.read_bytes() + bytes(512)), "changed since it was indexed"),
-            (lambda path: os.utime(path, ns=(1, 1)), "changed since it was indexed: .* bytes then"),
-            (lambda path: os.replace(shutil.copy(path, f"{path}.new"), path), "replaced|changed"),
+            lambda path: path.unlink(),
+            lambda path: path.write_bytes(path.read_bytes()[:4096]),
+            lambda path: path.write_bytes(path.read_bytes() + bytes(512)),
+            lambda path: os.utime(path, ns=(1, 1)),
+            lambda path: os.replace(shutil.copy(path, f"{path}.new"), path),
         ],
         ids=["removed", "shortened", "grown", "touched", "replaced"],
     )
-    def test_after_indexing(self, small_pool, spoil, message, was_read):
+    def test_after_indexing(self, small_pool, spoil, was_read):
         pool = ShardPool(small_pool)
         len(pool)
         if was_read:
             pool.read([6])
         spoil(small_pool[2])
         assert pool.read([1])[0]["__key__"] == "key001"  # the others are still there
-        with pytest.raises(PoolError, match=rf"{small_pool[2].name}.*({message})"):
+        with pytest.raises(PoolError, match=f"{small_pool[2]}: .* since"):
             pool.read([1, 6])
 
     def test_before_indexing(self, small_pool, tmp_path):
         pool = ShardPool(small_pool, cache_dir=tmp_path / "cache")
         assert pool.shards
         small_pool[0].write_bytes(small_pool[0].read_bytes() + bytes(512))
-        with pytest.raises(PoolError, match=r"pool-000000\.tar: changed since"):
+        with pytest.raises(PoolError, match=r"pool-000000\.tar: changed"):
             pool.index()
 
     def test_a_bad_shard_loses_nothing_of_the_others(self, small_pool, tmp_path, monkeypatch):
         good = small_pool[1].read_bytes()
         small_pool[1].write_bytes(b"no tar" * 200)
-        with pytest.raises(PoolError, match=r"pool-000001\.tar: not a tar archive"):
+        with pytest.raises(PoolError, match=r"pool-000001\.tar: .*b'no tar"):
             len(ShardPool(small_pool, cache_dir=tmp_path / "cache", num_workers=2))
         small_pool[1].write_bytes(good)
         indexed = []

@@ -52,7 +52,7 @@ def test_head_lines_say_command_hardware_time_and_what_to_expect():
 def test_a_misspelt_field_is_named_before_anything_starts(monkeypatch):
     monkeypatch.chdir(ROOT)
     config = str(ROOT / "configs" / "pretrain" / "simclr_fashion.yaml")
-    with pytest.raises(CuratedDataError, match=r"target_sise.*did you mean 'target_size'"):
+    with pytest.raises(CuratedDataError, match=r"target_sise.*'target_size'"):
         pretrain.main(["fit", *BASE, "--config", config, "--data.curation.target_sise", "3"])
 
 
@@ -62,9 +62,9 @@ def test_what_a_module_does_not_take_is_said_in_one_line(monkeypatch, tmp_path, 
     config = str(ROOT / "configs" / "pretrain" / "simclr_fashion.yaml")
     arguments = ["fit", *BASE, "--config", config, "--data.pool", str(tmp_path / "pool-*.tar")]
     for name, value, message in (
-        ("temperature", "-1", "^temperature must be positive, got -1.0$"),
-        ("backbone", "rsnet18", "^timm has no model 'rsnet18'; did you mean"),
-        ("augmentation", "{colour: 1}", "unexpected keyword argument 'colour'"),
+        ("temperature", "-1", r"^temperature .*-1\.0$"),
+        ("backbone", "rsnet18", "'rsnet18'.*'resnet18'"),
+        ("augmentation", "{colour: 1}", "'colour'"),
     ):
         with pytest.raises(CuratedDataError, match=message):
             pretrain.main([*arguments, f"--model.init_args.{name}", value])
@@ -153,7 +153,7 @@ def test_a_batch_without_one_image_a_sample_is_not_predicted():
     images = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(module.predict_step(images, 0), module.embed(images))
     assert list(module.predict_step({"image": images}, 0)) == ["embedding"]
-    with pytest.raises(TypeError, match=r"a dict with 'image'.*got \['sample_id', 'views'\]"):
+    with pytest.raises(TypeError, match=r"'image'.*\['sample_id', 'views'\]"):
         module.predict_step({"views": [images, images], "sample_id": torch.arange(2)}, 0)
 
 
@@ -167,16 +167,10 @@ def test_every_suite_is_valid(path):
 def test_suites_with_errors_are_named(tmp_path):
     path = tmp_path / "suite.yaml"
     for text, message in (
-        (
-            "datasets: {a: {layout: folder, train: x, test: y, evaluation: [knn]}}",
-            "did you mean 'evaluations'",
-        ),
-        ("datasets: {a: {layout: files, train: x, test: y}}", "a.layout: expected shards, folder"),
-        (
-            "datasets: {a: {layout: folder, train: x, test: y, evaluations: [nn]}}",
-            "a.evaluations: expected of knn",
-        ),
-        ("datasets: {}", "no datasets"),
+        ("datasets: {a: {layout: folder, train: x, test: y, evaluation: [knn]}}", "'evaluations'"),
+        ("datasets: {a: {layout: files, train: x, test: y}}", r"a\.layout: .*folder"),
+        ("datasets: {a: {layout: folder, train: x, test: y, evaluations: [nn]}}", r"a\.evaluations: .*knn"),
+        ("datasets: {}", r"suite\.yaml: .*datasets"),
     ):
         path.write_text(text)
         with pytest.raises(CuratedDataError, match=message):

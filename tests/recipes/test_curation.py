@@ -65,14 +65,11 @@ def test_a_curation_config_runs(tmp_path, fashion_train, fashion_test, monkeypat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            ["curation.target_sise=5"],
-            r"target_sise: CurationConfig has no such field; did you mean 'target_size'",
-        ),
-        (["embeder=pixels:8"], r"embeder: Settings has no such field; did you mean 'embedder'"),
-        (["curation.metric=12"], r"metric: expected one of l2, cosine, found '12'; did you mean 'l2'"),
+        (["curation.target_sise=5"], "target_sise: .*'target_size'"),
+        (["embeder=pixels:8"], "embeder: .*'embedder'"),
+        (["curation.metric=12"], "metric: .*'12'.*'l2'"),
         (["cache_dir=${nowhere}"], r"nowhere"),
-        (["target_size"], r"target_size: expected FIELD=VALUE"),
+        (["target_size"], "target_size: .*FIELD=VALUE"),
     ],
 )
 def test_errors_in_settings_are_named_before_anything_starts(overrides, message, tmp_path, monkeypatch):
@@ -139,7 +136,7 @@ def test_recuration_prints_what_it_changed(tmp_path, fashion_train, monkeypatch)
 def test_recuration_settings_are_checked(monkeypatch):
     monkeypatch.chdir(ROOT)
     configs = ["--config", "configs/base.yaml", "--config", "configs/pretrain/simclr_fashion.yaml"]
-    with pytest.raises(CuratedDataError, match=r"every_n_epochs: .*found 0"):
+    with pytest.raises(CuratedDataError, match=r"every_n_epochs: .* 0"):
         recurate.main(["fit", *configs, "--recuration.every_n_epochs", "0"])
     twice = [
         *configs,
@@ -148,7 +145,7 @@ def test_recuration_settings_are_checked(monkeypatch):
         "--data.pool",
         "pool.tar",
     ]
-    with pytest.raises(ConfigError, match=r"trainer\.callbacks: has a curated_data\.RecurationCallback, of "):
+    with pytest.raises(ConfigError, match=r"trainer\.callbacks: .*curated_data\.RecurationCallback"):
         recurate.main(["fit", *twice])
 
 

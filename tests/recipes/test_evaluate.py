@@ -267,24 +267,21 @@ def test_missing_folders_and_bad_suites_are_named(root, tmp_path, monkeypatch, c
         assert f"evaluate: {option}" in capsys.readouterr().err
     for content in ("datasets: [a]", "datasets:", "name: x"):
         (tmp_path / "bad.yaml").write_text(content)
-        with pytest.raises(ConfigError, match="no datasets; list them below"):
+        with pytest.raises(ConfigError, match=r"bad\.yaml: .*datasets"):
             load_suite(tmp_path / "bad.yaml", EVALUATIONS)
     for content, message in (
-        ("[1, 2]", "bad.yaml: expected fields and values, found a list"),
-        ("datasets: {a: }", "a: expected fields and values, got None"),
-        ("datasets: {a: [1]}", r"a: expected fields and values, got \[1\]"),
+        ("[1, 2]", r"bad\.yaml: .* list"),
+        ("datasets: {a: }", "a: .*None"),
+        ("datasets: {a: [1]}", r"a: .*\[1\]"),
     ):
         (tmp_path / "bad.yaml").write_text(content)
         with pytest.raises(ConfigError, match=message):
             load_suite(tmp_path / "bad.yaml", EVALUATIONS)
     for fields, message in (
-        (
-            "layout: objectnet, test: x, base: b, evaluations: [robustness]",
-            "a.base: expected another dataset",
-        ),
-        ("layout: ade20k, test: x, evaluations: [segmentation]", "a.train: is missing"),
+        ("layout: objectnet, test: x, base: b, evaluations: [robustness]", r"a\.base: "),
+        ("layout: ade20k, test: x, evaluations: [segmentation]", r"a\.train: "),
         ("layout: folder, train: x, test: x, steps: 0", "a.steps"),
-        ("layout: folder, trian: x", "a.trian: Dataset has no such field; did you mean 'train'"),
+        ("layout: folder, trian: x", r"a\.trian: .*'train'"),
     ):
         (tmp_path / "bad.yaml").write_text(f"datasets: {{a: {{{fields}}}}}")
         with pytest.raises(ConfigError, match=message):
@@ -334,10 +331,10 @@ def test_a_misspelt_part_is_no_other_part(tmp_path):
     savemat(tmp_path / "allsplit.mat", {"alltest": np.array([["x"]], object)})
     for layout, part in (("cub", "trian"), ("folder_split", "val"), ("revisited", "query"),
                          ("sun_rgbd", "val")):  # fmt: skip
-        with pytest.raises(PoolError, match=f"part '{part}': expected '"):
+        with pytest.raises(PoolError, match=f"'{part}'"):
             LAYOUTS[layout](tmp_path, part)
     (tmp_path / "allsplit.mat").write_bytes(b"no MATLAB file")
-    with pytest.raises(PoolError, match="not the toolbox's split"):
+    with pytest.raises(PoolError, match=r"allsplit\.mat: "):
         LAYOUTS["sun_rgbd"](tmp_path, "test")
 
 
@@ -368,16 +365,16 @@ def test_layouts_of_lists_and_tables(tmp_path):
     assert sorted(f.name for part in split for f in part.files) == ["0.png", "1.png", "2.png"]
     assert split[0].labels.tolist() == [0, 1]
     text(tmp_path / "list.csv", "c0/0.png 0\ngone.png 1\n")
-    with pytest.raises(PoolError, match=r"gone\.png is not there \(1 of 2"):
+    with pytest.raises(PoolError, match=r"gone\.png .*1 of 2"):
         LAYOUTS["file_list"](tmp_path, "list.csv")
     text(tmp_path / "train_test_split.txt", "1 1\n2 0 x\n3 1\n")
     with pytest.raises(PoolError, match=r"train_test_split\.txt, line 2: .*'2 0 x'"):
         LAYOUTS["cub"](tmp_path, "train")
     text(tmp_path / "train_test_split.txt", "1 1\n4 1\n")
-    with pytest.raises(PoolError, match="lists do not fit together"):
+    with pytest.raises(PoolError, match=r"CUB.*'4'"):
         LAYOUTS["cub"](tmp_path, "train")
     text(tmp_path / "list.csv", "c0/0.png\n")
-    with pytest.raises(PoolError, match="line 1: "):
+    with pytest.raises(PoolError, match=r"list\.csv, line 1: "):
         LAYOUTS["file_list"](tmp_path, "list.csv")
 
 

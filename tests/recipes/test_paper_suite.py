@@ -65,5 +65,5 @@ def test_image_files_of_torchvision_sets_are_kept_as_they_are(opened):
 def test_a_damaged_image_of_a_torchvision_set_is_named(opened, tmp_path):
     write_all(tmp_path)
     image(tmp_path / "oxford-iiit-pet" / "images" / "beagle_0.jpg").write_bytes(b"\xff\xd8 cut off")
-    with pytest.raises(PoolError, match=r"OxfordIIITPet below .*: image 1 of \{'split': 'trainval'\} cannot"):
+    with pytest.raises(PoolError, match=r"OxfordIIITPet .*image 1 .*'trainval'"):
         open_part("pets", load_suite(SUITE, EVALUATIONS), "train", tmp_path, tmp_path / "cache")

@@ -45,7 +45,7 @@ def test_bands_count_all_pairs_and_show_some(pool, tmp_path):
     cosine = (unit @ unit.T)[np.triu_indices(len(unit), 1)]
     assert bands[-1].least == 0.6
     for band in bands[1:]:
-        assert band.n_pairs_above == pytest.approx((cosine >= band.least).sum(), abs=16)  # 16 a sample
+        assert band.n_pairs_above == pytest.approx((cosine >= band.least).sum(), abs=16)  # 16 per sample
         assert len(band.pairs) == min(band.n_pairs, 4)
         assert (np.diff(band.cosine) <= 0).all()
         assert ((band.cosine >= band.least) & (band.cosine < band.below)).all()

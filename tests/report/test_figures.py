@@ -42,9 +42,9 @@ def test_class_balance_of_many_classes_is_a_rank_curve():
 
 
 def test_class_balance_refuses_arrays_that_do_not_fit():
-    with pytest.raises(ValueError, match="of one length"):
+    with pytest.raises(ValueError, match=r"\(3,\).*\(4,\)"):
         figures.class_balance({"pool": np.ones(3), "kept": np.ones(4)})
-    with pytest.raises(ValueError, match="2 class_names for 3"):
+    with pytest.raises(ValueError, match=r"2 class_names .*3"):
         figures.class_balance({"pool": np.ones(3)}, class_names=["a", "b"])
 
 

@@ -180,13 +180,13 @@ def test_same_curation_same_bytes(small, curation, tmp_path):
 
 
 def test_arrays_of_another_pool_are_refused(small, curation, tmp_path):
-    with pytest.raises(ValueError, match=r"coordinates need shape \(200, 2\)"):
+    with pytest.raises(ValueError, match=r"coordinates .*\(200, 2\)"):
         write_report(curation, small.pool, tmp_path / "r.html", coordinates=np.zeros((3, 2)))
-    with pytest.raises(ValueError, match="labels need shape"):
+    with pytest.raises(ValueError, match=r"labels .*\(200,\)"):
         write_report(curation, small.pool, tmp_path / "r.html", labels=np.zeros(3, int))
-    with pytest.raises(ValueError, match="labels need to be integers, -1 for none, got float64"):
+    with pytest.raises(ValueError, match=r"labels .*float64"):
         write_report(curation, small.pool, tmp_path / "r.html", labels=np.zeros(200))
-    with pytest.raises(ValueError, match="coordinates need real numbers, got <U1"):
+    with pytest.raises(ValueError, match=r"coordinates .*<U1"):
         write_report(curation, small.pool, tmp_path / "r.html", coordinates=np.full((200, 2), "x"))
     with pytest.raises(ValueError, match="1 class_names"):
         write_report(curation, small.pool, tmp_path / "r.html", class_names=["a"])
@@ -419,5 +419,5 @@ def test_explain_follows_the_tree(small, curation):
     assert f"Sample {kept} was selected" in lines[-1]
     assert f"Sample {dropped} was not selected" in explain(curation, dropped)[-1]
     assert explain(curation, 7) == ["Sample 7 took no part: not an <image>."]
-    with pytest.raises(ValueError, match="ids 0 to 199"):
+    with pytest.raises(ValueError, match="sample 200"):
         explain(curation, 200)

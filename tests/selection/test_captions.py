@@ -166,7 +166,7 @@ def test_names_of_several_classes_are_no_names():
     assert matcher.match(["A crane", "a tower crane", "my hound"]).tolist() == [-1, 3, 0]
     twins = NameMatcher([CaptionClass("a", ("x",)), CaptionClass("b", ("X",))])
     assert twins.nameless == [0, 1]
-    with pytest.raises(ConfigError, match="'a' is given twice"):
+    with pytest.raises(ConfigError, match="'a'"):
         NameMatcher([CaptionClass("a", ("x",)), CaptionClass("a", ("y",))])
 
 
@@ -297,7 +297,7 @@ def test_filters_on_metadata_and_on_text_in_the_image():
     assert found.ids.tolist() == [100, 106]
     assert found.report["counts"]["filtered"] == 4
     assert found.report["counts"]["name in the image"] == 1
-    with pytest.raises(ConfigError, match="need metadata"):
+    with pytest.raises(ConfigError, match="metadata"):
         label_captions([block()], CLASSES, embedder=embed, threshold=0, filters=filters)
 
 
@@ -371,7 +371,7 @@ def test_captions_from_a_column_are_those_of_members(tmp_path):
 def test_pools_without_captions_or_with_broken_metadata(tmp_path):
     with ShardWriter(tmp_path / "a-%06d.tar") as writer:
         writer.write({"__key__": "s", "jpg": b"x"})
-    with pytest.raises(PoolError, match=r"no \.?.*txt"):
+    with pytest.raises(PoolError, match=r"\btxt\b"):
         label_pool(ShardPool(str(tmp_path / "a-*.tar")), CLASSES, embedder=embed, threshold=0)
     with ShardWriter(tmp_path / "b-%06d.tar") as writer:
         writer.write({"__key__": "s", "txt": "dog", "json": b"{oops"})
@@ -384,18 +384,18 @@ def test_pools_without_captions_or_with_broken_metadata(tmp_path):
 def test_bad_settings_are_named(tmp_path):
     with pytest.raises(ConfigError, match="no classes"):
         label_captions([block()], [], embedder=embed, threshold=0)
-    with pytest.raises(EmbedderError, match="'word2vec': unknown"):
+    with pytest.raises(EmbedderError, match="'word2vec'"):
         label_captions([block()], CLASSES, embedder="word2vec", threshold=0)
     with pytest.raises(ConfigError, match="per_class=0"):
         label_captions([block()], CLASSES, embedder=embed, per_class=0)
-    with pytest.raises(EmbedderError, match="for 6 texts"):
+    with pytest.raises(EmbedderError, match="6 texts"):
         label_captions([block()], CLASSES, embedder=lambda texts: np.zeros(3), threshold=0)
-    with pytest.raises(ConfigError, match="class 'a' needs a tuple"):
+    with pytest.raises(ConfigError, match="class 'a'"):
         CaptionClass("a", ())
     (tmp_path / "classes.json").write_text('[{"id": "a", "names": []}]')
-    with pytest.raises(ConfigError, match="class 0 needs"):
+    with pytest.raises(ConfigError, match="class 0 "):
         read_classes(tmp_path / "classes.json")
-    with pytest.raises(ConfigError, match="not a readable JSON"):
+    with pytest.raises(ConfigError, match=r"missing\.json"):
         read_classes(tmp_path / "missing.json")
 
 
@@ -417,7 +417,7 @@ def test_wordnet_nouns(tmp_path):
     assert read_wordnet(tmp_path / "data.adj") == [
         CaptionClass("s00114", ("dog-tired", "spent"), "very tired")
     ]
-    with pytest.raises(ConfigError, match="no synset n00000001"):
+    with pytest.raises(ConfigError, match="n00000001"):
         read_wordnet(tmp_path, ["n00000001"])
 
 

@@ -11,6 +11,7 @@ from sklearn.neighbors import KernelDensity
 
 from curated_data.clustering.tree import ClusterTree
 from curated_data.selection import metrics
+from tests.oracles.clustering import two_dimensional
 
 COUNTS = st.lists(st.integers(0, 1000), min_size=1, max_size=30).map(np.array)
 
@@ -58,7 +59,7 @@ def test_cluster_balance_of_a_tree_counted_by_hand():
     assert low.selected_perplexity == pytest.approx(np.exp(stats.entropy([1, 3])))
     assert (high.n_clusters, high.covered) == (2, 1)
     assert metrics.selected_sizes(tree, np.array([0, 4, 4, 5]))[2].tolist() == [1, 3]
-    with pytest.raises(ValueError, match=r"0\.\.7, found 0\.\.8"):
+    with pytest.raises(ValueError, match=r"0\.\.7.*0\.\.8"):
         metrics.cluster_balance(tree, np.array([0, 8]))
 
 
@@ -82,12 +83,12 @@ def test_class_balance_of_ids_far_apart():
     assert balance.places(far).tolist() == [0, 0, 0, 1, 1, 2, -1]
     assert balance.names(None) == ["7", "100000000000", "100000000003"]
     assert balance.entropy_before == pytest.approx(metrics.entropy([3, 2, 1]))
-    with pytest.raises(ValueError, match="2 class_names, but the labels go up to 100000000003"):
+    with pytest.raises(ValueError, match=r"2 class_names.*100000000003"):
         balance.names(["a", "b"])
     assert expected.classes.tolist() == [0, 1, 2]  # ordinary ones stay the places of their counts
     assert expected.names(["a", "b", "c", "d"]) == ["a", "b", "c"]
     for labels in (dense.astype(float), dense.astype(str)):
-        with pytest.raises(ValueError, match="labels need to be integers, -1 for none, got"):
+        with pytest.raises(ValueError, match=f"labels .*{labels.dtype}"):
             metrics.class_balance(labels, ids)
 
 
@@ -138,15 +139,7 @@ def test_kl_against_a_kernel_density_of_scikit_learn(dimension):
 
 
 def test_kl_on_the_published_data():
-    rng = np.random.default_rng(0)
-    x = np.concatenate(
-        [
-            rng.normal((-1, -1), 0.5, (7000, 2)),
-            rng.normal((1, -1), 0.5, (1000, 2)),
-            rng.normal((0, 1), 0.5, (500, 2)),
-            rng.uniform(-3, 3, (500, 2)),
-        ]
-    )
+    rng, x = np.random.default_rng(0), two_dimensional(0)
     raw = metrics.kl_to_uniform(x, -3, 3)
     assert 0.94 < raw < 0.96
     assert metrics.kl_to_uniform(x, -3, 3, step=0.02) == pytest.approx(raw, abs=1e-3)

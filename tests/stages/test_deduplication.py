@@ -19,12 +19,10 @@ def test_held_out_shards_of_which_nothing_can_be_embedded(write_pool, tmp_path):
     shards, cache = write_pool([10]), tmp_path / "cache"
     broken = write_pool([3], name="test", bad={(0, place): b"?" for place in range(3)})
     with pytest.raises(
-        ConfigError,
-        match=r"^near_duplicates\.held_out: none of its 3 samples could be embedded; give shards .* the "
-        r"first: .*test-000\.tar, key '000/0000': .*",
+        ConfigError, match=r"^near_duplicates\.held_out: .* 3 .*test-000\.tar, key '000/0000'"
     ):
         run(shards, broken, cache)
-    with pytest.raises(PoolError, match=r"^near_duplicates\.held_out: the pool is empty"):
+    with pytest.raises(PoolError, match=r"^near_duplicates\.held_out: .*none-000\.tar"):
         run(shards, write_pool([0], name="none"), cache)
 
 

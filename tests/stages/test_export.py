@@ -101,7 +101,7 @@ def test_an_exported_selection_is_a_pool(pool, ids, tmp_path):
 def test_an_earlier_export_is_replaced_only_when_asked(pool, ids, tmp_path):
     export(pool, ids, tmp_path, max_samples=25)
     before = (tmp_path / "ids.npy").read_bytes()
-    with pytest.raises(PoolError, match="already"):
+    with pytest.raises(PoolError, match=r"shard-000000\.tar"):
         export(pool, ids[:5], tmp_path)
     assert (tmp_path / "ids.npy").read_bytes() == before
     shards = export(pool, ids[:5], tmp_path, overwrite=True)

@@ -117,14 +117,14 @@ def test_what_cannot_be_extended(write_pool, tmp_path):
     shards, cache = write_pool([30, 20]), tmp_path / "cache"
     old = curate(shards[:1], CONFIG, embedder="pixels:4", cache_dir=cache)
     place = {"cache_dir": cache, "tree": old.folders["tree"]}
-    with pytest.raises(CacheError, match=r"built over embeddings .* these are"):
+    with pytest.raises(CacheError, match=old.folders["embeddings"].name):
         extend(shards, CONFIG, embedder="pixels:5", **place)
-    with pytest.raises(PoolError, match="none of the 1 shards"):
+    with pytest.raises(PoolError, match=old.folders["tree"].name):
         extend(shards[1:], CONFIG, embedder="pixels:4", **place)
-    with pytest.raises(CacheError, match="holds no tree; give the folder"):
+    with pytest.raises(CacheError, match=f"{tmp_path}: "):
         extend(shards, CONFIG, embedder="pixels:4", cache_dir=cache, tree=tmp_path)
     for folder in (old.folders["tree"] / "tree", old.folders["selection"]):  # both are sound
-        with pytest.raises(CacheError, match="no tree"):
+        with pytest.raises(CacheError, match=f"{folder}: "):
             extend(shards, CONFIG, embedder="pixels:4", cache_dir=cache, tree=folder)
 
 
@@ -138,7 +138,7 @@ def test_what_needs_no_embedding_is_checked_first(write_pool, tmp_path, monkeypa
             member = tarfile.TarInfo(f"{number}.npy")
             member.size = 9
             archive.addfile(member, io.BytesIO(b"any bytes"))
-    monkeypatch.setattr(extract, "_forward", None)  # nothing is embedded
+    monkeypatch.setattr(extract, "_embed_shards", None)  # nothing is embedded
     largest = CONFIG | {"near_duplicates": {"enabled": True, "prefer": "largest"}}
     held_out = CONFIG | {"near_duplicates": {"enabled": True, "held_out": ["nowhere.tar"]}}
     pool = ShardPool(shards[:2])
@@ -175,7 +175,7 @@ def test_the_wrong_pool_is_found_even_where_the_cache_has_forgotten_its_shards(w
     shutil.rmtree(cache / ".shards")
     place = {"embedder": "pixels:4", "cache_dir": cache, "tree": old.folders["tree"]}
     assert extend(shards, CONFIG, **place).report["drift"]["n_old"] == 30
-    with pytest.raises(PoolError, match="none of the 1 shards"):
+    with pytest.raises(PoolError, match=old.folders["tree"].name):
         extend(shards[1:], CONFIG, **place)
 
 

@@ -287,7 +287,7 @@ def test_a_pool_of_copies_and_broken_samples_is_said_to_be_so(write_pool, tmp_pa
 
 
 def test_held_out_shards_that_are_missing_are_named_before_the_pool_is_embedded(write_pool, tmp_path):
-    with pytest.raises(PoolError, match=r"no shard matches 'nowhere\.tar'"):
+    with pytest.raises(PoolError, match=r"'nowhere\.tar'"):
         run(
             write_pool([20]), tmp_path / "cache",
             near_duplicates={"enabled": True, "held_out": ["nowhere.tar"]},
@@ -328,10 +328,10 @@ def test_derived_levels_and_every_form_of_pool(write_pool, tmp_path):
 
 def test_what_cannot_be_curated(write_pool, tmp_path):
     shards, cache = write_pool([6, 5]), tmp_path / "cache"
-    with pytest.raises(ConfigError, match=r"levels\[0\].n_clusters: 12 clusters of 11 samples"):
+    with pytest.raises(ConfigError, match=r"levels\[0\].n_clusters: 12 .* 11 "):
         run(shards, cache)
     assert not (cache / "embeddings").exists()  # found out before anything long started
-    with pytest.raises(PoolError, match="the pool is empty"):
+    with pytest.raises(PoolError, match="empty-000"):
         run(write_pool([0], name="empty"), cache)
     with pytest.raises(PoolError, match="nothing-"):
         run(str(tmp_path / "nothing-*.tar"), cache)
@@ -339,7 +339,7 @@ def test_what_cannot_be_curated(write_pool, tmp_path):
     with pytest.raises(PoolError, match=r"3 samples .*broken"):
         run(broken, cache, levels=[{"n_clusters": 1}])
     few = write_pool([14], name="few", bad={(0, place): b"?" for place in range(4)})
-    with pytest.raises(ConfigError, match=r"12 clusters of 10 samples"):
+    with pytest.raises(ConfigError, match=r"levels\[0\].n_clusters: 12 .* 10 "):
         run(few, cache)
     all_of_them = run(shards, cache, levels=[{"n_clusters": 3}], target_size=1000)
     np.testing.assert_array_equal(all_of_them.ids, np.arange(11))
@@ -348,7 +348,7 @@ def test_what_cannot_be_curated(write_pool, tmp_path):
 def test_a_cache_of_another_version_is_refused(write_pool, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "cache.json").write_text('{"format": 0}')
-    with pytest.raises(CacheError, match="written in cache format 0"):
+    with pytest.raises(CacheError, match=f"{tmp_path}/cache: .*format 0"):
         run(write_pool([30]), tmp_path / "cache")
 
 

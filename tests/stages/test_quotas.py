@@ -99,15 +99,15 @@ def test_included_samples_count_in_the_quota_of_their_cluster(rows, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quotas": {"level": 2, "cap": 3}}, "quotas.level: the tree has levels 1 to 1, got 2"),
-        ({"quotas": {"weights": {99: 1}}}, "quotas.weights: level 1 has clusters 0 to 4, got 99"),
-        ({"quotas": {"weights": [1] * 9}}, "quotas.weights: level 1 has 5 clusters, got 9 numbers"),
-        ({"quotas": {"weights": [0] * 5}}, "quotas.weights: all are 0"),
+        ({"quotas": {"level": 2, "cap": 3}}, "quotas.level: .* 2"),
+        ({"quotas": {"weights": {99: 1}}}, "quotas.weights: .* 0 to 4.* 99"),
+        ({"quotas": {"weights": [1] * 9}}, "quotas.weights: .* 5 .* 9 "),
+        ({"quotas": {"weights": [0] * 5}}, "quotas.weights: .* 0"),
         ({"quotas": {"weights": "none.npy"}}, "quotas.weights: .*none.npy"),
-        ({"sampling": "greedy", "max_repeats": 2}, "max_repeats: sampling 'greedy'"),
-        ({"sampling": "greedy", "quotas": {"cap": 5}}, "quotas: sampling 'greedy'"),
+        ({"sampling": "greedy", "max_repeats": 2}, "max_repeats: .*'greedy'"),
+        ({"sampling": "greedy", "quotas": {"cap": 5}}, "quotas: .*'greedy'"),
         ({"sampling": "greedy", "strategy": "closest"}, "strategy: 'closest'"),
-        ({"nested_sizes": [2], "include": [1, 2, 3]}, "include: 3 samples are more than nested_sizes, 2"),
+        ({"nested_sizes": [2], "include": [1, 2, 3]}, "include: 3 .*nested_sizes, 2"),
     ],
 )
 def test_what_the_tree_does_not_have_is_named(rows, tmp_path, changes, message):

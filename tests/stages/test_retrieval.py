@@ -133,7 +133,7 @@ def test_seeds_of_classes_of_images_retrieve_these(fashion_train, fashion_test, 
     ("given", "error", "message"),
     [
         ("none.npy", ConfigError, "retrieval.seeds.a: .*none.npy"),
-        ("seeds.tar", ConfigError, "retrieval.seeds.a: the pool's embeddings exist already"),
+        ("seeds.tar", ConfigError, "retrieval.seeds.a: .*embeddings"),
     ],
 )
 def test_bad_seeds_of_rows_are_named(rows, tmp_path, given, error, message):
@@ -147,11 +147,7 @@ def test_bad_seeds_of_shards_are_named(write_pool, tmp_path):
     np.save(tmp_path / "short.npy", np.ones((2, 3), np.float32))
     for given, error, message in (
         (str(tmp_path / "no-*.tar"), PoolError, "retrieval.seeds.mine: .*no-"),
-        (
-            str(tmp_path / "short.npy"),
-            ConfigError,
-            r"retrieval.seeds.mine: .*short.npy holds float32 \(2, 3\)",
-        ),
+        (str(tmp_path / "short.npy"), ConfigError, r"retrieval.seeds.mine: .*short.npy .*\(2, 3\)"),
     ):
         with pytest.raises(error, match=message):
             curate(

@@ -14,7 +14,7 @@ def test_views_of_different_shapes_are_one_clear_error(write_pool):
     dataset = PoolDataset(
         ShardPool(write_pool([4])), lambda image: torch.zeros(int(torch.randint(2, 50, (1,))))
     )
-    with pytest.raises(ConfigError, match="image: cannot be stacked"):
+    with pytest.raises(ConfigError, match=r"^image: .*\[\("):
         collate(dataset.__getitems__([0, 1, 2, 3]))
     dataset.views = lambda image: (image, torch.zeros(int(torch.randint(2, 50, (1,)))))
     with pytest.raises(ConfigError, match=r"^views\[1\]: .*\[\("):
@@ -35,12 +35,12 @@ def test_arrays_are_views_as_tensors_are(write_pool):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"a": torch.zeros(1)}, "gave a dict, expected a tensor or a list of tensors, in "),
-        (None, "gave a NoneType, expected"),
-        (Image.new("RGB", (2, 2)), "gave a Image, expected"),
-        ([], "gave no view, expected"),
-        ([torch.zeros(1), Image.new("RGB", (2, 2))], "gave a list whose item 1 is a Image, expected tensors"),
-        (np.array(["a"]), "gave an array of <U1, expected numbers"),
+        ({"a": torch.zeros(1)}, ".*dict"),
+        (None, ".*NoneType"),
+        (Image.new("RGB", (2, 2)), ".*Image"),
+        ([], ".*no view"),
+        ([torch.zeros(1), Image.new("RGB", (2, 2))], ".*item 1 .*Image"),
+        (np.array(["a"]), ".*<U1"),
     ],
 )
 def test_views_of_other_types_are_one_clear_error(write_pool, given, message):

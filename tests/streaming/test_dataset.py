@@ -304,7 +304,7 @@ def test_in_validation_a_batch_of_skipped_samples_is_padding(write_pool, n_bad):
     sampler = GlobalBatchSampler(None, 1, False, order=order, rank=0, world_size=1)
     loader = StreamLoader(dataset, batch_sampler=sampler, collate_fn=collate)
     if n_bad == 5:
-        with pytest.raises(SampleError, match="no sample of a batch can be decoded, nor any of the 4"):
+        with pytest.raises(SampleError, match=r"4 .*pool-000"):
             list(loader)
         return
     batches = list(loader)
@@ -323,7 +323,7 @@ def test_too_many_skipped_are_an_error(write_pool):
 
 def test_when_all_are_broken_the_spares_run_out(write_pool):
     pool = ShardPool(write_pool([8], bad={(0, place): b"broken" for place in range(8)}))
-    with pytest.raises(SampleError, match="drawn to replace it cannot be decoded"):
+    with pytest.raises(SampleError, match=r"pool-000\.tar: sample"):
         next(iter(loader_of(PoolDataset(pool, noisy, on_error="skip", max_skipped=1.0))))
 
 

@@ -102,16 +102,8 @@ class Loop:
     def train(self, n_batches: int, prefetched: int = 0) -> None:
         """One epoch of the loop's own: begin to read, train on so many batches, stop there."""
         order = self.stream.prepare(self, "settings", lambda ids: self.order)
-        sampler = GlobalBatchSampler(
-            None,
-            1,
-            True,
-            order=order,
-            rank=0,
-            world_size=1,
-            position=self.stream.position,
-            endless=self.endless,
-        )
+        place = {"order": order, "rank": 0, "world_size": 1, "position": self.stream.position}
+        sampler = GlobalBatchSampler(None, 1, True, **place, endless=self.endless)
         batches = iter(sampler)
         for _ in range(n_batches):
             batch = next(batches)
@@ -231,7 +223,7 @@ def test_a_new_selection_takes_over_when_an_epoch_begins(tmp_path, cached):
         (path,) = (tmp_path / "streaming").glob(f"{state['selection']}.npy")
         for damaged in (np.load(path)[::-1].copy(), None):
             path.write_bytes(b"") if damaged is None else np.save(path, damaged)
-            with pytest.raises(CacheError, match=r"damaged .*set_selection"):
+            with pytest.raises(CacheError, match=f"{path.name}: .*set_selection"):
                 TrainingStream(lambda: 0, tmp_path).load_state_dict(state, None)
 
 

@@ -17,14 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from curated_data import Component, CuratedDataModule, Mixture, RecurationCallback
 from tests.support.options import grouped
 from tests.support.recuration_runs import TinyModule, to_float
-from tests.support.trainer_runs import (
-    GLOBAL_BATCH,
-    SELECTION,
-    Recorder,
-    noisy_crop,
-    trainer,
-    write_pools,
-)
+from tests.support.trainer_runs import GLOBAL_BATCH, SELECTION, Recorder, noisy_crop, trainer, write_pools
 
 EPOCH_BATCHES = 7
 

@@ -78,7 +78,7 @@ def test_metrics_without_labels(write_pool, tmp_path):
     assert "curation/class_entropy" not in values
     assert values["curation/selected"] == 32
     assert all(np.isfinite(list(values.values())))
-    with pytest.raises(ConfigError, match=r"labels: expected shape \(64,\), got \(3,\)"):
+    with pytest.raises(ConfigError, match=r"labels: .*\(64,\).*\(3,\)"):
         fit(write_pool(SIZES), tmp_path / "c", None, epochs=1, callbacks=[CurationLogger(np.zeros(3))])
     with pytest.raises(ConfigError, match=r"^CurationLogger\.labels: .*integers"):
         fit(write_pool(SIZES), tmp_path / "c", None, epochs=1, callbacks=[CurationLogger(np.zeros(64))])

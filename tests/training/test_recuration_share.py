@@ -170,10 +170,10 @@ def test_levels_and_shares_out_of_range(write_pool, tmp_path):
     pool = ShardPool(write_pool([60]), cache_dir=tmp_path / "c")
     base = curate(pool, settings(), embedder="pixels:2", cache_dir=tmp_path / "c")
     place = {"base": base, "embedder": "pixels:2", "cache_dir": tmp_path / "c"}
-    with pytest.raises(ConfigError, match="12 clusters of 6 samples"):
+    with pytest.raises(ConfigError, match=r" 12 .* 6 "):
         recurate(pool, settings(), share=0.1, **place)
     for share in (0, 1.5, float("nan")):
-        with pytest.raises(ConfigError, match="share: expected more than 0"):
+        with pytest.raises(ConfigError, match=f"^share: .*{share}"):
             recurate(pool, settings(), share=share, **place)
     for share in (0.05, 0.2, 1.0):
         lowest = levels_of_share(load_config({"target_size": 5, "preset": "paper"}), base, share)[0]

@@ -125,9 +125,9 @@ def test_what_cannot_be_sent_to_workers_is_named(write_pool, argument):
     data = CuratedDataModule(
         write_pool([4]), loader={"num_workers": 1, "multiprocessing_context": "spawn"}, **settings
     )
-    with pytest.raises(ConfigError, match=f"{argument}: cannot be pickled .*'spawn'"):
+    with pytest.raises(ConfigError, match=f"{argument}: .*'spawn'"):
         data.train_dataloader()
-    with pytest.raises(ConfigError, match=f"{argument}: cannot be pickled .*'spawn'"):
+    with pytest.raises(ConfigError, match=f"{argument}: .*'spawn'"):
         fit(data)
     alone = CuratedDataModule(
         write_pool([4]), loader={"num_workers": 0, "multiprocessing_context": "spawn"}, **settings
@@ -139,7 +139,7 @@ def test_a_validation_transform_that_cannot_be_sent_is_named(write_pool):
     paths = write_pool([4])
     settings = {"batch_size": 2, "val_pool": paths, "eval_transform": lambda image: image.float()}
     data = CuratedDataModule(paths, loader={"num_workers": 1, "multiprocessing_context": "spawn"}, **settings)
-    with pytest.raises(ConfigError, match=r"eval_transform: cannot be pickled .*'spawn'"):
+    with pytest.raises(ConfigError, match=r"eval_transform: .*'spawn'"):
         fit(data)
 
 
@@ -161,7 +161,7 @@ def fit(data: CuratedDataModule) -> None:
 
 def test_a_preprocessing_that_cannot_be_sent_is_named(write_pool, tmp_path):
     embedder = ModuleEmbedder(mean_colour, lambda image: image.float(), dimension=3)
-    with pytest.raises(ConfigError, match=r"preprocess: cannot be pickled .*'forkserver'"):
+    with pytest.raises(ConfigError, match=r"preprocess: .*'forkserver'"):
         embed_pool(
             ShardPool(write_pool([4])),
             embedder,
@@ -172,9 +172,9 @@ def test_a_preprocessing_that_cannot_be_sent_is_named(write_pool, tmp_path):
 
 
 def test_a_start_method_that_there_is_not_is_named(write_pool):
-    with pytest.raises(ConfigError, match=r"multiprocessing_context: expected one of .*, found 'thread'"):
+    with pytest.raises(ConfigError, match=r"multiprocessing_context: .*'thread'"):
         CuratedDataModule(write_pool([4]), loader={"multiprocessing_context": "thread"})
-    with pytest.raises(ConfigError, match=r"embedding\.multiprocessing_context: expected one of"):
+    with pytest.raises(ConfigError, match=r"embedding\.multiprocessing_context: .*'thread'"):
         load_config({"target_size": 1, "embedding": {"multiprocessing_context": "thread"}})
 
 

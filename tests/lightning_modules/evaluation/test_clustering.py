@@ -123,11 +123,11 @@ def test_two_ranks_get_the_result_of_one():
 @pytest.mark.parametrize(
     ("assignment", "labels", "options", "message"),
     [
-        ([0, 1], [0], {}, "expected 2 labels"),
-        ([0, -1], [0, 1], {}, "assignment: labels must be >= 0"),
+        ([0, 1], [0], {}, "2 labels"),
+        ([0, -1], [0, 1], {}, "^assignment: "),
         ([0, 1], [0, -1], {}, "leave unlabelled"),
         ([], [], {}, "no samples"),
-        ([0, 1], [0, 3], {"train_counts": np.array([1, 2])}, "train_counts has 2"),
+        ([0, 1], [0, 3], {"train_counts": np.array([1, 2])}, "train_counts.* 2"),
     ],
 )
 def test_bad_input_is_named(assignment, labels, options, message):

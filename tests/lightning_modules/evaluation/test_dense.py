@@ -115,11 +115,11 @@ def test_two_ranks_get_the_result_of_one():
 @pytest.mark.parametrize(
     ("masks", "message"),
     [
-        (np.zeros((23, 16, 16), int), "24 images, but 23 maps"),
-        (np.zeros((24, 3, 16), int), "not smaller than the 4 x 4 tokens"),
-        (np.zeros((24, 16, 16, 3), int), r"map 0 has shape \(16, 16, 3\)"),
+        (np.zeros((23, 16, 16), int), "24 .*23 "),
+        (np.zeros((24, 3, 16), int), "4 x 4"),
+        (np.zeros((24, 16, 16, 3), int), r"map 0 .*\(16, 16, 3\)"),
         (np.full((24, 16, 16), 255), "every pixel has the ignored label"),
-        (np.full((24, 16, 16), 3), "outside of 0..2"),
+        (np.full((24, 16, 16), 3), r"0\.\.2"),
         (np.zeros((24, 16, 16)), "integer"),
     ],
 )
@@ -135,16 +135,16 @@ def test_tokens_of_another_network_are_named():
         lambda: segmentation(tokens, masks, tokens[..., :2], masks, n_classes=3, settings=QUICK),
         lambda: depth(tokens, depths, tokens[..., :2], depths, settings=QUICK),
     ):
-        with pytest.raises(ValueError, match=r"train tokens have \d+ features, test tokens 2"):
+        with pytest.raises(ValueError, match=r"train .*\d+ .*test .*2"):
             result()
 
 
 @pytest.mark.parametrize("value", [0.0, np.inf, np.nan, 1000.0])
 def test_no_valid_depth_is_an_error(value):
     tokens, _, depths = scenes()
-    with pytest.raises(ValueError, match="train: no pixel has a depth in"):
+    with pytest.raises(ValueError, match=r"^train: "):
         depth(tokens, np.full_like(depths, value), tokens, depths)
-    with pytest.raises(ValueError, match="test: no pixel has a depth in"):
+    with pytest.raises(ValueError, match=r"^test: "):
         depth(tokens, depths, tokens, np.full_like(depths, value))
     with pytest.raises(ValueError, match="min_depth"):
         depth(tokens, depths, tokens, depths, min_depth=5, max_depth=1)

@@ -165,7 +165,7 @@ def test_labels_of_any_size():
     ("change", "message"),
     [
         ({"train_labels": torch.zeros(300, dtype=torch.int64)}, "one class only"),
-        ({"train_labels": torch.zeros(299, dtype=torch.int64)}, "expected 300 labels"),
+        ({"train_labels": torch.zeros(299, dtype=torch.int64)}, "300 labels"),
         ({"train_features": torch.full((300, 12), torch.nan)}, "not finite"),
         ({"test_features": torch.zeros(100, 5)}, "dimensions"),
         ({"test_features": torch.zeros(0, 12), "test_labels": torch.zeros(0, dtype=torch.int64)}, "samples"),

@@ -71,9 +71,9 @@ def test_a_large_part_held_out_leaves_a_sample(n):
 
 def test_bad_input_is_named():
     x, marks = data()
-    with pytest.raises(ValueError, match=r"expected marks \(300, C\)"):
+    with pytest.raises(ValueError, match=r"\(300, C\)"):
         multilabel(x, marks[:, 0], x, marks)
-    with pytest.raises(ValueError, match="must be 1, 0 or -1"):
+    with pytest.raises(ValueError, match="1, 0 or -1"):
         multilabel(x, marks + 1, x, marks)
     with pytest.raises(ValueError, match="not whole numbers"):
         multilabel(x, marks * 0.5, x, marks)

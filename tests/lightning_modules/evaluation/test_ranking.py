@@ -111,7 +111,7 @@ def test_writes_its_files(tmp_path):
     [
         (A, {k: v for k, v in B.items() if k != "vgg"}, {}, "vgg"),
         ({"x": 0.1, "y": 0.2}, {"x": 0.1, "y": 0.2}, {}, "three models"),
-        (A | {"vgg": 70.0}, B, {}, "'vgg': accuracies"),
+        (A | {"vgg": 70.0}, B, {}, "'vgg'"),
         (A | {"vgg": []}, B, {}, "'vgg'"),
         (A, B, {"confidence": 95}, "confidence"),
         (A, B, {"n_test_a": 0}, "test sets"),

@@ -146,7 +146,7 @@ class Sliced:
         ({"k": (61,)}, "1..60"),
         ({"k": 61}, "1..60"),
         ({"k": (0,)}, "1..60"),
-        ({"query_labels": None}, "query_labels and gallery_labels, or ground_truth"),
+        ({"query_labels": None}, "query_labels.*gallery_labels.*ground_truth"),
         ({"gallery_features": torch.zeros(60, 3)}, "dimensions"),
         ({"query_labels": torch.full((40,), 7)}, "no query"),
         ({"leave_one_out": True}, "leave_one_out"),

@@ -109,11 +109,11 @@ def test_two_ranks_get_the_result_of_one():
     ("shifted", "message"),
     [
         ({}, "no shifted sets"),
-        ({"base": ShiftedSet(POINTS, torch.tensor([0, 1, 2, 2]))}, 'cannot be named "base"'),
-        ({"a": ShiftedSet(POINTS, torch.tensor([0, 1, 2, 2]), classes=[0, 9])}, "a: its class map"),
-        ({"a": ShiftedSet(POINTS, torch.tensor([0, 1, 2, 2]), classes=[0, 1])}, "a: label 2"),
-        ({"a": ShiftedSet(POINTS[:, :3], torch.tensor([0, 1, 2, 2]))}, "a: features have 3"),
-        ({"a": ShiftedSet(POINTS, torch.tensor([0, 1]))}, "a: expected 4 labels"),
+        ({"base": ShiftedSet(POINTS, torch.tensor([0, 1, 2, 2]))}, '"base"'),
+        ({"a": ShiftedSet(POINTS, torch.tensor([0, 1, 2, 2]), classes=[0, 9])}, "^a: .*class map"),
+        ({"a": ShiftedSet(POINTS, torch.tensor([0, 1, 2, 2]), classes=[0, 1])}, "^a: .*label 2"),
+        ({"a": ShiftedSet(POINTS[:, :3], torch.tensor([0, 1, 2, 2]))}, "^a: .* 3"),
+        ({"a": ShiftedSet(POINTS, torch.tensor([0, 1]))}, "^a: .*4 labels"),
     ],
 )
 def test_bad_input_is_named(shifted, message):
