@@ -47,7 +47,9 @@ def opening(
     sentences = []
     if len(order) > 1:
         fell = int(np.argmin(after - before))
-        name = called.get(int(ids[fell]), f"cluster {ids[fell]}")
+        name = called.get(int(ids[fell]), "")
+        if kind == "cluster":
+            name = f"the cluster “{name}”" if name else f"cluster {ids[fell]}"
         sentences.append(f"{name} falls from {_percent(before[fell])} to {_percent(after[fell])}")
     if len(order) >= 6:
         rare = order[-3:]

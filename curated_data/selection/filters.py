@@ -141,7 +141,8 @@ class Where:
         conditions = []
         for number, part in enumerate(self.parts):
             null, true = _truth(found[f"c{number}"], n)
-            conditions.append(Condition(part, int((~true).sum()), int(null.sum())))
+            text = part.replace('"json".', "json.")  # which DuckDB quotes
+            conditions.append(Condition(text, int((~true).sum()), int(null.sum())))
             keep &= true
             is_false |= ~true & ~null
         dropped = np.flatnonzero(~keep)
