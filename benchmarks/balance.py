@@ -30,8 +30,10 @@ from curated_data.cache.publishing import atomic_write_json
 from curated_data.clustering import choose_levels
 from curated_data.config import ROWS_PER_CELL
 from curated_data.embedding import resolve_embedder
+from curated_data.matrix import unit
 from curated_data.programs import described_parser
 from curated_data.selection.greedy import greedy_order
+from curated_data.selection.metrics import entropy
 from curated_data.selection.quotas import Quotas, flat_quotas, water_fill
 from curated_data.selection.sparse import find_neighbours, sparse_sample
 
@@ -237,17 +239,6 @@ def is_text(folder: Path) -> bool:
     """Whether a pool is of texts."""
     with np.load(folder / "pool.npz") as content:
         return bool(content["test_items"].dtype.kind == "U")
-
-
-def entropy(counts: np.ndarray) -> float:
-    """In nats."""
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log(share)).sum())
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows of norm 1."""
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 if __name__ == "__main__":

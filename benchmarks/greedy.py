@@ -6,15 +6,17 @@ Facility location holds the whole (n, n) matrix of similarities, for pools of a 
 
 import numpy as np
 
+from curated_data.matrix import unit
+
 COMPONENTS = 64
 
 
 def reduced(rows: np.ndarray) -> np.ndarray:
     """(n, COMPONENTS) float32 rows of norm 1."""
-    rows = _unit(rows)
+    rows = unit(rows.astype(np.float32))
     centred = rows - rows.mean(axis=0)
     _, vectors = np.linalg.eigh(centred.T @ centred)
-    return _unit(centred @ vectors[:, ::-1][:, :COMPONENTS])
+    return unit(centred @ vectors[:, ::-1][:, :COMPONENTS])
 
 
 def k_center(rows: np.ndarray, size: int, seed: int) -> np.ndarray:
@@ -66,8 +68,3 @@ def dpp(rows: np.ndarray, size: int, seed: int) -> np.ndarray:
         left -= row**2
         left[chosen] = -np.inf
     return np.array(chosen)
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return (rows / np.maximum(norms, 1e-12)).astype(np.float32)

@@ -24,6 +24,12 @@ class Matrix(Protocol):
         """Some rows, by a slice or an array of ids."""
 
 
+def unit(rows: np.ndarray) -> np.ndarray:
+    """(m, d) rows of norm 1; rows of zeros stay as they are."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms != 0)
+
+
 def read_rows(source: Matrix, which: slice | np.ndarray) -> torch.Tensor:
     """Rows of an array or tensor as float32, or as float64 if they are, on the tensor's device."""
     if isinstance(source, torch.Tensor):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.balance import embed, entropy
+from benchmarks.balance import embed
 from benchmarks.evidence import training
 from benchmarks.evidence.figure import draw
 from benchmarks.evidence.gains import KEY, print_table
@@ -19,6 +19,7 @@ from benchmarks.evidence.ways import UNTRAINED, WAYS, Asked
 from benchmarks.machine import print_machine
 from curated_data.cache.publishing import atomic_path
 from curated_data.programs import described_parser
+from curated_data.selection.metrics import entropy
 
 
 def main() -> None:

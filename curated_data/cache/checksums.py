@@ -19,7 +19,8 @@ from typing import IO, Literal
 
 import numpy as np
 
-from curated_data.errors import CacheError, CuratedDataError, first_line
+from curated_data.cache.paths import local_path
+from curated_data.errors import CacheError, ConfigError, CuratedDataError, first_line
 
 MapMode = Literal["r", "c"] | None
 
@@ -128,6 +129,22 @@ def load_npy(path: Path, remedy: object, *, map_mode: MapMode = None) -> np.ndar
         if map_mode is not None:
             return np.memmap(file, dtype, map_mode, file.tell(), shape, order)
         return np.fromfile(file, dtype, math.prod(shape)).reshape(shape, order=order)
+
+
+def load_given(place: str | Path, name: str) -> np.ndarray:
+    """An array from a `.npy` file that the user names.
+
+    Args:
+        place: as the user gave it.
+        name: of the setting, for the error.
+
+    Raises:
+        ConfigError: it cannot be read, or is a URL.
+    """
+    try:
+        return load_npy(local_path(place, name), "give another")
+    except CacheError as error:
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def load_npz(path: Path, names: Sequence[str], remedy: object) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,23 @@ class MiniLM(nn.Module):
         weight = mask[..., None].float()
         mean = (hidden.float() * weight).sum(1) / weight.sum(1).clamp_min(1)
         return nn.functional.normalize(mean, dim=1)
+
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+        """(n, 384) float32 embeddings of texts, where the network is, in batches of about equal length."""
+        device = next(self.parameters()).device
+        rows = torch.empty(len(texts), self.dimension)
+        order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+        for first in range(0, len(texts), batch_size):
+            part = order[first : first + batch_size]
+            tokens = self.preprocess.tokenizer(
+                [texts[number] for number in part],
+                padding=True,
+                truncation=True,
+                max_length=self.preprocess.max_length,
+                return_tensors="pt",
+            )
+            rows[part] = self(tokens["input_ids"].to(device)).cpu()
+        return rows
 
 
 class Tokens:

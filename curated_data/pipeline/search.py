@@ -24,8 +24,8 @@ from curated_data.embedding.text import MiniLM
 from curated_data.errors import CacheError, ConfigError, PoolError, SampleError
 from curated_data.pool import ShardPool, ShardWriter
 from curated_data.pool.captions import read_captions
-from curated_data.pool.decode import TEXT_EXTENSIONS
 from curated_data.report.examples import thumbnails
+from curated_data.report.plain import plain_page
 from curated_data.selection.removed import Removed
 from curated_data.selection.retrieval import retrieve
 
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_INTRODUCTION = """<p class="soft">Nearest first, by the cosine of the embeddings; each below the query that
+it is nearest to, with its id, cosine, key and shard. Where a selection was given, a blue frame marks its
+samples.</p>
+"""
 _SIDE, _LINE, _COLUMNS = 128, 15, 6  # pixels of an image and of a line of text, and columns of a sheet
 
 
@@ -120,17 +124,24 @@ def embed_queries(
     """
     if not images and not texts:
         raise ConfigError("search: nothing to look for; give a text, an image, or vectors")
-    if isinstance(embedder, TextImageEmbedder) and texts:
+    rows = []
+    if texts:
+        if not isinstance(embedder, TextImageEmbedder | MiniLM):
+            raise ConfigError(
+                f"search: the embedder {getattr(embedder, 'name', 'given')!r} takes no text; give --image, "
+                "an embedder with a text tower (transformers: and the name of a CLIP or SigLIP; minilm for "
+                "pools of text), or --vectors with embeddings of your texts"
+            )
         if not all(text.strip() for text in texts):
             raise SampleError("search: a text is empty")
-        rows = [embed_queries(pool, embedder, images)] if images else []
-        return np.concatenate([*rows, embedder.embed_texts(texts).numpy()])
-    if texts and getattr(embedder, "name", "") != MiniLM.name:
-        raise ConfigError(
-            f"search: the embedder {getattr(embedder, 'name', 'given')!r} takes no text; give --image, an "
-            "embedder with a text tower (transformers: and the name of a CLIP or SigLIP; minilm for pools of "
-            "text), or --vectors with embeddings of your texts"
-        )
+        rows.append(embedder.embed_texts(texts).numpy())
+    if images:
+        rows.insert(0, _embed_images(pool, embedder, images))
+    return np.concatenate(rows)
+
+
+def _embed_images(pool: ShardPool, embedder: "Embedder", images: Sequence[str | Path]) -> np.ndarray:
+    """(m, d), through a pool of their own, so that they are decoded and embedded as any other."""
     with tempfile.TemporaryDirectory(prefix="curated-data-") as folder:
         names = []
         with ShardWriter(Path(folder) / "queries-%06d.tar") as writer:
@@ -144,9 +155,6 @@ def embed_queries(
                     raise PoolError(f"{path}: no image by its name; expected one of {known}")
                 writer.write({"__key__": f"{number:06d}", extension: path.read_bytes()})
                 names.append(str(path))
-            for number, text in enumerate(texts, len(images)):
-                writer.write({"__key__": f"{number:06d}", TEXT_EXTENSIONS[0]: text})
-                names.append(f"text {text!r}")
         queries = ShardPool(str(Path(folder) / "queries-*.tar"), image_extensions=pool.image_extensions)
         queries.images = pool.images
         store = embed_pool(queries, embedder, Path(folder), num_workers=0, dtype="float32", fields=[])
@@ -206,7 +214,7 @@ def contact_page(found: Found, pool: ShardPool, queries: Sequence[str] = ()) -> 
                 row.get("times"), f"selected {row.get('times')} times"
             )
             image = "" if tile is None else f'<img alt="" src="{_data_url(tile)}">'
-            words = [row["key"], caption or "", f"{Path(row['shard']).name}, {state}".rstrip(", ")]
+            words = [row["key"], caption or "", Path(row["shard"]).name, state]
             if row.get("duplicate_of") is not None:
                 words.append(f"near-duplicate of {row['duplicate_of']}")
             lines = "".join(f"<span>{html.escape(word)}</span>" for word in words if word)
@@ -216,9 +224,9 @@ def contact_page(found: Found, pool: ShardPool, queries: Sequence[str] = ()) -> 
                 "</figcaption></figure>"
             )
         name = html.escape(queries[number]) if number < len(queries) else f"query {number}"
-        sections.append(f"<h2>{name}</h2><div>{''.join(cells) or 'nothing found'}</div>")
-    template = Path(__file__).with_name("search.html").read_text(encoding="utf-8")
-    return (template + "".join(sections)).encode("utf-8", "surrogateescape")
+        shown = f'<div class="found">{"".join(cells)}</div>' if cells else "<p>Nothing found.</p>"
+        sections.append(f"<section><h2>{name}</h2>{shown}</section>")
+    return plain_page("Samples found", _INTRODUCTION + "".join(sections)).encode("utf-8", "surrogateescape")
 
 
 def _data_url(tile: np.ndarray) -> str:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from curated_data.cache.artifacts import fingerprint
 from curated_data.cache.locks import locked
 from curated_data.cache.publishing import atomic_path
-from curated_data.errors import ConfigError, PoolError
+from curated_data.errors import ConfigError, PoolError, printable
 from curated_data.parallel import rank, world_size
 from curated_data.parquet import (
     check_unique,
@@ -75,16 +75,19 @@ def read_columns(pool: "ShardPool", names: Sequence[str], tables: Sequence[Path]
     """
     beside = _Beside(pool, tables)
     columns: dict[str, Any] = {}
-    of_members = []
+    of_members, of_tables = [], []
     for name in dict.fromkeys(names):
         if name in _OWN:
             columns[name] = _own(pool, name)
         elif name in beside.names:
-            columns[name] = beside.read(name)
+            of_tables.append(name)
         elif name in _OF_MEMBERS or (name.startswith(_JSON) and "json" in pool.index().extensions):
             of_members.append(name)
         else:
             raise _unknown(name, [*_OWN, *_OF_MEMBERS, *beside.names], pool)
+    if of_tables:
+        table = beside.read(of_tables)
+        columns |= {name: table.column(name) for name in of_tables}
     if of_members:
         table, seen = _of_shards(pool, of_members)
         for name in of_members:
@@ -130,12 +133,14 @@ def columns_of_rows(n: int, keys: pa.Array | None, names: Sequence[str], tables:
         ConfigError: an unknown column; suggests the nearest name.
         PoolError: a file cannot be read, or holds a key twice.
     """
-    found: dict[str, Any] = {}
     if keys is None and any(key_column(open_parquet(path), path) is not None for path in tables):
         log.warning("%s: has keys, and the rows have none, so that its rows are taken in order", tables[0])
-    for name in dict.fromkeys(names):
-        found[name] = pa.array(np.arange(n)) if name == "id" else _joined(tables, name, keys, n)
-    return pa.table(found)
+    wanted = list(dict.fromkeys(names))
+    of_tables = [name for name in wanted if name != "id"]
+    found = _joined(tables, of_tables, keys, n) if of_tables else pa.table({})
+    if "id" in wanted:
+        found = found.append_column("id", pa.array(np.arange(n)))
+    return found.select(wanted)
 
 
 def _unknown(name: str, known: Sequence[str], pool: "ShardPool") -> ConfigError:
@@ -171,30 +176,44 @@ class _Beside:
             self.of_shards = [_beside(url) for url in pool.urls]
         first = next((path for path in (*self.tables, *self.of_shards) if path is not None), None)
         self.names = [] if first is None else column_names(open_parquet(first), first)
-        self._places: list[tuple[Path, np.ndarray, np.ndarray | None]] = []
 
-    def read(self, name: str) -> Any:
-        """A column in the pool's order; NULL for samples without a row."""
+    def read(self, names: Sequence[str]) -> pa.Table:
+        """Columns in the pool's order; NULL for samples without a row."""
         index = self.pool.index()
         keys = packed_keys(index.key_start, index.key_bytes)
         twice = str(index.duplicate_example) if index.n_duplicate_keys else ""
         if self.tables:
-            return _joined(self.tables, name, keys, len(index), twice)
-        parts = []
+            return _joined(self.tables, names, keys, len(index), twice)
+        parts, paths = [], []
         for path, (first, last) in zip(self.of_shards, _pairs(index.shard_start), strict=True):
             if path is None:
-                parts.append(pa.nulls(last - first))
+                parts.append(pa.table({name: pa.nulls(last - first) for name in names}))
             else:
                 of_shard = keys.slice(first, last - first)
                 is_only = last - first == len(index)
-                parts.append(_joined([path], name, of_shard, last - first, twice if is_only else ""))
-        kinds = {part.type for part in parts if not pa.types.is_null(part.type)}
-        tables = [pa.table({name: part}) for part in parts]
-        return pa.concat_tables(tables, promote_options="permissive" if len(kinds) != 1 else "default")[name]
+                parts.append(_joined([path], names, of_shard, last - first, twice if is_only else ""))
+                paths.append(path)
+        return _stacked(parts, paths)
 
 
-def _joined(paths: Sequence[Path], name: str, wanted: "pa.Array | None", n: int, twice: str = "") -> Any:
-    """A column of n samples from parquet files; NULL for samples without a row.
+def _stacked(tables: Sequence[pa.Table], paths: Sequence[Path]) -> pa.Table:
+    """Tables one below the other.
+
+    Raises:
+        ConfigError: their types do not go together.
+    """
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ConfigError(
+            f"{paths[0]}: a column has other types in other files ({printable(error)}); give it one"
+        ) from error
+
+
+def _joined(
+    paths: Sequence[Path], names: Sequence[str], wanted: pa.Array | None, n: int, twice: str = ""
+) -> pa.Table:
+    """Columns of n samples from parquet files; NULL for samples without a row.
 
     Args:
         wanted: the keys of the samples; None if they have none, and rows are taken in order.
@@ -203,21 +222,23 @@ def _joined(paths: Sequence[Path], name: str, wanted: "pa.Array | None", n: int,
     values, keys = [], []
     for path in paths:
         file = open_parquet(path)
-        if name not in column_names(file, path):
-            raise ConfigError(f"column {name!r}: {path} has none{nearest_of(name, file.schema_arrow.names)}")
+        there = column_names(file, path)
+        missing = next((name for name in names if name not in there), None)
+        if missing is not None:
+            raise ConfigError(f"column {missing!r}: {path} has none{nearest_of(missing, there)}")
         column = None if wanted is None else key_column(file, path)
         if column is not None:
             keys.append(read_keys(file, path, column))
         with reading_parquet(path):
-            values.append(file.read([name]))
-    table = pa.concat_tables(values, promote_options="permissive").column(name)
+            values.append(file.read(list(names)))
+    table = _stacked(values, paths)
     if len(keys) < len(paths) or wanted is None:
         if keys or len(table) != n:
             raise ConfigError(
                 f"{paths[0]}: has {len(table)} rows and no column of keys (key, __key__ or image_path), "
                 f"and there are {n} samples; add their keys, or a row for each in order"
             )
-        return table.combine_chunks()
+        return table
     every = pa.concat_arrays(keys)
     check_unique(every, paths[0])
     if twice:
@@ -233,8 +254,7 @@ def _joined(paths: Sequence[Path], name: str, wanted: "pa.Array | None", n: int,
             f"keys as the pool does, in a column key" if len(every) else
             f"{paths[0]}: has no rows; give a table with a row for each sample"
         )  # fmt: skip
-    found = table.take(pa.array(places, mask=places < 0))
-    return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+    return table.take(pa.array(places, mask=places < 0))
 
 
 def _beside(url: str) -> Path | None:

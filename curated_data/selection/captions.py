@@ -20,6 +20,7 @@ import torch
 from curated_data.cache.artifacts import read_array, read_manifest, write_manifest
 from curated_data.cache.publishing import atomic_path
 from curated_data.errors import ConfigError, EmbedderError, PoolError, SampleError
+from curated_data.matrix import unit
 from curated_data.pool.captions import read_captions
 from curated_data.pool.decode import as_extensions
 from curated_data.pool.writer import ShardWriter
@@ -384,7 +385,7 @@ def _embedded(embed: TextEmbedder, texts: list[str]) -> np.ndarray:
         raise EmbedderError(
             f"the text embedder gave {rows.shape} for {len(texts)} texts: needs finite rows (n, d)"
         )
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    return unit(rows)
 
 
 def _nothing() -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import numpy as np
 
-from curated_data.cache.checksums import load_npy, read_bytes
+from curated_data.cache.checksums import load_given, read_bytes
 from curated_data.cache.paths import local_path
 from curated_data.errors import ConfigError, PoolError, first_line
 
@@ -141,7 +141,8 @@ class Where:
         conditions = []
         for number, part in enumerate(self.parts):
             null, true = _truth(found[f"c{number}"], n)
-            conditions.append(Condition(part, int((~true).sum()), int(null.sum())))
+            text = part.replace('"json".', "json.")  # which DuckDB quotes
+            conditions.append(Condition(text, int((~true).sum()), int(null.sum())))
             keep &= true
             is_false |= ~true & ~null
         dropped = np.flatnonzero(~keep)
@@ -198,9 +199,9 @@ def sample_filter(
         )
     log.info("filters: %d of %d samples stay", int(keep.sum()), n)
     if not keep.any():
-        told = "; ".join(f"{part.text} alone drops {part.drops}" for part in found.conditions)
+        drops = "; ".join(f"{part.text} alone drops {part.drops}" for part in found.conditions)
         raise PoolError(
-            f"where, exclude: none of the {n} samples is left ({told or 'all are excluded'}); drop fewer"
+            f"where, exclude: none of the {n} samples is left ({drops or 'all are excluded'}); drop fewer"
         )
     return found
 
@@ -250,10 +251,7 @@ def named_ids(
 
 
 def _ids_in(path: str | Path, name: str) -> np.ndarray:
-    try:
-        ids = load_npy(local_path(path, name), "give another")
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from error
+    ids = load_given(path, name)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ConfigError(f"{name}: {path} holds {ids.dtype} {ids.shape}, expected a list of integer ids")
     return ids

@@ -8,8 +8,8 @@ cell. Samples are taken by how much they add to it, which gives at least 1 - 1/e
 import numpy as np
 
 from curated_data.clustering.tree import ClusterTree
-from curated_data.matrix import Matrix
-from curated_data.selection.sparse import cells, mean_direction, unit
+from curated_data.matrix import Matrix, unit
+from curated_data.selection.sparse import cells, mean_direction
 
 
 def greedy_order(x: Matrix, tree: ClusterTree, most: int) -> np.ndarray:

@@ -15,6 +15,8 @@ import numpy as np
 
 from curated_data.clustering.tree import ClusterTree
 from curated_data.errors import SampleError
+from curated_data.matrix import unit
+from curated_data.selection.links import stored_rows
 
 if TYPE_CHECKING:
     from curated_data.embedding import EmbeddingStore
@@ -318,12 +320,8 @@ def _level_balance(level: int, sizes: np.ndarray, selected: np.ndarray) -> Level
 
 
 def _rows(embeddings: "np.ndarray | EmbeddingStore", ids: np.ndarray, metric: str) -> np.ndarray:
-    rows = embeddings.rows(ids) if hasattr(embeddings, "rows") else embeddings[ids]
-    rows = np.ascontiguousarray(rows, np.float32)
-    if metric == "cosine":
-        norms = np.linalg.norm(rows, axis=1, keepdims=True)
-        rows = rows / np.maximum(norms, np.finfo(np.float32).tiny)
-    return rows
+    rows = np.ascontiguousarray(stored_rows(embeddings, ids), np.float32)
+    return unit(rows) if metric == "cosine" else rows
 
 
 def _checked_counts(counts: np.ndarray) -> np.ndarray:

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from curated_data.cache.checksums import load_npy
-from curated_data.cache.paths import local_path
+from curated_data.cache.checksums import load_given
 from curated_data.clustering.tree import ClusterTree
 from curated_data.config import CurationConfig, QuotaConfig
 from curated_data.errors import ConfigError
@@ -22,10 +21,7 @@ def with_weights(config: CurationConfig) -> CurationConfig:
     path = config.quotas.weights
     if not isinstance(path, str):
         return config
-    try:
-        weights = load_npy(local_path(path, "quotas.weights"), "give another")
-    except ValueError as error:
-        raise ConfigError(f"quotas.weights: {error}") from error
+    weights = load_given(path, "quotas.weights")
     if weights.ndim != 1 or weights.dtype.kind not in "iuf":
         raise ConfigError(
             f"quotas.weights: {path} holds {weights.dtype} {weights.shape}, expected a number per cluster"

@@ -12,6 +12,7 @@ import numpy as np
 
 from curated_data.checks import check_choice, whole_number
 from curated_data.clustering.tree import ClusterTree
+from curated_data.matrix import unit
 from curated_data.selection.quotas import Quotas, flat_quotas, tree_quotas
 
 log = logging.getLogger(__name__)
@@ -226,8 +227,7 @@ def distances(
         held = cluster[part] >= 0
         rows = np.asarray(embeddings[part])[held].astype(np.float32)
         if is_cosine:
-            norms = np.linalg.norm(rows, axis=1, keepdims=True)
-            rows = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+            rows = unit(rows)
         rows -= centroids[cluster[part][held]]
         distance[part][held] = np.einsum("nd,nd->n", rows, rows)
     return distance

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from curated_data.clustering.tree import ClusterTree
-from curated_data.matrix import Matrix, read_rows
+from curated_data.matrix import Matrix, read_rows, unit
 from curated_data.selection.quotas import Quotas, flat_quotas
 from curated_data.selection.sampling import attainable, warn_of_limits
 
@@ -89,12 +89,6 @@ def mean_direction(x: Matrix, tree: ClusterTree) -> np.ndarray:
         rows = read_rows(x, ids[first : first + BLOCK]).cpu().numpy().astype(np.float32)
         total += unit(rows).sum(axis=0, dtype=np.float64)
     return (total / max(1, len(ids))).astype(np.float32)
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows of norm 1; of zeros where they are."""
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
 
 
 def sparse_weights(neighbours: Neighbours, tree: ClusterTree) -> np.ndarray:

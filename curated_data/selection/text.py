@@ -4,11 +4,10 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from curated_data.devices import resolve_device
-from curated_data.embedding.text import MAX_LENGTH, MiniLM
+from curated_data.embedding.text import MiniLM
 from curated_data.errors import EmbedderError
 
 TextEmbedder = Callable[[Sequence[str]], Any]
@@ -30,7 +29,7 @@ def resolve_text_embedder(spec: str | TextEmbedder, *, device: str | torch.devic
         return spec
     device = resolve_device(device)
     if spec == "minilm":
-        return _minilm(device)
+        return MiniLM().to(device).embed_texts
     if spec.startswith("sentence-transformers:"):
         library = _sentence_transformers()
         model = library.SentenceTransformer(spec.partition(":")[2], device=str(device))
@@ -38,28 +37,6 @@ def resolve_text_embedder(spec: str | TextEmbedder, *, device: str | torch.devic
     raise EmbedderError(
         f"text embedder {spec!r}: unknown; give 'minilm', 'sentence-transformers:NAME' or a function"
     )
-
-
-def _minilm(device: torch.device, batch_size: int = 64) -> TextEmbedder:
-    network = MiniLM().to(device)
-
-    def embed(texts: Sequence[str]) -> np.ndarray:
-        """(n, d) float32 rows of norm 1."""
-        out = np.empty((len(texts), network.dimension), np.float32)
-        order = np.argsort([len(text) for text in texts], kind="stable")  # to avoid padding
-        for first in range(0, len(texts), batch_size):
-            part = order[first : first + batch_size]
-            tokens = network.preprocess.tokenizer(
-                [texts[i] for i in part],
-                padding=True,
-                truncation=True,
-                max_length=MAX_LENGTH,
-                return_tensors="pt",
-            )
-            out[part] = network(tokens["input_ids"].to(device)).cpu().numpy()
-        return out
-
-    return embed
 
 
 def _sentence_transformers() -> Any:

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from curated_data.cache.artifacts import MANIFEST, fingerprint, read_array, read_manifest
-from curated_data.cache.checksums import load_npy, reading
+from curated_data.cache.checksums import load_given, reading
 from curated_data.cache.layout import RETRIEVAL
-from curated_data.cache.paths import local_path
 from curated_data.cache.remedies import Remedy
 from curated_data.clustering.tree import EXCLUDED, ClusterTree
 from curated_data.config import CurationConfig
@@ -177,10 +176,7 @@ def seed_sources(config: CurationConfig, like: Embeddings) -> dict[str, SeedSet 
     for name, given in config.retrieval.seeds.items():
         where = f"retrieval.seeds.{name}"
         if isinstance(given, str) and given.endswith(".npy"):
-            try:
-                rows = load_npy(local_path(given, where), "give another")
-            except ValueError as error:
-                raise ConfigError(f"{where}: {error}") from error
+            rows = load_given(given, where)
             if rows.ndim != 2 or rows.dtype.kind != "f" or rows.shape[1] != like.dimension:
                 raise ConfigError(
                     f"{where}: {given} holds {rows.dtype} {rows.shape}, expected floats, (m, "

@@ -6,9 +6,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from curated_data.cache.checksums import load_npy
-from curated_data.cache.paths import local_path
-from curated_data.errors import CacheError, ConfigError
+from curated_data.cache.checksums import load_given
+from curated_data.errors import ConfigError
 from curated_data.pool import ShardPool
 from curated_data.streaming.labels import SampleLabels
 
@@ -52,14 +51,7 @@ def load_ids(selection: Ids, name: str = "selection") -> np.ndarray:
     Raises:
         ConfigError: the file cannot be read.
     """
-    if not isinstance(selection, str | Path):
-        return np.asarray(selection)
-    try:
-        return load_npy(local_path(selection, name), "give another")
-    except CacheError as error:
-        raise ConfigError(
-            f"{name}: {selection} cannot be read as a .npy file of integers ({error})"
-        ) from error
+    return load_given(selection, name) if isinstance(selection, str | Path) else np.asarray(selection)
 
 
 def checked_selection(ids: np.ndarray, pool: ShardPool, name: str) -> np.ndarray:

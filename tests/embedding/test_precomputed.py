@@ -1,6 +1,7 @@
 """EmbeddingFiles that exist for a pool of shards: every source, by key and by order, and bad input."""
 
 import re
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -194,10 +195,16 @@ def test_a_large_file_is_opened_without_being_read(tmp_path):
     with open(path, "wb") as file:  # sparse: 15 GB that take no space
         np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
         file.truncate(file.tell() + shape[0] * shape[1] * 2)
-    pool = EmbeddedPool(path)
-    assert (len(pool), pool.dimension, pool.dtype) == (*shape, "float16")
-    assert isinstance(pool.embeddings.parts[0].rows, np.memmap)
-    assert pool.embeddings.take(np.array([9_999_999, 5])).shape == (2, 768)
+    tracemalloc.start()
+    try:
+        pool = EmbeddedPool(path)
+        assert (len(pool), pool.dimension, pool.dtype) == (*shape, "float16")
+        assert isinstance(pool.embeddings.parts[0].rows, np.memmap)
+        assert pool.embeddings.take(np.array([9_999_999, 5])).shape == (2, 768)
+        assert len(next(pool.embeddings.blocks(1000))[1]) == 1000
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20  # the block, and little more
+    finally:
+        tracemalloc.stop()
 
 
 def bad(pool, rows, folder) -> dict:

@@ -137,10 +137,13 @@ def test_what_is_wrong_is_one_error(scored, tmp_path):
         "twice": {"key": [*keys, keys[4]], "score": range(13)},
         "others": {"key": ["x", "y"], "score": [1, 2]},
         "short": {"score": range(11)},
+        "numbers": {"key": keys[:6], "score": range(6)},
+        "texts": {"key": keys[6:], "score": "abcdef"},
     }
     for name, table in tables.items():
         pq.write_table(pa.table({k: list(v) for k, v in table.items()}), tmp_path / f"{name}.table")
     (tmp_path / "text.table").write_text("none")
+    types = [tmp_path / "numbers.table", tmp_path / "texts.table"]
     pool = ShardPool(scored)
     for make, kind, named in (
         (lambda: pool.columns(["similarty"]), ConfigError, "'similarity'"),
@@ -148,11 +151,8 @@ def test_what_is_wrong_is_one_error(scored, tmp_path):
         (lambda: pool.columns(["widht"]), ConfigError, "'width'"),
         (lambda: ShardPool(scored, columns=tmp_path / "twice.table").columns(["score"]), PoolError, keys[4]),
         (lambda: ShardPool(scored, columns=tmp_path / "others.table").columns(["score"]), PoolError, "'x'"),
-        (
-            lambda: ShardPool(scored, columns=tmp_path / "short.table").columns(["score"]),
-            ConfigError,
-            "11 rows",
-        ),
+        (lambda: ShardPool(scored, columns=tmp_path / "short.table").columns(["score"]), ConfigError, "11 "),
+        (lambda: ShardPool(scored, columns=types).columns(["score"]), ConfigError, "other types"),
         (lambda: ShardPool(scored, columns=tmp_path / "text.table"), PoolError, "text.table"),
         (lambda: ShardPool(scored, columns=tmp_path / "no.parquet"), PoolError, "no.parquet"),
     ):

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curated_data import Level, hierarchical_kmeans
+from curated_data.matrix import unit
 from curated_data.selection import sparse
 from curated_data.selection.greedy import greedy_order
-from curated_data.selection.sparse import cells, mean_direction, unit
+from curated_data.selection.sparse import cells, mean_direction
 from tests.selection.test_sampling import make_tree
 
 

@@ -116,7 +116,10 @@ if (dropped) {
   if (conditions.length)
     find("#filters .body").append(table(["condition", "drops alone", "of these NULL"], conditions, "text"));
   if (dropped.examples.length)
-    find("#filters .body").append(table(["id", "key"], dropped.examples, "text tight"));
+    find("#filters .body").append(
+      make("h3", {}, "Some of those that were dropped"),
+      table(["id", "key"], dropped.examples, "text tight"),
+    );
 } else find("#filters").remove();
 if (data.retrieval) {
   const sets = Object.entries(data.retrieval).map(([name, s]) => [
@@ -157,7 +160,7 @@ settings.append(
 if (data.tree.length)
   settings.append(
     make("h3", {}, "Levels of the tree, bottom up"),
-    table(["level", "clusters", "resamplings", "samples a cluster in each", "splits"], data.tree),
+    table(["level", "clusters", "resamplings", "samples per cluster in each", "splits"], data.tree),
   );
 if (usual.length)
   settings.append(
