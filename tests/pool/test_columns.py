@@ -152,7 +152,7 @@ def test_what_is_wrong_is_one_error(scored, tmp_path):
         (lambda: ShardPool(scored, columns=tmp_path / "twice.table").columns(["score"]), PoolError, keys[4]),
         (lambda: ShardPool(scored, columns=tmp_path / "others.table").columns(["score"]), PoolError, "'x'"),
         (lambda: ShardPool(scored, columns=tmp_path / "short.table").columns(["score"]), ConfigError, "11 "),
-        (lambda: ShardPool(scored, columns=types).columns(["score"]), ConfigError, "other types"),
+        (lambda: ShardPool(scored, columns=types).columns(["score"]), ConfigError, "numbers.table: "),
         (lambda: ShardPool(scored, columns=tmp_path / "text.table"), PoolError, "text.table"),
         (lambda: ShardPool(scored, columns=tmp_path / "no.parquet"), PoolError, "no.parquet"),
     ):
