@@ -81,7 +81,11 @@ def _bar(console: "Console", description: str, total: int | None, unit: str) -> 
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     ]
-    with Progress(*columns, console=console, transient=True) as bar:
+    # A notebook shows the bar apart from what is printed; a terminal, only if it passes through the bar.
+    apart = is_notebook()
+    with Progress(
+        *columns, console=console, transient=True, redirect_stdout=not apart, redirect_stderr=not apart
+    ) as bar:
         task = bar.add_task(description, total=total, note="")
 
         def advance(n: int = 1, note: str = "") -> None:
@@ -139,7 +143,8 @@ def _duration(seconds: float) -> str:
 
 
 def show_log() -> None:
-    """Let the package's log lines be seen on standard error, if nobody has configured logging.
+    """Let the package's log lines be seen on standard error, or in a notebook's cell, if nobody has
+    configured logging.
 
     Does nothing if the root logger or the package's has a handler or the package's has a level. With
     `CURATED_DATA_QUIET` set, only warnings are shown, and no progress.
@@ -165,7 +170,9 @@ class _Unconfigured(logging.Handler):
         if logging.getLogger().handlers or (record.levelno < logging.WARNING and rank() != 0):
             return
         try:
-            print(self.format(record), file=sys.stderr, flush=True)
+            # Notebooks show standard error as if something had gone wrong.
+            is_plain = record.levelno < logging.WARNING and is_notebook()
+            print(self.format(record), file=sys.stdout if is_plain else sys.stderr, flush=True)
         except Exception:  # a closed stream, say, must not end the work
             self.handleError(record)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import faiss
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from torch import Tensor
 
 from curated_data.colours import far_apart, place_of
+from curated_data.free_room import FreeRoom, name_groups
 from curated_data.matrix import Matrix, read_rows
 from curated_data.randomness import seeded
 from lightning_modules.heads import mlp
@@ -21,6 +22,7 @@ from lightning_modules.schedules import warmup_cosine
 log = logging.getLogger(__name__)
 
 _NAMED = 40  # labels that are named on a map, the largest
+_THUMBNAIL = 20  # points of the longer side of an image on a map
 
 
 def embed_2d(
@@ -133,7 +135,7 @@ def draw_map(
     """The figure of a map: points coloured by label or cluster, thumbnails where there is room.
 
     Colours are those that the colour-blind can tell apart. With more labels than these, far ones share a
-    colour; the forty largest are named at their place.
+    colour; the forty largest are named near their place. Names do not overlap, and thumbnails hide no point.
 
     Args:
         coordinates: (n, 2).
@@ -141,7 +143,7 @@ def draw_map(
         names: of the labels.
         selected: (n,) boolean: samples left out are drawn small and pale.
         outliers: (n,) boolean: marked with a cross; by default the most isolated one in a thousand points.
-        thumbnail: gives the image (H, W, 3) uint8 of a row; drawn in cells of the map that hold few points.
+        thumbnail: gives the image (H, W, 3) uint8 of a row; drawn beside points that have room around them.
 
     Raises:
         ValueError: arrays of different lengths.
@@ -176,18 +178,21 @@ def draw_map(
     marked = isolated(coordinates) if outliers is None else np.asarray(outliers, bool)
     x, y = coordinates[marked].T
     axes.scatter(x, y, s=30, marker="x", color="black", linewidths=0.7, label="outlier")
-    if thumbnail is not None:
-        _draw_thumbnails(axes, coordinates, thumbnail)
-    largest = sorted(groups, key=lambda value: -np.count_nonzero(labels == value))
-    for value in largest[:_NAMED] if len(groups) > 1 else []:
-        place = places[np.searchsorted(values, value)]
-        if np.isfinite(place).all():
-            box = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": groups[value], "alpha": 0.85}
-            name = str(value) if names is None else names[value]
-            axes.annotate(name, place, ha="center", va="center", fontsize=8, zorder=5, bbox=box)
     axes.set(xticks=[], yticks=[], title=title)
     axes.set_aspect("equal", adjustable="datalim")
     axes.legend(loc="lower left", frameon=False, fontsize=8)
+    room = FreeRoom(axes, coordinates)
+    named = sorted(groups, key=lambda value: -np.count_nonzero(labels == value))[:_NAMED]
+    if len(groups) > 1:
+        name_groups(
+            room,
+            places[np.searchsorted(values, named)],
+            [str(value) if names is None else names[value] for value in named],
+            [groups[value] for value in named],
+            fontsize=8,
+        )
+    if thumbnail is not None:
+        _draw_thumbnails(room, coordinates, thumbnail)
     return figure
 
 
@@ -273,27 +278,28 @@ def _neighbor_graph(x: np.ndarray, k: int) -> np.ndarray:
 
 
 def _draw_thumbnails(
-    axes: Axes, coordinates: np.ndarray, thumbnail: Callable[[int], np.ndarray], cells: int = 24
+    room: FreeRoom, coordinates: np.ndarray, thumbnail: Callable[[int], np.ndarray], cells: int = 24
 ) -> None:
-    """One image in each occupied cell of a grid, emptiest cells first: room without hiding much."""
-    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-
+    """An image of one point in each cell of a grid, beside it, where there is room; emptiest cells first."""
     low, high = np.percentile(coordinates, [0.5, 99.5], axis=0)
-    cell = ((coordinates - low) / np.maximum(high - low, 1e-9) * cells).astype(np.int64)
-    inside = ((cell >= 0) & (cell < cells)).all(1)
-    key = cell[:, 0] * cells + cell[:, 1]
-    rows = np.flatnonzero(inside)
-    occupied, first, counts = np.unique(key[rows], return_index=True, return_counts=True)
-    taken: set[tuple[int, int]] = set()
-    for i in np.argsort(counts, kind="stable"):
-        x, y = divmod(int(occupied[i]), cells)
-        if any((x + dx, y + dy) in taken for dx in (-1, 0, 1) for dy in (-1, 0, 1)):
+    cell = ((coordinates - low) / np.maximum(high - low, 1e-9) * cells).astype(np.int64).clip(0, cells - 1)
+    _, first, counts = np.unique(cell @ [cells, 1], return_index=True, return_counts=True)
+    pixels = room.pixels(coordinates)
+    side = _THUMBNAIL * room.axes.figure.dpi / 72
+    for row in first[np.argsort(counts, kind="stable")].tolist():
+        centre = room.take(pixels[row], np.full(2, 1.25 * side), reach=2 * side, hides=False)
+        if centre is None:
             continue
-        taken.add((x, y))
-        row = int(rows[first[i]])
         image = thumbnail(row)
-        box = OffsetImage(image, zoom=20 / max(image.shape[:2]))
-        axes.add_artist(AnnotationBbox(box, coordinates[row], frameon=True, pad=0.05))
+        box = AnnotationBbox(
+            OffsetImage(image, zoom=_THUMBNAIL / max(image.shape[:2])),
+            coordinates[row],
+            tuple(room.data(centre)),
+            pad=0.05,
+            arrowprops={"arrowstyle": "-", "color": "grey", "lw": 0.5},
+            bboxprops={"lw": 0.5, "ec": "grey"},
+        )
+        room.axes.add_artist(box)
 
 
 __all__ = ["draw_map", "embed_2d", "isolated", "save_coordinates"]

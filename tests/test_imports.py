@@ -6,7 +6,7 @@ from tests.house import circles, modules, rooms
 
 GROUND = {
     f"curated_data.{name}"
-    for name in ("colours", "devices", "errors", "matrix", "networks", "parallel", "randomness")
+    for name in ("colours", "devices", "errors", "free_room", "matrix", "networks", "parallel", "randomness")
 }
 """What `lightning_modules` may take from `curated_data`."""
 

@@ -123,9 +123,12 @@ def _same(found: "Found", queries: list[str], least: float) -> list[str]:
             continue
         line = f"{query}: in the pool, as sample {found.ids[same[0]]}"
         if len(same) > 1:
-            line += f", with {len(same) - 1} near-duplicates"
-        if found.times[same[0]] >= 0:
-            line += f"; {int((found.times[same] > 0).sum())} of these {len(same)} selected"
+            line += f", with {len(same) - 1} near-duplicate{'s' if len(same) > 2 else ''}"
+        n_selected = int((found.times[same] > 0).sum())
+        if found.times[same[0]] >= 0 and len(same) > 1:
+            line += f"; {n_selected} of the {len(same)} {'is' if n_selected == 1 else 'are'} selected"
+        elif found.times[same[0]] >= 0:
+            line += ", which is selected" if n_selected else ", which is not selected"
         lines.append(line)
     return lines
 

@@ -76,6 +76,10 @@ class EmbeddingStore:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __repr__(self) -> str:
+        n, d = self.shape
+        return f"{type(self).__name__}({n} x {d} {self.dtype}, {self.folder.name})"
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self.as_array(dtype or self.dtype)
 

@@ -25,6 +25,7 @@ from curated_data.errors import CacheError, ConfigError, PoolError, SampleError
 from curated_data.pool import ShardPool, ShardWriter
 from curated_data.pool.captions import read_captions
 from curated_data.report.examples import thumbnails
+from curated_data.report.plain import plain_page
 from curated_data.selection.removed import Removed
 from curated_data.selection.retrieval import retrieve
 
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_INTRODUCTION = """<p class="soft">Nearest first, by the cosine of the embeddings; each below the query that
+it is nearest to, with its id, cosine, key and shard. Where a selection was given, a blue frame marks its
+samples.</p>
+"""
 _SIDE, _LINE, _COLUMNS = 128, 15, 6  # pixels of an image and of a line of text, and columns of a sheet
 
 
@@ -209,7 +214,7 @@ def contact_page(found: Found, pool: ShardPool, queries: Sequence[str] = ()) -> 
                 row.get("times"), f"selected {row.get('times')} times"
             )
             image = "" if tile is None else f'<img alt="" src="{_data_url(tile)}">'
-            words = [row["key"], caption or "", f"{Path(row['shard']).name}, {state}".rstrip(", ")]
+            words = [row["key"], caption or "", Path(row["shard"]).name, state]
             if row.get("duplicate_of") is not None:
                 words.append(f"near-duplicate of {row['duplicate_of']}")
             lines = "".join(f"<span>{html.escape(word)}</span>" for word in words if word)
@@ -219,9 +224,9 @@ def contact_page(found: Found, pool: ShardPool, queries: Sequence[str] = ()) -> 
                 "</figcaption></figure>"
             )
         name = html.escape(queries[number]) if number < len(queries) else f"query {number}"
-        sections.append(f"<h2>{name}</h2><div>{''.join(cells) or 'nothing found'}</div>")
-    template = Path(__file__).with_name("search.html").read_text(encoding="utf-8")
-    return (template + "".join(sections)).encode("utf-8", "surrogateescape")
+        shown = f'<div class="found">{"".join(cells)}</div>' if cells else "<p>Nothing found.</p>"
+        sections.append(f"<section><h2>{name}</h2>{shown}</section>")
+    return plain_page("Samples found", _INTRODUCTION + "".join(sections)).encode("utf-8", "surrogateescape")
 
 
 def _data_url(tile: np.ndarray) -> str:

@@ -2,7 +2,6 @@
 
 import html
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from curated_data.pipeline.tune import Tried, verdict
-from curated_data.report.page import style
+from curated_data.report.plain import filled, plain_page, table
 
 _TEMPLATE = Path(__file__).with_name("tune.html")
 _MOST = 40  # classes that are shown
@@ -35,18 +34,18 @@ def tune_page(
         (f"{target_size:,}", "to select"),
         (f"{counts.sum():,}", f"labels of {len(classes):,} classes"),
         (f"{rows[0].entropy:.3f}", f"entropy by the default, of {np.log(len(classes)):.3f} nats"),
-        (f"{best.entropy:.3f}", f"entropy by “{html.escape(best.name)}”"),
+        *([] if best is rows[0] else [(f"{best.entropy:.3f}", f"entropy by “{html.escape(best.name)}”")]),
     )
-    parts = {
-        "style": style(),
-        "why": html.escape(why),
-        "figures": "".join(f"<div><b>{value}</b><span>{what}</span></div>" for value, what in figures),
-        "intervals": _intervals(rows, best),
-        "table": _table(rows),
-        "classes": _classes(names, counts / counts.sum(), rows[0], best, target_size),
-        "yaml": html.escape(_yaml({"target_size": target_size} | best.settings)),
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _TEMPLATE.read_text(encoding="utf-8"))
+    body = filled(
+        _TEMPLATE,
+        why=html.escape(why),
+        figures="".join(f"<div><b>{value}</b><span>{what}</span></div>" for value, what in figures),
+        intervals=_intervals(rows, best),
+        table=_table(rows),
+        classes=_classes(names, counts / counts.sum(), rows[0], best, target_size),
+        yaml=html.escape(_yaml({"target_size": target_size} | best.settings)),
+    )
+    return plain_page("Settings compared by labels", body)
 
 
 def _intervals(rows: Sequence[Tried], best: Tried) -> str:
@@ -73,21 +72,12 @@ def _intervals(rows: Sequence[Tried], best: Tried) -> str:
 
 
 def _table(rows: Sequence[Tried]) -> str:
-    head = ("settings", "entropy", "gain", "interval", "as YAML")
     lines = [
-        (row.name, f"{row.entropy:.3f}", f"{row.gain:+.3f}", f"{row.low:+.3f} to {row.high:+.3f}",
-         json.dumps(row.settings) if row.settings else "")
+        (html.escape(row.name), f"{row.entropy:.3f}", f"{row.gain:+.3f}",
+         f"{row.low:+.3f} to {row.high:+.3f}", html.escape(json.dumps(row.settings) if row.settings else ""))
         for row in rows
     ]  # fmt: skip
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td data-label="{name}">{html.escape(cell)}</td>' for name, cell in zip(head, line, strict=True)
-        )
-        + "</tr>"
-        for line in lines
-    )
-    return f"<thead><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr></thead><tbody>{body}</tbody>"
+    return table(("settings", "entropy", "gain", "interval", "as YAML"), lines, "last-is-text")
 
 
 def _classes(names: Sequence[str], pool: np.ndarray, default: Tried, best: Tried, target_size: int) -> str:
@@ -106,8 +96,8 @@ def _classes(names: Sequence[str], pool: np.ndarray, default: Tried, best: Tried
         )
         name = html.escape(names[c])
         lines.append(f'<div class="bar"><span title="{name}">{name}</span><div>{bars}</div></div>')
-    told = {"pool": "as the pool", "chance": "default", "chosen": html.escape(best.name)}
-    legend = "".join(f'<span><i style="background:var(--{c})"></i>{told[c]}</span>' for c, _ in series)
+    texts = {"pool": "as the pool", "chance": "default", "chosen": html.escape(best.name)}
+    legend = "".join(f'<span><i style="background:var(--{c})"></i>{texts[c]}</span>' for c, _ in series)
     rest = len(names) - len(order)
     more = f'<p class="soft">And {rest:,} smaller classes.</p>' if rest else ""
     return f'<div class="legend">{legend}</div>{"".join(lines)}{more}'

@@ -15,6 +15,7 @@ from PIL import Image
 from curated_data.cache.publishing import atomic_path
 from curated_data.errors import ConfigError
 from curated_data.report.examples import thumbnails
+from curated_data.report.plain import plain_page, table
 from curated_data.selection.near_duplicates import similar_pairs, would_leave_out
 
 if TYPE_CHECKING:
@@ -130,19 +131,27 @@ def _page(pool: "ShardPool", store: "EmbeddingStore", bands: Sequence[Band]) -> 
         )
         count = f"{band.n_pairs:,} pairs" if band.n_pairs != 1 else "1 pair"
         count += f", {len(band.pairs)} of them shown" if len(band.pairs) < band.n_pairs else ""
-        sections.append(f"<section><h2>Cosine {name}</h2><p>{count}</p><div>{figures}</div></section>")
+        sections.append(
+            f'<section><h2>Cosine {name}</h2><p class="soft">{count}</p><div class="pairs">{figures}</div>'
+            "</section>"
+        )
     n = len(store) - store.n_failures
-    rows = "".join(
-        f"<tr><td>{band.least:g}<td>{band.n_pairs_above:,}<td>{band.n_left_out:,}"
-        f"<td>{band.n_left_out / max(n, 1):.1%}"
+    rows = [
+        [
+            f"{band.least:g}",
+            f"{band.n_pairs_above:,}",
+            f"{band.n_left_out:,}",
+            f"{band.n_left_out / max(n, 1):.1%}",
+        ]
         for band in bands
-    )
+    ]  # fmt: skip
+    head = ("threshold", "pairs at or above it", "samples left out, about", "of all")
     failed = f"; {store.n_failures:,} could not be embedded" if store.n_failures else ""
-    return (
+    return plain_page(
+        "Pairs of near-duplicates",
         Path(__file__).with_name("duplicates.html").read_text(encoding="utf-8")
         + f"<p>{n:,} samples{failed}. Embedder: {html.escape(store.embedder)}.</p>"
-        + "<table><tr><th>threshold<th>pairs at or above it<th>samples left out, about<th>of all"
-        + f"{rows}</table>{''.join(sections)}"
+        + f"<section>{table(head, rows)}</section>{''.join(sections)}",
     )
 
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from curated_data.clustering.tree import ClusterTree
 from curated_data.colours import far_apart, place_of
+from curated_data.free_room import FreeRoom, name_groups
 from curated_data.report.examples import ClusterRow, random_subset, thumbnails
 from curated_data.selection.metrics import entropy, perplexity, selected_sizes
 
@@ -145,13 +146,9 @@ def selection_map(
     if labels is not None:
         classes = np.unique(labels[labels >= 0])
         places = np.array([place_of(coordinates[labels == c]) for c in classes])
-        for c, place, colour in zip(classes.tolist(), places, far_apart(places), strict=True):
+        colours = far_apart(places)
+        for c, colour in zip(classes.tolist(), colours, strict=True):
             panels[1].scatter(*coordinates[pool[labels[pool] == c]].T, s=size, lw=0, color=colour)
-            if np.isfinite(place).all():
-                panels[1].annotate(
-                    str(c) if class_names is None else class_names[c], place, ha="center", va="center",
-                    fontsize=7, bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": colour, "alpha": 0.8},
-                )  # fmt: skip
     panels[0].legend(
         frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4,
         markerscale=5 / size**0.5, handletextpad=0.2, columnspacing=1,
@@ -163,6 +160,16 @@ def selection_map(
         axes.spines[:].set_color(FAINT)
     if title:
         figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
+    if labels is not None:
+        figure.draw_without_rendering()  # which lays it out
+        order = np.argsort([-np.count_nonzero(labels == c) for c in classes], kind="stable")
+        name_groups(
+            FreeRoom(panels[1], coordinates[pool]),
+            places[order],
+            [str(c) if class_names is None else class_names[c] for c in classes[order].tolist()],
+            [colours[c] for c in order],
+            fontsize=7,
+        )
     return figure
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import html
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from curated_data.report.claim import opening
 from curated_data.report.clusters import catch_all_clusters, cluster_names
 from curated_data.report.examples import random_subset
 from curated_data.report.map import cluster_tables, sample_map, samples_shown
+from curated_data.report.plain import filled, style
 from curated_data.report.tiles import (
     COLUMNS,
     TILE,
@@ -50,6 +50,7 @@ _SCRIPTS = ("figures", "samples", "reasons", "viewer", "browse", "map")
 """In order: together they are one module."""
 
 _CAPTION = 200  # characters
+_MOST_IMAGES = 40_000  # thumbnails: a JPEG has at most 65,535 rows of pixels
 _LARGE = 300  # examples that are on the page in a larger size, too
 
 
@@ -84,7 +85,7 @@ def write_report(
         title: of the page.
         n_map_points: number of samples on the map, for which the page can also explain why they were chosen.
             From a larger pool, a random subset of which half is selected, and all samples shown elsewhere.
-        n_map_images: how many of these have a thumbnail.
+        n_map_images: how many of these have a thumbnail, at most 40,000. One takes 0.5 to 2.2 kB of the page.
         n_coverage: number of samples whose distance to the nearest selected one is measured.
         seed: for the subsets.
         storage_options: for fsspec, to write to a store; None takes those of the pool.
@@ -93,13 +94,15 @@ def write_report(
         The path, or the URL.
 
     Raises:
-        ValueError: an array of another length than the pool, or labels that are not integers.
+        ValueError: an array of another length than the pool, labels that are not integers, too many images.
         CacheError: the path cannot be written.
     """
     n = len(pool)
     check_arrays(n, coordinates=coordinates, labels=labels)
     if curation.tree.n_samples != n:
         raise ValueError(f"the curation is of {curation.tree.n_samples} samples, the pool has {n}")
+    if n_map_images > _MOST_IMAGES:
+        raise ValueError(f"n_map_images: {n_map_images} are more than a page can hold, {_MOST_IMAGES:,}")
     if labels is not None:
         labels = metrics.checked_labels(labels)
     elif not isinstance(pool, EmbeddedPool):
@@ -169,21 +172,12 @@ def write_report(
     return written
 
 
-def style() -> str:
-    """The style of the page, for others that look like it."""
-    return (_FOLDER / "page.css").read_text(encoding="utf-8")
-
-
 def _page(title: str, data: Mapping[str, Any]) -> str:
     """The page in one file, with its style, its script and its data."""
-    parts = {
-        "title": html.escape(title),
-        "style": style(),
-        "data": _json(data),
-        "script": "".join((_FOLDER / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS),
-    }
-    template = (_FOLDER / "page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+    script = "".join((_FOLDER / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
+    return filled(
+        _FOLDER / "page.html", title=html.escape(title), style=style(), data=_json(data), script=script
+    )
 
 
 def _equal(curation: "Curation") -> dict[str, int] | None:

@@ -1,7 +1,7 @@
 """A page about a mixture: what each component holds, gives and shares, with a page per curated component."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +10,12 @@ import numpy as np
 from curated_data.errors import ConfigError
 from curated_data.pool.out import open_out, writing
 from curated_data.report.page import write_report
+from curated_data.report.plain import plain_page, table
 from curated_data.training.components import Source, mixture_rows, overlaps
 from curated_data.training.mixture import Mixture
 
 if TYPE_CHECKING:
     from curated_data.training.datamodule import CuratedDataModule
-
-_TEMPLATE = Path(__file__).with_name("mixture.html")
 
 
 def write_mixture_report(
@@ -74,9 +73,8 @@ def write_mixture_report(
                 **options,
             )
     body = _overview(data, pages) + _weights(data.mixture) + _overlap(data.sources)
-    page = _TEMPLATE.read_text(encoding="utf-8").replace("{{title}}", html.escape(title))
     with out.create("index.html") as file, writing(out.place("index.html")):
-        file.write(page.replace("{{body}}", body).encode("utf-8"))
+        file.write(plain_page(title, body).encode("utf-8"))
     return out.place("index.html")
 
 
@@ -86,7 +84,7 @@ def _overview(data: "CuratedDataModule", pages: Mapping[str, str]) -> str:
     an_epoch = data.mixture.epoch_size or sum(row.size for row in rows)
     passes = list(data.component_passes().values())
     begun = any(passes)
-    head = ["component", "pool", "samples", "share of the stream", "", "batches", "passes per epoch"]
+    head = ["component", "pool", "samples", "share of the stream", "batches", "passes per epoch"]
     head += ["in others too", *(["passes so far"] if begun else [])]
     lines = []
     for source, row, times in zip(data.sources, rows, passes, strict=True):
@@ -97,14 +95,14 @@ def _overview(data: "CuratedDataModule", pages: Mapping[str, str]) -> str:
         pool = html.escape(Path(shards[0]).name) + (
             f" and {len(shards) - 1:,} more" if len(shards) > 1 else ""
         )
-        bar = f'<span class="bar"><i style="width:{100 * row.share:.1f}%"></i></span>'
+        bar = f'<span class="share"><i style="width:{100 * row.share:.1f}%"></i></span>'
         shared = f"{row.shared:,} ({row.shared / row.distinct:.1%})"
-        cells = [name, pool, f"{row.size:,}", f"{row.share:.2%}", bar, source.batches]
+        cells = [name, pool, f"{row.size:,}", f"{row.share:.2%}{bar}", source.batches]
         cells += [f"{row.share * an_epoch / row.size:.2f}", shared, *([f"{times:.2f}"] if begun else [])]
         lines.append(cells)
     return (
         f"<p>{len(rows)} components; an epoch has {an_epoch:,} samples. Shares and samples are those at the "
-        f"beginning of training.</p>{_table(head, lines)}"
+        f"beginning of training.</p><section>{table(head, lines, 'wraps')}</section>"
     )
 
 
@@ -117,8 +115,8 @@ def _weights(mixture: Mixture) -> str:
     ]
     head = ["from global batch", *map(html.escape, mixture.names)]
     return (
-        "<h2>Shares that change</h2><p>In between they change linearly; after the last they stay.</p>"
-        + _table(head, lines)
+        "<section><h2>Shares that change</h2><p>In between they change linearly; after the last they stay."
+        f"</p>{table(head, lines, 'wraps')}</section>"
     )
 
 
@@ -133,13 +131,6 @@ def _overlap(sources: list[Source]) -> str:
         for source, row in zip(sources, shared.tolist(), strict=True)
     ]
     return (
-        "<h2>Samples in common</h2><p>Different samples that the components of row and column both hold; on "
-        f"the diagonal, that a component holds.</p>{_table(head, lines)}"
+        "<section><h2>Samples in common</h2><p>Different samples that the components of row and column both "
+        f"hold; on the diagonal, that a component holds.</p>{table(head, lines, 'wraps')}</section>"
     )
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table of cells that are HTML; a narrow screen scrolls it."""
-    rows = ["".join(f"<td>{cell}</td>" for cell in line) for line in lines]
-    body = "".join(f"<tr>{row}</tr>" for row in ["".join(f"<th>{text}</th>" for text in head), *rows])
-    return f'<div class="scroll"><table>{body}</table></div>'

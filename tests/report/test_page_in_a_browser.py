@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from curated_data import ShardPool, ShardWriter, curate
 from curated_data.report.page import write_report
-from tests.support.browser import BROWSER, drive
+from tests.support.browser import BROWSER, check_on_screens, drive
 from tests.support.images import png
 
 READY = "document.documentElement?.dataset.ready === 'yes'"
@@ -23,8 +22,11 @@ SIZES = {"red": 200, "green": 60, "blue": 15}
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
+    return make_page(tmp_path_factory.mktemp("pool"), "hierarchical")
+
+
+def make_page(folder: Path, sampling: str) -> Path:
     """Of 275 images in three colours, with captions that tell theirs, and copies."""
-    folder = tmp_path_factory.mktemp("pool")
     rng = np.random.default_rng(0)
     with ShardWriter(folder / "pool-%06d.tar", max_samples=100) as writer:
         number = 0
@@ -38,7 +40,7 @@ def page(tmp_path_factory) -> Path:
     (folder / "classes.json").write_text(json.dumps(["first", "second", "third"]))
     pool = ShardPool(str(folder / "pool-*.tar"))
     levels = [{"n_clusters": 9}, {"n_clusters": 3}]
-    settings = {"target_size": 60, "levels": levels, "sampling": "hierarchical"}
+    settings = {"target_size": 60, "levels": levels, "sampling": sampling}
     curation = curate(pool, settings, embedder="pixels:8", cache_dir=folder / "cache")
     return write_report(curation, pool, folder / "report.html", n_coverage=50)
 
@@ -67,26 +69,8 @@ def test_clusters_are_called_by_their_captions(page):
 
 @pytest.mark.long
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-@pytest.mark.parametrize(
-    ("width", "height", "phone", "dark"),
-    [(1200, 900, False, False), (1200, 900, False, True), (390, 844, True, False)],
-    ids=["light", "dark", "phone"],
-)
-def test_nothing_is_cut_off(page, tmp_path, width, height, phone, dark):
-    async def steps(tab):
-        await tab.size(width, height, phone=phone, dark=dark)
-        await tab.open(page.as_uri(), READY)
-        assert await tab.value("document.documentElement.scrollWidth") <= width
-        cut = "e => e.scrollWidth > e.clientWidth + 1"
-        assert await tab.value(f"[...document.querySelectorAll('.scroll')].filter({cut}).length") == 0
-        size = "e => parseFloat(getComputedStyle(e).fontSize)"
-        assert await tab.value(f"Math.min(...[...document.querySelectorAll('p, td')].map({size}))") >= 13
-        await tab.picture(tmp_path / "page.png", whole=False)
-
-    drive(tmp_path / "profile", steps)
-    shown = np.array(Image.open(tmp_path / "page.png").convert("L"))
-    assert (np.median(shown) < 60) == dark
-    assert shown.std() > 10  # something is drawn
+def test_nothing_is_cut_off(page, tmp_path):
+    check_on_screens(tmp_path / "profile", page.as_uri(), READY, tmp_path / "page.png")
 
 
 @pytest.mark.long
@@ -165,6 +149,29 @@ def test_clusters_are_named_on_the_map(page, tmp_path):
         })()""")
         await tab.until("window.written.length > 0")
         assert set(await tab.value("window.written")) <= {"first", "second", "third"}
+
+    drive(tmp_path / "profile", steps)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@pytest.mark.parametrize(
+    ("sampling", "told"),
+    [
+        ("hierarchical", "shared evenly by the clusters"),
+        ("sparse", "by how alone they lie"),
+        ("greedy", "how much nearer"),
+    ],
+)
+def test_reasons_are_those_of_the_sampling(tmp_path, sampling, told):
+    page = make_page(tmp_path, sampling)
+
+    async def steps(tab):
+        await tab.size(1000, 800)
+        await tab.open(page.as_uri(), READY)
+        text = await tab.value("document.querySelector('#why').textContent")
+        assert told in text
+        assert ("equal share" in text) == ("drawn at random" in text) == (sampling == "hierarchical")
 
     drive(tmp_path / "profile", steps)
 

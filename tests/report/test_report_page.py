@@ -21,6 +21,7 @@ from curated_data.pool import ShardPool, ShardWriter
 from curated_data.report.explain import explain
 from curated_data.report.map import _leaf_ranks
 from curated_data.report.page import write_report
+from curated_data.report.tiles import TILE, Tiles
 from curated_data.selection import metrics
 from curated_data.selection.near_duplicates import near_duplicates
 from curated_data.selection.removed import Removed
@@ -137,6 +138,21 @@ def test_a_large_pool_is_shown_in_part(small, curation, tmp_path):
     assert (np.diff(ids) > 0).all()
     assert np.isin(ids, small.ids).sum() >= 25
     assert not data["map"]["whole"]
+
+
+def test_ten_thousand_thumbnails_take_less_than_30_mb(small, curation, tmp_path):
+    """Of noise, which compresses worst, and a tenth of them, as a page grows by the thumbnail."""
+    images = np.random.default_rng(0).integers(0, 256, (1000, TILE, TILE, 3), np.uint8)
+    with ShardWriter(tmp_path / "pool-%06d.tar") as writer:
+        for number, image in enumerate(images):
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "PNG", compress_level=0)
+            writer.write({"__key__": str(number), "png": file.getvalue()})
+    tiles = Tiles(ShardPool(str(tmp_path / "pool-*.tar")))
+    tiles.add(np.arange(1000))
+    assert 100_000 < len(tiles.sheet()) < 3_000_000
+    with pytest.raises(ValueError, match="n_map_images: 40001"):
+        write_report(curation, small.pool, tmp_path / "report.html", n_map_images=40_001)
 
 
 @pytest.fixture(scope="module")

@@ -111,8 +111,11 @@ def test_a_cell_of_a_notebook(write_pool, tmp_path, monkeypatch):
     notebook = nbformat.v4.new_notebook(cells=[cell])
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = notebook.cells[0].outputs
-    text = "".join(output.text for output in outputs if output.output_type == "stream")
+    streams = [output for output in outputs if output.output_type == "stream"]
+    text = "".join(output.text for output in streams if output.name == "stdout")
     assert "70 samples in 2 shards" in text  # a line of the log
+    assert "level 1:" in text  # one from beside a bar, whole
+    assert not [output.text for output in streams if output.name == "stderr" and output.text[:1].isdigit()]
     pages = [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
     assert sum("20 of 70 samples selected" in page for page in pages) == 2
     assert sum("data:image/png;base64," in page for page in pages) == 3

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
+from PIL import Image
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _FLAGS = (
@@ -18,6 +20,19 @@ _FLAGS = (
     "--hide-scrollbars",
 )  # fmt: skip
 
+CUT_OFF = """[...document.querySelectorAll("body *")].filter(e => {
+  if (e.closest("dialog:not([open]), details:not([open]) > :not(summary)")) return false;
+  const frame = e.getBoundingClientRect(), style = getComputedStyle(e);
+  if (!frame.width || !frame.height) return false;
+  const outside = frame.right > document.documentElement.clientWidth + 1 || frame.left < -1;
+  return outside || (style.overflowX !== "visible" && e.scrollWidth > e.clientWidth + 1);
+}).map(e => `${e.tagName}.${e.className} ${e.textContent.slice(0, 40)}`)"""
+"""What of a page lies outside of the window, or is wider than the box that hides or scrolls it."""
+
+SMALL = """[...document.querySelectorAll("p, td, th, figcaption, em, small, span, select, button")]
+  .filter(e => e.textContent.trim() && parseFloat(getComputedStyle(e).fontSize) < 12)
+  .map(e => `${e.tagName}.${e.className} ${e.textContent.slice(0, 40)}`)"""
+"""Text of a page in letters below 12 pixels."""
 
 _KEYS = {"Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}  # by the numbers that Windows gave them
 
@@ -129,3 +144,23 @@ def drive(profile: Path, steps: Callable[[Tab], Coroutine[Any, Any, None]], *fla
             assert tab.errors == []
 
     asyncio.run(run())
+
+
+def check_on_screens(profile: Path, url: str, ready: str, picture: Path) -> None:
+    """Open a page on a desk, a tablet and a phone, light and dark: nothing is cut off or too small, and the
+    theme is followed. The last picture, of the dark phone, is left at `picture`.
+    """
+
+    async def steps(tab: Tab) -> None:
+        for width, height, phone in ((1440, 900, False), (820, 1180, True), (390, 844, True)):
+            for dark in (False, True):
+                await tab.size(width, height, phone=phone, dark=dark)
+                await tab.open(url, ready)
+                assert await tab.value(CUT_OFF) == [], (width, dark)
+                assert await tab.value(SMALL) == [], (width, dark)
+                await tab.picture(picture, whole=False)
+                shown = np.array(Image.open(picture).convert("L"))
+                assert (np.median(shown) < 60) == dark, width
+                assert shown.std() > 10, width  # something is drawn
+
+    drive(profile, steps)

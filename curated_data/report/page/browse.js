@@ -53,6 +53,7 @@ function filter() {
     }
     found.push(i);
   }
+  found = [...found.filter(i => tileOf[i] >= 0), ...found.filter(i => tileOf[i] < 0)]; // images first
   listed = 0;
   find("#results").replaceChildren();
   moreResults();

@@ -351,7 +351,7 @@ if (data.coverage) {
       c.metric === "cosine" ? "1 − cosine" : "Euclidean distance"
     } of embeddings, ${plural(c.queries, "sample")} measured). Half are within ` +
     `${at(c.selected, 0.5)} (random selection ${at(c.random, 0.5)}), 95 % within ${at(c.selected, 0.95)} (${at(c.random, 0.95)}), ` +
-    `all within ${at(c.selected, 1)} (${at(c.random, 1)}). ` +
+    `99 % within ${at(c.selected, 0.99)} (${at(c.random, 0.99)}). ` +
     trade(c);
   const series = ["random", "selected"].map(name => ({ name, x: c.share, y: c[name] }));
   chart(find("#coverage .body"), series, {

@@ -9,6 +9,11 @@ const clusters = data.clusters.map(t =>
   Object.fromEntries(Object.entries(t).map(([k, v]) => [k, unpack(v, Int32Array)])),
 );
 const setting = Object.fromEntries(data.settings.map(([name, value]) => [name, value]));
+const ALONE = {
+  sparse: "by how alone they lie among their neighbours",
+  greedy: "one after the other by how much nearer they bring the selection to all samples",
+}[setting.sampling]; // how samples are drawn that clusters have no share of
+const EQUAL = !ALONE && !data.settings.some(([name, , usual]) => name.startsWith("quotas.") && !usual);
 if (setting.sampling === "sparse") {
   find("#flatness").textContent =
     "This selection draws more of the samples that lie alone, not evenly over clusters, " +
@@ -110,7 +115,7 @@ function show(id, scroll) {
       rows.unshift([
         `${l + 1}: ${clusterText(l + 1, t.id[at])}`,
         whole(t.size[at]),
-        short(share / t.siblings[at]),
+        ...(EQUAL ? [short(share / t.siblings[at])] : []),
         whole(t.given[at]),
       ]);
       at = t.parent[at];
@@ -123,7 +128,7 @@ function show(id, scroll) {
           [
             "level",
             "holds",
-            setting.sampling === "flat" ? "equal share of its parent" : "equal share",
+            ...(EQUAL ? [setting.sampling === "flat" ? "equal share of its parent" : "equal share"] : []),
             "gave",
           ],
           rows,
@@ -137,19 +142,22 @@ function show(id, scroll) {
     let how = `Its lowest cluster gave ${whole(given)} of its ${plural(size, "sample")}`;
     if (given >= size)
       how += given > size ? ": each at least once, some or all of them again." : ": all of them.";
+    else if (ALONE)
+      how += `, ${percent(given / size)}, where the whole pool gave ${percent(data.unique / data.pool.samples)}. They are drawn ${ALONE}.`;
     else if (strategy === "random")
       how += `, drawn at random: a chance of ${percent(given / size)}, where the whole pool's is ${percent(data.unique / data.pool.samples)}.`;
     else how += `, those ${strategy} ${strategy === "closest" ? "to" : "from"} its centroid.`;
     if (rankOf && !Number.isNaN(distanceOf[i]))
       how += ` It is number ${whole(rankOf[i])} by distance to the centroid (${short(distanceOf[i])}).`;
-    parts.push(
-      make("p", {}, how),
-      make(
-        "p",
-        { className: "soft" },
-        "Each cluster's number is shared evenly by the clusters in it; those too small for an equal share give all they have, and the others more.",
-      ),
-    );
+    parts.push(make("p", {}, how));
+    if (EQUAL)
+      parts.push(
+        make(
+          "p",
+          { className: "soft" },
+          "Each cluster's number is shared evenly by the clusters in it; those too small for an equal share give all they have, and the others more.",
+        ),
+      );
   }
   box.replaceChildren(...parts);
   if (scroll) {

@@ -160,7 +160,7 @@ settings.append(
 if (data.tree.length)
   settings.append(
     make("h3", {}, "Levels of the tree, bottom up"),
-    table(["level", "clusters", "resamplings", "samples a cluster in each", "splits"], data.tree),
+    table(["level", "clusters", "resamplings", "samples per cluster in each", "splits"], data.tree),
   );
 if (usual.length)
   settings.append(
