@@ -37,7 +37,7 @@ def test_wrapped_state_dicts_are_opened(tmp_path):
         resolve_embedder(f"torchvision:resnet18@{tmp_path}/other.pth")
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "siglip"])
+@pytest.mark.parametrize("kind", ["dinov2", "dinov3", "siglip"])
 def test_towers_of_transformers_with_their_own_processor(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -45,6 +45,12 @@ def test_towers_of_transformers_with_their_own_processor(kind, tmp_path):
         config = transformers.Dinov2Config(**small, image_size=28, patch_size=14, mlp_ratio=1)
         network = transformers.Dinov2Model(config)
         processor = transformers.BitImageProcessorFast(size={"shortest_edge": 28}, crop_size=28)
+    elif kind == "dinov3":
+        if not hasattr(transformers, "DINOv3ViTModel"):
+            pytest.skip("this transformers is older than DINOv3")
+        config = transformers.DINOv3ViTConfig(**small, image_size=28, patch_size=14, num_register_tokens=1)
+        network = transformers.DINOv3ViTModel(config)
+        processor = transformers.DINOv3ViTImageProcessorFast(size={"height": 28, "width": 28})
     else:
         vision = small | {"image_size": 28, "patch_size": 14}
         config = transformers.SiglipConfig(vision_config=vision, text_config=small | {"vocab_size": 20})

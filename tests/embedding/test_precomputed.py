@@ -55,6 +55,9 @@ def sources(pool, rows, folder) -> dict[str, str]:
     mixed = rng.permutation(len(rows))
     shuffled = [keys[i] for i in mixed]
     np.save(folder / "rows.npy", rows)
+    (folder / "arrays").mkdir()
+    for number, some in enumerate(np.array_split(rows, 11)):
+        np.save(folder / "arrays" / f"part_{number}.npy", some)
     write_table(folder / "ordered.parquet", keys, rows)
     write_table(folder / "fixed.parquet", shuffled, rows[mixed], fixed=True)
     write_table(folder / "named.parquet", shuffled, rows[mixed], name="uid", column="emb")
@@ -70,6 +73,7 @@ def sources(pool, rows, folder) -> dict[str, str]:
         pq.write_table(table, folder / "clip" / "metadata" / f"metadata_{number}.parquet")
     return {
         "array": f"precomputed:{folder}/rows.npy",
+        "arrays": f"precomputed:{folder}/arrays",
         "ordered": f"precomputed:{folder}/ordered.parquet",
         "fixed": f"precomputed:{folder}/fixed.parquet",
         "named": f"precomputed:{folder}/named.parquet?key=uid&column=emb",
@@ -165,7 +169,8 @@ def test_a_pool_that_has_grown_keeps_its_clusters(write_pool, rows, tmp_path):
 
 def test_a_pool_of_rows_from_parquet_and_clip_retrieval(pool, rows, tmp_path):
     named = sources(pool, rows, tmp_path)
-    del named["half"], named["array"], named["named"]
+    for name in ("half", "array", "arrays", "named"):  # of other precision, without keys, of other names
+        del named[name]
     for name, text in named.items():
         source = Precomputed.parse(text)
         assert source is not None
