@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -200,12 +201,10 @@ def test_tables_without_images_are_one_error(tmp_path):
         ("text.parquet", PoolError, "text.parquet"),
         ("nothing", PoolError, "nothing"),
     ):
-        with pytest.raises(kind) as caught:
+        with pytest.raises(kind, match=re.escape(named)):
             import_tables(tmp_path / name, tmp_path / "out")
-        assert named in str(caught.value)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match="'c'"):
         import_tables(tmp_path / "two.parquet", tmp_path / "out", image="c")
-    assert "'c'" in str(caught.value)
 
 
 def test_archives_that_a_file_lists(write_pool, tmp_path):
