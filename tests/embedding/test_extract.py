@@ -5,6 +5,7 @@ stops.
 import io
 import os
 import pickle
+import re
 import signal
 import threading
 
@@ -215,9 +216,9 @@ def test_rows_open_the_files_of_their_shards_alone(write_pool, tmp_path):
 @pytest.mark.parametrize(
     ("scale", "reason"),
     [
-        (1e6, "its embedding exceeds 65504, beyond what float16 can hold; set embedding.dtype to float32"),
-        (1e-9, "its embedding is below 6e-08, beyond what float16 can hold; set embedding.dtype to float32"),
-        (float("inf"), "its embedding is not finite"),
+        (1e6, "65504.*float16.*embedding.dtype"),
+        (1e-9, "6e-08.*float16.*embedding.dtype"),
+        (float("inf"), "not finite"),
     ],
 )
 def test_embeddings_that_float16_cannot_hold_are_said_to_be_so(write_pool, tmp_path, scale, reason):
@@ -235,7 +236,7 @@ def test_embeddings_that_float16_cannot_hold_are_said_to_be_so(write_pool, tmp_p
     narrow = embed_pool(pool, embedder, tmp_path, num_workers=0)
     assert not narrow.valid.any()
     assert not np.asarray(narrow).any()
-    assert {failure["reason"] for failure in narrow.failures} == {reason}
+    assert all(re.search(reason, failure["reason"]) for failure in narrow.failures)
     wide = embed_pool(pool, embedder, tmp_path, num_workers=0, dtype="float32")
     assert wide.valid.all() == (scale < float("inf"))
 
