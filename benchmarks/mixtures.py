@@ -104,14 +104,7 @@ class Ours:
             data.setup("fit")
             return data.train_dataloader()
 
-        made = loader()
-        if start:
-            batches = iter(made)
-            for _ in range(start // 10):
-                next(batches)
-            state, made = made.state_dict(), loader()
-            made.load_state_dict(state)
-        for batch in made:
+        for batch in _resumed(loader, start):
             yield from batch["sample_id"].tolist()
 
 
@@ -165,14 +158,7 @@ class Combined:
             )
             return self.litdata.StreamingDataLoader(together, batch_size=10, num_workers=workers)
 
-        made, state = loader(), None
-        if start:
-            batches = iter(made)
-            for _ in range(start // 10):
-                next(batches)
-            state, made = made.state_dict(), loader()
-            made.load_state_dict(state)
-        for batch in made:
+        for batch in _resumed(loader, start):
             yield from batch.tolist()
 
 
@@ -206,15 +192,20 @@ class Proportions:
             )  # fmt: skip
             return self.streaming.StreamingDataLoader(dataset, batch_size=10, num_workers=workers)
 
-        made, state = loader(), None
-        if start:
-            batches = iter(made)
-            for _ in range(start // 10):
-                next(batches)
-            state, made = made.state_dict(), loader()
-            made.load_state_dict(state)
-        for batch in made:
+        for batch in _resumed(loader, start):
             yield from batch["x"].tolist()
+
+
+def _resumed(make: Callable[[], Any], start: int) -> Any:
+    """A loader; from a place on, one with the state of another that stopped there."""
+    loader = make()
+    if start:
+        batches = iter(loader)
+        for _ in range(start // 10):
+            next(batches)
+        state, loader = loader.state_dict(), make()
+        loader.load_state_dict(state)
+    return loader
 
 
 def _tables(folder: Path, make: Callable[[range, Path], None]) -> list[str]:

@@ -134,9 +134,8 @@ def kmeans(
 
     Raises:
         ValueError: arguments or weights out of range, more clusters than valid rows, non-finite rows under
-            "raise", or
-            rows to seed on that must be held and exceed a third of `max_memory`: a few clusters of many
-            `seeding_rows`, or any on an accelerator.
+            "raise", or rows to seed on that must be held and exceed a third of `max_memory`: a few clusters
+            of many `seeding_rows`, or any on an accelerator.
 
     Examples:
         >>> import numpy as np

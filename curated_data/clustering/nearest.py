@@ -6,7 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from curated_data.clustering.rows import Rows, blocks, parallel_map, rows_at
+from curated_data.clustering.rows import Rows, blocks, rows_at
+from curated_data.threads import parallel_map
 
 _ROWS, _COLUMNS = 1024, 1024  # a tile of scores, 4 MiB: stays in the cache from the product to the search
 TILE = 256  # rows whose nearest few centroids are searched at once

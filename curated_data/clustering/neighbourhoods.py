@@ -15,7 +15,8 @@ import torch
 from curated_data import parallel
 from curated_data.clustering.bounds import WIDTH, Bounds, widened
 from curated_data.clustering.nearest import Centroids, map_into, nearest, nearest_columns, squared_distances
-from curated_data.clustering.rows import Rows, blocks, parallel_map, rows_at
+from curated_data.clustering.rows import Rows, blocks, rows_at
+from curated_data.threads import parallel_map
 
 MANY = 1024  # centroids from which neighbourhoods save more than they cost
 FEW = 256  # centroids, to compare with which takes no longer than to look around cells

@@ -5,7 +5,7 @@ import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from curated_data.matrix import Matrix, read_rows
+from curated_data.threads import parallel_map, threads_of_one_core
 
 METRICS = ("l2", "cosine")
 BLOCK = 2048  # rows handled at once; ranks' slices start at multiples, so tiles are the same on any rank
@@ -225,7 +226,7 @@ class _ReadAhead:
         # Reading mostly waits: one reader for a few computing threads keeps up if products are large.
         readers = max(1, workers // 4)
         self.pieces, self.fetch, self.depth = pieces, fetch, workers + readers
-        self.pool = _pool(os.getpid(), readers, torch.get_num_threads(), "curated-data-read")
+        self.pool = threads_of_one_core(readers, "curated-data-read")
         self.lock, self.next = threading.Lock(), 0
         self.reads: dict[int, Future[Callable[[], torch.Tensor]]] = {}
 
@@ -287,35 +288,6 @@ def rank_range(n: int, rank: int, world_size: int) -> tuple[int, int]:
     whole = -(-n // BLOCK)
     first, last = (whole * r // world_size for r in (rank, rank + 1))
     return min(first * BLOCK, n), min(last * BLOCK, n)
-
-
-def parallel_map(work: Callable[..., T], pieces: list[Any], workers: int | None = None) -> list[T]:
-    """`[work(*piece) for piece in pieces]` on as many threads as torch is set to use, with one core each.
-
-    One core per piece is faster than all cores in each product, because none waits for the others, and gives
-    results that do not depend on the number of threads.
-    """
-    workers = workers or torch.get_num_threads()
-    if min(workers, len(pieces)) <= 1:
-        return [work(*piece) for piece in pieces]
-    pool = _pool(os.getpid(), workers, torch.get_num_threads(), "curated-data-kmeans")
-    return list(pool.map(lambda piece: work(*piece), pieces))
-
-
-@cache
-def _pool(pid: int, workers: int, default: int, name: str) -> ThreadPoolExecutor:
-    """Threads of this process in which torch uses one core; `pid` keeps them from crossing a fork.
-
-    Args:
-        default: torch's number of threads elsewhere, which is left unchanged.
-    """
-    pool = ThreadPoolExecutor(workers, name, initializer=torch.set_num_threads, initargs=(1,))
-    # torch's setting is per thread, but also changes the default for new threads: start all workers, each
-    # waiting for the last, then restore the default.
-    together = threading.Barrier(workers)
-    list(pool.map(lambda _: together.wait(), range(workers)))
-    torch.set_num_threads(default)
-    return pool
 
 
 def memory_budget(max_memory: int | None, device: torch.device) -> int:

@@ -32,7 +32,8 @@ import torch
 from curated_data import parallel
 from curated_data.clustering.greedy import TINY, complete_at_random, draw, plain_greedy
 from curated_data.clustering.nearest import TILE, nearest_columns
-from curated_data.clustering.rows import Rows, new_matrix, parallel_map, rank_range
+from curated_data.clustering.rows import Rows, new_matrix, rank_range
+from curated_data.threads import parallel_map
 
 PROBES = 48  # cells that a candidate is compared with; by 24, small separate blobs are seeded 3 % worse
 CELL = 128  # rows in a cell; down to a quarter of that for few rows, to have many more cells than probes

@@ -9,8 +9,9 @@ import torch
 
 from curated_data import parallel
 from curated_data.clustering.greedy import TINY
-from curated_data.clustering.rows import BLOCK, Frame, blocks, parallel_map, rank_range, unit
+from curated_data.clustering.rows import BLOCK, Frame, blocks, rank_range, unit
 from curated_data.matrix import Matrix, read_rows
+from curated_data.threads import parallel_map
 
 log = logging.getLogger(__name__)
 

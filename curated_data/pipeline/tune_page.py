@@ -96,8 +96,8 @@ def _classes(names: Sequence[str], pool: np.ndarray, default: Tried, best: Tried
         )
         name = html.escape(names[c])
         lines.append(f'<div class="bar"><span title="{name}">{name}</span><div>{bars}</div></div>')
-    told = {"pool": "as the pool", "chance": "default", "chosen": html.escape(best.name)}
-    legend = "".join(f'<span><i style="background:var(--{c})"></i>{told[c]}</span>' for c, _ in series)
+    texts = {"pool": "as the pool", "chance": "default", "chosen": html.escape(best.name)}
+    legend = "".join(f'<span><i style="background:var(--{c})"></i>{texts[c]}</span>' for c, _ in series)
     rest = len(names) - len(order)
     more = f'<p class="soft">And {rest:,} smaller classes.</p>' if rest else ""
     return f'<div class="legend">{legend}</div>{"".join(lines)}{more}'

@@ -86,16 +86,17 @@ def _against_random(curation: "Curation") -> list[str]:
     sizes = curation.tree.sizes(1)
     given = selected_sizes(curation.tree, curation.ids)[1]
     expected = sizes * (given.sum() / max(sizes.sum(), 1))
-    told = expected >= _EXPECTED
-    if not told.any():
+    large = expected >= _EXPECTED
+    if not large.any():
         return []
-    less, more = int((given < expected / 2)[told].sum()), int((given > 2 * expected)[told].sum())
-    which = "" if told.sum() == (sizes > 0).sum() else " large enough to tell"
+    less, more = int((given < expected / 2)[large].sum()), int((given > 2 * expected)[large].sum())
+    which = "" if large.sum() == (sizes > 0).sum() else " large enough to tell"
     counts = {"less than half": less, "more than double": more}
     parts = [f"{n:,} {'gives' if n == 1 else 'give'} {what}" for what, n in counts.items() if n]
     if not parts:
         return []
-    return [f"of {int(told.sum()):,} clusters{which}, {' and '.join(parts)} of what a random selection takes"]
+    both = " and ".join(parts)
+    return [f"of {int(large.sum()):,} clusters{which}, {both} of what a random selection takes"]
 
 
 def _change(what: str, before: float, after: float) -> str:

@@ -199,9 +199,9 @@ def sample_filter(
         )
     log.info("filters: %d of %d samples stay", int(keep.sum()), n)
     if not keep.any():
-        told = "; ".join(f"{part.text} alone drops {part.drops}" for part in found.conditions)
+        drops = "; ".join(f"{part.text} alone drops {part.drops}" for part in found.conditions)
         raise PoolError(
-            f"where, exclude: none of the {n} samples is left ({told or 'all are excluded'}); drop fewer"
+            f"where, exclude: none of the {n} samples is left ({drops or 'all are excluded'}); drop fewer"
         )
     return found
 

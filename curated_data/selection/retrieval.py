@@ -65,8 +65,8 @@ def retrieve(
 
     The result is the union over all seeds of all sets. A sample near to several seeds is in it once, with the
     nearest of them as the reason (on ties the first), so there may be fewer than n per seed. The search is
-    exact: a cosine is that of float64, rounded to 12 digits, and of equal ones the smaller id is nearer. The
-    pool is read once, in blocks, and the result does not depend on their size.
+    exact: cosines are computed in float64 and rounded to 12 digits, and of equal ones the smaller id comes
+    first. The pool is read once, in blocks, and the result does not depend on their size.
 
     Args:
         embeddings: (n, d) rows of any scale. Zero and non-finite rows are never retrieved.

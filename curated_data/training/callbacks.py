@@ -314,9 +314,9 @@ class RecurationCallback(pl.Callback):
         if self.monitor is None:
             return False
         logged = trainer.callback_metrics
-        told = np.array([len(logged) > 0, self.monitor in logged, float(logged.get(self.monitor, 0))])
+        seen = np.array([len(logged) > 0, self.monitor in logged, float(logged.get(self.monitor, 0))])
         # Decided by rank zero: ranks may log different values, or none, but must not diverge.
-        any_logged, found, value = broadcast(told).tolist()
+        any_logged, found, value = broadcast(seen).tolist()
         if not any_logged:  # resuming, nothing is logged yet
             return self.state.epochs_without_gain >= self.patience
         if not found:

@@ -1,5 +1,7 @@
 """Weighted k-means and placing new rows, against scikit-learn, and against repeated rows."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -71,9 +73,8 @@ def test_two_ranks_find_what_one_does(blobs, tmp_path):
     ],
 )
 def test_weights_that_are_none(blobs, bad, named):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(named)):
         kmeans(blobs, 3, sample_weight=bad)
-    assert named in str(caught.value)
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
@@ -88,15 +89,13 @@ def test_new_rows_go_to_the_nearest_centroid(blobs, metric):
     assert found.assign(odd).tolist() == [int(gaps[0].argmin()), -1]
     assert found.assign(odd[1:]).tolist() == [-1]
     assert found.assign(new[:0]).tolist() == []
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"\(m, 6\)"):
         found.assign(new[:, :3])
-    assert "(m, 6)" in str(caught.value)
 
 
 def test_rows_of_a_tree_go_where_they_were(blobs):
     tree: ClusterTree = hierarchical_kmeans(blobs, [Level(40), Level(6)])
     for level in (1, 2):
         np.testing.assert_array_equal(tree.assign(blobs, level), tree.assignment(level))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"1\.\.2"):
         tree.assign(blobs, 3)
-    assert "1..2" in str(caught.value)

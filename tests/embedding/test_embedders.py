@@ -127,7 +127,7 @@ def test_random_weights_repeat_and_leave_the_generator_alone():
         ("torchvision:resnet18@/nowhere/w.pth", r"/nowhere/w\.pth"),
         ("checkpoint:/nowhere/last.ckpt", r"/nowhere/last\.ckpt"),
         ("efficientnet_lite0:big", "efficientnet_lite0:big"),
-        (3, "int"),
+        (3, r"^embedder: .* int\b"),
         (nn.Flatten, "Flatten"),
     ],
 )
@@ -156,9 +156,8 @@ def test_an_unreachable_hub_names_the_repository_and_the_folder(monkeypatch, tmp
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "load", unreachable)
     for spec, repository in (("dinov2_vits14", "facebookresearch/dinov2"), ("me/mine:net", "me/mine")):
-        with pytest.raises(EmbedderError) as caught:
+        with pytest.raises(EmbedderError, match=f"{repository} .*{tmp_path}"):
             resolve_embedder(f"hub:{spec}")
-        assert f"a checkout of {repository} and its weights below {tmp_path}" in str(caught.value)
 
 
 def test_files_of_code_or_of_another_network_are_refused(tmp_path):

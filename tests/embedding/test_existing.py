@@ -1,5 +1,7 @@
 """Embeddings that exist already: every form of them, the whole of `curate` over them, and bad input."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -152,7 +154,7 @@ def test_without_a_cache_nothing_is_left_beside_the_process(rows):
     [
         (lambda rows, folder: rows[0], ConfigError, "(8,)"),
         (lambda rows, folder: rows.astype(int), ConfigError, "int64"),
-        (lambda rows, folder: [rows, rows[:, :4]], ConfigError, "4"),
+        (lambda rows, folder: [rows, rows[:, :4]], ConfigError, "length 4"),
         (lambda rows, folder: [], PoolError, "empty list"),
         (lambda rows, folder: rows[:0], PoolError, "no rows"),
         (lambda rows, folder: folder / "nowhere.npy", PoolError, "nowhere.npy"),
@@ -162,18 +164,16 @@ def test_without_a_cache_nothing_is_left_beside_the_process(rows):
     ],
 )
 def test_bad_rows_are_one_error(make, kind, named, rows, tmp_path):
-    with pytest.raises(kind) as caught:
+    with pytest.raises(kind, match=re.escape(named)):
         curate_embeddings(make(rows, tmp_path), CONFIG, cache_dir=tmp_path / "cache")
-    assert named in str(caught.value)
 
 
 def test_a_damaged_file_is_one_error(rows, tmp_path):
     path = tmp_path / "rows.npy"
     np.save(path, rows)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(PoolError) as caught:
+    with pytest.raises(PoolError, match=r"rows\.npy"):
         EmbeddedPool(path)
-    assert "rows.npy" in str(caught.value)
     path.write_bytes(b"no array")
     with pytest.raises((PoolError, CacheError)):
         EmbeddedPool(path)
@@ -189,12 +189,10 @@ def test_what_does_not_go_together(rows, tmp_path, write_pool):
         (largest, None, "prefer"),
         (held_out, None, "held_out"),
     ):
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ConfigError, match=re.escape(named)):
             curate(pool, config, embedder=embedder, cache_dir=tmp_path / "cache")
-        assert named in str(caught.value)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match="embedder"):
         curate(write_pool([30]), CONFIG, embedder=None, cache_dir=tmp_path / "cache")
-    assert "embedder" in str(caught.value)
 
 
 def test_a_report_without_images(rows, tmp_path):

@@ -1,5 +1,7 @@
 """Weights that people have: files without a network's name, wrapped state dicts, folders of transformers."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,8 @@ from curated_data.errors import EmbedderError
 
 @pytest.mark.parametrize("name", ["resnet18.pth", "dir/model.safetensors", "last.ckpt"])
 def test_a_file_says_which_prefix_to_write(name):
-    with pytest.raises(EmbedderError) as caught:
+    with pytest.raises(EmbedderError, match=re.escape(f"timm:NAME@{name}")):
         resolve_embedder(name)
-    assert f"timm:NAME@{name}" in str(caught.value)
 
 
 def test_wrapped_state_dicts_are_opened(tmp_path):
@@ -32,12 +33,11 @@ def test_wrapped_state_dicts_are_opened(tmp_path):
         expected = found.fingerprint if expected is None else expected
         assert found.fingerprint == expected != plain.fingerprint
     torch.save({"model": {"other": torch.ones(2)}}, tmp_path / "other.pth")
-    with pytest.raises(EmbedderError) as caught:
+    with pytest.raises(EmbedderError, match=r"other\.pth"):
         resolve_embedder(f"torchvision:resnet18@{tmp_path}/other.pth")
-    assert "other.pth" in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "siglip"])
+@pytest.mark.parametrize("kind", ["dinov2", "dinov3", "siglip"])
 def test_towers_of_transformers_with_their_own_processor(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -45,6 +45,12 @@ def test_towers_of_transformers_with_their_own_processor(kind, tmp_path):
         config = transformers.Dinov2Config(**small, image_size=28, patch_size=14, mlp_ratio=1)
         network = transformers.Dinov2Model(config)
         processor = transformers.BitImageProcessorFast(size={"shortest_edge": 28}, crop_size=28)
+    elif kind == "dinov3":
+        if not hasattr(transformers, "DINOv3ViTModel"):
+            pytest.skip("this transformers is older than DINOv3")
+        config = transformers.DINOv3ViTConfig(**small, image_size=28, patch_size=14, num_register_tokens=1)
+        network = transformers.DINOv3ViTModel(config)
+        processor = transformers.DINOv3ViTImageProcessorFast(size={"height": 28, "width": 28})
     else:
         vision = small | {"image_size": 28, "patch_size": 14}
         config = transformers.SiglipConfig(vision_config=vision, text_config=small | {"vocab_size": 20})
@@ -68,6 +74,5 @@ def test_towers_of_transformers_with_their_own_processor(kind, tmp_path):
 def test_a_name_that_cannot_be_found_is_one_error(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(EmbedderError) as caught:
+    with pytest.raises(EmbedderError, match=re.escape(str(tmp_path))):
         resolve_embedder(f"transformers:{tmp_path}")
-    assert str(tmp_path) in str(caught.value)

@@ -214,9 +214,9 @@ def test_bad_batches_are_refused(name):
     batch = batch_of(module)
     with pytest.raises(TypeError, match=r"'views'"):
         module.training_step({"image": batch["views"][0]}, 0)
-    with pytest.raises(ValueError, match=r"view|image"):
+    with pytest.raises(ValueError, match=r"12, 16\)"):
         module.training_step({"views": [*batch["views"][1:], batch["views"][0][:, :, :12]]}, 0)
-    with pytest.raises(ValueError, match=r"differ in size|expected"):
+    with pytest.raises(ValueError, match=r"\(3, 3, 16, 16\)|got 2"):
         module.training_step({"views": [batch["views"][0], batch["views"][0][:3]]}, 0)
     if name != "mae":
         with pytest.raises(ValueError, match="1 sample"):

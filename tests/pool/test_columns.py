@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 
 import numpy as np
@@ -73,9 +74,8 @@ def test_new_columns_join_those_in_the_cache(scored, tmp_path):
     assert len(list((tmp_path / "cache" / "columns").glob("*.parquet"))) == 2
     for path in (tmp_path / "cache" / "columns").glob("*.parquet"):
         path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(PoolError) as caught:
+    with pytest.raises(PoolError, match=r"\.parquet"):
         pool.columns(["width"])
-    assert ".parquet" in str(caught.value)
 
 
 def test_kept_columns_of_another_shard_are_not_taken(scored, tmp_path):
@@ -150,15 +150,14 @@ def test_what_is_wrong_is_one_error(scored, tmp_path):
         (lambda: pool.columns(["json.nsfv"]), ConfigError, "'json.nsfw'"),
         (lambda: pool.columns(["widht"]), ConfigError, "'width'"),
         (lambda: ShardPool(scored, columns=tmp_path / "twice.table").columns(["score"]), PoolError, keys[4]),
-        (lambda: ShardPool(scored, columns=tmp_path / "others.table").columns(["score"]), PoolError, "x"),
-        (lambda: ShardPool(scored, columns=tmp_path / "short.table").columns(["score"]), ConfigError, "11"),
-        (lambda: ShardPool(scored, columns=types).columns(["score"]), ConfigError, "other types"),
+        (lambda: ShardPool(scored, columns=tmp_path / "others.table").columns(["score"]), PoolError, "'x'"),
+        (lambda: ShardPool(scored, columns=tmp_path / "short.table").columns(["score"]), ConfigError, "11 "),
+        (lambda: ShardPool(scored, columns=types).columns(["score"]), ConfigError, "numbers.table: "),
         (lambda: ShardPool(scored, columns=tmp_path / "text.table"), PoolError, "text.table"),
         (lambda: ShardPool(scored, columns=tmp_path / "no.parquet"), PoolError, "no.parquet"),
     ):
-        with pytest.raises(kind) as caught:
+        with pytest.raises(kind, match=re.escape(named)):
             make()
-        assert named in str(caught.value)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,9 +93,8 @@ def test_a_part_of_a_data_set_is_named(hub, path, names):
     ],
 )
 def test_what_is_not_there_is_one_error(hub, url, kind, named, tmp_path):
-    with pytest.raises(kind) as caught:
+    with pytest.raises(kind, match=re.escape(named)):
         import_tables(url, tmp_path / "out", storage_options=options(hub))
-    assert named in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

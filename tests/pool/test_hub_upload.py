@@ -85,8 +85,8 @@ def test_what_the_hub_refuses_is_one_line(hub, command):
 @pytest.mark.parametrize(
     ("extra", "told"),
     [
-        (["--to", "hf://models/me/net"], "hf://models/me/net: no data set"),
-        (["--to", "s3://bucket"], "s3://bucket: no data set"),
+        (["--to", "hf://models/me/net"], "hf://models/me/net: "),
+        (["--to", "s3://bucket"], "s3://bucket: "),
         (["--dry-run"], "--dry-run"),
         (["--to", "hf://datasets/me/birds", "--out", "memory://there"], "memory://there"),
     ],

@@ -1,6 +1,7 @@
 """Conditions in SQL against pandas-like masks of numpy, attacks, and filters in a whole curation."""
 
 import os
+import re
 
 import duckdb
 import numpy as np
@@ -62,9 +63,8 @@ ATTACKS = [
 @pytest.mark.parametrize("text", ATTACKS)
 def test_what_is_more_than_a_condition_is_refused(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match="where"):
         Where(text)
-    assert "where" in str(caught.value)
     assert os.listdir(tmp_path) == []
 
 
@@ -74,9 +74,8 @@ def test_a_working_directory_that_is_gone_is_an_error(tmp_path, monkeypatch):
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match="working directory"):
         Where("score > 1")
-    assert "working directory" in str(caught.value)
 
 
 def test_the_database_itself_is_locked(tmp_path):
@@ -138,10 +137,10 @@ def test_counts_are_those_of_three_valued_logic(values, parts):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("a", "expected a comparison"),
-        ("a > 'x'", "Could not convert"),
-        ("a.b > 1", "a"),
-        ("a AND a.b > 1", "a"),
+        ("a", "'a'"),
+        ("a > 'x'", "a > 'x'"),
+        ("a.b > 1", "a.b"),
+        ("a AND a.b > 1", "a.b"),
     ],
 )
 def test_a_condition_that_does_not_fit_its_columns(text, named):
@@ -150,9 +149,8 @@ def test_a_condition_that_does_not_fit_its_columns(text, named):
     if text == "a.b > 1":
         assert where.apply(table).keep.tolist() == [False, True]
         return
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=re.escape(named)):
         where.apply(table)
-    assert named in str(caught.value)
 
 
 @pytest.fixture
@@ -254,9 +252,8 @@ def test_rows_are_filtered_by_the_columns_beside_them(tmp_path):
     found = curate_embeddings(tmp_path / "rows.parquet", config, cache_dir=tmp_path / "cache")
     kept = (score > 0.5) & (np.arange(200) < 150)
     assert kept[found.ids].all()
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match="'score'"):
         EmbeddedPool(tmp_path / "rows.parquet").columns(["scor"])
-    assert "'score'" in str(caught.value)
 
 
 def test_from_the_shell(scored, tmp_path, capsys):
@@ -280,13 +277,12 @@ def test_from_the_shell(scored, tmp_path, capsys):
         ({"exclude": [1.5]}, ConfigError, "1.5"),
         ({"exclude": ["no.npy"]}, ConfigError, "no.npy"),
         ({"include": ["no.txt"]}, ConfigError, "no.txt"),
-        ({"exclude": "a"}, ConfigError, "exclude"),
+        ({"exclude": "a"}, ConfigError, "exclude: "),
         ({"exclude": [3], "include": [3]}, ConfigError, "sample 3"),
-        ({"include": list(range(50))}, ConfigError, "50"),
-        ({"exclude": list(range(100))}, PoolError, "100"),
+        ({"include": list(range(50))}, ConfigError, "include: 50 "),
+        ({"exclude": list(range(100))}, PoolError, "100 samples"),
     ],
 )
 def test_what_is_wrong_is_one_error_before_anything_is_embedded(config, kind, named, scored, tmp_path):
-    with pytest.raises(kind) as caught:
+    with pytest.raises(kind, match=re.escape(named)):
         curate(scored, CONFIG | config, embedder="pixels:4", cache_dir=tmp_path / "cache")
-    assert named in str(caught.value)
