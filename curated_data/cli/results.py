@@ -10,8 +10,8 @@ from curated_data.cli import common
 from curated_data.errors import ConfigError
 
 _OF_ONE_POOL = (
-    "config", "target_size", "where", "set", "embeddings", "coordinates", "labels", "class_names", "columns",
-    "strict", "ignore_exif",
+    "config", "target_size", "where", "set", "embeddings", "coordinates", "labels", "class_names",
+    "vocabulary", "columns", "strict", "ignore_exif",
 )  # fmt: skip
 
 
@@ -44,6 +44,12 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="a JSON list, or one name per line (default: classes.json beside the first shard, or numbers)",
     )
+    command.add_argument(
+        "--vocabulary",
+        metavar="FILE",
+        help="words, one per line, that clusters are called by: the nearest, for an --embedder of images and "
+        "texts (transformers:, and the name of a CLIP or SigLIP) or minilm",
+    )
 
     command = common.add_pool_command(
         commands, "table", "write all that is known of each sample as one parquet table", _table
@@ -69,8 +75,9 @@ def _report(parsed: argparse.Namespace) -> None:
     arrays = {name: common.load_array(getattr(parsed, name), name) for name in ("coordinates", "labels")}
     names = _class_names(parsed.class_names)
     check_arrays(len(common.pool_of(parsed)), **arrays)
+    words = _vocabulary(parsed)
     pool, curation = common.run_curation(parsed)
-    print(write_report(curation, pool, out, title=title, class_names=names, **arrays))
+    print(write_report(curation, pool, out, title=title, class_names=names, vocabulary=words, **arrays))
 
 
 def _report_mixture(parsed: argparse.Namespace) -> None:
@@ -112,13 +119,38 @@ def _table(parsed: argparse.Namespace) -> None:
             print(f"{len(table):,} samples: {write(place, common.storage_of(parsed))}")
 
 
+def _vocabulary(parsed: argparse.Namespace) -> tuple[list[str], Any] | None:
+    """The words of `--vocabulary` and their embeddings."""
+    if parsed.vocabulary is None:
+        return None
+    import numpy as np
+
+    from curated_data.embedding import resolve_embedder
+    from curated_data.pipeline.search import embed_queries
+    from curated_data.pool import ShardPool
+
+    pool = common.pool_of(parsed)
+    if parsed.embedder is None or not isinstance(pool, ShardPool):
+        raise ConfigError("--vocabulary: needs a pool of shards, and an --embedder that embeds words, too")
+    words = [word.strip() for word in _text(parsed.vocabulary, "--vocabulary").splitlines() if word.strip()]
+    if not words:
+        raise ConfigError(f"--vocabulary {parsed.vocabulary}: holds no word; write one per line")
+    embedder = resolve_embedder(parsed.embedder)
+    parts = (words[first : first + 256] for first in range(0, len(words), 256))
+    return words, np.concatenate([embed_queries(pool, embedder, texts=part) for part in parts])
+
+
+def _text(path: str, option: str) -> str:
+    try:
+        return read_bytes(local_path(path, option)).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {path}: cannot be read ({error})") from error
+
+
 def _class_names(path: str | None) -> list[str] | None:
     if path is None:
         return None
-    try:
-        text = read_bytes(local_path(path, "--class-names")).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--class-names {path}: cannot be read ({error})") from error
+    text = _text(path, "--class-names")
     try:
         names = json.loads(text)
     except (ValueError, RecursionError) as error:

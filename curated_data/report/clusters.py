@@ -24,6 +24,8 @@ def cluster_names(
     captions: Sequence[str | None] | None = None,
     labels: np.ndarray | None = None,
     class_names: Sequence[str] | None = None,
+    rows: np.ndarray | None = None,
+    vocabulary: tuple[Sequence[str], np.ndarray] | None = None,
 ) -> list[dict[int, str]]:
     """For each level, the names of clusters above the samples shown; those without a name are left out.
 
@@ -32,6 +34,9 @@ def cluster_names(
         captions: of the samples shown: a cluster is called by the words that set its captions apart.
         labels: (n,) place of each sample's class in `class_names`, -1 for none: without captions, a cluster
             is called by its most frequent classes.
+        rows: (m, d) embeddings of the samples shown, if there is a vocabulary.
+        vocabulary: words and their embeddings; with it a cluster is called by the nearest, see
+            `nearest_words`.
     """
     names = []
     for level in range(1, tree.n_levels + 1):
@@ -40,6 +45,8 @@ def cluster_names(
             of_level |= _by_class(tree.assignment(level), labels, class_names)
         if captions is not None:
             of_level |= distinctive_words(tree.assignment(level, shown), captions)
+        if vocabulary is not None and rows is not None:
+            of_level |= nearest_words(tree.assignment(level, shown), rows, *vocabulary)
         present = set(np.unique(tree.assignment(level, shown)).tolist()) - {-1}
         names.append({cluster: name for cluster, name in of_level.items() if cluster in present})
     return names
@@ -80,6 +87,41 @@ def distinctive_words(cluster: np.ndarray, captions: Sequence[str | None]) -> di
         if chosen:
             names[of_cluster] = ", ".join(chosen)
     return names
+
+
+def nearest_words(
+    cluster: np.ndarray, rows: np.ndarray, words: Sequence[str], vectors: np.ndarray
+) -> dict[int, str]:
+    """The words of a vocabulary that each cluster is nearer to than all clusters are, as "truck, road".
+
+    By the cosine of their embeddings with the mean of the cluster's, less that with the mean of all.
+
+    Args:
+        cluster: (m,) of each sample, -1 for none.
+        rows: (m, d) embeddings.
+        words: k of them.
+        vectors: (k, d) their embeddings, comparable by cosine with those of the samples.
+    """
+    used = (cluster >= 0) & np.isfinite(rows).all(axis=1)
+    if not used.any():
+        return {}
+    found, group = np.unique(cluster[used], return_inverse=True)
+    unit = _unit(rows[used])
+    one = sparse.csr_array((np.ones(len(unit)), (group, np.arange(len(unit)))), (len(found), len(unit)))
+    means = (one @ unit) / np.bincount(group)[:, None]
+    score = (means - unit.mean(axis=0)) @ _unit(vectors).T
+    best = np.argsort(-score, axis=1, kind="stable")[:, :2]
+    names = {}
+    for number, of_cluster in enumerate(found.tolist()):
+        chosen = [words[word] for word in best[number].tolist() if score[number, word] > 0]
+        if chosen:
+            names[of_cluster] = ", ".join(chosen)
+    return names
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    wide = np.asarray(rows, np.float32)
+    return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
 
 
 def _by_class(cluster: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[int, str]:

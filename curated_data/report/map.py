@@ -76,6 +76,12 @@ def sample_map(
     }
 
 
+def rows_of(curation: "Curation", shown: np.ndarray) -> np.ndarray:
+    """(m, d) float32, the embeddings of the samples shown."""
+    store = curation.embeddings
+    return np.asarray(store.rows(shown) if hasattr(store, "rows") else store[shown], np.float32)
+
+
 def cluster_tables(curation: "Curation", shown: np.ndarray) -> list[dict[str, str]]:
     """One table a level, of the clusters above the samples shown: number, size, how many were selected from
     each, the parent's row in the next table, and siblings.
@@ -133,8 +139,7 @@ def _principal_components(
     curation: "Curation", shown: np.ndarray, rng: np.random.Generator, most: int = 20_000
 ) -> np.ndarray:
     """(m, 2) for the samples shown, fitted on a random subset of them; NaN for samples without embedding."""
-    store = curation.embeddings
-    rows = np.asarray(store.rows(shown) if hasattr(store, "rows") else store[shown], np.float32)
+    rows = rows_of(curation, shown)
     usable = np.flatnonzero(np.isfinite(rows).all(axis=1) & (curation.tree.parent[1][shown] >= 0))
     xy = np.full((len(shown), 2), np.nan)
     if len(usable) < 2 or rows.shape[1] < 2:

@@ -27,7 +27,7 @@ from curated_data.pool.out import write_file
 from curated_data.report.claim import opening
 from curated_data.report.clusters import catch_all_clusters, cluster_names
 from curated_data.report.examples import random_subset
-from curated_data.report.map import cluster_tables, sample_map, samples_shown
+from curated_data.report.map import cluster_tables, rows_of, sample_map, samples_shown
 from curated_data.report.plain import filled, style
 from curated_data.report.tiles import (
     COLUMNS,
@@ -63,6 +63,7 @@ def write_report(
     coordinates_name: str = "t-SimCNE",
     labels: np.ndarray | None = None,
     class_names: Sequence[str] | None = None,
+    vocabulary: tuple[Sequence[str], np.ndarray] | None = None,
     title: str = "Curation report",
     n_map_points: int = 20_000,
     n_map_images: int = 1_000,
@@ -82,6 +83,8 @@ def write_report(
         labels: (n,) integer class of each sample, -1 for none; None reads the pool's `.cls` members, and
             gives no figures about classes if these are not integers.
         class_names: of the classes; None reads `classes.json` beside the first shard, or numbers the classes.
+        vocabulary: k words and their embeddings (k, d) by the text tower of the embedder; clusters are called
+            by the nearest ones instead of by captions or classes.
         title: of the page.
         n_map_points: number of samples on the map, for which the page can also explain why they were chosen.
             From a larger pool, a random subset of which half is selected, and all samples shown elsewhere.
@@ -99,6 +102,10 @@ def write_report(
     """
     n = len(pool)
     check_arrays(n, coordinates=coordinates, labels=labels)
+    if vocabulary is not None:
+        wanted = (len(vocabulary[0]), curation.embeddings.shape[1])
+        if not vocabulary[0] or np.shape(vocabulary[1]) != wanted:
+            raise ValueError(f"vocabulary: needs embeddings {wanted}, got {np.shape(vocabulary[1])}")
     if curation.tree.n_samples != n:
         raise ValueError(f"the curation is of {curation.tree.n_samples} samples, the pool has {n}")
     if n_map_images > _MOST_IMAGES:
@@ -122,7 +129,15 @@ def write_report(
     shown = np.union1d(samples_shown(curation, n_map_points, rng), list(tiles.shown)).astype(np.int64)
     captions = _captions(pool, shown)
     classes = None if balance is None else balance.names(class_names)
-    names = cluster_names(curation.tree, shown, captions=captions, labels=places, class_names=classes)
+    names = cluster_names(
+        curation.tree,
+        shown,
+        captions=captions,
+        labels=places,
+        class_names=classes,
+        rows=None if vocabulary is None else rows_of(curation, shown),
+        vocabulary=vocabulary,
+    )
     first = opening(curation, balance, classes, names)
     central = np.array([row["central"] for row in first["rows"] if row["central"] >= 0], np.int64)
     tiles.add(central)

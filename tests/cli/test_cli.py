@@ -108,8 +108,11 @@ def test_the_report_of_a_mixture_is_written_from_the_yaml_of_a_training(write_po
     assert capsys.readouterr().out.split() == [str(out / "index.html")]
     page = (out / "index.html").read_text()
     assert "<title>Ours</title>" in page
-    rows = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", page)]
-    assert [(row[2], row[3]) for row in rows if len(row) == 8] == [("12", "75.00%"), ("25", "25.00%")]
+    rows = [re.findall("<td[^>]*>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", page)]
+    assert [(row[2], row[3].split("<")[0]) for row in rows if len(row) == 7] == [
+        ("12", "75.00%"),
+        ("25", "25.00%"),
+    ]
     assert "Ours: chosen" in (out / "component-0.html").read_text()
     assert main([*given, "--target-size", "5"]) == 2
     assert "--target-size: of one curation" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import logging
 import re
 
@@ -224,3 +225,24 @@ def test_a_text_finds_images_as_the_networks_own_forward_does(kind, clip, write_
     text, best = page.read_text(), np.argsort(-expected[0])[:3]
     assert [int(number) for number in re.findall(r"<b>(\d+)</b>", text)] == best.tolist()
     assert all(key in text for key in pool.keys(best))
+
+
+def test_clusters_are_called_by_words_of_a_vocabulary(clip, write_pool, tmp_path, capsys):
+    folder, *_ = clip("clip")
+    shards = write_pool([40])
+    words = ["red", "truck", "cats", "asleep"]
+    (tmp_path / "words.txt").write_text("\n".join(words) + "\n\n")
+    page = tmp_path / "page.html"
+    command = ["report", *shards, "--embedder", f"transformers:{folder}", "--target-size", "9"]
+    command += ["--cache-dir", str(tmp_path / "cache"), "--out", str(page)]
+    assert main([*command, "--vocabulary", str(tmp_path / "words.txt")]) == 0
+    content = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', page.read_text())[1])
+    assert all(set(name.split(", ")) <= set(words) for level in content["names"] for name in level.values())
+    assert content["names"][0]
+    capsys.readouterr()
+    (tmp_path / "none.txt").write_text(" \n")
+    assert main([*command, "--vocabulary", str(tmp_path / "none.txt")]) == 2
+    assert "holds no word" in capsys.readouterr().err
+    pixels = [part if not part.startswith("transformers:") else "pixels:4" for part in command]
+    assert main([*pixels, "--vocabulary", str(tmp_path / "words.txt")]) == 2
+    assert "takes no text" in capsys.readouterr().err

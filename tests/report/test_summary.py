@@ -9,7 +9,7 @@ import pytest
 from curated_data import curate_embeddings
 from curated_data.clustering.tree import ClusterTree
 from curated_data.report.claim import opening
-from curated_data.report.clusters import catch_all_clusters, distinctive_words
+from curated_data.report.clusters import catch_all_clusters, distinctive_words, nearest_words
 
 SETTINGS = {"target_size": 30, "levels": [{"n_clusters": 8}, {"n_clusters": 2}], "sampling": "hierarchical"}
 
@@ -76,6 +76,19 @@ def test_words_that_set_captions_apart():
     assert "truck" in names[0]
     assert set(names[7].split(", ")) == {"bowl", "hot", "soup"}
     assert distinctive_words(np.zeros(2, int), [None, "12 34"]) == {}
+
+
+def test_words_of_a_vocabulary_are_the_nearest_of_each_cluster():
+    """Clusters about one direction each, and words that are these directions, but for what all have."""
+    rng = np.random.default_rng(0)
+    cluster = np.repeat([3, 5, 8, -1], 50)
+    rows = np.eye(6)[np.repeat([0, 1, 2, 3], 50)] + 5 * np.eye(6)[4] + 0.05 * rng.normal(size=(200, 6))
+    rows[7] = np.nan
+    words = ["zero", "one", "two", "of all"]
+    vectors = np.stack([*np.eye(6)[:3], np.eye(6)[4]]) * [[1], [30], [0.1], [9]]
+    names = nearest_words(cluster, rows.astype(np.float32), words, vectors)
+    assert {key: name.split(", ")[0] for key, name in names.items()} == {3: "zero", 5: "one", 8: "two"}
+    assert nearest_words(np.full(200, -1), rows, words, vectors) == {}
 
 
 def test_a_large_wide_cluster_of_which_little_is_kept_is_a_catch_all():
