@@ -1,6 +1,6 @@
 """Retrieval of the nearest samples of every seed against faiss, flat and inverted: CPU seconds and recall.
 
-    python -m benchmarks.retrieval [--samples 100000] [--seeds 5000] [--dimension 256] [--threads 2]
+    python -m benchmarks.retrieval [--samples 100000] [--seeds 5000] [--dimension 256] [--threads 2] [--flat]
 
 The pool is a mixture of 1,000 components, the seeds are drawn from 50 of them. Recall is the share of the
 pairs of seed and sample that float64 finds, for the first 200 seeds. The rows are kept in a file as float16,
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--dimension", type=int, default=256)
     parser.add_argument("--nearest", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2, help="of faiss; ours are those of OMP_NUM_THREADS")
+    parser.add_argument("--flat", action="store_true", help="without the inverted files")
     parsed = parser.parse_args()
     print_machine()
     faiss.omp_set_num_threads(parsed.threads)
@@ -47,7 +48,7 @@ def main() -> None:
             "faiss, flat": lambda: flat(rows, seeds, n),
         }
         n_lists = int(4 * np.sqrt(parsed.samples))
-        for n_probes in (8, 64):
+        for n_probes in () if parsed.flat else (8, 64):
             ways[f"faiss, IVF{n_lists}, {n_probes} probes"] = lambda probes=n_probes: inverted(
                 rows, seeds, n, n_lists, probes
             )

@@ -125,10 +125,10 @@ def test_bad_queries(made, tmp_path):
         embed_queries(pool, embedder, [tmp_path / "bad.png"])
     with pytest.raises(PoolError, match=r"words\.doc"):
         embed_queries(pool, embedder, [tmp_path / "words.doc"])
-    with pytest.raises(ConfigError, match="nothing"):
+    with pytest.raises(ConfigError, match=r"^search: nothing"):
         embed_queries(pool, embedder)
     rows = np.ones((3, curation.embeddings.shape[1]))
-    with pytest.raises(ConfigError, match="curation"):
+    with pytest.raises(ConfigError, match=r"^curation: "):
         search(rows, rows[0], curation=curation)
 
 

@@ -350,7 +350,7 @@ def test_running_out_of_iterations_warns():
         ({"cost": torch.zeros(0, 3)}, "empty"),
         ({"cost": torch.zeros(5)}, "N, K"),
         ({"cost": torch.tensor([[0.0, math.nan]])}, r"cost\[0, 1\] is nan"),
-        ({"cost": torch.tensor([[0.0, math.inf]])}, "finite"),
+        ({"cost": torch.tensor([[0.0, math.inf]])}, r"cost\[0, 1\] is inf"),
         ({"potentials": torch.zeros(3)}, "potentials"),
         ({"potentials": torch.full((8,), math.nan)}, "potentials"),
     ],

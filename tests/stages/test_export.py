@@ -131,9 +131,9 @@ def test_a_killed_export_is_started_over(pool, ids, tmp_path, monkeypatch):
 
 
 def test_wrong_arguments_are_named(pool, tmp_path):
-    with pytest.raises(ConfigError, match="order"):
+    with pytest.raises(ConfigError, match=r"^order: "):
         export(pool, [0], tmp_path, order="sorted")
-    with pytest.raises(ConfigError, match="selection"):
+    with pytest.raises(ConfigError, match=r"^selection: "):
         export(pool, np.array([], np.int64), tmp_path)
     with pytest.raises(PoolError, match="99999"):
         export(pool, [0, 99999], tmp_path)

@@ -1,4 +1,9 @@
-"""What an export leaves for others, read by their tools: datasets, mlcroissant, the Hub's reader of cards."""
+"""What an export leaves for others, read by their tools: datasets, mlcroissant, the Hub's reader of cards.
+
+The library datasets holds fsspec back, so it is not among those for development:
+
+    uv run --with datasets pytest -m long tests/stages/test_export_card.py
+"""
 
 import hashlib
 import json

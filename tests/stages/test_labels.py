@@ -65,7 +65,7 @@ def test_keys_go_before_ids_and_unknown_ones_are_counted(pool, tmp_path, caplog)
         ("id,label\n10,a\n", ConfigError, "id 10"),
         ("id,label\nx,a\n", ConfigError, "'id'"),
         ("id,label\n1,a,b\n", ConfigError, "Expected 2"),
-        ("id,labels_\n1,a\n", ConfigError, "label"),
+        ("id,labels_\n1,a\n", ConfigError, "'labels_'"),
         ("name,label\n1,a\n", ConfigError, "key or id"),
         ("id,label,label\n1,a,a\n", ConfigError, "two columns"),
         ("key,label\nelsewhere,a\n", ConfigError, "elsewhere"),

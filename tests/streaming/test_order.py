@@ -239,8 +239,8 @@ def test_a_hundred_million_samples_begin_anywhere_at_once():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"selection": np.array([0.5])}, "selection"),
-        ({"selection": np.zeros((2, 2), int)}, "selection"),
+        ({"selection": np.array([0.5])}, "^selection: "),
+        ({"selection": np.zeros((2, 2), int)}, "^selection: "),
         ({"selection": np.array([], int)}, "^selection: "),
         ({"selection": 3}, "^selection: .* 3 .* 4"),
         ({"batch_size": 0}, "batch_size"),

@@ -241,7 +241,7 @@ class TestLabels:
         ("arguments", "named"),
         [
             ({"labels": "json.class"}, "json.class"),
-            ({"labels": "lable"}, "label"),
+            ({"labels": "lable"}, "'lable'.*'label'"),
             ({"labels": np.arange(3)}, "^labels: 3 .* 12"),
             ({"labels": np.arange(3), "selection": np.arange(4)}, "^labels: .* 4 "),
             ({"labels": np.ones(4), "selection": np.arange(4)}, "^labels: .* 4 "),

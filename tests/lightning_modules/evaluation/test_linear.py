@@ -168,7 +168,7 @@ def test_labels_of_any_size():
         ({"train_labels": torch.zeros(299, dtype=torch.int64)}, "300 labels"),
         ({"train_features": torch.full((300, 12), torch.nan)}, "not finite"),
         ({"test_features": torch.zeros(100, 5)}, "dimensions"),
-        ({"test_features": torch.zeros(0, 12), "test_labels": torch.zeros(0, dtype=torch.int64)}, "samples"),
+        ({"test_features": torch.zeros(0, 12), "test_labels": torch.zeros(0, dtype=torch.int64)}, " 0 test"),
         ({"test_features": {"other": torch.zeros(100, 12)}}, "train has features"),
         ({"train_counts": torch.ones(2)}, "train_counts"),
     ],
