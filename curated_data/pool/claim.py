@@ -12,6 +12,7 @@ import re
 import socket
 import time
 import uuid
+import zlib
 from collections.abc import Iterable
 from typing import IO, NamedTuple
 
@@ -19,7 +20,8 @@ from curated_data.errors import CacheError, PoolError
 from curated_data.pool.out import LocalFolder, RemoteFolder, writing
 
 _HEADER = re.compile(r"(\S{1,255}) (\d{1,10}) ([0-9a-f]{32})")
-_PROGRESS = re.compile(r"/([0-9a-f]{20}|-) (\d{1,9}) (\d{1,15}) (\d{1,15})")  # no file is called like this
+# No file is called like this. The last is a checksum, since a line may be torn or damaged.
+_PROGRESS = re.compile(r"/([0-9a-f]{20}|-) (\d{1,9}) (\d{1,15}) (\d{1,15}) [0-9a-f]{8}")
 _alive: set[str] = set()  # the tokens of this process's writers in stores
 # How many seconds a lock may be in the way: of a process that only looks; of a child of a killed writer,
 # which shares its lock from the fork until it runs its command.
@@ -169,14 +171,19 @@ def names_in(content: bytes | None) -> set[str]:
 
 
 def _progress_in(content: bytes | None) -> Progress | None:
-    """The last progress that a marker notes."""
+    """The last progress that a marker notes; None if there is none, or it is damaged."""
     lines = (content or b"").decode("utf-8", "replace").split("\n")[:-1]  # the last may be torn
-    found = next(filter(None, map(_PROGRESS.fullmatch, reversed(lines))), None)
-    return None if found is None else Progress(found[1], *map(int, found.groups()[1:]))
+    last = next((line for line in reversed(lines) if line.startswith("/")), "")
+    found = _PROGRESS.fullmatch(last)
+    if found is None:
+        return None
+    progress = Progress(found[1], int(found[2]), int(found[3]), int(found[4]))
+    return progress if _line(progress) == last else None
 
 
 def _line(progress: Progress) -> str:
-    return "/" + " ".join(map(str, progress))
+    text = "/" + " ".join(map(str, progress))
+    return f"{text} {zlib.crc32(text.encode()):08x}"
 
 
 def _open(folder: LocalFolder, marker: str, flags: int) -> int:

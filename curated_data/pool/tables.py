@@ -125,7 +125,10 @@ def import_tables(
         if not writer.n_samples:
             raise PoolError(f"{places[0]}: none of {n} rows has the bytes of an image in {name!r}")
         if writer.place != n:
-            raise PoolError(f"{writer.out}: the marker of the stopped import is damaged; pass overwrite=True")
+            raise PoolError(
+                f"{writer.out}: the marker of the stopped import says {writer.place} of {n} rows; pass "
+                "overwrite=True (--overwrite) to start over"
+            )
     if n > writer.n_samples:
         log.warning("left out %d of %d rows that have no bytes of an image", n - writer.n_samples, n)
     log.info("imported %d images of %d files to %d shards", writer.n_samples, len(places), len(writer.shards))
