@@ -166,10 +166,10 @@ class _Inline:
 
 
 def _work(end: Any) -> None:
-    from curated_data.clustering import rows
+    from curated_data import threads
 
     torch.set_num_threads(1)  # the same numbers from both devices
-    rows._pool = lambda *_: _Inline()
+    threads._pool = lambda *_: _Inline()
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` makes one on the CPU, and moves it
     while True:
