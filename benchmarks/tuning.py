@@ -23,13 +23,12 @@ from curated_data import curate_embeddings
 from curated_data.cache.artifacts import atomic_write_json
 from curated_data.config import load_config
 from curated_data.pipeline.tune import SETTINGS, Chances, chances, compare, verdict
+from curated_data.programs import described_parser
 
 
 def main() -> None:
     """A row per pool; what a pool's settings select is kept in FOLDER."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--pools", type=Path, required=True, help="made by benchmarks.pools")
     parser.add_argument("--only", nargs="+", help="pools (default: all of images)")
     parser.add_argument("--share", type=float, default=0.1, help="to select (default: %(default)s)")

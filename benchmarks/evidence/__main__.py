@@ -42,7 +42,8 @@ def main() -> None:
                         print(json.dumps(line), flush=True)
     print_table(lines)
     if options.figure:
-        draw(lines, options.against).savefig(options.figure, dpi=150)
+        shown = [line for line in lines if line["pool"] in options.pools and line["way"] in options.ways]
+        draw(shown, options.against).savefig(options.figure, dpi=150)
 
 
 def parse_options() -> argparse.Namespace:
@@ -58,7 +59,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400, help=f"of {training.BATCH} images (default: 400)")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no training after so many")
-    parser.add_argument("--figure", type=Path, help="draw the gains there")
+    parser.add_argument("--figure", type=Path, help="draw the gains of these pools and ways there")
     parser.add_argument("--against", choices=("ratio", "share"), default="ratio")
     options = parser.parse_args()
     options.until = time.monotonic() + 60 * options.minutes

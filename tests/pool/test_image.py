@@ -195,7 +195,9 @@ class TestOrientation:
     def test_of_xmp_alone(self):
         xmp = b"<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf tiff:Orientation=\"6\"/></x:xmpmeta>"
         image = Image.new("RGB", (8, 4))
-        data = encoded(image, "JPEG", xmp=xmp)
+        data = encoded(image, "JPEG")
+        block = b"http://ns.adobe.com/xap/1.0/\0" + xmp
+        data = data[:2] + struct.pack(">2sH", b"\xff\xe1", 2 + len(block)) + block + data[2:]
         assert decode_image(data).shape == upright(data).shape == (3, 8, 4)
 
 

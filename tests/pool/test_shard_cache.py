@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from curated_data.cache.locks import locked
 from curated_data.errors import CacheError, PoolError
 from curated_data.pool.shard import ShardFile
 from curated_data.pool.shard_cache import ShardCache
@@ -146,7 +147,8 @@ def test_parallel_downloads_stay_within_the_limit(tmp_path):
     def download(shard, path):
         time.sleep(0.02)
         path.write_bytes(b"x" * shard.size)
-        most.append(sum(size for _, size in sizes_in(folder)))
+        with locked(folder / "eviction"):  # none is evicted or added while they are counted
+            most.append(sum(size for _, size in sizes_in(folder)))
 
     shards = [ShardFile(f"http://x/{name}", 400, name) for name in "abcdefgh"]
     with ThreadPoolExecutor(8) as threads:
