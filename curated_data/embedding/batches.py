@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,7 +119,7 @@ class InputLoader:
             return  # no workers for nothing: spawned ones take seconds
         loader = DataLoader(
             self.dataset,
-            sampler=_Once(itertools.chain([first], cuts)),
+            sampler=itertools.chain([first], cuts),
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=self.num_workers,
@@ -172,16 +173,7 @@ def worker_ended(error: BaseException, start_method: str = "fork") -> CuratedDat
     )
 
 
-class _Once:
-    """An iterator as a sampler."""
-
-    def __init__(self, items: Iterator[_Cut]) -> None:
-        self.items = items
-
-    def __iter__(self) -> Iterator[_Cut]:
-        return self.items
-
-
+@dataclass
 class _Preprocessed(Dataset):
     """Maps rows to stacked inputs, reasons of failures and digests.
 
@@ -189,16 +181,11 @@ class _Preprocessed(Dataset):
     wrapped in a traceback.
     """
 
-    def __init__(
-        self,
-        pool: ShardPool,
-        preprocess: Callable[[Any], Tensor],
-        decoders: Decoders | None,
-        fields: frozenset[str],
-        ids: np.ndarray | None,
-    ) -> None:
-        self.pool, self.preprocess, self.decoders, self.fields = pool, preprocess, decoders, fields
-        self.ids = ids
+    pool: ShardPool
+    preprocess: Callable[[Any], Tensor]
+    decoders: Decoders | None
+    fields: frozenset[str]
+    ids: np.ndarray | None
 
     def __getitem__(self, cut: _Cut) -> Inputs | CuratedDataError:
         try:
