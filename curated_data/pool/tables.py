@@ -135,13 +135,12 @@ def import_tables(
     return writer.shards
 
 
-@contextlib.contextmanager
-def _opened(place: Path | str, storage_options: Mapping[str, Any] | None) -> Iterator[pq.ParquetFile]:
+def _opened(
+    place: Path | str, storage_options: Mapping[str, Any] | None
+) -> contextlib.AbstractContextManager[pq.ParquetFile]:
     if isinstance(place, Path):
-        yield open_parquet(place)
-        return
-    with remote_table(place, storage_options) as file:
-        yield file
+        return contextlib.nullcontext(open_parquet(place))
+    return remote_table(place, storage_options)
 
 
 def _state(path: Path) -> str:
