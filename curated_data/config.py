@@ -5,6 +5,7 @@ import io
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -231,13 +232,12 @@ def _check_containers(schema: type, content: Any, above: str = "") -> None:
         value, name = content.get(item.name), f"{above}{item.name}"
         if value is None or (isinstance(value, str) and value.startswith(("${", "???"))):
             continue
-        if dataclasses.is_dataclass(item.default_factory):
+        section = item.default_factory
+        if dataclasses.is_dataclass(section) or section is dict:
             if not isinstance(value, Mapping | DictConfig):
                 raise ConfigError(f"{name}: expected fields and values, got {value!r}")
-            _check_containers(item.default_factory, value, f"{name}.")
-        elif item.default_factory is dict:
-            if not isinstance(value, Mapping | DictConfig):
-                raise ConfigError(f"{name}: expected fields and values, got {value!r}")
+            if dataclasses.is_dataclass(section):
+                _check_containers(section, value, f"{name}.")
         elif item.default_factory is list and isinstance(value, str):
             raise ConfigError(f"{name}: expected a list, got {value!r}; write [{value}]")
         elif "list" in str(item.type) and isinstance(value, bool | int | float):
@@ -251,7 +251,7 @@ def _check_containers(schema: type, content: Any, above: str = "") -> None:
 
 def _check(config: CurationConfig) -> None:
     for path, choices in _CHOICES.items():
-        check_choice(path, _at(config, path), choices)
+        check_choice(path, attrgetter(path)(config), choices)
     if config.sampling in IN_CELLS and config.strategy != "random":
         raise ConfigError(
             f"strategy: {config.strategy!r} takes samples by their place in a cluster, and sampling "
@@ -264,7 +264,7 @@ def _check(config: CurationConfig) -> None:
             "leave it out, or take sampling 'sparse'"
         )
     for path, least in _LEAST.items():
-        value = _at(config, path)
+        value = attrgetter(path)(config)
         if not value >= least:
             raise ConfigError(f"{path}: expected at least {least}, got {value!r}")
     for size in config.nested_sizes:
@@ -305,12 +305,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(dataclasses.asdict(item) if isinstance(item, Level) else item) for item in value]
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _at(config: Any, path: str) -> Any:
-    for name in path.split("."):
-        config = getattr(config, name)
-    return config
 
 
 def read_yaml(path: Path) -> DictConfig:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import glob
 import statistics
 import sys
 import time
@@ -131,17 +132,13 @@ def last_checkpoint(trainer: lightning.Trainer) -> Path:
     ]
     folders.append(Path(trainer.default_root_dir) / "checkpoints")
     patterns = [folder / "last*.ckpt" for folder in folders]
-    found = [path for pattern in patterns for path in Path(pattern.anchor).glob(str(_relative(pattern)))]
+    found = [Path(path) for each in patterns for path in glob.glob(str(each), include_hidden=True)]
     if not found:
         places = ", ".join(dict.fromkeys(map(str, patterns)))
         raise ConfigError(
             f"ckpt_path: there is no last checkpoint ({places}); give the file, or leave it out"
         )
     return max(found, key=lambda path: path.stat().st_mtime_ns)
-
-
-def _relative(path: Path) -> Path:
-    return path.relative_to(path.anchor) if path.anchor else path
 
 
 class PlannedCLI(TrainingCLI):

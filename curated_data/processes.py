@@ -61,7 +61,10 @@ def check_picklable(loader: "DataLoader", **parts: Any) -> None:
         try:
             pickle.dumps(part)
         except _UNPICKLABLE as reason:  # others, as of locks, come of pickling outside the start of a process
-            raise _unpicklable(name, reason, start_method(loader)) from reason
+            raise ConfigError(
+                f"{name}: cannot be pickled ({reason}), and workers started by {start_method(loader)!r} get "
+                "a pickled copy; give a function or class of a module, not one inside another, or no workers"
+            ) from reason
 
 
 @contextlib.contextmanager
@@ -77,23 +80,9 @@ def starting_workers(loader: "DataLoader", **parts: Any) -> Iterator[None]:
     """
     try:
         yield
-    except _UNPICKLABLE as error:
-        method = start_method(loader)
-        if not loader.num_workers or method == "fork":
-            raise
-        for name, part in parts.items():
-            try:
-                pickle.dumps(part)
-            except Exception as reason:
-                raise _unpicklable(name, reason, method) from error
+    except _UNPICKLABLE:
+        check_picklable(loader, **parts)
         raise
-
-
-def _unpicklable(name: str, reason: Exception, method: str) -> ConfigError:
-    return ConfigError(
-        f"{name}: cannot be pickled ({reason}), and workers started by {method!r} get a pickled copy; give a "
-        "function or class of a module, not one inside another, or no workers"
-    )
 
 
 def end_with_parent(parent: int) -> None:

@@ -4,10 +4,10 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
 from curated_data.clustering import kmeans
 from curated_data.datasets.images import Images
@@ -110,7 +110,7 @@ class EmbeddedDataset:
         x = rows[:].astype(np.float32)
         return x if blocks is None else blocks.kinds(torch.from_numpy(x).to(self.embedded.device)), labels
 
-    def tokens(self, part: str) -> tuple["Tokens", "Chosen"]:
+    def tokens(self, part: str) -> tuple["Tokens", Subset[np.ndarray]]:
         """Patch tokens and maps of the images that can be read.
 
         Raises:
@@ -122,7 +122,7 @@ class EmbeddedDataset:
         embedder = self.embedded.tokens()
         store = self.embedded.store(self.parts[part], embedder)
         ids = np.flatnonzero(store.valid)
-        return Tokens(Rows(store, ids), embedder.grid), Chosen(images.maps, ids)
+        return Tokens(Rows(store, ids), embedder.grid), Subset(images.maps, ids.tolist())
 
     def answers(self, part: str) -> tuple[np.ndarray, list[list[int]] | None]:
         """Right classes of all images, (n,) or (n, m), and the base classes that each class stands for."""
@@ -187,16 +187,3 @@ class Tokens:
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.rows[i : i + 1].reshape(self.grid)
-
-
-class Chosen:
-    """A selection of maps."""
-
-    def __init__(self, maps: Any, ids: np.ndarray) -> None:
-        self.maps, self.ids = maps, ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.maps[int(self.ids[i])]

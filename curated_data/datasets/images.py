@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
 
 from curated_data.errors import PoolError
 from curated_data.pool import ShardWriter
@@ -16,7 +17,7 @@ from curated_data.progress import progress
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
 
-class Maps(Sequence[np.ndarray]):
+class Maps(Dataset[np.ndarray]):
     """Label or depth maps (H, W) of images, read when they are asked for."""
 
     def __init__(self, files: Sequence[Path], read: Callable[[Path], np.ndarray]) -> None:
@@ -25,7 +26,7 @@ class Maps(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, i: int) -> np.ndarray:  # type: ignore[override]  # no slices
+    def __getitem__(self, i: int) -> np.ndarray:
         return self.read(self.files[i])
 
 

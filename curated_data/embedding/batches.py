@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,6 +80,7 @@ def complete(inputs: Tensor, preprocess: Callable[[Any], Tensor]) -> Tensor:
     return normalised(inputs, preprocess.mean, preprocess.std)
 
 
+@dataclass
 class InputLoader:
     """Turns shards into batches of preprocessed inputs, in workers.
 
@@ -88,23 +90,16 @@ class InputLoader:
         ids: the sample of each row; None: row i is sample i.
     """
 
-    def __init__(
-        self,
-        pool: ShardPool,
-        embedder: Embedder,
-        batch_size: int,
-        num_workers: int,
-        decoders: Decoders | None,
-        device: torch.device,
-        context: str | None,
-        ranges: np.ndarray,
-        ids: np.ndarray | None,
-        fields: frozenset[str] = frozenset(),
-    ) -> None:
-        self.pool, self.embedder, self.batch_size, self.num_workers = pool, embedder, batch_size, num_workers
-        self.device, self.ranges, self.ids = device, ranges, ids
-        self.dataset = _Preprocessed(pool, embedder.preprocess, as_decoders(decoders), fields, ids)
-        self.context = context
+    pool: ShardPool
+    embedder: Embedder
+    batch_size: int
+    num_workers: int
+    decoders: Decoders | None
+    device: torch.device
+    context: str | None
+    ranges: np.ndarray
+    ids: np.ndarray | None
+    fields: frozenset[str] = frozenset()
 
     def batches(self, claims: Iterator[Claim]) -> Iterator[Inputs]:
         """Batches of the claimed shards, in order.
@@ -116,9 +111,11 @@ class InputLoader:
         first = next(cuts, None)
         if first is None:
             return  # no workers for nothing: spawned ones take seconds
+        decoders = as_decoders(self.decoders)
+        preprocess = self.embedder.preprocess
         loader = DataLoader(
-            self.dataset,
-            sampler=_Once(itertools.chain([first], cuts)),
+            _Preprocessed(self.pool, preprocess, decoders, self.fields, self.ids),
+            sampler=itertools.chain([first], cuts),
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=self.num_workers,
@@ -126,7 +123,7 @@ class InputLoader:
             pin_memory=self.device.type == "cuda",
         )
         try:
-            with starting_workers(loader, preprocess=self.dataset.preprocess, decoders=self.dataset.decoders):
+            with starting_workers(loader, preprocess=preprocess, decoders=decoders):
                 items = iter(loader)
             for item in items:
                 if isinstance(item, CuratedDataError):
@@ -172,16 +169,7 @@ def worker_ended(error: BaseException, start_method: str = "fork") -> CuratedDat
     )
 
 
-class _Once:
-    """An iterator as a sampler."""
-
-    def __init__(self, items: Iterator[_Cut]) -> None:
-        self.items = items
-
-    def __iter__(self) -> Iterator[_Cut]:
-        return self.items
-
-
+@dataclass
 class _Preprocessed(Dataset):
     """Maps rows to stacked inputs, reasons of failures and digests.
 
@@ -189,16 +177,11 @@ class _Preprocessed(Dataset):
     wrapped in a traceback.
     """
 
-    def __init__(
-        self,
-        pool: ShardPool,
-        preprocess: Callable[[Any], Tensor],
-        decoders: Decoders | None,
-        fields: frozenset[str],
-        ids: np.ndarray | None,
-    ) -> None:
-        self.pool, self.preprocess, self.decoders, self.fields = pool, preprocess, decoders, fields
-        self.ids = ids
+    pool: ShardPool
+    preprocess: Callable[[Any], Tensor]
+    decoders: Decoders | None
+    fields: frozenset[str]
+    ids: np.ndarray | None
 
     def __getitem__(self, cut: _Cut) -> Inputs | CuratedDataError:
         try:

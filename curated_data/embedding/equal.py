@@ -1,5 +1,7 @@
 """How many samples of a pool have one and the same embedding."""
 
+import hashlib
+from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -35,24 +37,17 @@ def equal_rows(store: EmbeddingStore | np.ndarray) -> EqualRows:
     rows = np.arange(len(store))
     if len(rows) > _LOOKED_AT:
         rows = np.sort(np.random.default_rng(0).choice(len(store), _LOOKED_AT, replace=False))
-    width = store.shape[1] * store.dtype.itemsize
-    weights = np.random.default_rng(1).integers(1, 2**63, width, np.uint64) | np.uint64(1)
-    hashes = np.empty(len(rows), np.uint64)  # 64-bit sums: a false match is less likely than 1e-10
-    is_there = np.empty(len(rows), bool)
+    groups: dict[bytes, list[int]] = defaultdict(list)
     for first in range(0, len(rows), _BLOCK):
-        part = slice(first, first + _BLOCK)
-        block = np.ascontiguousarray(store[rows[part]]) + store.dtype.type(0)  # no -0
-        content = block.view(np.uint8).reshape(len(block), width).astype(np.uint64)
-        hashes[part] = ((content + np.uint64(1)) * weights).sum(1, dtype=np.uint64)
-        is_there[part] = block.any(axis=1)
-    rows, hashes = rows[is_there], hashes[is_there]
-    if not len(rows):
-        return EqualRows(0, 0, 0, -1)
-    _, at, counts = np.unique(hashes, return_index=True, return_counts=True)
-    largest = int(counts.argmax())
-    if counts[largest] == 1:
-        return EqualRows(len(rows), 0, 1, -1)
-    row = int(rows[at[largest]])
+        part = rows[first : first + _BLOCK]
+        block = store[part] + store.dtype.type(0)  # no -0
+        for row, content in zip(part.tolist(), block, strict=True):
+            if content.any():
+                groups[hashlib.sha256(content.tobytes()).digest()].append(row)
+    sizes = [len(group) for group in groups.values()]
+    if max(sizes, default=0) <= 1:
+        return EqualRows(len(sizes), 0, max(sizes, default=0), -1)
+    largest = max(groups.values(), key=len)
     ids = getattr(store, "ids", None)
-    sample = row if ids is None else int(ids[row])
-    return EqualRows(len(rows), int(counts[counts > 1].sum()), int(counts[largest]), sample)
+    sample = largest[0] if ids is None else int(ids[largest[0]])
+    return EqualRows(sum(sizes), sum(size for size in sizes if size > 1), len(largest), sample)

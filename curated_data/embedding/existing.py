@@ -74,7 +74,11 @@ class EmbeddedPool:
         self.embeddings = EmbeddingFiles(source, column)
         self.dimension, self.dtype = self.embeddings.dimension, self.embeddings.dtype
         self._key = key
-        self._tables = [] if columns is None else _tables(columns)
+        self._tables: list[Path] = []
+        if columns is not None:
+            from curated_data.pool.columns import checked_tables
+
+            self._tables = checked_tables(columns)
         self._blocks = [
             (part.name, part.rows, start, min(start + BLOCK, len(part.rows)))
             for part in self.embeddings.parts
@@ -147,12 +151,6 @@ class EmbeddedPool:
             return Block(name, rows, lambda place: str(start + place))
 
         return keep_rows(root, self.urls, self.dimension, self.dtype, block)
-
-
-def _tables(columns: str | Path | Sequence[str | Path]) -> list[Path]:
-    from curated_data.pool.columns import checked_tables
-
-    return checked_tables(columns)
 
 
 class Block(NamedTuple):

@@ -23,6 +23,7 @@ import difflib
 import importlib
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -171,23 +172,14 @@ def _transformers(rest: str) -> Embedder:
             f"embedder 'transformers:{rest}' needs the package transformers: pip install 'curated-data[text]'"
         ) from error
     place = f"the Hub's cache for {rest}, or give a folder that holds its config, weights and processor"
-    options = {"trust_remote_code": False}
-    network = with_hub_weights(
-        lambda: AutoModel.from_pretrained(rest, use_safetensors=True, **options),
-        f"transformers:{rest}",
-        place,
-    )
-    processor = with_hub_weights(
-        lambda: AutoImageProcessor.from_pretrained(rest, use_fast=True, **options),
-        f"transformers:{rest}",
-        place,
-    )
 
-    def tokenizer() -> Any:  # read when it is needed: a folder for images alone may have none
-        return with_hub_weights(
-            lambda: AutoTokenizer.from_pretrained(rest, **options), f"transformers:{rest}", place
-        )
+    def load(kind: Any, **options: Any) -> Any:
+        build = partial(kind.from_pretrained, rest, trust_remote_code=False, **options)
+        return with_hub_weights(build, f"transformers:{rest}", place)
 
+    network = load(AutoModel, use_safetensors=True)
+    processor = load(AutoImageProcessor, use_fast=True)
+    tokenizer = partial(load, AutoTokenizer)  # read when it is needed: a folder for images may have none
     return of_image_tower(network, processor, tokenizer, f"transformers:{rest}")
 
 

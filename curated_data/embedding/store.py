@@ -123,21 +123,23 @@ class EmbeddingStore:
         failed = self._failed
         samples = failed if self.ids is None else self.ids[failed]
         start, stop = np.searchsorted(samples, (first, np.iinfo(np.int64).max if last is None else last))
-        for number in np.unique(self.shard_of(failed[start:stop])).tolist():
-            for failure in self._failures_of(number):
-                is_asked = failure["id"] >= first and (last is None or failure["id"] < last)
-                if is_asked and self._counts(failure):
-                    yield failure
+        failed, samples = failed[start:stop], samples[start:stop]
+        shard = self.shard_of(failed)
+        for number in np.unique(shard).tolist():
+            here = shard == number
+            places = failed[here] - self._starts[number]
+            sample_at = dict(zip(places.tolist(), samples[here].tolist(), strict=True))
+            for failure in read_details(self.folder, self.files[number])["failures"]:
+                if failure["place"] in sample_at:
+                    yield {
+                        "id": sample_at[failure["place"]],
+                        "shard": failure["shard"] if self.urls is None else self.urls[number],
+                        **{name: failure[name] for name in ("key", "reason")},
+                    }
 
     def failure(self, sample: int) -> dict[str, Any] | None:
         """The entry of one sample in `failures`; None if it did not fail."""
-        row = sample if self.ids is None else int(np.searchsorted(self.ids, sample))
-        failed = self._failed
-        place = int(np.searchsorted(failed, row))
-        if place == len(failed) or failed[place] != row:
-            return None
-        of_shard = self._failures_of(int(self.shard_of(np.array(row))))
-        return next((failure for failure in of_shard if failure["id"] == sample), None)
+        return next(self.iterate_failures(sample, sample + 1), None)
 
     def shard_of(self, rows: np.ndarray) -> np.ndarray:
         """The number of the shard that each row belongs to, (m,) int64."""
@@ -207,29 +209,12 @@ class EmbeddingStore:
         failed = self._table.failed
         return failed if self.left_out is None else failed[~self.left_out[failed]]
 
-    def _counts(self, failure: dict[str, Any]) -> bool:
-        if self.left_out is None:
-            return True
-        row = failure["id"] if self.ids is None else np.searchsorted(self.ids, failure["id"])
-        return not self.left_out[row]
-
     def _verify_shard(self, number: int) -> None:
         if self._table.size[number] < 0:  # an earlier version did not record it
             return
         path = self.folder / f"{self.files[number]}.npy"
         checksum = {"bytes": int(self._table.size[number]), "crc32": int(self._table.crc32[number])}
         check_once(path, checksum, REMEDY)
-
-    def _failures_of(self, number: int) -> Iterator[dict[str, Any]]:
-        for failure in read_details(self.folder, self.files[number])["failures"]:
-            yield {
-                "id": self._sample(int(self._starts[number]) + failure["place"]),
-                "shard": failure["shard"] if self.urls is None else self.urls[number],
-                **{name: failure[name] for name in ("key", "reason")},
-            }
-
-    def _sample(self, row: int) -> int:
-        return row if self.ids is None else int(self.ids[row])
 
     def _map(self, number: int) -> np.ndarray:
         """A shard's rows. Only a few maps stay open, the last ones used, since each holds a file handle."""

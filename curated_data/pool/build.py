@@ -60,9 +60,10 @@ def build_in_cache(
     root = open_cache(cache_dir)
     known: dict[str, str] = {fact[0]: fact[1] for fact in Facts(root, "layouts").all()}
     layouts = [known.get(shard.fingerprint) for shard in shards]
-    pool = _pool_folder(root, layouts)
-    if pool is not None and (pool / MANIFEST).exists():
-        return load_pool_index(pool), pool, [name for name in layouts if name is not None]
+    names = [name for name in layouts if name is not None]
+    folder = root / POOL / pool_fingerprint(names)
+    if len(names) == len(shards) and (folder / MANIFEST).exists():
+        return load_pool_index(folder), folder, names
     missing = [number for number, name in enumerate(layouts) if not _is_indexed(root, name)]
     task = partial(_index_to_cache, index_one=index_one, root=root)
     for number, layout in _each(task, shards, missing, num_workers):
@@ -107,11 +108,6 @@ def index_shard_file(shard: ShardFile, opener: Opener | None = None) -> ShardInd
 def pool_fingerprint(layouts: Sequence[str]) -> str:
     """The name of a pool, by the layouts of its shards and their order."""
     return fingerprint(stage="pool", shards=list(layouts))
-
-
-def _pool_folder(root: Path, layouts: Sequence[str | None]) -> Path | None:
-    names = [name for name in layouts if name is not None]
-    return root / POOL / pool_fingerprint(names) if len(names) == len(layouts) else None
 
 
 def _is_indexed(root: Path, layout: str | None) -> bool:

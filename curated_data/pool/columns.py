@@ -16,7 +16,8 @@ cache, one parquet file for each shard.
 import copy
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,7 +186,7 @@ class _Beside:
         if self.tables:
             return _joined(self.tables, names, keys, len(index), twice)
         parts, paths = [], []
-        for path, (first, last) in zip(self.of_shards, _pairs(index.shard_start), strict=True):
+        for path, (first, last) in zip(self.of_shards, pairwise(index.shard_start.tolist()), strict=True):
             if path is None:
                 parts.append(pa.table({name: pa.nulls(last - first) for name in names}))
             else:
@@ -262,10 +263,6 @@ def _beside(url: str) -> Path | None:
         return None
     path = Path(url).with_suffix(".parquet")
     return path if path.is_file() else None
-
-
-def _pairs(starts: np.ndarray) -> Iterator[tuple[int, int]]:
-    yield from zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
 
 
 def _of_shards(pool: "ShardPool", names: Sequence[str]) -> tuple[pa.Table, set[str]]:
@@ -440,13 +437,13 @@ def _array(values: list[Any], kind: Any) -> pa.Array:
     )  # fmt: skip
 
 
-def checked_tables(columns: str | Path | Sequence[str | Path] | None) -> list[Path]:
+def checked_tables(columns: str | Path | Sequence[str | Path]) -> list[Path]:
     """The parquet files that `columns` of a pool names: files, or folders of them.
 
     Raises:
         PoolError: one is missing.
     """
-    found = [] if columns is None else parquet_files(columns, "columns")
+    found = parquet_files(columns, "columns")
     for path in found:
         open_parquet(path)
     return found

@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,14 +92,10 @@ def decode_sample(
     if tuple(image_extensions) != IMAGE_EXTENSIONS:  # nor need those of every pool be looked at again
         image_extensions = as_extensions(image_extensions, "image_extensions")
     parts = _parts(sample, as_decoders(decoders) or {}, image_extensions)
+    decode: Callable[[bytes], Any] = partial(decode_image, min_size=min_size, settings=settings)
     decoded: dict[str, Any] = {}
     for field, part in parts.items():
-
-        def image(data: bytes, member: str = part.member) -> Any:
-            if encoded:
-                return EncodedImage(member, data)
-            return decode_image(data, min_size=min_size, settings=settings)
-
+        image = partial(EncodedImage, part.member) if encoded else decode
         decoded[field] = _decode(sample, part, _DEFAULTS.get(field, image))
     if not decoded.keys() - {"label", "metadata"}:
         text = _text_of(decoded.get("metadata"))
@@ -134,10 +130,7 @@ def decode_content(
         _check_image(sample, parts)
     field = _content(parts)
     if field is not None:
-
-        def image(data: bytes) -> Any:
-            return decode_image(data, settings=settings)
-
+        image = partial(decode_image, settings=settings)
         value = _decode(sample, parts[field], _DEFAULTS.get(field, image))
         if value is None:
             raise undecodable(sample, parts[field].member, SampleError("its decoder gave None"))
@@ -159,10 +152,7 @@ def decode_encoded(
         SampleError: its bytes cannot be decoded; names the shard, key and member.
         Exception: any other error; a note names the sample.
     """
-
-    def decode(data: bytes) -> Any:
-        return decode_image(data, min_size=min_size, settings=settings)
-
+    decode = partial(decode_image, min_size=min_size, settings=settings)
     return _decode({**sample, image.member: image.data}, _Part(image.member, None), decode)
 
 

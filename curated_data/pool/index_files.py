@@ -20,7 +20,6 @@ from curated_data.cache.layout import INDEX, POOL
 from curated_data.cache.publishing import atomic_path, new_array
 from curated_data.cache.remedies import Remedy
 from curated_data.cache.removal import shown
-from curated_data.errors import CacheError
 from curated_data.pool.grouping import split_name
 from curated_data.pool.index import ARRAYS, PoolIndex, ShardIndex, join, layout
 from curated_data.pool.notes import notes_from_json
@@ -91,12 +90,17 @@ def load_pool_index(folder: Path, *, checked: bool = True) -> PoolIndex:
         verify_once(folder, manifest)
     with reading(folder / MANIFEST, Remedy(folder / MANIFEST)):
         _check_extensions(manifest["extensions"])
+        n_members, n_key_bytes = (
+            len(read_array(folder, name, manifest, map_mode="r", dtype=dtype, shape=(None,)))
+            for name, dtype in (("member_size", np.int64), ("key_bytes", np.uint8))
+        )
+        shapes = layout(manifest["n_samples"], n_members, n_key_bytes)
+        shapes["shard_start"] = (np.int64, (len(manifest["shards"]) + 1,))
         arrays = {
             # A plain view of the map: indexing an np.memmap costs microseconds per call.
-            name: np.asarray(read_array(folder, name, manifest, map_mode="r"))
-            for name in (*ARRAYS, "shard_start")
+            name: np.asarray(read_array(folder, name, manifest, map_mode="r", dtype=dtype, shape=shape))
+            for name, (dtype, shape) in shapes.items()
         }
-        _check_layout(folder, arrays, len(manifest["shards"]), manifest["n_samples"])
         index = PoolIndex(
             manifest["extensions"],
             **arrays,
@@ -152,17 +156,6 @@ def _read_shard_index(folder: Path, manifest: Mapping[str, Any]) -> ShardIndex:
         index = ShardIndex(manifest["extensions"], **arrays, notes=notes_from_json(manifest["notes"]))
         _check(index, *(manifest[name] for name in ("n_samples", "n_members", "n_key_bytes")))
     return index
-
-
-def _check_layout(folder: Path, arrays: dict[str, np.ndarray], n_shards: int, n_samples: int) -> None:
-    """Check types and shapes of mapped arrays, of which only the file sizes were verified."""
-    arrays_of_samples = layout(n_samples, arrays["member_size"].size, arrays["key_bytes"].size)
-    for name, (dtype, shape) in (arrays_of_samples | {"shard_start": (np.int64, (n_shards + 1,))}).items():
-        if arrays[name].dtype != dtype or arrays[name].shape != shape:
-            raise CacheError(
-                f"{folder / name}.npy: holds {arrays[name].dtype} {arrays[name].shape}, expected "
-                f"{np.dtype(dtype)} {shape}; remove {folder} to rebuild it from the shards' indexes"
-            )
 
 
 def _check(index: ShardIndex, n_samples: int, n_members: int, n_key_bytes: int) -> None:

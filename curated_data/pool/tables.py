@@ -14,8 +14,8 @@ from curated_data.cache.artifacts import fingerprint
 from curated_data.cache.paths import spelled
 from curated_data.errors import ConfigError, PoolError
 from curated_data.parquet import (
+    check_column,
     column_names,
-    nearest_of,
     open_parquet,
     parquet_files,
     reading_parquet,
@@ -135,13 +135,12 @@ def import_tables(
     return writer.shards
 
 
-@contextlib.contextmanager
-def _opened(place: Path | str, storage_options: Mapping[str, Any] | None) -> Iterator[pq.ParquetFile]:
+def _opened(
+    place: Path | str, storage_options: Mapping[str, Any] | None
+) -> contextlib.AbstractContextManager[pq.ParquetFile]:
     if isinstance(place, Path):
-        yield open_parquet(place)
-        return
-    with remote_table(place, storage_options) as file:
-        yield file
+        return contextlib.nullcontext(open_parquet(place))
+    return remote_table(place, storage_options)
 
 
 def _state(path: Path) -> str:
@@ -170,8 +169,8 @@ def _rows(file: pq.ParquetFile, path: Path | str, first: int) -> Iterator[dict[s
 
 def _image_column(file: pq.ParquetFile, path: Path | str, given: str | None) -> str:
     names = column_names(file, path)
-    if given is not None and given not in names:
-        raise ConfigError(f"{path}: has no column {given!r} of images{nearest_of(given, names)}")
+    if given is not None:
+        check_column(given, names, path, "images")
     images = [field.name for field in file.schema_arrow if _is_image(field.type)]
     wanted = given or next((name for name in ("image", "img") if name in images), None)
     if wanted is None and len(images) == 1:

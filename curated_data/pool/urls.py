@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -117,18 +117,14 @@ def missing_shard(path: str, note: str = "") -> PoolError:
 def a_folder(url: str) -> PoolError:
     """The error for a folder in place of shards; says how to import it if it holds images or parquet."""
     if not is_remote(url) and os.path.isdir(url):
-        ends = {os.path.splitext(name)[1].lower() for _, _, names in _upper(url) for name in names}
+        upper = itertools.islice(os.walk(url), 20)  # the first folders
+        ends = {os.path.splitext(name)[1].lower() for _, _, names in upper for name in names}
         if ".tar" not in ends and ends & {".jpg", ".jpeg", ".png", ".webp", ".parquet"}:
             return PoolError(
                 f"{url!r} is a folder without shards; make shards of it by `curated-data import "
                 f"{shlex.quote(url)} NEW`, or give 'folder:{url}' to have that done in the cache"
             )
     return PoolError(f"{url!r} is a folder; give its shards, for example {os.path.join(url, '*.tar')!r}")
-
-
-def _upper(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """The first folders below a folder, as `os.walk` gives them."""
-    return itertools.islice(os.walk(folder), 20)
 
 
 def _joined(pattern: str | Path) -> list[str]:
