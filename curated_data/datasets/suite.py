@@ -15,7 +15,7 @@ from curated_data.cache.artifacts import fingerprint
 from curated_data.cache.locks import locked
 from curated_data.cache.publishing import atomic_path
 from curated_data.config import read_yaml, structured
-from curated_data.datasets.images import Images, image_files, to_shards
+from curated_data.datasets.images import Images, image_files, subfolders, to_shards
 from curated_data.datasets.layouts import LAYOUTS
 from curated_data.errors import ConfigError, CuratedDataError, PoolError, first_line, nearest
 from curated_data.pool import ShardPool, ShardWriter, import_folder
@@ -202,10 +202,8 @@ def _classes(base: Dataset, root: Path) -> list[str]:
         raise ConfigError(
             "a set with shifted classes needs a base in the layout `folder`, for the names of its classes"
         )
-    folder = root / base.root / base.train
-    if not folder.is_dir():
-        raise PoolError(f"{folder} is not there: put the base set's class folders there")
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = subfolders(root / base.root / base.train, "the base set's class folders")
+    return [folder.name for folder in folders]
 
 
 def _convert(dataset: str, part: Mapping[str, Any], root: Path, out: Path) -> None:

@@ -80,6 +80,7 @@ def complete(inputs: Tensor, preprocess: Callable[[Any], Tensor]) -> Tensor:
     return normalised(inputs, preprocess.mean, preprocess.std)
 
 
+@dataclass
 class InputLoader:
     """Turns shards into batches of preprocessed inputs, in workers.
 
@@ -89,23 +90,16 @@ class InputLoader:
         ids: the sample of each row; None: row i is sample i.
     """
 
-    def __init__(
-        self,
-        pool: ShardPool,
-        embedder: Embedder,
-        batch_size: int,
-        num_workers: int,
-        decoders: Decoders | None,
-        device: torch.device,
-        context: str | None,
-        ranges: np.ndarray,
-        ids: np.ndarray | None,
-        fields: frozenset[str] = frozenset(),
-    ) -> None:
-        self.pool, self.embedder, self.batch_size, self.num_workers = pool, embedder, batch_size, num_workers
-        self.device, self.ranges, self.ids = device, ranges, ids
-        self.dataset = _Preprocessed(pool, embedder.preprocess, as_decoders(decoders), fields, ids)
-        self.context = context
+    pool: ShardPool
+    embedder: Embedder
+    batch_size: int
+    num_workers: int
+    decoders: Decoders | None
+    device: torch.device
+    context: str | None
+    ranges: np.ndarray
+    ids: np.ndarray | None
+    fields: frozenset[str] = frozenset()
 
     def batches(self, claims: Iterator[Claim]) -> Iterator[Inputs]:
         """Batches of the claimed shards, in order.
@@ -117,8 +111,10 @@ class InputLoader:
         first = next(cuts, None)
         if first is None:
             return  # no workers for nothing: spawned ones take seconds
+        decoders = as_decoders(self.decoders)
+        preprocess = self.embedder.preprocess
         loader = DataLoader(
-            self.dataset,
+            _Preprocessed(self.pool, preprocess, decoders, self.fields, self.ids),
             sampler=itertools.chain([first], cuts),
             batch_size=None,
             collate_fn=_unchanged,
@@ -127,7 +123,7 @@ class InputLoader:
             pin_memory=self.device.type == "cuda",
         )
         try:
-            with starting_workers(loader, preprocess=self.dataset.preprocess, decoders=self.dataset.decoders):
+            with starting_workers(loader, preprocess=preprocess, decoders=decoders):
                 items = iter(loader)
             for item in items:
                 if isinstance(item, CuratedDataError):

@@ -62,6 +62,10 @@ def _run(function, rank, port, timeout, folder, arguments):
         world_size=2,
         timeout=datetime.timedelta(seconds=timeout),
     )
+    # A rank may be about to die: not while the other is still joining.
+    (folder / f"joined-{rank}").touch()
+    while not (folder / f"joined-{1 - rank}").exists():
+        time.sleep(0.01)
     said = ""
     try:
         function(rank, *arguments)
