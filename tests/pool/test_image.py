@@ -7,6 +7,7 @@ import warnings
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import given, settings
@@ -198,7 +199,9 @@ class TestOrientation:
         data = encoded(image, "JPEG")
         block = b"http://ns.adobe.com/xap/1.0/\0" + xmp
         data = data[:2] + struct.pack(">2sH", b"\xff\xe1", 2 + len(block)) + block + data[2:]
-        assert decode_image(data).shape == upright(data).shape == (3, 8, 4)
+        assert decode_image(data).shape == upright(data).shape
+        if int(PIL.__version__.split(".")[0]) >= 11:  # earlier ones do not look there
+            assert decode_image(data).shape == (3, 8, 4)
 
 
 class TestLimit:
