@@ -143,7 +143,11 @@ def test_any_other_token_counts(data, tmp_path_factory):
     except SyntaxError:
         return
     folder = tmp_path_factory.mktemp("code")
-    before, after = imported(folder / "a.py", text), imported(folder / "b.py", changed)
+    before = imported(folder / "a.py", text)
+    try:
+        after = imported(folder / "b.py", changed)
+    except (NameError, TypeError):  # of a default, which is evaluated then
+        return
     if other != token.string and hasattr(after, "f"):
         assert source_of(after.f) != source_of(before.f)
 
