@@ -80,7 +80,7 @@ def complete(inputs: Tensor, preprocess: Callable[[Any], Tensor]) -> Tensor:
     return normalised(inputs, preprocess.mean, preprocess.std)
 
 
-@dataclass
+@dataclass(eq=False)
 class InputLoader:
     """Turns shards into batches of preprocessed inputs, in workers.
 
@@ -169,7 +169,7 @@ def worker_ended(error: BaseException, start_method: str = "fork") -> CuratedDat
     )
 
 
-@dataclass
+@dataclass(eq=False)
 class _Preprocessed(Dataset):
     """Maps rows to stacked inputs, reasons of failures and digests.
 

@@ -124,9 +124,9 @@ class EmbeddingStore:
         samples = failed if self.ids is None else self.ids[failed]
         start, stop = np.searchsorted(samples, (first, np.iinfo(np.int64).max if last is None else last))
         failed, samples = failed[start:stop], samples[start:stop]
-        shard = self.shard_of(failed)
-        for number in np.unique(shard).tolist():
-            here = shard == number
+        shards = self.shard_of(failed)  # ascending, as the rows are
+        for number in np.unique(shards).tolist():
+            here = slice(*np.searchsorted(shards, (number, number + 1)))
             places = failed[here] - self._starts[number]
             sample_at = dict(zip(places.tolist(), samples[here].tolist(), strict=True))
             for failure in read_details(self.folder, self.files[number])["failures"]:
